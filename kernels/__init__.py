@@ -1,0 +1,1 @@
+"""Low-bit primitives in plain torch: packing, affine quantization. This root is a docstring only; import the submodules."""

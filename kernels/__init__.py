@@ -1,1 +1,1 @@
-"""Low-bit primitives in plain torch: packing, affine quantization. This root is a docstring only; import the submodules."""
+"""Low-bit primitives in plain torch: packing, affine quantization. A docstring only; import the submodules."""

@@ -1,0 +1,214 @@
+"""Affine quantization in plain torch. This is the definition: every other backend, simulated or integer, equals it.
+
+    code  = clamp(round(x / scale) + zero_point, quant_min, quant_max)
+    x_hat = (code - zero_point) * scale
+
+computed in float32, with a true division (x * (1 / scale) rounds differently) and rounding half to even, as
+`torch.round` does: 0.5 -> 0, 1.5 -> 2, 2.5 -> 2. `zero_point` holds whole numbers, so the sums are exact. Whatever
+x is, x_hat of a code equal to its zero point is +0.0. Infinities saturate; NaN has no code.
+
+`scale` and `zero_point` have any shape that broadcasts to x's. The three granularities of a tensor (C, ..., n), and the
+shapes of their parameters:
+
+    per_tensor    (1, ..., 1)
+    per_channel   (C, 1, ..., 1)               one for each index of the first dimension
+    per_group     (C, ..., ceil(n / group))    one for each run along the last dimension; the last run may be shorter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from kernels.errors import KernelError
+
+
+class Granularity(StrEnum):
+    """Which values of a tensor share one scale and zero point."""
+
+    PER_TENSOR = "per_tensor"
+    PER_CHANNEL = "per_channel"
+    PER_GROUP = "per_group"
+
+
+def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Quantize to integer codes.
+
+    Parameters
+    ----------
+    x : Tensor, any shape, floating dtype
+        Values; computed in float32.
+    scale : Tensor, broadcastable to `x`, finite and > 0
+        Step size, in units of `x` per step of the integer grid.
+    zero_point : Tensor, broadcastable to `x`, whole numbers of any dtype
+        The code of x = 0.
+    quant_min, quant_max : int
+        Least and greatest code, within [0, 255] or within [-128, 127].
+
+    Returns
+    -------
+    Tensor, shape as `x`, dtype uint8 if quant_min >= 0, else int8
+        Codes in [quant_min, quant_max].
+
+    Raises
+    ------
+    KernelError
+        If shapes do not broadcast to `x`, a scale is zero, negative or not finite, or the range does not fit 8 bits.
+    """
+    dtype = _code_dtype(quant_min, quant_max)
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        raise KernelError(f"scale: got {_worst_scale(scale)}, wanted finite values above 0")
+    return _grid(x, scale, zero_point.float(), quant_min, quant_max).to(dtype)
+
+
+def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Give the values that codes stand for: (code - zero_point) * scale.
+
+    Parameters
+    ----------
+    codes : Tensor, any shape, dtype uint8 or int8
+        As from `quantize_affine`.
+    scale, zero_point : Tensor, broadcastable to `codes`
+        As given to `quantize_affine`.
+
+    Returns
+    -------
+    Tensor, shape as `codes`, dtype float32
+
+    Raises
+    ------
+    KernelError
+        If shapes do not broadcast to `codes`.
+    """
+    _check_broadcast(codes, scale, zero_point)
+    return codes.float().sub_(zero_point.float()).mul_(scale.float())
+
+
+def fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Quantize and dequantize at once; equals dequantize_affine(quantize_affine(x)) bit for bit.
+
+    Parameters
+    ----------
+    x, scale, zero_point, quant_min, quant_max
+        As for `quantize_affine`. Values of `scale` are not checked: this runs at each forward.
+
+    Returns
+    -------
+    Tensor, shape as `x`, dtype float32
+        NaN where `x` is NaN.
+
+    Raises
+    ------
+    KernelError
+        If shapes do not broadcast to `x`, or the range does not fit 8 bits.
+    """
+    _code_dtype(quant_min, quant_max)
+    zero_point = zero_point.float()
+    return _grid(x, scale, zero_point, quant_min, quant_max).sub_(zero_point).mul_(scale.float())
+
+
+def qparams_shape(shape: Sequence[int], granularity: Granularity, group_size: int | None = None) -> tuple[int, ...]:
+    """Shape of the scales and zero points of a tensor of `shape` (the table in this module's docstring).
+
+    Raises
+    ------
+    KernelError
+        If `group_size` is missing, below 1, or given without per_group, or the tensor has no dimension to take.
+    """
+    if (granularity == Granularity.PER_GROUP) != (group_size is not None):
+        raise KernelError(f"group_size: got {group_size} with {granularity}, wanted it with per_group and only there")
+    if granularity == Granularity.PER_TENSOR:
+        return (1,) * len(shape)
+    if not shape:
+        raise KernelError(f"{granularity}: got a scalar, wanted at least one dimension")
+    if granularity == Granularity.PER_CHANNEL:
+        return (shape[0], *(1,) * (len(shape) - 1))
+    if group_size is None or group_size < 1:
+        raise KernelError(f"group_size: got {group_size}, wanted 1 or more")
+    return (*shape[:-1], -(-shape[-1] // group_size))
+
+
+def expand_groups(values: Tensor, n: int, group_size: int) -> Tensor:
+    """Repeat per-group parameters (..., ceil(n / group_size)) to (..., n), so that they broadcast to the tensor.
+
+    Raises
+    ------
+    KernelError
+        If `values` does not hold ceil(n / group_size) groups.
+    """
+    groups = -(-n // group_size)
+    if values.shape[-1] != groups:
+        raise KernelError(f"groups of {group_size} in {n} values: got {values.shape[-1]}, wanted {groups}")
+    return values.repeat_interleave(group_size, dim=-1)[..., :n]
+
+
+def min_max(x: Tensor, granularity: Granularity, group_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Least and greatest value in each set of values that shares parameters.
+
+    Parameters
+    ----------
+    x : Tensor, shape (C, ..., n), not empty
+    granularity : Granularity
+    group_size : int or None
+        Values in a group, with per_group only.
+
+    Returns
+    -------
+    (Tensor, Tensor), both of shape `qparams_shape(x.shape, granularity, group_size)`, dtype as `x`
+
+    Raises
+    ------
+    KernelError
+        If `x` is empty, or as `qparams_shape`.
+    """
+    shape = qparams_shape(x.shape, granularity, group_size)
+    if x.numel() == 0:
+        raise KernelError(f"min_max: got an empty tensor of shape {tuple(x.shape)}, wanted at least one value")
+    if granularity == Granularity.PER_TENSOR:
+        least, greatest = torch.aminmax(x)
+    elif granularity == Granularity.PER_CHANNEL:
+        least, greatest = torch.aminmax(x.flatten(1) if x.ndim > 1 else x.unsqueeze(1), dim=1)
+    else:
+        assert group_size is not None  # qparams_shape refuses its absence
+        least, greatest = torch.aminmax(_group_runs(x, group_size), dim=-1)
+    return least.reshape(shape), greatest.reshape(shape)
+
+
+def _group_runs(x: Tensor, group_size: int) -> Tensor:
+    """View (..., n) as (..., groups, group_size); a ragged last group repeats its last value: same min and max."""
+    missing = -x.shape[-1] % group_size
+    if missing:
+        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], dim=-1)
+    return x.unflatten(-1, (-1, group_size))
+
+
+def _grid(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Codes as float32: clamp(round(x / scale) + zero_point, quant_min, quant_max)."""
+    _check_broadcast(x, scale, zero_point)
+    return (x.float() / scale.float()).round_().add_(zero_point).clamp_(quant_min, quant_max)
+
+
+def _check_broadcast(x: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+    """Refuse parameters that would change the shape of x."""
+    for name, value in (("scale", scale), ("zero_point", zero_point)):
+        aligned = zip(reversed(value.shape), reversed(x.shape), strict=False)
+        if value.ndim > x.ndim or any(have not in (1, want) for have, want in aligned):
+            raise KernelError(f"{name}: got shape {tuple(value.shape)}, wanted one that broadcasts to {tuple(x.shape)}")
+
+
+def _code_dtype(quant_min: int, quant_max: int) -> torch.dtype:
+    """The 8-bit dtype that holds the codes."""
+    if 0 <= quant_min <= quant_max <= 255:
+        return torch.uint8
+    if -128 <= quant_min <= quant_max <= 127:
+        return torch.int8
+    raise KernelError(f"code range: got [{quant_min}, {quant_max}], wanted one within [0, 255] or [-128, 127]")
+
+
+def _worst_scale(scale: Tensor) -> float:
+    """One offending scale, for the message."""
+    bad = ~((scale > 0) & scale.isfinite())
+    return float(scale[bad].flatten()[0])

@@ -1,0 +1,1 @@
+"""Recipe to task graph, queue with leases, scheduler, registry of releases, command line."""

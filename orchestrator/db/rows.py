@@ -1,0 +1,173 @@
+"""What queries return: frozen rows, never objects that are tied to a session.
+
+Times are seconds since 1970 UTC by the database's clock; sizes are bytes; work is GMAC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.graph import Resources
+from orchestrator.states import JobState, TaskState
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to finish one attempt of one task; `token` is random, so no one else can guess or repeat it."""
+
+    task_id: str
+    attempt: int
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedTask:
+    """A task to run, with every input resolved to a digest."""
+
+    lease: Lease
+    kind: str
+    version: int
+    params: dict[str, Any]
+    inputs: dict[str, list[str]]
+    resources: Resources
+    work: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class EnqueueCounts:
+    """Tasks of a job, and how many of them needed no computing when it was enqueued."""
+
+    total: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """A registered model; `inspection` is the JSON of `quant_core.inspection`."""
+
+    name: str
+    digest: str
+    class_name: str
+    source: str
+    bytes: int
+    parameters: int
+    inspection: dict[str, Any]
+    created_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A job; `release` is "name@N" once it has published, `release_name` the name that it will publish under."""
+
+    id: str
+    state: JobState
+    priority: int
+    model_name: str
+    model_digest: str
+    recipe_name: str
+    recipe_digest: str
+    recipe: dict[str, Any]
+    release_name: str | None
+    target_task: str | None
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    error: str | None
+    release: str | None
+    digest: str | None
+    metrics: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRow:
+    """A task as one job sees it: `cached` if it needed no computing for this job.
+
+    `outputs`, `metrics` and `seconds` are those of the recorded result, else None. `attempt` counts the leases ever
+    given out; `faults_task` and `faults_infrastructure` those that ended in a fault of each sort.
+    """
+
+    id: str
+    key: str | None
+    kind: str
+    version: int
+    label: str
+    state: TaskState
+    attempt: int
+    faults_task: int
+    faults_infrastructure: int
+    priority: int
+    resources: Resources
+    work: float
+    seconds: float | None
+    error: str | None
+    outputs: dict[str, str] | None
+    metrics: dict[str, Any] | None
+    not_before: float
+    started_at: float | None
+    finished_at: float | None
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KindRow:
+    """A job's tasks of one kind: how many in each state, and the time and work of those that were computed for it.
+
+    `queued` counts blocked tasks too, `succeeded` cached ones; `seconds` and `work` are of the tasks that succeeded
+    and were not cached, `work_left` of those unfinished.
+    """
+
+    kind: str
+    total: int
+    cached: int
+    succeeded: int
+    failed: int
+    cancelled: int
+    running: int
+    queued: int
+    seconds: float
+    work: float
+    work_left: float
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """One line of the log: something that happened to a task (`task` and `attempt` set) or to a job (`job` set)."""
+
+    id: int
+    job: str | None
+    task: str | None
+    attempt: int | None
+    at: float
+    event: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseRow:
+    """A published artifact: `name@version`, which never changes meaning, and the aliases that point at it now."""
+
+    name: str
+    version: int
+    digest: str
+    bytes: int
+    aliases: tuple[str, ...]
+    job: str
+    created_at: float
+    metrics: dict[str, Any]
+
+    @property
+    def ref(self) -> str:
+        """Return "name@version"."""
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What recorded tasks of one kind took in all: how many, seconds, GMAC."""
+
+    n: int
+    seconds: float
+    work: float

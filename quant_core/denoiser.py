@@ -1,0 +1,211 @@
+"""Load and call any diffusers denoiser without knowing its class.
+
+Nothing here names a model: what a denoiser takes is read from its config and from the signature of its `forward`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.errors import DenoiserError
+
+DENOISER_FOLDERS = ("denoiser", "unet", "transformer")
+SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
+CONDITIONING_FILE = "conditioning.safetensors"
+PACKED_TOKENS = (
+    1024  # stands in for the length of a sequence of packed latents where neither config nor conditioning tell
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Denoiser:
+    """A loaded model folder: the network in float32 and eval mode, and what lies beside it."""
+
+    model: nn.Module
+    config: Mapping[str, Any]
+    scheduler_config: Mapping[str, Any] | None
+    conditioning: Path | None  # safetensors with prompts' conditioning
+
+
+def load_denoiser(folder: str | Path) -> Denoiser:
+    """Load a diffusers model folder, or a pulled model artifact, in full precision.
+
+    Parameters
+    ----------
+    folder : str | Path
+        Holds `config.json` itself or in a subfolder `denoiser`, `unet` or `transformer`; `scheduler/scheduler_config.json`
+        and `conditioning.safetensors` are looked for in it, then (for the former kind) in its parent.
+
+    Returns
+    -------
+    Denoiser
+        Its parameters are float32, do not require gradients and live on the CPU.
+
+    Raises
+    ------
+    DenoiserError
+        If there is no config, diffusers has no such class, or the safetensors do not match the class key by key.
+    """
+    root = Path(folder)
+    home = find_denoiser_folder(root)
+    config = json.loads((home / "config.json").read_text())
+    beside = (root,) if home != root else (root, root.parent)
+    scheduler = _first_file(beside, SCHEDULER_CONFIG)
+    return Denoiser(
+        model=_load_model(home, config),
+        config=config,
+        scheduler_config=None if scheduler is None else json.loads(scheduler.read_text()),
+        conditioning=_first_file(beside, Path(CONDITIONING_FILE)),
+    )
+
+
+def find_denoiser_folder(root: Path) -> Path:
+    """Return the folder of `config.json` under a model folder."""
+    for home in (root, *(root / name for name in DENOISER_FOLDERS)):
+        config = home / "config.json"
+        if config.is_file() and "_class_name" in json.loads(config.read_text()):
+            return home
+    raise DenoiserError(
+        f"model folder {root}: no config.json with a _class_name in it or in {', '.join(DENOISER_FOLDERS)}"
+    )
+
+
+def _first_file(folders: tuple[Path, ...], name: Path) -> Path | None:
+    """Return the first of `folders` that holds the file."""
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
+
+
+def _load_model(home: Path, config: Mapping[str, Any]) -> nn.Module:
+    """Build the class that the config names and load its weights strictly."""
+    import diffusers  # seconds of import: only where a model is really loaded
+
+    class_name = config["_class_name"]
+    cls = getattr(diffusers, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and hasattr(cls, "from_pretrained")):
+        raise DenoiserError(
+            f"{home}/config.json: got class {class_name!r}, wanted a model class of diffusers {diffusers.__version__}"
+        )
+    if config.get("quantization_config") is not None:
+        raise DenoiserError(f"{home}/config.json: got a quantized model, wanted full precision")
+    try:
+        model, info = cls.from_pretrained(
+            home, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise DenoiserError(f"{home}: weights do not load: {str(error).strip().splitlines()[0]}") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(problem):
+            raise DenoiserError(
+                f"{home}: {problem.replace('_', ' ')} for {class_name}: {sorted(map(str, info[problem]))[:3]}"
+            )
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardSignature:
+    """Names of a denoiser's forward parameters."""
+
+    sample: str
+    timestep: str
+    keywords: frozenset[str]  # all others, without `return_dict`
+    required: frozenset[str]  # those of `keywords` without a default
+    returns_dict: bool
+
+
+def forward_signature(model: nn.Module) -> ForwardSignature:
+    """Read what `model.forward` takes.
+
+    Raises
+    ------
+    DenoiserError
+        If it has no sample or no timestep parameter.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = {n: p for n, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds}
+    sample = next(iter(parameters), None)
+    timestep = next((name for name in ("timestep", "timesteps", "t") if name in parameters), None)
+    if sample is None or timestep is None or sample == timestep:
+        raise DenoiserError(f"{type(model).__name__}.forward: got {list(parameters)}, wanted a sample and a timestep")
+    keywords = {n: p for n, p in parameters.items() if n not in (sample, timestep, "return_dict")}
+    required = frozenset(n for n, p in keywords.items() if p.default is inspect.Parameter.empty)
+    return ForwardSignature(sample, timestep, frozenset(keywords), required, "return_dict" in parameters)
+
+
+def call_denoiser(model: nn.Module, x: Tensor, t: Tensor | float, conditioning: Mapping[str, Any]) -> Tensor:
+    """Predict with any diffusers denoiser.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, ...), dtype float32
+        Denoiser inputs, after the scheduler's scaling.
+    t : Tensor, shape () or (B,), or a number
+        Timesteps as the model takes them.
+    conditioning : mapping of str to Tensor, leading dimension B
+        By forward keyword; a dotted key (`added_cond_kwargs.time_ids`) or a nested mapping fills a dictionary argument.
+
+    Returns
+    -------
+    Tensor, shape as `x`
+        The prediction, without learned-variance channels.
+    """
+    signature = forward_signature(model)
+    steps = torch.as_tensor(t, device=x.device)
+    arguments = nest(conditioning) | {signature.sample: x, signature.timestep: steps.expand(len(x))}
+    if unknown := sorted(set(arguments) - signature.keywords - {signature.sample, signature.timestep}):
+        raise DenoiserError(
+            f"{type(model).__name__}.forward: got conditioning {unknown}, wanted some of {sorted(signature.keywords)}"
+        )
+    if signature.returns_dict:
+        arguments["return_dict"] = False
+    output = model(**arguments)
+    prediction: Tensor = output if isinstance(output, Tensor) else output[0]
+    learns_variance = prediction.shape[1] == 2 * x.shape[1] and prediction.shape[2:] == x.shape[2:]
+    return prediction[:, : x.shape[1]] if learns_variance else prediction
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn dotted keys into nested dictionaries."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[leaf] = value
+    return nested
+
+
+def config_value(model: nn.Module, *names: str) -> Any:
+    """Return the first of the config's entries that exists and is not None."""
+    config: Mapping[str, Any] = getattr(model, "config", {})
+    return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def sample_shape(model: nn.Module, tokens: int | None = None) -> tuple[int, ...]:
+    """Return the shape of one sample of a denoiser, without the batch dimension.
+
+    (C, H, W) or, for a network of 1-D convolutions, (C, L), from the config's `in_channels` and `sample_size`; (tokens, C) for a
+    network without a `sample_size`, which denoises packed latents, where `tokens` counts them (default 1024).
+
+    Raises
+    ------
+    DenoiserError
+        If the config has no `in_channels`.
+    """
+    channels, size = config_value(model, "in_channels"), config_value(model, "sample_size")
+    if channels is None:
+        raise DenoiserError(f"{type(model).__name__}: got a config without in_channels, wanted the sample's channels")
+    if size is None:
+        return (tokens or PACKED_TOKENS, channels)
+    if not isinstance(size, int):
+        return (channels, *size)
+    kinds = {type(module) for module in model.modules()}
+    return (channels, size) if nn.Conv1d in kinds and nn.Conv2d not in kinds else (channels, size, size)

@@ -1,0 +1,97 @@
+"""What every store shares: digests, keys, hashing, and writing a file that is there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from workers.errors import DigestMismatchError, DiskFullError, StoreError
+
+#: Bytes read at once when a file is hashed or copied.
+CHUNK = 1 << 20
+
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+
+
+def check_digest(digest: str) -> str:
+    """Return the digest if it is 64 lower-case hexadecimal digits.
+
+    Raises
+    ------
+    StoreError
+        If it is not; so nothing else ever becomes part of a path or key.
+    """
+    if not _DIGEST.match(digest):
+        raise StoreError(f"digest: got {digest[:80]!r}, wanted 64 lower-case hexadecimal digits")
+    return digest
+
+
+def blob_key(digest: str) -> str:
+    """Return a blob's place in a store: "sha256/ab/abcdef…"."""
+    return f"sha256/{check_digest(digest)[:2]}/{digest}"
+
+
+def digest_of(data: bytes) -> str:
+    """Return the SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_bytes(digest: str, got: str, where: str) -> None:
+    """Raise DigestMismatchError if the digest that was read is not the one asked for."""
+    if got != digest:
+        raise DigestMismatchError(f"{where}: got bytes with sha256 {got}, wanted {digest}")
+
+
+def disk_error(error: OSError, where: Path | str) -> StoreError:
+    """Return our error for an OSError that came up while a file was written."""
+    if error.errno in _NO_ROOM:
+        return DiskFullError(f"disk full: got no room left to write {where}, wanted more free space there")
+    return StoreError(f"{where}: got {error.strerror or error}, wanted a place to write")
+
+
+@contextmanager
+def writing(path: Path, *, temporary: Path | None = None, mode: int = 0o444) -> Iterator[BinaryIO]:
+    """Open a temporary file that becomes `path` when the block ends well and is removed when it does not.
+
+    Parameters
+    ----------
+    path
+        The file to make; its folder must exist. Whatever was there is replaced, in one step.
+    temporary
+        The folder for the temporary file, on the same file system; that of `path` by default.
+    mode
+        Permissions of the file.
+
+    Raises
+    ------
+    DiskFullError, StoreError
+        If the file cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=".partial-", dir=temporary or path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+        os.chmod(name, mode)
+        os.replace(name, path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        # After the replacement there is nothing left under this name.
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,106 @@
+"""Errors of the workers.
+
+WorkerError
+├── StoreError                  the object store (exit code 1)
+│   ├── StoreUnreachableError   no such folder, bucket, endpoint, or no right to it (2)
+│   ├── DiskFullError           no room left where bytes are written (2)
+│   ├── DigestMismatchError     the bytes are not those that their digest names (2)
+│   └── NotFoundError           no blob of that digest (102)
+├── ManifestError               a manifest or a path in it that is not acceptable (2)
+├── ModelError                  a model folder that cannot be used (2)
+├── TaskError                   a task of an unknown kind, or a body that returned something else than its output (2)
+└── ExecutorError               Ray cannot be started or reached (1)
+
+`fault_of` says what an exception means to the queue.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from kernels.errors import InvalidInputError, QuantServiceError
+
+
+class WorkerError(QuantServiceError):
+    """Base of the workers' errors."""
+
+
+class StoreError(WorkerError):
+    """The object store failed."""
+
+
+class StoreUnreachableError(StoreError, InvalidInputError):
+    """The store does not exist, does not answer, or does not let us in."""
+
+    exit_code = 2
+
+
+class DiskFullError(StoreError, InvalidInputError):
+    """There is no room left where bytes are written; nothing partial was left."""
+
+    exit_code = 2
+
+
+class DigestMismatchError(StoreError, InvalidInputError):
+    """The bytes are not those that their digest names."""
+
+    exit_code = 2
+
+
+class NotFoundError(StoreError):
+    """The store has no blob of that digest."""
+
+    exit_code = 102
+
+
+class ManifestError(WorkerError, InvalidInputError):
+    """A manifest, or a path in it, is not acceptable."""
+
+    exit_code = 2
+
+
+class ModelError(WorkerError, InvalidInputError):
+    """A model folder cannot be used."""
+
+    exit_code = 2
+
+
+class TaskError(WorkerError, InvalidInputError):
+    """A task of an unknown kind, or a body that returned something else than its output."""
+
+    exit_code = 2
+
+
+class ExecutorError(WorkerError):
+    """Ray cannot be started or reached."""
+
+
+class Fault(StrEnum):
+    """What an exception means to the queue.
+
+    TASK: the task's own error, tried a few times. INFRASTRUCTURE: a worker, node or store was lost; counted apart and
+    tried more often. INVALID: bad input, never tried again.
+    """
+
+    TASK = "task"
+    INFRASTRUCTURE = "infrastructure"
+    INVALID = "invalid"
+
+
+def fault_of(error: BaseException) -> Fault:
+    """Return what an exception that left a task's body means to the queue."""
+    if isinstance(error, StoreUnreachableError):
+        return Fault.INFRASTRUCTURE
+    # A full disk or a bad read may pass, on this node or on another.
+    if isinstance(error, DiskFullError | DigestMismatchError):
+        return Fault.TASK
+    return Fault.INVALID if isinstance(error, InvalidInputError) else Fault.TASK
+
+
+def describe(error: BaseException) -> str:
+    """Return one line for an exception: its message, preceded by its class when it is not one of ours."""
+    lines = str(error).split("\n")
+    text = " ".join(line.strip() for line in lines if line.strip())
+    if isinstance(error, QuantServiceError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,35 @@
+"""Every kind of task: its name, the version of its code, and where its body is.
+
+A body's version enters the key of its tasks; raise it whenever the same parameters and inputs would give other bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TaskKind:
+    """A kind of task; `entry` is "module:function", resolved in the worker only."""
+
+    name: str
+    version: int
+    entry: str
+
+
+_ALL = (
+    TaskKind("inspect", 1, "workers.tasks.inspect:run"),
+    TaskKind("calibrate", 1, "workers.tasks.calibrate:run"),
+    TaskKind("reference", 1, "workers.tasks.reference:run"),
+    TaskKind("round", 1, "workers.tasks.round:run"),
+    TaskKind("reconstruct", 1, "workers.tasks.reconstruct:run"),
+    TaskKind("pack", 1, "workers.tasks.pack:run"),
+    TaskKind("evaluate", 1, "workers.tasks.evaluate:run"),
+    TaskKind("score", 1, "workers.tasks.score:run"),
+    TaskKind("release", 1, "workers.tasks.release:run"),
+    # Neither computes nor needs a model: measures the queue and drills its recovery.
+    TaskKind("noop", 1, "workers.tasks.noop:run"),
+)
+
+#: Name to kind.
+KINDS: dict[str, TaskKind] = {kind.name: kind for kind in _ALL}

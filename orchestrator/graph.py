@@ -103,7 +103,7 @@ def task_node(
     params: Mapping[str, Any],
     inputs: Mapping[str, Sequence[str | TaskRef]],
     *,
-    resources: Resources = Resources(),  # noqa: B008 - frozen
+    resources: Resources = Resources(),
     work: float = 0.0,
     label: str = "",
     version: int | None = None,

@@ -1,0 +1,142 @@
+"""How connections are made: SQLite as a small server would behave, Postgres with limits, errors as ours."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+
+from kernels.errors import InvalidInputError
+from orchestrator.errors import DatabaseError, DatabaseFullError, DatabaseUnreachableError
+
+#: How long a SQLite connection waits for another's transaction, in seconds; enqueueing a large graph takes a few.
+BUSY_SECONDS = 60.0
+#: After how many idle seconds Postgres ends a transaction whose owner was stopped or cut off while it held locks.
+IDLE_IN_TRANSACTION_SECONDS = 60
+
+_UNREACHABLE = (
+    "unable to open database file",
+    "file is not a database",
+    "connection failed",
+    "connection refused",
+    "could not translate host name",
+    "connection timeout expired",
+)
+_FULL = ("database or disk is full", "no space left on device")
+
+_dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def parse_url(url: str) -> URL:
+    """Read a database URL; Postgres gets the psycopg driver.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is neither a SQLite file nor a Postgres server.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise InvalidInputError(f"database URL: got {url!r}, {_WANTED}") from error
+    if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+        return parsed.set(drivername="postgresql+psycopg")
+    if parsed.drivername == "sqlite" and parsed.database and parsed.database != ":memory:":
+        return parsed.set(database=str(Path(parsed.database).expanduser().absolute()))
+    shown = parsed.render_as_string(hide_password=True)
+    raise InvalidInputError(f"database URL: got {shown!r}, {_WANTED}")
+
+
+_WANTED = "wanted sqlite:////absolute/path.db or postgresql://user@host/name"
+
+
+def make_engine(url: URL, *, create: bool = False) -> Engine:
+    """Make an engine; nothing is connected yet. Only with `create` may a SQLite file come into being."""
+    if url.get_backend_name() == "sqlite":
+        return _sqlite_engine(url, create=create)
+    engine = create_engine(
+        url,
+        json_serializer=_dump,
+        pool_pre_ping=True,
+        pool_size=5,
+        max_overflow=20,
+        connect_args={"connect_timeout": 10, "application_name": "quantmill"},
+    )
+
+    @event.listens_for(engine, "connect")
+    def _limit(connection: Any, record: Any) -> None:
+        connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_SECONDS}s'")
+        connection.commit()
+
+    return engine
+
+
+def _sqlite_engine(url: URL, *, create: bool) -> Engine:
+    """SQLite in WAL mode, with explicit transactions: IMMEDIATE, so that a writer never has to upgrade a lock."""
+    assert url.database is not None
+    uri = f"{Path(url.database).as_uri()}?mode={'rwc' if create else 'rw'}"
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        try:
+            _configure_sqlite(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    engine = create_engine(url, creator=connect, json_serializer=_dump)
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        read_only = connection.get_execution_options().get("read_only", False)
+        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _configure_sqlite(connection: sqlite3.Connection) -> None:
+    """Set what a SQLite file does not remember, and the journal mode, which it does."""
+    connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            # Two processes that turn a new file to WAL at once: SQLite fails one without waiting for the other.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+        else:
+            return
+
+
+@contextmanager
+def converted_errors(url: URL) -> Iterator[None]:
+    """Raise the driver's errors as ours, with one line that names the database."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise _convert(error, url) from error
+
+
+def _convert(error: SQLAlchemyError, url: URL) -> DatabaseError:
+    cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    text = " ".join(str(cause).split()) or type(cause).__name__
+    where = f"database {url.render_as_string(hide_password=True)}"
+    low = text.lower()
+    if any(sign in low for sign in _FULL):
+        return DatabaseFullError(f"{where}: no room left, nothing was changed ({text})")
+    lost = isinstance(error, OperationalError | InterfaceError) or "file is not a database" in low
+    if lost and any(sign in low for sign in _UNREACHABLE):
+        return DatabaseUnreachableError(f"{where}: cannot be reached ({text})")
+    return DatabaseError(f"{where}: {text}")

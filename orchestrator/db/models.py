@@ -1,0 +1,271 @@
+"""The tables. What must always hold is a constraint here; alembic (migrations/) is the only way that they change.
+
+models ── jobs ─┬─ job_tasks ── tasks ── task_inputs (which task reads which)
+                └─ releases ── aliases      results (by key), kind_timings (sums over results), events
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    ColumnElement,
+    Float,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    literal_column,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
+
+from orchestrator.states import ACTIVE_JOBS, JobState, TaskState
+
+#: Schema revisions, oldest first, as named in migrations/versions. The last is the one that this code works with.
+REVISIONS = ("2026.11.0",)
+
+Digest = String(64)
+Name = String(128)
+Json = JSON(none_as_null=True)
+Seconds = Float(53)
+# SQLite numbers rows only in a column that is exactly INTEGER PRIMARY KEY.
+Serial = BigInteger().with_variant(Integer(), "sqlite")
+
+
+def sql_list(values: Iterable[StrEnum]) -> str:
+    """Write states as an SQL list, in a fixed order."""
+    return ", ".join(f"'{value.value}'" for value in sorted(values))
+
+
+def in_states(column: InstrumentedAttribute[str], states: Iterable[StrEnum]) -> ColumnElement[bool]:
+    """Compare a state with literals: a bound parameter would keep both databases from using a partial index."""
+    values = sorted(states)
+    if len(values) == 1:
+        return column == literal_column(f"'{values[0].value}'")
+    return column.in_([literal_column(f"'{value.value}'") for value in values])
+
+
+class Base(DeclarativeBase):
+    """Base of the tables; constraints are named so that SQLite's batch migrations can find them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class Model(Base):
+    """A registered model."""
+
+    __tablename__ = "models"
+
+    name: Mapped[str] = mapped_column(Name, primary_key=True)
+    digest: Mapped[str] = mapped_column(Digest, index=True)
+    class_name: Mapped[str] = mapped_column(Text)
+    source: Mapped[str] = mapped_column(Text)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    parameters: Mapped[int] = mapped_column(BigInteger)
+    inspection: Mapped[dict[str, Any]] = mapped_column(Json)
+    created_at: Mapped[float] = mapped_column(Seconds)
+
+
+class Job(Base):
+    """A recipe applied to a model. `target_task` is the task that ends it."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        CheckConstraint(f"state IN ({sql_list(JobState)})", name="state"),
+        CheckConstraint(f"(state IN ({sql_list(ACTIVE_JOBS)})) = (finished_at IS NULL)", name="finished"),
+        CheckConstraint("state <> 'failed' OR error IS NOT NULL", name="error"),
+        CheckConstraint("release IS NULL OR state = 'succeeded'", name="release"),
+        Index("ix_jobs_active", "created_at", postgresql_where=text("state IN ('queued', 'running')"),
+              sqlite_where=text("state IN ('queued', 'running')")),
+        Index("ix_jobs_active_target", "target_task", postgresql_where=text("state IN ('queued', 'running')"),
+              sqlite_where=text("state IN ('queued', 'running')")),
+    )  # fmt: skip
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    state: Mapped[str] = mapped_column(String(16))
+    priority: Mapped[int] = mapped_column(Integer)
+    model_name: Mapped[str] = mapped_column(ForeignKey("models.name"))
+    model_digest: Mapped[str] = mapped_column(Digest)
+    recipe_name: Mapped[str] = mapped_column(Text)
+    recipe_digest: Mapped[str] = mapped_column(Digest)
+    recipe: Mapped[dict[str, Any]] = mapped_column(Json)
+    release_name: Mapped[str | None] = mapped_column(Name)
+    target_task: Mapped[str | None] = mapped_column(ForeignKey("tasks.id"))
+    created_at: Mapped[float] = mapped_column(Seconds, index=True)
+    started_at: Mapped[float | None] = mapped_column(Seconds)
+    finished_at: Mapped[float | None] = mapped_column(Seconds)
+    error: Mapped[str | None] = mapped_column(Text)
+    release: Mapped[str | None] = mapped_column(String(160))
+    digest: Mapped[str | None] = mapped_column(Digest)
+    metrics: Mapped[dict[str, Any] | None] = mapped_column(Json)
+
+
+class Task(Base):
+    """One task, whoever wants it.
+
+    `inputs` holds digests and, while the task is blocked, references to other tasks' outputs; `waiting` counts the
+    distinct tasks among them that have not succeeded. `seq` is the order of arrival. A lease's columns are set
+    exactly while the task is running.
+    """
+
+    __tablename__ = "tasks"
+    __table_args__ = (
+        CheckConstraint(f"state IN ({sql_list(TaskState)})", name="state"),
+        CheckConstraint("(state = 'running') = (lease_token IS NOT NULL)", name="lease_token"),
+        CheckConstraint("(state = 'running') = (lease_owner IS NOT NULL)", name="lease_owner"),
+        CheckConstraint("(state = 'running') = (lease_until IS NOT NULL)", name="lease_until"),
+        CheckConstraint("state NOT IN ('queued', 'running', 'succeeded') OR key IS NOT NULL", name="key"),
+        CheckConstraint("state NOT IN ('queued', 'running', 'succeeded') OR waiting = 0", name="ready"),
+        CheckConstraint("state <> 'failed' OR error IS NOT NULL", name="error"),
+        CheckConstraint(
+            "waiting >= 0 AND attempt >= 0 AND faults_task >= 0 AND faults_infrastructure >= 0", name="counts"
+        ),
+        CheckConstraint("cpus >= 0 AND gpus >= 0 AND memory_bytes >= 0 AND work >= 0", name="resources"),
+        # The claim reads the head of one of these two and never sorts.
+        Index("ix_tasks_queued", text("priority DESC"), "seq", postgresql_where=text("state = 'queued'"),
+              sqlite_where=text("state = 'queued'")),
+        Index("ix_tasks_queued_cpu", text("priority DESC"), "seq",
+              postgresql_where=text("state = 'queued' AND gpus = 0"),
+              sqlite_where=text("state = 'queued' AND gpus = 0")),
+        Index("ix_tasks_queued_key", "key", postgresql_where=text("state = 'queued'"),
+              sqlite_where=text("state = 'queued'")),
+        # The same result is never computed twice at once, whatever the tasks' ids.
+        Index("uq_tasks_running_key", "key", unique=True, postgresql_where=text("state = 'running'"),
+              sqlite_where=text("state = 'running'")),
+        Index("ix_tasks_lease_until", "lease_until", postgresql_where=text("state = 'running'"),
+              sqlite_where=text("state = 'running'")),
+    )  # fmt: skip
+
+    seq: Mapped[int] = mapped_column(Serial, Identity(), primary_key=True)
+    id: Mapped[str] = mapped_column(Digest, unique=True)
+    kind: Mapped[str] = mapped_column(String(64))
+    version: Mapped[int] = mapped_column(Integer)
+    params: Mapped[dict[str, Any]] = mapped_column(Json)
+    inputs: Mapped[dict[str, list[Any]]] = mapped_column(Json)
+    cpus: Mapped[float] = mapped_column(Float(53))
+    gpus: Mapped[float] = mapped_column(Float(53))
+    memory_bytes: Mapped[int] = mapped_column(BigInteger)
+    work: Mapped[float] = mapped_column(Float(53))
+    label: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(String(16))
+    waiting: Mapped[int] = mapped_column(Integer)
+    key: Mapped[str | None] = mapped_column(Digest)
+    priority: Mapped[int] = mapped_column(Integer)
+    not_before: Mapped[float] = mapped_column(Seconds)
+    attempt: Mapped[int] = mapped_column(Integer)
+    faults_task: Mapped[int] = mapped_column(Integer)
+    faults_infrastructure: Mapped[int] = mapped_column(Integer)
+    lease_token: Mapped[str | None] = mapped_column(String(64))
+    lease_owner: Mapped[str | None] = mapped_column(Text)
+    lease_until: Mapped[float | None] = mapped_column(Seconds)
+    started_at: Mapped[float | None] = mapped_column(Seconds)
+    finished_at: Mapped[float | None] = mapped_column(Seconds)
+    error: Mapped[str | None] = mapped_column(Text)
+
+
+class TaskInput(Base):
+    """Task `task_id` reads an output of task `source_id`."""
+
+    __tablename__ = "task_inputs"
+
+    task_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"), primary_key=True)
+    source_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"), primary_key=True, index=True)
+
+
+class JobTask(Base):
+    """A job wants a task; `cached` if it needed no computing for that job."""
+
+    __tablename__ = "job_tasks"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    task_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"), primary_key=True, index=True)
+    cached: Mapped[bool]
+
+
+class Result(Base):
+    """What a key's task gave: names to digests, and metrics. Written once."""
+
+    __tablename__ = "results"
+
+    key: Mapped[str] = mapped_column(Digest, primary_key=True)
+    kind: Mapped[str] = mapped_column(String(64))
+    outputs: Mapped[dict[str, str]] = mapped_column(Json)
+    metrics: Mapped[dict[str, Any]] = mapped_column(Json)
+    seconds: Mapped[float] = mapped_column(Seconds)
+    created_at: Mapped[float] = mapped_column(Seconds)
+
+
+class KindTiming(Base):
+    """Sums over the recorded results of one kind and version, kept as they come so that no one has to scan them."""
+
+    __tablename__ = "kind_timings"
+
+    kind: Mapped[str] = mapped_column(String(64), primary_key=True)
+    version: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    n: Mapped[int] = mapped_column(BigInteger)
+    seconds: Mapped[float] = mapped_column(Seconds)
+    work: Mapped[float] = mapped_column(Float(53))
+
+
+class Event(Base):
+    """One line of the log. Ids grow in the order of commits (`session.py`), so a reader that follows misses none."""
+
+    __tablename__ = "events"
+    __table_args__ = (CheckConstraint("job_id IS NOT NULL OR task_id IS NOT NULL", name="subject"),)
+
+    id: Mapped[int] = mapped_column(Serial, Identity(), primary_key=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)
+    task_id: Mapped[str | None] = mapped_column(ForeignKey("tasks.id"))
+    attempt: Mapped[int | None] = mapped_column(Integer)
+    at: Mapped[float] = mapped_column(Seconds)
+    event: Mapped[str] = mapped_column(String(32))
+    data: Mapped[dict[str, Any]] = mapped_column(Json)
+
+
+class Release(Base):
+    """A published artifact. The same bytes under the same name are one version."""
+
+    __tablename__ = "releases"
+    __table_args__ = (
+        UniqueConstraint("name", "digest"),
+        CheckConstraint("version >= 1", name="version"),
+        CheckConstraint("bytes >= 0", name="bytes"),
+    )
+
+    name: Mapped[str] = mapped_column(Name, primary_key=True)
+    version: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    digest: Mapped[str] = mapped_column(Digest, index=True)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[float] = mapped_column(Seconds)
+    metrics: Mapped[dict[str, Any]] = mapped_column(Json)
+
+
+class Alias(Base):
+    """A movable name of one version of a release."""
+
+    __tablename__ = "aliases"
+    __table_args__ = (ForeignKeyConstraint(["name", "version"], ["releases.name", "releases.version"]),)
+
+    name: Mapped[str] = mapped_column(Name, primary_key=True)
+    alias: Mapped[str] = mapped_column(Name, primary_key=True)
+    version: Mapped[int] = mapped_column(Integer)

@@ -1,8 +1,9 @@
 """What a denoiser is told besides the sample and the timestep, drawn per seed.
 
-A *conditioning* is a flat mapping from forward keyword (dotted for entries of a dictionary argument) to a tensor whose rows are
-samples. Class labels are drawn from the seed. Everything else comes from a `conditioning.safetensors` beside the model: the same
-keys, one row per prompt, and optionally rows without a prompt under `null.<key>`, for classifier-free guidance.
+A *conditioning* is a flat mapping from forward keyword (dotted for entries of a dictionary argument) to a tensor whose
+rows are samples. Class labels are drawn from the seed. Everything else comes from a `conditioning.safetensors` beside
+the model: the same keys, one row per prompt, and optionally rows without a prompt under `null.<key>`, for
+classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -115,7 +116,8 @@ def draw_conditioning(model: nn.Module, seeds: Sequence[int], file: Path | None)
     Raises
     ------
     ConditioningError
-        If the model needs what can neither be drawn nor is in the file, or the file's tensors differ in their number of rows.
+        If the model needs what can neither be drawn nor is in the file, or the file's tensors differ in their number
+        of rows.
     """
     fields = conditioning_fields(model)
     stored = {} if file is None else _read_rows(file, seeds)
@@ -137,8 +139,8 @@ def null_conditioning(
 ) -> dict[str, Tensor]:
     """Return the unconditional counterpart of a conditioning, for classifier-free guidance.
 
-    Rows `null.<key>` of the file replace those of `<key>`; class labels become `null_class`, or the extra row that the model's label
-    embedding has beyond its classes; entries without either are kept (time ids, sizes).
+    Rows `null.<key>` of the file replace those of `<key>`; class labels become `null_class`, or the extra row that the
+    model's label embedding has beyond its classes; entries without either are kept (time ids, sizes).
 
     Raises
     ------
@@ -158,8 +160,9 @@ def null_conditioning(
         if null is not None:
             nulls["class_labels"] = torch.full_like(conditioning["class_labels"], null)
     if not nulls:
+        where = file or "a conditioning file"
         raise ConditioningError(
-            f"guidance of {type(model).__name__}: got neither a null class nor null.* rows in {file or 'a conditioning file'}, "
+            f"guidance of {type(model).__name__}: got neither a null class nor null.* rows in {where}, "
             "wanted one of them for a guidance scale other than 1"
         )
     return dict(conditioning) | nulls

@@ -41,8 +41,9 @@ def load_denoiser(folder: str | Path) -> Denoiser:
     Parameters
     ----------
     folder : str | Path
-        Holds `config.json` itself or in a subfolder `denoiser`, `unet` or `transformer`; `scheduler/scheduler_config.json`
-        and `conditioning.safetensors` are looked for in it, then (for the former kind) in its parent.
+        Holds `config.json` itself or in a subfolder `denoiser`, `unet` or `transformer`;
+        `scheduler/scheduler_config.json` and `conditioning.safetensors` are looked for in it, then (for the former
+        kind) in its parent.
 
     Returns
     -------
@@ -192,8 +193,9 @@ def config_value(model: nn.Module, *names: str) -> Any:
 def sample_shape(model: nn.Module, tokens: int | None = None) -> tuple[int, ...]:
     """Return the shape of one sample of a denoiser, without the batch dimension.
 
-    (C, H, W) or, for a network of 1-D convolutions, (C, L), from the config's `in_channels` and `sample_size`; (tokens, C) for a
-    network without a `sample_size`, which denoises packed latents, where `tokens` counts them (default 1024).
+    (C, H, W) or, for a network of 1-D convolutions, (C, L), from the config's `in_channels` and `sample_size`;
+    (tokens, C) for a network without a `sample_size`, which denoises packed latents, where `tokens` counts them
+    (default 1024).
 
     Raises
     ------

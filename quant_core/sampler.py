@@ -1,7 +1,7 @@
 """Run a sampler once, from seeds to samples, and show every denoiser call to whoever asks.
 
-Each seed has its own generator, for its initial noise and for the noise that stochastic samplers add, so a sample does not depend on
-which others are in its batch (beyond the rounding of batched arithmetic).
+Each seed has its own generator, for its initial noise and for the noise that stochastic samplers add, so a sample does
+not depend on which others are in its batch (beyond the rounding of batched arithmetic).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def make_scheduler(spec: SamplerSpec, scheduler_config: Mapping[str, Any] | None
     name = spec.scheduler or config.get("_class_name")
     if name is None:
         raise QuantizationError("sampler: the model has no scheduler config, wanted sampler.scheduler")
-    cls = getattr(diffusers, name, None)
+    cls: Any = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and hasattr(cls, "set_timesteps") and hasattr(cls, "step")):
         raise QuantizationError(
             f"sampler.scheduler: got {name!r}, wanted a scheduler class of diffusers {diffusers.__version__}"
@@ -108,7 +108,7 @@ def start(scheduler: Any, spec: SamplerSpec, tokens: int, device: torch.device |
 
 
 def _shift(config: Mapping[str, Any], tokens: int) -> float:
-    """Return the shift `mu` for a number of image tokens, linear between the config's two anchors (as in diffusers' Flux)."""
+    """Return the shift `mu` for a number of image tokens, linear between the config's two anchors (as for Flux)."""
     base, top = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return low + (high - low) * (tokens - base) / (top - base)
@@ -127,7 +127,8 @@ class Step:
     first : int
         Position of the batch's first seed in the list of seeds.
     x : Tensor, shape (R, ...), dtype float32
-        Inputs; R is the number of seeds, or twice that with guidance (rows: seed 0 with, seed 0 without the condition, …).
+        Inputs; R is the number of seeds, or twice that with guidance (rows: seed 0 with, seed 0 without the condition,
+        …).
     conditioning : mapping of str to Tensor, R rows
     prediction : Tensor, shape as `x`
         The denoiser's output, before guidance.

@@ -1,7 +1,8 @@
-"""One forward of a denoiser, watched: the order in which layers run, their multiplications, and which inputs are concatenations.
+"""One forward of a denoiser, watched: the order in which layers run, their multiplications, and which inputs are
+concatenations.
 
-Module hooks see layers and attentions; a `TorchFunctionMode` sees concatenations and matmuls between two activations. No model class
-is named.
+Module hooks see layers and attentions; a `TorchFunctionMode` sees concatenations and matmuls between two activations.
+No model class is named.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Event:
 class Trace:
     """A forward at batch 1.
 
-    `layers` and `attentions` (multiplications of their matmuls) are in the order of their first call; `events` has every call;
-    `spans` gives float32 bytes in and out of every module that ran, for its first call.
+    `layers` and `attentions` (multiplications of their matmuls) are in the order of their first call; `events` has
+    every call; `spans` gives float32 bytes in and out of every module that ran, for its first call.
     """
 
     layers: Mapping[str, LayerTrace]
@@ -92,8 +93,8 @@ def trace_denoiser(model: nn.Module, x: Tensor, t: Tensor | float, conditioning:
 
     Notes
     -----
-    A split is recorded only if every call of the layer got the same one, and only for a concatenation that mixes activations: one
-    inside a module without parameters (the sine and cosine halves of a timestep embedding) is not.
+    A split is recorded only if every call of the layer got the same one, and only for a concatenation that mixes
+    activations: one inside a module without parameters (the sine and cosine halves of a timestep embedding) is not.
     """
     recorder = _Recorder()
     with ExitStack() as cleanup, torch.no_grad():
@@ -140,7 +141,8 @@ def _watch(name: str, module: nn.Module, recorder: _Recorder) -> Iterable[torch.
 
 
 def _record_layer(name: str, layer: nn.Module, x: Tensor, output: Tensor, recorder: _Recorder) -> None:
-    macs = output.numel() * math.prod(layer.weight.shape[1:])
+    weight = layer.get_parameter("weight")
+    macs = output.numel() * math.prod(weight.shape[1:])
     recorder.events.append(Event(name, macs))
     recorder.input_bytes.setdefault(name, 4 * x.numel())
     dim, sizes = recorder.concatenated.get(x, (None, None))

@@ -1,9 +1,10 @@
 """Find the units of any diffusers denoiser: the blocks that are reconstructed as a whole.
 
-The rule looks at structure only. A ModuleList or Sequential with an item that holds at least two quantizable layers is a *stack of
-blocks*. A module that holds at least two quantizable layers and has no stack inside is a unit (ResnetBlock, attention,
-transformer block, timestep MLP); a layer outside of any is a unit of its own (conv_in, downsamplers, proj_out). So a residual block or
-a transformer block stays whole, whatever it is called, and a stage that strings such blocks together is taken apart.
+The rule looks at structure only. A ModuleList or Sequential with an item that holds at least two quantizable layers is
+a *stack of blocks*. A module that holds at least two quantizable layers and has no stack inside is a unit
+(ResnetBlock, attention, transformer block, timestep MLP); a layer outside of any is a unit of its own (conv_in,
+downsamplers, proj_out). So a residual block or a transformer block stays whole, whatever it is called, and a stage
+that strings such blocks together is taken apart.
 """
 
 from __future__ import annotations

@@ -1,0 +1,121 @@
+"""What all commands share: the global options, `--json` anywhere, and how answers are written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.settings import Settings, resolve_settings
+
+if TYPE_CHECKING:
+    from orchestrator.service import Service
+
+#: Key of `click.Context.meta`, which all contexts of one call share.
+JSON_KEY = "quantmill.json"
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """The settings of one call, and the two ways to answer: text, or one JSON document."""
+
+    settings: Settings
+
+    @property
+    def json(self) -> bool:
+        """Return whether `--json` was given, before or after the command's name."""
+        return bool(click.get_current_context().meta.get(JSON_KEY))
+
+    @contextmanager
+    def service(self) -> Iterator[Service]:
+        """Open the database and the store; the home is made on first use."""
+        from orchestrator.service import open_service
+
+        with open_service(self.settings) as service:
+            yield service
+
+    def answer(self, document: Any, text: Callable[[], str]) -> None:
+        """Write the answer on stdout: the document as JSON if asked for, else the text."""
+        if self.json:
+            click.echo(json.dumps(document, indent=2, allow_nan=False))
+        elif rendered := text():
+            click.echo(rendered)
+
+    def tell(self, message: str) -> None:
+        """Write a message for a person, on stderr."""
+        click.echo(message, err=True)
+
+
+pass_app = click.make_pass_decorator(App)
+
+
+def _set_json(context: click.Context, _parameter: click.Parameter, given: bool) -> None:
+    if given:
+        context.meta[JSON_KEY] = True
+
+
+def _json_option() -> click.Option:
+    return click.Option(
+        ["--json"],
+        is_flag=True,
+        expose_value=False,
+        callback=_set_json,
+        help="Answer with one JSON document on stdout.",
+    )
+
+
+class Command(click.Command):
+    """A command that takes `--json`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_json_option())
+
+
+class Group(click.Group):
+    """A group that takes `--json` and whose commands do."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_json_option())
+
+
+class LazyGroup(Group):
+    """A group that imports a command only when it is called, so that `--help` answers at once.
+
+    `lazy` maps a command's name to ("module:attribute", one line of help).
+    """
+
+    def __init__(self, *args: Any, lazy: Mapping[str, tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lazy = lazy
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of the table."""
+        return list(self.lazy)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in self.lazy:
+            return None
+        module, _, attribute = self.lazy[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, importing none."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in self.lazy.items()])
+
+
+def make_app(home: str | None, db: str | None, store: str | None, ray: str | None) -> App:
+    """Resolve the global options against the environment."""
+    return App(resolve_settings(os.environ, home=home, database_url=db, store_url=store, ray_address=ray))

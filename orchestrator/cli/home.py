@@ -1,0 +1,54 @@
+"""`quantmill init` and `quantmill db`."""
+
+from __future__ import annotations
+
+import click
+
+from orchestrator.cli.app import App, Command, Group, pass_app
+from orchestrator.db.session import SchemaState, current, upgrade
+from orchestrator.service import initialise
+
+
+@click.command(cls=Command)
+@pass_app
+def init(app: App) -> None:
+    """Create the home, the database's schema and the store. Doing it again changes nothing."""
+    state = initialise(app.settings)
+    document = {
+        "home": str(app.settings.home),
+        "database": shown_url(app.settings.database_url),
+        "store": app.settings.store_url,
+        "schema": state.revision,
+    }
+    app.answer(document, lambda: "\n".join(f"{name:<9} {value}" for name, value in document.items()))
+
+
+@click.group(cls=Group)
+def db() -> None:
+    """Look at or upgrade the database's schema."""
+
+
+@db.command("current")
+@pass_app
+def db_current(app: App) -> None:
+    """Show which schema the database has, and which one this Quantmill works with."""
+    _show(app, current(app.settings.database_url))
+
+
+@db.command("upgrade")
+@pass_app
+def db_upgrade(app: App) -> None:
+    """Bring the database to this Quantmill's schema. Stop every `quantmill serve` of an older version first."""
+    _show(app, upgrade(app.settings.database_url))
+
+
+def _show(app: App, state: SchemaState) -> None:
+    document = {"revision": state.revision, "head": state.head, "current": state.revision == state.head}
+    app.answer(document, lambda: f"schema {state.revision or 'none'}, wanted {state.head}")
+
+
+def shown_url(url: str) -> str:
+    """Return a database URL without its password."""
+    head, at, tail = url.rpartition("@")
+    scheme, colon, credentials = head.partition("://")
+    return f"{scheme}{colon}{credentials.partition(':')[0]}@{tail}" if at and colon else url

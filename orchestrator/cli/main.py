@@ -1,0 +1,95 @@
+"""`quantmill`: the table of commands, and what each way to fail returns to the shell.
+
+Exit codes: 0 done, 1 our fault, 2 usage or invalid input, 100 job failed, 101 not finished in time, 102 not found,
+103 cancelled.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from kernels.errors import QuantServiceError
+from orchestrator.cli.app import LazyGroup, make_app
+
+COMMANDS = {
+    "init": ("orchestrator.cli.home:init", "Create the home, the database and the store."),
+    "doctor": ("orchestrator.cli.doctor:doctor", "Check the database, the store, Ray and this machine."),
+    "db": ("orchestrator.cli.home:db", "Look at or upgrade the database's schema."),
+    "models": ("orchestrator.cli.models:models", "Register and show models."),
+    "recipes": ("orchestrator.cli.recipes:recipes", "Show and validate recipes."),
+    "run": ("orchestrator.cli.run:run", "Submit a job and execute it here, with progress."),
+    "submit": ("orchestrator.cli.submit:submit", "Queue a job."),
+    "serve": ("orchestrator.cli.serve:serve", "Execute queued jobs on Ray; any number may run."),
+    "jobs": ("orchestrator.cli.jobs:jobs", "Follow, cancel and retry jobs."),
+    "artifacts": ("orchestrator.cli.artifacts:artifacts", "List, pull, verify, name and compare releases."),
+    "bench": ("orchestrator.cli.bench:bench", "Measure a release on this machine: latency, images/s, memory."),
+    "report": ("orchestrator.cli.report:report", "Write a job's report, one HTML file."),
+}
+
+#: The kernel's ways to say that there is no room for more bytes.
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@click.group(
+    cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.option("--home", metavar="DIR", help="Folder of the embedded database and store. [QUANTMILL_HOME, ~/.quantmill]")
+@click.option("--db", metavar="URL", help="Database: sqlite:////PATH or postgresql://... [QUANTMILL_DB]")
+@click.option("--store", metavar="URL", help="Object store: a folder or s3://BUCKET/PREFIX. [QUANTMILL_STORE]")
+@click.option(
+    "--ray", metavar="ADDRESS", help="Ray cluster to run on; a local one is started by default. [RAY_ADDRESS]"
+)
+@click.version_option(package_name="quantmill", message="quantmill %(version)s")
+@click.pass_context
+def cli(context: click.Context, home: str | None, db: str | None, store: str | None, ray: str | None) -> None:
+    """Quantize diffusion models to packed low-bit releases that diffusers loads."""
+    context.obj = make_app(home, db, store, ray)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run_cli(arguments))
+
+
+def run_cli(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; what went wrong becomes one line on stderr and an exit code."""
+    try:
+        result = cli.main(
+            args=list(arguments) if arguments is not None else None, prog_name="quantmill", standalone_mode=False
+        )
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130)
+    except QuantServiceError as error:
+        return _fail(_one_line(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) is gone; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            traceback.print_exc()
+            return _fail(_one_line(error), 1)
+        where = error.filename or "a file"
+        return _fail(f"no room left to write {where}: got {error.strerror}, wanted free space", 2)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(f"this is a fault of Quantmill: {_one_line(error)}", 1)
+    return result if isinstance(result, int) else 0
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"error: {message}", err=True)
+    return code

@@ -1,0 +1,68 @@
+"""What a report shows, as plain values; `orchestrator.report.collect` fills it, the template draws it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.report.images import Strips
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One quantized layer: bits of its weights and activations (None: left as it is), and its error."""
+
+    name: str
+    unit: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_bits: int | None
+    act_bits: int | None
+    gmacs: float
+    sqnr_db: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRow:
+    """One unit: the error of its output, in dB, after rounding and after reconstruction (None: not measured)."""
+
+    name: str
+    rounded_db: float | None
+    reconstructed_db: float | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class KindTime:
+    """The tasks of one kind: how many, how many were already known, and the seconds that computing them took."""
+
+    kind: str
+    tasks: int
+    cached: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ReportData:
+    """A finished job, ready to draw; `wall_seconds` is from submission to the end."""
+
+    job: str
+    release: str
+    digest: str
+    model: str
+    model_class: str
+    model_digest: str
+    parameters: int
+    recipe: str
+    recipe_digest: str
+    recipe_yaml: str
+    finished: str
+    wall_seconds: float
+    metrics: Mapping[str, Any]
+    protocol: tuple[tuple[str, str], ...]
+    provenance: tuple[tuple[str, str], ...]
+    strips: tuple[Strips, ...]
+    layers: tuple[LayerRow, ...]
+    units: tuple[UnitRow, ...]
+    kinds: tuple[KindTime, ...]

@@ -1,0 +1,67 @@
+"""Where Quantmill keeps things: the home folder, the database, the store and the Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+CACHE_BYTES = 20 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What every command works with.
+
+    `database_url` and `store_url` lie in the home folder unless they were given; `ray_address` is None where a local
+    Ray is to be started.
+    """
+
+    home: Path
+    database_url: str
+    store_url: str
+    ray_address: str | None
+    embedded_database: bool
+    embedded_store: bool
+
+    @property
+    def cache_dir(self) -> Path:
+        """Return the folder of this machine's copies of what lies in a remote store."""
+        return self.home / "cache"
+
+    @property
+    def database_path(self) -> Path:
+        """Return the file of the embedded database."""
+        return self.home / "quantmill.db"
+
+
+def resolve_settings(
+    environ: Mapping[str, str],
+    *,
+    home: str | None = None,
+    database_url: str | None = None,
+    store_url: str | None = None,
+    ray_address: str | None = None,
+) -> Settings:
+    """Return the settings from what was given, else from the environment, else the embedded defaults.
+
+    Parameters
+    ----------
+    environ
+        Read for `QUANTMILL_HOME`, `QUANTMILL_DB`, `QUANTMILL_STORE` and `RAY_ADDRESS`; an empty value counts as absent.
+    home, database_url, store_url, ray_address
+        What the command line gave; these win.
+    """
+    folder = Path(home or environ.get("QUANTMILL_HOME") or "~/.quantmill").expanduser().absolute()
+    given_database = database_url or environ.get("QUANTMILL_DB")
+    given_store = store_url or environ.get("QUANTMILL_STORE")
+    if given_store and "://" not in given_store:
+        given_store = str(Path(given_store).expanduser().absolute())
+    return Settings(
+        home=folder,
+        database_url=given_database or f"sqlite:///{folder / 'quantmill.db'}",
+        store_url=given_store or str(folder / "store"),
+        ray_address=ray_address or environ.get("RAY_ADDRESS") or None,
+        embedded_database=not given_database,
+        embedded_store=not given_store,
+    )

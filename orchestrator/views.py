@@ -1,0 +1,81 @@
+"""What the command line shows of jobs, models and releases, as JSON; a page could show the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.db.rows import EventRow, JobRow, ModelRow, ReleaseRow
+from orchestrator.text import utc_text
+
+
+def job_view(job: JobRow, tasks: Mapping[str, int], now: float) -> dict[str, Any]:
+    """Return a job as `run`, `jobs show` and `jobs wait` show it.
+
+    Parameters
+    ----------
+    job
+        The job.
+    tasks
+        Counts: total, cached, succeeded, failed, running, queued.
+    now
+        The database's time; `seconds` runs from submission to the end, or to now.
+    """
+    return {
+        "job": job.id,
+        "state": job.state.value,
+        "model": job.model_name,
+        "recipe": job.recipe_name,
+        "tasks": {name: tasks[name] for name in ("total", "cached", "succeeded", "failed", "running", "queued")},
+        "seconds": round(max((job.finished_at or now) - job.created_at, 0.0), 3),
+        "release": job.release,
+        "digest": job.digest,
+        "metrics": job.metrics,
+        "error": job.error,
+        "priority": job.priority,
+        "model_digest": job.model_digest,
+        "recipe_digest": job.recipe_digest,
+        "created_at": utc_text(job.created_at),
+        "started_at": utc_text(job.started_at),
+        "finished_at": utc_text(job.finished_at),
+    }
+
+
+def release_view(release: ReleaseRow) -> dict[str, Any]:
+    """Return a release as `artifacts ls` and `artifacts show` show it."""
+    return {
+        "name": release.name,
+        "version": release.version,
+        "digest": release.digest,
+        "bytes": release.bytes,
+        "aliases": list(release.aliases),
+        "job": release.job,
+        "created_at": utc_text(release.created_at),
+        "metrics": release.metrics,
+    }
+
+
+def model_view(model: ModelRow) -> dict[str, Any]:
+    """Return a model as `models ls` shows it."""
+    return {
+        "name": model.name,
+        "digest": model.digest,
+        "class_name": model.class_name,
+        "source": model.source,
+        "bytes": model.bytes,
+        "parameters": model.parameters,
+        "created_at": utc_text(model.created_at),
+    }
+
+
+def event_view(event: EventRow) -> dict[str, Any]:
+    """Return one event of a job's log."""
+    return {
+        "id": event.id,
+        "at": utc_text(event.at),
+        "job": event.job,
+        "task": event.task,
+        "attempt": event.attempt,
+        "event": event.event,
+        **dict(event.data),
+    }

@@ -1,0 +1,51 @@
+"""Every statement that the rest of Quantmill makes, one function each, by name."""
+
+from __future__ import annotations
+
+from orchestrator.db.enqueue import enqueue_graph
+from orchestrator.db.jobs import (
+    cancel_job,
+    create_job,
+    events,
+    find_job,
+    find_task,
+    job_counts,
+    job_kinds,
+    list_jobs,
+    list_tasks,
+    retry_job,
+    work_left,
+)
+from orchestrator.db.queue import claim_tasks, fail_task, finish_task, reap_expired, release_task, renew_leases
+from orchestrator.db.registry import add_model, find_model, kind_timings, known_results, list_models, live_digests
+from orchestrator.db.releases import find_release, list_releases, set_alias
+
+__all__ = [
+    "add_model",
+    "find_model",
+    "list_models",
+    "create_job",
+    "enqueue_graph",
+    "cancel_job",
+    "retry_job",
+    "find_job",
+    "list_jobs",
+    "job_counts",
+    "job_kinds",
+    "list_tasks",
+    "find_task",
+    "events",
+    "work_left",
+    "claim_tasks",
+    "renew_leases",
+    "finish_task",
+    "fail_task",
+    "release_task",
+    "reap_expired",
+    "known_results",
+    "kind_timings",
+    "list_releases",
+    "find_release",
+    "set_alias",
+    "live_digests",
+]

@@ -1,0 +1,99 @@
+"""Registered models, recorded results, and which bytes all of the database still means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from sqlalchemy import insert, select
+from sqlalchemy.orm import Session
+
+from kernels.errors import InvalidInputError
+from orchestrator.db.clock import epoch_seconds
+from orchestrator.db.models import KindTiming, Model, Release, Result
+from orchestrator.db.rows import ModelRow, Timing
+from orchestrator.db.session import lock_enqueue
+from orchestrator.db.statements import batches
+from orchestrator.errors import NotFoundError
+from workers.names import check_name
+
+_DIGEST_PREFIX = re.compile(r"[0-9a-f]{4,64}")
+
+
+def add_model(session: Session, model: ModelRow) -> ModelRow:
+    """Register a model; the same name and digest again is the model that is there.
+
+    Raises
+    ------
+    InvalidInputError
+        If the name is not one, or names another model.
+    """
+    check_name(model.name)
+    # Two that register the same model at once: the second waits, then finds it there.
+    lock_enqueue(session)
+    present = session.get(Model, model.name)
+    if present is None:
+        values = {name: getattr(model, name) for name in ModelRow.__slots__ if name != "created_at"}
+        session.execute(insert(Model).values(**values, created_at=epoch_seconds()))
+    elif present.digest != model.digest:
+        raise InvalidInputError(
+            f"model name {model.name!r}: got digest {model.digest[:12]}, but it names {present.digest[:12]}; "
+            "wanted another name"
+        )
+    return find_model(session, model.name)
+
+
+def find_model(session: Session, name: str) -> ModelRow:
+    """Return a model by its name, or by at least 4 digits of its digest (of several names, the first registered).
+
+    Raises
+    ------
+    NotFoundError
+        If there is none.
+    InvalidInputError
+        If the digits fit several models.
+    """
+    model = session.get(Model, name)
+    if model is not None:
+        return _model_row(model)
+    rows: Sequence[Model] = []
+    if _DIGEST_PREFIX.fullmatch(name):
+        statement = select(Model).where(Model.digest.startswith(name)).order_by(Model.created_at, Model.name)
+        rows = session.scalars(statement).all()
+    if not rows:
+        raise NotFoundError(f"model: got {name!r}, wanted one of models ls")
+    if len({row.digest for row in rows}) > 1:
+        raise InvalidInputError(f"model: got {name!r}, which fits {len(rows)} models; wanted more digits")
+    return _model_row(rows[0])
+
+
+def list_models(session: Session) -> list[ModelRow]:
+    """Return the registered models by name."""
+    return [_model_row(model) for model in session.scalars(select(Model).order_by(Model.name))]
+
+
+def known_results(session: Session, keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the outputs of those keys that have a recorded result."""
+    known: dict[str, dict[str, str]] = {}
+    for batch in batches(keys):
+        statement = select(Result.key, Result.outputs).where(Result.key.in_(batch))
+        known.update((row.key, row.outputs) for row in session.execute(statement))
+    return known
+
+
+def kind_timings(session: Session) -> dict[str, Timing]:
+    """Return what the recorded tasks of each kind took, of the newest version of the kind that has any."""
+    rows = session.scalars(select(KindTiming).order_by(KindTiming.kind, KindTiming.version))
+    return {row.kind: Timing(row.n, row.seconds, row.work) for row in rows}
+
+
+def live_digests(session: Session) -> Iterator[str]:
+    """Stream the digests that results, models and releases name; the bytes of all others may go."""
+    yield from session.scalars(select(Model.digest))
+    yield from session.scalars(select(Release.digest))
+    for outputs in session.scalars(select(Result.outputs).execution_options(yield_per=1000)):
+        yield from outputs.values()
+
+
+def _model_row(model: Model) -> ModelRow:
+    return ModelRow(**{name: getattr(model, name) for name in ModelRow.__slots__})

@@ -1,0 +1,33 @@
+"""The JSON schema of recipe files, for editors and other tools."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.recipes.schema import Recipe
+
+#: Sections where null is a value or an error, never the removal of what was inherited.
+_EXACT = {"LayerException", "WeightsException", "ActivationsException"}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a recipe file: a recipe's keys, each of which may be null, and `extends`."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Quantmill recipe"
+    for definition in (schema, *(d for name, d in schema["$defs"].items() if name not in _EXACT)):
+        properties = definition["properties"]
+        definition["properties"] = {name: _nullable(value) for name, value in properties.items()}
+    extends = {"type": ["string", "null"], "description": "A shipped recipe, or a file relative to this one."}
+    schema["properties"] = {"extends": extends, **schema["properties"]}
+    return schema
+
+
+def _nullable(value: dict[str, Any]) -> dict[str, Any]:
+    """Let a property be null, which removes what was inherited."""
+    notes: dict[str, Any] = {key: value[key] for key in ("default", "description", "title") if key in value}
+    plain = {key: item for key, item in value.items() if key not in notes}
+    options = plain["anyOf"] if set(plain) == {"anyOf"} else [plain]
+    if {"type": "null"} not in options:
+        options = [*options, {"type": "null"}]
+    return {"anyOf": options, **notes}

@@ -1,0 +1,135 @@
+"""From a reference to a recipe: read its layers, check the whole, give it a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.errors import RecipeError
+from orchestrator.graph import canonical_json
+from orchestrator.recipes.layers import Layer, assign, merge, read_layers, recipe_path, shipped_names
+from orchestrator.recipes.messages import first_problem
+from orchestrator.recipes.schema import Recipe
+
+#: What says nothing about the result.
+_UNDIGESTED = ("name", "description")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedRecipe:
+    """A recipe, and the files that it refers to, by digest; they must be in the store when it runs."""
+
+    recipe: Recipe
+    files: Mapping[str, Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """The one text of a recipe: canonical JSON with every field, and the SHA-256 of it without name and description."""
+
+    json: str
+    digest: str
+
+
+def load_recipe(reference: str | Path, overrides: Sequence[str] = (), *, folder: Path | None = None) -> LoadedRecipe:
+    """Load a recipe.
+
+    Parameters
+    ----------
+    reference
+        Name of a shipped recipe, or a file.
+    overrides
+        Assignments `a.b=v` that go on top, in order; v is YAML.
+    folder
+        Where relative file names start; the current folder by default.
+
+    Returns
+    -------
+    LoadedRecipe
+        Its name is that of the file unless the file (not what it extends) states one.
+
+    Raises
+    ------
+    RecipeError
+        If it does not exist, cannot be read, or is not valid: one line that says where, what it got and what it wanted.
+    """
+    here = Path.cwd() if folder is None else folder.absolute()
+    layers = read_layers(recipe_path(str(reference), here))
+    values: dict[str, Any] = {}
+    for layer in layers:
+        own = {key: value for key, value in _anchored(layer).items() if layer is layers[-1] or key not in _UNDIGESTED}
+        values = merge(values, own)
+    values.setdefault("name", layers[-1].name)
+    for override in overrides:
+        values = assign(values, override)
+    files = _replace_files(values, here)
+    return LoadedRecipe(recipe_from_json(values), files)
+
+
+def recipe_from_json(values: Mapping[str, Any]) -> Recipe:
+    """Check a recipe that is given as JSON values, such as a job's.
+
+    Raises
+    ------
+    RecipeError
+        If it is not valid.
+    """
+    try:
+        return Recipe.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        raise RecipeError(first_problem(error, Recipe)) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"recipe: got a value that JSON cannot hold ({error})") from error
+
+
+def resolve(recipe: Recipe) -> Resolved:
+    """Return a recipe's canonical JSON and digest."""
+    values = recipe.model_dump(mode="json")
+    digested = {key: value for key, value in values.items() if key not in _UNDIGESTED}
+    return Resolved(canonical_json(values), hashlib.sha256(canonical_json(digested).encode()).hexdigest())
+
+
+def shipped_recipes() -> dict[str, Recipe]:
+    """Return the recipes that come with Quantmill, by name."""
+    return {name: load_recipe(name).recipe for name in shipped_names()}
+
+
+def _weights_file(values: Mapping[str, Any]) -> str | None:
+    """Return what a recipe says about the extractor's weights, if that is text."""
+    section = values.get("evaluation")
+    stated = section.get("extractor_weights") if isinstance(section, Mapping) else None
+    return stated if isinstance(stated, str) and stated else None
+
+
+def _anchored(layer: Layer) -> dict[str, Any]:
+    """Return what a layer says, with the file that it names made independent of where it lies."""
+    stated = _weights_file(layer.values)
+    if stated is None or _DIGEST.fullmatch(stated):
+        return layer.values
+    path = str(layer.folder / Path(stated).expanduser())
+    return layer.values | {"evaluation": layer.values["evaluation"] | {"extractor_weights": path}}
+
+
+def _replace_files(values: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Put digests for the files that a recipe names, in place; return the files by digest."""
+    stated = _weights_file(values)
+    if stated is None or _DIGEST.fullmatch(stated):
+        return {}
+    path = folder / Path(stated).expanduser()
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise RecipeError(
+            f"evaluation.extractor_weights: got {stated} ({error.strerror}), wanted a readable file"
+        ) from error
+    values["evaluation"] = values["evaluation"] | {"extractor_weights": digest}
+    return {digest: path}

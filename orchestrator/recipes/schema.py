@@ -54,13 +54,21 @@ class Sampler(_Section):
         default=None, description="Scheduler class of diffusers; null takes the model's own."
     )
     num_inference_steps: Count = 20
-    eta: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="Share of DDPM's noise in DDIM-like schedulers.")
-    guidance_scale: Annotated[float, Field(ge=0)] = Field(default=1.0, description="Classifier-free guidance; 1 is none.")
+    eta: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="Share of DDPM's noise in DDIM-like schedulers."
+    )
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Classifier-free guidance; 1 is none."
+    )
     null_class: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description='Label that means "no class", if it is not the embedding\'s extra row.'
     )
-    timestep_scale: Positive = Field(default=1.0, description="What the denoiser gets per unit of the scheduler's timestep.")
-    mu: float | None = Field(default=None, description="Resolution shift of schedulers that take one; null computes it.")
+    timestep_scale: Positive = Field(
+        default=1.0, description="What the denoiser gets per unit of the scheduler's timestep."
+    )
+    mu: float | None = Field(
+        default=None, description="Resolution shift of schedulers that take one; null computes it."
+    )
     options: dict[str, Any] = Field(default={}, description="Overrides of the scheduler's config.")
 
     @property
@@ -146,7 +154,7 @@ class LayerException(_Section):
     """Layers that are treated differently; of several entries that match a layer, later ones win."""
 
     match: Annotated[str, Field(pattern=r"^(@first|@last|[^@].*)$")] = Field(
-       default= description="Glob over layer and attention names, or @first or @last."
+        description="Glob over layer and attention names, or @first or @last."
     )
     weights: WeightsException = WeightsException()
     activations: ActivationsException = ActivationsException()
@@ -178,9 +186,15 @@ class Round(_Pass):
     method: Literal["nearest", "closed_form"] = "nearest"
     inputs: Literal["fp"] = "fp"
     samples: Count = Field(default=32, description="Calibration seeds that the Hessian is taken over, at most.")
-    positions: Count = Field(default=256, description="Output positions per sample that the Hessian is taken over, at most.")
-    damping: Annotated[float, Field(ge=0)] = Field(default=0.01, description="Share of the mean diagonal added to the Hessian.")
-    sweeps: Annotated[int, Field(ge=0)] = Field(default=4, description="Coordinate-descent sweeps after the first rounding.")
+    positions: Count = Field(
+        default=256, description="Output positions per sample that the Hessian is taken over, at most."
+    )
+    damping: Annotated[float, Field(ge=0)] = Field(
+        default=0.01, description="Share of the mean diagonal added to the Hessian."
+    )
+    sweeps: Annotated[int, Field(ge=0)] = Field(
+        default=4, description="Coordinate-descent sweeps after the first rounding."
+    )
     scale_refit: bool = Field(default=True, description="Whether scales are fitted to the codes.")
     refits: Count = Field(default=2, description="Rounds of scale fit and sweeps; only with scale_refit.")
 
@@ -204,9 +218,13 @@ class Reconstruct(_Pass):
     lr: Positive = 1e-3
     learn_activation_scales: bool = False
     activation_lr: Positive = 4e-4
-    rounding_weight: Annotated[float, Field(ge=0)] = Field(default=0.01, description="Weight of the rounding regulariser.")
+    rounding_weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.01, description="Weight of the rounding regulariser."
+    )
     warmup: Share = Field(default=0.2, description="Share of the iterations without the rounding regulariser.")
-    beta: tuple[Positive, Positive] = Field(default=(20.0, 2.0), description="Sharpness of the regulariser: start, end.")
+    beta: tuple[Positive, Positive] = Field(
+        default=(20.0, 2.0), description="Sharpness of the regulariser: start, end."
+    )
 
     @model_validator(mode="after")
     def _beta_falls(self) -> Self:
@@ -225,7 +243,9 @@ class Passes(_Section):
 class Memory(_Section):
     """Bounds on memory."""
 
-    budget_gib: Positive = Field(default=2.0, description="Activation cache of one task, GiB; what is more goes to disk.")
+    budget_gib: Positive = Field(
+        default=2.0, description="Activation cache of one task, GiB; what is more goes to disk."
+    )
 
 
 class Evaluation(_Section):
@@ -262,7 +282,9 @@ class Recipe(_Section):
     weights: Weights = Weights()
     activations: Activations = Activations()
     attention: Attention = Attention()
-    skip_split: bool = Field(default=True, description="Split layers that read a concatenation, each part with its own range.")
+    skip_split: bool = Field(
+        default=True, description="Split layers that read a concatenation, each part with its own range."
+    )
     layers: tuple[LayerException, ...] = ()
     passes: Passes = Passes()
     memory: Memory = Memory()
@@ -306,7 +328,9 @@ def activations_for(activations: Activations, entries: list[LayerException], pat
 
     A recipe that quantizes weights only has no exceptions from that.
     """
-    return activations if activations.bits is None else _merged(activations, [entry.activations for entry in entries], path)
+    if activations.bits is None:
+        return activations
+    return _merged(activations, [entry.activations for entry in entries], path)
 
 
 _S = TypeVar("_S", bound=_Section)

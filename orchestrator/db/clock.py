@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Float
+from sqlalchemy import Float, select
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
 from sqlalchemy.sql.functions import FunctionElement
 
 
@@ -27,3 +28,8 @@ def _sqlite(element: epoch_seconds, compiler: Any, **kwargs: Any) -> str:
 def _postgresql(element: epoch_seconds, compiler: Any, **kwargs: Any) -> str:
     # Not now(): that is the start of the transaction, which may have waited for a lock since.
     return "extract(epoch from statement_timestamp())::double precision"
+
+
+def database_time(session: Session) -> float:
+    """Return the database's time in seconds since 1970 UTC."""
+    return session.execute(select(epoch_seconds())).scalar_one()

@@ -1,0 +1,164 @@
+"""`quantmill jobs`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from orchestrator.cli.app import App, Group, pass_app
+from orchestrator.db.jobs import cancel_job, find_job, retry_job
+from orchestrator.jobs import EXIT_CODES, NOT_FINISHED, job_events, show_job, show_jobs, wait_for_job
+from orchestrator.states import JobState
+from orchestrator.text import human_bytes, human_seconds, table
+from orchestrator.views import event_view
+
+
+@click.group(cls=Group)
+def jobs() -> None:
+    """Follow, cancel and retry jobs. JOB is an id or a unique beginning of one."""
+
+
+@jobs.command("ls")
+@click.option("--state", type=click.Choice([state.value for state in JobState]), help="Only jobs in this state.")
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="At most so many, newest first.")
+@pass_app
+def jobs_ls(app: App, state: str | None, limit: int) -> None:
+    """List jobs, newest first."""
+    with app.service() as service:
+        views = show_jobs(service, state=JobState(state) if state else None, limit=limit)
+    app.answer(views, lambda: _job_table(views))
+
+
+@jobs.command("show")
+@click.argument("job")
+@pass_app
+def jobs_show(app: App, job: str) -> None:
+    """Show one job."""
+    with app.service() as service:
+        view = show_job(service, job)
+    app.answer(view, lambda: job_text(view))
+
+
+@jobs.command("logs")
+@click.argument("job")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the job has ended.")
+@pass_app
+def jobs_logs(app: App, job: str, follow: bool) -> None:
+    """Show what happened to a job and its tasks, one line each; with --json, one document of all of it."""
+    with app.service() as service:
+        rows = job_events(service, job, follow=follow)
+        if app.json:
+            app.answer([event_view(row) for row in rows], str)
+            return
+        for row in rows:
+            click.echo(_event_line(event_view(row)))
+
+
+@jobs.command("wait")
+@click.argument("job")
+@click.option(
+    "--timeout", type=click.FloatRange(0), metavar="SECONDS", help="Give up after so long, with exit code 101."
+)
+@pass_app
+def jobs_wait(app: App, job: str, timeout: float | None) -> int:
+    """Wait until a job has ended. Exit code: 0 succeeded, 100 failed, 101 not finished in time, 103 cancelled."""
+    with app.service() as service:
+        row = wait_for_job(service, job, timeout)
+        view = show_job(service, row.id)
+    app.answer(view, lambda: job_text(view))
+    return EXIT_CODES.get(row.state, NOT_FINISHED)
+
+
+@jobs.command("cancel")
+@click.argument("job")
+@pass_app
+def jobs_cancel(app: App, job: str) -> None:
+    """Cancel a job; tasks that other jobs want go on."""
+    with app.service() as service:
+        with service.database.session() as session:
+            row = find_job(session, job)
+            cancel_job(session, row.id)
+        view = show_job(service, row.id)
+    app.answer(view, lambda: f"job {view['job']} is {view['state']}")
+
+
+@jobs.command("retry")
+@click.argument("job")
+@pass_app
+def jobs_retry(app: App, job: str) -> None:
+    """Queue a failed or cancelled job again; what had finished is kept."""
+    with app.service() as service:
+        with service.database.session() as session:
+            row = find_job(session, job)
+            retry_job(session, row.id)
+        view = show_job(service, row.id)
+    app.answer(view, lambda: f"job {view['job']} is {view['state']}")
+
+
+def _job_table(views: list[dict[str, Any]]) -> str:
+    if not views:
+        return "no jobs yet; quantmill run RECIPE --model M makes one"
+    rows = [
+        (
+            view["job"],
+            view["state"],
+            view["model"],
+            view["recipe"],
+            f"{view['tasks']['succeeded']}/{view['tasks']['total']}",
+            human_seconds(view["seconds"]),
+            view["release"],
+            view["created_at"],
+        )
+        for view in views
+    ]
+    return table(("JOB", "STATE", "MODEL", "RECIPE", "TASKS", "TIME", "RELEASE", "CREATED"), rows)
+
+
+def job_text(view: dict[str, Any]) -> str:
+    """Return a job's view for a person."""
+    tasks = view["tasks"]
+    counts = ", ".join(f"{tasks[name]} {name}" for name in tasks if name != "total" and tasks[name])
+    lines = [
+        ("job", view["job"]),
+        ("state", view["state"]),
+        ("model", view["model"]),
+        ("recipe", view["recipe"]),
+        ("tasks", f"{tasks['total']}" + (f" ({counts})" if counts else "")),
+        ("time", human_seconds(view["seconds"])),
+        ("release", view["release"]),
+        ("digest", view["digest"]),
+        *metric_lines(view["metrics"] or {}),
+        ("error", view["error"]),
+    ]
+    return "\n".join(f"{name:<9} {value}" for name, value in lines if value is not None)
+
+
+def metric_lines(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a release's metrics for a person, as (name, value)."""
+    if not metrics:
+        return []
+    ratio = metrics["bytes_fp16"] / metrics["bytes"]
+    interval = metrics["psnr_db_ci95"]
+    spread = f" ± {interval:.2f}" if isinstance(interval, int | float) else ""
+    return [
+        ("psnr", f"{metrics['psnr_db']:.2f} dB{spread} (same seeds against full precision, n={metrics['n']})"),
+        ("fd", f"{metrics['fd']:.4g} ({metrics['fd_extractor']}, against full precision's samples)"),
+        ("bits", f"weights {metrics['weight_bits_mean']:.2f}, activations {metrics['act_bits_mean']:.2f} on average"),
+        ("size", f"{human_bytes(metrics['bytes'])}, fp16 {human_bytes(metrics['bytes_fp16'])}: {ratio:.2f}x smaller"),
+        ("bops", f"{metrics['bops_fp32'] / metrics['bops']:.1f}x fewer than fp32"),
+    ]
+
+
+def _event_line(view: dict[str, Any]) -> str:
+    fixed = ("id", "at", "job", "task", "attempt", "event", "kind", "label")
+    who = f"task {view['task'][:12]}" if view["task"] else f"job {view['job']}"
+    what = " ".join(str(view[name]) for name in ("kind", "label") if view.get(name))
+    attempt = f"attempt={view['attempt']}" if view["attempt"] else ""
+    data = " ".join(f"{name}={_plain(value)}" for name, value in view.items() if name not in fixed)
+    return " ".join(part for part in (view["at"], who, what, view["event"], attempt, data) if part)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) and " " not in value else json.dumps(value, ensure_ascii=False)

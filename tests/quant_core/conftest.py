@@ -185,7 +185,7 @@ def emoji32() -> Path:
 
 @pytest.fixture(scope="session")
 def quantize_model() -> Callable[..., QuantizationPlan]:
-    """Return a function that packs every Conv and Linear of a model in place, min-max to 4 bits with arbitrary input ranges."""
+    """Return what packs every Conv and Linear of a model in place: min-max weights, made-up input ranges."""
 
     def quantize(model: nn.Module, mode: ActivationMode = ActivationMode.PER_STEP, **weight: Any) -> QuantizationPlan:
         weight_spec = WeightSpec(**{"bits": 4} | weight)

@@ -1,0 +1,8 @@
+"""The science of low-bit diffusion models. Importing it registers the method "quantmill" with diffusers."""
+
+from quant_core.diffusers_quantizer import register
+from quant_core.loader import load_quantized
+
+register()
+
+__all__ = ["load_quantized"]

@@ -1,0 +1,113 @@
+"""Load a packed model by folder, release name or address."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import nn
+
+from kernels.backend import KernelBackend, resolve_backend
+from quant_core.artifact import check_weights, read_config, verify_folder
+from quant_core.errors import ArtifactError, BackendUnavailableError, QuantCoreError
+
+Resolver = Callable[[str], Path]
+
+# Names live in SQL and blobs in a store, which this package does not know: whoever does is found by name.
+_RESOLVER = ("workers.resolve", "pull")
+_REFERENCE = re.compile(r"s3://.+|[a-z0-9][a-z0-9._-]{0,127}(@[a-z0-9][a-z0-9._-]{0,127})?")
+
+
+def load_quantized(
+    source: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    backend: KernelBackend | str = KernelBackend.AUTO,
+    resolve: Resolver | None = None,
+) -> nn.Module:
+    """Load a packed model, verified, in eval mode.
+
+    Parameters
+    ----------
+    source : str or Path
+        An artifact folder; or a release (`name@3`, `name@prod`) or the `s3://` address of an artifact, which are
+        pulled first.
+    device : torch.device or str, optional
+        Where to put it; the CPU by default.
+    backend : {"auto", "reference", "triton", "cpu"}
+        Implementation of the low-bit primitives.
+    resolve : callable, optional
+        Turns a source that is not a folder into one. By default the installed Quantmill looks the name up in its
+        registry.
+
+    Returns
+    -------
+    Module
+        The diffusers model of the artifact's class.
+
+    Raises
+    ------
+    ArtifactError
+        If there is no such folder, or what it holds is truncated, damaged, or not ours.
+    BackendUnavailableError
+        If the backend or device is not available here.
+    """
+    resolve_backend(backend)
+    place = None if device is None else _check_device(device)
+    folder = _locate(source, resolve)
+    verify_folder(folder)
+    model = load_folder(folder)
+    return model if place is None else model.to(place)
+
+
+def load_folder(folder: Path) -> nn.Module:
+    """Load an artifact folder on the CPU, in eval mode, without comparing it with its manifest.
+
+    For a folder whose bytes were just written or verified; a folder of links will do. As `load_quantized` otherwise.
+    """
+    config = read_config(folder)
+    check_weights(folder)
+    cls = getattr(diffusers, str(config.get("_class_name")), None)
+    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+        raise ArtifactError(f"{folder}: got class {config.get('_class_name')!r}, wanted a model class of diffusers")
+    try:
+        model: nn.Module = cls.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    except QuantCoreError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArtifactError(f"{folder}: does not load as {cls.__name__}: {reason}") from error
+    return model
+
+
+def _locate(source: str | Path, resolve: Resolver | None) -> Path:
+    """Return the local folder of a source."""
+    if Path(source).is_dir():
+        return Path(source)
+    if isinstance(source, Path) or not _REFERENCE.fullmatch(source):
+        raise ArtifactError(
+            f"model {str(source)!r}: got neither a folder nor a name; wanted a folder, name@version or s3://…"
+        )
+    if resolve is None:
+        module, function = _RESOLVER
+        try:
+            resolve = getattr(importlib.import_module(module), function)
+        except ImportError as error:
+            raise ArtifactError(
+                f"model {source!r}: no such folder, and no registry to look the name up ({error})"
+            ) from error
+    return Path(resolve(source))
+
+
+def _check_device(device: torch.device | str) -> torch.device:
+    """Refuse a device that torch does not know or this machine does not have."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise BackendUnavailableError(f"device: got {str(device)!r}: {str(error).splitlines()[0]}") from error
+    return place

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import quant_core
+from kernels.backend import BackendUnavailableError
+from kernels.errors import InvalidInputError
+from quant_core.artifact import WEIGHTS_FILE, quantization_config, write_artifact
+from quant_core.errors import ArtifactError
+from quant_core.loader import load_folder
+from quant_core.qspec import QuantizationPlan
+
+Make = Callable[[str], nn.Module]
+Quantize = Callable[..., QuantizationPlan]
+
+
+def predict(model: nn.Module) -> Tensor:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(x, 500, torch.tensor([0, 3])).sample
+
+
+@pytest.fixture
+def simulated(tiny_model: Make, quantize_model: Quantize, tmp_path: Path) -> nn.Module:
+    model = tiny_model("unet")
+    plan = quantize_model(model)
+    folder = tmp_path / "packed"
+    write_artifact(model, json.loads(model.to_json_string()), quantization_config(plan), None, folder)
+    return model
+
+
+@pytest.fixture
+def packed(simulated: nn.Module, tmp_path: Path) -> Path:
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_folder_loads_bit_for_bit(simulated: nn.Module, packed: Path, backend: str) -> None:
+    for source in (packed, str(packed)):
+        model = quant_core.load_quantized(source, device="cpu", backend=backend)
+        assert not model.training
+        assert torch.equal(predict(model), predict(simulated))
+
+
+def test_a_folder_of_links_loads_without_its_manifest(simulated: nn.Module, packed: Path, tmp_path: Path) -> None:
+    links = tmp_path / "links"
+    links.mkdir()
+    for file in packed.iterdir():
+        (links / file.name).symlink_to(file)
+    assert torch.equal(predict(load_folder(links)), predict(simulated))
+
+
+@pytest.mark.parametrize("reference", ["emoji@prod", "emoji@3", "emoji", "s3://bucket/prefix/sha256/ab/abcd"])
+def test_a_name_goes_to_the_resolver(packed: Path, reference: str) -> None:
+    asked = []
+
+    def resolve(name: str) -> Path:
+        asked.append(name)
+        return packed
+
+    assert isinstance(quant_core.load_quantized(reference, resolve=resolve), nn.Module)
+    assert asked == [reference]
+
+
+def test_without_a_resolver_the_installed_registry_is_asked(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from workers import resolve
+
+    asked: list[str] = []
+    monkeypatch.setattr(resolve, "pull", lambda name: (asked.append(name), packed)[1])
+    assert isinstance(quant_core.load_quantized("emoji@prod"), nn.Module)
+    assert asked == ["emoji@prod"]
+
+
+@pytest.mark.parametrize("source", ["./missing", "/missing/folder", "Emoji@prod", "a@b@c", "s3://", Path("missing")])
+def test_what_is_neither_folder_nor_name_is_refused(source: str | Path) -> None:
+    with pytest.raises(ArtifactError, match="wanted a folder, name@version or s3://") as caught:
+        quant_core.load_quantized(source, resolve=lambda name: pytest.fail(f"asked for {name}"))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_absent_backends_are_refused_before_anything_is_read(backend: str) -> None:
+    with pytest.raises(BackendUnavailableError, match="wanted auto or reference") as caught:
+        quant_core.load_quantized("/missing", backend=backend)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("device", ["tpu7", "cuda:99"])
+def test_absent_devices_are_refused(packed: Path, device: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"device: got '{device}'"):
+        quant_core.load_quantized(packed, device=device)
+
+
+def test_truncated_weights_are_refused(packed: Path) -> None:
+    weights = packed / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:-7])
+    for load in (quant_core.load_quantized, load_folder):
+        with pytest.raises(ArtifactError, match="truncated or damaged"):
+            load(packed)
+
+
+def test_a_folder_that_differs_from_its_manifest_is_refused(packed: Path) -> None:
+    entry = {"sha256": "0" * 64, "bytes": (packed / "config.json").stat().st_size}
+    files = {"config.json": entry, WEIGHTS_FILE: entry}
+    (packed / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    with pytest.raises(ArtifactError, match=r"config\.json: got sha256 .*, wanted 0000"):
+        quant_core.load_quantized(packed)
+
+
+@pytest.mark.parametrize("name", ["NoSuchModel", "DDIMScheduler", "utils", None])
+def test_unknown_classes_are_refused(packed: Path, name: str | None) -> None:
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"_class_name": name}))
+    with pytest.raises(ArtifactError, match=f"got class {name!r}, wanted a model class of diffusers"):
+        quant_core.load_quantized(packed)
+
+
+def test_weights_of_another_model_are_refused(packed: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, packed / WEIGHTS_FILE, metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"missing \d+ tensors of the model"):
+        quant_core.load_quantized(packed)
+
+
+def test_a_full_precision_folder_is_refused(tiny_model: Make, tmp_path: Path) -> None:
+    tiny_model("unet").save_pretrained(tmp_path)
+    with pytest.raises(ArtifactError, match="got no quantization_config"):
+        quant_core.load_quantized(tmp_path)
+
+
+def test_it_needs_nothing_above_quant_core(packed: Path) -> None:
+    script = (
+        "import sys; import quant_core; quant_core.load_quantized(sys.argv[1]);"
+        "above = {'workers', 'orchestrator', 'ray', 'sqlalchemy'} & set(sys.modules);"
+        "sys.exit(str(above) if above else 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(packed)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

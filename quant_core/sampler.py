@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -68,6 +69,10 @@ class SamplerSpec:
         """Return a JSON-able mapping."""
         return asdict(self) | {"options": dict(self.options)}
 
+    def tell(self, timestep: Tensor) -> Tensor:
+        """Return what the denoiser is told for a timestep of the scheduler."""
+        return timestep if self.timestep_scale == 1.0 else timestep * self.timestep_scale
+
     @property
     def is_guided(self) -> bool:
         """Whether each step calls the denoiser with and without the condition."""
@@ -88,27 +93,29 @@ def make_scheduler(spec: SamplerSpec, scheduler_config: Mapping[str, Any] | None
     name = spec.scheduler or config.get("_class_name")
     if name is None:
         raise QuantizationError("sampler: the model has no scheduler config, wanted sampler.scheduler")
-    cls: Any = getattr(diffusers, name, None)
+    cls = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and hasattr(cls, "set_timesteps") and hasattr(cls, "step")):
         raise QuantizationError(
             f"sampler.scheduler: got {name!r}, wanted a scheduler class of diffusers {diffusers.__version__}"
         )
     if str(config.get("variance_type", "")).startswith("learned"):
         config["variance_type"] = "fixed_small"  # call_denoiser drops the learned variance's channels
-    return cls.from_config(config | dict(spec.options))
+    scheduler: Any = cls.from_config(config | dict(spec.options))  # type: ignore[attr-defined]
+    return scheduler
 
 
-def start(scheduler: Any, spec: SamplerSpec, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-    """Set a scheduler's timesteps and return them, shape (S,), in the order of sampling."""
+def start(scheduler: Any, spec: SamplerSpec, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    """Set a scheduler's timesteps for samples of `shape` and return them, shape (S,), in the order of sampling."""
     arguments: dict[str, Any] = {}
     if scheduler.config.get("use_dynamic_shifting"):
-        arguments["mu"] = _shift(scheduler.config, tokens) if spec.mu is None else spec.mu
+        arguments["mu"] = _shift(scheduler.config, shape) if spec.mu is None else spec.mu
     scheduler.set_timesteps(spec.num_inference_steps, device=device, **arguments)
     return scheduler.timesteps
 
 
-def _shift(config: Mapping[str, Any], tokens: int) -> float:
+def _shift(config: Mapping[str, Any], shape: tuple[int, ...]) -> float:
     """Return the shift `mu` for a number of image tokens, linear between the config's two anchors (as for Flux)."""
+    tokens = shape[0] if len(shape) == 2 else math.prod(shape[1:]) // 4  # latents are cut into 2x2 patches
     base, top = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     return low + (high - low) * (tokens - base) / (top - base)
@@ -124,8 +131,8 @@ class Step:
         Of the trajectory step, 0 is the noisiest.
     timestep : Tensor, shape ()
         As the denoiser got it.
-    first : int
-        Position of the batch's first seed in the list of seeds.
+    row : int
+        Position of the first row of `x` among the rows of all seeds.
     x : Tensor, shape (R, ...), dtype float32
         Inputs; R is the number of seeds, or twice that with guidance (rows: seed 0 with, seed 0 without the condition,
         …).
@@ -136,7 +143,7 @@ class Step:
 
     index: int
     timestep: Tensor
-    first: int
+    row: int
     x: Tensor
     conditioning: Conditioning
     prediction: Tensor
@@ -191,7 +198,7 @@ def sample(
     for first in range(0, len(seeds), batch_size):
         batch = seeds[first : first + batch_size]
         part = take(conditioning, slice(rows * first, rows * (first + len(batch))))
-        results.append(_sample_batch(model, copy.deepcopy(scheduler), spec, batch, part, first, on_step))
+        results.append(_sample_batch(model, copy.deepcopy(scheduler), spec, batch, part, rows * first, on_step))
     return torch.cat(results)
 
 
@@ -202,13 +209,13 @@ def _sample_batch(
     spec: SamplerSpec,
     seeds: Sequence[int],
     conditioning: Conditioning,
-    first: int,
+    row: int,
     on_step: OnStep | None,
 ) -> Tensor:
     device = next(model.parameters(), next(model.buffers(), torch.empty(0))).device
     conditioning = to_device(conditioning, device)
-    shape = sample_shape(model, _tokens(conditioning))
-    timesteps = start(scheduler, spec, shape[0] if len(shape) == 2 else 0, device)
+    shape = sample_shape(model, token_count(conditioning))
+    timesteps = start(scheduler, spec, shape, device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     x = x * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else x
@@ -216,10 +223,10 @@ def _sample_batch(
     for index, timestep in enumerate(timesteps):
         x_in = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
         x_in = x_in.repeat_interleave(2, dim=0) if spec.is_guided else x_in
-        told = timestep if spec.timestep_scale == 1.0 else timestep * spec.timestep_scale
+        told = spec.tell(timestep)
         prediction = call_denoiser(model, x_in, told, conditioning)
         if on_step is not None:
-            on_step(Step(index, told, first, x_in, conditioning, prediction))
+            on_step(Step(index, told, row, x_in, conditioning, prediction))
         x = scheduler.step(guide(prediction, spec), timestep, x, return_dict=False, **extra)[0]
     return x.to("cpu", torch.float32)
 
@@ -232,7 +239,7 @@ def guide(prediction: Tensor, spec: SamplerSpec) -> Tensor:
     return unconditional + spec.guidance_scale * (conditional - unconditional)
 
 
-def _tokens(conditioning: Conditioning) -> int | None:
+def token_count(conditioning: Conditioning) -> int | None:
     """Return the number of packed latent tokens, where positions are given."""
     return len(conditioning["img_ids"]) if "img_ids" in conditioning else None
 
@@ -242,9 +249,3 @@ def _step_arguments(scheduler: Any, spec: SamplerSpec, generators: list[torch.Ge
     takes = inspect.signature(scheduler.step).parameters
     offered: dict[str, Any] = {"eta": spec.eta, "generator": generators}
     return {name: value for name, value in offered.items() if name in takes}
-
-
-def seed_batches(seeds: Sequence[int], batch_size: int) -> Iterator[Sequence[int]]:
-    """Split seeds into consecutive batches."""
-    for first in range(0, len(seeds), batch_size):
-        yield seeds[first : first + batch_size]

@@ -39,8 +39,8 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
     dict
         JSON. Per unit in execution order: its layers, attentions, giga-MACs (attention matmuls included), weights,
         float32 bytes of its inputs and outputs per sample, bytes of its layers' Hessians (float32, per convolution
-        group), and `depth`, the share of the forward's MACs done when it has first finished. Per layer: type, weight shape,
-        MACs, split of its input. Per attention: MACs of its two matmuls. All at batch 1.
+        group), and `depth`, the share of the forward's MACs done when it has first finished. Per layer: type, weight
+        shape, MACs, split of its input. Per attention: MACs of its two matmuls. All at batch 1.
     """
     model = denoiser.model
     trace = trace_model(denoiser)

@@ -1,0 +1,1 @@
+"""How close a quantized model is to the original, and what it costs."""

@@ -1,0 +1,63 @@
+"""What a model costs: bits per weight and activation, bit operations, bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from quant_core.qspec import QuantizationPlan
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one denoiser call at batch 1.
+
+    Attributes
+    ----------
+    weight_bits_mean : float
+        Over the weights of all Conv and Linear layers.
+    act_bits_mean : float
+        Over the multiplications of all Conv and Linear layers.
+    bops, bops_fp32 : int
+        Bit operations: sum of MACs x weight bits x activation bits; attention matmuls with the bits of their operands.
+    """
+
+    weight_bits_mean: float
+    act_bits_mean: float
+    bops: int
+    bops_fp32: int
+
+
+def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
+    """Add up the cost of a model quantized by `plan`; whatever it does not name is float32 (32 x 32 bits).
+
+    Parameters
+    ----------
+    inspection : mapping
+        From `quant_core.inspection.inspect_model`.
+    """
+    weights = weight_bits = macs = act_bits = bops = 0
+    for name, layer in inspection["layers"].items():
+        spec = plan.layers.get(name)
+        bits_w = FLOAT_BITS if spec is None else spec.weight.bits
+        bits_a = FLOAT_BITS if spec is None or spec.activation is None else spec.activation.bits
+        count = prod(layer["shape"])
+        weights, weight_bits = weights + count, weight_bits + count * bits_w
+        macs, act_bits = macs + layer["macs"], act_bits + layer["macs"] * bits_a
+        bops += layer["macs"] * bits_w * bits_a
+    attention_macs = sum(attention["macs"] for attention in inspection["attentions"].values())
+    bops += sum(_attention_bops(item["macs"], plan, name) for name, item in inspection["attentions"].items())
+    return Cost(weight_bits / weights, act_bits / macs, bops, (macs + attention_macs) * FLOAT_BITS**2)
+
+
+def _attention_bops(macs: int, plan: QuantizationPlan, name: str) -> int:
+    """Return the bit operations of an attention: half its MACs are query x key, half probabilities x value."""
+    spec = plan.attentions.get(name)
+    if spec is None:
+        return macs * FLOAT_BITS**2
+    bits = spec.activation.bits
+    return macs * bits * bits // 2 + macs * bits * spec.softmax_bits // 2

@@ -1,0 +1,51 @@
+"""Signal-to-quantization-noise ratio of the denoiser's prediction at each step of the full-precision trajectory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.calibration import Batch, CalibrationSet, replay
+from quant_core.metrics.psnr import IDENTICAL_DB
+
+
+def error_power(model: nn.Module, trajectory: CalibrationSet, predictions: Tensor, batch_size: int) -> Tensor:
+    """Sum the power of the full-precision predictions and of a model's error on the same inputs.
+
+    Parameters
+    ----------
+    trajectory : CalibrationSet
+        Inputs of the full-precision model, S steps of n rows.
+    predictions : Tensor, shape (S, n, *sample), dtype float32
+        What it predicted.
+
+    Returns
+    -------
+    Tensor, shape (2, S), dtype float64
+        Sums over rows of |eps|^2 and |eps_hat - eps|^2; sums of shards add up.
+    """
+    sums = torch.zeros(2, trajectory.steps, dtype=torch.float64)
+    done = [0] * trajectory.steps
+    for batch in trajectory.by_step(batch_size):
+        step = int(batch.step[0])
+        expected = predictions[step, done[step] : done[step] + len(batch)].double()
+        done[step] += len(batch)
+        error = _predict(model, batch) - expected
+        sums[:, step] += torch.stack([expected.square().sum(), error.square().sum()])
+    return sums
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, batch: Batch) -> Tensor:
+    return replay(model, batch).to("cpu", torch.float64)
+
+
+def sqnr_db(signal: Sequence[float], error: Sequence[float]) -> list[float]:
+    """Return 10 log10(signal / error) per step, in dB; at most 144 dB, which stands for no error."""
+    return [
+        min(10 * math.log10(s / e), IDENTICAL_DB) if s > 0 and e > 0 else (IDENTICAL_DB if e == 0 else 0.0)
+        for s, e in zip(signal, error, strict=True)
+    ]

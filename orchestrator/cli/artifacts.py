@@ -1,0 +1,193 @@
+"""`quantmill artifacts`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from orchestrator.cli.app import App, Group, pass_app
+from orchestrator.cli.jobs import metric_lines
+from orchestrator.db.releases import list_releases, set_alias
+from orchestrator.exporting import DEQUANTIZED, DIFFUSERS, export_release
+from orchestrator.releases import (
+    GRACE_SECONDS,
+    collect_garbage,
+    compare_releases,
+    get_release,
+    pull_release,
+    verify_release,
+)
+from orchestrator.text import human_bytes, table
+from orchestrator.views import release_view
+
+
+@click.group(cls=Group)
+def artifacts() -> None:
+    """List, pull, verify, name and compare releases.
+
+    REF is NAME@VERSION, NAME@ALIAS, NAME (its latest), or a unique beginning of a digest.
+    """
+
+
+@artifacts.command("ls")
+@click.option("--name", help="Only releases of this name.")
+@pass_app
+def artifacts_ls(app: App, name: str | None) -> None:
+    """List releases."""
+    with app.service() as service, service.database.session(read_only=True) as session:
+        views = [release_view(row) for row in list_releases(session, name)]
+    app.answer(views, lambda: _release_table(views))
+
+
+@artifacts.command("show")
+@click.argument("ref")
+@pass_app
+def artifacts_show(app: App, ref: str) -> None:
+    """Show one release and its metrics."""
+    with app.service() as service:
+        view = release_view(get_release(service, ref))
+    facts = [
+        ("release", f"{view['name']}@{view['version']}"),
+        ("digest", view["digest"]),
+        ("aliases", ", ".join(view["aliases"])),
+        ("job", view["job"]),
+        ("created", view["created_at"]),
+        *metric_lines(view["metrics"]),
+    ]
+    app.answer(view, lambda: "\n".join(f"{name:<9} {value}" for name, value in facts))
+
+
+@artifacts.command("pull")
+@click.argument("ref")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@pass_app
+def artifacts_pull(app: App, ref: str, folder: Path) -> None:
+    """Write a release into a new folder, every file verified. It is there whole or not at all."""
+    with app.service() as service:
+        release = pull_release(service, ref, folder)
+    document = {
+        "release": release.ref,
+        "digest": release.digest,
+        "bytes": release.bytes,
+        "folder": str(folder.absolute()),
+    }
+    app.answer(document, lambda: f"{release.ref} is in {folder}")
+
+
+@artifacts.command("verify")
+@click.argument("ref")
+@pass_app
+def artifacts_verify(app: App, ref: str) -> int:
+    """Read every byte of a release in the store; exit code 2 if something is missing or damaged."""
+    with app.service() as service:
+        release, problems = verify_release(service, ref)
+    document = {"release": release.ref, "digest": release.digest, "ok": not problems, "problems": problems}
+    good = f"{release.ref} is complete, every byte as its digest says"
+    app.answer(document, lambda: "\n".join(problems) or good)
+    return 2 if problems else 0
+
+
+@artifacts.command("alias")
+@click.argument("ref")
+@click.argument("alias", metavar="NAME")
+@pass_app
+def artifacts_alias(app: App, ref: str, alias: str) -> None:
+    """Point the alias NAME at a release, wherever it pointed before: `artifacts alias emoji@3 prod`."""
+    with app.service() as service, service.database.session() as session:
+        view = release_view(set_alias(session, ref, alias))
+    app.answer(view, lambda: f"{view['name']}@{alias} is {view['name']}@{view['version']}")
+
+
+@artifacts.command("diff")
+@click.argument("ref_a", metavar="A")
+@click.argument("ref_b", metavar="B")
+@pass_app
+def artifacts_diff(app: App, ref_a: str, ref_b: str) -> None:
+    """Compare two releases: metrics, recipe, bits of each layer."""
+    with app.service() as service:
+        difference = compare_releases(service, ref_a, ref_b)
+    app.answer(difference, lambda: _diff_text(difference))
+
+
+@artifacts.command("gc")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option(
+    "--grace",
+    type=click.FloatRange(0),
+    default=GRACE_SECONDS / 3600,
+    show_default=True,
+    metavar="HOURS",
+    help="Keep what was stored since then.",
+)
+@pass_app
+def artifacts_gc(app: App, dry_run: bool, grace: float) -> None:
+    """Remove from the store what no model, recorded result, release or job refers to."""
+    with app.service() as service:
+        garbage = collect_garbage(service, grace_seconds=grace * 3600, dry_run=dry_run)
+    document = {**asdict(garbage), "dry_run": dry_run}
+    verb = "would remove" if dry_run else "removed"
+    app.answer(document, lambda: f"{verb} {garbage.blobs} blobs ({human_bytes(garbage.bytes)}), kept {garbage.kept}")
+
+
+@artifacts.command("export")
+@click.argument("ref")
+@click.option("--format", "layout", type=click.Choice([DIFFUSERS, DEQUANTIZED]), required=True, help="Layout.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="New folder; NAME-VERSION-FORMAT by default."
+)
+@pass_app
+def artifacts_export(app: App, ref: str, layout: str, out: Path | None) -> None:
+    """Write a release in another layout.
+
+    diffusers: the denoiser and the scheduler in folders of their own, weights packed. dequantized: the same with plain
+    float16 weights, which any diffusers loads; activations are not quantized there.
+    """
+    with app.service() as service:
+        known = get_release(service, ref)
+        folder = out or Path(f"{known.name}-{known.version}-{layout}")
+        release = export_release(service, ref, layout, folder)
+    document = {"release": release.ref, "format": layout, "folder": str(folder.absolute())}
+    app.answer(document, lambda: f"{release.ref} as {layout} is in {folder}")
+
+
+def _release_table(views: list[dict[str, Any]]) -> str:
+    if not views:
+        return "no releases yet; quantmill run RECIPE --model M publishes one"
+    rows = [
+        (
+            f"{view['name']}@{view['version']}",
+            view["digest"][:12],
+            human_bytes(view["bytes"]),
+            f"{view['metrics']['psnr_db']:.2f} dB",
+            f"{view['metrics']['weight_bits_mean']:.2f}/{view['metrics']['act_bits_mean']:.2f}",
+            ", ".join(view["aliases"]),
+            view["created_at"],
+        )
+        for view in views
+    ]
+    return table(("RELEASE", "DIGEST", "SIZE", "PSNR", "BITS W/A", "ALIASES", "CREATED"), rows)
+
+
+def _diff_text(difference: dict[str, Any]) -> str:
+    a, b = difference["a"], difference["b"]
+    parts = ["the same bytes" if difference["same_bytes"] else "different bytes"]
+    metrics = [(name, _number(pair["a"]), _number(pair["b"])) for name, pair in difference["metrics"].items()]
+    parts.append(table(("METRIC", a, b), metrics))
+    if difference["recipe"]:
+        recipe = [(name, pair["a"], pair["b"]) for name, pair in difference["recipe"].items()]
+        parts.append(table(("RECIPE", a, b), recipe))
+    if difference["layers"]:
+        layers = [(row["layer"], _bits(row["a"]), _bits(row["b"])) for row in difference["layers"]]
+        parts.append(table(("LAYER, BITS W/A", a, b), layers))
+    return "\n\n".join(parts)
+
+
+def _number(value: Any) -> str | None:
+    return f"{value:.6g}" if isinstance(value, int | float) else None
+
+
+def _bits(bits: dict[str, Any] | None) -> str:
+    return "float" if bits is None else "/".join(str(bits[side] or "float") for side in ("weights", "activations"))

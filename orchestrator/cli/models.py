@@ -1,0 +1,76 @@
+"""`quantmill models`."""
+
+from __future__ import annotations
+
+import click
+
+from orchestrator.cli.app import App, Group, pass_app
+from orchestrator.db.registry import find_model, list_models
+from orchestrator.registration import add_model_from
+from orchestrator.text import human_bytes, human_count, table
+from orchestrator.views import model_view
+
+
+@click.group(cls=Group)
+def models() -> None:
+    """Register and show models."""
+
+
+@models.command("add")
+@click.argument("source", metavar="PATH|hf:ID")
+@click.option("--name", help="Name to register it under; the folder's by default.")
+@pass_app
+def models_add(app: App, source: str, name: str | None) -> None:
+    """Check a diffusers folder, copy it into the store and register it; hf:owner/name@revision comes from the Hub."""
+    with app.service() as service:
+        view = model_view(add_model_from(service, source, name, tell=app.tell))
+    app.answer(view, lambda: f"model {view['name']} ({view['class_name']}), digest {view['digest'][:12]}")
+    app.tell(f"next: quantmill run RECIPE --model {view['name']}    (recipes: quantmill recipes ls)")
+
+
+@models.command("ls")
+@pass_app
+def models_ls(app: App) -> None:
+    """List the registered models."""
+    with app.service() as service, service.database.session(read_only=True) as session:
+        views = [model_view(row) for row in list_models(session)]
+    rows = [
+        (
+            view["name"],
+            view["digest"][:12],
+            view["class_name"],
+            human_count(view["parameters"]),
+            human_bytes(view["bytes"]),
+            view["source"],
+        )
+        for view in views
+    ]
+    empty = "no models yet; quantmill models add PATH registers one"
+    app.answer(
+        views, lambda: table(("NAME", "DIGEST", "CLASS", "PARAMETERS", "SIZE", "SOURCE"), rows) if rows else empty
+    )
+
+
+@models.command("show")
+@click.argument("name")
+@pass_app
+def models_show(app: App, name: str) -> None:
+    """Show a model and its units; NAME may be a unique beginning of its digest."""
+    with app.service() as service, service.database.session(read_only=True) as session:
+        row = find_model(session, name)
+    view = {**model_view(row), "inspection": row.inspection}
+    facts = (
+        ("name", row.name),
+        ("digest", row.digest),
+        ("class", row.class_name),
+        ("source", row.source),
+        ("size", f"{human_bytes(row.bytes)}, {human_count(row.parameters)} parameters"),
+        ("cost", f"{row.inspection['forward_gmacs']:.3f} GMAC for one sample and step"),
+    )
+    units = [(unit["name"], len(unit["layers"]), round(unit["gmacs"], 4)) for unit in row.inspection["units"]]
+    app.answer(
+        view,
+        lambda: (
+            "\n".join(f"{key:<7} {value}" for key, value in facts) + "\n\n" + table(("UNIT", "LAYERS", "GMAC"), units)
+        ),
+    )

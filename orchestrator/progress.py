@@ -1,0 +1,246 @@
+"""A job's progress while it runs: a live table on a terminal, a line now and then anywhere else; always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from orchestrator.db.clock import database_time
+from orchestrator.db.jobs import find_job, job_kinds
+from orchestrator.db.registry import kind_timings
+from orchestrator.db.rows import KindRow, Timing
+from orchestrator.db.session import Database
+from orchestrator.errors import DatabaseError
+from orchestrator.text import human_seconds
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Seconds between two looks at the database: on a terminal, and elsewhere.
+LIVE_SECONDS, PLAIN_SECONDS = 0.5, 1.0
+#: Elsewhere a line is due after a hundredth of the tasks, or after so many seconds if anything changed.
+LINE_SECONDS = 10.0
+_RATE_WINDOW_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A job at one moment; `eta_seconds` is None where no recorded time tells it."""
+
+    job: str
+    state: str
+    model: str
+    recipe: str
+    kinds: tuple[KindRow, ...]
+    seconds: float
+    eta_seconds: float | None
+
+    @property
+    def total(self) -> int:
+        """Tasks in all."""
+        return sum(kind.total for kind in self.kinds)
+
+    @property
+    def done(self) -> int:
+        """Tasks that need nothing more, the cached ones included."""
+        return sum(kind.succeeded for kind in self.kinds)
+
+    @property
+    def computed(self) -> int:
+        """Tasks that were computed for this job."""
+        return sum(kind.succeeded - kind.cached for kind in self.kinds)
+
+    @property
+    def running(self) -> int:
+        """Tasks that run now."""
+        return sum(kind.running for kind in self.kinds)
+
+
+def remaining_seconds(kinds: Sequence[KindRow], timings: Mapping[str, Timing], workers: int) -> float | None:
+    """Estimate the time that is left.
+
+    Parameters
+    ----------
+    kinds
+        The job's tasks; a kind of which this job has computed some is judged by those.
+    timings
+        What recorded tasks of each kind took, for the others.
+    workers
+        How many tasks run at once.
+
+    Returns
+    -------
+    float or None
+        Seconds; None if a kind that is left has neither times of its own nor recorded ones.
+    """
+    total = 0.0
+    for kind in kinds:
+        left = kind.total - kind.succeeded - kind.failed - kind.cancelled
+        if left == 0:
+            continue
+        known = Timing(kind.succeeded - kind.cached, kind.seconds, kind.work)
+        if known.n == 0:
+            known = timings.get(kind.kind, known)
+        if known.n == 0:
+            return None
+        by_work = known.work > 0 and kind.work_left > 0
+        total += known.seconds / known.work * kind.work_left if by_work else known.seconds / known.n * left
+    return total / max(workers, 1)
+
+
+def take_snapshot(database: Database, job_id: str, workers: int) -> Snapshot:
+    """Read a job's progress."""
+    with database.session(read_only=True) as session:
+        job = find_job(session, job_id)
+        kinds = tuple(job_kinds(session, job_id))
+        timings = kind_timings(session)
+        now = database_time(session)
+    seconds = (job.finished_at or now) - (job.started_at or job.created_at)
+    eta = remaining_seconds(kinds, timings, workers)
+    return Snapshot(job.id, job.state.value, job.model_name, job.recipe_name, kinds, max(seconds, 0.0), eta)
+
+
+class Progress:
+    """Shows a job's progress from a thread of its own, while the block runs."""
+
+    def __init__(self, database: Database, job_id: str, *, workers: int, stream: TextIO | None = None) -> None:
+        self._take: Callable[[], Snapshot] = lambda: take_snapshot(database, job_id, workers)
+        self._stream = stream if stream is not None else sys.stderr
+        self._stop = threading.Event()
+        show = self._show_live if self._stream.isatty() else self._show_lines
+        self._thread = threading.Thread(target=show, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _show_lines(self) -> None:
+        pace = LinePace()
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(PLAIN_SECONDS)
+            # A look that fails costs one line of progress; the job itself meets the fault where it matters.
+            with suppress(DatabaseError):
+                snapshot = self._take()
+                if pace.is_due(snapshot, time.monotonic(), last=stopped):
+                    self._stream.write(progress_line(snapshot) + "\n")
+                    self._stream.flush()
+
+    def _show_live(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        rate = Rate()
+        with Live(console=Console(file=self._stream), auto_refresh=False) as live:
+            stopped = False
+            while not stopped:
+                with suppress(DatabaseError):
+                    snapshot = self._take()
+                    rate.add(time.monotonic(), snapshot.computed)
+                    live.update(progress_table(snapshot, rate.per_second()), refresh=True)
+                stopped = self._stop.wait(LIVE_SECONDS)
+            with suppress(DatabaseError):
+                live.update(progress_table(self._take(), rate.per_second()), refresh=True)
+
+
+class LinePace:
+    """Decides when another line is worth writing."""
+
+    def __init__(self) -> None:
+        self._shown: tuple[object, ...] | None = None
+        self._done = 0
+        self._at = 0.0
+
+    def is_due(self, snapshot: Snapshot, now: float, *, last: bool) -> bool:
+        """Say whether to write a line now; True also notes that it was written.
+
+        Parameters
+        ----------
+        now
+            Seconds of any clock.
+        last
+            The block is over: whatever changed is worth a line.
+        """
+        content = (snapshot.state, snapshot.done, snapshot.running, snapshot.total)
+        if content == self._shown:
+            return False
+        step = max(1, snapshot.total // 100)
+        due = self._shown is None or snapshot.done >= self._done + step or now >= self._at + LINE_SECONDS
+        if due or last:
+            self._shown, self._done, self._at = content, snapshot.done, now
+        return due or last
+
+
+class Rate:
+    """Tasks per second over the last minute."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, computed: int) -> None:
+        """Note how many tasks were computed by now."""
+        self._seen.append((now, computed))
+        while now - self._seen[0][0] > _RATE_WINDOW_SECONDS:
+            self._seen.popleft()
+
+    def per_second(self) -> float:
+        """Return the rate; 0 while nothing is known."""
+        if len(self._seen) < 2 or self._seen[-1][0] <= self._seen[0][0]:
+            return 0.0
+        (start, first), (end, last) = self._seen[0], self._seen[-1]
+        return (last - first) / (end - start)
+
+
+def progress_line(snapshot: Snapshot) -> str:
+    """Return a snapshot as one line of text."""
+    parts = [f"{snapshot.state} {snapshot.done}/{snapshot.total} tasks"]
+    busy = [f"{kind.kind} {kind.succeeded}/{kind.total}" for kind in snapshot.kinds if kind.running]
+    parts += [f"running {', '.join(busy)}"] if busy else []
+    parts.append(human_seconds(snapshot.seconds))
+    if snapshot.eta_seconds and snapshot.state in ("queued", "running"):
+        parts.append(f"about {human_seconds(snapshot.eta_seconds)} left")
+    return f"job {snapshot.job}: " + "; ".join(parts)
+
+
+def progress_table(snapshot: Snapshot, per_second: float) -> Table:
+    """Return a snapshot as a table for a terminal."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    eta = "unknown" if snapshot.eta_seconds is None else human_seconds(snapshot.eta_seconds)
+    ended = snapshot.state not in ("queued", "running")
+    table = Table(
+        title=f"job {snapshot.job}  {snapshot.recipe} on {snapshot.model}  {snapshot.state}",
+        caption=f"{human_seconds(snapshot.seconds)}" + ("" if ended else f", {per_second:.2f} tasks/s, left {eta}"),
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("kind")
+    table.add_column("")
+    for name in ("done", "cached", "running", "queued", "failed", "s/task"):
+        table.add_column(name, justify="right")
+    for kind in snapshot.kinds:
+        computed = kind.succeeded - kind.cached
+        table.add_row(
+            kind.kind,
+            ProgressBar(total=max(kind.total, 1), completed=kind.succeeded, width=24),
+            f"{kind.succeeded}/{kind.total}",
+            *(str(count) if count else "" for count in (kind.cached, kind.running, kind.queued, kind.failed)),
+            f"{kind.seconds / computed:.1f}" if computed else "",
+        )
+    return table

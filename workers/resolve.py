@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from kernels.errors import InvalidInputError
 from workers.errors import NotFoundError, WorkerError
 from workers.manifest import MANIFEST_NAME, pull_tree
 from workers.store import open_store
@@ -25,8 +26,10 @@ _NOT_FOUND = 102
 _ADDRESS = re.compile(r"(?P<store>s3://.+)/sha256/[0-9a-f]{2}/(?P<digest>[0-9a-f]{64})")
 
 
-class ResolveError(WorkerError):
-    """The command line could not give the artifact."""
+class ResolveError(WorkerError, InvalidInputError):
+    """A reference that names no artifact that we can get."""
+
+    exit_code = 2
 
 
 def pull(reference: str) -> Path:
@@ -49,7 +52,7 @@ def pull(reference: str) -> Path:
     ResolveError
         If the reference is an S3 address of something else, or the command line failed.
     """
-    folder = Path(os.environ.get("QUANTMILL_HOME") or Path.home() / ".quantmill") / "releases"
+    folder = Path(os.environ.get("QUANTMILL_HOME") or "~/.quantmill").expanduser().absolute() / "releases"
     if not reference.startswith("s3://"):
         return _pull_into(folder, lambda target: _pull_by_name(reference, target))
     match = _ADDRESS.fullmatch(reference)
@@ -87,4 +90,4 @@ def _pull_by_name(name: str, target: Path) -> None:
         return
     reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
     error = NotFoundError if run.returncode == _NOT_FOUND else ResolveError
-    raise error(f"artifact {name!r}: {reason.removeprefix('Error: ')}")
+    raise error(f"artifact {name!r}: {reason.removeprefix('error: ')}")

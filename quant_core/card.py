@@ -1,0 +1,166 @@
+"""The model card of a release, made with huggingface_hub's ModelCard from what the release records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from quant_core.errors import ArtifactError
+
+#: Figures that every release has; whatever else its metrics hold is the protocol that they were measured with.
+FIGURES = (
+    "psnr_db",
+    "psnr_db_ci95",
+    "fd",
+    "weight_bits_mean",
+    "act_bits_mean",
+    "bytes",
+    "bytes_fp16",
+    "bops",
+    "bops_fp32",
+    "sqnr_db_per_step",
+)
+_TEXT_INPUTS = ("cross_attention_dim", "caption_channels", "joint_attention_dim")
+_TEMPLATE = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A {{ class_name }} with packed low-bit weights ({{ label }}), made from `{{ base_model }}` by Quantmill with the recipe
+`{{ recipe }}`.
+
+## Use
+
+```python
+import quant_core  # registers the method with diffusers
+from diffusers import {{ class_name }}
+
+model = {{ class_name }}.from_pretrained("FOLDER")
+# or: verified against manifest.json
+model = quant_core.load_quantized("FOLDER")
+```
+
+Sample with the scheduler in `scheduler/` and the settings below: activation ranges belong to the timesteps of that
+trajectory.
+
+## Quality and size
+
+| | this model | full precision |
+|---|---|---|
+{% for row in table -%}
+| {{ row | join(" | ") }} |
+{% endfor %}
+PSNR compares samples of the same seeds; the Fréchet distance is between the two sets of samples.
+
+## Protocol
+
+{% for name, value in protocol -%}
+- {{ name }}: {{ value }}
+{% endfor %}
+## Limits
+
+It is as biased as the model that it was made from. How far it is from that is known for the protocol above only.
+`recipe.json` has every setting of the method, `provenance.json` what it was made from, `metrics.json` all figures.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CardContent:
+    """What a card says.
+
+    `base_model` is the Hub's `owner/name`, or the registered name of a model that is not from there; `config` is the
+    denoiser's config.json; `license` is the base model's, None if not known.
+    """
+
+    base_model: str
+    recipe: str
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    license: str | None = None
+
+
+def render_card(content: CardContent) -> str:
+    """Return README.md of a release.
+
+    Raises
+    ------
+    ArtifactError
+        If a figure is missing, or the figures come without their protocol.
+    """
+    protocol = check_metrics(content.metrics)
+    metrics = content.metrics
+    label = f"W{round(metrics['weight_bits_mean'])}A{round(metrics['act_bits_mean'])}"
+    title = f"{content.base_model.rpartition('/')[2]}, {content.recipe}"
+    task = "text-to-image" if any(content.config.get(key) for key in _TEXT_INPUTS) else "unconditional-image-generation"
+    data = ModelCardData(
+        base_model=content.base_model,
+        base_model_relation="quantized",
+        library_name="diffusers",
+        license=content.license,
+        pipeline_tag=task,
+        tags=["quantization", "quantmill", label.lower(), content.recipe],
+        model_name=title,
+        eval_results=_eval_results(metrics, task),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        title=title,
+        class_name=content.config["_class_name"],
+        base_model=content.base_model,
+        recipe=content.recipe,
+        label=label,
+        table=_table(metrics),
+        protocol=[(name.replace("_", " "), _plain(value)) for name, value in protocol.items()],
+    )
+    return str(card).rstrip("\n") + "\n"
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the protocol in a release's metrics, sorted by name; ArtifactError if that or a figure is missing."""
+    if missing := [name for name in (*FIGURES, "fd_extractor", "n", "sampler") if metrics.get(name) is None]:
+        raise ArtifactError(f"metrics: got none of {', '.join(missing)}; a figure is not stored without its protocol")
+    return {name: metrics[name] for name in sorted(metrics) if name not in FIGURES}
+
+
+def _eval_results(metrics: Mapping[str, Any], task: str) -> list[EvalResult]:
+    """Return the figures in the Hub's form."""
+    dataset = f"samples of {metrics['n']} seeds"
+    kinds = {"psnr_db": ("psnr", "PSNR against full precision, dB"), "fd": ("fd", f"FD, {metrics['fd_extractor']}")}
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type="generated",
+            dataset_name=dataset,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=metrics[key],
+        )
+        for key, (kind, name) in kinds.items()
+    ]
+
+
+def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return rows of (figure, this model, full precision)."""
+    low, high = (metrics["psnr_db"] + sign * metrics["psnr_db_ci95"] for sign in (-1, 1))
+    steps = metrics["sqnr_db_per_step"]
+    return [
+        ("weights, MiB", f"{metrics['bytes'] / 2**20:.2f}", f"{metrics['bytes_fp16'] / 2**20:.2f} (fp16)"),
+        ("weights, mean bits", f"{metrics['weight_bits_mean']:.2f}", "32"),
+        ("activations, mean bits", f"{metrics['act_bits_mean']:.2f}", "32"),
+        ("bit operations per forward", f"{metrics['bops']:.4g}", f"{metrics['bops_fp32']:.4g}"),
+        ("PSNR, dB (95 % interval)", f"{metrics['psnr_db']:.2f} ({low:.2f} to {high:.2f})", "–"),
+        (f"Fréchet distance, {metrics['fd_extractor']}", f"{metrics['fd']:.4g}", "0"),
+        ("SQNR of the prediction, dB, worst step", f"{min(steps):.2f}", "–"),
+    ]
+
+
+def _plain(value: Any) -> str:
+    """Write a setting in one line."""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

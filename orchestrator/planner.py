@@ -1,0 +1,282 @@
+"""From a recipe and a model to the graph of tasks.
+
+    model ── calibrate (seeds) ── round (units) ── reconstruct unit 1..B ── pack ── evaluate (seeds) ── score ── release
+         └── reference (seeds) ───────────────────────────────────────────────────────┘
+
+A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
+differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine.
+
+Parameters, inputs and outputs by kind (`sampler`: the recipe's section; `seeds`: {"first", "count"}; `unit`: a unit's
+name with the formats of its layers and attentions, see `orchestrator.planning.formats`):
+
+=========== ================================================== ========================================== ==============
+kind        parameters                                         inputs                                     outputs
+=========== ================================================== ========================================== ==============
+calibrate   sampler, seeds, batch_size, steps                  model                                      calibration
+reference   sampler, seeds, batch_size, sqnr_seeds             model                                      reference
+round       units: [unit], seed, cache_bytes,                  model, calibration (all)                   state:<unit>
+            forward_batch_size, pass
+reconstruct unit, layers, attentions, seed, cache_bytes,       model, calibration (all), state, earlier   state
+            forward_batch_size, pass                           (units before it, if inputs are quantized)
+pack        sampler, units (names)                             model, states                              packed
+evaluate    sampler, seeds, batch_size, sqnr_seeds             packed, reference                          evaluation
+score       sampler, seeds, sqnr_seeds, extractor, grid        packed, references, evaluations, model,    score, grid
+                                                               extractor_weights (if the recipe has any)
+release     recipe, recipe_digest                              packed, score, calibration, model          artifact
+=========== ================================================== ========================================== ==============
+
+`sqnr_seeds` of a shard counts its first seeds whose trajectory is recorded, or compared; `cache_bytes` bounds what a
+task keeps in memory; `forward_batch_size` is for passes over the calibration set; `pass` is the pass's own parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.db.rows import ModelRow
+from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
+from orchestrator.planning.costs import GIB, Cost, Costs, hessian_bytes
+from orchestrator.planning.formats import UnitPlan, plan_formats
+from orchestrator.planning.model import ModelInfo
+from orchestrator.recipes.load import resolve
+from orchestrator.recipes.schema import Recipe, Round
+
+#: Units that are rounded by one task at most: one pass over the calibration set serves them all.
+UNITS_PER_ROUND = 8
+
+
+def plan(model: ModelRow, recipe: Recipe, *, gpus_per_task: float = 0.0) -> tuple[Iterator[TaskNode], TaskNode]:
+    """Plan a quantization job.
+
+    Parameters
+    ----------
+    model
+        With its inspection.
+    gpus_per_task
+        GPUs that each computing task asks for; no part of any key.
+
+    Returns
+    -------
+    (iterator of TaskNode, TaskNode)
+        The tasks, each after all that it depends on, made as they are asked for; and the last of them, the release.
+
+    Raises
+    ------
+    RecipeError
+        If the recipe does not fit the model; before anything is returned.
+    """
+    planner = _Planner(ModelInfo.read(model.digest, model.inspection), recipe, gpus_per_task)
+    target = deque(planner.nodes(), maxlen=1)[0]
+    return planner.nodes(), target
+
+
+def round_groups(plans: Sequence[UnitPlan], config: Round, budget_bytes: float) -> Iterator[list[UnitPlan]]:
+    """Split units into runs that one task rounds: at most `UNITS_PER_ROUND`, and Hessians within the budget."""
+    group: list[UnitPlan] = []
+    held = 0
+    for each in plans:
+        needed = hessian_bytes(each.unit, config)
+        if group and (len(group) == UNITS_PER_ROUND or held + needed > budget_bytes):
+            yield group
+            group, held = [], 0
+        group.append(each)
+        held += needed
+    if group:
+        yield group
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """Consecutive seeds of one task, as JSON parameters; `sqnr` of its first seeds are compared step by step."""
+
+    first: int
+    count: int
+    sqnr: int = 0
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        return {"first": self.first, "count": self.count}
+
+    @property
+    def label(self) -> str:
+        return f"seeds {self.first}-{self.first + self.count - 1}"
+
+
+def _shards(first: int, seeds: int, size: int, sqnr: int = 0) -> Iterator[_Shard]:
+    for start in range(0, seeds, size):
+        count = min(size, seeds - start)
+        yield _Shard(first + start, count, max(0, min(count, sqnr - start)))
+
+
+class _Planner:
+    """Draws the graph of one model and recipe."""
+
+    def __init__(self, model: ModelInfo, recipe: Recipe, gpus: float) -> None:
+        self.recipe = recipe
+        self.gpus = gpus
+        self.plans = plan_formats(model, recipe)
+        self.costs = Costs(model, recipe)
+        self.model = (model.digest,)
+        self.sampler = recipe.sampler.model_dump(mode="json")
+        self.budget = int(recipe.memory.budget_gib * GIB)
+
+    def nodes(self) -> Iterator[TaskNode]:
+        """Make all tasks in dependency order, the release last."""
+        calibration: list[TaskRef] = []
+        for node in self._calibrate():
+            calibration.append(TaskRef(node.id, "calibration"))
+            yield node
+        states: dict[str, TaskRef] = {}
+        for node, produced in self._round(calibration):
+            states |= produced
+            yield node
+        for node, unit in self._reconstruct(calibration, states):
+            states[unit] = TaskRef(node.id, "state")
+            yield node
+        pack = self._pack(states)
+        yield pack
+        packed = TaskRef(pack.id, "packed")
+        references: list[TaskRef] = []
+        evaluations: list[TaskRef] = []
+        for node in self._measure(packed):
+            (references if node.kind == "reference" else evaluations).append(TaskRef(node.id, _MEASURED[node.kind]))
+            yield node
+        score = self._score(packed, references, evaluations)
+        yield score
+        yield self._release(packed, TaskRef(score.id, "score"), calibration)
+
+    def _calibrate(self) -> Iterator[TaskNode]:
+        section = self.recipe.calibration
+        steps = None if section.steps == self.recipe.sampler.num_inference_steps else section.steps
+        for shard in _shards(section.first_seed, section.seeds, section.shard_seeds):
+            batch = min(section.batch_size, shard.count)
+            yield self._node(
+                "calibrate",
+                {"sampler": self.sampler, "seeds": shard.seeds, "batch_size": batch, "steps": steps},
+                {"model": self.model},
+                self.costs.sample(shard.count, batch, recorded=shard.count),
+                shard.label,
+            )
+
+    def _round(self, calibration: Sequence[TaskRef]) -> Iterator[tuple[TaskNode, dict[str, TaskRef]]]:
+        config = self.recipe.passes.round
+        common = self._common() | config.parameters()
+        for group in round_groups(self.plans, config, self.budget):
+            names = [each.unit.name for each in group]
+            node = self._node(
+                "round",
+                {"units": [each.parameters() for each in group], **common},
+                {"model": self.model, "calibration": calibration},
+                self.costs.round(group, config),
+                names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
+            )
+            yield node, {name: TaskRef(node.id, f"state:{name}") for name in names}
+
+    def _reconstruct(
+        self, calibration: Sequence[TaskRef], rounded: Mapping[str, TaskRef]
+    ) -> Iterator[tuple[TaskNode, str]]:
+        config = self.recipe.passes.reconstruct
+        if config is None:
+            return
+        common = self._common() | config.parameters()
+        earlier: list[TaskRef] = []
+        for each in self.plans:
+            name = each.unit.name
+            inputs: dict[str, Sequence[str | TaskRef]] = {
+                "model": self.model,
+                "calibration": calibration,
+                "state": [rounded[name]],
+            }
+            if config.inputs == "quantized":
+                inputs["earlier"] = tuple(earlier)
+            node = self._node(
+                "reconstruct", each.parameters() | common, inputs, self.costs.reconstruct(each, config), name
+            )
+            earlier.append(TaskRef(node.id, "state"))
+            yield node, name
+
+    def _pack(self, states: Mapping[str, TaskRef]) -> TaskNode:
+        units = [each.unit.name for each in self.plans]
+        return self._node(
+            "pack",
+            {"sampler": self.sampler, "units": units},
+            {"model": self.model, "states": [states[name] for name in units]},
+            self.costs.pack(),
+            f"{len(units)} units",
+            gpus=0.0,
+        )
+
+    def _measure(self, packed: TaskRef) -> Iterator[TaskNode]:
+        """Make the references and the evaluations that are compared with them."""
+        section = self.recipe.evaluation
+        for shard in _shards(section.first_seed, section.seeds, section.shard_seeds, section.sqnr_seeds):
+            batch = min(section.batch_size, shard.count)
+            params = {
+                "sampler": self.sampler,
+                "seeds": shard.seeds,
+                "batch_size": batch,
+                "sqnr_seeds": shard.sqnr,
+            }
+            cost = self.costs.sample(shard.count, batch, recorded=shard.sqnr)
+            reference = self._node("reference", params, {"model": self.model}, cost, shard.label)
+            yield reference
+            inputs = {"packed": [packed], "reference": [TaskRef(reference.id, "reference")]}
+            cost = self.costs.evaluate(shard.count, batch, shard.sqnr)
+            yield self._node("evaluate", params, inputs, cost, shard.label)
+
+    def _score(self, packed: TaskRef, references: Sequence[TaskRef], evaluations: Sequence[TaskRef]) -> TaskNode:
+        section = self.recipe.evaluation
+        inputs: dict[str, Sequence[str | TaskRef]] = {
+            "packed": [packed],
+            "references": references,
+            "evaluations": evaluations,
+            "model": self.model,
+        }
+        if section.extractor_weights is not None:
+            inputs["extractor_weights"] = [section.extractor_weights]
+        params = {
+            "sampler": self.sampler,
+            "seeds": {"first": section.first_seed, "count": section.seeds},
+            "sqnr_seeds": min(section.sqnr_seeds, section.seeds),
+            "extractor": section.extractor,
+            "grid": min(section.grid, section.seeds),
+        }
+        return self._node("score", params, inputs, self.costs.score(), f"{section.seeds} seeds")
+
+    def _release(self, packed: TaskRef, score: TaskRef, calibration: Sequence[TaskRef]) -> TaskNode:
+        resolved = resolve(self.recipe)
+        return self._node(
+            "release",
+            {"recipe": json.loads(resolved.json), "recipe_digest": resolved.digest},
+            {"packed": [packed], "score": [score], "calibration": calibration, "model": self.model},
+            self.costs.release(),
+            self.recipe.name,
+            gpus=0.0,
+        )
+
+    def _common(self) -> dict[str, Any]:
+        """Return what both passes over the calibration set are told."""
+        return {
+            "seed": self.recipe.seed,
+            "cache_bytes": self.budget,
+            "forward_batch_size": self.recipe.calibration.batch_size,
+        }
+
+    def _node(
+        self,
+        kind: str,
+        params: Mapping[str, Any],
+        inputs: Mapping[str, Sequence[str | TaskRef]],
+        cost: Cost,
+        label: str,
+        gpus: float | None = None,
+    ) -> TaskNode:
+        resources = Resources(cpus=1.0, gpus=self.gpus if gpus is None else gpus, memory_bytes=cost.memory_bytes)
+        return task_node(kind, params, inputs, resources=resources, work=round(cost.work, 6), label=label)
+
+
+_MEASURED = {"reference": "reference", "evaluate": "evaluation"}

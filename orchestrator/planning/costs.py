@@ -1,0 +1,171 @@
+"""What tasks cost: work, in GMAC that take as long on one core, and bytes of memory.
+
+Work counts multiply-accumulates, and everything else that takes time as the MACs that would take as long. The factors
+were measured on one core of a current server CPU (AMD EPYC, float32, 30 GMAC/s in convolutions). Their ratios matter;
+the scale is fitted to recorded task times (`orchestrator.estimate`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.planning.formats import UnitPlan
+from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
+from orchestrator.recipes.schema import Recipe, Reconstruct, Round
+
+GIB = 2**30
+#: A worker process with torch and diffusers loaded and nothing to do.
+WORKER_BYTES = int(0.7 * GIB)
+
+_CALL = 2.5e6  # one layer called, with the norms and activations around it: 0.08 ms
+_QUANTIZE = 15.0  # one element quantized and dequantized: 0.5 ns
+_DEQUANTIZE = 120.0  # one packed weight unpacked: 4 ns
+_TRAIN_WEIGHT = 600.0  # one weight's soft rounding, its gradient and its Adam step: 20 ns
+_TRAIN_ELEMENT = 60.0  # one element quantized, with its gradient: 2 ns
+_SEARCH = 12_000.0  # one weight in the search of a range, 80 candidates: 0.4 µs
+_COLUMN = 1.6e6  # one column visited by closed-form rounding: 55 µs
+_COLUMN_WEIGHT = 5.0  # and each weight that a visit corrects
+_BACKWARD = 2.0  # of a forward
+_EXTRACTOR = {"efficientnet-lite0": 0.7, "inception-v3": 6.0}  # GMAC per image
+_EXTRACTOR_BYTES = {"efficientnet-lite0": 0.5 * GIB, "inception-v3": 1.2 * GIB}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Work in GMAC and memory in bytes."""
+
+    work: float
+    memory_bytes: int
+
+
+class Costs:
+    """Costs of the tasks that one recipe needs for one model."""
+
+    def __init__(self, model: ModelInfo, recipe: Recipe) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.calls_per_sample = recipe.sampler.num_inference_steps * recipe.sampler.calls_per_step
+        recorded = recipe.calibration.steps or recipe.sampler.num_inference_steps
+        #: denoiser inputs in the calibration set, per seed
+        self.recorded_per_seed = recorded * recipe.sampler.calls_per_step
+        self.model_bytes = 4 * model.parameters
+        widest = max(unit.input_bytes + unit.output_bytes for unit in model.units)
+        #: what is alive at once in a forward, per sample
+        self.live_bytes = min(model.activation_bytes, 6 * widest)
+        self.sample_bytes = 4 * _product(model.sample_shape)
+        self.weights = sum(unit.weights for unit in model.units)
+        self.elements = sum(unit.input_elements for unit in model.units)
+
+    def sample(self, seeds: int, batch: int, *, recorded: int = 0) -> Cost:
+        """Sampling with the full-precision model, of which some seeds' steps are kept."""
+        kept = recorded * self.calls_per_sample * self.sample_bytes * 2
+        return Cost(self._forward(seeds * self.calls_per_sample, batch), self._memory(batch, kept))
+
+    def round(self, group: Sequence[UnitPlan], config: Round) -> Cost:
+        """Rounding a group of units: one pass over the calibration set as far as the last of them."""
+        seeds, batch = self.recipe.calibration.seeds, self.recipe.calibration.batch_size
+        passes = self._forward(seeds * self.recorded_per_seed, batch) * group[-1].unit.depth
+        measured = sum(plan.unit.input_elements for plan in group) * seeds * self.recorded_per_seed
+        work = passes + _giga(measured * _QUANTIZE)
+        hessians = 0
+        for plan in group:
+            for layer in plan.unit.layers:
+                if layer.name in plan.layers:
+                    work += self._round_layer(layer, plan.layers[layer.name], config)
+            hessians += hessian_bytes(plan.unit, config)
+        return Cost(work, self._memory(batch, self._cached(hessians) + 3 * self._largest_hessian(group, config)))
+
+    def reconstruct(self, plan: UnitPlan, config: Reconstruct) -> Cost:
+        """Learning one unit: its inputs and outputs are recorded, then iterations on mini-batches."""
+        unit, seeds = plan.unit, self.recipe.calibration.seeds
+        samples = seeds * self.recorded_per_seed
+        passes = self._forward(samples, self.recipe.calibration.batch_size) * unit.depth
+        if config.inputs == "quantized":
+            passes += self._quantized_forward(samples, self.recipe.calibration.batch_size) * unit.depth
+        batch = config.batch_size
+        step = batch * unit.gmacs * (1 + _BACKWARD) + _giga(
+            len(unit.layers) * _CALL * (1 + _BACKWARD)
+            + unit.weights * _TRAIN_WEIGHT
+            + batch * unit.input_elements * _TRAIN_ELEMENT
+        )
+        graph = batch * 4 * unit.input_elements * 8 + unit.weights * 4 * 8
+        cache = self._cached(samples * (unit.input_bytes + unit.output_bytes))
+        models = 2 if config.inputs == "quantized" else 1
+        memory = WORKER_BYTES + models * self.model_bytes + graph + cache
+        live = self.recipe.calibration.batch_size * self.live_bytes
+        return Cost(passes + config.iterations * step, int(max(memory, WORKER_BYTES + self.model_bytes + live)))
+
+    def pack(self) -> Cost:
+        """Putting all states into one folder."""
+        return Cost(_giga(self.weights * _DEQUANTIZE), WORKER_BYTES + 3 * self.model_bytes)
+
+    def evaluate(self, seeds: int, batch: int, sqnr_seeds: int) -> Cost:
+        """Sampling with the packed model, and its predictions along the references' trajectories."""
+        calls = (seeds + sqnr_seeds) * self.calls_per_sample
+        kept = sqnr_seeds * self.calls_per_sample * self.sample_bytes * 2
+        return Cost(self._quantized_forward(calls, batch), self._memory(batch, kept + self.model_bytes))
+
+    def score(self) -> Cost:
+        """Features of all samples, twice, and the metrics over them."""
+        evaluation = self.recipe.evaluation
+        samples = 2 * evaluation.seeds
+        memory = (
+            WORKER_BYTES + self.model_bytes + _EXTRACTOR_BYTES[evaluation.extractor] + 2 * samples * self.sample_bytes
+        )
+        return Cost(samples * _EXTRACTOR[evaluation.extractor] + self._forward(1, 1), int(memory))
+
+    def release(self) -> Cost:
+        """Writing the card and the manifest."""
+        return Cost(0.0, WORKER_BYTES)
+
+    def _forward(self, samples: int, batch: int) -> float:
+        """Full-precision denoiser calls on so many rows, GMAC."""
+        return samples * self.model.gmacs + _giga(-(-samples // batch) * len(self.model.layers) * _CALL)
+
+    def _quantized_forward(self, samples: int, batch: int) -> float:
+        """Quantized denoiser calls on so many rows, GMAC."""
+        calls = -(-samples // batch)
+        return self._forward(samples, batch) + _giga(
+            calls * self.weights * _DEQUANTIZE + samples * self.elements * _QUANTIZE
+        )
+
+    def _round_layer(self, layer: LayerInfo, spec: Mapping[str, Any], config: Round) -> float:
+        """Range search, Hessian and closed-form rounding of one layer, GMAC."""
+        macs = layer.weights * _SEARCH if spec["weight_range"]["method"] == "mse" else 0.0
+        if config.method == "closed_form":
+            seeds = min(config.samples, self.recipe.calibration.seeds)
+            rows = seeds * self.recorded_per_seed * min(config.positions, layer.positions)
+            visits = 1 + config.sweeps * (1 + (config.refits if config.scale_refit else 0))
+            macs += rows * layer.columns**2 + 2 * layer.columns**3
+            macs += visits * layer.columns * (_COLUMN + layer.weights * _COLUMN_WEIGHT)
+        return _giga(macs)
+
+    def _largest_hessian(self, group: Sequence[UnitPlan], config: Round) -> int:
+        if config.method != "closed_form":
+            return 0
+        return max(4 * layer.columns**2 for plan in group for layer in plan.unit.layers)
+
+    def _cached(self, needed: float) -> float:
+        """Return the memory that a cache takes within the recipe's budget."""
+        return min(needed, self.recipe.memory.budget_gib * GIB)
+
+    def _memory(self, batch: int, extra: float) -> int:
+        return int(WORKER_BYTES + self.model_bytes + batch * self.live_bytes + extra)
+
+
+def hessian_bytes(unit: UnitInfo, config: Round) -> int:
+    """Return the bytes of the second moments that rounding a unit accumulates."""
+    return unit.hessian_bytes if config.method == "closed_form" else 0
+
+
+def _product(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _giga(macs: float) -> float:
+    return macs / 1e9

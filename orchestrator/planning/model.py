@@ -1,0 +1,128 @@
+"""A model as the planner sees it: the JSON of its inspection, read into records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One Conv or Linear layer: its weight's shape (C_out, C_in, *kernel), MACs per sample, parts of its input."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    macs: int
+    split: tuple[int, ...] | None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the weight matrix: taps times input channels."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def positions(self) -> int:
+        """Output positions (pixels, tokens) per sample."""
+        return max(1, self.macs // max(1, self.weights))
+
+    @property
+    def input_elements(self) -> int:
+        """Elements of the layer's input per sample, as far as the inspection tells (exact at stride 1)."""
+        return self.positions * self.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitInfo:
+    """A unit, per sample: float32 bytes in and out, GMAC, share of a forward done when it ends (`depth`)."""
+
+    name: str
+    layers: tuple[LayerInfo, ...]
+    attentions: tuple[str, ...]
+    gmacs: float
+    input_bytes: int
+    output_bytes: int
+    hessian_bytes: int
+    depth: float
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def input_elements(self) -> int:
+        """Elements of all its layers' inputs per sample."""
+        return sum(layer.input_elements for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A denoiser, per sample and forward; units in the order in which they run."""
+
+    digest: str
+    parameters: int
+    sample_shape: tuple[int, ...]
+    gmacs: float
+    activation_bytes: int
+    units: tuple[UnitInfo, ...]
+
+    @classmethod
+    def read(cls, digest: str, inspection: Mapping[str, Any]) -> Self:
+        """Read the inspection of the model with this digest."""
+        layers = {name: _layer(name, data) for name, data in inspection["layers"].items()}
+        return cls(
+            digest=digest,
+            parameters=inspection["parameters"],
+            sample_shape=tuple(inspection["sample_shape"]),
+            gmacs=inspection["forward_gmacs"],
+            activation_bytes=inspection["activation_bytes"],
+            units=tuple(_unit(data, layers) for data in inspection["units"]),
+        )
+
+    @property
+    def layers(self) -> tuple[LayerInfo, ...]:
+        """All layers in the order of their units."""
+        return tuple(layer for unit in self.units for layer in unit.layers)
+
+    @property
+    def first_layer(self) -> str:
+        """Name of the layer that reads the sample: the first convolution (else Linear) with as many input channels.
+
+        Timestep embeddings run before it, so the first layer that runs is not the one that is meant.
+        """
+        layers = self.layers
+        readers = [layer for layer in layers if layer.type != "Linear" and layer.shape[1] == self.sample_shape[0]]
+        if not readers and len(self.sample_shape) == 2:  # tokens, channels
+            readers = [layer for layer in layers if layer.shape[1] == self.sample_shape[1]]
+        return (readers or layers)[0].name
+
+    @property
+    def last_layer(self) -> str:
+        """Name of the layer that writes the prediction: the last one that runs."""
+        return self.layers[-1].name
+
+
+def _layer(name: str, data: Mapping[str, Any]) -> LayerInfo:
+    split = data["split"]
+    return LayerInfo(name, data["type"], tuple(data["shape"]), data["macs"], None if split is None else tuple(split))
+
+
+def _unit(data: Mapping[str, Any], layers: Mapping[str, LayerInfo]) -> UnitInfo:
+    return UnitInfo(
+        name=data["name"],
+        layers=tuple(layers[name] for name in data["layers"]),
+        attentions=tuple(data.get("attention") or ()),
+        gmacs=data["gmacs"],
+        input_bytes=data["input_bytes"],
+        output_bytes=data["output_bytes"],
+        hessian_bytes=data["hessian_bytes"],
+        depth=data["depth"],
+    )

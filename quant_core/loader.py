@@ -11,9 +11,9 @@ import diffusers
 import torch
 from torch import nn
 
-from kernels.backend import KernelBackend, resolve_backend
+from kernels.backend import BackendUnavailableError, KernelBackend, resolve_backend
 from quant_core.artifact import check_weights, read_config, verify_folder
-from quant_core.errors import ArtifactError, BackendUnavailableError, QuantCoreError
+from quant_core.errors import ArtifactError, QuantCoreError
 
 Resolver = Callable[[str], Path]
 

@@ -22,7 +22,8 @@ pack        sampler, units (names)                             model, states    
 evaluate    sampler, seeds, batch_size, sqnr_seeds             packed, reference                          evaluation
 score       sampler, seeds, sqnr_seeds, extractor, grid        packed, references, evaluations, model,    score, grid
                                                                extractor_weights (if the recipe has any)
-release     recipe, recipe_digest                              packed, score, calibration, model          artifact
+release     model: {"name", "class_name", "source"},           packed, score, calibration, model          artifact
+            recipe: {"name", "digest", "config"}
 =========== ================================================== ========================================== ==============
 
 `sqnr_seeds` of a shard counts its first seeds whose trajectory is recorded, or compared; `cache_bytes` bounds what a
@@ -69,7 +70,7 @@ def plan(model: ModelRow, recipe: Recipe, *, gpus_per_task: float = 0.0) -> tupl
     RecipeError
         If the recipe does not fit the model; before anything is returned.
     """
-    planner = _Planner(ModelInfo.read(model.digest, model.inspection), recipe, gpus_per_task)
+    planner = _Planner(model, recipe, gpus_per_task)
     target = deque(planner.nodes(), maxlen=1)[0]
     return planner.nodes(), target
 
@@ -115,11 +116,13 @@ def _shards(first: int, seeds: int, size: int, sqnr: int = 0) -> Iterator[_Shard
 class _Planner:
     """Draws the graph of one model and recipe."""
 
-    def __init__(self, model: ModelInfo, recipe: Recipe, gpus: float) -> None:
+    def __init__(self, model: ModelRow, recipe: Recipe, gpus: float) -> None:
+        info = ModelInfo.read(model.digest, model.inspection)
+        self.row = model
         self.recipe = recipe
         self.gpus = gpus
-        self.plans = plan_formats(model, recipe)
-        self.costs = Costs(model, recipe)
+        self.plans = plan_formats(info, recipe)
+        self.costs = Costs(info, recipe)
         self.model = (model.digest,)
         self.sampler = recipe.sampler.model_dump(mode="json")
         self.budget = int(recipe.memory.budget_gib * GIB)
@@ -251,12 +254,20 @@ class _Planner:
         resolved = resolve(self.recipe)
         return self._node(
             "release",
-            {"recipe": json.loads(resolved.json), "recipe_digest": resolved.digest},
+            {
+                "model": self._origin(),
+                "recipe": {"name": self.recipe.name, "digest": resolved.digest, "config": json.loads(resolved.json)},
+            },
             {"packed": [packed], "score": [score], "calibration": calibration, "model": self.model},
             self.costs.release(),
             self.recipe.name,
             gpus=0.0,
         )
+
+    def _origin(self) -> dict[str, str | None]:
+        """Return what a release says of its base model; a folder's path means nothing on another machine."""
+        source = self.row.source if self.row.source.startswith("hf:") else None
+        return {"name": self.row.name, "class_name": self.row.class_name, "source": source}
 
     def _common(self) -> dict[str, Any]:
         """Return what both passes over the calibration set are told."""

@@ -1,7 +1,12 @@
-"""The JSON schema of recipe files, for editors and other tools."""
+"""The JSON schema of recipe files, for editors and other tools.
+
+`python -m orchestrator.recipes.json_schema > docs/recipe.schema.json` publishes it.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from typing import Any
 
 from orchestrator.recipes.schema import Recipe
@@ -31,3 +36,7 @@ def _nullable(value: dict[str, Any]) -> dict[str, Any]:
     if {"type": "null"} not in options:
         options = [*options, {"type": "null"}]
     return {"anyOf": options, **notes}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")

@@ -8,7 +8,8 @@ WorkerError
 │   └── NotFoundError           no blob of that digest (102)
 ├── ManifestError               a manifest or a path in it that is not acceptable (2)
 ├── ModelError                  a model folder that cannot be used (2)
-├── TaskError                   a task of an unknown kind, or a body that returned something else than its output (2)
+├── TaskError                   a task cannot run with what it was given (2)
+├── TaskFailedError             a task that ran in a process of its own failed there (1)
 └── ExecutorError               Ray cannot be started or reached (1)
 
 `fault_of` says what an exception means to the queue.
@@ -66,9 +67,13 @@ class ModelError(WorkerError, InvalidInputError):
 
 
 class TaskError(WorkerError, InvalidInputError):
-    """A task of an unknown kind, or a body that returned something else than its output."""
+    """A task cannot run with what it was given: kind, version, parameters or inputs."""
 
     exit_code = 2
+
+
+class TaskFailedError(WorkerError):
+    """A task that ran in a process of its own failed there, or the process died."""
 
 
 class ExecutorError(WorkerError):

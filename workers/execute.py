@@ -1,0 +1,138 @@
+"""Run one task in this process: find its body by name, give it a store and an empty folder, time it."""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from workers.context import Inputs, Params, TaskContext, TaskOutput
+from workers.errors import TaskError
+from workers.kinds import KINDS
+from workers.locks import own_folder
+from workers.store import NodeStore, open_cached
+
+
+@dataclass(frozen=True, slots=True)
+class TaskCall:
+    """Everything that a worker needs to run a task; JSON.
+
+    `cpus`, `gpus` and `memory_bytes` are what the task occupies; `threads` is how many it may use.
+    """
+
+    kind: str
+    params: Params
+    inputs: Inputs
+    store_url: str
+    cache_dir: str
+    device: str = "cpu"
+    threads: int = 1
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory_bytes: int = 0
+    version: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the call as JSON."""
+        return asdict(self)
+
+
+def execute_call(call: TaskCall) -> TaskOutput:
+    """Run a call in this process; see `execute`.
+
+    Raises
+    ------
+    TaskError
+        If this worker's code has another version of the kind: its result must not be filed under that name.
+    """
+    kind = KINDS.get(call.kind)
+    if kind is not None and call.version not in (None, kind.version):
+        raise TaskError(f"task {call.kind}: got version {call.version}, wanted {kind.version}, which this code has")
+    return execute(call.kind, call.params, call.inputs, call.store_url, Path(call.cache_dir), call.device, call.threads)
+
+
+def execute(
+    kind: str, params: Params, inputs: Inputs, store_url: str, cache_dir: Path, device: str, threads: int
+) -> TaskOutput:
+    """Run a task's body in this process.
+
+    Parameters
+    ----------
+    kind
+        A key of `workers.kinds.KINDS`.
+    params, inputs
+        As in the task.
+    store_url
+        As for `workers.store.open_store`.
+    cache_dir
+        The node's cache; scratch folders lie in it too.
+    device
+        Torch's name of the device to compute on.
+    threads
+        How many threads torch may use in the body.
+
+    Returns
+    -------
+    TaskOutput
+        The body's, with two more metrics: `seconds` (of the body) and `peak_rss_bytes` (the most memory that this
+        process has held so far).
+
+    Raises
+    ------
+    TaskError
+        If the kind is unknown, or its body returned something else.
+    Exception
+        Whatever the body raises.
+    """
+    body = _body(kind)
+    _set_threads(threads)
+    with _store(store_url, cache_dir) as store, own_folder(cache_dir / "scratch") as scratch:
+        started = time.perf_counter()
+        output = body(params, inputs, TaskContext(store, device, scratch, threads))
+        seconds = time.perf_counter() - started
+    if not isinstance(output, TaskOutput):
+        raise TaskError(f"task {kind}: got {type(output).__name__} from its body, wanted TaskOutput")
+    return TaskOutput(output.outputs, {**output.metrics, "seconds": seconds, "peak_rss_bytes": _peak_rss_bytes()})
+
+
+def _body(kind: str) -> Callable[[Params, Inputs, TaskContext], TaskOutput]:
+    """Import the body of a kind."""
+    if kind not in KINDS:
+        raise TaskError(f"task: got kind {kind!r}, wanted one of {', '.join(sorted(KINDS))}")
+    module, _, name = KINDS[kind].entry.partition(":")
+    body: Callable[[Params, Inputs, TaskContext], TaskOutput] = getattr(importlib.import_module(module), name)
+    return body
+
+
+def _set_threads(threads: int) -> None:
+    """Limit torch, if the body needed it at all."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+# A worker runs one task after another against the same store; opening S3 takes a tenth of a second.
+_opened = lru_cache(maxsize=4)(open_cached)
+
+
+@contextmanager
+def _store(url: str, cache_dir: Path) -> Iterator[NodeStore]:
+    """Open a store, and give up the files in use at the end."""
+    store = _opened(url, cache_dir)
+    try:
+        yield store
+    finally:
+        store.release()
+
+
+def _peak_rss_bytes() -> int:
+    """Return the most memory that this process has held, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -47,7 +47,7 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
     release = get_release(service, ref)
     digest = release.digest
     if layout == DEQUANTIZED:
-        digest = run_task(service, "export", {}, {"artifact": [digest]}).outputs[_OUTPUT]
+        digest = run_task(service.settings, "export", {}, {"artifact": [digest]}).outputs[_OUTPUT]
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-partial-", dir=folder.parent) as scratch:
         pulled, laid_out = Path(scratch, "pulled"), Path(scratch, "out")
         pull_tree(service.store, digest, pulled)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Self, TextIO
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import find_job, job_kinds
 from orchestrator.db.registry import kind_timings
-from orchestrator.db.rows import KindRow, Timing
+from orchestrator.db.rows import KindRow
 from orchestrator.db.session import Database
 from orchestrator.errors import DatabaseError
+from orchestrator.estimate import Rate, fitted_rates
 from orchestrator.text import human_seconds
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _RATE_WINDOW_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A job at one moment; `eta_seconds` is None where no recorded time tells it."""
+    """A job at one moment; `eta_seconds` is what is left of it by recorded times."""
 
     job: str
     state: str
@@ -40,7 +41,7 @@ class Snapshot:
     recipe: str
     kinds: tuple[KindRow, ...]
     seconds: float
-    eta_seconds: float | None
+    eta_seconds: float
 
     @property
     def total(self) -> int:
@@ -63,35 +64,28 @@ class Snapshot:
         return sum(kind.running for kind in self.kinds)
 
 
-def remaining_seconds(kinds: Sequence[KindRow], timings: Mapping[str, Timing], workers: int) -> float | None:
-    """Estimate the time that is left.
+def remaining_seconds(kinds: Sequence[KindRow], rates: Mapping[str, Rate], workers: int) -> float:
+    """Estimate the time that is left, in seconds.
 
     Parameters
     ----------
     kinds
         The job's tasks; a kind of which this job has computed some is judged by those.
-    timings
-        What recorded tasks of each kind took, for the others.
+    rates
+        What tasks of the other kinds take (`orchestrator.estimate.fitted_rates`).
     workers
         How many tasks run at once.
-
-    Returns
-    -------
-    float or None
-        Seconds; None if a kind that is left has neither times of its own nor recorded ones.
     """
     total = 0.0
     for kind in kinds:
         left = kind.total - kind.succeeded - kind.failed - kind.cancelled
-        if left == 0:
-            continue
-        known = Timing(kind.succeeded - kind.cached, kind.seconds, kind.work)
-        if known.n == 0:
-            known = timings.get(kind.kind, known)
-        if known.n == 0:
-            return None
-        by_work = known.work > 0 and kind.work_left > 0
-        total += known.seconds / known.work * kind.work_left if by_work else known.seconds / known.n * left
+        computed = kind.succeeded - kind.cached
+        if computed and kind.work > 0:
+            total += kind.seconds / kind.work * kind.work_left
+        elif computed:
+            total += kind.seconds / computed * left
+        elif kind.kind in rates:
+            total += rates[kind.kind].fixed * left + rates[kind.kind].per_gmac * kind.work_left
     return total / max(workers, 1)
 
 
@@ -103,7 +97,7 @@ def take_snapshot(database: Database, job_id: str, workers: int) -> Snapshot:
         timings = kind_timings(session)
         now = database_time(session)
     seconds = (job.finished_at or now) - (job.started_at or job.created_at)
-    eta = remaining_seconds(kinds, timings, workers)
+    eta = remaining_seconds(kinds, fitted_rates(timings), workers)
     return Snapshot(job.id, job.state.value, job.model_name, job.recipe_name, kinds, max(seconds, 0.0), eta)
 
 
@@ -143,17 +137,17 @@ class Progress:
         from rich.console import Console
         from rich.live import Live
 
-        rate = Rate()
+        pace = Pace()
         with Live(console=Console(file=self._stream), auto_refresh=False) as live:
             stopped = False
             while not stopped:
                 with suppress(DatabaseError):
                     snapshot = self._take()
-                    rate.add(time.monotonic(), snapshot.computed)
-                    live.update(progress_table(snapshot, rate.per_second()), refresh=True)
+                    pace.add(time.monotonic(), snapshot.computed)
+                    live.update(progress_table(snapshot, pace.per_second()), refresh=True)
                 stopped = self._stop.wait(LIVE_SECONDS)
             with suppress(DatabaseError):
-                live.update(progress_table(self._take(), rate.per_second()), refresh=True)
+                live.update(progress_table(self._take(), pace.per_second()), refresh=True)
 
 
 class LinePace:
@@ -184,7 +178,7 @@ class LinePace:
         return due or last
 
 
-class Rate:
+class Pace:
     """Tasks per second over the last minute."""
 
     def __init__(self) -> None:
@@ -210,7 +204,7 @@ def progress_line(snapshot: Snapshot) -> str:
     busy = [f"{kind.kind} {kind.succeeded}/{kind.total}" for kind in snapshot.kinds if kind.running]
     parts += [f"running {', '.join(busy)}"] if busy else []
     parts.append(human_seconds(snapshot.seconds))
-    if snapshot.eta_seconds and snapshot.state in ("queued", "running"):
+    if snapshot.state in ("queued", "running"):
         parts.append(f"about {human_seconds(snapshot.eta_seconds)} left")
     return f"job {snapshot.job}: " + "; ".join(parts)
 
@@ -220,7 +214,7 @@ def progress_table(snapshot: Snapshot, per_second: float) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    eta = "unknown" if snapshot.eta_seconds is None else human_seconds(snapshot.eta_seconds)
+    eta = human_seconds(snapshot.eta_seconds)
     ended = snapshot.state not in ("queued", "running")
     table = Table(
         title=f"job {snapshot.job}  {snapshot.recipe} on {snapshot.model}  {snapshot.state}",

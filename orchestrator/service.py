@@ -42,7 +42,7 @@ def open_service(settings: Settings) -> Iterator[Service]:
     database = open_database(settings.database_url)
     try:
         require_current(database)
-        yield Service(settings, database, _open_store(settings))
+        yield Service(settings, database, open_store_of(settings))
     finally:
         database.close()
 
@@ -72,7 +72,8 @@ def make_home(settings: Settings) -> None:
     _make_folder(settings.home, "home")
 
 
-def _open_store(settings: Settings) -> Store:
+def open_store_of(settings: Settings) -> Store:
+    """Open the store alone; an embedded one is made if it is not there."""
     if settings.embedded_store:
         _make_folder(Path(settings.store_url), "store")
     return open_store(settings.store_url)

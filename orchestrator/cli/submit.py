@@ -1,0 +1,97 @@
+"""`quantmill submit`, and what it shares with `quantmill run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from orchestrator.cli.app import App, Command, pass_app
+from orchestrator.cli.jobs import job_text
+from orchestrator.dryrun import DryRun, dry_run_job
+from orchestrator.jobs import EXIT_CODES, NOT_FINISHED, show_job, wait_for_job
+from orchestrator.submission import Request, Submitted
+from orchestrator.submission import submit as submit_job
+from orchestrator.text import human_bytes, human_seconds, table
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def request_options(function: F) -> F:
+    """Give a command the options that make up a request."""
+    options = (
+        click.argument("recipe"),
+        click.option("--model", required=True, metavar="M", help="Registered name, diffusers folder or hf:owner/name."),
+        click.option(
+            "--set", "overrides", metavar="A.B=V", multiple=True, help="Change a value of the recipe; may be repeated."
+        ),
+        click.option("--name", metavar="RELEASE", help="Name to publish under; MODEL-RECIPE by default."),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.command(cls=Command)
+@request_options
+@click.option("--priority", type=int, default=0, show_default=True, help="Higher goes first.")
+@click.option("--wait/--no-wait", default=False, help="Return only when the job has ended, with its exit code.")
+@click.option("--dry-run", is_flag=True, help="Queue nothing; say how many tasks, how long, how much memory.")
+@pass_app
+def submit(
+    app: App,
+    recipe: str,
+    model: str,
+    overrides: tuple[str, ...],
+    name: str | None,
+    priority: int,
+    wait: bool,
+    dry_run: bool,
+) -> int:
+    """Queue a job; `quantmill serve` executes it. RECIPE is a YAML file or a name of `recipes ls`."""
+    request = Request(recipe, model, overrides, name, priority)
+    with app.service() as service:
+        if dry_run:
+            found = dry_run_job(service, request, tell=app.tell)
+            app.answer(found.document(), lambda: dry_run_text(found))
+            return 0
+        submitted = submit_job(service, request, tell=app.tell)
+        tell_next(app, submitted)
+        if not wait:
+            job = submitted.job
+            document = {"job": job.id, "state": job.state.value}
+            app.answer(document, lambda: f"job {job.id} is {job.state.value}")
+            return 0
+        row = wait_for_job(service, submitted.job.id)
+        view = show_job(service, row.id)
+    app.answer(view, lambda: job_text(view))
+    return EXIT_CODES.get(row.state, NOT_FINISHED)
+
+
+def tell_next(app: App, submitted: Submitted) -> None:
+    """Say what was queued and how to go on."""
+    job, counts = submitted.job, submitted.counts
+    app.tell(f"job {job.id}: {job.recipe_name} on {job.model_name}, {counts.total} tasks, {counts.cached} cached")
+    app.tell(f"  quantmill jobs show {job.id}       how far it is")
+    app.tell(f"  quantmill jobs logs -f {job.id}    what happens")
+    app.tell(f"  quantmill jobs cancel {job.id}     stop it")
+
+
+def dry_run_text(found: DryRun) -> str:
+    """Return an estimate for a person."""
+    total = found.estimate
+    rows = [
+        (name, kind.tasks, kind.cached, human_seconds(kind.seconds) if kind.tasks > kind.cached else None)
+        for name, kind in total.per_kind.items()
+    ]
+    to_run = total.tasks - total.cached
+    lines = [
+        f"{found.recipe} on {found.model}: {total.tasks} tasks, {total.cached} cached, {to_run} to run",
+        "",
+        table(("KIND", "TASKS", "CACHED", "CPU TIME"), rows),
+        "",
+        f"estimated time  {human_seconds(total.seconds)}, {found.workers} tasks at once",
+        f"peak memory     {human_bytes(total.peak_memory_bytes)}, all processes together",
+    ]
+    return "\n".join(lines)

@@ -198,8 +198,8 @@ class CalibrationSet:
         self._x = [handle.get_slice("x") for handle in self._handles]
         self._counts = [part.get_shape()[1] for part in self._x]
         self.sample_shape: tuple[int, ...] = tuple(self._x[0].get_shape()[2:])
-        parts = [_conditioning(handle, count) for handle, count in zip(self._handles, self._counts, strict=True)]
-        self.conditioning = concatenate(parts)
+        pairs = zip(self._handles, self._counts, strict=True)
+        self.conditioning = concatenate([read_conditioning(_small(handle), count) for handle, count in pairs])
 
     @property
     def steps(self) -> int:
@@ -246,11 +246,16 @@ class CalibrationSet:
         return Batch(x, self.timesteps[step], step, take(self.conditioning, row))
 
 
-def _conditioning(handle: Any, count: int) -> dict[str, Tensor]:
-    """Read the conditioning of a shard's recorded rows."""
-    keys = [key for key in sorted(handle.keys()) if key.startswith(CONDITIONING)]
-    found = {key.removeprefix(CONDITIONING): handle.get_tensor(key) for key in keys}
-    return {key: value if key in UNBATCHED else value[:count] for key, value in found.items()}
+def read_conditioning(shard: Mapping[str, Tensor], rows: int | None = None) -> dict[str, Tensor]:
+    """Return the conditioning among a shard's tensors, its first `rows` (all if None)."""
+    found = {key.removeprefix(CONDITIONING): shard[key] for key in sorted(shard) if key.startswith(CONDITIONING)}
+    return {key: value if key in UNBATCHED else value[:rows] for key, value in found.items()}
+
+
+def _small(handle: Any) -> dict[str, Tensor]:
+    """Read a shard's conditioning, without its denoiser inputs."""
+    names = [key for key in sorted(handle.keys()) if key.startswith(CONDITIONING)]
+    return {key: handle.get_tensor(key) for key in names}
 
 
 def replay(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,0 +1,56 @@
+"""What several task bodies do first: fetch a model or shards, count seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quant_core.denoiser import Denoiser, load_denoiser
+from workers.context import Inputs, TaskContext
+from workers.errors import TaskError
+from workers.manifest import link_tree, pull_tree
+
+
+def only(inputs: Inputs, name: str) -> str:
+    """Return the one digest of an input.
+
+    Raises
+    ------
+    TaskError
+        If there is none or more than one.
+    """
+    digests = inputs.get(name, [])
+    if len(digests) != 1:
+        raise TaskError(f"input {name}: got {len(digests)} digests, wanted 1")
+    return digests[0]
+
+
+def fetch_model(inputs: Inputs, context: TaskContext) -> Denoiser:
+    """Load the full-precision model of the input `model`, on the CPU."""
+    folder = context.scratch / "model"
+    link_tree(context.store, only(inputs, "model"), folder)
+    return load_denoiser(folder)
+
+
+def fetch_packed(inputs: Inputs, context: TaskContext) -> Path:
+    """Pull the tree of the input `packed`, as a user would, and return its folder."""
+    folder = context.scratch / "packed"
+    pull_tree(context.store, only(inputs, "packed"), folder)
+    return folder
+
+
+def local_files(digests: Sequence[str], context: TaskContext) -> list[Path]:
+    """Return local files with these bytes, in order."""
+    return [context.store.local_path(digest) for digest in digests]
+
+
+def seed_range(seeds: Mapping[str, int]) -> range:
+    """Return the seeds of a shard, {"first", "count"}."""
+    return range(seeds["first"], seeds["first"] + seeds["count"])
+
+
+def to_json(value: Any) -> bytes:
+    """Return the one serialised form of a JSON value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -27,6 +27,9 @@ _ALL = (
     TaskKind("evaluate", 1, "workers.tasks.evaluate:run"),
     TaskKind("score", 1, "workers.tasks.score:run"),
     TaskKind("release", 1, "workers.tasks.release:run"),
+    # Run at once for the command line, not queued.
+    TaskKind("export", 1, "workers.tasks.export:run"),
+    TaskKind("bench", 1, "workers.tasks.bench:run"),
     # Neither computes nor needs a model: measures the queue and drills its recovery.
     TaskKind("noop", 1, "workers.tasks.noop:run"),
 )

@@ -76,7 +76,10 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     peaks = {name: _peak_bytes(bench, load) for name, load in loaders.items()}
     models = {name: load().to(bench.device) for name, load in loaders.items()}
     times = _step_ms(bench, models)
-    sizes = {"release_figures": _weights_bytes(folders["artifact"]), "original_figures": _weights_bytes(folders["model"])}
+    sizes = {
+        "release_figures": _weights_bytes(folders["artifact"]),
+        "original_figures": _weights_bytes(folders["model"]),
+    }
     figures = {
         name: {
             "step_ms": times[name],

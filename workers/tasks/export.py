@@ -5,12 +5,13 @@ params
 inputs
     artifact: the release's tree
 outputs
-    model: a tree like the release's, with float16 weights and without quantization: config.json, safetensors, the
-    scheduler and the card
+    model: a tree like the release's, with float16 weights and without quantization: config.json, safetensors and the
+    scheduler
 metrics
     none
 
-Activations are not quantized in it, so its samples are not those that the release was measured by.
+Activations are not quantized in it, so its samples are not those that the release was measured by, and the release's
+card does not describe it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ from quant_core.loader import load_folder
 from workers.context import Inputs, Params, TaskContext, TaskOutput
 from workers.manifest import link_tree, put_tree
 
-_CARD_FILE = "README.md"
-
 
 def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     """Write the dequantized model."""
@@ -39,10 +38,9 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     del config["quantization_config"]
     (plain / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(dequantized_state(load_folder(packed)), plain / WEIGHTS_FILE, metadata={"format": "pt"})
-    for name in (SCHEDULER_FILE, _CARD_FILE):
-        if (packed / name).is_file():
-            (plain / name).parent.mkdir(exist_ok=True)
-            (plain / name).write_bytes((packed / name).read_bytes())
+    if (packed / SCHEDULER_FILE).is_file():
+        (plain / SCHEDULER_FILE).parent.mkdir()
+        (plain / SCHEDULER_FILE).write_bytes((packed / SCHEDULER_FILE).read_bytes())
     return TaskOutput({"model": put_tree(context.store, plain)})
 
 

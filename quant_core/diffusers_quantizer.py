@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quant_core.activation import ActivationQuantizer
 from quant_core.artifact import FORMAT_VERSION, QUANT_METHOD, parse_quantization_config
 from quant_core.attention import AttentionQuantizer
+from quant_core.dequantize import dequantize
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.layers import QuantLayer, weight_groups
 from quant_core.model import build_quantized
@@ -129,6 +130,11 @@ class QuantmillQuantizer(DiffusersQuantizer):
         if leaf == "scale" and not bool(((stored > 0) & stored.isfinite()).all()):
             raise ArtifactError(f"packed tensor {param_name}: got a scale that is zero, negative or not finite")
         setattr(module, leaf, stored.to(target_device))
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        plain = dequantize(model, dict(model.config))  # type: ignore[arg-type]
+        plain.hf_quantizer = self  # type: ignore[assignment]  # the base class deletes it from what this returns
+        return plain
 
     @property
     def is_serializable(self) -> bool:

@@ -148,6 +148,20 @@ def test_it_samples_inside_a_pipeline(tiny_model: Make, quantize_model: Quantize
     assert (images[0] == images[1]).all()
 
 
+def test_dequantize_gives_a_plain_model(packed: Path, tiny_model: Make, tmp_path: Path) -> None:
+    quantized = UNet2DModel.from_pretrained(packed)
+    weights = {name: layer.weight for name, layer in quantized.named_modules() if isinstance(layer, QuantLayer)}
+    plain = quantized.dequantize()
+    assert not any(isinstance(module, QuantLayer | ActivationQuantizer) for module in plain.modules())
+    assert plain.state_dict().keys() == tiny_model("unet").state_dict().keys()
+    assert all(torch.equal(plain.get_submodule(name).weight, weight) for name, weight in weights.items())
+    assert "quantization_config" not in plain.config
+    plain.save_pretrained(tmp_path / "plain")
+    again = UNet2DModel.from_pretrained(tmp_path / "plain", torch_dtype=torch.float16)
+    assert again.dtype == torch.float16
+    assert torch.equal(predict(UNet2DModel.from_pretrained(tmp_path / "plain")), predict(plain))
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(folder / WEIGHTS_FILE)
     change(tensors)

@@ -44,6 +44,7 @@ FAULTS: Mapping[str, tuple[Any, tuple[float, ...]]] = {
     "invalid": (Task.faults_task, ()),
 }
 
+_ERROR_CHARACTERS = 10_000
 _ZERO: ColumnElement[float] = literal_column("0")
 _QUEUED = in_states(Task.state, [TaskState.QUEUED])
 _RUNNING = in_states(Task.state, [TaskState.RUNNING])
@@ -237,7 +238,7 @@ def _check_result(lease: Lease, outputs: Mapping[str, Any], metrics: Mapping[str
         if not isinstance(digest, str) or len(digest) != 64:
             raise ResultError(f"task {lease.task_id[:12]}: got output {name}={digest!r}, wanted a sha256 digest")
     try:
-        canonical_json(dict(metrics))
+        canonical_json(dict(metrics)).encode()
     except (TypeError, ValueError) as error:
         raise ResultError(f"task {lease.task_id[:12]}: metrics cannot be recorded as JSON ({error})") from error
 
@@ -272,6 +273,7 @@ def _fault(
 ) -> bool:
     """Count a fault, and retry the task or fail it."""
     counter, backoff = FAULTS[fault]
+    error = _storable(error)
     values: dict[str, Any] = {counter.key: counter + 1, "error": error}
     returning = (Task.attempt, counter.label("faults"))
     if backoff:
@@ -290,6 +292,11 @@ def _fault(
     record_event(session, TaskEvent.FAIL, task=task, attempt=row.attempt, data=data)
     fail_jobs_that_need(session, task, error)
     return True
+
+
+def _storable(error: str) -> str:
+    """Return the text as every database takes it: no NUL, no half characters, not endless."""
+    return error.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()[:_ERROR_CHARACTERS]
 
 
 def release_task(session: Session, lease: Lease) -> bool:

@@ -1,0 +1,122 @@
+"""Quantized attention matmuls: QK^T and softmax(.)V of any attention that runs through a processor.
+
+diffusers' attention modules hand their work to a `processor`, which calls `scaled_dot_product_attention`. The processor is wrapped
+so that this one call is replaced, for the duration of the processor, by one whose operands are quantized; no model or processor class
+is named.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from quant_core.activation import ActivationQuantizer
+from quant_core.errors import QuantizationError
+from quant_core.qspec import ActivationSpec, AttentionSpec
+from quant_core.steps import StepClock
+
+OPERANDS = ("query", "key", "value", "probabilities")
+
+
+class AttentionQuantizer(nn.Module):
+    """Quantizers of the four operands of an attention's two matmuls."""
+
+    def __init__(self, spec: AttentionSpec, clock: StepClock, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        probabilities = ActivationSpec(spec.softmax_bits, mode=spec.activation.mode)
+        for operand in OPERANDS:
+            chosen = probabilities if operand == "probabilities" else spec.activation
+            self.add_module(operand, ActivationQuantizer(chosen, clock, device))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Return softmax(Q K^T * scale + mask) V with quantized operands; tensors (..., tokens, head width)."""
+        scores = self.query(query) @ self.key(key).transpose(-1, -2) * scale
+        return self.probabilities(_softmax(scores, mask)) @ self.value(value)
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return scores.softmax(dim=-1)
+    if mask.dtype is torch.bool:
+        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return (scores + mask).softmax(dim=-1)
+
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+class ReplacedAttention(TorchFunctionMode):
+    """While active, `scaled_dot_product_attention` is `function(query, key, value, mask, scale)`."""
+
+    def __init__(self, function: AttentionFunction) -> None:
+        super().__init__()
+        self.function = function
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self.function(*_bind_attention(*args, **(kwargs or {})))
+
+
+def _bind_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """Bring the arguments of `scaled_dot_product_attention` to those of `AttentionFunction`; dropout is off in evaluation."""
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if enable_gqa:
+        repeat = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeat, -3), value.repeat_interleave(repeat, -3)
+    return query, key, value, attn_mask, 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
+def wrap_processor(attention: nn.Module, function: AttentionFunction) -> Callable[[], None]:
+    """Run `attention`'s processor with its scaled dot product replaced by `function`; returns what undoes it."""
+    inner = getattr(attention, "processor", None)
+    if inner is None:
+        raise QuantizationError(
+            f"attention: got {type(attention).__name__} without a processor, wanted diffusers' attention"
+        )
+
+    def call(self: object, *args: Any, **kwargs: Any) -> Any:
+        with ReplacedAttention(function):
+            return inner(*args, **kwargs)
+
+    # diffusers reads the signature of a processor's __call__ to decide which keyword arguments to pass on.
+    call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
+    attention.processor = type(f"Quantized{type(inner).__name__}", (), {"__call__": call})()
+
+    def undo() -> None:
+        attention.processor = inner
+
+    return undo
+
+
+def quantize_attentions(
+    model: nn.Module, specs: Mapping[str, AttentionSpec], clock: StepClock
+) -> dict[str, AttentionQuantizer]:
+    """Quantize the matmuls of the named attention modules in place, with ranges still to be set."""
+    device = next(model.parameters(), torch.empty(0)).device
+    made = {}
+    for name, spec in specs.items():
+        attention = model.get_submodule(name)
+        made[name] = AttentionQuantizer(spec, clock, device)
+        wrap_processor(attention, made[name])
+        attention.add_module("attention_quantizer", made[name])
+    return made

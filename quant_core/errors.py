@@ -1,0 +1,55 @@
+"""Errors of the science.
+
+QuantServiceError
+└── QuantCoreError
+    ├── QuantizationError       a choice of bits, granularity or range that cannot be applied
+    ├── UnknownTimestepError    a per-step model was called at a timestep that it was not calibrated for
+    ├── ConditioningError       the denoiser wants conditioning that was not given
+    ├── DenoiserError           a model folder that cannot be loaded or called
+    ├── ArtifactError           a packed folder that is damaged or not ours
+    └── BackendUnavailableError the requested backend does not run here
+"""
+
+from __future__ import annotations
+
+from kernels.errors import InvalidInputError, QuantServiceError
+
+
+class QuantCoreError(QuantServiceError):
+    """Base of this package's errors."""
+
+
+class QuantizationError(QuantCoreError, InvalidInputError):
+    """A choice of bits, granularity or range that cannot be applied."""
+
+    exit_code = 2
+
+
+class UnknownTimestepError(QuantCoreError, InvalidInputError):
+    """A per-step model was called at a timestep that it was not calibrated for."""
+
+    exit_code = 2
+
+
+class ConditioningError(QuantCoreError, InvalidInputError):
+    """The denoiser wants conditioning that was not given."""
+
+    exit_code = 2
+
+
+class DenoiserError(QuantCoreError, InvalidInputError):
+    """A model folder that cannot be loaded or called."""
+
+    exit_code = 2
+
+
+class ArtifactError(QuantCoreError, InvalidInputError):
+    """A packed folder that is damaged or not ours."""
+
+    exit_code = 2
+
+
+class BackendUnavailableError(QuantCoreError, InvalidInputError):
+    """The requested backend does not run here."""
+
+    exit_code = 2

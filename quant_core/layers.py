@@ -1,0 +1,194 @@
+"""The quantized layer: one module for Conv1d, Conv2d, Conv3d and Linear, whoever chose its codes.
+
+The weight is kept as packed codes of the matrix (C_out, K), K in the order (taps, C_in): channels last, as integer kernels read it.
+The same module simulates during reconstruction, is packed, and is loaded; its forward on the reference backend dequantizes the codes
+and calls the float operator, which is what every other backend has to equal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.affine import dequantize_affine
+from kernels.packing import pack_codes, packed_size, unpack_codes
+from quant_core.activation import ActivationQuantizer
+from quant_core.errors import QuantizationError
+from quant_core.qspec import Granularity, LayerSpec
+from quant_core.steps import StepClock
+
+CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+QUANTIZABLE = (nn.Linear, *CONVOLUTIONS)
+
+
+def weight_matrix(weight: Tensor) -> Tensor:
+    """View a weight (C_out, C_in, *kernel) or (C_out, C_in) as (C_out, taps * C_in), channels last within a tap."""
+    return weight.flatten(2).transpose(1, 2).flatten(1) if weight.dim() > 2 else weight
+
+
+def weight_from_matrix(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `weight_matrix` for a weight of `shape`."""
+    if len(shape) == 2:
+        return matrix
+    taps = math.prod(shape[2:])
+    return matrix.reshape(shape[0], taps, shape[1]).transpose(1, 2).reshape(shape)
+
+
+def weight_groups(shape: tuple[int, ...], spec: LayerSpec) -> Tensor:
+    """Return the group of scales that each column of the weight matrix uses, shape (K,), dtype int64.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the weight, (C_out, C_in, *kernel).
+    """
+    channels, taps = shape[1], math.prod(shape[2:])
+    if spec.weight.granularity is Granularity.PER_TENSOR:
+        return torch.zeros(taps * channels, dtype=torch.long)
+    parts = spec.split or (channels,)
+    if sum(parts) != channels:
+        raise QuantizationError(f"split: got parts {parts}, wanted a sum of {channels} input channels")
+    part = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(parts))
+    if spec.weight.group_size is None:
+        return part.repeat(taps)
+    within = torch.cat([torch.arange(size) for size in parts]) // spec.weight.group_size
+    blocks = torch.unique(part * channels + within, return_inverse=True)[1]
+    return (torch.arange(taps)[:, None] * (int(blocks.max()) + 1) + blocks).flatten()
+
+
+class QuantLayer(nn.Module):
+    """A Conv or Linear layer with packed weight codes and an optional activation quantizer per input part.
+
+    Attributes
+    ----------
+    qweight : Tensor, shape (C_out, ceil(K * bits / 8)), dtype uint8
+        Packed codes.
+    scale : Tensor, shape (C_out, G) or (1, 1), dtype float32
+        Step size, in weight units per integer step.
+    zero_point : Tensor, shape as `scale`, dtype uint8
+    bias : Tensor, shape (C_out,), dtype float32, or None
+    soft_weight : Tensor, shape of the weight, or None
+        While a rounding is learned, the weight that stands in for the codes.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Module, spec: LayerSpec, clock: StepClock) -> None:
+        super().__init__()
+        weight = layer.weight
+        self.spec = spec
+        self.kind = next(kind for kind in QUANTIZABLE if isinstance(layer, kind))
+        self.shape = tuple(weight.shape)
+        self.dtype = weight.dtype
+        self._copy_geometry(layer)
+        groups = weight_groups(self.shape, spec)
+        self.group_index = groups  # derived from the spec, so not in the state dict
+        self.columns = len(groups)
+        channels = 1 if spec.weight.granularity is Granularity.PER_TENSOR else self.shape[0]
+        grid = (channels, int(groups.max()) + 1)
+        packed = (self.shape[0], packed_size(self.columns, spec.weight.bits))
+        self.register_buffer("qweight", torch.zeros(packed, dtype=torch.uint8, device=weight.device))
+        self.register_buffer("scale", torch.ones(grid, device=weight.device))
+        self.register_buffer("zero_point", torch.zeros(grid, dtype=torch.uint8, device=weight.device))
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.register_buffer("bias", bias)
+        self.act_quantizers = nn.ModuleList()
+        if spec.activation is not None:
+            parts = len(spec.split or (0,))
+            self.act_quantizers.extend(ActivationQuantizer(spec.activation, clock, weight.device) for _ in range(parts))
+        self.soft_weight: Tensor | None = None
+
+    def _copy_geometry(self, layer: nn.Module) -> None:
+        if isinstance(layer, nn.Linear):
+            self.in_features, self.out_features = layer.in_features, layer.out_features
+            return
+        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+        self.padding, self.padding_mode, self.groups = layer.padding, layer.padding_mode, layer.groups
+        self.padded = layer._reversed_padding_repeated_twice
+
+    def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Pack `codes` (C_out, K) uint8 with their grid, both of shape (C_out, G) (or (1, 1))."""
+        self.qweight.copy_(pack_codes(codes, self.spec.weight.bits))
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    def codes(self) -> Tensor:
+        """Return the unpacked codes, shape (C_out, K), dtype uint8."""
+        return unpack_codes(self.qweight, self.spec.weight.bits, self.columns)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer multiplies with, shape of the original, float32 or the model's dtype."""
+        if self.soft_weight is not None:
+            return self.soft_weight
+        scale, zero_point = self.scale, self.zero_point
+        if scale.shape[1] > 1:
+            index = self.group_index.to(scale.device)
+            scale, zero_point = scale[:, index], zero_point[:, index]
+        return weight_from_matrix(dequantize_affine(self.codes(), scale, zero_point), self.shape).to(self.dtype)
+
+    def quantize_input(self, x: Tensor) -> Tensor:
+        """Quantize the layer's input, each part of a split one with its own range."""
+        if not self.act_quantizers:
+            return x
+        if self.spec.split is None:
+            return self.act_quantizers[0](x)
+        dim = -1 if self.kind is nn.Linear else 1
+        parts = x.split(self.spec.split, dim=dim)
+        return torch.cat([quantizer(part) for quantizer, part in zip(self.act_quantizers, parts, strict=True)], dim=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for the quantized input, in the dtype of `x`."""
+        x = self.quantize_input(x)
+        weight = self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.kind is nn.Linear:
+            return F.linear(x, weight, bias)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.padded, mode=self.padding_mode), 0
+        return CONVOLUTIONS[self.kind](x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        act = "float" if self.spec.activation is None else f"A{self.spec.activation.bits} {self.spec.activation.mode}"
+        return f"{self.kind.__name__}{self.shape}, W{self.spec.weight.bits} {self.spec.weight.granularity}, {act}"
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted path `name`."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(owner, nn.ModuleList | nn.Sequential):
+        owner[int(leaf)] = module
+    else:
+        setattr(owner, leaf, module)
+
+
+def quantize_layers(model: nn.Module, specs: Mapping[str, LayerSpec], clock: StepClock) -> dict[str, QuantLayer]:
+    """Replace the named layers of `model` in place; their codes are still zero.
+
+    Raises
+    ------
+    QuantizationError
+        If a name is not a Conv or Linear layer of the model.
+    """
+    made = {}
+    for name, spec in specs.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, QUANTIZABLE):
+            raise QuantizationError(
+                f"layer {name}: got {type(layer).__name__}, wanted Conv1d, Conv2d, Conv3d or Linear"
+            )
+        made[name] = QuantLayer(layer, spec, clock)
+        replace_module(model, name, made[name])
+    return made

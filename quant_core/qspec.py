@@ -1,0 +1,160 @@
+"""What is chosen for one quantized layer: frozen, validated, JSON-able records.
+
+These records are the `layers` and `attentions` entries of an artifact's `quantization_config` and of task parameters. They say how
+numbers are stored, not how their ranges were found (that is `quant_core.ranges.RangeSpec`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+from kernels.affine import Granularity
+from quant_core.errors import QuantizationError
+
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
+
+
+class ActivationMode(StrEnum):
+    """When the range of an activation is fixed."""
+
+    STATIC = "static"  # once, for all trajectory steps
+    PER_STEP = "per_step"  # once for each trajectory step (TFMQ-DM's finite set)
+    DYNAMIC_SAMPLE = "dynamic_sample"  # at run time, min-max of each sample
+    DYNAMIC_TOKEN = (
+        "dynamic_token"  # at run time, min-max of each token (last dimension); convolutions take each sample
+    )
+
+
+def check_bits(bits: int, what: str) -> None:
+    """Raise QuantizationError unless `bits` is a width that packing supports."""
+    if bits not in SUPPORTED_BITS:
+        raise QuantizationError(f"{what}: got {bits} bits, wanted one of {', '.join(map(str, SUPPORTED_BITS))}")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """Format of a layer's weight codes.
+
+    The weight is the matrix (C_out, K), K = kernel taps x C_in. One scale and zero point is shared per_tensor by all of it, per_channel
+    by one output channel (within one part of a split input), per_group by `group_size` consecutive input channels of one tap.
+    """
+
+    bits: int
+    symmetric: bool = False
+    granularity: Granularity = Granularity.PER_CHANNEL
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, "weight")
+        object.__setattr__(self, "granularity", Granularity(self.granularity))
+        if (self.granularity is Granularity.PER_GROUP) != (self.group_size is not None):
+            raise QuantizationError(
+                f"group_size: got {self.group_size} with granularity {self.granularity}, wanted a size exactly for per_group"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationSpec:
+    """Format of a layer's input codes; one scale and zero point per tensor (per part, step, sample or token)."""
+
+    bits: int
+    symmetric: bool = False
+    mode: ActivationMode = ActivationMode.PER_STEP
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, "activation")
+        object.__setattr__(self, "mode", ActivationMode(self.mode))
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether ranges are taken at run time."""
+        return self.mode in (ActivationMode.DYNAMIC_SAMPLE, ActivationMode.DYNAMIC_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One quantized Conv or Linear layer.
+
+    `split` gives the channel counts of the tensors that are concatenated to form its input (Q-Diffusion's shortcut split, Sec. 4.3):
+    each part has its own activation range and its own weight scales.
+    """
+
+    weight: WeightSpec
+    activation: ActivationSpec | None = None
+    split: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        activation, split = data.get("activation"), data.get("split")
+        return cls(
+            weight=WeightSpec(**data["weight"]),
+            activation=None if activation is None else ActivationSpec(**activation),
+            split=None if split is None else tuple(split),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping."""
+        return asdict(self) | {"split": None if self.split is None else list(self.split)}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Operands of one attention's two matmuls: query, key, value at `activation`; probabilities at `softmax_bits`, from zero up."""
+
+    activation: ActivationSpec
+    softmax_bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_bits(self.softmax_bits, "softmax")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(ActivationSpec(**data["activation"]), data["softmax_bits"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping."""
+        return asdict(self)
+
+
+class UnknownTimestep(StrEnum):
+    """What a per-step model does at a timestep that it was not calibrated for."""
+
+    ERROR = "error"
+    NEAREST = "nearest"
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationPlan:
+    """Every layer and attention that is quantized, and the trajectory that per-step tables are indexed by.
+
+    `timesteps` are the sampler's, in the order of sampling (noisiest first); empty if nothing is per step.
+    """
+
+    layers: Mapping[str, LayerSpec]
+    attentions: Mapping[str, AttentionSpec]
+    timesteps: tuple[float, ...] = ()
+    unknown_timestep: UnknownTimestep = UnknownTimestep.ERROR
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote (also a whole `quantization_config`)."""
+        return cls(
+            layers={name: LayerSpec.from_json(spec) for name, spec in data["layers"].items()},
+            attentions={name: AttentionSpec.from_json(spec) for name, spec in data["attentions"].items()},
+            timesteps=tuple(data["timesteps"]),
+            unknown_timestep=UnknownTimestep(data["unknown_timestep"]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping."""
+        return {
+            "layers": {name: spec.to_json() for name, spec in self.layers.items()},
+            "attentions": {name: spec.to_json() for name, spec in self.attentions.items()},
+            "timesteps": list(self.timesteps),
+            "unknown_timestep": str(self.unknown_timestep),
+        }

@@ -1,0 +1,104 @@
+"""The trajectory step of the forward pass that is running.
+
+A per-step table has one entry per trajectory step. `StepClock` turns the timestep that the denoiser is called with into indices of
+such tables, once per forward, so that a batch may mix timesteps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.errors import UnknownTimestepError
+from quant_core.qspec import UnknownTimestep
+
+_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+
+
+class StepClock:
+    """Holds the trajectory-step index of the samples that are in flight.
+
+    Parameters
+    ----------
+    timesteps : sequence of float
+        The sampler's timesteps in the order of sampling; empty for a model without per-step tables.
+    unknown : UnknownTimestep
+        What to do at any other timestep.
+    """
+
+    def __init__(self, timesteps: Sequence[float], unknown: UnknownTimestep = UnknownTimestep.ERROR) -> None:
+        self.timesteps = torch.tensor(tuple(timesteps), dtype=torch.float64)
+        self.unknown = unknown
+        self.index: Tensor = torch.zeros((), dtype=torch.long)
+
+    @property
+    def steps(self) -> int:
+        """Number of trajectory steps, at least 1 (tables of a model without steps have one entry)."""
+        return max(1, len(self.timesteps))
+
+    def set_timestep(self, timestep: Tensor | float) -> None:
+        """Look up `timestep` (scalar or shape (B,)); sets `index` to shape () or (B,), dtype int64.
+
+        Raises
+        ------
+        UnknownTimestepError
+            If a timestep is not one of the trajectory's and `unknown` is ERROR.
+        """
+        if len(self.timesteps) == 0:
+            return
+        wanted = torch.as_tensor(timestep).detach().to("cpu", torch.float64)
+        wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
+        distance, index = (wanted[..., None] - self.timesteps).abs().min(dim=-1)
+        if bool((distance > 1e-3).any()):
+            self._handle_unknown(wanted, distance)
+        self.index = index
+
+    def _handle_unknown(self, wanted: Tensor, distance: Tensor) -> None:
+        first = wanted.reshape(-1)[distance.reshape(-1) > 1e-3][0].item()
+        grid = f"{len(self.timesteps)} steps, {self.timesteps.max().item():g} to {self.timesteps.min().item():g}"
+        if self.unknown is UnknownTimestep.ERROR:
+            raise UnknownTimestepError(
+                f"timestep: got {first:g}, wanted one of the trajectory that this model was calibrated on ({grid}); "
+                "sample with the scheduler and number of steps in its scheduler/ folder"
+            )
+        warnings.warn(
+            f"timestep {first:g} is not in the calibrated trajectory ({grid}); using the nearest step", stacklevel=3
+        )
+
+    def gather(self, table: Tensor, x: Tensor) -> Tensor:
+        """Return the entries of `table`, shape (S,), for the samples of `x`, shaped to broadcast against it.
+
+        Rows of `x` that belong to one sample (heads, frames) must be adjacent: dim 0 is a multiple of the batch.
+        """
+        if len(table) == 1:
+            return table[0]
+        index = self.index.to(table.device)
+        if index.dim() == 0:
+            return table[index]
+        rows = table[index]
+        if x.shape[0] != len(rows):
+            rows = rows.repeat_interleave(x.shape[0] // len(rows))
+        return rows.reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def attach_clock(model: nn.Module, clock: StepClock) -> None:
+    """Make every forward of `model` set `clock` from its timestep argument."""
+    parameters = list(inspect.signature(model.forward).parameters)
+    name = next((n for n in _TIMESTEP_NAMES if n in parameters), None)
+    if name is None:
+        if len(clock.timesteps):
+            raise UnknownTimestepError(
+                f"{type(model).__name__}.forward takes no timestep, so it can't be quantized per step"
+            )
+        return
+    position = parameters.index(name)
+
+    def set_clock(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        value = args[position] if len(args) > position else kwargs[name]
+        clock.set_timestep(value)  # type: ignore[arg-type]
+
+    model.register_forward_pre_hook(set_clock, with_kwargs=True)

@@ -55,6 +55,7 @@ class Costs:
         #: what is alive at once in a forward, per sample
         self.live_bytes = min(model.activation_bytes, 6 * widest)
         self.sample_bytes = 4 * _product(model.sample_shape)
+        self.layers = len(model.layers)
         self.weights = sum(unit.weights for unit in model.units)
         self.elements = sum(unit.input_elements for unit in model.units)
 
@@ -122,7 +123,7 @@ class Costs:
 
     def _forward(self, samples: int, batch: int) -> float:
         """Full-precision denoiser calls on so many rows, GMAC."""
-        return samples * self.model.gmacs + _giga(-(-samples // batch) * len(self.model.layers) * _CALL)
+        return samples * self.model.gmacs + _giga(-(-samples // batch) * self.layers * _CALL)
 
     def _quantized_forward(self, samples: int, batch: int) -> float:
         """Quantized denoiser calls on so many rows, GMAC."""

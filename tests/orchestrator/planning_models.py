@@ -1,0 +1,75 @@
+"""Inspections for planning: made up, in the format of `quant_core.inspection`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.db.rows import ModelRow
+
+
+def inspection(blocks: int = 4, channels: int = 16, side: int = 8) -> dict[str, Any]:
+    """Describe a small UNet: timestep embedding, conv_in, blocks of two convolutions, one attention, conv_out."""
+    pixels = side * side
+    layers: dict[str, dict[str, Any]] = {}
+    units: list[dict[str, Any]] = []
+    total = 0
+
+    def add_unit(name: str, shapes: dict[str, tuple[str, list[int], list[int] | None]], attentions: list[str]) -> None:
+        nonlocal total
+        macs = hessian = weights = 0
+        for layer, (kind, shape, split) in shapes.items():
+            size, columns = 1, 1
+            for dimension in shape:
+                size *= dimension
+            columns = size // shape[0]
+            layer_macs = size * (1 if "time" in layer else pixels)
+            layers[layer] = {"type": kind, "shape": shape, "macs": layer_macs, "split": split}
+            macs, hessian, weights = macs + layer_macs, hessian + 4 * columns**2, weights + size
+        macs += len(attentions) * 2 * pixels**2 * channels
+        total += macs
+        units.append(
+            {
+                "name": name,
+                "layers": list(shapes),
+                "attention": attentions,
+                "gmacs": macs / 1e9,
+                "weights": weights,
+                "input_bytes": 4 * channels * pixels,
+                "output_bytes": 4 * channels * pixels,
+                "hessian_bytes": hessian,
+                "done": total,
+            }
+        )
+
+    hidden = ("Conv2d", [channels, channels, 3, 3], None)
+    linear = ("Linear", [channels, channels], None)
+    add_unit("time_embedding", {"time_embedding.linear_1": linear, "time_embedding.linear_2": linear}, [])
+    add_unit("conv_in", {"conv_in": ("Conv2d", [channels, 3, 3, 3], None)}, [])
+    for block in range(blocks):
+        add_unit(f"blocks.{block}", {f"blocks.{block}.conv1": hidden, f"blocks.{block}.conv2": hidden}, [])
+    add_unit("mid.attn", {f"mid.attn.{part}": linear for part in ("to_q", "to_k", "to_v", "to_out.0")}, ["mid.attn"])
+    split = ("Conv2d", [channels, 2 * channels, 1, 1], [channels, channels])
+    add_unit("up", {"up.conv1": hidden, "up.conv_shortcut": split}, [])
+    add_unit("conv_out", {"conv_out": ("Conv2d", [3, channels, 3, 3], None)}, [])
+    for unit in units:
+        unit["depth"] = unit.pop("done") / total
+    parameters = sum(unit["weights"] for unit in units)
+    return {
+        "class_name": "UNet2DModel",
+        "parameters": parameters,
+        "weights_bytes": 4 * parameters,
+        "sample_shape": [3, side, side],
+        "forward_gmacs": total / 1e9,
+        "activation_bytes": 4 * channels * pixels * len(layers),
+        "conditioning": {"class_labels": 9},
+        "units": units,
+        "layers": layers,
+        "attentions": {"mid.attn": {"macs": 2 * pixels**2 * channels}},
+        "unused": [],
+    }
+
+
+def model(data: dict[str, Any] | None = None, *, name: str = "tiny", digest: str = "a" * 64) -> ModelRow:
+    """Return a registered model with an inspection."""
+    data = inspection() if data is None else data
+    return ModelRow(name, digest, data["class_name"], "/models/tiny", data["weights_bytes"], data["parameters"], data)

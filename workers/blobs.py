@@ -86,7 +86,8 @@ def writing(path: Path, *, temporary: Path | None = None, mode: int = 0o444) -> 
     except OSError as error:
         raise disk_error(error, path) from error
     try:
-        with os.fdopen(handle, "wb") as file:
+        os.close(handle)
+        with open(name, "wb") as file:  # by name, so that `file.name` is a path
             yield file
         os.chmod(name, mode)
         os.replace(name, path)

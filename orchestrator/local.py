@@ -1,4 +1,4 @@
-"""Tasks that are not queued: the orchestrator runs them at once, in a process of their own, as it must not see torch."""
+"""Tasks that are not queued but run at once, in a process of their own: the orchestrator must not see torch."""
 
 from __future__ import annotations
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from orchestrator.db.rows import EventRow, JobRow, ModelRow, ReleaseRow
+from orchestrator.errors import RecipeError
+from orchestrator.recipes.load import recipe_from_json
 from orchestrator.text import utc_text
 
 
@@ -79,3 +83,12 @@ def event_view(event: EventRow) -> dict[str, Any]:
         "event": event.event,
         **dict(event.data),
     }
+
+
+def recipe_yaml(recipe: Mapping[str, Any]) -> str:
+    """Return a resolved recipe as YAML in the schema's order; one that an older schema resolved, as it is."""
+    try:
+        ordered = recipe_from_json(recipe).model_dump(mode="json")
+    except RecipeError:
+        ordered = dict(recipe)
+    return yaml.safe_dump(ordered, sort_keys=False, width=110, allow_unicode=True)

@@ -6,12 +6,12 @@ import json
 from typing import Any
 
 import click
-import yaml
 
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.recipes.load import load_recipe, resolve, shipped_recipes
 from orchestrator.recipes.schema import Recipe
 from orchestrator.text import table
+from orchestrator.views import recipe_yaml
 
 
 @click.group(cls=Group)
@@ -59,9 +59,3 @@ def _view(recipe: Recipe) -> dict[str, Any]:
 
 def _without_recipe(view: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in view.items() if name != "recipe"}
-
-
-def recipe_yaml(recipe: dict[str, Any]) -> str:
-    """Return a recipe as YAML in the schema's order."""
-    ordered = {name: recipe[name] for name in Recipe.model_fields if name in recipe}
-    return yaml.safe_dump(ordered, sort_keys=False, width=110, allow_unicode=True)

@@ -93,7 +93,7 @@ def column_chart(columns: Sequence[Column], *, x_label: str, y_label: str) -> st
     pitch = (WIDTH - RIGHT - LEFT) / len(columns)
     width = max(min(pitch * 0.8, 40), 1)
     parts = _y_axis(ticks, y, y_label)
-    parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 4, x_label, "axis middle"))
+    parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - BOTTOM + 18, x_label, "axis middle"))
     for index, column in enumerate(columns):
         if math.isfinite(column.value):
             top, base = sorted((y(column.value), y(max(ticks[0], 0.0))))

@@ -30,7 +30,6 @@ class UnitRow:
     name: str
     rounded_db: float | None
     reconstructed_db: float | None
-    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)

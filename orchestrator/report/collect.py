@@ -1,0 +1,181 @@
+"""From a finished job to what its report shows: rows of the database, blobs of the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from kernels.errors import InvalidInputError
+from orchestrator.db.jobs import find_job, job_kinds, list_tasks
+from orchestrator.db.registry import find_model
+from orchestrator.db.rows import JobRow, KindRow, ModelRow, TaskRow
+from orchestrator.releases import layer_bits, read_release_json
+from orchestrator.report.data import KindTime, LayerRow, ReportData, UnitRow
+from orchestrator.report.images import Strips, make_strips
+from orchestrator.service import Service
+from orchestrator.states import JobState
+from orchestrator.text import utc_text
+from orchestrator.views import recipe_yaml
+from workers.store import Store
+
+#: A strip is this many pixels wide at most, and holds this many images at most.
+_STRIP_PIXELS, _STRIP_IMAGES = 640, 16
+#: Metrics that are not part of the protocol.
+_FIGURES = {
+    *("psnr_db", "psnr_db_ci95", "fd", "weight_bits_mean", "act_bits_mean", "bytes", "bytes_fp16", "bops", "bops_fp32"),
+    *("sqnr_db_per_step", "timesteps"),
+}
+
+
+def collect(service: Service, prefix: str) -> ReportData:
+    """Gather what the report of a job shows.
+
+    Parameters
+    ----------
+    service
+        Where the job ran.
+    prefix
+        Of the job's id.
+
+    Raises
+    ------
+    InvalidInputError
+        If the job has not succeeded.
+    NotFoundError
+        If there is no such job.
+    """
+    with service.database.session(read_only=True) as session:
+        job = find_job(session, prefix)
+        if job.state is not JobState.SUCCEEDED or job.digest is None:
+            raise InvalidInputError(f"report: got job {job.id}, which is {job.state.value}, wanted one that succeeded")
+        model = find_model(session, job.model_digest)
+        tasks = list_tasks(session, job.id)
+        kinds = job_kinds(session, job.id)
+    metrics = job.metrics or {}
+    return ReportData(
+        job=job.id,
+        release=job.release or job.digest[:12],
+        digest=job.digest,
+        model=job.model_name,
+        model_class=model.class_name,
+        model_digest=job.model_digest,
+        parameters=model.parameters,
+        recipe=job.recipe_name,
+        recipe_digest=job.recipe_digest,
+        recipe_yaml=recipe_yaml(job.recipe),
+        finished=utc_text(job.finished_at) or "",
+        wall_seconds=(job.finished_at or job.created_at) - job.created_at,
+        metrics=metrics,
+        protocol=tuple((name.replace("_", " "), _plain(metrics[name])) for name in metrics if name not in _FIGURES),
+        provenance=_provenance(service.store, job, model),
+        strips=_strips(service.store, tasks),
+        layers=_layers(service.store, job.digest, model, tasks),
+        units=_units(model, tasks),
+        kinds=_kind_times(kinds),
+    )
+
+
+def _kind_times(kinds: Sequence[KindRow]) -> tuple[KindTime, ...]:
+    return tuple(KindTime(kind.kind, kind.total, kind.cached, kind.seconds) for kind in kinds)
+
+
+def _provenance(store: Store, job: JobRow, model: ModelRow) -> tuple[tuple[str, str], ...]:
+    """Return where the release comes from, as (name, value)."""
+    assert job.digest is not None
+    stored = read_release_json(store, job.digest, "provenance.json")
+    facts = [
+        ("release digest", job.digest),
+        ("model", f"{model.name}, from {model.source}"),
+        ("model digest", job.model_digest),
+        ("recipe digest", job.recipe_digest),
+    ]
+    facts += [
+        (name.replace("_", " "), _plain(value)) for name, value in stored.items() if name not in ("model", "recipe")
+    ]
+    return tuple(facts)
+
+
+def _strips(store: Store, tasks: Sequence[TaskRow]) -> tuple[Strips, ...]:
+    """Draw the samples that the score kept, a few rows of the same seeds."""
+    score = next(task for task in tasks if task.kind == "score")
+    if score.outputs is None or "samples" not in score.outputs:
+        return ()
+    images = _tensors(store, score.outputs["samples"])
+    reference, quantized = images["reference"], images["quantized"]
+    first = (score.metrics or {})["metrics"]["seeds"]["first"]
+    columns = max(1, min(_STRIP_IMAGES, _STRIP_PIXELS // reference.shape[3]))
+    return tuple(
+        make_strips(
+            reference[start : start + columns],
+            quantized[start : start + columns],
+            tuple(range(first + start, first + min(start + columns, len(reference)))),
+        )
+        for start in range(0, len(reference), columns)
+    )
+
+
+def _tensors(store: Store, digest: str) -> dict[str, NDArray[np.float32]]:
+    """Read a blob of safetensors."""
+    with TemporaryDirectory(prefix="quantmill-report-") as folder:
+        path = Path(folder, "blob.safetensors")
+        store.get_file(digest, path)
+        return dict(load_file(path))
+
+
+def _layers(store: Store, digest: str, model: ModelRow, tasks: Sequence[TaskRow]) -> tuple[LayerRow, ...]:
+    """Return the model's layers in the order of execution, with the bits that the release has them in."""
+    bits = layer_bits(read_release_json(store, digest, "config.json"))
+    errors = _measured(tasks, "layers")
+    described = model.inspection["layers"]
+    rows = []
+    for unit in model.inspection["units"]:
+        for name in unit["layers"]:
+            layer, own = described[name], bits.get(name, {})
+            rows.append(
+                LayerRow(
+                    name=name,
+                    unit=unit["name"],
+                    kind=layer["type"],
+                    shape=tuple(layer["shape"]),
+                    weight_bits=own.get("weights"),
+                    act_bits=own.get("activations"),
+                    gmacs=layer["macs"] / 1e9,
+                    sqnr_db=errors.get(name),
+                )
+            )
+    return tuple(rows)
+
+
+def _units(model: ModelRow, tasks: Sequence[TaskRow]) -> tuple[UnitRow, ...]:
+    """Return the units in the order of execution, with what rounding and reconstruction left of their signal."""
+    rounded = _measured([task for task in tasks if task.kind == "round"], "units")
+    learned = _measured([task for task in tasks if task.kind == "reconstruct"], "units")
+    return tuple(
+        UnitRow(unit["name"], rounded.get(unit["name"]), learned.get(unit["name"]))
+        for unit in model.inspection["units"]
+    )
+
+
+def _measured(tasks: Sequence[TaskRow], what: str) -> dict[str, float]:
+    """Return the SQNR in dB of layers or units from tasks' metrics; what a later task measured counts."""
+    found: dict[str, float] = {}
+    for task in tasks:
+        section: Mapping[str, Any] = (task.metrics or {}).get(what) or {}
+        found |= {name: values["sqnr_db"] for name, values in section.items() if values.get("sqnr_db") is not None}
+    return found
+
+
+def _plain(value: Any) -> str:
+    """Return a JSON value for a person: mappings as "key value, key value"."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, list) and len(value) == 1:
+        return _plain(value[0])
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

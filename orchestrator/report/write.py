@@ -1,0 +1,46 @@
+"""Writing the report of a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kernels.errors import InvalidInputError
+from orchestrator.report.collect import collect
+from orchestrator.report.render import render_report
+from orchestrator.service import Service
+from workers.blobs import writing
+
+
+def write_report(service: Service, prefix: str, out: Path | None = None) -> Path:
+    """Write the report of a finished job, whole or not at all.
+
+    Parameters
+    ----------
+    service
+        Where the job ran.
+    prefix
+        Of the job's id.
+    out
+        File to write; by default `reports/JOB.html` in the home.
+
+    Returns
+    -------
+    Path
+        The file, absolute.
+
+    Raises
+    ------
+    InvalidInputError
+        If the job has not succeeded, or there is no folder to write to.
+    """
+    data = collect(service, prefix)
+    if out is None:
+        path = service.settings.home / "reports" / f"{data.job}.html"
+        path.parent.mkdir(exist_ok=True)
+    else:
+        path = out.absolute()
+        if not path.parent.is_dir():
+            raise InvalidInputError(f"--out: got {out}, but there is no folder {path.parent}; wanted a place to write")
+    with writing(path, mode=0o644) as file:
+        file.write(render_report(data).encode())
+    return path

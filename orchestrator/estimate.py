@@ -41,18 +41,18 @@ class Rate:
 
 #: For a home without recorded tasks; measured on one core of a current server CPU (AMD EPYC, float32).
 DEFAULT_RATES: Mapping[str, Rate] = {
-    "inspect": Rate(3.0, 0.033),
-    "calibrate": Rate(0.5, 0.033),
-    "reference": Rate(0.5, 0.033),
-    "round": Rate(0.5, 0.033),
-    "reconstruct": Rate(0.5, 0.033),
-    "pack": Rate(0.5, 0.033),
-    "evaluate": Rate(0.5, 0.033),
-    "score": Rate(2.0, 0.033),
-    "release": Rate(0.2, 0.033),
-    "noop": Rate(0.01, 0.033),
+    "inspect": Rate(3.0, 0.03),
+    "calibrate": Rate(0.5, 0.03),
+    "reference": Rate(0.5, 0.03),
+    "round": Rate(0.5, 0.03),
+    "reconstruct": Rate(0.5, 0.03),
+    "pack": Rate(0.5, 0.03),
+    "evaluate": Rate(0.5, 0.03),
+    "score": Rate(2.5, 0.03),
+    "release": Rate(0.2, 0.03),
+    "noop": Rate(0.01, 0.03),
 }
-_UNKNOWN = Rate(0.5, 0.033)
+_UNKNOWN = Rate(0.5, 0.03)
 
 
 @dataclass(frozen=True, slots=True)

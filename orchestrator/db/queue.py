@@ -143,12 +143,13 @@ def _claim(
 
 
 def _start_jobs(session: Session, tasks: Sequence[str]) -> None:
-    """Note that jobs have begun, in one order, so that two claims cannot wait for each other."""
+    """Note that jobs have begun. One that another transaction holds is begun, or ended, by that: no claim waits."""
     if not tasks:
         return
     wanting = select(JobTask.job_id).where(JobTask.task_id.in_(tasks))
-    waiting = select(Job.id).where(in_states(Job.state, [JobState.QUEUED]), Job.id.in_(wanting)).order_by(Job.id)
-    statement = move_job(JobEvent.START).where(Job.id.in_(waiting.with_for_update()))
+    waiting = select(Job.id).where(in_states(Job.state, [JobState.QUEUED]), Job.id.in_(wanting))
+    waiting = waiting.with_for_update(skip_locked=True, key_share=True)
+    statement = move_job(JobEvent.START).where(Job.id.in_(waiting))
     for job in session.scalars(statement.values(started_at=epoch_seconds()).returning(Job.id)).all():
         record_event(session, JobEvent.START, job=job)
 

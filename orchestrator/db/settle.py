@@ -2,7 +2,7 @@
 
 A task is wanted by every active job that holds it. When a job ends, its unfinished tasks that no other job wants are
 cancelled; a running one among them loses its lease, so its holder hears of it when it renews.
-Tasks are changed before jobs, always: a claim, which alone does not hold `lock_graph`, locks them in that order too.
+Tasks are changed before jobs: a claim, which alone does not hold `lock_graph`, locks them in that order too.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,15 @@ def test_json_schema_refuses_what_loading_refuses(values: dict[str, Any], tmp_pa
 def test_json_schema_accepts_null_where_loading_does(values: dict[str, Any], tmp_path: Path):
     jsonschema.validate(values, json_schema())
     assert load_recipe(write(tmp_path, "null.yaml", yaml.safe_dump(values))).recipe.weights.bits == 8
+
+
+def test_documentation_names_every_field_and_shipped_recipe():
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    sections = [json_schema(), *json_schema()["$defs"].values()]
+    fields = {name for section in sections for name in section["properties"]} - {"passes"}
+    words = set(re.findall(r"[\w-]+", " ".join(re.findall(r"`([^`\n]+)`", text)))) | {"extends"}
+    assert fields <= words
+    assert set(shipped_names()) <= words
 
 
 # --- resolving

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ def create_tensor_file(
     ------
     QuantizationError
         If a dtype is not float32, float64, int64, int32 or bool, or a tensor is empty.
+    OSError
+        If the disk is full.
     """
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
@@ -67,7 +70,9 @@ def create_tensor_file(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
+        file.flush()
+        # Reserved now, a full disk is an OSError; found out while writing to the map, it would kill the process.
+        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + offset)
     maps = {}
     for name, info in tensors.items():
         entry = header[name]

@@ -7,10 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kernels.errors import InvalidInputError
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.local import run_task
-from orchestrator.releases import get_release
+from orchestrator.releases import check_target, get_release
 from orchestrator.service import Service
 from workers.manifest import MANIFEST_NAME, pull_tree
 
@@ -39,11 +38,7 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
     -----
     A `model_index.json` is added where diffusers has a pipeline that needs nothing else (an unconditional UNet2DModel).
     """
-    folder = folder.absolute()
-    if not folder.parent.is_dir():
-        raise InvalidInputError(f"--out: got {folder}, but there is no folder {folder.parent}; wanted a place to write")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InvalidInputError(f"--out: got {folder}, which is there already, wanted a new or empty folder")
+    folder = check_target(folder)
     release = get_release(service, ref)
     digest = release.digest
     if layout == DEQUANTIZED:

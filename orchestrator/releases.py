@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kernels.errors import InvalidInputError
 from orchestrator.db.jobs import list_jobs
 from orchestrator.db.registry import live_digests
 from orchestrator.db.releases import find_release
@@ -36,14 +37,31 @@ def pull_release(service: Service, ref: str, folder: Path) -> ReleaseRow:
 
     Raises
     ------
-    ManifestError
-        If the folder exists and is not empty, or its parent is missing.
+    InvalidInputError
+        If the folder is not empty, or its parent is missing.
     DigestMismatchError, NotFoundError
         If the store's bytes are not those of the release.
     """
+    target = check_target(folder)
     release = get_release(service, ref)
-    pull_tree(service.store, release.digest, folder.absolute())
+    pull_tree(service.store, release.digest, target)
     return release
+
+
+def check_target(folder: Path) -> Path:
+    """Return a folder that something is to be written into, absolute, if it is new or empty and its parent is there.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is not.
+    """
+    folder = folder.absolute()
+    if not folder.parent.is_dir():
+        raise InvalidInputError(f"folder: got {folder}, but there is no {folder.parent}; wanted a place to write")
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise InvalidInputError(f"folder: got {folder}, which is there already, wanted a new or empty folder")
+    return folder
 
 
 def verify_release(service: Service, ref: str) -> tuple[ReleaseRow, list[str]]:

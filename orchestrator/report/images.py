@@ -54,7 +54,7 @@ def make_strips(
     )
 
 
-def _strip(images: NDArray[np.float32]) -> str:
+def _strip(images: NDArray[np.floating]) -> str:
     """Return images (n, c, h, w) in [0, 1], beside one another on white, as a PNG data URI."""
     pixels = np.clip(np.nan_to_num(images) * 255 + 0.5, 0, 255).astype(np.uint8)
     count, channels, height, width = pixels.shape

@@ -1,0 +1,79 @@
+"""`quantmill run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from orchestrator.cli.app import App, Command, pass_app
+from orchestrator.cli.jobs import job_text
+from orchestrator.cli.submit import request_options, tell_next
+from orchestrator.execution import run_job
+from orchestrator.jobs import EXIT_CODES, NOT_FINISHED, show_job
+from orchestrator.logs import log_to_stderr
+from orchestrator.releases import check_target, pull_release
+from orchestrator.report.write import write_report
+from orchestrator.scheduler import stop_on_signals
+from orchestrator.service import Service
+from orchestrator.states import ACTIVE_JOBS, JobState
+from orchestrator.submission import Request, submit
+
+
+@click.command(cls=Command)
+@request_options
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="New folder to write the release into at the end."
+)
+@pass_app
+def run(app: App, recipe: str, model: str, overrides: tuple[str, ...], name: str | None, out: Path | None) -> int:
+    """Queue a job and execute it here, with progress. RECIPE is a YAML file or a name of `recipes ls`.
+
+    Ctrl-C stops at once and loses at most the tasks in flight; the job stays queued, `quantmill serve --drain` or
+    the same `quantmill run` again goes on with it (exit code 101).
+    """
+    if out is not None:
+        check_target(out)
+    log_to_stderr()
+    with app.service() as service, stop_on_signals() as stop:
+        submitted = submit(service, Request(recipe, model, overrides, name), tell=app.tell)
+        tell_next(app, submitted)
+        job = run_job(service, submitted.job, stop)
+        view = show_job(service, job.id)
+        if job.state in ACTIVE_JOBS:
+            app.tell(f"job {job.id} is not finished; go on with: quantmill serve --drain")
+        elif job.state is JobState.SUCCEEDED:
+            view |= _finish(service, job.id, out)
+    app.answer(view, lambda: _text(view))
+    return EXIT_CODES.get(job.state, NOT_FINISHED)
+
+
+def _finish(service: Service, job: str, out: Path | None) -> dict[str, Any]:
+    """Write the report, and the release if asked to; return where they are."""
+    written = {"report": str(write_report(service, job)), "folder": None}
+    if out is not None:
+        ref = show_job(service, job)["release"]
+        pull_release(service, ref, out)
+        written["folder"] = str(out.absolute())
+    return written
+
+
+def _text(view: dict[str, Any]) -> str:
+    """Return the job, where its report is, and what to type next."""
+    lines = [job_text(view)]
+    if view.get("report"):
+        lines.append(f"{'report':<9} {view['report']}")
+    if view.get("folder"):
+        lines.append(f"{'folder':<9} {view['folder']}")
+    if view["release"]:
+        ref = view["release"]
+        folder = ref.replace("@", "-")
+        lines += [
+            "",
+            "next:",
+            f"  quantmill artifacts pull {ref} {folder}    a folder that diffusers loads",
+            f"  quantmill bench {ref}    latency, images per second and memory here",
+            f"  quantmill artifacts alias {ref} prod    name what you use",
+        ]
+    return "\n".join(lines)

@@ -48,7 +48,9 @@ def sql_list(values: Iterable[StrEnum]) -> str:
     return ", ".join(f"'{value.value}'" for value in sorted(values))
 
 
-def in_states(column: InstrumentedAttribute[str], states: Iterable[StrEnum]) -> ColumnElement[bool]:
+def in_states(
+    column: ColumnElement[str] | InstrumentedAttribute[str], states: Iterable[StrEnum]
+) -> ColumnElement[bool]:
     """Compare a state with literals: a bound parameter would keep both databases from using a partial index."""
     values = sorted(states)
     if len(values) == 1:

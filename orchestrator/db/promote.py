@@ -90,11 +90,12 @@ def _promote(session: Session, ready: Sequence[str]) -> list[str]:
     ).all()
     outputs = _outputs(session, {item["task"] for row in rows for item in _references(row.inputs)})
     changes: list[dict[str, Any]] = []
+    broken: list[tuple[str, str]] = []
     for row in rows:
         try:
             inputs = _resolve(row.inputs, outputs)
         except KeyError as error:
-            _fail(session, row.id, f"input of {row.kind}: got no output {error}, wanted one that its source gives")
+            broken.append((row.id, f"input of {row.kind}: got no output {error}, wanted one that its source gives"))
         else:
             key = task_key(row.kind, row.version, row.params, inputs)
             changes.append({"b_id": row.id, "b_key": key, "b_inputs": inputs})
@@ -103,6 +104,9 @@ def _promote(session: Session, ready: Sequence[str]) -> list[str]:
     cached = [change for change in changes if change["b_key"] in known]
     _apply(session, TaskEvent.CACHE, cached)
     _mark_cached(session, [change["b_id"] for change in cached])
+    # Last, because it cancels tasks that were to be queued just now.
+    for task, reason in broken:
+        _fail(session, task, reason)
     return [change["b_id"] for change in cached]
 
 
@@ -122,7 +126,7 @@ def _apply(session: Session, event: TaskEvent, changes: Sequence[dict[str, Any]]
     table = cast(Table, Task.__table__)
     statement = (
         update(table)
-        .where(table.c.id == bindparam("b_id"))
+        .where(table.c.id == bindparam("b_id"), in_states(table.c.state, TASK_TRANSITIONS[event].sources))
         .values(state=TASK_TRANSITIONS[event].target.value, key=bindparam("b_key"))
         .values(inputs=bindparam("b_inputs", type_=Json))
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant_core.calibration import CalibrationSet, RecordSpec, read_conditioning, record_trajectories
@@ -51,7 +52,7 @@ def evaluate_shard(
     QuantizationError
         If the reference is of other seeds, or of another trajectory.
     """
-    expected = load_file(reference)
+    expected = _read(reference)
     if len(expected["sample"]) != len(seeds):
         raise QuantizationError(f"reference: got samples of {len(expected['sample'])} seeds, wanted {len(seeds)}")
     scheduler = make_scheduler(sampler, scheduler_config)
@@ -64,10 +65,19 @@ def evaluate_shard(
         )
     samples = sample(model, scheduler, sampler, seeds, read_conditioning(expected), batch_size=batch_size)
     results = {"sample": samples, "psnr_db": psnr_per_sample(expected["sample"], samples)}
-    if "x" in expected:
-        rows = batch_size * (2 if sampler.is_guided else 1)
-        results["power"] = error_power(model, CalibrationSet([reference]), expected["prediction"], rows)
+    with safe_open(reference, framework="pt") as handle:
+        if "x" in handle.keys():  # noqa: SIM118 - not a mapping
+            rows = batch_size * (2 if sampler.is_guided else 1)
+            trajectory = CalibrationSet([reference])
+            results["power"] = error_power(model, trajectory, handle.get_slice("prediction"), rows)
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, path)
+
+
+def _read(shard: Path) -> dict[str, Tensor]:
+    """Read a shard without its trajectories, which may be large."""
+    with safe_open(shard, framework="pt") as handle:
+        names = [name for name in handle.keys() if name not in ("x", "prediction")]  # noqa: SIM118 - not a mapping
+        return {name: handle.get_tensor(name) for name in names}
 
 
 def _ends(timesteps: Tensor) -> str:
@@ -100,7 +110,7 @@ def summarize(
     Quality
         `metrics` holds psnr_db, psnr_db_ci95, n, fd, fd_extractor, sqnr_db_per_step and timesteps.
     """
-    expected, measured = [load_file(path) for path in references], [load_file(path) for path in evaluations]
+    expected, measured = [_read(path) for path in references], [_read(path) for path in evaluations]
     truth = torch.cat([shard["sample"] for shard in expected])
     samples = torch.cat([shard["sample"] for shard in measured])
     reference_rgb, quantized_rgb = to_rgb(truth, truth), to_rgb(samples, truth)

@@ -23,7 +23,7 @@ from quant_core.qspec import Granularity, LayerSpec
 from quant_core.steps import StepClock
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-QUANTIZABLE = (nn.Linear, *CONVOLUTIONS)
+QUANTIZABLE: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
 
 
 def weight_matrix(weight: Tensor) -> Tensor:

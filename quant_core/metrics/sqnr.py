@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,22 @@ from quant_core.calibration import Batch, CalibrationSet, replay
 from quant_core.metrics.psnr import IDENTICAL_DB
 
 
-def error_power(model: nn.Module, trajectory: CalibrationSet, predictions: Tensor, batch_size: int) -> Tensor:
+class Predictions(Protocol):
+    """A tensor, or one in a file."""
+
+    def __getitem__(self, index: Any, /) -> Tensor:
+        """Return a part."""
+
+
+def error_power(model: nn.Module, trajectory: CalibrationSet, predictions: Predictions, batch_size: int) -> Tensor:
     """Sum the power of the full-precision predictions and of a model's error on the same inputs.
 
     Parameters
     ----------
     trajectory : CalibrationSet
         Inputs of the full-precision model, S steps of n rows.
-    predictions : Tensor, shape (S, n, *sample), dtype float32
-        What it predicted.
+    predictions : Tensor or safetensors slice, shape (S, n, *sample), dtype float32
+        What it predicted; read a batch at a time.
 
     Returns
     -------

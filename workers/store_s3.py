@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,8 @@ class S3Store:
             self._client = _client()
         except (BotoCoreError, ValueError) as error:
             raise StoreUnreachableError(f"{url}: got {error}, wanted usable AWS settings") from error
+        # Its connections end with this object, also when what follows fails.
+        weakref.finalize(self, self._client.close)
         try:
             self._client.head_bucket(Bucket=self._bucket)
         except ClientError as error:

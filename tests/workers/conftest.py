@@ -1,101 +1,94 @@
-"""A store, the shipped models in it, and task bodies run as a worker runs them."""
+"""Stores of both kinds, real ones: a folder, and S3 as rclone serves it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kernels.affine import quantize_affine
-from quant_core.artifact import quantization_config, write_artifact
-from quant_core.denoiser import load_denoiser
-from quant_core.layers import QUANTIZABLE, weight_matrix
-from quant_core.model import build_quantized
-from quant_core.qspec import LayerSpec, QuantizationPlan, WeightSpec
-from quant_core.ranges import qparams_from_range
-from quant_core.sampler import SamplerSpec, make_scheduler
-from workers.context import TaskOutput
-from workers.execute import execute
-from workers.manifest import put_tree
-from workers.modelfolder import import_model
-from workers.store import NodeStore, open_cached
+from workers.store import NodeStore, Store, open_cached, open_store
 
-MODELS = Path(__file__).parents[2] / "examples" / "models"
-SAMPLER: dict[str, Any] = {"scheduler": "DDIMScheduler", "num_inference_steps": 3}
+KEY, SECRET = "testkey", "testsecret"
 
-RunTask = Callable[..., TaskOutput]
+
+def rclone() -> str:
+    """Return the path of the server's program, which its wheel puts beside Python."""
+    return shutil.which("rclone", path=str(Path(sys.executable).parent)) or pytest.fail("rclone is not installed")
 
 
 @pytest.fixture(scope="session")
-def task_store(tmp_path_factory: pytest.TempPathFactory) -> NodeStore:
-    """A folder store that the tests of task bodies share: content-addressed, so they cannot disturb one another."""
-    return open_cached(str(tmp_path_factory.mktemp("store")), tmp_path_factory.mktemp("cache"))
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """An S3 server with a bucket called `blobs`: its endpoint, and the folder of its buckets."""
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "blobs").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [rclone(), "serve", "s3", "--config", "", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"]
+    server = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}", folder
+    finally:
+        server.kill()
+        server.wait()
 
 
-@pytest.fixture(scope="session")
-def run_task(task_store: NodeStore, tmp_path_factory: pytest.TempPathFactory) -> RunTask:
-    """Run a task's body by its kind, in this process, on one thread."""
-
-    def run(kind: str, params: dict[str, Any], inputs: dict[str, list[str]]) -> TaskOutput:
-        # what crosses to a worker is JSON
-        params, inputs = json.loads(json.dumps([params, inputs]))
-        return execute(kind, params, inputs, task_store.url, tmp_path_factory.mktemp("cache"), "cpu", 1)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def digits(task_store: NodeStore) -> str:
-    """The digest of the shipped digits model."""
-    return import_model(task_store, MODELS / "digits").digest
+@pytest.fixture
+def s3_environment(s3_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Set the usual AWS variables for the server; return its endpoint."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server[0])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    return s3_server[0]
 
 
-@pytest.fixture(scope="session")
-def packed_digits(task_store: NodeStore, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of the digits model with weights rounded to 4 bits and packed."""
-    denoiser = load_denoiser(MODELS / "digits")
-    weights = {n: m.weight.detach().clone() for n, m in denoiser.model.named_modules() if isinstance(m, QUANTIZABLE)}
-    plan = QuantizationPlan({name: LayerSpec(WeightSpec(4)) for name in weights}, {})
-    for name, layer in build_quantized(denoiser.model, plan).layers.items():
-        matrix = weight_matrix(weights[name])
-        grid = qparams_from_range(matrix.amin(1, keepdim=True), matrix.amax(1, keepdim=True), 4, symmetric=False)
-        layer.set_codes(quantize_affine(matrix, grid.scale, grid.zero_point, 0, 15), grid.scale, grid.zero_point)
-    folder = tmp_path_factory.mktemp("pack") / "packed"
-    scheduler = make_scheduler(SamplerSpec.from_json(SAMPLER), denoiser.scheduler_config)
-    config = json.loads(scheduler.to_json_string())
-    write_artifact(denoiser.model, dict(denoiser.config), quantization_config(plan), config, folder)
-    return put_tree(task_store, folder)
+@pytest.fixture
+def s3_url(s3_environment: str) -> str:
+    """The URL of an empty store in the server."""
+    return f"s3://blobs/{uuid.uuid4().hex[:12]}/store"
 
 
-@pytest.fixture(scope="session")
-def reference_digits(run_task: RunTask, digits: str) -> list[str]:
-    """Two shards of reference samples of the digits model: seeds 0 to 2, with trajectories of 2, and seed 3."""
-    shards = [((0, 3), 2), ((3, 1), 0)]
-    return [
-        run_task("reference", {**protocol(*seeds), "sqnr_seeds": sqnr}, {"model": [digits]}).outputs["reference"]
-        for seeds, sqnr in shards
-    ]
+@pytest.fixture(params=["folder", "s3"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of an empty store of each kind."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3_url"))
+    folder = tmp_path / "store"
+    folder.mkdir()
+    return str(folder)
 
 
-def protocol(first: int, count: int, batch_size: int = 2) -> dict[str, Any]:
-    """Return the parameters that tasks over seeds share."""
-    return {"sampler": SAMPLER, "seeds": {"first": first, "count": count}, "batch_size": batch_size}
+@pytest.fixture
+def store(store_url: str) -> Store:
+    """An empty store of each kind."""
+    return open_store(store_url)
 
 
-@pytest.fixture(scope="session")
-def seeds() -> Callable[..., dict[str, Any]]:
-    """Return `protocol`."""
-    return protocol
+@pytest.fixture
+def node_store(store_url: str, tmp_path: Path) -> Iterator[NodeStore]:
+    """The same as a worker sees it."""
+    opened = open_cached(store_url, tmp_path / "cache")
+    yield opened
+    opened.release()
 
 
-@pytest.fixture(scope="session")
-def evaluated_digits(run_task: RunTask, packed_digits: str, reference_digits: list[str]) -> list[TaskOutput]:
-    """The evaluations of the packed digits model on the two reference shards."""
-    parameters = [{**protocol(0, 3), "sqnr_seeds": 2}, {**protocol(3, 1), "sqnr_seeds": 0}]
-    return [
-        run_task("evaluate", params, {"packed": [packed_digits], "reference": [digest]})
-        for params, digest in zip(parameters, reference_digits, strict=True)
-    ]
+@pytest.fixture
+def folder_store(tmp_path: Path) -> NodeStore:
+    """An empty store in a folder."""
+    folder = tmp_path / "blobs"
+    folder.mkdir()
+    return open_cached(str(folder), tmp_path / "cache")

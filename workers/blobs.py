@@ -18,7 +18,7 @@ from workers.errors import DigestMismatchError, DiskFullError, StoreError
 CHUNK = 1 << 20
 
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_digest(digest: str) -> str:

@@ -31,6 +31,8 @@ _UNREACHABLE = (
     "connection timeout expired",
 )
 _FULL = ("database or disk is full", "no space left on device")
+# SQLite could not make its shared-memory file as large as it needs; its message is "disk I/O error".
+_FULL_SQLITE = "SQLITE_IOERR_SHMSIZE"
 
 _dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
@@ -134,7 +136,7 @@ def _convert(error: SQLAlchemyError, url: URL) -> DatabaseError:
     text = " ".join(str(cause).split()) or type(cause).__name__
     where = f"database {url.render_as_string(hide_password=True)}"
     low = text.lower()
-    if any(sign in low for sign in _FULL):
+    if any(sign in low for sign in _FULL) or getattr(cause, "sqlite_errorname", None) == _FULL_SQLITE:
         return DatabaseFullError(f"{where}: no room left, nothing was changed ({text})")
     lost = isinstance(error, OperationalError | InterfaceError) or "file is not a database" in low
     if lost and any(sign in low for sign in _UNREACHABLE):

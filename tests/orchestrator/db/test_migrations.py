@@ -63,6 +63,11 @@ def schema(connection: Connection) -> dict[str, Any]:
     }
 
 
+def comparable(item: Any, name: str | None, kind: str, reflected: bool, other: Any) -> bool:
+    """Leave out what alembic cannot read back from SQLite: indexes with DESC, which `schema` compares."""
+    return not (kind == "index" and str(name).startswith("ix_tasks_queued"))
+
+
 def describe_column(column: Any) -> str:
     details = (column["nullable"], column["default"], column.get("identity"), column["autoincrement"])
     return f"{column['name']} {column['type']} {details}"
@@ -77,9 +82,12 @@ def test_migrations_make_exactly_what_the_models_say(empty: Database) -> None:
         run_alembic(connection, REVISIONS[-1])
         assert schema(connection) == wanted
         with warnings.catch_warnings():
-            # Alembic cannot read back an index with DESC from SQLite, and says so; `schema` compares those.
             warnings.filterwarnings("ignore", "autogenerate skipping.*expression-based index")
-            context = MigrationContext.configure(connection, opts={"compare_type": True})
+            options = {
+                "compare_type": True,
+                "include_object": comparable if connection.dialect.name == "sqlite" else None,
+            }
+            context = MigrationContext.configure(connection, opts=options)
             assert compare_metadata(context, Base.metadata) == []
 
 

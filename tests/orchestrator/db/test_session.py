@@ -197,7 +197,7 @@ def test_the_tables_refuse_what_must_not_be(database: Database) -> None:
         try:
             run(statements)
         except DatabaseError as error:
-            assert "constraint" in str(error)
+            taken += [] if "constraint" in str(error) else [f"{name}: {error}"]
         else:
             taken.append(name)
     assert taken == []

@@ -1,0 +1,101 @@
+"""A store, the shipped models in it, and task bodies run as a worker runs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernels.affine import quantize_affine
+from quant_core.artifact import quantization_config, write_artifact
+from quant_core.denoiser import load_denoiser
+from quant_core.layers import QUANTIZABLE, weight_matrix
+from quant_core.model import build_quantized
+from quant_core.qspec import LayerSpec, QuantizationPlan, WeightSpec
+from quant_core.ranges import qparams_from_range
+from quant_core.sampler import SamplerSpec, make_scheduler
+from workers.context import TaskOutput
+from workers.execute import execute
+from workers.manifest import put_tree
+from workers.modelfolder import import_model
+from workers.store import NodeStore, open_cached
+
+MODELS = Path(__file__).parents[3] / "examples" / "models"
+SAMPLER: dict[str, Any] = {"scheduler": "DDIMScheduler", "num_inference_steps": 3}
+
+RunTask = Callable[..., TaskOutput]
+
+
+@pytest.fixture(scope="session")
+def task_store(tmp_path_factory: pytest.TempPathFactory) -> NodeStore:
+    """A folder store that the tests of task bodies share: content-addressed, so they cannot disturb one another."""
+    return open_cached(str(tmp_path_factory.mktemp("store")), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def run_task(task_store: NodeStore, tmp_path_factory: pytest.TempPathFactory) -> RunTask:
+    """Run a task's body by its kind, in this process, on one thread."""
+
+    def run(kind: str, params: dict[str, Any], inputs: dict[str, list[str]]) -> TaskOutput:
+        # what crosses to a worker is JSON
+        params, inputs = json.loads(json.dumps([params, inputs]))
+        return execute(kind, params, inputs, task_store.url, tmp_path_factory.mktemp("cache"), "cpu", 1)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def digits(task_store: NodeStore) -> str:
+    """The digest of the shipped digits model."""
+    return import_model(task_store, MODELS / "digits").digest
+
+
+@pytest.fixture(scope="session")
+def packed_digits(task_store: NodeStore, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the digits model with weights rounded to 4 bits and packed."""
+    denoiser = load_denoiser(MODELS / "digits")
+    weights = {n: m.weight.detach().clone() for n, m in denoiser.model.named_modules() if isinstance(m, QUANTIZABLE)}
+    plan = QuantizationPlan({name: LayerSpec(WeightSpec(4)) for name in weights}, {})
+    for name, layer in build_quantized(denoiser.model, plan).layers.items():
+        matrix = weight_matrix(weights[name])
+        grid = qparams_from_range(matrix.amin(1, keepdim=True), matrix.amax(1, keepdim=True), 4, symmetric=False)
+        layer.set_codes(quantize_affine(matrix, grid.scale, grid.zero_point, 0, 15), grid.scale, grid.zero_point)
+    folder = tmp_path_factory.mktemp("pack") / "packed"
+    scheduler = make_scheduler(SamplerSpec.from_json(SAMPLER), denoiser.scheduler_config)
+    config = json.loads(scheduler.to_json_string())
+    write_artifact(denoiser.model, dict(denoiser.config), quantization_config(plan), config, folder)
+    return put_tree(task_store, folder)
+
+
+@pytest.fixture(scope="session")
+def reference_digits(run_task: RunTask, digits: str) -> list[str]:
+    """Two shards of reference samples of the digits model: seeds 0 to 2, with trajectories of 2, and seed 3."""
+    shards = [((0, 3), 2), ((3, 1), 0)]
+    return [
+        run_task("reference", {**protocol(*seeds), "sqnr_seeds": sqnr}, {"model": [digits]}).outputs["reference"]
+        for seeds, sqnr in shards
+    ]
+
+
+def protocol(first: int, count: int, batch_size: int = 2) -> dict[str, Any]:
+    """Return the parameters that tasks over seeds share."""
+    return {"sampler": SAMPLER, "seeds": {"first": first, "count": count}, "batch_size": batch_size}
+
+
+@pytest.fixture(scope="session")
+def seeds() -> Callable[..., dict[str, Any]]:
+    """Return `protocol`."""
+    return protocol
+
+
+@pytest.fixture(scope="session")
+def evaluated_digits(run_task: RunTask, packed_digits: str, reference_digits: list[str]) -> list[TaskOutput]:
+    """The evaluations of the packed digits model on the two reference shards."""
+    parameters = [{**protocol(0, 3), "sqnr_seeds": 2}, {**protocol(3, 1), "sqnr_seeds": 0}]
+    return [
+        run_task("evaluate", params, {"packed": [packed_digits], "reference": [digest]})
+        for params, digest in zip(parameters, reference_digits, strict=True)
+    ]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,9 +27,13 @@ JSON_KEY = "quantmill.json"
 
 @dataclass(frozen=True, slots=True)
 class App:
-    """The settings of one call, and the two ways to answer: text, or one JSON document."""
+    """The settings of one call, and the two ways to answer: text, or one JSON document.
+
+    `options` are the global options as they were given, to be repeated in the commands that the answer suggests.
+    """
 
     settings: Settings
+    options: tuple[str, ...] = ()
 
     @property
     def json(self) -> bool:
@@ -46,6 +54,10 @@ class App:
             click.echo(json.dumps(document, indent=2, allow_nan=False))
         elif rendered := text():
             click.echo(rendered)
+
+    def command(self, *words: str) -> str:
+        """Return a command that the user can type next, as this one was typed."""
+        return shlex.join([*program(), *self.options, *words])
 
     def tell(self, message: str) -> None:
         """Write a message for a person, on stderr."""
@@ -118,4 +130,17 @@ class LazyGroup(Group):
 
 def make_app(home: str | None, db: str | None, store: str | None, ray: str | None) -> App:
     """Resolve the global options against the environment."""
-    return App(resolve_settings(os.environ, home=home, database_url=db, store_url=store, ray_address=ray))
+    given = {"--home": home, "--db": db, "--store": store, "--ray": ray}
+    options = tuple(word for name, value in given.items() if value for word in (name, value))
+    return App(resolve_settings(os.environ, home=home, database_url=db, store_url=store, ray_address=ray), options)
+
+
+def program() -> list[str]:
+    """Return the words that start this program: its name if the shell finds it, else where it is."""
+    script = Path(sys.executable).parent / "quantmill"
+    if not script.is_file():
+        return [sys.executable, "-m", "orchestrator.cli"]
+    found = shutil.which("quantmill")
+    if found is not None and Path(found).resolve() == script.resolve():
+        return ["quantmill"]
+    return [str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)]

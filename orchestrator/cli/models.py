@@ -25,7 +25,9 @@ def models_add(app: App, source: str, name: str | None) -> None:
     with app.service() as service:
         view = model_view(add_model_from(service, source, name, tell=app.tell))
     app.answer(view, lambda: f"model {view['name']} ({view['class_name']}), digest {view['digest'][:12]}")
-    app.tell(f"next: quantmill run RECIPE --model {view['name']}    (recipes: quantmill recipes ls)")
+    app.tell(
+        f"next: {app.command('run', 'RECIPE', '--model', view['name'])}    (recipes: {app.command('recipes', 'ls')})"
+    )
 
 
 @models.command("ls")

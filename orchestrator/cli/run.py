@@ -42,10 +42,10 @@ def run(app: App, recipe: str, model: str, overrides: tuple[str, ...], name: str
         job = run_job(service, submitted.job, stop)
         view = show_job(service, job.id)
         if job.state in ACTIVE_JOBS:
-            app.tell(f"job {job.id} is not finished; go on with: quantmill serve --drain")
+            app.tell(f"job {job.id} is not finished; go on with: {app.command('serve', '--drain')}")
         elif job.state is JobState.SUCCEEDED:
             view |= _finish(service, job.id, out)
-    app.answer(view, lambda: _text(view))
+    app.answer(view, lambda: _text(app, view))
     return EXIT_CODES.get(job.state, NOT_FINISHED)
 
 
@@ -59,7 +59,7 @@ def _finish(service: Service, job: str, out: Path | None) -> dict[str, Any]:
     return written
 
 
-def _text(view: dict[str, Any]) -> str:
+def _text(app: App, view: dict[str, Any]) -> str:
     """Return the job, where its report is, and what to type next."""
     lines = [job_text(view)]
     if view.get("report"):
@@ -72,8 +72,8 @@ def _text(view: dict[str, Any]) -> str:
         lines += [
             "",
             "next:",
-            f"  quantmill artifacts pull {ref} {folder}    a folder that diffusers loads",
-            f"  quantmill bench {ref}    latency, images per second and memory here",
-            f"  quantmill artifacts alias {ref} prod    name what you use",
+            f"  {app.command('artifacts', 'pull', ref, folder)}    # a folder that diffusers loads",
+            f"  {app.command('bench', ref)}    # latency, images per second and memory here",
+            f"  {app.command('artifacts', 'alias', ref, 'prod')}    # a name that you can move later",
         ]
     return "\n".join(lines)

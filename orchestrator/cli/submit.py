@@ -58,6 +58,7 @@ def submit(
             return 0
         submitted = submit_job(service, request, tell=app.tell)
         tell_next(app, submitted)
+        app.tell(f"  {app.command('serve', '--drain')}    # execute what is queued, if nothing does")
         if not wait:
             job = submitted.job
             document = {"job": job.id, "state": job.state.value}
@@ -73,9 +74,8 @@ def tell_next(app: App, submitted: Submitted) -> None:
     """Say what was queued and how to go on."""
     job, counts = submitted.job, submitted.counts
     app.tell(f"job {job.id}: {job.recipe_name} on {job.model_name}, {counts.total} tasks, {counts.cached} cached")
-    app.tell(f"  quantmill jobs show {job.id}       how far it is")
-    app.tell(f"  quantmill jobs logs -f {job.id}    what happens")
-    app.tell(f"  quantmill jobs cancel {job.id}     stop it")
+    app.tell(f"  {app.command('jobs', 'logs', '-f', job.id)}    # what happens")
+    app.tell(f"  {app.command('jobs', 'cancel', job.id)}    # stop it")
 
 
 def dry_run_text(found: DryRun) -> str:

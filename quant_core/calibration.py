@@ -216,19 +216,24 @@ class CalibrationSet:
 
     def rows(self, step: int, first: int, stop: int) -> Batch:
         """Return rows [first, stop) of one step."""
+        x = self._read(step, first, stop)
+        return self._batch(x, torch.full((stop - first,), step), torch.arange(first, stop))
+
+    def gather(self, indices: Tensor) -> Batch:
+        """Return the rows at flat indices, shape (B,), dtype int64, in their order."""
+        step, row = indices // self.samples, indices % self.samples
+        places = zip(step.tolist(), row.tolist(), strict=True)
+        return self._batch(torch.cat([self._read(s, r, r + 1) for s, r in places]), step, row)
+
+    def _read(self, step: int, first: int, stop: int) -> Tensor:
+        """Read the inputs of some rows of one step from the shards that hold them."""
         parts, low = [], 0
         for part, count in zip(self._x, self._counts, strict=True):
             a, b = max(first - low, 0), min(stop - low, count)
             if a < b:
                 parts.append(part[step, a:b])
             low += count
-        return self._batch(torch.cat(parts), torch.full((stop - first,), step), torch.arange(first, stop))
-
-    def gather(self, indices: Tensor) -> Batch:
-        """Return the rows at flat indices, shape (B,), dtype int64, in their order."""
-        step, row = indices // self.samples, indices % self.samples
-        x = torch.cat([self.rows(int(s), int(r), int(r) + 1).x for s, r in zip(step, row, strict=True)])
-        return self._batch(x, step, row)
+        return torch.cat(parts)
 
     def by_step(self, batch_size: int) -> Iterator[Batch]:
         """Yield all rows, step after step; no batch mixes steps."""

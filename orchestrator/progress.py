@@ -214,11 +214,12 @@ def progress_table(snapshot: Snapshot, per_second: float) -> Table:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
-    eta = human_seconds(snapshot.eta_seconds)
-    ended = snapshot.state not in ("queued", "running")
+    caption = f"{snapshot.done}/{snapshot.total} tasks, {human_seconds(snapshot.seconds)}"
+    if snapshot.state in ("queued", "running"):
+        caption += f", {per_second:.2f} tasks/s, about {human_seconds(snapshot.eta_seconds)} left"
     table = Table(
         title=f"job {snapshot.job}  {snapshot.recipe} on {snapshot.model}  {snapshot.state}",
-        caption=f"{human_seconds(snapshot.seconds)}" + ("" if ended else f", {per_second:.2f} tasks/s, left {eta}"),
+        caption=caption,
         title_justify="left",
         caption_justify="left",
         box=None,

@@ -11,6 +11,7 @@ that meet. Services that do not know it ignore it or answer 501; both are fine.
 from __future__ import annotations
 
 import base64
+import os
 import time
 import weakref
 from collections.abc import Iterator
@@ -112,7 +113,11 @@ class S3Store:
 
     def get_file(self, digest: str, path: Path) -> None:
         """Read a blob into a file, in parallel parts if it is large; see `workers.store.Store`."""
+        size = self.size(digest)
         with writing(path) as file:
+            # A full disk shows before the download, which the transfer manager would break off without closing.
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
             with self._calling(digest):
                 self._client.download_fileobj(self._bucket, self._key(digest), file, Config=self._transfer)
             file.flush()

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from kernels.errors import InvalidInputError
-from orchestrator.db.jobs import find_job, job_kinds, list_tasks
+from orchestrator.db.jobs import find_job, list_tasks
 from orchestrator.db.registry import find_model
-from orchestrator.db.rows import JobRow, KindRow, ModelRow, TaskRow
+from orchestrator.db.rows import JobRow, ModelRow, TaskRow
 from orchestrator.releases import layer_bits, read_release_json
 from orchestrator.report.data import KindTime, LayerRow, ReportData, UnitRow
 from orchestrator.report.images import Strips, make_strips
@@ -57,7 +57,6 @@ def collect(service: Service, prefix: str) -> ReportData:
             raise InvalidInputError(f"report: got job {job.id}, which is {job.state.value}, wanted one that succeeded")
         model = find_model(session, job.model_digest)
         tasks = list_tasks(session, job.id)
-        kinds = job_kinds(session, job.id)
     metrics = job.metrics or {}
     return ReportData(
         job=job.id,
@@ -78,12 +77,19 @@ def collect(service: Service, prefix: str) -> ReportData:
         strips=_strips(service.store, tasks),
         layers=_layers(service.store, job.digest, model, tasks),
         units=_units(model, tasks),
-        kinds=_kind_times(kinds),
+        kinds=_kind_times(tasks),
     )
 
 
-def _kind_times(kinds: Sequence[KindRow]) -> tuple[KindTime, ...]:
-    return tuple(KindTime(kind.kind, kind.total, kind.cached, kind.seconds) for kind in kinds)
+def _kind_times(tasks: Sequence[TaskRow]) -> tuple[KindTime, ...]:
+    """Sum tasks up by kind, in the order in which kinds first appear; cached ones took their time in another job."""
+    kinds: dict[str, list[TaskRow]] = {}
+    for task in tasks:
+        kinds.setdefault(task.kind, []).append(task)
+    return tuple(
+        KindTime(kind, len(rows), sum(row.cached for row in rows), sum(row.seconds or 0.0 for row in rows))
+        for kind, rows in kinds.items()
+    )
 
 
 def _provenance(store: Store, job: JobRow, model: ModelRow) -> tuple[tuple[str, str], ...]:

@@ -34,7 +34,7 @@ class UnitRow:
 
 @dataclass(frozen=True, slots=True)
 class KindTime:
-    """The tasks of one kind: how many, how many were already known, and the seconds that computing them took."""
+    """The tasks of one kind: how many, how many this job found done, and the seconds that all of them took."""
 
     kind: str
     tasks: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from orchestrator.cli.home import shown_url
 from orchestrator.cli.main import COMMANDS
 from orchestrator.cli.main import cli as root_command
 from orchestrator.db.rows import KindRow
+from orchestrator.db.session import open_database
 from orchestrator.estimate import Rate
-from orchestrator.progress import LinePace, Pace, Snapshot, progress_line, remaining_seconds
+from orchestrator.progress import LinePace, Pace, Progress, Snapshot, progress_line, remaining_seconds
 from orchestrator.registration import default_model_name
 from orchestrator.settings import resolve_settings
 from orchestrator.submission import default_release_name
@@ -348,3 +350,29 @@ def test_pace_is_over_the_last_minute() -> None:
     for second in range(0, 200, 10):
         pace.add(float(second), second if second > 100 else 0)
     assert pace.per_second() == pytest.approx((190 - 130) / 60)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["plain", "live"])
+def test_progress_shows_a_job_while_the_block_runs(cli: Cli, with_digits: Path, stream: io.StringIO) -> None:
+    job = cli("submit", "fast-w4a8", "--model", "digits", "--json").json["job"]
+    database = open_database(f"sqlite:///{with_digits / 'quantmill.db'}")
+    with Progress(database, job, workers=2, stream=stream):
+        time.sleep(1.5)
+        cli("jobs", "cancel", job)
+    database.close()
+    text = stream.getvalue()
+    assert job in text
+    assert "cancelled" in text
+    if isinstance(stream, Terminal):
+        assert "fast-w4a8 on digits" in text
+        assert "calibrate" in text
+        assert "\x1b[" in text
+    else:
+        assert [line.split(":")[1].split()[0] for line in text.splitlines()] == ["queued", "cancelled"]

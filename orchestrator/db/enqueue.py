@@ -68,15 +68,15 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
 def start_tasks(session: Session, job_id: str) -> None:
     """Want a job's tasks: revive the ended, queue the ready, settle the recorded; call it under `lock_graph`."""
     wanted = select(JobTask.task_id).where(JobTask.job_id == job_id)
+    priority = select(Job.priority).where(Job.id == job_id).scalar_subquery()
     revived = session.execute(
         move_task(TaskEvent.REVIVE)
         .where(Task.id.in_(wanted))
-        .values(faults_task=0, faults_infrastructure=0, error=None, not_before=0.0, finished_at=None)
+        .values(priority=priority, faults_task=0, faults_infrastructure=0, error=None, not_before=0.0, finished_at=None)
         .returning(Task.id, Task.attempt)
     ).all()
     for row in revived:
         record_event(session, TaskEvent.REVIVE, task=row.id, attempt=row.attempt)
-    priority = select(Job.priority).where(Job.id == job_id).scalar_subquery()
     plain = {"synchronize_session": False}
     session.execute(
         update(Task)

@@ -43,7 +43,7 @@ def run_in_subprocess(call: TaskCall) -> TaskOutput:
     TaskError
         If the task found its input to be bad; the message is the task's own.
     TaskFailedError
-        If it failed otherwise, or the process died.
+        If it failed otherwise, or the process died; `exit_code` is that of the task's own error.
     """
     environment = os.environ | {"OMP_NUM_THREADS": str(call.threads), "PYTHONPATH": python_path()}
     # Safe: our own module, in the interpreter that is running.
@@ -63,7 +63,9 @@ def run_in_subprocess(call: TaskCall) -> TaskOutput:
             f"task {call.kind}: got exit status {process.returncode} ({last}), wanted an answer"
         ) from None
     if "error" in answer:
-        raise (TaskError if answer["fault"] == Fault.INVALID else TaskFailedError)(answer["error"])
+        error = (TaskError if answer["fault"] == Fault.INVALID else TaskFailedError)(answer["error"])
+        error.exit_code = answer["exit_code"]
+        raise error
     return TaskOutput(answer["outputs"], answer["metrics"])
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workers.blobs import check_digest, digest_of
+from workers.blobs import check_digest, digest_of, disk_error
 from workers.errors import ManifestError, NotFoundError, StoreError
 from workers.names import check_path, check_paths
 from workers.store import NodeStore, Store
@@ -172,6 +172,15 @@ def pull_tree(store: Store, digest: str, target: Path) -> dict[str, Any]:
         raise ManifestError(f"{target}: got something there already, wanted a new or empty folder")
     if not target.parent.is_dir():
         raise ManifestError(f"{target}: got no folder {target.parent}, wanted one to write into")
+    try:
+        _pull(store, manifest, target)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    return manifest
+
+
+def _pull(store: Store, manifest: Mapping[str, Any], target: Path) -> None:
+    """Write a tree beside its target, then rename it."""
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-partial-", dir=target.parent))
     try:
         for path, entry in manifest["files"].items():
@@ -184,7 +193,6 @@ def pull_tree(store: Store, digest: str, target: Path) -> dict[str, Any]:
         os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return manifest
 
 
 def link_tree(store: NodeStore, digest: str, target: Path) -> dict[str, Any]:

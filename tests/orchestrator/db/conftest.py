@@ -19,7 +19,7 @@ from orchestrator.db.queries import (
     finish_task,
 )
 from orchestrator.db.rows import ClaimedTask, EnqueueCounts, JobRow, Lease, ModelRow
-from orchestrator.db.session import Database
+from orchestrator.db.session import Database, lock_graph
 from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 
 
@@ -118,6 +118,7 @@ class QueueDriver:
     def execute(self, statement: str, **values: Any) -> None:
         """Change something behind the queue's back."""
         with self.database.session() as session:
+            lock_graph(session)
             session.execute(text(statement), values)
 
     def expire(self, lease: Lease) -> None:

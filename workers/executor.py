@@ -104,6 +104,8 @@ class RayExecutor:
         self._sending = threading.Lock()
         self._capacity: Capacity | None = None
         self._lost = False
+        self._failure = ""
+        self._address = address
         self._local = address is None
         self._resources = ExitStack()
         try:
@@ -171,10 +173,16 @@ class RayExecutor:
             self._changed.wait_for(lambda: self._capacity is not None or self._lost, timeout)
             if self._capacity is not None and not self._lost:
                 return
-        lines = self._log.read_text(errors="replace").strip().splitlines() or ["no message"]
-        raise ExecutorError(
-            f"ray: got no answer within {timeout:.0f} s ({lines[-1].strip()[:300]}), wanted it to start"
-        )
+        what = self._failure or self._last_words() or f"no answer within {timeout:.0f} s"
+        wanted = "a local one to start" if self._local else f"a cluster at {self._address}"
+        raise ExecutorError(f"ray: got {what}, wanted {wanted}")
+
+    def _last_words(self) -> str:
+        """Return the last line that a child wrote that has ended."""
+        if not self._lost:
+            return ""
+        lines = self._log.read_text(errors="replace").strip().splitlines() or [""]
+        return lines[-1].strip()[:300]
 
     def _read(self) -> None:
         """Take the child's messages until it ends."""
@@ -192,6 +200,8 @@ class RayExecutor:
         with self._changed:
             if "capacity" in message:
                 self._capacity = Capacity(**message["capacity"])
+            elif "failed" in message:
+                self._failure = message["failed"][:300]
             elif "error" in message:
                 self._finished.append(Finished(message["id"], None, Fault(message["fault"]), message["error"]))
             else:

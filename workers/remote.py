@@ -177,5 +177,12 @@ def main() -> None:
     # Whatever Ray prints must not mix with the answers.
     os.dup2(2, 1)
     config = json.loads(sys.argv[1])
-    start_ray(config["address"], config["cpus"], config["memory_bytes"], Path(config["temporary"]))
-    Driver(answers, local=config["address"] is None).run()
+    try:
+        start_ray(config["address"], config["cpus"], config["memory_bytes"], Path(config["temporary"]))
+        driver = Driver(answers, local=config["address"] is None)
+    except Exception as error:
+        # Ray raises whatever it likes here; all of it means that there is no Ray.
+        answers.write(json.dumps({"failed": describe(error)}).encode() + b"\n")
+        answers.flush()
+        raise
+    driver.run()

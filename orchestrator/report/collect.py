@@ -76,7 +76,7 @@ def collect(service: Service, prefix: str) -> ReportData:
         provenance=_provenance(service.store, job, model),
         strips=_strips(service.store, tasks),
         layers=_layers(service.store, job.digest, model, tasks),
-        units=_units(model, tasks),
+        units=_units(tasks),
         kinds=_kind_times(tasks),
     )
 
@@ -138,7 +138,7 @@ def _tensors(store: Store, digest: str) -> dict[str, NDArray[np.float32]]:
 def _layers(store: Store, digest: str, model: ModelRow, tasks: Sequence[TaskRow]) -> tuple[LayerRow, ...]:
     """Return the model's layers in the order of execution, with the bits that the release has them in."""
     bits = layer_bits(read_release_json(store, digest, "config.json"))
-    errors = _measured(tasks, "layers")
+    errors = _layer_errors(tasks)
     described = model.inspection["layers"]
     rows = []
     for unit in model.inspection["units"]:
@@ -159,23 +159,22 @@ def _layers(store: Store, digest: str, model: ModelRow, tasks: Sequence[TaskRow]
     return tuple(rows)
 
 
-def _units(model: ModelRow, tasks: Sequence[TaskRow]) -> tuple[UnitRow, ...]:
-    """Return the units in the order of execution, with what rounding and reconstruction left of their signal."""
-    rounded = _measured([task for task in tasks if task.kind == "round"], "units")
-    learned = _measured([task for task in tasks if task.kind == "reconstruct"], "units")
-    return tuple(
-        UnitRow(unit["name"], rounded.get(unit["name"]), learned.get(unit["name"]))
-        for unit in model.inspection["units"]
-    )
-
-
-def _measured(tasks: Sequence[TaskRow], what: str) -> dict[str, float]:
-    """Return the SQNR in dB of layers or units from tasks' metrics; what a later task measured counts."""
+def _layer_errors(tasks: Sequence[TaskRow]) -> dict[str, float]:
+    """Return what rounding left of each layer's signal, in dB, from the metrics of `round`."""
     found: dict[str, float] = {}
     for task in tasks:
-        section: Mapping[str, Any] = (task.metrics or {}).get(what) or {}
-        found |= {name: values["sqnr_db"] for name, values in section.items() if values.get("sqnr_db") is not None}
+        if task.kind == "round" and task.metrics:
+            found |= {name: values["sqnr_db"] for name, values in task.metrics["layers"].items()}
     return found
+
+
+def _units(tasks: Sequence[TaskRow]) -> tuple[UnitRow, ...]:
+    """Return the reconstructed units in the order of execution, from the metrics of `reconstruct`."""
+    return tuple(
+        UnitRow(task.metrics["unit"], task.metrics["sqnr_db_before"], task.metrics["sqnr_db_after"])
+        for task in tasks
+        if task.kind == "reconstruct" and task.metrics
+    )
 
 
 def _plain(value: Any) -> str:

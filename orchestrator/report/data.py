@@ -11,7 +11,7 @@ from orchestrator.report.images import Strips
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One quantized layer: bits of its weights and activations (None: left as it is), and its error."""
+    """One layer: bits of its weights and activations (None: left as it is), and what rounding left of its signal."""
 
     name: str
     unit: str
@@ -25,11 +25,11 @@ class LayerRow:
 
 @dataclass(frozen=True, slots=True)
 class UnitRow:
-    """One unit: the error of its output, in dB, after rounding and after reconstruction (None: not measured)."""
+    """One reconstructed unit: signal to noise of its output on calibration samples, in dB, before and after."""
 
     name: str
-    rounded_db: float | None
-    reconstructed_db: float | None
+    before_db: float
+    after_db: float
 
 
 @dataclass(frozen=True, slots=True)

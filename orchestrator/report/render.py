@@ -152,13 +152,9 @@ def _layer_title(layer: LayerRow) -> str:
 
 
 def _unit_chart(units: Sequence[UnitRow]) -> str:
-    """Draw two columns for each unit that was reconstructed, one for others."""
-    if not any(unit.reconstructed_db is not None for unit in units):
-        return ""
+    """Draw two columns for each unit that was reconstructed."""
     columns = []
     for unit in units:
-        pair = (("before", "after rounding", unit.rounded_db), ("after", "after reconstruction", unit.reconstructed_db))
-        columns += [
-            Column(value, css, f"{unit.name}, {when}: {value:.1f} dB") for css, when, value in pair if value is not None
-        ]
+        pair = (("before", "before", unit.before_db), ("after", "after reconstruction", unit.after_db))
+        columns += [Column(value, css, f"{unit.name}, {when}: {value:.1f} dB") for css, when, value in pair]
     return column_chart(columns, x_label="units, first to last", y_label="SQNR, dB")

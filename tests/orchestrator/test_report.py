@@ -121,7 +121,7 @@ def data() -> ReportData:
             LayerRow("mid.to_q", "mid", "Linear", (8, 8), 4, None, 0.002, 22.25),
             LayerRow("mid.kept", "mid", "Linear", (8, 8), None, None, 0.002, None),
         ),
-        units=(UnitRow("conv_in", 41.5, None), UnitRow("mid", 20.0, 26.5)),
+        units=(UnitRow("conv_in", 41.5, 41.75), UnitRow("mid", 20.0, 26.5)),
         kinds=(KindTime("calibrate", 2, 1, 4.5), KindTime("release", 1, 0, 0.0)),
     )
 

@@ -9,6 +9,7 @@ from kernels.affine import fake_quantize_affine
 from quant_core.qspec import ActivationMode, ActivationSpec
 from quant_core.ranges import QParams, qparams_from_range
 from quant_core.steps import StepClock
+from quant_core.straight_through import FakeQuantize
 
 
 class ActivationQuantizer(nn.Module):
@@ -18,6 +19,8 @@ class ActivationQuantizer(nn.Module):
     ----------
     scale, zero_point : Tensor, shape (S,), dtype float32
         One entry per trajectory step, or one in all; absent when the spec is dynamic. `zero_point` holds integers.
+    soft_scale : Tensor, shape (S,), or None
+        While scales are learned, what stands in for `scale`.
     """
 
     scale: Tensor
@@ -28,6 +31,7 @@ class ActivationQuantizer(nn.Module):
         self.spec = spec
         self.clock = clock
         self.enabled = True
+        self.soft_scale: Tensor | None = None
         if not spec.is_dynamic:
             steps = clock.steps if spec.mode is ActivationMode.PER_STEP else 1
             self.register_buffer("scale", torch.ones(steps, device=device))
@@ -46,12 +50,16 @@ class ActivationQuantizer(nn.Module):
             qparams = dynamic_qparams(x, self.spec)
             scale, zero_point = qparams.scale, qparams.zero_point
         else:
-            scale, zero_point = self.clock.gather(self.scale, x), self.clock.gather(self.zero_point, x)
-        return fake_quantize_affine(x, scale, zero_point, 0, 2**self.spec.bits - 1).to(x.dtype)
+            table = self.scale if self.soft_scale is None else self.soft_scale
+            scale, zero_point = self.clock.gather(table, x), self.clock.gather(self.zero_point, x)
+        top = 2**self.spec.bits - 1
+        if torch.is_grad_enabled():
+            return FakeQuantize.apply(x, scale, zero_point, top).to(x.dtype)
+        return fake_quantize_affine(x, scale, zero_point, 0, top).to(x.dtype)
 
 
 def dynamic_qparams(x: Tensor, spec: ActivationSpec) -> QParams:
-    """Return min-max grids of each sample of `x`, or of each token (last dimension) unless `x` is an image (4 dimensions)."""
+    """Return min-max grids of each sample of `x`, or of each token (last dimension) unless `x` is an image (4-D)."""
     per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
     dims = (x.dim() - 1,) if per_token else tuple(range(1, x.dim()))
     detached = x.detach().float()

@@ -37,11 +37,13 @@ class AttentionQuantizer(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Return softmax(Q K^T * scale + mask) V with quantized operands; tensors (..., tokens, head width)."""
-        scores = self.query(query) @ self.key(key).transpose(-1, -2) * scale
-        return self.probabilities(_softmax(scores, mask)) @ self.value(value)
+        probabilities = softmax_scores(self.query(query), self.key(key), mask, scale)
+        return self.probabilities(probabilities) @ self.value(value)
 
 
-def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+def softmax_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return softmax(Q K^T * scale + mask), shape (..., query tokens, key tokens); a boolean mask says what to keep."""
+    scores = query @ key.transpose(-1, -2) * scale
     if mask is None:
         return scores.softmax(dim=-1)
     if mask.dtype is torch.bool:

@@ -59,8 +59,8 @@ def _pad(layer: nn.Module, x: Tensor) -> Tensor:
 class SecondMoment:
     """Accumulates sum x x^T and the number of rows; exact under any order of batches up to float rounding."""
 
-    def __init__(self, columns: int) -> None:
-        self.total = torch.zeros(columns, columns)
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(columns, columns, device=device)
         self.rows = 0
 
     def update(self, rows: Tensor) -> None:

@@ -138,9 +138,8 @@ class Costs:
         if config.method == "closed_form":
             seeds = min(config.samples, self.recipe.calibration.seeds)
             rows = seeds * self.recorded_per_seed * min(config.positions, layer.positions)
-            visits = 1 + config.sweeps * (1 + (config.refits if config.scale_refit else 0))
             macs += rows * layer.columns**2 + 2 * layer.columns**3
-            macs += visits * layer.columns * (_COLUMN + layer.weights * _COLUMN_WEIGHT)
+            macs += layer.columns * (_COLUMN + layer.weights * _COLUMN_WEIGHT)
         return _giga(macs)
 
     def _largest_hessian(self, group: Sequence[UnitPlan], config: Round) -> int:

@@ -179,24 +179,18 @@ class Round(_Pass):
     """Fix weight grids, round the weights, measure activation ranges."""
 
     _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
-        ("method", "closed_form"): frozenset({"samples", "positions", "damping", "sweeps", "scale_refit", "refits"}),
-        ("scale_refit", True): frozenset({"refits"}),
+        ("method", "closed_form"): frozenset({"samples", "positions", "damping"}),
     }
 
     method: Literal["nearest", "closed_form"] = "nearest"
     inputs: Literal["fp"] = "fp"
     samples: Count = Field(default=32, description="Calibration seeds that the Hessian is taken over, at most.")
     positions: Count = Field(
-        default=256, description="Output positions per sample that the Hessian is taken over, at most."
+        default=16, description="Output positions per sample that the Hessian is taken over, at most."
     )
     damping: Annotated[float, Field(ge=0)] = Field(
-        default=0.01, description="Share of the mean diagonal added to the Hessian."
+        default=0.03, description="Share of the mean diagonal added to the Hessian."
     )
-    sweeps: Annotated[int, Field(ge=0)] = Field(
-        default=4, description="Coordinate-descent sweeps after the first rounding."
-    )
-    scale_refit: bool = Field(default=True, description="Whether scales are fitted to the codes.")
-    refits: Count = Field(default=2, description="Rounds of scale fit and sweeps; only with scale_refit.")
 
 
 class Reconstruct(_Pass):
@@ -215,11 +209,14 @@ class Reconstruct(_Pass):
     )
     iterations: Count = 500
     batch_size: Count = 32
-    lr: Positive = 1e-3
+    lr: Positive = 1e-2
+    trust: Share = Field(
+        default=0.5, description="How far the start leans to the given code: 0, AdaRound's own start, to 1."
+    )
     learn_activation_scales: bool = False
     activation_lr: Positive = 4e-4
     rounding_weight: Annotated[float, Field(ge=0)] = Field(
-        default=0.01, description="Weight of the rounding regulariser."
+        default=10.0, description="Weight of the rounding regulariser, against a loss of 1 at the start."
     )
     warmup: Share = Field(default=0.2, description="Share of the iterations without the rounding regulariser.")
     beta: tuple[Positive, Positive] = Field(

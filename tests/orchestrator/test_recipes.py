@@ -439,12 +439,11 @@ def test_extractor_weights_are_refused_where_the_extractor_has_its_own(tmp_path:
 
 
 def test_round_parameters_leave_out_what_does_not_matter():
-    nearest = Round(method="nearest", samples=3, sweeps=9)
+    nearest = Round(method="nearest", samples=3, positions=9)
     assert nearest.parameters() == Round().parameters() == {"method": "nearest", "inputs": "fp"}
-    fitted = Round(method="closed_form", sweeps=9).parameters()
-    assert fitted["sweeps"] == 9
+    fitted = Round(method="closed_form", positions=9).parameters()
+    assert fitted["positions"] == 9
     assert set(fitted) == set(Round.model_fields)
-    assert "refits" not in Round(method="closed_form", scale_refit=False).parameters()
 
 
 def test_reconstruct_parameters_leave_out_what_does_not_matter():

@@ -1,0 +1,194 @@
+"""One pass over a calibration set that watches the inputs of chosen layers and attentions of the full-precision model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.attention import OPERANDS, softmax_scores, wrap_processor
+from quant_core.calibration import CalibrationSet, replay
+from quant_core.hessian import SecondMoment, input_rows
+from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec
+from quant_core.ranges import QParams, RangeMethod, RangeSpec, choose_qparams, qparams_from_range
+
+#: Values kept of one tensor at one trajectory step, for the estimators that need more than its extremes.
+VALUES_PER_STEP = 16384
+
+
+@dataclass(slots=True)
+class StepRanges:
+    """What is remembered of one tensor: its extremes at each step and, if asked for, a seeded draw of its values."""
+
+    steps: int
+    keep_values: bool
+    low: Tensor = field(init=False)
+    high: Tensor = field(init=False)
+    values: list[list[Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.low, self.high = torch.full((self.steps,), torch.inf), torch.full((self.steps,), -torch.inf)
+        self.values = [[] for _ in range(self.steps)]
+
+    def update(self, step: int, x: Tensor, draw: int, generator: torch.Generator) -> None:
+        """Add a batch of one step, of which `draw` values at most are kept."""
+        low, high = torch.aminmax(x.detach())
+        self.low[step] = min(self.low[step], low.float().cpu())
+        self.high[step] = max(self.high[step], high.float().cpu())
+        if self.keep_values:
+            flat = x.detach().flatten()
+            if len(flat) > draw:
+                flat = flat[torch.randint(len(flat), (draw,), generator=generator).to(flat.device)]
+            self.values[step].append(flat.float().cpu())
+
+    def qparams(self, spec: ActivationSpec, ranges: RangeSpec) -> QParams:
+        """Return the tables of a static or per-step quantizer, shape (S,) or (1,)."""
+        low, high, values = self.low, self.high, self.values
+        if spec.mode is ActivationMode.STATIC:
+            low, high = low.min()[None], high.max()[None]
+            values = [[value for step in values for value in step]]
+        if ranges.method is RangeMethod.MINMAX:
+            return qparams_from_range(low, high, spec.bits, symmetric=spec.symmetric)
+        tables = []
+        for at, step in enumerate(values):
+            # The extremes were perhaps not drawn, and shrinking starts from them.
+            row = torch.cat([*step, low[at, None], high[at, None]])
+            tables.append(choose_qparams(row, spec.bits, symmetric=spec.symmetric, spec=ranges))
+        return QParams(torch.stack([t.scale for t in tables]), torch.stack([t.zero_point for t in tables]))
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What to watch: ranges of layers' inputs (by part) and of attention operands, second moments of layers' inputs."""
+
+    layers: Mapping[str, LayerSpec]
+    attentions: Sequence[str]
+    moments: Sequence[str]
+    positions: int | None
+    samples: int | None
+    keep_values: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """`ranges`: by layer name and part number, or attention name and operand. `moments`: E[x x^T] of layers' inputs."""
+
+    ranges: dict[tuple[str, int | str], StepRanges]
+    moments: dict[str, SecondMoment]
+
+
+class _Enough(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward once the last watched unit has run."""
+
+
+@contextmanager
+def stop_after(model: nn.Module, units: Sequence[str]) -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Yield a caller that runs a forward of `model` only until all of `units` have run."""
+    waiting: set[str] = set()
+
+    def leave(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            waiting.discard(name)
+            if not waiting:
+                raise _Enough
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(leave(name)) for name in units]
+
+    def call(forward: Callable[[], object]) -> None:
+        waiting.clear()
+        waiting.update(units)
+        try:
+            forward()
+        except _Enough:
+            return
+
+    try:
+        yield call
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def observe(
+    model: nn.Module,
+    calibration: CalibrationSet,
+    units: Sequence[str],
+    watched: Watched,
+    *,
+    batch_size: int,
+    generator: torch.Generator,
+) -> Observation:
+    """Run the full-precision model over the calibration set, each batch of one step, until the last of `units`.
+
+    Peak memory is that of one forward of `batch_size` samples plus 4 K^2 bytes per second moment of K columns.
+    """
+    found = Observation({}, {})
+    current = _Current(step=0, first_row=0, draw=_draw(calibration, batch_size))
+    with ExitStack() as stack:
+        for name in {*watched.layers, *watched.moments}:
+            hook = _layer_hook(name, watched, found, current, calibration.steps, generator)
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        for name in watched.attentions:
+            function = _attention_watcher(name, watched.keep_values, found, current, calibration.steps, generator)
+            stack.callback(wrap_processor(model.get_submodule(name), function))
+        call = stack.enter_context(stop_after(model, units))
+        stack.enter_context(torch.no_grad())
+        rows = 0
+        for batch in calibration.by_step(batch_size):
+            step = int(batch.step[0])
+            rows = rows + len(batch) if step == current.step and rows < calibration.samples else len(batch)
+            current.step, current.first_row = step, rows - len(batch)
+            call(lambda batch=batch: replay(model, batch))  # type: ignore[misc]
+    return found
+
+
+@dataclass(slots=True)
+class _Current:
+    """The batch that is running: its step, the calibration row that it starts at, values to draw from it."""
+
+    step: int
+    first_row: int
+    draw: int
+
+
+def _draw(calibration: CalibrationSet, batch_size: int) -> int:
+    batches = -(-calibration.samples // batch_size)
+    return max(1, VALUES_PER_STEP // batches)
+
+
+def _layer_hook(
+    name: str, watched: Watched, found: Observation, current: _Current, steps: int, generator: torch.Generator
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    spec = watched.layers.get(name)
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if spec is not None:
+            dim = -1 if isinstance(layer, nn.Linear) else 1
+            for part, values in enumerate(x.split(spec.split, dim=dim) if spec.split else (x,)):
+                ranges = found.ranges.setdefault((name, part), StepRanges(steps, watched.keep_values))
+                ranges.update(current.step, values, current.draw, generator)
+        if name in watched.moments:
+            wanted = len(x) if watched.samples is None else max(0, watched.samples - current.first_row)
+            rows = input_rows(layer, x[:wanted], watched.positions, generator)
+            found.moments.setdefault(name, SecondMoment(rows.shape[1], rows.device)).update(rows)
+
+    return hook
+
+
+def _attention_watcher(
+    name: str, keep_values: bool, found: Observation, current: _Current, steps: int, generator: torch.Generator
+) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]:
+    def watch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        probabilities = softmax_scores(query, key, mask, scale)
+        for operand, x in zip(OPERANDS, (query, key, value, probabilities), strict=True):
+            ranges = found.ranges.setdefault((name, operand), StepRanges(steps, keep_values))
+            ranges.update(current.step, x, current.draw, generator)
+        return probabilities @ value
+
+    return watch

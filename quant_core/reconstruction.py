@@ -1,0 +1,223 @@
+"""Block reconstruction: learn a unit's rounding so that its output stays what it was.
+
+Li et al., "BRECQ" (arXiv:2102.05426), as Q-Diffusion (Li et al., arXiv:2302.04304) applies it to denoisers: each unit's rounding is
+learned on the unit's inputs over the whole trajectory. Where we differ from the authors' code (q-diffusion@715783d): the unit runs as it
+is deployed, its activations quantized, while its rounding is learned, and activation scales may be learned in the same pass instead of
+a second one; a result that is not better than its start is not taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quant_core.activation import ActivationQuantizer
+from quant_core.adaround import SoftRounding, anneal
+from quant_core.calibration import CalibrationSet
+from quant_core.model import QuantizedParts, build_quantized
+from quant_core.unit_cache import Recording, Side, record_unit
+from quant_core.unit_state import UnitState, collect_state, load_states, merge_plans
+
+#: Calibration samples on which a result is compared with its start.
+CHECKED_SAMPLES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ReconstructionConfig:
+    """How a unit is reconstructed.
+
+    `use_quantized_inputs`: inputs from the model whose earlier units are quantized (the papers' way) instead of full precision.
+    `trust`: see `SoftRounding`. `rounding_weight`, `warmup`, `beta`: the regulariser (Q-Diffusion: 0.01, 0.2, 20 to 2).
+    `batch_size` samples per iteration; `forward_batch_size` through the model; `cache_bytes` bounds what stays in memory.
+    """
+
+    use_quantized_inputs: bool = False
+    iterations: int = 500
+    batch_size: int = 32
+    lr: float = 1e-2
+    trust: float = 0.5
+    learn_activation_scales: bool = False
+    activation_lr: float = 4e-4
+    rounding_weight: float = 0.01
+    warmup: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+    forward_batch_size: int = 32
+    cache_bytes: int = 2 * 2**30
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReconstructedUnit:
+    """A unit's new state; its output's signal-to-noise ratio in dB before and after, on samples of the calibration set."""
+
+    state: UnitState
+    sqnr_db_before: float
+    sqnr_db_after: float
+
+
+def reconstruct_unit(
+    model: nn.Module,
+    calibration: CalibrationSet,
+    start: UnitState,
+    earlier: list[UnitState],
+    config: ReconstructionConfig,
+    scratch: Path,
+) -> ReconstructedUnit:
+    """Learn the rounding of one unit.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The full-precision denoiser; its layers are replaced in place.
+    start : UnitState
+        Grids, codes and activation tables to start from.
+    earlier : list of UnitState
+        Units that run before; used only with `use_quantized_inputs`.
+    """
+    model.requires_grad_(False)
+    unit, name = start.formats, start.formats.unit
+    room = {"batch_size": config.forward_batch_size, "budget": config.cache_bytes // 2, "scratch": scratch}
+    weights = {layer: model.get_submodule(layer).weight.detach() for layer in unit.layers}
+    recording = record_unit(model, name, calibration, label="fp", **room)  # type: ignore[arg-type]
+    quantized = [*earlier, start] if config.use_quantized_inputs else [start]
+    parts = build_quantized(model, merge_plans(quantized))
+    load_states(model, quantized)
+    if config.use_quantized_inputs and earlier:
+        inputs = record_unit(model, name, calibration, label="quantized", **room).inputs  # type: ignore[arg-type]
+        recording = Recording(inputs, recording.outputs)
+    learner = _Learner(model.get_submodule(name), parts, recording, calibration, config)
+    before = learner.error_power()
+    learner.learn(weights, start)
+    after = learner.error_power()
+    if not after < before:
+        load_states(model, [start])
+        after = before
+    state = collect_state(parts, unit, start.timesteps)
+    return ReconstructedUnit(state, learner.sqnr_db(before), learner.sqnr_db(after))
+
+
+class _Learner:
+    """One unit, its recording, and the loop that fits its rounding."""
+
+    def __init__(
+        self,
+        unit: nn.Module,
+        parts: QuantizedParts,
+        recording: Recording,
+        calibration: CalibrationSet,
+        config: ReconstructionConfig,
+    ) -> None:
+        self.unit, self.parts, self.recording, self.config = unit, parts, recording, config
+        self.rows, self.samples = len(calibration), calibration.samples
+        self.timesteps = calibration.timesteps
+        self.device = next(iter(parts.layers.values())).qweight.device if parts.layers else torch.device("cpu")
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.checked = torch.linspace(0, self.rows - 1, min(CHECKED_SAMPLES, self.rows)).long()
+        self.signal = self._power(self.recording.outputs)
+
+    def outputs(self, index: Tensor) -> list[Tensor]:
+        """Run the quantized unit on the recorded inputs of some samples."""
+        self.parts.clock.set_timestep(self.timesteps[index // self.samples])
+        args, kwargs = self.recording.inputs.batch(index, self.device)
+        return _tensors(self.unit(*args, **kwargs))
+
+    def targets(self, index: Tensor) -> list[Tensor]:
+        """Return the full-precision outputs of the same samples."""
+        return _tensors(self.recording.outputs.batch(index, self.device))
+
+    def error_power(self) -> float:
+        """Return the mean squared error of the unit as it stands, over the checked samples."""
+        total = 0.0
+        with torch.no_grad():
+            for index in self.checked.split(self.config.batch_size):
+                pairs = zip(self.outputs(index), self.targets(index), strict=True)
+                total += sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+        return total
+
+    def _start_loss(self) -> float:
+        """Return the reconstruction loss that the start gives."""
+        with torch.no_grad():
+            losses = [
+                sum(float(_loss(a, b)) for a, b in zip(self.outputs(index), self.targets(index), strict=True))
+                for index in self.checked.split(self.config.batch_size)
+            ]
+        return max(sum(losses) / len(losses), 1e-20)
+
+    def _power(self, side: Side) -> float:
+        total = 0.0
+        for index in self.checked.split(self.config.batch_size):
+            total += sum(float(b.double().square().sum()) for b in _tensors(side.batch(index, self.device)))
+        return total
+
+    def sqnr_db(self, error: float) -> float:
+        """Return the signal-to-noise ratio of an error power."""
+        return 10 * math.log10(max(self.signal, 1e-30) / max(error, 1e-30))
+
+    def learn(self, weights: dict[str, Tensor], start: UnitState) -> None:
+        """Fit the rounding variables and, if asked for, the activation scales; the unit then has the result."""
+        config = self.config
+        roundings = [SoftRounding(self.parts.layers[name], weights[name], trust=config.trust) for name in weights]
+        tables = list(_tables(self.unit)) if config.learn_activation_scales else []
+        groups = [{"params": [r.alpha for r in roundings], "lr": config.lr}]
+        if tables:
+            for table in tables:
+                table.soft_scale = table.scale.detach().clone().requires_grad_()
+            groups.append({"params": [t.soft_scale for t in tables], "lr": config.activation_lr})  # type: ignore[misc]
+        optimizer = torch.optim.Adam(groups)
+        scale, count = self._start_loss(), sum(r.alpha.numel() for r in roundings)
+        for iteration in range(config.iterations):
+            index = torch.randint(self.rows, (config.batch_size,), generator=self.generator)
+            with _soft_weights(roundings):
+                loss = sum(
+                    (_loss(a, b) for a, b in zip(self.outputs(index), self.targets(index), strict=True)),
+                    start=torch.zeros(()),
+                )
+            beta = anneal(iteration, config.iterations, config.warmup, config.beta)
+            loss = loss / scale
+            if beta is not None:
+                loss = loss + config.rounding_weight * sum(r.regulariser(beta) for r in roundings) / count
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        for rounding in roundings:
+            rounding.commit()
+        for table in tables:
+            assert table.soft_scale is not None
+            table.scale.copy_(table.soft_scale.detach().clamp(min=1e-8))
+            table.soft_scale = None
+
+
+@contextmanager
+def _soft_weights(roundings: list[SoftRounding]) -> Iterator[None]:
+    """Let the layers multiply with their soft-rounded weights."""
+    for rounding in roundings:
+        rounding.layer.soft_weight = rounding.weight()
+    try:
+        yield
+    finally:
+        for rounding in roundings:
+            rounding.layer.soft_weight = None
+
+
+def _loss(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error summed over dim 1 (channels; tokens of a transformer block), averaged over the rest (BRECQ's balance)."""
+    return (output - target).square().sum(dim=1).mean()
+
+
+def _tables(unit: nn.Module) -> Iterator[ActivationQuantizer]:
+    """Yield the unit's quantizers that have tables to learn."""
+    for module in unit.modules():
+        if isinstance(module, ActivationQuantizer) and not module.spec.is_dynamic:
+            yield module
+
+
+def _tensors(value: object) -> list[Tensor]:
+    """Return the floating-point tensors of a tree, in order."""
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

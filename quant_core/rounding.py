@@ -1,0 +1,203 @@
+"""Quantize units without gradients: weight grids, nearest or closed-form rounding, measured activation ranges.
+
+Inputs come from the full-precision model, so units do not depend on each other: any group of them takes one pass over the
+calibration set, and groups run in parallel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.attention import OPERANDS
+from quant_core.calibration import CalibrationSet
+from quant_core.closed_form import round_closed_form
+from quant_core.layers import QuantLayer, weight_matrix
+from quant_core.model import QuantizedParts, build_quantized
+from quant_core.observe import Observation, Watched, observe
+from quant_core.qspec import ActivationMode, ActivationSpec, AttentionSpec, Granularity, LayerSpec
+from quant_core.ranges import QParams, RangeMethod, RangeSpec, choose_qparams
+from quant_core.unit_state import UnitFormats, UnitState, collect_state, merge_plans
+
+
+class RoundingMethod(StrEnum):
+    """How a weight becomes a code."""
+
+    NEAREST = "nearest"
+    CLOSED_FORM = "closed_form"
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingConfig:
+    """How to round.
+
+    `damping`: see `round_closed_form`. `samples` calibration rows per step and `positions` output positions per row enter the second moments (all if None);
+    `batch_size` rows go through the model at once.
+    """
+
+    method: RoundingMethod = RoundingMethod.NEAREST
+    damping: float = 0.03
+    samples: int | None = None
+    positions: int | None = 16
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", RoundingMethod(self.method))
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRanges:
+    """How the ranges of a unit's weights and activations are found, by layer or attention name."""
+
+    weights: Mapping[str, RangeSpec]
+    activations: Mapping[str, RangeSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedUnit:
+    """A unit's state and, by layer, the signal-to-noise ratio in dB that rounding its weight leaves at its output."""
+
+    state: UnitState
+    layer_sqnr_db: dict[str, float]
+
+
+def round_units(
+    model: nn.Module,
+    calibration: CalibrationSet,
+    units: Sequence[tuple[UnitFormats, UnitRanges]],
+    config: RoundingConfig,
+) -> list[RoundedUnit]:
+    """Quantize a group of units.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The full-precision denoiser; its layers are replaced in place.
+    units : sequence of (UnitFormats, UnitRanges)
+        In the order in which they run.
+
+    Returns
+    -------
+    list of RoundedUnit, one for each unit
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    timesteps = tuple(float(t) for t in calibration.timesteps)
+    watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config)
+    names = [formats.unit for formats, _ in units]
+    seen = observe(model, calibration, names, watched, batch_size=config.batch_size, generator=generator)
+    weights = {name: model.get_submodule(name).weight.detach() for formats, _ in units for name in formats.layers}
+    blank = [UnitState(formats, _trajectory(formats, timesteps), {}) for formats, _ in units]
+    parts = build_quantized(model, merge_plans(blank))
+    results = []
+    for (formats, ranges), state in zip(units, blank, strict=True):
+        sqnr = {}
+        for name in formats.layers:
+            layer = parts.layers[name]
+            moment = seen.moments[name].mean() if name in seen.moments else None
+            sqnr[name] = _round_layer(layer, weights[name], moment, ranges.weights[name], config)
+        _set_ranges(parts, formats, ranges, seen)
+        results.append(RoundedUnit(collect_state(parts, formats, state.timesteps), sqnr))
+    return results
+
+
+def _trajectory(formats: UnitFormats, timesteps: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the timesteps if any table of the unit is per step."""
+    modes = [spec.activation.mode for spec in formats.layers.values() if spec.activation is not None]
+    modes += [spec.activation.mode for spec in formats.attentions.values()]
+    return timesteps if ActivationMode.PER_STEP in modes else ()
+
+
+def _watch(units: Sequence[UnitFormats], ranges: Sequence[UnitRanges], config: RoundingConfig) -> Watched:
+    """Say what has to be seen of these units."""
+    layers = {name: spec for unit in units for name, spec in unit.layers.items()}
+    needs_range = {name: spec for name, spec in layers.items() if _is_measured(spec.activation)}
+    attentions = [name for unit in units for name, spec in unit.attentions.items() if _is_measured(spec.activation)]
+    # Second moments weigh errors in the report too, but only closed-form rounding pays for all of them.
+    moments = list(layers) if config.method is RoundingMethod.CLOSED_FORM else []
+    methods = {spec.method for each in ranges for spec in each.activations.values()}
+    return Watched(needs_range, attentions, moments, config.positions, config.samples, methods != {RangeMethod.MINMAX})
+
+
+def _is_measured(spec: ActivationSpec | None) -> bool:
+    return spec is not None and not spec.is_dynamic
+
+
+def weight_grid(matrix: Tensor, spec: LayerSpec, group_index: Tensor, ranges: RangeSpec) -> QParams:
+    """Choose scales and zero points of a weight matrix (C_out, K), both of shape (C_out, G) or (1, 1)."""
+    if spec.weight.granularity is Granularity.PER_TENSOR:
+        whole = choose_qparams(matrix.reshape(1, -1), spec.weight.bits, symmetric=spec.weight.symmetric, spec=ranges)
+        return QParams(whole.scale[:, None], whole.zero_point[:, None])
+    grids = [
+        choose_qparams(matrix[:, group_index == group], spec.weight.bits, symmetric=spec.weight.symmetric, spec=ranges)
+        for group in range(int(group_index.max()) + 1)
+    ]
+    return QParams(torch.stack([g.scale for g in grids], dim=1), torch.stack([g.zero_point for g in grids], dim=1))
+
+
+def nearest_codes(matrix: Tensor, grid: QParams, bits: int, group_index: Tensor) -> Tensor:
+    """Return the nearest codes of a weight matrix, shape (C_out, K), dtype uint8."""
+    scale, zero_point = grid.scale[:, group_index], grid.zero_point[:, group_index]
+    return (torch.round(matrix / scale) + zero_point).clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def _round_layer(
+    layer: QuantLayer, weight: Tensor, moment: Tensor | None, ranges: RangeSpec, config: RoundingConfig
+) -> float:
+    """Set a layer's codes; returns the output's signal-to-noise ratio in dB (the weight's, without second moments)."""
+    matrix, bits, groups = weight_matrix(weight.float()), layer.spec.weight.bits, layer.group_index.to(weight.device)
+    grid = weight_grid(matrix, layer.spec, groups, ranges)
+    # A grouped convolution has one Hessian for each group of channels; such layers are small and rounded to nearest.
+    if moment is None or len(moment) != matrix.shape[1]:
+        codes = nearest_codes(matrix, grid, bits, groups)
+    else:
+        codes = round_closed_form(matrix, moment, grid, bits, groups, damping=config.damping)
+    layer.set_codes(codes, grid.scale, grid.zero_point)
+    error = matrix - weight_matrix(layer.weight.float())
+    return _sqnr_db(matrix, error, moment if moment is not None and len(moment) == matrix.shape[1] else None)
+
+
+def _sqnr_db(matrix: Tensor, error: Tensor, moment: Tensor | None) -> float:
+    if moment is None:
+        signal, noise = matrix.square().sum(), error.square().sum()
+    else:
+        signal, noise = ((matrix @ moment) * matrix).sum(), ((error @ moment) * error).sum()
+    return 10 * math.log10(float(signal.clamp(min=1e-30)) / float(noise.clamp(min=1e-30)))
+
+
+def _set_ranges(parts: QuantizedParts, formats: UnitFormats, ranges: UnitRanges, seen: Observation) -> None:
+    """Fill the activation tables of a unit from what was observed."""
+    for name, spec in formats.layers.items():
+        if spec.activation is None or not _is_measured(spec.activation):
+            continue
+        for part, quantizer in enumerate(parts.layers[name].act_quantizers):
+            quantizer.set_qparams(seen.ranges[name, part].qparams(spec.activation, ranges.activations[name]))
+    for name, attention in formats.attentions.items():
+        if not _is_measured(attention.activation):
+            continue
+        for operand in OPERANDS:
+            quantizer = getattr(parts.attentions[name], operand)
+            quantizer.set_qparams(seen.ranges[name, operand].qparams(quantizer.spec, ranges.activations[name]))
+
+
+def read_unit(data: Mapping[str, Any]) -> tuple[UnitFormats, UnitRanges]:
+    """Read one unit's formats and ranges from task parameters (`orchestrator.planning.formats` writes them)."""
+    layers, attentions = data["layers"], data["attentions"]
+    formats = UnitFormats(
+        data["unit"],
+        {name: LayerSpec.from_json(spec) for name, spec in layers.items()},
+        {name: AttentionSpec.from_json(spec) for name, spec in attentions.items()},
+    )
+    activations = {
+        name: RangeSpec(**spec["activation_range"])
+        for name, spec in {**layers, **attentions}.items()
+        if spec["activation_range"] is not None
+    }
+    weights = {name: RangeSpec(**spec["weight_range"]) for name, spec in layers.items()}
+    return formats, UnitRanges(weights, activations)

@@ -1,0 +1,44 @@
+"""Fake quantization with gradients: the straight-through estimator for the input, LSQ's gradient for the scale.
+
+The forward is exactly `kernels.affine.fake_quantize_affine`, so that what is learned is what is deployed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.affine import fake_quantize_affine
+
+
+class FakeQuantize(torch.autograd.Function):
+    """x_hat = (clamp(round(x / s) + z, 0, top) - z) s.
+
+    dx_hat/dx is 1 inside the range and 0 outside; dx_hat/ds is round(x / s) - x / s inside and code - z outside
+    (Esser et al., "Learned Step Size Quantization", arXiv:1902.08153, Eq. 3).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
+        """Return the dequantized codes, shape of `x`, float32; `scale` and `zero_point` broadcast against `x`."""
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.top = top
+        return fake_quantize_affine(x, scale, zero_point, 0, top)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients of `x` and `scale`."""
+        (gradient,) = gradients
+        x, scale, zero_point = ctx.saved_tensors
+        steps = x / scale
+        rounded = torch.round(steps)
+        codes = rounded + zero_point
+        inside = (codes >= 0) & (codes <= ctx.top)
+        grad_x = (gradient * inside).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            slope = torch.where(inside, rounded - steps, codes.clamp(0, ctx.top) - zero_point)
+            grad_scale = (gradient * slope).sum_to_size(scale.shape)
+        return grad_x, grad_scale, None, None

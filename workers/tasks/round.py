@@ -1,0 +1,37 @@
+"""Round: quantize a group of units without gradients.
+
+params
+    units: formats and ranges of each unit, see `orchestrator.planning.formats`; seed; forward_batch_size; the round
+    pass: method, and for closed_form samples, positions, damping
+inputs
+    model: tree; calibration: shards
+outputs
+    state:<unit> for each unit, see `quant_core.unit_state`
+metrics
+    layers: {layer: {"sqnr_db": of its output, or of its weight if rounded to nearest}}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quant_core.calibration import CalibrationSet
+from quant_core.rounding import RoundingConfig, read_unit, round_units
+from workers.context import Inputs, Params, TaskContext, TaskOutput
+from workers.tasks.common import fetch_model, local_files
+
+
+def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
+    """Round one group of units."""
+    model = fetch_model(inputs, context).model.to(context.device)
+    calibration = CalibrationSet(local_files(inputs["calibration"], context))
+    units = [read_unit(unit) for unit in params["units"]]
+    rounded = round_units(model, calibration, units, _config(params))
+    outputs = {f"state:{each.state.formats.unit}": context.store.put_bytes(each.state.to_bytes()) for each in rounded}
+    layers = {name: {"sqnr_db": round(db, 4)} for each in rounded for name, db in each.layer_sqnr_db.items()}
+    return TaskOutput(outputs, {"layers": layers})
+
+
+def _config(params: dict[str, Any]) -> RoundingConfig:
+    chosen = {name: params[name] for name in ("method", "samples", "positions", "damping") if name in params}
+    return RoundingConfig(batch_size=params["forward_batch_size"], seed=params["seed"], **chosen)

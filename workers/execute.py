@@ -97,6 +97,7 @@ def execute(
         started = time.perf_counter()
         output = body(params, inputs, TaskContext(store, device, scratch, threads))
         seconds = time.perf_counter() - started
+    _free_gpu()
     if not isinstance(output, TaskOutput):
         raise TaskError(f"task {kind}: got {type(output).__name__} from its body, wanted TaskOutput")
     return TaskOutput(output.outputs, {**output.metrics, "seconds": seconds, "peak_rss_bytes": _peak_rss_bytes()})
@@ -116,6 +117,13 @@ def _set_threads(threads: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+def _free_gpu() -> None:
+    """Give cached GPU memory back, as other workers may share the GPU before this process runs its next task."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 # A worker runs one task after another against the same store; opening S3 takes a tenth of a second.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -113,8 +112,8 @@ def look_at(service: Service, source: str, store: Store, *, tell: Callable[[str]
         inspection = known.inspection
     else:
         tell(f"inspecting {source}")
-        output = run_task(service.settings, "inspect", {}, {"model": [record.digest]}, store_url=store.url)
-        inspection = json.loads(store.get_bytes(output.outputs["inspection"]))
+        task = run_task(service.settings, "inspect", {}, {"model": [record.digest]}, store_url=store.url)
+        inspection = task.metrics["inspection"]
     return ModelRow(
         name=default_model_name(source),
         digest=record.digest,

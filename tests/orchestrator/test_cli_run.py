@@ -170,6 +170,7 @@ def test_artifacts_pull_and_verify(cli: Cli, done: dict[str, Any], tmp_path: Pat
 
 def test_artifacts_gc_keeps_what_is_referred_to(cli: Cli, done: dict[str, Any], home: Path) -> None:
     store = home / "store" / "sha256"
+    assert cli("artifacts", "gc", "--grace", "0").code == 0
     before = {path.name for path in store.rglob("*") if path.is_file()}
     garbage = home / "garbage"
     garbage.write_bytes(b"nothing refers to this")

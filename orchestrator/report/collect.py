@@ -26,7 +26,7 @@ from orchestrator.views import recipe_yaml
 from workers.store import Store
 
 #: A strip is this many pixels wide at most, and holds this many images at most.
-_STRIP_PIXELS, _STRIP_IMAGES = 640, 16
+_STRIP_PIXELS, _STRIP_IMAGES = 640, 8
 #: Metrics that are not part of the protocol.
 _FIGURES = {
     *("psnr_db", "psnr_db_ci95", "fd", "weight_bits_mean", "act_bits_mean", "bytes", "bytes_fp16", "bops", "bops_fp32"),
@@ -178,9 +178,9 @@ def _units(tasks: Sequence[TaskRow]) -> tuple[UnitRow, ...]:
 
 
 def _plain(value: Any) -> str:
-    """Return a JSON value for a person: mappings as "key value, key value"."""
+    """Return a JSON value for a person: mappings as "key: value; key: value", lists with commas."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(item)}" for name, item in value.items()) or "none"
-    if isinstance(value, list) and len(value) == 1:
-        return _plain(value[0])
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return "; ".join(f"{name.replace('_', ' ')}: {_plain(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return value if isinstance(value, str) else json.dumps(value)

@@ -66,11 +66,11 @@ def key_figures(data: ReportData) -> list[Figure]:
             f"± {metrics['psnr_db_ci95']:.2f} (95 %), n = {metrics['n']}",
         ),
         Figure("SQNR, worst step", f"{min(sqnr):.1f} dB" if sqnr else "–", "of the prediction"),
-        Figure("Fréchet distance", f"{metrics['fd']:.3g}", str(metrics["fd_extractor"])),
+        Figure("Fréchet distance", f"{metrics['fd']:.3g}", str(metrics["fd_extractor"]).partition("-imagenet")[0]),
         Figure(
             "Weights",
             human_bytes(metrics["bytes"]),
-            f"{metrics['bytes_fp16'] / metrics['bytes']:.2f}× smaller than fp16",
+            f"{metrics['bytes_fp16'] / metrics['bytes']:.2f}× under fp16",
         ),
         Figure(
             "Mean bits", f"{metrics['weight_bits_mean']:.2f} / {metrics['act_bits_mean']:.2f}", "weights / activations"

@@ -32,6 +32,8 @@ from workers.store import Store
 METRICS_FILE = "metrics.json"
 PROVENANCE_FILE = "provenance.json"
 CARD_FILE = "README.md"
+# Kinds that a release depends on; the version of any other must not change its bytes.
+_STEPS = ("calibrate", "round", "reconstruct", "pack", "reference", "evaluate", "score", "release")
 _PACKAGES = ("diffusers", "numpy", "quantmill", "safetensors", "torch")
 
 
@@ -80,7 +82,7 @@ def provenance(params: Params, inputs: Inputs) -> dict[str, Any]:
         "recipe": {"name": recipe["name"], "digest": recipe["digest"]},
         "seeds": seeds | {"recipe": recipe["config"].get("seed")},
         "inputs": {name: list(digests) for name, digests in inputs.items()},
-        "task_versions": {name: kind.version for name, kind in KINDS.items()},
+        "task_versions": {name: KINDS[name].version for name in _STEPS},
         "packages": {name: _version(name) for name in _PACKAGES},
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -243,15 +244,13 @@ def test_find_release_by_every_kind_of_reference(queue: Driver) -> None:
     assert find(queue, "emoji@1").aliases == ("prod",)
 
 
-@pytest.mark.parametrize(
-    "ref", ["emoji@3", "emoji@0", "emoji@-1", "emoji@", "@1", "", "nothing", "emoji@staging", "%", "fff",
-            "emoji@99999999999999999999", "emoji@²"],
-)  # fmt: skip
-def test_find_release_finds_nothing_by_what_names_none(queue: Driver, ref: str) -> None:
+def test_find_release_finds_nothing_by_what_names_none(queue: Driver) -> None:
     publish(queue, "emoji", "one")
-    with pytest.raises(NotFoundError) as error:
-        find(queue, ref)
-    assert error.value.exit_code == 102
+    odd = ["", "@1", "nothing", "%", "fff"]
+    for ref in [*odd, *(f"emoji@{version}" for version in ("3", "0", "-1", "", "staging", "9" * 20, "²"))]:
+        with pytest.raises(NotFoundError, match=re.escape(repr(ref))) as error:
+            find(queue, ref)
+        assert error.value.exit_code == 102
 
 
 def test_find_release_by_digits_that_fit_several(queue: Driver) -> None:
@@ -277,13 +276,16 @@ def test_set_alias_moves_and_stays_within_its_name(queue: Driver) -> None:
     assert find(queue, "digits@prod").version == 1
 
 
-@pytest.mark.parametrize("alias", ["latest", "7", "Prod", "", "a@b", "../up", "²"])
-def test_set_alias_refuses_what_is_no_alias(queue: Driver, alias: str) -> None:
+def test_set_alias_refuses_what_is_no_alias(queue: Driver) -> None:
     publish(queue, "emoji", "one")
     before = queue.snapshot()
-    with pytest.raises(InvalidInputError) as error, queue.database.session() as session:
-        set_alias(session, "emoji@1", alias)
-    assert error.value.exit_code == 2
+    for alias in ("latest", "7", "Prod", "", "a@b", "../up", "²"):
+        with (
+            pytest.raises(InvalidInputError, match=re.escape(repr(alias))) as error,
+            queue.database.session() as session,
+        ):
+            set_alias(session, "emoji@1", alias)
+        assert error.value.exit_code == 2
     assert queue.snapshot() == before
 
 

@@ -1,4 +1,7 @@
-"""Learned weight rounding (Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv:2004.10568)."""
+"""Learned weight rounding: AdaRound.
+
+Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv:2004.10568.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ class SoftRounding:
     weight : Tensor, shape of the weight, float32
         Full-precision weight.
     trust : float
-        In [0, 1): how far the start leans from the weight's own position between the two codes (0, AdaRound's start) to the
-        code that the layer has (a closed-form rounding that is to be refined).
+        In [0, 1): how far the start leans from the weight's own position between the two codes (0, AdaRound's start) to
+        the code that the layer has (a closed-form rounding that is to be refined).
 
     Attributes
     ----------

@@ -1,8 +1,8 @@
 """Quantized attention matmuls: QK^T and softmax(.)V of any attention that runs through a processor.
 
-diffusers' attention modules hand their work to a `processor`, which calls `scaled_dot_product_attention`. The processor is wrapped
-so that this one call is replaced, for the duration of the processor, by one whose operands are quantized; no model or processor class
-is named.
+diffusers' attention modules hand their work to a `processor`, which calls `scaled_dot_product_attention`. The processor
+is wrapped so that this one call is replaced, for the duration of the processor, by one whose operands are quantized; no
+model or processor class is named.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ OPERANDS = ("query", "key", "value", "probabilities")
 
 class AttentionQuantizer(nn.Module):
     """Quantizers of the four operands of an attention's two matmuls."""
+
+    query: ActivationQuantizer
+    key: ActivationQuantizer
+    value: ActivationQuantizer
+    probabilities: ActivationQuantizer
 
     def __init__(self, spec: AttentionSpec, clock: StepClock, device: torch.device | str | None = None) -> None:
         super().__init__()
@@ -79,7 +84,7 @@ def _bind_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
-    """Bring the arguments of `scaled_dot_product_attention` to those of `AttentionFunction`; dropout is off in evaluation."""
+    """Bring `scaled_dot_product_attention`'s arguments to those of `AttentionFunction`, without dropout."""
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if enable_gqa:

@@ -21,7 +21,7 @@ _BLOCK = 128
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """Return H + damping * mean(diag H) I; columns that are never active get a unit diagonal: H is positive definite."""
+    """Return H + damping * mean(diag H) I, positive definite: columns that are never active get a unit diagonal."""
     diagonal = hessian.diagonal()
     ridge = damping * diagonal.mean().clamp(min=1e-12)
     return hessian + torch.diag(ridge + (diagonal == 0).float())

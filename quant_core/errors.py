@@ -6,8 +6,7 @@ QuantServiceError
     ├── UnknownTimestepError    a per-step model was called at a timestep that it was not calibrated for
     ├── ConditioningError       the denoiser wants conditioning that was not given
     ├── DenoiserError           a model folder that cannot be loaded or called
-    ├── ArtifactError           a packed folder that is damaged or not ours
-    └── BackendUnavailableError the requested backend does not run here
+    └── ArtifactError           a packed folder that is damaged or not ours
 """
 
 from __future__ import annotations
@@ -45,11 +44,5 @@ class DenoiserError(QuantCoreError, InvalidInputError):
 
 class ArtifactError(QuantCoreError, InvalidInputError):
     """A packed folder that is damaged or not ours."""
-
-    exit_code = 2
-
-
-class BackendUnavailableError(QuantCoreError, InvalidInputError):
-    """The requested backend does not run here."""
 
     exit_code = 2

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def input_rows(layer: nn.Module, x: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
@@ -13,7 +17,7 @@ def input_rows(layer: nn.Module, x: Tensor, positions: int | None, generator: to
     Parameters
     ----------
     layer : nn.Module
-        Conv1d, Conv2d, Linear (or a QuantLayer's geometry) with one group.
+        Linear, Conv1d, Conv2d or Conv3d with one group.
     x : Tensor
         The layer's input, (B, ..., C_in) for Linear, (B, C_in, *space) for a convolution.
     positions : int or None
@@ -24,30 +28,27 @@ def input_rows(layer: nn.Module, x: Tensor, positions: int | None, generator: to
     Tensor, shape (rows, K), dtype float32
         K = taps * C_in, channels last within a tap (`quant_core.layers.weight_matrix`).
     """
-    kernel = getattr(layer, "kernel_size", None)
-    if kernel is None:
+    if not isinstance(layer, _CONVOLUTIONS):
         tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         if positions is not None and positions < tokens.shape[1]:
             tokens = tokens[:, torch.randperm(tokens.shape[1], generator=generator)[:positions]]
         return tokens.reshape(-1, x.shape[-1]).float()
-    padded = _pad(layer, x)
-    windows = padded
-    for dim, (size, step, dilation) in enumerate(zip(kernel, layer.stride, layer.dilation, strict=True)):
+    windows = _pad(layer, x)
+    for dim, (size, step, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
         windows = windows.unfold(dim + 2, dilation * (size - 1) + 1, step)[..., ::dilation]
-    space = len(kernel)
-    # (B, C, *out, *kernel) -> (B, out, taps, C)
-    order = (0, *range(2, 2 + space), *range(2 + space, 2 + 2 * space), 1)
-    windows = windows.permute(order)
-    out = windows.shape[1 : 1 + space]
-    total = int(torch.tensor(out).prod())
+    space = len(layer.kernel_size)
+    # (B, C, *out, *kernel) -> (*out, B, *kernel, C)
+    windows = windows.permute((*range(2, 2 + space), 0, *range(2 + space, 2 + 2 * space), 1))
+    out = tuple(windows.shape[:space])
+    total = math.prod(out)
     chosen = torch.arange(total)
     if positions is not None and positions < total:
         chosen = torch.randperm(total, generator=generator)[:positions]
-    index = torch.unravel_index(chosen, tuple(out))
-    return windows[(slice(None), *index)].reshape(x.shape[0] * len(chosen), -1).float()
+    drawn = windows[torch.unravel_index(chosen, out)].transpose(0, 1)  # (B, positions, *kernel, C)
+    return drawn.reshape(x.shape[0] * len(chosen), -1).float()
 
 
-def _pad(layer: nn.Module, x: Tensor) -> Tensor:
+def _pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """Pad a convolution's input as the convolution does."""
     if layer.padding_mode != "zeros":
         return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)

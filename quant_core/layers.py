@@ -1,8 +1,8 @@
 """The quantized layer: one module for Conv1d, Conv2d, Conv3d and Linear, whoever chose its codes.
 
-The weight is kept as packed codes of the matrix (C_out, K), K in the order (taps, C_in): channels last, as integer kernels read it.
-The same module simulates during reconstruction, is packed, and is loaded; its forward on the reference backend dequantizes the codes
-and calls the float operator, which is what every other backend has to equal.
+The weight is kept as packed codes of the matrix (C_out, K), K in the order (taps, C_in): channels last, as integer
+kernels read it. The same module simulates during reconstruction, is packed, and is loaded; its forward on the reference
+backend dequantizes the codes and calls the float operator, which is what every other backend has to equal.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.affine import dequantize_affine
+from kernels.affine import Granularity, dequantize_affine
 from kernels.packing import pack_codes, packed_size, unpack_codes
 from quant_core.activation import ActivationQuantizer
 from quant_core.errors import QuantizationError
-from quant_core.qspec import Granularity, LayerSpec
+from quant_core.qspec import LayerSpec
 from quant_core.steps import StepClock
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
-QUANTIZABLE: tuple[type[nn.Module], ...] = (nn.Linear, *CONVOLUTIONS)
+QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Quantizable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def weight_matrix(weight: Tensor) -> Tensor:
@@ -81,11 +82,11 @@ class QuantLayer(nn.Module):
     zero_point: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Module, spec: LayerSpec, clock: StepClock) -> None:
+    def __init__(self, layer: Quantizable, spec: LayerSpec, clock: StepClock) -> None:
         super().__init__()
         weight = layer.weight
         self.spec = spec
-        self.kind = next(kind for kind in QUANTIZABLE if isinstance(layer, kind))
+        self.kind: type[nn.Module] = next(kind for kind in QUANTIZABLE if isinstance(layer, kind))
         self.shape = tuple(weight.shape)
         self.dtype = weight.dtype
         self._copy_geometry(layer)
@@ -106,7 +107,7 @@ class QuantLayer(nn.Module):
             self.act_quantizers.extend(ActivationQuantizer(spec.activation, clock, weight.device) for _ in range(parts))
         self.soft_weight: Tensor | None = None
 
-    def _copy_geometry(self, layer: nn.Module) -> None:
+    def _copy_geometry(self, layer: Quantizable) -> None:
         if isinstance(layer, nn.Linear):
             self.in_features, self.out_features = layer.in_features, layer.out_features
             return
@@ -153,7 +154,7 @@ class QuantLayer(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.kind is nn.Linear:
             return F.linear(x, weight, bias)
-        padding = self.padding
+        padding: str | tuple[int, ...] | int = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self.padded, mode=self.padding_mode), 0
         return CONVOLUTIONS[self.kind](x, weight, bias, self.stride, padding, self.dilation, self.groups)

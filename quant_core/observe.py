@@ -1,4 +1,4 @@
-"""One pass over a calibration set that watches the inputs of chosen layers and attentions of the full-precision model."""
+"""One pass over a calibration set that watches the inputs of a full-precision model's layers and attentions."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class Observation:
     moments: dict[str, SecondMoment]
 
 
-class _Enough(Exception):  # noqa: N818 - a signal, not an error
-    """Ends a forward once the last watched unit has run."""
+class _Enough(Exception):
+    """Ends a forward once the last watched unit has run; a signal, not an error."""
 
 
 @contextmanager

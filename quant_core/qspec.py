@@ -1,7 +1,7 @@
 """What is chosen for one quantized layer: frozen, validated, JSON-able records.
 
-These records are the `layers` and `attentions` entries of an artifact's `quantization_config` and of task parameters. They say how
-numbers are stored, not how their ranges were found (that is `quant_core.ranges.RangeSpec`).
+These records are the `layers` and `attentions` entries of an artifact's `quantization_config` and of task parameters.
+They say how numbers are stored, not how their ranges were found (that is `quant_core.ranges.RangeSpec`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ class ActivationMode(StrEnum):
     STATIC = "static"  # once, for all trajectory steps
     PER_STEP = "per_step"  # once for each trajectory step (TFMQ-DM's finite set)
     DYNAMIC_SAMPLE = "dynamic_sample"  # at run time, min-max of each sample
-    DYNAMIC_TOKEN = (
-        "dynamic_token"  # at run time, min-max of each token (last dimension); convolutions take each sample
-    )
+    # at run time, min-max of each token (last dimension); convolutions take each sample
+    DYNAMIC_TOKEN = "dynamic_token"
 
 
 def check_bits(bits: int, what: str) -> None:
@@ -38,8 +37,9 @@ def check_bits(bits: int, what: str) -> None:
 class WeightSpec:
     """Format of a layer's weight codes.
 
-    The weight is the matrix (C_out, K), K = kernel taps x C_in. One scale and zero point is shared per_tensor by all of it, per_channel
-    by one output channel (within one part of a split input), per_group by `group_size` consecutive input channels of one tap.
+    The weight is the matrix (C_out, K), K = kernel taps x C_in. One scale and zero point is shared per_tensor by all of
+    it, per_channel by one output channel (within one part of a split input), per_group by `group_size` consecutive
+    input channels of one tap.
     """
 
     bits: int
@@ -52,7 +52,8 @@ class WeightSpec:
         object.__setattr__(self, "granularity", Granularity(self.granularity))
         if (self.granularity is Granularity.PER_GROUP) != (self.group_size is not None):
             raise QuantizationError(
-                f"group_size: got {self.group_size} with granularity {self.granularity}, wanted a size exactly for per_group"
+                f"group_size: got {self.group_size} with granularity {self.granularity}, "
+                "wanted a size exactly for per_group"
             )
 
 
@@ -78,8 +79,8 @@ class ActivationSpec:
 class LayerSpec:
     """One quantized Conv or Linear layer.
 
-    `split` gives the channel counts of the tensors that are concatenated to form its input (Q-Diffusion's shortcut split, Sec. 4.3):
-    each part has its own activation range and its own weight scales.
+    `split` gives the channel counts of the tensors that are concatenated to form its input (Q-Diffusion's shortcut
+    split, Sec. 4.3): each part has its own activation range and its own weight scales.
     """
 
     weight: WeightSpec
@@ -103,7 +104,10 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """Operands of one attention's two matmuls: query, key, value at `activation`; probabilities at `softmax_bits`, from zero up."""
+    """Operands of one attention's two matmuls.
+
+    Query, key and value have the format `activation`; probabilities have `softmax_bits`, from zero up.
+    """
 
     activation: ActivationSpec
     softmax_bits: int = 8

@@ -1,7 +1,7 @@
 """Range estimators: scale and zero point of an affine quantizer from data.
 
-All work on rows at once: the last dimension is what shares one range. Zero is always inside the range, so that padding and the zero
-of SiLU-like outputs are exact, and scales are floored so that constant rows stay finite.
+All work on rows at once: the last dimension is what shares one range. Zero is always inside the range, so that padding
+and the zero of SiLU-like outputs are exact, and scales are floored so that constant rows stay finite.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class RangeSpec:
 class QParams:
     """An affine grid: x_hat = (code - zero_point) * scale, codes in [0, 2**bits - 1].
 
-    `scale` is float32 and positive, `zero_point` float32 with integer values; both have the data's shape without its last dimension.
+    `scale` is float32 and positive, `zero_point` float32 with integer values; both have the data's shape without its
+    last dimension.
     """
 
     scale: Tensor
@@ -55,7 +56,8 @@ class QParams:
 def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> QParams:
     """Return the grid that covers [low, high], both float32 of any one shape.
 
-    A symmetric grid is stored as unsigned codes with the fixed zero point 2**(bits-1), so -2**(bits-1) .. 2**(bits-1)-1 around zero.
+    A symmetric grid is stored as unsigned codes with the fixed zero point 2**(bits-1), so
+    -2**(bits-1) .. 2**(bits-1)-1 around zero.
     """
     levels = 2**bits - 1
     if symmetric:
@@ -86,8 +88,9 @@ def choose_qparams(
 
     Notes
     -----
-    MSE is BRECQ's search (Li et al., arXiv:2102.05426): both ends of the min-max range shrink by 1 - 0.01 i, i = 0..79, and the
-    candidate with the smallest mean |x - Q(x)|^2.4 wins; here for all rows at once. With `importance`, the power is 2.
+    MSE is BRECQ's search (Li et al., arXiv:2102.05426): both ends of the min-max range shrink by 1 - 0.01 i, i = 0..79,
+    and the candidate with the smallest mean |x - Q(x)|^2.4 wins; here for all rows at once. With `importance`, the
+    power is 2.
     """
     low, high = rows.amin(dim=-1), rows.amax(dim=-1)
     if spec.method is RangeMethod.PERCENTILE:

@@ -1,9 +1,10 @@
 """Block reconstruction: learn a unit's rounding so that its output stays what it was.
 
-Li et al., "BRECQ" (arXiv:2102.05426), as Q-Diffusion (Li et al., arXiv:2302.04304) applies it to denoisers: each unit's rounding is
-learned on the unit's inputs over the whole trajectory. Where we differ from the authors' code (q-diffusion@715783d): the unit runs as it
-is deployed, its activations quantized, while its rounding is learned, and activation scales may be learned in the same pass instead of
-a second one; a result that is not better than its start is not taken.
+Li et al., "BRECQ" (arXiv:2102.05426), as Q-Diffusion (Li et al., arXiv:2302.04304) applies it to denoisers: each unit's
+rounding is learned on the unit's inputs over the whole trajectory. Where we differ from the authors' code
+(q-diffusion@715783d): the unit runs as it is deployed, its activations quantized, while its rounding is learned, and
+activation scales may be learned in the same pass instead of a second one; a result that is not better than its start is
+not taken.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ CHECKED_SAMPLES = 128
 class ReconstructionConfig:
     """How a unit is reconstructed.
 
-    `use_quantized_inputs`: inputs from the model whose earlier units are quantized (the papers' way) instead of full precision.
-    `trust`: see `SoftRounding`. `rounding_weight`, `warmup`, `beta`: the regulariser (Q-Diffusion: 0.01, 0.2, 20 to 2).
-    `batch_size` samples per iteration; `forward_batch_size` through the model; `cache_bytes` bounds what stays in memory.
+    `use_quantized_inputs`: inputs from the model whose earlier units are quantized (the papers' way) instead of full
+    precision. `trust`: see `SoftRounding`. `rounding_weight`, `warmup`, `beta`: the regulariser (Q-Diffusion: 0.01,
+    0.2, 20 to 2). `batch_size` samples per iteration; `forward_batch_size` through the model; `cache_bytes` bounds what
+    stays in memory.
     """
 
     use_quantized_inputs: bool = False
@@ -55,7 +57,7 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True, slots=True)
 class ReconstructedUnit:
-    """A unit's new state; its output's signal-to-noise ratio in dB before and after, on samples of the calibration set."""
+    """A unit's new state; its output's signal-to-noise ratio in dB before and after, on calibration samples."""
 
     state: UnitState
     sqnr_db_before: float
@@ -84,7 +86,7 @@ def reconstruct_unit(
     model.requires_grad_(False)
     unit, name = start.formats, start.formats.unit
     room = {"batch_size": config.forward_batch_size, "budget": config.cache_bytes // 2, "scratch": scratch}
-    weights = {layer: model.get_submodule(layer).weight.detach() for layer in unit.layers}
+    weights = {layer: model.get_parameter(f"{layer}.weight").detach() for layer in unit.layers}
     recording = record_unit(model, name, calibration, label="fp", **room)  # type: ignore[arg-type]
     quantized = [*earlier, start] if config.use_quantized_inputs else [start]
     parts = build_quantized(model, merge_plans(quantized))
@@ -169,7 +171,7 @@ class _Learner:
         if tables:
             for table in tables:
                 table.soft_scale = table.scale.detach().clone().requires_grad_()
-            groups.append({"params": [t.soft_scale for t in tables], "lr": config.activation_lr})  # type: ignore[misc]
+            groups.append({"params": [t.soft_scale for t in tables], "lr": config.activation_lr})
         optimizer = torch.optim.Adam(groups)
         scale, count = self._start_loss(), sum(r.alpha.numel() for r in roundings)
         for iteration in range(config.iterations):
@@ -184,7 +186,7 @@ class _Learner:
             if beta is not None:
                 loss = loss + config.rounding_weight * sum(r.regulariser(beta) for r in roundings) / count
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
         for rounding in roundings:
             rounding.commit()
@@ -207,7 +209,7 @@ def _soft_weights(roundings: list[SoftRounding]) -> Iterator[None]:
 
 
 def _loss(output: Tensor, target: Tensor) -> Tensor:
-    """Squared error summed over dim 1 (channels; tokens of a transformer block), averaged over the rest (BRECQ's balance)."""
+    """Sum the squared error over dim 1 (channels; a transformer's tokens) and average over the rest, as BRECQ does."""
     return (output - target).square().sum(dim=1).mean()
 
 

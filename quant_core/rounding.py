@@ -1,7 +1,7 @@
 """Quantize units without gradients: weight grids, nearest or closed-form rounding, measured activation ranges.
 
-Inputs come from the full-precision model, so units do not depend on each other: any group of them takes one pass over the
-calibration set, and groups run in parallel.
+Inputs come from the full-precision model, so units do not depend on each other: any group of them takes one pass over
+the calibration set, and groups run in parallel.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.affine import Granularity
+from quant_core.activation import ActivationQuantizer
 from quant_core.attention import OPERANDS
 from quant_core.calibration import CalibrationSet
 from quant_core.closed_form import round_closed_form
 from quant_core.layers import QuantLayer, weight_matrix
 from quant_core.model import QuantizedParts, build_quantized
 from quant_core.observe import Observation, Watched, observe
-from quant_core.qspec import ActivationMode, ActivationSpec, AttentionSpec, Granularity, LayerSpec
+from quant_core.qspec import ActivationMode, ActivationSpec, AttentionSpec, LayerSpec
 from quant_core.ranges import QParams, RangeMethod, RangeSpec, choose_qparams
 from quant_core.unit_state import UnitFormats, UnitState, collect_state, merge_plans
 
@@ -37,8 +39,8 @@ class RoundingMethod(StrEnum):
 class RoundingConfig:
     """How to round.
 
-    `damping`: see `round_closed_form`. `samples` calibration rows per step and `positions` output positions per row enter the second moments (all if None);
-    `batch_size` rows go through the model at once.
+    `damping`: see `round_closed_form`. `samples` calibration rows per step and `positions` output positions per row
+    enter the second moments (all if None); `batch_size` rows go through the model at once.
     """
 
     method: RoundingMethod = RoundingMethod.NEAREST
@@ -92,7 +94,7 @@ def round_units(
     watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config)
     names = [formats.unit for formats, _ in units]
     seen = observe(model, calibration, names, watched, batch_size=config.batch_size, generator=generator)
-    weights = {name: model.get_submodule(name).weight.detach() for formats, _ in units for name in formats.layers}
+    weights = {name: model.get_parameter(f"{name}.weight").detach() for formats, _ in units for name in formats.layers}
     blank = [UnitState(formats, _trajectory(formats, timesteps), {}) for formats, _ in units]
     parts = build_quantized(model, merge_plans(blank))
     results = []
@@ -177,6 +179,7 @@ def _set_ranges(parts: QuantizedParts, formats: UnitFormats, ranges: UnitRanges,
         if spec.activation is None or not _is_measured(spec.activation):
             continue
         for part, quantizer in enumerate(parts.layers[name].act_quantizers):
+            assert isinstance(quantizer, ActivationQuantizer)
             quantizer.set_qparams(seen.ranges[name, part].qparams(spec.activation, ranges.activations[name]))
     for name, attention in formats.attentions.items():
         if not _is_measured(attention.activation):

@@ -1,7 +1,7 @@
 """The trajectory step of the forward pass that is running.
 
-A per-step table has one entry per trajectory step. `StepClock` turns the timestep that the denoiser is called with into indices of
-such tables, once per forward, so that a batch may mix timesteps.
+A per-step table has one entry per trajectory step. `StepClock` turns the timestep that the denoiser is called with into
+indices of such tables, once per forward, so that a batch may mix timesteps.
 """
 
 from __future__ import annotations

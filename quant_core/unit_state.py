@@ -27,7 +27,7 @@ class UnitFormats:
 
 @dataclass(frozen=True, slots=True)
 class UnitState:
-    """A unit's formats, the trajectory of its per-step tables, and its tensors by their names in the model's state dict."""
+    """A unit's formats, the trajectory of its per-step tables, its tensors by their names in the model's state dict."""
 
     formats: UnitFormats
     timesteps: tuple[float, ...]
@@ -71,7 +71,7 @@ def merge_plans(states: list[UnitState]) -> QuantizationPlan:
 
 def collect_state(parts: QuantizedParts, formats: UnitFormats, timesteps: tuple[float, ...]) -> UnitState:
     """Take a unit's tensors out of a quantized model."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name in formats.layers:
         tensors |= _prefixed(name, parts.layers[name])
     for name in formats.attentions:

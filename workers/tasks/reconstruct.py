@@ -1,8 +1,8 @@
 """Reconstruct: learn the rounding of one unit.
 
 params
-    unit, layers, attentions: see `orchestrator.planning.formats`; seed; cache_bytes; forward_batch_size; the reconstruct
-    pass: inputs ("fp" or "quantized"), start, iterations, ...
+    unit, layers, attentions: see `orchestrator.planning.formats`; seed; cache_bytes; forward_batch_size; the
+    reconstruct pass: inputs ("fp" or "quantized"), start, iterations, ...
 inputs
     model: tree; calibration: shards; state: what `round` gave for the unit; earlier: states of the units before it, if
     inputs are quantized

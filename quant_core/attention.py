@@ -56,11 +56,14 @@ def softmax_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float
     return (scores + mask).softmax(dim=-1)
 
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]
 
 
 class ReplacedAttention(TorchFunctionMode):
-    """While active, `scaled_dot_product_attention` is `function(query, key, value, mask, scale)`."""
+    """While active, `scaled_dot_product_attention` is `function(query, key, value, mask, scale)`.
+
+    Where `function` returns None, the call goes its own way.
+    """
 
     def __init__(self, function: AttentionFunction) -> None:
         super().__init__()
@@ -71,7 +74,8 @@ class ReplacedAttention(TorchFunctionMode):
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        return self.function(*_bind_attention(*args, **(kwargs or {})))
+        result = self.function(*_bind_attention(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {})) if result is None else result
 
 
 def _bind_attention(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from kernels.affine import Granularity, dequantize_affine
 from kernels.packing import pack_codes, packed_size, unpack_codes
 from quant_core.activation import ActivationQuantizer
 from quant_core.errors import QuantizationError
-from quant_core.qspec import LayerSpec
+from quant_core.qspec import ActivationMode, LayerSpec
 from quant_core.steps import StepClock
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -104,7 +105,10 @@ class QuantLayer(nn.Module):
         self.act_quantizers = nn.ModuleList()
         if spec.activation is not None:
             parts = len(spec.split or (0,))
-            self.act_quantizers.extend(ActivationQuantizer(spec.activation, clock, weight.device) for _ in range(parts))
+            activation = spec.activation
+            if self.kind is not nn.Linear and activation.mode is ActivationMode.DYNAMIC_TOKEN:
+                activation = replace(activation, mode=ActivationMode.DYNAMIC_SAMPLE)  # a kernel's taps share one grid
+            self.act_quantizers.extend(ActivationQuantizer(activation, clock, weight.device) for _ in range(parts))
         self.soft_weight: Tensor | None = None
 
     def _copy_geometry(self, layer: Quantizable) -> None:

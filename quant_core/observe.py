@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from quant_core.attention import OPERANDS, softmax_scores, wrap_processor
+from quant_core.attention import OPERANDS, AttentionFunction, softmax_scores, wrap_processor
 from quant_core.calibration import CalibrationSet, replay
+from quant_core.conditioning import seed_stream
 from quant_core.hessian import SecondMoment, input_rows
 from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec
 from quant_core.ranges import QParams, RangeMethod, RangeSpec, choose_qparams, qparams_from_range
@@ -121,9 +122,12 @@ def observe(
     watched: Watched,
     *,
     batch_size: int,
-    generator: torch.Generator,
+    seed: int,
 ) -> Observation:
     """Run the full-precision model over the calibration set, each batch of one step, until the last of `units`.
+
+    Random draws depend on the seed and on the name of what is watched, so that a layer's observation is the same
+    whatever is watched beside it.
 
     Peak memory is that of one forward of `batch_size` samples plus 4 K^2 bytes per second moment of K columns.
     """
@@ -131,10 +135,10 @@ def observe(
     current = _Current(step=0, first_row=0, draw=_draw(calibration, batch_size))
     with ExitStack() as stack:
         for name in {*watched.layers, *watched.moments}:
-            hook = _layer_hook(name, watched, found, current, calibration.steps, generator)
+            hook = _layer_hook(name, watched, found, current, calibration.steps, seed)
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         for name in watched.attentions:
-            function = _attention_watcher(name, watched.keep_values, found, current, calibration.steps, generator)
+            function = _attention_watcher(name, watched.keep_values, found, current, calibration.steps, seed)
             stack.callback(wrap_processor(model.get_submodule(name), function))
         call = stack.enter_context(stop_after(model, units))
         stack.enter_context(torch.no_grad())
@@ -162,9 +166,10 @@ def _draw(calibration: CalibrationSet, batch_size: int) -> int:
 
 
 def _layer_hook(
-    name: str, watched: Watched, found: Observation, current: _Current, steps: int, generator: torch.Generator
+    name: str, watched: Watched, found: Observation, current: _Current, steps: int, seed: int
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     spec = watched.layers.get(name)
+    for_values, for_rows = seed_stream(seed, f"values of {name}"), seed_stream(seed, f"rows of {name}")
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
@@ -172,23 +177,25 @@ def _layer_hook(
             dim = -1 if isinstance(layer, nn.Linear) else 1
             for part, values in enumerate(x.split(spec.split, dim=dim) if spec.split else (x,)):
                 ranges = found.ranges.setdefault((name, part), StepRanges(steps, watched.keep_values))
-                ranges.update(current.step, values, current.draw, generator)
+                ranges.update(current.step, values, current.draw, for_values)
         if name in watched.moments:
             wanted = len(x) if watched.samples is None else max(0, watched.samples - current.first_row)
-            rows = input_rows(layer, x[:wanted], watched.positions, generator)
+            rows = input_rows(layer, x[:wanted], watched.positions, for_rows)
             found.moments.setdefault(name, SecondMoment(rows.shape[1], rows.device)).update(rows)
 
     return hook
 
 
 def _attention_watcher(
-    name: str, keep_values: bool, found: Observation, current: _Current, steps: int, generator: torch.Generator
-) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]:
-    def watch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    name: str, keep_values: bool, found: Observation, current: _Current, steps: int, seed: int
+) -> AttentionFunction:
+    generator = seed_stream(seed, f"values of {name}")
+
+    def watch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> None:
         probabilities = softmax_scores(query, key, mask, scale)
         for operand, x in zip(OPERANDS, (query, key, value, probabilities), strict=True):
             ranges = found.ranges.setdefault((name, operand), StepRanges(steps, keep_values))
             ranges.update(current.step, x, current.draw, generator)
-        return probabilities @ value
+        # The model's own attention goes on: units behind see the same bits, whether this one is watched or not.
 
     return watch

@@ -89,11 +89,10 @@ def round_units(
     -------
     list of RoundedUnit, one for each unit
     """
-    generator = torch.Generator().manual_seed(config.seed)
     timesteps = tuple(float(t) for t in calibration.timesteps)
     watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config)
     names = [formats.unit for formats, _ in units]
-    seen = observe(model, calibration, names, watched, batch_size=config.batch_size, generator=generator)
+    seen = observe(model, calibration, names, watched, batch_size=config.batch_size, seed=config.seed)
     weights = {name: model.get_parameter(f"{name}.weight").detach() for formats, _ in units for name in formats.layers}
     blank = [UnitState(formats, _trajectory(formats, timesteps), {}) for formats, _ in units]
     parts = build_quantized(model, merge_plans(blank))

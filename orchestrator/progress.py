@@ -29,6 +29,7 @@ LIVE_SECONDS, PLAIN_SECONDS = 0.5, 1.0
 #: Elsewhere a line is due after a hundredth of the tasks, or after so many seconds if anything changed.
 LINE_SECONDS = 10.0
 _RATE_WINDOW_SECONDS = 60.0
+_TELLING_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ def remaining_seconds(kinds: Sequence[KindRow], rates: Mapping[str, Rate], worke
     Parameters
     ----------
     kinds
-        The job's tasks; a kind of which this job has computed some is judged by those.
+        The job's tasks. A kind is judged by its own times once the job has computed a tenth of its work: the first
+        tasks to end are the small ones, which say little about the others.
     rates
         What tasks of the other kinds take (`orchestrator.estimate.fitted_rates`).
     workers
@@ -80,24 +82,29 @@ def remaining_seconds(kinds: Sequence[KindRow], rates: Mapping[str, Rate], worke
     for kind in kinds:
         left = kind.total - kind.succeeded - kind.failed - kind.cancelled
         computed = kind.succeeded - kind.cached
-        if computed and kind.work > 0:
+        if computed and kind.work > 0 and kind.work >= _TELLING_SHARE * kind.work_left:
             total += kind.seconds / kind.work * kind.work_left
-        elif computed:
-            total += kind.seconds / computed * left
         elif kind.kind in rates:
             total += rates[kind.kind].fixed * left + rates[kind.kind].per_gmac * kind.work_left
+        elif computed:
+            total += kind.seconds / computed * left
     return total / max(workers, 1)
 
 
-def take_snapshot(database: Database, job_id: str, workers: int) -> Snapshot:
+def recorded_rates(database: Database) -> dict[str, Rate]:
+    """Return what tasks of each kind take, by those that were ever computed."""
+    with database.session(read_only=True) as session:
+        return fitted_rates(kind_timings(session))
+
+
+def take_snapshot(database: Database, job_id: str, rates: Mapping[str, Rate], workers: int) -> Snapshot:
     """Read a job's progress."""
     with database.session(read_only=True) as session:
         job = find_job(session, job_id)
         kinds = tuple(job_kinds(session, job_id))
-        timings = kind_timings(session)
         now = database_time(session)
     seconds = (job.finished_at or now) - (job.started_at or job.created_at)
-    eta = remaining_seconds(kinds, fitted_rates(timings), workers)
+    eta = remaining_seconds(kinds, rates, workers)
     return Snapshot(job.id, job.state.value, job.model_name, job.recipe_name, kinds, max(seconds, 0.0), eta)
 
 
@@ -105,7 +112,8 @@ class Progress:
     """Shows a job's progress from a thread of its own, while the block runs."""
 
     def __init__(self, database: Database, job_id: str, *, workers: int, stream: TextIO | None = None) -> None:
-        self._take: Callable[[], Snapshot] = lambda: take_snapshot(database, job_id, workers)
+        rates = recorded_rates(database)
+        self._take: Callable[[], Snapshot] = lambda: take_snapshot(database, job_id, rates, workers)
         self._stream = stream if stream is not None else sys.stderr
         self._stop = threading.Event()
         show = self._show_live if self._stream.isatty() else self._show_lines

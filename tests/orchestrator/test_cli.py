@@ -317,10 +317,15 @@ def kind(name: str, total: int, cached: int, done: int, seconds: float, work: fl
     return KindRow(name, total, cached, cached + done, 0, 0, running, rest - running, seconds, work, left)
 
 
-def test_remaining_time_prefers_the_jobs_own_times() -> None:
-    kinds = [kind("calibrate", 4, 2, 1, 10.0, 5.0, 5.0), kind("round", 2, 0, 0, 0.0, 0.0, 8.0)]
-    rates = {"calibrate": Rate(100.0, 100.0), "round": Rate(0.5, 2.0)}
-    assert remaining_seconds(kinds, rates, 2) == pytest.approx((10.0 + 2 * 0.5 + 16.0) / 2)
+def test_remaining_time_prefers_the_jobs_own_times_once_they_tell() -> None:
+    kinds = [
+        kind("calibrate", 4, 2, 1, 10.0, 5.0, 5.0),
+        kind("reconstruct", 9, 0, 1, 60.0, 0.1, 50.0),
+        kind("round", 2, 0, 0, 0.0, 0.0, 8.0),
+    ]
+    rates = {name: Rate(0.5, 2.0) for name in ("calibrate", "round", "reconstruct")}
+    own, first_was_small, none_yet = 10.0, 8 * 0.5 + 100.0, 2 * 0.5 + 16.0
+    assert remaining_seconds(kinds, rates, 2) == pytest.approx((own + first_was_small + none_yet) / 2)
 
 
 def snapshot_of(done: int, total: int, state: str = "running") -> Snapshot:

@@ -8,16 +8,30 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from kernels.affine import quantize_affine
 from quant_core.activation import ActivationQuantizer
+from quant_core.calibration import CalibrationSet, RecordSpec, record_trajectories
+from quant_core.conditioning import TEXT_TOKENS, conditioning_fields
+from quant_core.denoiser import Denoiser, load_denoiser
+from quant_core.inspection import trace_model
 from quant_core.layers import QUANTIZABLE, weight_matrix
 from quant_core.model import build_quantized
 from quant_core.qspec import ActivationMode, ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
-from quant_core.ranges import QParams, qparams_from_range
+from quant_core.ranges import QParams, RangeSpec, qparams_from_range
+from quant_core.rounding import UnitRanges
+from quant_core.sampler import SamplerSpec
+from quant_core.unit_state import UnitFormats
+from quant_core.units import find_units
 
-EMOJI32 = Path(__file__).parents[2] / "examples" / "models" / "emoji32"
+MODELS = Path(__file__).parents[2] / "examples" / "models"
+EMOJI32 = MODELS / "emoji32"
+DIGITS = MODELS / "digits"
+DIFFUSION = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+TOKENS = 5
 
 
 def unet() -> nn.Module:
@@ -214,3 +228,70 @@ def quantize_model() -> Callable[..., QuantizationPlan]:
         return plan
 
     return quantize
+
+
+@pytest.fixture(scope="session")
+def calibrated(
+    tiny_model: Callable[[str], nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Denoiser, CalibrationSet]]:
+    """Return a factory of a fresh denoiser, a family's or the digits model, and its calibration set of 3 steps."""
+    shards: dict[tuple[str, int], Path] = {}
+
+    def make(family: str, seeds: int = 4) -> tuple[Denoiser, CalibrationSet]:
+        folder = tmp_path_factory.mktemp(family)
+        denoiser = _denoiser(family, tiny_model, folder)
+        if (family, seeds) not in shards:
+            scale = 0.001 if family == "flux" else 1.0
+            spec = RecordSpec(SamplerSpec(num_inference_steps=3, timestep_scale=scale), batch_size=seeds)
+            record_trajectories(denoiser, range(seeds), spec, folder / "shard")
+            shards[family, seeds] = folder / "shard"
+        return denoiser, CalibrationSet([shards[family, seeds]])
+
+    return make
+
+
+def _denoiser(family: str, tiny_model: Callable[[str], nn.Module], folder: Path) -> Denoiser:
+    if family == "digits":
+        return load_denoiser(DIGITS)
+    model = tiny_model(family)
+    generator = torch.Generator().manual_seed(5)
+    positions = {"img_ids": (16, 3), "txt_ids": (TOKENS, 3)}
+    rows = {
+        key: torch.randn(
+            positions.get(key) or (2, *(TOKENS if size == TEXT_TOKENS else size for size in field.shape)),
+            generator=generator,
+        )
+        for key, field in conditioning_fields(model).items()
+        if field.classes is None
+    }
+    file = folder / "conditioning.safetensors"
+    if rows:
+        save_file(rows, file)
+    return Denoiser(model, {}, FLOW if family in ("sd3", "flux") else DIFFUSION, file if rows else None)
+
+
+@pytest.fixture(scope="session")
+def plan_units() -> Callable[..., list[tuple[UnitFormats, UnitRanges]]]:
+    """Return what chooses formats and ranges of every unit of a denoiser, in the order in which they run."""
+
+    def plan(
+        denoiser: Denoiser,
+        bits: int = 4,
+        activation: ActivationSpec | None = ActivationSpec(8),  # noqa: B008 - frozen
+        weight_range: str = "minmax",
+        activation_range: str = "minmax",
+        **weight: Any,
+    ) -> list[tuple[UnitFormats, UnitRanges]]:
+        trace = trace_model(denoiser)
+        units = []
+        for unit in find_units(denoiser.model, trace).units:
+            layers = {n: LayerSpec(WeightSpec(bits, **weight), activation, trace.layers[n].split) for n in unit.layers}
+            attentions = {} if activation is None else {name: AttentionSpec(activation) for name in unit.attentions}
+            ranges = UnitRanges(
+                {name: RangeSpec(weight_range) for name in layers},
+                {name: RangeSpec(activation_range) for name in (*layers, *attentions)} if activation else {},
+            )
+            units.append((UnitFormats(unit.name, layers, attentions), ranges))
+        return units
+
+    return plan

@@ -179,7 +179,9 @@ def _layer_hook(
                 ranges = found.ranges.setdefault((name, part), StepRanges(steps, watched.keep_values))
                 ranges.update(current.step, values, current.draw, for_values)
         if name in watched.moments:
-            wanted = len(x) if watched.samples is None else max(0, watched.samples - current.first_row)
+            wanted = len(x) if watched.samples is None else watched.samples - current.first_row
+            if wanted <= 0:
+                return
             rows = input_rows(layer, x[:wanted], watched.positions, for_rows)
             found.moments.setdefault(name, SecondMoment(rows.shape[1], rows.device)).update(rows)
 

@@ -37,7 +37,7 @@ class SoftRounding:
         self.layer = layer
         self.top = 2**layer.spec.weight.bits - 1
         columns = layer.group_index.to(weight.device)
-        self.scale = layer.scale[:, columns]
+        self.scale = layer.scale[:, columns].float()
         self.zero_point = layer.zero_point[:, columns].float()
         position = weight_matrix(weight.float()) / self.scale + self.zero_point
         codes = layer.codes().float()

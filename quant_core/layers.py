@@ -63,6 +63,11 @@ def weight_groups(shape: tuple[int, ...], spec: LayerSpec) -> Tensor:
     return (torch.arange(taps)[:, None] * (int(blocks.max()) + 1) + blocks).flatten()
 
 
+def scale_dtype(spec: LayerSpec) -> torch.dtype:
+    """Return the dtype that scales are stored in: bfloat16 per group (float32's range, half its size), else float32."""
+    return torch.bfloat16 if spec.weight.granularity is Granularity.PER_GROUP else torch.float32
+
+
 class QuantLayer(nn.Module):
     """A Conv or Linear layer with packed weight codes and an optional activation quantizer per input part.
 
@@ -70,7 +75,7 @@ class QuantLayer(nn.Module):
     ----------
     qweight : Tensor, shape (C_out, ceil(K * bits / 8)), dtype uint8
         Packed codes.
-    scale : Tensor, shape (C_out, G) or (1, 1), dtype float32
+    scale : Tensor, shape (C_out, G) or (1, 1), dtype float32 (bfloat16 if per group, of which there are many)
         Step size, in weight units per integer step.
     zero_point : Tensor, shape as `scale`, dtype uint8
     bias : Tensor, shape (C_out,), dtype float32, or None
@@ -98,7 +103,7 @@ class QuantLayer(nn.Module):
         grid = (channels, int(groups.max()) + 1)
         packed = (self.shape[0], packed_size(self.columns, spec.weight.bits))
         self.register_buffer("qweight", torch.zeros(packed, dtype=torch.uint8, device=weight.device))
-        self.register_buffer("scale", torch.ones(grid, device=weight.device))
+        self.register_buffer("scale", torch.ones(grid, dtype=scale_dtype(spec), device=weight.device))
         self.register_buffer("zero_point", torch.zeros(grid, dtype=torch.uint8, device=weight.device))
         bias = None if layer.bias is None else layer.bias.detach().clone()
         self.register_buffer("bias", bias)
@@ -135,7 +140,7 @@ class QuantLayer(nn.Module):
         """The weight that the layer multiplies with, shape of the original, float32 or the model's dtype."""
         if self.soft_weight is not None:
             return self.soft_weight
-        scale, zero_point = self.scale, self.zero_point
+        scale, zero_point = self.scale.float(), self.zero_point
         if scale.shape[1] > 1:
             index = self.group_index.to(scale.device)
             scale, zero_point = scale[:, index], zero_point[:, index]

@@ -20,7 +20,7 @@ from quant_core.activation import ActivationQuantizer
 from quant_core.attention import OPERANDS
 from quant_core.calibration import CalibrationSet
 from quant_core.closed_form import round_closed_form
-from quant_core.layers import QuantLayer, weight_matrix
+from quant_core.layers import QuantLayer, scale_dtype, weight_matrix
 from quant_core.model import QuantizedParts, build_quantized
 from quant_core.observe import Observation, Watched, observe
 from quant_core.qspec import ActivationMode, ActivationSpec, AttentionSpec, LayerSpec
@@ -131,7 +131,10 @@ def _is_measured(spec: ActivationSpec | None) -> bool:
 
 
 def weight_grid(matrix: Tensor, spec: LayerSpec, group_index: Tensor, ranges: RangeSpec) -> QParams:
-    """Choose scales and zero points of a weight matrix (C_out, K), both of shape (C_out, G) or (1, 1)."""
+    """Choose scales and zero points of a weight matrix (C_out, K), both of shape (C_out, G) or (1, 1).
+
+    Scales are what their stored dtype can hold, so that codes are chosen for the grid that is used.
+    """
     if spec.weight.granularity is Granularity.PER_TENSOR:
         whole = choose_qparams(matrix.reshape(1, -1), spec.weight.bits, symmetric=spec.weight.symmetric, spec=ranges)
         return QParams(whole.scale[:, None], whole.zero_point[:, None])
@@ -139,7 +142,8 @@ def weight_grid(matrix: Tensor, spec: LayerSpec, group_index: Tensor, ranges: Ra
         choose_qparams(matrix[:, group_index == group], spec.weight.bits, symmetric=spec.weight.symmetric, spec=ranges)
         for group in range(int(group_index.max()) + 1)
     ]
-    return QParams(torch.stack([g.scale for g in grids], dim=1), torch.stack([g.zero_point for g in grids], dim=1))
+    scale = torch.stack([grid.scale for grid in grids], dim=1).to(scale_dtype(spec)).float()
+    return QParams(scale, torch.stack([grid.zero_point for grid in grids], dim=1))
 
 
 def nearest_codes(matrix: Tensor, grid: QParams, bits: int, group_index: Tensor) -> Tensor:

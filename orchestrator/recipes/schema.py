@@ -207,7 +207,7 @@ class Reconstruct(_Pass):
     start: Literal["nearest", "round"] = Field(
         default="nearest", description="Codes to start from: nearest, or those of round."
     )
-    iterations: Count = 500
+    iterations: Count = 200
     batch_size: Count = 32
     lr: Positive = 1e-2
     trust: Share = Field(
@@ -216,11 +216,11 @@ class Reconstruct(_Pass):
     learn_activation_scales: bool = False
     activation_lr: Positive = 4e-4
     rounding_weight: Annotated[float, Field(ge=0)] = Field(
-        default=10.0, description="Weight of the rounding regulariser, against a loss of 1 at the start."
+        default=100.0, description="Weight of the rounding regulariser, against a loss of 1 at the start."
     )
-    warmup: Share = Field(default=0.2, description="Share of the iterations without the rounding regulariser.")
+    warmup: Share = Field(default=0.0, description="Share of the iterations without the rounding regulariser.")
     beta: tuple[Positive, Positive] = Field(
-        default=(20.0, 2.0), description="Sharpness of the regulariser: start, end."
+        default=(4.0, 2.0), description="Sharpness of the regulariser: start, end."
     )
 
     @model_validator(mode="after")

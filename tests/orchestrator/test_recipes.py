@@ -450,4 +450,4 @@ def test_reconstruct_parameters_leave_out_what_does_not_matter():
     assert Reconstruct(activation_lr=1.0).parameters() == Reconstruct().parameters()
     learned = Reconstruct(learn_activation_scales=True, activation_lr=1.0).parameters()
     assert set(learned) == set(Reconstruct.model_fields)
-    assert learned["beta"] == [20.0, 2.0]
+    assert learned["beta"] == [4.0, 2.0]

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from orchestrator.db.clock import database_time
-from orchestrator.db.jobs import events, find_job, job_counts, list_jobs
-from orchestrator.db.rows import EventRow, JobRow
+from orchestrator.db.jobs import events, find_job, job_counts, list_jobs, list_tasks
+from orchestrator.db.rows import JobRow
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS, JobState
-from orchestrator.views import job_view
+from orchestrator.views import event_view, job_view
 
 #: How often a job that is waited for is looked at, in seconds.
 POLL_SECONDS = 0.5
@@ -59,14 +59,20 @@ def wait_for_job(service: Service, prefix: str, timeout_seconds: float | None = 
         time.sleep(min(POLL_SECONDS, left))
 
 
-def job_events(service: Service, prefix: str, *, follow: bool) -> Iterator[EventRow]:
-    """Yield what happened to a job and its tasks, oldest first; with `follow`, until the job has ended."""
+def job_events(service: Service, prefix: str, *, follow: bool) -> Iterator[dict[str, Any]]:
+    """Yield what happened to a job and its tasks, oldest first, as JSON; with `follow`, until the job has ended."""
     seen = 0
+    tasks: dict[str, tuple[str, str]] | None = None
     while True:
         with service.database.session(read_only=True) as session:
             job = find_job(session, prefix)
             rows = events(session, job.id, after_id=seen, limit=_EVENTS_PER_READ)
-        yield from rows
+            if rows and tasks is None:
+                # A job has all its tasks from the transaction that made it.
+                tasks = {task.id: (task.kind, task.label) for task in list_tasks(session, job.id)}
+        for row in rows:
+            kind, label = (tasks or {}).get(row.task or "", (None, None))
+            yield event_view(row, kind, label)
         if rows:
             seen = rows[-1].id
         elif not follow or job.state not in ACTIVE_JOBS:

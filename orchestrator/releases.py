@@ -21,6 +21,8 @@ from workers.store import Store
 
 #: Blobs younger than this are never collected: a task in flight may be about to record them.
 GRACE_SECONDS = 24 * 3600.0
+# Of a recipe, about the result.
+_SAYS_NOTHING = ("name", "description")
 #: A blob that begins so may be a manifest (its JSON is canonical), and none is larger than the limit.
 _MANIFEST_START = b'{"files":'
 _MANIFEST_BYTES = 16 << 20
@@ -90,7 +92,11 @@ def compare_releases(service: Service, ref_a: str, ref_b: str) -> dict[str, Any]
         "b": sides["b"].ref,
         "same_bytes": sides["a"].digest == sides["b"].digest,
         "metrics": {name: _pair(numbers, name) for name in _keys(numbers)},
-        "recipe": {name: _pair(recipes, name) for name in _keys(recipes) if _differs(recipes, name)},
+        "recipe": {
+            name: _pair(recipes, name)
+            for name in _keys(recipes)
+            if name not in _SAYS_NOTHING and _differs(recipes, name)
+        },
         "layers": [{"layer": name, **_pair(bits, name)} for name in _keys(bits) if _differs(bits, name)],
     }
 

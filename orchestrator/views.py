@@ -72,16 +72,18 @@ def model_view(model: ModelRow) -> dict[str, Any]:
     }
 
 
-def event_view(event: EventRow) -> dict[str, Any]:
-    """Return one event of a job's log."""
+def event_view(event: EventRow, kind: str | None, label: str | None) -> dict[str, Any]:
+    """Return one event of a job's log; `kind` and `label` are those of its task, None for an event of the job."""
     return {
         "id": event.id,
         "at": utc_text(event.at),
         "job": event.job,
         "task": event.task,
+        "kind": kind,
+        "label": label,
         "attempt": event.attempt,
         "event": event.event,
-        **dict(event.data),
+        "data": dict(event.data),
     }
 
 

@@ -12,7 +12,6 @@ from orchestrator.db.jobs import cancel_job, find_job, retry_job
 from orchestrator.jobs import EXIT_CODES, NOT_FINISHED, job_events, show_job, show_jobs, wait_for_job
 from orchestrator.states import JobState
 from orchestrator.text import human_bytes, human_seconds, table
-from orchestrator.views import event_view
 
 
 @click.group(cls=Group)
@@ -50,10 +49,10 @@ def jobs_logs(app: App, job: str, follow: bool) -> None:
     with app.service() as service:
         rows = job_events(service, job, follow=follow)
         if app.json:
-            app.answer([event_view(row) for row in rows], str)
+            app.answer(list(rows), str)
             return
         for row in rows:
-            click.echo(_event_line(event_view(row)))
+            click.echo(_event_line(row))
 
 
 @jobs.command("wait")
@@ -152,13 +151,16 @@ def metric_lines(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _event_line(view: dict[str, Any]) -> str:
-    fixed = ("id", "at", "job", "task", "attempt", "event", "kind", "label")
-    who = f"task {view['task'][:12]}" if view["task"] else f"job {view['job']}"
-    what = " ".join(str(view[name]) for name in ("kind", "label") if view.get(name))
-    attempt = f"attempt={view['attempt']}" if view["attempt"] else ""
-    data = " ".join(f"{name}={_plain(value)}" for name, value in view.items() if name not in fixed)
-    return " ".join(part for part in (view["at"], who, what, view["event"], attempt, data) if part)
+    """Return one event as a line: when, who, what happened, and its data as name=value."""
+    who = f"job {view['job']}"
+    if view["task"]:
+        named = f"({view['label']})" if view["label"] else ""
+        who = f"task {view['task'][:12]} {view['kind'] or ''}{named}"
+    data = {"attempt": view["attempt"], **view["data"]} if view["attempt"] else view["data"]
+    return " ".join([view["at"], who, view["event"], *(f"{name}={_plain(value)}" for name, value in data.items())])
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) and " " not in value else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) and value and " " not in value else json.dumps(value, ensure_ascii=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,7 @@ def _diff_text(difference: dict[str, Any]) -> str:
     metrics = [(name, _number(pair["a"]), _number(pair["b"])) for name, pair in difference["metrics"].items()]
     parts.append(table(("METRIC", a, b), metrics))
     if difference["recipe"]:
-        recipe = [(name, pair["a"], pair["b"]) for name, pair in difference["recipe"].items()]
+        recipe = [(name, _shown(pair["a"]), _shown(pair["b"])) for name, pair in difference["recipe"].items()]
         parts.append(table(("RECIPE", a, b), recipe))
     if difference["layers"]:
         layers = [(row["layer"], _bits(row["a"]), _bits(row["b"])) for row in difference["layers"]]
@@ -187,6 +188,10 @@ def _diff_text(difference: dict[str, Any]) -> str:
 
 def _number(value: Any) -> str | None:
     return f"{value:.6g}" if isinstance(value, int | float) else None
+
+
+def _shown(value: Any) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _bits(bits: dict[str, Any] | None) -> str:

@@ -47,7 +47,7 @@ from orchestrator.recipes.load import resolve
 from orchestrator.recipes.schema import Recipe, Round
 
 #: Units that are rounded by one task at most: one pass over the calibration set serves them all.
-UNITS_PER_ROUND = 16
+UNITS_PER_ROUND = 8
 
 
 def plan(model: ModelRow, recipe: Recipe, *, gpus_per_task: float = 0.0) -> tuple[Iterator[TaskNode], TaskNode]:

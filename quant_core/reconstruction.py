@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,7 +28,10 @@ from torch.utils import _pytree as pytree
 from quant_core.activation import ActivationQuantizer
 from quant_core.adaround import SoftRounding, anneal
 from quant_core.calibration import CalibrationSet
+from quant_core.layers import QuantLayer, weight_matrix
 from quant_core.model import QuantizedParts, build_quantized
+from quant_core.ranges import QParams
+from quant_core.rounding import nearest_codes
 from quant_core.unit_cache import Recording, Side, record_unit
 from quant_core.unit_state import UnitState, collect_state, load_states, merge_plans
 
@@ -41,11 +44,13 @@ class ReconstructionConfig:
     """How a unit is reconstructed.
 
     `use_quantized_inputs`: inputs from the model whose earlier units are quantized (the papers' way) instead of full
-    precision. `trust`: see `SoftRounding`. `rounding_weight`, `warmup`, `beta`: the regulariser. `batch_size` samples
+    precision. `start_nearest`: start from the nearest codes on the start's grids, not from its own codes. `trust`: see
+    `SoftRounding`; 0 for a nearest start. `rounding_weight`, `warmup`, `beta`: the regulariser. `batch_size` samples
     per iteration; `forward_batch_size` through the model; `cache_bytes` bounds what stays in memory.
     """
 
     use_quantized_inputs: bool = False
+    start_nearest: bool = False
     iterations: int = 200
     batch_size: int = 32
     lr: float = 1e-2
@@ -96,6 +101,11 @@ def reconstruct_unit(
     quantized = [*earlier, start] if config.use_quantized_inputs else [start]
     parts = build_quantized(model, merge_plans(quantized))
     load_states(model, quantized)
+    if config.start_nearest:
+        for layer in unit.layers:
+            _set_nearest(parts.layers[layer], weights[layer])
+        held = collect_state(parts, unit, start.timesteps)
+        start = replace(held, tensors={key: tensor.clone() for key, tensor in held.tensors.items()})
     if config.use_quantized_inputs and earlier:
         inputs = record_unit(model, name, calibration, label="quantized", **room).inputs  # type: ignore[arg-type]
         recording = Recording(inputs, recording.outputs)
@@ -108,6 +118,13 @@ def reconstruct_unit(
         after = before
     state = collect_state(parts, unit, start.timesteps)
     return ReconstructedUnit(state, learner.sqnr_db(before), learner.sqnr_db(after))
+
+
+def _set_nearest(layer: QuantLayer, weight: Tensor) -> None:
+    """Give a layer the nearest codes on the grid that it has."""
+    grid, groups = QParams(layer.scale.float(), layer.zero_point.float()), layer.group_index.to(weight.device)
+    codes = nearest_codes(weight_matrix(weight.float()), grid, layer.spec.weight.bits, groups)
+    layer.set_codes(codes, layer.scale, layer.zero_point)
 
 
 class _Learner:

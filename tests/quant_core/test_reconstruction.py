@@ -184,6 +184,17 @@ def test_a_closed_form_start_is_refined(
     assert result.sqnr_db_after > result.sqnr_db_before
 
 
+def test_it_can_start_from_the_nearest_codes_again(
+    starts: dict[str, UnitState], learn: Callable[..., ReconstructedUnit]
+) -> None:
+    far = {name: 255 - t if name.endswith("qweight") else t for name, t in starts[RESNET].tensors.items()}
+    start = replace(starts[RESNET], tensors=far)
+    result = learn(start=start, start_nearest=True)
+    assert result.state.to_bytes() == learn().state.to_bytes()
+    kept = learn(start=start, start_nearest=True, lr=50.0, iterations=5)  # a result that is not taken
+    assert kept.state.to_bytes() == starts[RESNET].to_bytes()
+
+
 @pytest.mark.parametrize("mode", [ActivationMode.DYNAMIC_SAMPLE, None])
 def test_units_without_activation_tables(
     mode: ActivationMode | None, calibrated: Calibrated, plan_units: PlanUnits, learn: Callable[..., ReconstructedUnit]

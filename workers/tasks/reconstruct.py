@@ -55,5 +55,8 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
 def _config(params: dict[str, Any]) -> ReconstructionConfig:
     chosen = {name: params[name] for name in _PASS if name in params}
     return ReconstructionConfig(
-        use_quantized_inputs=params["inputs"] == "quantized", beta=tuple(params["beta"]), **chosen
+        use_quantized_inputs=params["inputs"] == "quantized",
+        start_nearest=params["start"] == "nearest",
+        beta=tuple(params["beta"]),
+        **chosen,
     )

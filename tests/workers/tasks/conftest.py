@@ -12,6 +12,7 @@ import pytest
 from kernels.affine import quantize_affine
 from quant_core.artifact import quantization_config, write_artifact
 from quant_core.denoiser import load_denoiser
+from quant_core.inspection import inspect_model
 from quant_core.layers import QUANTIZABLE, weight_matrix
 from quant_core.model import build_quantized
 from quant_core.qspec import LayerSpec, QuantizationPlan, WeightSpec
@@ -99,3 +100,53 @@ def evaluated_digits(run_task: RunTask, packed_digits: str, reference_digits: li
         run_task("evaluate", params, {"packed": [packed_digits], "reference": [digest]})
         for params, digest in zip(parameters, reference_digits, strict=True)
     ]
+
+
+@pytest.fixture(scope="session")
+def calibration_digits(run_task: RunTask, digits: str) -> list[str]:
+    """Two calibration shards of the digits model: seeds 100 to 103 and 104 to 105, all 3 steps."""
+    shards = [protocol(100, 4), protocol(104, 2)]
+    return [
+        run_task("calibrate", shard | {"steps": None}, {"model": [digits]}).outputs["calibration"] for shard in shards
+    ]
+
+
+@pytest.fixture(scope="session")
+def digits_units() -> list[dict[str, Any]]:
+    """Every unit of the digits model as the planner describes it to tasks: 4-bit weights, 8-bit activations."""
+    inspection = inspect_model(load_denoiser(MODELS / "digits"))
+    activation = {"bits": 8, "symmetric": False, "mode": "per_step"}
+    ranges = {"weight_range": {"method": "mse"}, "activation_range": {"method": "minmax"}}
+    weight = {"bits": 4, "symmetric": False, "granularity": "per_channel", "group_size": None}
+
+    def layer(name: str) -> dict[str, Any]:
+        return {"weight": weight, "activation": activation, "split": inspection["layers"][name]["split"], **ranges}
+
+    matmuls = {"activation": activation, "activation_range": {"method": "minmax"}, "softmax_bits": 8}
+    return [
+        {
+            "unit": unit["name"],
+            "layers": {name: layer(name) for name in unit["layers"]},
+            "attentions": dict.fromkeys(unit["attention"], matmuls),
+        }
+        for unit in inspection["units"]
+    ]
+
+
+COMMON = {"seed": 0, "cache_bytes": 1 << 28, "forward_batch_size": 4}
+
+
+@pytest.fixture(scope="session")
+def rounded_digits(
+    run_task: RunTask, digits: str, calibration_digits: list[str], digits_units: list[dict[str, Any]]
+) -> dict[str, str]:
+    """The states of all units of the digits model, rounded in one task: unit name to digest."""
+    params = {"units": digits_units, "method": "closed_form", "positions": 8, "samples": None, "damping": 0.03}
+    made = run_task("round", params | COMMON, {"model": [digits], "calibration": calibration_digits})
+    return {name.removeprefix("state:"): digest for name, digest in made.outputs.items()}
+
+
+@pytest.fixture(scope="session")
+def common() -> dict[str, Any]:
+    """Return the parameters that passes share."""
+    return dict(COMMON)

@@ -2,8 +2,9 @@
 
     python -m benchmarks.recipes --model examples/models/emoji32 --home FOLDER > benchmarks/results/recipes-emoji32.json
 
-Every figure is the job's own: of the packed artifact, loaded again, against full precision, on held-out seeds. A home
-that has run before answers from its records, and then `seconds` tell nothing (`tasks.cached` shows it).
+Every figure is the job's own: of the packed artifact, loaded again, against full precision, on held-out seeds. Each
+recipe gets a home of its own, so that its seconds count everything from submit to release; a home that has run before
+answers from its records, and then `seconds` tell nothing (`tasks.cached` shows it).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     machine = {"machine": platform.machine(), "cores": os.cpu_count()}
     versions = {name: metadata.version(name) for name in ("torch", "diffusers", "ray", "quantmill")}
-    results = [run_recipe(recipe, arguments.model, arguments.home) for recipe in arguments.recipes]
+    results = [run_recipe(recipe, arguments.model, arguments.home / recipe) for recipe in arguments.recipes]
     print(json.dumps({"model": arguments.model, **machine, "versions": versions, "results": results}, indent=1))
 
 

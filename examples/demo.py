@@ -14,8 +14,6 @@ from orchestrator.cli.main import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "qdiffusion-w4a8"
-# Half the recipe's iterations: minutes less on two cores.
-SETTINGS = ("passes.reconstruct.iterations=250",)
 MODEL = Path("examples/models/emoji32")
 
 
@@ -23,8 +21,7 @@ def main() -> int:
     """Run the demo; return its exit code."""
     os.chdir(ROOT)
     home = [] if os.environ.get("QUANTMILL_HOME") else ["--home", ".quantmill"]
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    return run_cli([*home, "run", RECIPE, "--model", str(MODEL), *settings])
+    return run_cli([*home, "run", RECIPE, "--model", str(MODEL)])
 
 
 if __name__ == "__main__":

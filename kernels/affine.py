@@ -87,13 +87,16 @@ def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tenso
     return codes.float().sub_(zero_point.float()).mul_(scale.float())
 
 
-def fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def fake_quantize_affine(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int | Tensor
+) -> Tensor:
     """Quantize and dequantize at once; equals dequantize_affine(quantize_affine(x)) bit for bit.
 
     Parameters
     ----------
     x, scale, zero_point, quant_min, quant_max
-        As for `quantize_affine`. Values of `scale` are not checked: this runs at each forward.
+        As for `quantize_affine`. Values of `scale` are not checked: this runs at each forward. `quant_max` may be a
+        tensor of whole numbers that broadcasts to `x`: rows of one batch then have different bits.
 
     Returns
     -------
@@ -105,8 +108,12 @@ def fake_quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min
     KernelError
         If shapes do not broadcast to `x`, or the range does not fit 8 bits.
     """
-    _code_dtype(quant_min, quant_max)
     zero_point = zero_point.float()
+    if isinstance(quant_max, Tensor):
+        _check_broadcast(x, scale, zero_point)
+        codes = (x.float() / scale.float()).round_().add_(zero_point).clamp_(min=quant_min)
+        return torch.minimum(codes, quant_max.to(codes)).sub_(zero_point).mul_(scale.float())
+    _code_dtype(quant_min, quant_max)
     return _grid(x, scale, zero_point, quant_min, quant_max).sub_(zero_point).mul_(scale.float())
 
 

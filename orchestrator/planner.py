@@ -3,6 +3,9 @@
     model ── calibrate (seeds) ── round (units) ── reconstruct unit 1..B ── pack ── evaluate (seeds) ── score ── release
          └── reference (seeds) ───────────────────────────────────────────────────────┘
 
+If activation bits differ between trajectory steps, `step_effects` (seeds) and `step_bits` lie between calibrate and
+round; with the pass `correct`, `noise` (seeds) and `correct` between pack and evaluate.
+
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine.
 
@@ -14,11 +17,15 @@ kind        parameters                                         inputs           
 =========== ================================================== ========================================== ==============
 calibrate   sampler, seeds, batch_size, steps                  model                                      calibration
 reference   sampler, seeds, batch_size, sqnr_seeds             model                                      reference
-round       units: [unit], seed, cache_bytes,                  model, calibration (all)                   state:<unit>
-            forward_batch_size, pass
+step_effects sampler, seeds, batch_size, choices, layers, seed model, calibration (all)                   effects
+step_bits   method, target_mean, threshold                     effects                                    step_bits
+round       units: [unit], seed, cache_bytes,                  model, calibration (all), step_bits (if    state:<unit>
+            forward_batch_size, pass                           there)
 reconstruct unit, layers, attentions, seed, cache_bytes,       model, calibration (all), state, earlier   state
             forward_batch_size, pass                           (units before it, if inputs are quantized)
 pack        sampler, units (names)                             model, states                              packed
+noise       sampler, batch_size                                packed, reference                          noise
+correct     pass, channel_dim                                  packed, noise, held_out (noise of others)  packed
 evaluate    sampler, seeds, batch_size, sqnr_seeds             packed, reference                          evaluation
 score       sampler, seeds, sqnr_seeds, extractor, grid        packed, references, evaluations, model,    score, grid
                                                                extractor_weights (if the recipe has any)
@@ -41,7 +48,7 @@ from typing import Any
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.planning.costs import GIB, Cost, Costs, hessian_bytes
-from orchestrator.planning.formats import UnitPlan, plan_formats
+from orchestrator.planning.formats import UnitPlan, plan_formats, varied_layers
 from orchestrator.planning.model import ModelInfo
 from orchestrator.recipes.load import resolve
 from orchestrator.recipes.schema import Recipe, Round
@@ -125,6 +132,8 @@ class _Planner:
         self.costs = Costs(info, recipe)
         self.model = (model.digest,)
         self.sampler = recipe.sampler.model_dump(mode="json")
+        #: whether samples are packed tokens, (tokens, channels)
+        self.is_tokens = len(info.sample_shape) == 2
         self.budget = int(recipe.memory.budget_gib * GIB)
 
     def nodes(self) -> Iterator[TaskNode]:
@@ -133,8 +142,12 @@ class _Planner:
         for node in self._calibrate():
             calibration.append(TaskRef(node.id, "calibration"))
             yield node
+        step_bits: list[TaskRef] = []
+        for node in self._choose_step_bits(calibration):
+            step_bits = [TaskRef(node.id, "step_bits")]
+            yield node
         states: dict[str, TaskRef] = {}
-        for node, produced in self._round(calibration):
+        for node, produced in self._round(calibration, step_bits):
             states |= produced
             yield node
         for node, unit in self._reconstruct(calibration, states):
@@ -143,6 +156,9 @@ class _Planner:
         pack = self._pack(states)
         yield pack
         packed = TaskRef(pack.id, "packed")
+        for node in self._correct(packed):
+            packed = TaskRef(node.id, "packed") if node.kind == "correct" else packed
+            yield node
         references: list[TaskRef] = []
         evaluations: list[TaskRef] = []
         for node in self._measure(packed):
@@ -165,15 +181,44 @@ class _Planner:
                 shard.label,
             )
 
-    def _round(self, calibration: Sequence[TaskRef]) -> Iterator[tuple[TaskNode, dict[str, TaskRef]]]:
+    def _choose_step_bits(self, calibration: Sequence[TaskRef]) -> Iterator[TaskNode]:
+        """Make the tasks that choose activation bits for each step, the choice last; none if they are the same."""
+        section = self.recipe.activations.step_bits
+        layers = varied_layers(self.plans)
+        if section is None or not layers:
+            return
+        effects: list[TaskRef] = []
+        for shard in _shards(section.first_seed, section.seeds, section.shard_seeds):
+            params = {
+                "sampler": self.sampler,
+                "seeds": shard.seeds,
+                "batch_size": shard.count,
+                "choices": section.choices,
+                "layers": layers,
+                "seed": self.recipe.seed,
+            }
+            inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
+            cost = self.costs.step_effects(shard.count, shard.count, len(section.choices))
+            node = self._node("step_effects", params, inputs, cost, shard.label)
+            effects.append(TaskRef(node.id, "effects"))
+            yield node
+        cost = self.costs.step_bits()
+        yield self._node("step_bits", section.parameters(), {"effects": effects}, cost, section.method, gpus=0.0)
+
+    def _round(
+        self, calibration: Sequence[TaskRef], step_bits: Sequence[TaskRef]
+    ) -> Iterator[tuple[TaskNode, dict[str, TaskRef]]]:
         config = self.recipe.passes.round
         common = self._common() | config.parameters()
         for group in round_groups(self.plans, config, self.budget):
             names = [each.unit.name for each in group]
+            inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
+            if step_bits and varied_layers(group):
+                inputs["step_bits"] = step_bits
             node = self._node(
                 "round",
                 {"units": [each.parameters() for each in group], **common},
-                {"model": self.model, "calibration": calibration},
+                inputs,
                 self.costs.round(group, config),
                 names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
             )
@@ -210,6 +255,34 @@ class _Planner:
             {"model": self.model, "states": [states[name] for name in units]},
             self.costs.pack(),
             f"{len(units)} units",
+            gpus=0.0,
+        )
+
+    def _correct(self, packed: TaskRef) -> Iterator[TaskNode]:
+        """Make the tasks that correct the packed model's predictions, the corrected model last."""
+        config = self.recipe.passes.correct
+        if config is None:
+            return
+        shards = list(_shards(config.first_seed, config.seeds, config.shard_seeds))
+        others = list(_shards(config.first_seed + config.seeds, config.held_out_seeds, config.shard_seeds))
+        moments: list[TaskRef] = []
+        for shard in (*shards, *others):
+            batch = min(config.batch_size, shard.count)
+            params = {"sampler": self.sampler, "seeds": shard.seeds, "batch_size": batch, "sqnr_seeds": shard.count}
+            cost = self.costs.sample(shard.count, batch, recorded=shard.count)
+            reference = self._node("reference", params, {"model": self.model}, cost, shard.label)
+            yield reference
+            inputs = {"packed": [packed], "reference": [TaskRef(reference.id, "reference")]}
+            cost = self.costs.noise(shard.count, batch)
+            node = self._node("noise", {"sampler": self.sampler, "batch_size": batch}, inputs, cost, shard.label)
+            moments.append(TaskRef(node.id, "noise"))
+            yield node
+        yield self._node(
+            "correct",
+            config.parameters() | {"channel_dim": -1 if self.is_tokens else 1},
+            {"packed": [packed], "noise": moments[: len(shards)], "held_out": moments[len(shards) :]},
+            self.costs.correct(),
+            f"{config.seeds} seeds",
             gpus=0.0,
         )
 

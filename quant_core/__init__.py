@@ -1,8 +1,9 @@
 """The science of low-bit diffusion models. Importing it registers the method "quantmill" with diffusers."""
 
+from quant_core.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.diffusers_quantizer import register
 from quant_core.loader import load_quantized
 
 register()
 
-__all__ = ["load_quantized"]
+__all__ = ["QuantmillCorrectedScheduler", "load_quantized"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.affine import fake_quantize_affine
+from quant_core.errors import QuantizationError
 from quant_core.qspec import ActivationMode, ActivationSpec
 from quant_core.ranges import QParams, qparams_from_range
 from quant_core.steps import StepClock
@@ -21,6 +22,8 @@ class ActivationQuantizer(nn.Module):
         One entry per trajectory step, or one in all; absent when the spec is dynamic. `zero_point` holds integers.
     soft_scale : Tensor, shape (S,), or None
         While scales are learned, what stands in for `scale`.
+    tops : Tensor, shape (S,), dtype float32
+        Greatest code at each step, where bits differ between steps; follows from the spec, so not in the state dict.
     """
 
     scale: Tensor
@@ -32,6 +35,11 @@ class ActivationQuantizer(nn.Module):
         self.clock = clock
         self.enabled = True
         self.soft_scale: Tensor | None = None
+        if len(spec.step_bits) not in (0, clock.steps):
+            raise QuantizationError(
+                f"step_bits: got bits of {len(spec.step_bits)} steps, wanted the trajectory's {clock.steps}"
+            )
+        self.tops = torch.tensor([2.0**bits - 1 for bits in spec.step_bits])
         if not spec.is_dynamic:
             steps = clock.steps if spec.mode is ActivationMode.PER_STEP else 1
             self.register_buffer("scale", torch.ones(steps, device=device))
@@ -52,10 +60,19 @@ class ActivationQuantizer(nn.Module):
         else:
             table = self.scale if self.soft_scale is None else self.soft_scale
             scale, zero_point = self.clock.gather(table, x), self.clock.gather(self.zero_point, x)
-        top = 2**self.spec.bits - 1
+        top = self._top(x)
         if torch.is_grad_enabled():
             return FakeQuantize.apply(x, scale, zero_point, top).to(x.dtype)
         return fake_quantize_affine(x, scale, zero_point, 0, top).to(x.dtype)
+
+    def _top(self, x: Tensor) -> int | Tensor:
+        """Return the greatest code, for each sample of `x` where they are of steps with different bits."""
+        if not self.spec.step_bits:
+            return 2**self.spec.bits - 1
+        index = self.clock.index
+        if index.dim() == 0:
+            return 2 ** self.spec.step_bits[int(index)] - 1
+        return self.clock.gather(self.tops.to(x.device), x)
 
 
 def dynamic_qparams(x: Tensor, spec: ActivationSpec) -> QParams:

@@ -114,6 +114,11 @@ def write_artifact(
         _write_json(folder / RECIPE_FILE, recipe)
 
 
+def scheduler_json(scheduler: Any) -> bytes:
+    """Return scheduler_config.json of a diffusers scheduler, as `write_artifact` writes it."""
+    return _json_bytes(json.loads(scheduler.to_json_string()))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of an artifact folder, its `quantization_config` checked.
 
@@ -218,4 +223,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_bytes(_json_bytes(data))
+
+
+def _json_bytes(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

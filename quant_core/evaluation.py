@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant_core.calibration import CalibrationSet, RecordSpec, read_conditioning, record_trajectories
+from quant_core.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.denoiser import Denoiser
 from quant_core.errors import QuantizationError
 from quant_core.metrics.frechet import ResizedFeatures, frechet_distance
 from quant_core.metrics.images import to_rgb
 from quant_core.metrics.psnr import mean_with_ci, psnr_per_sample
 from quant_core.metrics.sqnr import error_power, sqnr_db
+from quant_core.noise import corrected_power
 from quant_core.sampler import SamplerSpec, make_scheduler, sample, start
 
 _DECIMALS = 6  # beyond this, the figures are noise of the summation order
@@ -45,7 +47,8 @@ def evaluate_shard(
     """Sample the seeds of a reference shard with a quantized model and write what came out to `path`.
 
     The file holds `sample` (n, ...) float32, `psnr_db` (n,) float64 and, where the reference has a trajectory, `power`
-    (2, S) float64: per step, the sums of |eps|^2 and of |eps_hat - eps|^2 on the full-precision inputs.
+    (2, S) float64: per step, the sums of |eps|^2 and of |eps_hat - eps|^2 on the full-precision inputs; with a
+    corrected scheduler, of the predictions after guidance and correction.
 
     Raises
     ------
@@ -67,10 +70,20 @@ def evaluate_shard(
     results = {"sample": samples, "psnr_db": psnr_per_sample(expected["sample"], samples)}
     with safe_open(reference, framework="pt") as handle:
         if "x" in handle.keys():  # noqa: SIM118 - not a mapping
-            rows = batch_size * (2 if sampler.is_guided else 1)
-            trajectory = CalibrationSet([reference])
-            results["power"] = error_power(model, trajectory, handle.get_slice("prediction"), rows)
+            results["power"] = _power(model, scheduler, sampler, reference, handle, batch_size)
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, path)
+
+
+def _power(
+    model: nn.Module, scheduler: Any, sampler: SamplerSpec, reference: Path, handle: Any, batch_size: int
+) -> Tensor:
+    """Sum the powers of prediction and error at each step: of the denoiser, or of what a correction makes of it."""
+    trajectory = CalibrationSet([reference])
+    if isinstance(scheduler, QuantmillCorrectedScheduler):
+        start(scheduler, sampler, trajectory.sample_shape)
+        return corrected_power(model, scheduler, sampler, reference, batch_size)
+    rows = batch_size * (2 if sampler.is_guided else 1)
+    return error_power(model, trajectory, handle.get_slice("prediction"), rows)
 
 
 def _read(shard: Path) -> dict[str, Tensor]:

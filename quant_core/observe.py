@@ -51,13 +51,14 @@ class StepRanges:
         if spec.mode is ActivationMode.STATIC:
             low, high = low.min()[None], high.max()[None]
             values = [[value for step in values for value in step]]
-        if ranges.method is RangeMethod.MINMAX:
+        if ranges.method is RangeMethod.MINMAX and not spec.step_bits:
             return qparams_from_range(low, high, spec.bits, symmetric=spec.symmetric)
         tables = []
         for at, step in enumerate(values):
             # The extremes were perhaps not drawn, and shrinking starts from them.
             row = torch.cat([*step, low[at, None], high[at, None]])
-            tables.append(choose_qparams(row, spec.bits, symmetric=spec.symmetric, spec=ranges))
+            bits = spec.step_bits[at] if spec.step_bits else spec.bits
+            tables.append(choose_qparams(row, bits, symmetric=spec.symmetric, spec=ranges))
         return QParams(torch.stack([t.scale for t in tables]), torch.stack([t.zero_point for t in tables]))
 
 

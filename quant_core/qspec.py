@@ -59,15 +59,38 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True)
 class ActivationSpec:
-    """Format of a layer's input codes; one scale and zero point per tensor (per part, step, sample or token)."""
+    """Format of a layer's input codes; one scale and zero point per tensor (per part, step, sample or token).
+
+    `step_bits` has the bits of each trajectory step, where they differ; `bits` is then the greatest.
+    """
 
     bits: int
     symmetric: bool = False
     mode: ActivationMode = ActivationMode.PER_STEP
+    step_bits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "activation")
         object.__setattr__(self, "mode", ActivationMode(self.mode))
+        object.__setattr__(self, "step_bits", tuple(self.step_bits))
+        for bits in self.step_bits:
+            check_bits(bits, "activation step")
+        if self.step_bits and (self.mode is not ActivationMode.PER_STEP or self.bits != max(self.step_bits)):
+            raise QuantizationError(
+                f"step_bits: got a greatest of {max(self.step_bits)} with {self.bits} bits {self.mode}, "
+                "wanted that as bits, and per_step"
+            )
+
+    @property
+    def bits_mean(self) -> float:
+        """Bits, averaged over the trajectory."""
+        return sum(self.step_bits) / len(self.step_bits) if self.step_bits else float(self.bits)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping; bits that do not differ between steps are not repeated."""
+        entries = asdict(self)
+        step_bits = list(entries.pop("step_bits"))
+        return entries | {"step_bits": step_bits} if step_bits else entries
 
     @property
     def is_dynamic(self) -> bool:
@@ -99,7 +122,11 @@ class LayerSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able mapping."""
-        return asdict(self) | {"split": None if self.split is None else list(self.split)}
+        return {
+            "weight": asdict(self.weight),
+            "activation": None if self.activation is None else self.activation.to_json(),
+            "split": None if self.split is None else list(self.split),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +149,7 @@ class AttentionSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able mapping."""
-        return asdict(self)
+        return {"activation": self.activation.to_json(), "softmax_bits": self.softmax_bits}
 
 
 class UnknownTimestep(StrEnum):

@@ -20,6 +20,7 @@ from quant_core.activation import ActivationQuantizer
 from quant_core.attention import OPERANDS
 from quant_core.calibration import CalibrationSet
 from quant_core.closed_form import round_closed_form
+from quant_core.errors import QuantizationError
 from quant_core.layers import QuantLayer, scale_dtype, weight_matrix
 from quant_core.model import QuantizedParts, build_quantized
 from quant_core.observe import Observation, Watched, observe
@@ -192,9 +193,13 @@ def _set_ranges(parts: QuantizedParts, formats: UnitFormats, ranges: UnitRanges,
             quantizer.set_qparams(seen.ranges[name, operand].qparams(quantizer.spec, ranges.activations[name]))
 
 
-def read_unit(data: Mapping[str, Any]) -> tuple[UnitFormats, UnitRanges]:
-    """Read one unit's formats and ranges from task parameters (`orchestrator.planning.formats` writes them)."""
-    layers, attentions = data["layers"], data["attentions"]
+def read_unit(data: Mapping[str, Any], step_bits: Sequence[int] | None = None) -> tuple[UnitFormats, UnitRanges]:
+    """Read one unit's formats and ranges from task parameters (`orchestrator.planning.formats` writes them).
+
+    `step_bits`: the bits of each trajectory step, for activations whose bits are null there.
+    """
+    layers = {name: _with_step_bits(spec, step_bits) for name, spec in data["layers"].items()}
+    attentions = data["attentions"]
     formats = UnitFormats(
         data["unit"],
         {name: LayerSpec.from_json(spec) for name, spec in layers.items()},
@@ -207,3 +212,13 @@ def read_unit(data: Mapping[str, Any]) -> tuple[UnitFormats, UnitRanges]:
     }
     weights = {name: RangeSpec(**spec["weight_range"]) for name, spec in layers.items()}
     return formats, UnitRanges(weights, activations)
+
+
+def _with_step_bits(layer: Mapping[str, Any], step_bits: Sequence[int] | None) -> Mapping[str, Any]:
+    """Fill in the activation bits that a layer leaves to a choice by step."""
+    activation = layer["activation"]
+    if activation is None or activation["bits"] is not None:
+        return layer
+    if step_bits is None:
+        raise QuantizationError("activation: got null bits, wanted a number, or bits chosen for each step")
+    return {**layer, "activation": {**activation, "bits": max(step_bits), "step_bits": tuple(step_bits)}}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.conditioning import Conditioning, draw_conditioning, interleave, null_conditioning, take, to_device
+from quant_core.corrected_scheduler import QuantmillCorrectedScheduler, is_corrected, unwrap_config
 from quant_core.denoiser import call_denoiser, sample_shape
 from quant_core.errors import QuantizationError
 
@@ -85,11 +86,14 @@ def make_scheduler(spec: SamplerSpec, scheduler_config: Mapping[str, Any] | None
     Raises
     ------
     QuantizationError
-        If diffusers has no such scheduler, or neither the spec nor the model names one.
+        If diffusers has no such scheduler, neither the spec nor the model names one, or the config holds a correction
+        for another scheduler.
     """
     import diffusers
 
     config = dict(scheduler_config or {})
+    if is_corrected(config):
+        return _corrected(spec, config)
     name = spec.scheduler or config.get("_class_name")
     if name is None:
         raise QuantizationError("sampler: the model has no scheduler config, wanted sampler.scheduler")
@@ -102,6 +106,18 @@ def make_scheduler(spec: SamplerSpec, scheduler_config: Mapping[str, Any] | None
         config["variance_type"] = "fixed_small"  # call_denoiser drops the learned variance's channels
     scheduler: Any = cls.from_config(config | dict(spec.options))  # type: ignore[attr-defined]
     return scheduler
+
+
+def _corrected(spec: SamplerSpec, config: Mapping[str, Any]) -> QuantmillCorrectedScheduler:
+    """Build a corrected scheduler, of the wrapped class that the spec must not contradict."""
+    wrapped, tables = unwrap_config(config)
+    if spec.scheduler not in (None, wrapped["_class_name"]):
+        raise QuantizationError(
+            f"sampler.scheduler: got {spec.scheduler}, wanted {wrapped['_class_name']}, which the model's predictions "
+            "are corrected for"
+        )
+    scheduler = make_scheduler(spec, wrapped)
+    return QuantmillCorrectedScheduler.around(scheduler, tables)
 
 
 def start(scheduler: Any, spec: SamplerSpec, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
@@ -155,6 +171,13 @@ class OnStep(Protocol):
     def __call__(self, step: Step, /) -> None: ...
 
 
+class Predict(Protocol):
+    """Gives the prediction of a step for a batch of seeds instead of the denoiser."""
+
+    def __call__(self, index: int, row: int, x: Tensor, told: Tensor, conditioning: Conditioning, /) -> Tensor:
+        """Return what the denoiser would; the arguments are as in `Step`."""
+
+
 def trajectory_conditioning(
     model: nn.Module, spec: SamplerSpec, seeds: Sequence[int], file: Path | None
 ) -> dict[str, Tensor]:
@@ -174,6 +197,7 @@ def sample(
     *,
     batch_size: int,
     on_step: OnStep | None = None,
+    predict: Predict | None = None,
 ) -> Tensor:
     """Draw one sample per seed, in one pass of the sampler.
 
@@ -187,6 +211,8 @@ def sample(
         Seeds per denoiser call.
     on_step : callable, optional
         Called after every denoiser call.
+    predict : callable, optional
+        Stands in for calls of `model`, which then only says what samples look like.
 
     Returns
     -------
@@ -198,7 +224,8 @@ def sample(
     for first in range(0, len(seeds), batch_size):
         batch = seeds[first : first + batch_size]
         part = take(conditioning, slice(rows * first, rows * (first + len(batch))))
-        results.append(_sample_batch(model, copy.deepcopy(scheduler), spec, batch, part, rows * first, on_step))
+        own = copy.deepcopy(scheduler)
+        results.append(_sample_batch(model, own, spec, batch, part, rows * first, on_step, predict))
     return torch.cat(results)
 
 
@@ -211,6 +238,7 @@ def _sample_batch(
     conditioning: Conditioning,
     row: int,
     on_step: OnStep | None,
+    predict: Predict | None,
 ) -> Tensor:
     device = next(model.parameters(), next(model.buffers(), torch.empty(0))).device
     conditioning = to_device(conditioning, device)
@@ -224,7 +252,10 @@ def _sample_batch(
         x_in = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
         x_in = x_in.repeat_interleave(2, dim=0) if spec.is_guided else x_in
         told = spec.tell(timestep)
-        prediction = call_denoiser(model, x_in, told, conditioning)
+        if predict is None:
+            prediction = call_denoiser(model, x_in, told, conditioning)
+        else:
+            prediction = predict(index, row, x_in, told, conditioning)
         if on_step is not None:
             on_step(Step(index, told, row, x_in, conditioning, prediction))
         x = scheduler.step(guide(prediction, spec), timestep, x, return_dict=False, **extra)[0]

@@ -21,10 +21,10 @@ class FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
-        """Return the dequantized codes, shape of `x`, float32; `scale` and `zero_point` broadcast against `x`."""
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int | Tensor) -> Tensor:
+        """Return the dequantized codes, shape of `x`, float32; the others broadcast against `x`."""
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.top = top
+        ctx.top = torch.as_tensor(top, dtype=torch.float32, device=x.device)
         return fake_quantize_affine(x, scale, zero_point, 0, top)
 
     @staticmethod
@@ -39,6 +39,6 @@ class FakeQuantize(torch.autograd.Function):
         grad_x = (gradient * inside).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, rounded - steps, codes.clamp(0, ctx.top) - zero_point)
+            slope = torch.where(inside, rounded - steps, codes.clamp(min=0).minimum(ctx.top) - zero_point)
             grad_scale = (gradient * slope).sum_to_size(scale.shape)
         return grad_x, grad_scale, None, None

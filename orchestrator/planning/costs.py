@@ -98,6 +98,33 @@ class Costs:
         live = self.recipe.calibration.batch_size * self.live_bytes
         return Cost(passes + config.iterations * step, int(max(memory, WORKER_BYTES + self.model_bytes + live)))
 
+    def step_effects(self, seeds: int, batch: int, choices: int) -> Cost:
+        """Sampling from every step on, for every choice of bits; ranges before that."""
+        steps = self.recipe.sampler.num_inference_steps
+        per_step = self.recipe.sampler.calls_per_step
+        ranges = self.recipe.calibration.seeds * self.recorded_per_seed
+        calls = seeds * per_step * (steps + choices * (steps * (steps - 1) // 2))
+        work = self._forward(ranges, self.recipe.calibration.batch_size) + self._forward(calls, batch)
+        work += _giga(ranges * self.elements * _QUANTIZE) + self._quantized_forward(
+            seeds * per_step * choices * steps, batch
+        )
+        kept = seeds * steps * (per_step + 3 * choices) * self.sample_bytes
+        return Cost(work, self._memory(batch, kept + 2 * self.model_bytes))
+
+    def step_bits(self) -> Cost:
+        """Choosing among measured effects."""
+        return Cost(0.0, WORKER_BYTES)
+
+    def noise(self, seeds: int, batch: int) -> Cost:
+        """Predictions of the packed model along recorded trajectories."""
+        return Cost(
+            self._quantized_forward(seeds * self.calls_per_sample, batch), self._memory(batch, self.model_bytes)
+        )
+
+    def correct(self) -> Cost:
+        """Fitting some numbers for each step."""
+        return Cost(0.0, WORKER_BYTES)
+
     def pack(self) -> Cost:
         """Putting all states into one folder."""
         return Cost(_giga(self.weights * _DEQUANTIZE), WORKER_BYTES + 3 * self.model_bytes)

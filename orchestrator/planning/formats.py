@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,20 @@ class UnitPlan:
     def parameters(self) -> dict[str, Any]:
         """Return what task bodies are told about the unit."""
         return {"unit": self.unit.name, "layers": dict(self.layers), "attentions": dict(self.attentions)}
+
+
+def varied_layers(plans: Sequence[UnitPlan]) -> dict[str, dict[str, Any]]:
+    """Return what is known of each layer whose activation bits are chosen for each step (null in its format)."""
+    return {
+        name: {
+            "symmetric": layer["activation"]["symmetric"],
+            "range": layer["activation_range"],
+            "split": layer["split"],
+        }
+        for plan in plans
+        for name, layer in plan.layers.items()
+        if layer["activation"] is not None and layer["activation"]["bits"] is None
+    }
 
 
 def plan_formats(model: ModelInfo, recipe: Recipe) -> list[UnitPlan]:
@@ -84,13 +98,19 @@ class _Rules:
             return None
         weights, activations = self.format(places, layer.name)
         quantized = activations.bits is not None
+        bits = None if self.varies(places, activations) else activations.bits
         return {
             "weight": weights.model_dump(include={"bits", "symmetric", "granularity", "group_size"}),
             "weight_range": _range(weights),
-            "activation": _activation(activations, activations.bits) if quantized else None,
+            "activation": _activation(activations, bits) if quantized else None,
             "activation_range": _range(activations) if quantized and not activations.is_dynamic else None,
             "split": list(layer.split) if layer.split and self.recipe.skip_split else None,
         }
+
+    def varies(self, places: Collection[int], activations: Activations) -> bool:
+        """Whether the activation bits are those chosen for each trajectory step: unless an exception gives others."""
+        stated = any("bits" in self.recipe.layers[place].activations.model_fields_set for place in places)
+        return self.recipe.activations.step_bits is not None and activations.mode == "per_step" and not stated
 
     def attention(self, name: str, layers: Mapping[str, Any]) -> dict[str, Any] | None:
         """Decide the format of one attention's matmuls; None keeps them, as where all its own layers are kept."""

@@ -106,6 +106,42 @@ class Weights(_Section):
         return self
 
 
+class StepBits(_Section):
+    """Activation bits chosen for each trajectory step, in place of one number for all."""
+
+    choices: Annotated[list[Bits], Field(min_length=2)] = [4, 6, 8]
+    method: Literal["joint", "effect", "snr", "early_low", "late_low"] = Field(
+        default="joint",
+        description="By the error of the final samples (joint counts that errors of steps add up, effect does not), by "
+        "the signal-to-noise ratio of the prediction (PTQD), or simply in order.",
+    )
+    target_mean: Annotated[float, Field(ge=2, le=8)] | None = Field(
+        default=6.0, description="Mean bits over the steps, at most; null with a threshold."
+    )
+    threshold: Positive | None = Field(
+        default=None, description="For snr: the least ratio of the prediction's SNR to the noise schedule's."
+    )
+    seeds: Count = Field(default=16, description="Seeds that effects are measured on.")
+    first_seed: Seed = 3_000_000
+    shard_seeds: Count = Field(default=8, description="Seeds per task.")
+
+    @model_validator(mode="after")
+    def _is_solvable(self) -> Self:
+        if len(set(self.choices)) != len(self.choices) or self.choices != sorted(self.choices):
+            raise ValueError(f"choices: got {self.choices}, wanted different bits in rising order")
+        if (self.target_mean is None) != (self.threshold is not None):
+            raise ValueError(f"threshold: got {self.threshold} with target_mean {self.target_mean}, wanted one of them")
+        if self.threshold is not None and self.method != "snr":
+            raise ValueError(f"threshold: got {self.threshold} with method {self.method}, wanted null")
+        if self.target_mean is not None and self.target_mean < self.choices[0]:
+            raise ValueError(f"target_mean: got {self.target_mean:g}, wanted at least {self.choices[0]}")
+        return self
+
+    def parameters(self) -> dict[str, Any]:
+        """Return what decides the choice among measured effects."""
+        return self.model_dump(mode="json", include={"method", "target_mean", "threshold"})
+
+
 class Activations(_Section):
     """Format of the layers' inputs; `bits` null keeps all of them, and attention, in full precision."""
 
@@ -114,6 +150,10 @@ class Activations(_Section):
     mode: ActivationMode = "per_step"
     range: RangeMethod = "minmax"
     percentile: Percentile = Field(default=0.9999, description="Share of values inside the range; only for percentile.")
+    step_bits: StepBits | None = Field(
+        default=None,
+        description="Bits for each trajectory step, in place of `bits`, where no exception says other bits.",
+    )
 
     @property
     def is_dynamic(self) -> bool:
@@ -219,9 +259,7 @@ class Reconstruct(_Pass):
         default=100.0, description="Weight of the rounding regulariser, against a loss of 1 at the start."
     )
     warmup: Share = Field(default=0.0, description="Share of the iterations without the rounding regulariser.")
-    beta: tuple[Positive, Positive] = Field(
-        default=(4.0, 2.0), description="Sharpness of the regulariser: start, end."
-    )
+    beta: tuple[Positive, Positive] = Field(default=(4.0, 2.0), description="Sharpness of the regulariser: start, end.")
 
     @model_validator(mode="after")
     def _beta_falls(self) -> Self:
@@ -230,11 +268,37 @@ class Reconstruct(_Pass):
         return self
 
 
+class Correct(_Pass):
+    """Correct the noise that quantization adds to the predictions, in the sampler (PTQD)."""
+
+    scale: bool = Field(default=True, description="Divide by 1 + k, the part of the noise that follows the prediction.")
+    bias: bool = Field(default=True, description="Subtract each channel's mean.")
+    variance: bool = Field(default=True, description="Take what remains out of the noise that the sampler adds.")
+    least_r2: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="Share of the noise's variance that the prediction must explain for scale to be used."
+    )
+    held_out: bool = Field(default=True, description="Use scale and bias only at steps where held-out seeds gain.")
+    seeds: Count = Field(default=64, description="Trajectories that the correction is fitted on.")
+    held_out_seeds: Count = Field(default=32, description="Trajectories after these, that decide what is used.")
+    first_seed: Seed = 2_000_000
+    shard_seeds: Count = Field(default=16, description="Seeds per task.")
+    batch_size: Count = Field(default=32, description="Seeds per denoiser call.")
+    unknown_timestep: Literal["error", "nearest"] = Field(
+        default="error", description="What the sampler does on another trajectory."
+    )
+
+    def parameters(self) -> dict[str, Any]:
+        """Return what decides the correction, given the statistics."""
+        own = {"seeds", "held_out_seeds", "first_seed", "shard_seeds", "batch_size"}
+        return self.model_dump(mode="json", exclude=own)
+
+
 class Passes(_Section):
     """The steps of the method, in the planner's order."""
 
     round: Round = Round()
     reconstruct: Reconstruct | None = None
+    correct: Correct | None = None
 
 
 class Memory(_Section):
@@ -294,6 +358,12 @@ class Recipe(_Section):
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
             raise ValueError(f"calibration.steps: got {recorded}, wanted at most the sampler's {steps}")
+        chosen = self.activations
+        if chosen.step_bits is not None and (chosen.bits is None or chosen.mode != "per_step"):
+            raise ValueError(
+                f"activations.step_bits: got a mapping with bits {chosen.bits or 'null'}, mode {chosen.mode}, "
+                "wanted bits and mode per_step"
+            )
         for place, entry in enumerate(self.layers):
             weights_for(self.weights, [entry], f"layers.{place}.weights")
             activations_for(self.activations, [entry], f"layers.{place}.activations")
@@ -306,13 +376,24 @@ class Recipe(_Section):
 
     def _check_seeds(self) -> None:
         """Refuse an evaluation on what the model was fitted to."""
-        fitted, held_out = self.calibration, self.evaluation
-        ends = fitted.first_seed + fitted.seeds, held_out.first_seed + held_out.seeds
-        if fitted.first_seed < ends[1] and held_out.first_seed < ends[0]:
-            raise ValueError(
-                f"evaluation.first_seed: got seeds {held_out.first_seed}..{ends[1] - 1}, wanted none of calibration's "
-                f"{fitted.first_seed}..{ends[0] - 1}"
-            )
+        held_out = self.evaluation
+        end = held_out.first_seed + held_out.seeds
+        for name, first, count in self._fitted_seeds():
+            if first < end and held_out.first_seed < first + count:
+                raise ValueError(
+                    f"evaluation.first_seed: got seeds {held_out.first_seed}..{end - 1}, wanted none of {name}'s "
+                    f"{first}..{first + count - 1}"
+                )
+
+    def _fitted_seeds(self) -> list[tuple[str, int, int]]:
+        """Return (section, first seed, count) of all that something is fitted to."""
+        found = [("calibration", self.calibration.first_seed, self.calibration.seeds)]
+        correct, step_bits = self.passes.correct, self.activations.step_bits
+        if correct is not None:
+            found.append(("passes.correct", correct.first_seed, correct.seeds + correct.held_out_seeds))
+        if step_bits is not None:
+            found.append(("activations.step_bits", step_bits.first_seed, step_bits.seeds))
+        return found
 
 
 def weights_for(weights: Weights, entries: list[LayerException], path: str = "weights") -> Weights:

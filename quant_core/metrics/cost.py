@@ -14,7 +14,7 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one denoiser call at batch 1.
+    """Of one denoiser call at batch 1, averaged over the trajectory where activation bits differ between its steps.
 
     Attributes
     ----------
@@ -24,12 +24,15 @@ class Cost:
         Over the multiplications of all Conv and Linear layers.
     bops, bops_fp32 : int
         Bit operations: sum of MACs x weight bits x activation bits; attention matmuls with the bits of their operands.
+    bops_per_step : tuple of int
+        At each trajectory step, if they differ.
     """
 
     weight_bits_mean: float
     act_bits_mean: float
     bops: int
     bops_fp32: int
+    bops_per_step: tuple[int, ...] = ()
 
 
 def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
@@ -40,18 +43,32 @@ def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
     inspection : mapping
         From `quant_core.inspection.inspect_model`.
     """
-    weights = weight_bits = macs = act_bits = bops = 0
+    weights = weight_bits = macs = bops = 0
+    act_bits = 0.0
     for name, layer in inspection["layers"].items():
         spec = plan.layers.get(name)
         bits_w = FLOAT_BITS if spec is None else spec.weight.bits
-        bits_a = FLOAT_BITS if spec is None or spec.activation is None else spec.activation.bits
+        bits_a = FLOAT_BITS if spec is None or spec.activation is None else spec.activation.bits_mean
         count = prod(layer["shape"])
         weights, weight_bits = weights + count, weight_bits + count * bits_w
         macs, act_bits = macs + layer["macs"], act_bits + layer["macs"] * bits_a
-        bops += layer["macs"] * bits_w * bits_a
+        bops += round(layer["macs"] * bits_w * bits_a)
     attention_macs = sum(attention["macs"] for attention in inspection["attentions"].values())
     bops += sum(_attention_bops(item["macs"], plan, name) for name, item in inspection["attentions"].items())
-    return Cost(weight_bits / weights, act_bits / macs, bops, (macs + attention_macs) * FLOAT_BITS**2)
+    per_step = tuple(bops + change for change in _step_changes(inspection, plan))
+    return Cost(weight_bits / weights, act_bits / macs, bops, (macs + attention_macs) * FLOAT_BITS**2, per_step)
+
+
+def _step_changes(inspection: Mapping[str, Any], plan: QuantizationPlan) -> list[int]:
+    """Return how the bit operations of each step differ from their mean; nothing if no bits do."""
+    changes: list[float] = []
+    for name, spec in plan.layers.items():
+        if spec.activation is None or not spec.activation.step_bits:
+            continue
+        macs = inspection["layers"][name]["macs"] * spec.weight.bits
+        own = [macs * (bits - spec.activation.bits_mean) for bits in spec.activation.step_bits]
+        changes = [a + b for a, b in zip(changes, own, strict=True)] if changes else own
+    return [round(change) for change in changes]
 
 
 def _attention_bops(macs: int, plan: QuantizationPlan, name: str) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quant_core.artifact import SCHEDULER_FILE
 from quant_core.denoiser import Denoiser, load_denoiser
 from workers.context import Inputs, TaskContext
 from workers.errors import TaskError
@@ -39,6 +40,12 @@ def fetch_packed(inputs: Inputs, context: TaskContext) -> Path:
     folder = context.scratch / "packed"
     pull_tree(context.store, only(inputs, "packed"), folder)
     return folder
+
+
+def scheduler_config(folder: Path) -> dict[str, Any] | None:
+    """Read the scheduler that lies in a packed folder."""
+    path = folder / SCHEDULER_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def local_files(digests: Sequence[str], context: TaskContext) -> list[Path]:

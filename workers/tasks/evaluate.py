@@ -13,18 +13,13 @@ metrics
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 from safetensors.torch import load_file
 
 from quant_core import load_quantized
-from quant_core.artifact import SCHEDULER_FILE
 from quant_core.evaluation import evaluate_shard
 from quant_core.sampler import SamplerSpec
 from workers.context import Inputs, Params, TaskContext, TaskOutput
-from workers.tasks.common import fetch_packed, local_files, only, seed_range
+from workers.tasks.common import fetch_packed, local_files, only, scheduler_config, seed_range
 
 
 def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
@@ -34,7 +29,7 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     path = context.scratch / "evaluation.safetensors"
     evaluate_shard(
         model,
-        _scheduler_config(folder),
+        scheduler_config(folder),
         SamplerSpec.from_json(params["sampler"]),
         seed_range(params["seeds"]),
         local_files([only(inputs, "reference")], context)[0],
@@ -44,9 +39,3 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     values = load_file(path)["psnr_db"]
     metrics = {"psnr_db": round(float(values.mean()), 6), "n": len(values)}
     return TaskOutput({"evaluation": context.store.put_file(path)}, metrics)
-
-
-def _scheduler_config(folder: Path) -> dict[str, Any] | None:
-    """Read the scheduler that lies in the packed folder."""
-    path = folder / SCHEDULER_FILE
-    return json.loads(path.read_text()) if path.is_file() else None

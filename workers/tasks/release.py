@@ -34,6 +34,7 @@ PROVENANCE_FILE = "provenance.json"
 CARD_FILE = "README.md"
 # Kinds that a release depends on; the version of any other must not change its bytes.
 _STEPS = ("calibrate", "round", "reconstruct", "pack", "reference", "evaluate", "score", "release")
+_CORRECTION_STEPS, _STEP_BITS_STEPS = ("noise", "correct"), ("step_effects", "step_bits")
 _PACKAGES = ("diffusers", "numpy", "quantmill", "safetensors", "torch")
 
 
@@ -82,9 +83,16 @@ def provenance(params: Params, inputs: Inputs) -> dict[str, Any]:
         "recipe": {"name": recipe["name"], "digest": recipe["digest"]},
         "seeds": seeds | {"recipe": recipe["config"].get("seed")},
         "inputs": {name: list(digests) for name, digests in inputs.items()},
-        "task_versions": {name: KINDS[name].version for name in _STEPS},
+        "task_versions": {name: KINDS[name].version for name in _steps(recipe["config"])},
         "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _steps(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the kinds of task that a recipe's releases depend on."""
+    corrected = config.get("passes", {}).get("correct") is not None
+    mixed = config.get("activations", {}).get("step_bits") is not None
+    return _STEPS + corrected * _CORRECTION_STEPS + mixed * _STEP_BITS_STEPS
 
 
 def _base_model(model: Mapping[str, Any]) -> str:

@@ -74,7 +74,9 @@ def _costs(inputs: Inputs, context: TaskContext) -> dict[str, Any]:
     config = json.loads(context.store.get_bytes(files[CONFIG_FILE]["sha256"]))
     inspection = inspect_model(fetch_model(inputs, context))
     cost = model_cost(inspection, parse_quantization_config(config["quantization_config"]))
+    per_step = {"bops_per_step": list(cost.bops_per_step)} if cost.bops_per_step else {}
     return {
+        **per_step,
         "weight_bits_mean": round(cost.weight_bits_mean, 6),
         "act_bits_mean": round(cost.act_bits_mean, 6),
         "bops": cost.bops,

@@ -6,7 +6,7 @@ scheduler_config.json holds the wrapped scheduler's config as it is, with two en
     import quant_core
     scheduler = quant_core.QuantmillCorrectedScheduler.from_pretrained(FOLDER, subfolder="scheduler")
 
-gets both. Pipelines that were saved with it name `quant_core` in their model_index.json and find it there.
+gets both. A pipeline that is saved with it names this module in its model_index.json, and is loaded with it again.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class QuantmillCorrectedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[
         self._host_grid: list[float] = []
         self._entries: list[int] = []
         self._divisor = self._bias = torch.empty(0)
-        self._noise_scales: dict[float, list[float]] = {}
+        self._noise_scales: dict[float, list[float] | None] = {}
         kept = {key: value for key, value in dict(wrapped.config).items() if not key.startswith("_")}
         tables = correction.to_json() | {"unknown_timestep": str(self.unknown_timestep)}
         self.register_to_config(**kept, wrapped_class=type(wrapped).__name__, correction=tables)
@@ -155,8 +155,9 @@ class QuantmillCorrectedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[
         offered = {"eta": eta, "generator": generator, **options}
         passed = {name: value for name, value in offered.items() if name in self._takes}
         scaled: AbstractContextManager[object] = nullcontext()
-        if self._adds_noise(eta):
-            scale = self._scales(eta)[self._position(timestep)]
+        scales = self._scales(eta)
+        if scales is not None:
+            scale = scales[self._position(timestep)]
             scaled = _ScaledNoise(scale)
             if passed.get("variance_noise") is not None:
                 passed["variance_noise"] = passed["variance_noise"] * scale
@@ -198,17 +199,12 @@ class QuantmillCorrectedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[
         at = float(timestep)
         return min(range(len(self._host_grid)), key=lambda place: abs(self._host_grid[place] - at))
 
-    def _adds_noise(self, eta: float) -> bool:
-        """Whether this step adds noise that variance can be taken out of."""
-        name = type(self.wrapped).__name__
-        return name in _LEVELS and (eta > 0 or name != "DDIMScheduler") and bool((self.correction.variance > 0).any())
-
-    def _scales(self, eta: float) -> list[float]:
-        """Return what is left of the noise of each step of the trajectory."""
+    def _scales(self, eta: float) -> list[float] | None:
+        """Return what is left of the noise of each step of the trajectory; None if all of it is."""
         if eta not in self._noise_scales:
-            levels = _LEVELS[type(self.wrapped).__name__](self.wrapped, self._host_grid, eta)
             variances = self.correction.variance[self._entries].tolist()
-            self._noise_scales[eta] = [
+            levels = noise_levels(self.wrapped, self._host_grid, eta) if any(variances) else None
+            self._noise_scales[eta] = levels and [
                 noise_scale(sigma, gain, variance) for (sigma, gain), variance in zip(levels, variances, strict=True)
             ]
         return self._noise_scales[eta]
@@ -246,6 +242,17 @@ class _ScaledNoise(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         return result * self.scale if func is torch.randn else result
+
+
+def noise_levels(scheduler: Any, timesteps: Sequence[float], eta: float) -> list[tuple[float, float]] | None:
+    """Return, for each step, the standard deviation of the noise that a scheduler adds and its gain d x_p / d output.
+
+    None for schedulers whose step is not one affine function of the prediction plus noise, and where none is added.
+    """
+    name = type(scheduler).__name__
+    if name not in _LEVELS or (name == "DDIMScheduler" and eta == 0):
+        return None
+    return _LEVELS[name](scheduler, timesteps, eta)
 
 
 def _ddim_levels(scheduler: Any, timesteps: Sequence[float], eta: float) -> list[tuple[float, float]]:
@@ -287,7 +294,6 @@ def _euler_ancestral_levels(scheduler: Any, timesteps: Sequence[float], eta: flo
     return levels
 
 
-#: Schedulers whose step is one affine function of the prediction plus noise, by class name.
 _LEVELS = {
     "DDIMScheduler": _ddim_levels,
     "DDPMScheduler": _ddpm_levels,

@@ -1,0 +1,75 @@
+"""Ablations of PTQD on a model: parts of the correction, and ways to give activation bits to trajectory steps.
+
+    python -m benchmarks.ptqd correction --home FOLDER > benchmarks/results/ptqd-correction-emoji32.json
+    python -m benchmarks.ptqd correction --home FOLDER --set sampler.eta=1.0 --set sampler.num_inference_steps=50
+    python -m benchmarks.ptqd step-bits --home FOLDER > benchmarks/results/ptqd-step-bits-emoji32.json
+
+Every row is a job of its own, as a user runs it, in one home: what rows share is computed once. Figures are the job's: of
+the packed artifact with its scheduler, against full precision, on held-out seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+#: What is left of the correction in each row, as overrides of a recipe.
+CORRECTION = {
+    "none": ["passes.correct=null"],
+    "k": ["passes.correct={bias: false, variance: false}"],
+    "k, bias": ["passes.correct={variance: false}"],
+    "bias": ["passes.correct={scale: false, variance: false}"],
+    "k, bias, variance": ["passes.correct={}"],
+    "the same, k if r2 is at least 0.3": ["passes.correct={least_r2: 0.3}"],
+    "the same, no gate": ["passes.correct={held_out: false}"],
+}
+#: Ways to spend a mean of 6 bits.
+STEP_BITS = {
+    "6 at all steps": ["activations.bits=6"],
+    **{
+        method: [f"activations.step_bits={{method: {method}, target_mean: 6.0}}"]
+        for method in ("early_low", "late_low", "snr", "effect", "joint")
+    },
+}
+TABLES = {"correction": CORRECTION, "step-bits": STEP_BITS}
+_FIGURES = ("psnr_db", "psnr_db_ci95", "fd", "n", "act_bits_mean", "bops", "sqnr_db_per_step", "sampler")
+
+
+def run_row(recipe: str, model: str, home: Path, overrides: list[str]) -> dict[str, Any]:
+    """Run one job and return its figures, and what its tasks said of bits and corrections."""
+    base = [sys.executable, "-m", "orchestrator.cli", "--home", str(home)]
+    sets = [argument for override in overrides for argument in ("--set", override)]
+    done = subprocess.run(
+        [*base, "run", recipe, "--model", model, *sets, "--json"], capture_output=True, check=True, text=True
+    )
+    job = json.loads(done.stdout)
+    return {"overrides": overrides, "seconds": job["seconds"], **{name: job["metrics"][name] for name in _FIGURES}}
+
+
+def main() -> None:
+    """Run the rows of one table and print one JSON document."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--recipe", default="fast-w4a8")
+    parser.add_argument("--model", default="examples/models/emoji32")
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", help="only these")
+    parser.add_argument("--set", action="append", default=[], dest="overrides", help="for all rows")
+    arguments = parser.parse_args()
+    rows = TABLES[arguments.table]
+    results = {}
+    for name in arguments.rows or rows:
+        overrides = [*rows[name], *arguments.overrides]
+        results[name] = run_row(arguments.recipe, arguments.model, arguments.home, overrides)
+        psnr, interval, distance = (results[name][key] for key in ("psnr_db", "psnr_db_ci95", "fd"))
+        sys.stderr.write(f"{name}: {psnr:.2f} +- {interval:.2f} dB, FD {distance:.3f}\n")
+    document = {"table": arguments.table, "recipe": arguments.recipe, "model": arguments.model, "rows": results}
+    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

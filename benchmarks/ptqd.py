@@ -4,7 +4,7 @@
     python -m benchmarks.ptqd correction --home FOLDER --set sampler.eta=1.0 --set sampler.num_inference_steps=50
     python -m benchmarks.ptqd step-bits --home FOLDER > benchmarks/results/ptqd-step-bits-emoji32.json
 
-Every row is a job of its own, as a user runs it, in one home: what rows share is computed once. Figures are the job's: of
+Every row is a job of its own, as a user runs it, in one home: what rows share is computed once. Figures are those of
 the packed artifact with its scheduler, against full precision, on held-out seeds.
 """
 

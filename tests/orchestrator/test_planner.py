@@ -91,6 +91,10 @@ def test_plan_every_task_is_needed_and_every_reference_names_an_output(name: str
         "reference": {"reference"},
         "reconstruct": {"state"},
         "pack": {"packed"},
+        "noise": {"noise"},
+        "correct": {"packed"},
+        "step_effects": {"effects"},
+        "step_bits": {"step_bits"},
         "evaluate": {"evaluation"},
         "score": {"score", "grid"},
     }
@@ -472,6 +476,85 @@ def test_memory_is_bounded_by_the_budget():
     assert large - small == min(samples, 2 * 2**30) - 2**28
     costs = Costs(ModelInfo.read("a", data), chosen)
     assert costs.sample(64, 64).memory_bytes > costs.sample(64, 32).memory_bytes
+
+
+# --- PTQD
+
+
+def test_plan_corrects_the_packed_model_before_anything_reads_it():
+    nodes = nodes_of(recipe("fast-w4a8", "passes.correct={seeds: 6, held_out_seeds: 4, shard_seeds: 4}"))
+    packed, corrected = only(nodes, "pack"), only(nodes, "correct")
+    noise = by_kind(nodes, "noise")
+    references = {node.id: node for node in by_kind(nodes, "reference")}
+    measured = [references[node.inputs["reference"][0].task].params for node in noise]  # type: ignore[union-attr]
+    counts = [
+        (params["seeds"]["first"] - 2_000_000, params["seeds"]["count"], params["sqnr_seeds"]) for params in measured
+    ]
+    assert counts == [(0, 4, 4), (4, 2, 2), (6, 4, 4)]
+    assert all(node.inputs["packed"] == (TaskRef(packed.id, "packed"),) for node in noise)
+    assert corrected.inputs["noise"] == tuple(TaskRef(node.id, "noise") for node in noise[:2])
+    assert corrected.inputs["held_out"] == (TaskRef(noise[2].id, "noise"),)
+    for kind in ("evaluate", "score", "release"):
+        for node in by_kind(nodes, kind):
+            assert node.inputs["packed"] == (TaskRef(corrected.id, "packed"),)
+
+
+def test_corrections_of_one_model_share_its_statistics():
+    base = recipe("ptqd-w4a8")
+    one, two = nodes_of(base), nodes_of(recipe("ptqd-w4a8", "passes.correct.scale=false"))
+    ids = {node.id for node in one}
+    assert {node.kind for node in two if node.id not in ids} == {"correct", "evaluate", "score", "release"}
+    plain = nodes_of(recipe("qdiffusion-w4a8"))
+    assert {node.kind for node in plain if node.id not in ids} == {"evaluate", "score", "release"}
+
+
+def test_plan_chooses_step_bits_before_rounding():
+    nodes = nodes_of(recipe("ptqd-w4-mixed"))
+    effects, chosen = by_kind(nodes, "step_effects"), only(nodes, "step_bits")
+    assert [node.params["seeds"] for node in effects] == [
+        {"first": 3_000_000, "count": 8},
+        {"first": 3_000_008, "count": 8},
+    ]
+    assert chosen.inputs["effects"] == tuple(TaskRef(node.id, "effects") for node in effects)
+    assert chosen.params == {"method": "joint", "target_mean": 6.0, "threshold": None}
+    varied = {
+        name
+        for unit in specs(nodes).values()
+        for name, layer in unit["layers"].items()
+        if layer["activation"]["bits"] is None
+    }
+    # the first and the last layer say their own bits
+    everything = {name for unit in specs(nodes).values() for name in unit["layers"]}
+    assert everything - varied == {"conv_in", "conv_out"}
+    assert all(set(node.params["layers"]) == varied for node in effects)
+    assert {
+        unit["attentions"]["mid.attn"]["activation"]["bits"] for unit in specs(nodes).values() if unit["attentions"]
+    } == {8}
+    for node in by_kind(nodes, "round"):
+        open_bits = any(
+            layer["activation"]["bits"] is None for unit in node.params["units"] for layer in unit["layers"].values()
+        )
+        assert ("step_bits" in node.inputs) == open_bits
+    assert sum("step_bits" not in node.inputs for node in by_kind(nodes, "round")) == 1  # conv_out alone
+
+
+def test_ways_to_choose_step_bits_share_the_effects():
+    one = {node.id for node in nodes_of(recipe("ptqd-w4-mixed"))}
+    other = nodes_of(recipe("ptqd-w4-mixed", "activations.step_bits.method=snr", "weights.bits=8"))
+    assert all(node.id in one for node in by_kind(other, "step_effects"))
+    assert only(other, "step_bits").id not in one
+
+
+def test_exceptions_keep_the_bits_that_they_say():
+    exceptions = layers(
+        "[{match: up.*, activations: {bits: 6}}, {match: blocks.0.*, activations: {mode: static}}, "
+        "{match: blocks.1.*, activations: {bits: null}}]"
+    )
+    found = layer_specs("activations.step_bits={}", exceptions)
+    assert found["up.conv1"]["activation"]["bits"] == 6
+    assert found["blocks.0.conv1"]["activation"]["bits"] == 8
+    assert found["blocks.1.conv1"]["activation"] is None
+    assert found["blocks.2.conv1"]["activation"]["bits"] is None
 
 
 # --- scale and hygiene

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kernels.affine import fake_quantize_affine
 from quant_core.activation import ActivationQuantizer, dynamic_qparams
+from quant_core.errors import QuantizationError
 from quant_core.qspec import ActivationMode, ActivationSpec
 from quant_core.ranges import QParams
 from quant_core.steps import StepClock
@@ -101,3 +102,42 @@ def test_switched_off_it_does_nothing() -> None:
 def test_half_precision_in_and_out() -> None:
     quantizer = ActivationQuantizer(ActivationSpec(8, mode=ActivationMode.DYNAMIC_SAMPLE), StepClock(()))
     assert quantizer(random(2, 5).to(torch.bfloat16)).dtype is torch.bfloat16
+
+
+def mixed_bits(clock: StepClock) -> ActivationQuantizer:
+    quantizer = ActivationQuantizer(ActivationSpec(8, step_bits=(4, 8, 6)), clock)
+    quantizer.set_qparams(QParams(torch.tensor([0.3, 0.02, 0.08]), torch.tensor([8.0, 128.0, 32.0])))
+    return quantizer
+
+
+def test_bits_by_step_saturate_at_each_steps_greatest_code() -> None:
+    clock = StepClock((9, 5, 1))
+    quantizer, x = mixed_bits(clock), 10 * random(3, 50)
+    tables = zip((9, 5, 1), (4, 8, 6), quantizer.scale, quantizer.zero_point, strict=True)
+    for row, (timestep, bits, scale, zero_point) in enumerate(tables):
+        clock.set_timestep(timestep)
+        expected = fake_quantize_affine(x, scale, zero_point, 0, 2**bits - 1)
+        assert torch.equal(quantizer(x), expected)
+        clock.set_timestep(torch.tensor([9, 5, 1]))
+        assert torch.equal(quantizer(x)[row], expected[row])
+    # rows of one sample (heads, frames) are adjacent
+    assert torch.equal(quantizer(x.repeat_interleave(2, 0)), quantizer(x).repeat_interleave(2, 0))
+
+
+def test_bits_by_step_have_gradients_inside_their_own_range() -> None:
+    clock = StepClock((9, 5, 1))
+    quantizer = mixed_bits(clock)
+    clock.set_timestep(torch.tensor([9, 5]))
+    quantizer.soft_scale = quantizer.scale.clone().requires_grad_()
+    x = torch.tensor([[2.0, 2.4, -2.56], [2.0, 2.4, -2.56]], requires_grad=True)
+    out = quantizer(x)
+    assert torch.equal(out.detach(), quantizer(x.detach()).detach())
+    out.sum().backward()
+    assert x.grad is not None
+    # 15 - 8 = 7 steps of 0.3 up and 8 down; 127 steps of 0.02 up and 128 down
+    assert x.grad.tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_bits_by_step_must_be_those_of_the_trajectory() -> None:
+    with pytest.raises(QuantizationError, match="got bits of 3 steps, wanted the trajectory's 2"):
+        ActivationQuantizer(ActivationSpec(8, step_bits=(4, 8, 6)), StepClock((9, 5)))

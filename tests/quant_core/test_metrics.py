@@ -187,3 +187,20 @@ def test_difference_is_grey_where_equal() -> None:
     one = torch.zeros(1, 3, 2, 2)
     assert to_uint8(difference(one, one)).unique().tolist() == [128]
     assert math.isclose(float(difference(one, one + 0.1)[0, 0, 0, 0]), 0.2, rel_tol=1e-6)
+
+
+def test_cost_of_bits_that_differ_between_steps() -> None:
+    found = {
+        "layers": {"a": {"shape": [4, 2], "macs": 100}, "b": {"shape": [2, 4, 1, 1], "macs": 300}},
+        "attentions": {},
+    }
+    layers = {
+        "a": LayerSpec(WeightSpec(4), ActivationSpec(8, step_bits=(4, 8))),
+        "b": LayerSpec(WeightSpec(2), ActivationSpec(8)),
+    }
+    cost = model_cost(found, QuantizationPlan(layers, {}, (2.0, 1.0)))
+    assert cost.bops_per_step == (100 * 4 * 4 + 300 * 16, 100 * 4 * 8 + 300 * 16)
+    assert cost.bops == sum(cost.bops_per_step) / 2
+    assert cost.act_bits_mean == (100 * 6 + 300 * 8) / 400
+    even = model_cost(found, QuantizationPlan(layers | {"a": LayerSpec(WeightSpec(4), ActivationSpec(6))}, {}))
+    assert (even.bops, even.bops_per_step) == (cost.bops, ())

@@ -51,3 +51,22 @@ def test_which_modes_are_dynamic(mode: str, is_dynamic: bool) -> None:
     assert ActivationSpec(8, mode=mode).is_dynamic is is_dynamic  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="often"):
         ActivationSpec(8, mode="often")  # type: ignore[arg-type]
+
+
+def test_bits_of_each_step_survive_json_and_are_written_only_where_they_differ() -> None:
+    spec = ActivationSpec(8, step_bits=(4, 6, 8))
+    layer = LayerSpec(WeightSpec(4), spec)
+    assert LayerSpec.from_json(json.loads(json.dumps(layer.to_json()))) == layer
+    assert spec.bits_mean == 6
+    assert ActivationSpec(8).bits_mean == 8
+    assert "step_bits" not in LayerSpec(WeightSpec(4), ActivationSpec(8)).to_json()["activation"]
+    assert "step_bits" not in AttentionSpec(ActivationSpec(8)).to_json()["activation"]
+
+
+def test_bits_of_each_step_must_fit_the_rest() -> None:
+    with pytest.raises(QuantizationError, match="got 7 bits"):
+        ActivationSpec(8, step_bits=(7, 8))
+    with pytest.raises(QuantizationError, match="got a greatest of 6 with 8 bits per_step"):
+        ActivationSpec(8, step_bits=(4, 6))
+    with pytest.raises(QuantizationError, match="got a greatest of 8 with 8 bits static"):
+        ActivationSpec(8, mode=ActivationMode.STATIC, step_bits=(4, 8))

@@ -115,11 +115,12 @@ class StepBits(_Section):
         description="By the error of the final samples (joint counts that errors of steps add up, effect does not), by "
         "the signal-to-noise ratio of the prediction (PTQD), or simply in order.",
     )
-    target_mean: Annotated[float, Field(ge=2, le=8)] | None = Field(
-        default=6.0, description="Mean bits over the steps, at most; null with a threshold."
+    target_mean: Annotated[float, Field(ge=2, le=8)] = Field(
+        default=6.0, description="Mean bits over the steps, at most."
     )
     threshold: Positive | None = Field(
-        default=None, description="For snr: the least ratio of the prediction's SNR to the noise schedule's."
+        default=None,
+        description="For snr, in place of target_mean: least ratio of the prediction's SNR to the noise schedule's.",
     )
     seeds: Count = Field(default=16, description="Seeds that effects are measured on.")
     first_seed: Seed = 3_000_000
@@ -129,17 +130,16 @@ class StepBits(_Section):
     def _is_solvable(self) -> Self:
         if len(set(self.choices)) != len(self.choices) or self.choices != sorted(self.choices):
             raise ValueError(f"choices: got {self.choices}, wanted different bits in rising order")
-        if (self.target_mean is None) != (self.threshold is not None):
-            raise ValueError(f"threshold: got {self.threshold} with target_mean {self.target_mean}, wanted one of them")
         if self.threshold is not None and self.method != "snr":
             raise ValueError(f"threshold: got {self.threshold} with method {self.method}, wanted null")
-        if self.target_mean is not None and self.target_mean < self.choices[0]:
+        if self.target_mean < self.choices[0]:
             raise ValueError(f"target_mean: got {self.target_mean:g}, wanted at least {self.choices[0]}")
         return self
 
     def parameters(self) -> dict[str, Any]:
         """Return what decides the choice among measured effects."""
-        return self.model_dump(mode="json", include={"method", "target_mean", "threshold"})
+        limit = {"target_mean": self.target_mean} if self.threshold is None else {"threshold": self.threshold}
+        return {"method": self.method, **limit}
 
 
 class Activations(_Section):

@@ -52,9 +52,11 @@ def test_shipped_recipe_keeps_its_promise(name: str):
         ("@last", 8, 8, False),
     ]
     if name != "base":
-        bits = {"w4a8": (4, 8), "w8a8": (8, 8)}[name.rpartition("-")[2]]
+        bits = {"w4a8": (4, 8), "w8a8": (8, 8), "mixed": (4, 8)}[name.rpartition("-")[2]]
         assert (recipe.weights.bits, recipe.activations.bits) == bits
-    assert (recipe.passes.reconstruct is not None) == name.startswith("qdiffusion")
+    assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
+    assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd"))
+    assert (recipe.passes.correct is not None) == ("ptqd" in name)
     assert recipe.passes.round.method == "closed_form" or not name.startswith("fast")
     assert (recipe.sampler.scheduler, recipe.sampler.num_inference_steps) == ("DDIMScheduler", 20)
     assert (recipe.sampler.eta, recipe.evaluation.seeds) == (0.0, 256)
@@ -328,6 +330,27 @@ PROBLEMS = [
     (
         "evaluation.first_seed=1000031",
         "evaluation.first_seed: got seeds 1000031..1000286, wanted none of calibration's 1000000..1000031",
+    ),
+    (
+        "passes.correct={first_seed: 200}",
+        "evaluation.first_seed: got seeds 0..255, wanted none of passes.correct's 200..295",
+    ),
+    (
+        "activations.step_bits={first_seed: 250}",
+        "evaluation.first_seed: got seeds 0..255, wanted none of activations.step_bits's 250..265",
+    ),
+    (
+        "activations={mode: static, step_bits: {}}",
+        "activations.step_bits: got a mapping with bits 8, mode static, wanted bits and mode per_step",
+    ),
+    ("activations.step_bits.target_mean=3", "activations.step_bits.target_mean: got 3, wanted at least 4"),
+    (
+        "activations.step_bits={method: effect, threshold: 2.0}",
+        "activations.step_bits.threshold: got 2.0 with method effect, wanted null",
+    ),
+    (
+        "activations.step_bits.choices=[8, 4]",
+        "activations.step_bits.choices: got [8, 4], wanted different bits in rising order",
     ),
     (
         "evaluation.first_seed=999745",

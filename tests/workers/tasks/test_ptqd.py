@@ -151,7 +151,7 @@ def step_bits(
     params = {"choices": [4, 8], "layers": layers, "seed": 0}
     inputs = {"model": [digits], "calibration": calibration_digits}
     shards = [run_task("step_effects", seeds(first, 2) | params, inputs).outputs["effects"] for first in (300, 302)]
-    config = {"method": "joint", "target_mean": 5.4, "threshold": None}
+    config = {"method": "joint", "target_mean": 5.4}
     return run_task("step_bits", config, {"effects": shards})
 
 

@@ -204,9 +204,11 @@ class QuantmillCorrectedScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[
         if eta not in self._noise_scales:
             variances = self.correction.variance[self._entries].tolist()
             levels = noise_levels(self.wrapped, self._host_grid, eta) if any(variances) else None
-            self._noise_scales[eta] = levels and [
-                noise_scale(sigma, gain, variance) for (sigma, gain), variance in zip(levels, variances, strict=True)
-            ]
+            scales = None
+            if levels is not None:
+                pairs = zip(levels, variances, strict=True)
+                scales = [noise_scale(sigma, gain, variance) for (sigma, gain), variance in pairs]
+            self._noise_scales[eta] = scales
         return self._noise_scales[eta]
 
 

@@ -219,9 +219,7 @@ class Reconstruct(_Pass):
         default=100.0, description="Weight of the rounding regulariser, against a loss of 1 at the start."
     )
     warmup: Share = Field(default=0.0, description="Share of the iterations without the rounding regulariser.")
-    beta: tuple[Positive, Positive] = Field(
-        default=(4.0, 2.0), description="Sharpness of the regulariser: start, end."
-    )
+    beta: tuple[Positive, Positive] = Field(default=(4.0, 2.0), description="Sharpness of the regulariser: start, end.")
 
     @model_validator(mode="after")
     def _beta_falls(self) -> Self:
@@ -242,6 +240,14 @@ class Memory(_Section):
 
     budget_gib: Positive = Field(
         default=2.0, description="Activation cache of one task, GiB; what is more goes to disk."
+    )
+
+
+class Budget(_Section):
+    """What a release may cost at most; refused before anything runs if the recipe's bits do not fit."""
+
+    weight_bits_mean: Annotated[float, Field(gt=0, le=32)] | None = Field(
+        default=None, description="Mean bits of a weight of a Conv or Linear layer; null is no limit."
     )
 
 
@@ -285,6 +291,7 @@ class Recipe(_Section):
     layers: tuple[LayerException, ...] = ()
     passes: Passes = Passes()
     memory: Memory = Memory()
+    budget: Budget = Budget()
     evaluation: Evaluation = Evaluation()
     seed: Seed = 0
 

@@ -134,7 +134,7 @@ class _Planner:
         self.sampler = recipe.sampler.model_dump(mode="json")
         #: whether samples are packed tokens, (tokens, channels)
         self.is_tokens = len(info.sample_shape) == 2
-        self.budget = int(recipe.memory.budget_gib * GIB)
+        self.cache_bytes = int(recipe.memory.budget_gib * GIB)
 
     def nodes(self) -> Iterator[TaskNode]:
         """Make all tasks in dependency order, the release last."""
@@ -210,7 +210,7 @@ class _Planner:
     ) -> Iterator[tuple[TaskNode, dict[str, TaskRef]]]:
         config = self.recipe.passes.round
         common = self._common() | config.parameters()
-        for group in round_groups(self.plans, config, self.budget):
+        for group in round_groups(self.plans, config, self.cache_bytes):
             names = [each.unit.name for each in group]
             inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
             if step_bits and varied_layers(group):
@@ -346,7 +346,7 @@ class _Planner:
         """Return what both passes over the calibration set are told."""
         return {
             "seed": self.recipe.seed,
-            "cache_bytes": self.budget,
+            "cache_bytes": self.cache_bytes,
             "forward_batch_size": self.recipe.calibration.batch_size,
         }
 

@@ -175,3 +175,14 @@ def test_bad_inputs_are_refused(context: TaskContext, inputs: dict[str, list[str
     score = context.store.put_bytes(b"[1]")
     with pytest.raises(TaskError, match="got a JSON list, wanted an object of metrics"):
         release.run(PARAMS, inputs | {"score": [score]}, context)
+
+
+def test_provenance_has_the_versions_of_the_passes_that_were_run(inputs: dict[str, list[str]]) -> None:
+    def versions(**config: Any) -> set[str]:
+        recipe = PARAMS["recipe"] | {"config": PARAMS["recipe"]["config"] | config}
+        return set(release.provenance(PARAMS | {"recipe": recipe}, inputs)["task_versions"])
+
+    plain = versions()
+    assert versions(passes={"correct": None}, activations={"step_bits": None}) == plain
+    assert versions(passes={"correct": {"scale": True}}) - plain == {"noise", "correct"}
+    assert versions(activations={"step_bits": {"method": "joint"}}) - plain == {"step_effects", "step_bits"}

@@ -44,6 +44,10 @@ from diffusers import {{ class_name }}
 model = {{ class_name }}.from_pretrained("FOLDER")
 # or: verified against manifest.json
 model = quant_core.load_quantized("FOLDER")
+{% if corrected -%}
+# corrects the model's predictions before the sampler uses them
+scheduler = quant_core.QuantmillCorrectedScheduler.from_pretrained("FOLDER", subfolder="scheduler")
+{% endif -%}
 ```
 
 Sample with the scheduler in `scheduler/` and the settings below: activation ranges belong to the timesteps of that
@@ -75,7 +79,8 @@ class CardContent:
     """What a card says.
 
     `base_model` is the Hub's `owner/name`, or the registered name of a model that is not from there; `config` is the
-    denoiser's config.json; `license` is the base model's, None if not known.
+    denoiser's config.json; `license` is the base model's, None if not known; `corrected` says whether the scheduler is a
+    `QuantmillCorrectedScheduler`.
     """
 
     base_model: str
@@ -83,6 +88,7 @@ class CardContent:
     config: Mapping[str, Any]
     metrics: Mapping[str, Any]
     license: str | None = None
+    corrected: bool = False
 
 
 def render_card(content: CardContent) -> str:
@@ -116,6 +122,7 @@ def render_card(content: CardContent) -> str:
         base_model=content.base_model,
         recipe=content.recipe,
         label=label,
+        corrected=content.corrected,
         table=_table(metrics),
         protocol=[(name.replace("_", " "), _plain(value)) for name, value in protocol.items()],
     )

@@ -78,3 +78,13 @@ def test_a_figure_without_its_protocol_is_refused(missing: str) -> None:
 
 def test_the_protocol_is_what_is_not_a_figure() -> None:
     assert list(check_metrics(METRICS)) == ["fd_extractor", "first_seed", "n", "sampler"]
+
+
+def test_a_corrected_release_says_how_to_sample() -> None:
+    plain, corrected = render_card(CONTENT), render_card(replace(CONTENT, corrected=True))
+    added = [line for line in corrected.splitlines() if line not in plain.splitlines()]
+    assert added == [
+        "# corrects the model's predictions before the sampler uses them",
+        'scheduler = quant_core.QuantmillCorrectedScheduler.from_pretrained("FOLDER", subfolder="scheduler")',
+    ]
+    assert [line for line in corrected.splitlines() if line not in added] == plain.splitlines()

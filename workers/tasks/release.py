@@ -21,8 +21,9 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from quant_core.artifact import CONFIG_FILE, RECIPE_FILE
+from quant_core.artifact import CONFIG_FILE, RECIPE_FILE, SCHEDULER_FILE
 from quant_core.card import CardContent, check_metrics, render_card
+from quant_core.corrected_scheduler import is_corrected
 from workers.context import Inputs, Params, TaskContext, TaskOutput
 from workers.errors import TaskError
 from workers.kinds import KINDS
@@ -57,6 +58,7 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
             config=config,
             metrics=metrics,
             license=params["model"].get("license"),
+            corrected=_is_corrected(files, store),
         )
     )
     texts = {
@@ -86,6 +88,11 @@ def provenance(params: Params, inputs: Inputs) -> dict[str, Any]:
         "task_versions": {name: KINDS[name].version for name in _steps(recipe["config"])},
         "packages": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _is_corrected(files: Mapping[str, tuple[str, int]], store: Store) -> bool:
+    """Whether the packed scheduler corrects predictions."""
+    return SCHEDULER_FILE in files and is_corrected(json.loads(store.get_bytes(files[SCHEDULER_FILE][0])))
 
 
 def _steps(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -79,8 +79,8 @@ class CardContent:
     """What a card says.
 
     `base_model` is the Hub's `owner/name`, or the registered name of a model that is not from there; `config` is the
-    denoiser's config.json; `license` is the base model's, None if not known; `corrected` says whether the scheduler is a
-    `QuantmillCorrectedScheduler`.
+    denoiser's config.json; `license` is the base model's, None if not known; `corrected` says whether the scheduler is
+    a `QuantmillCorrectedScheduler`.
     """
 
     base_model: str

@@ -1,6 +1,7 @@
 """From a recipe and a model to the graph of tasks.
 
     model ── calibrate (seeds) ── round (units) ── reconstruct unit 1..B ── pack ── evaluate (seeds) ── score ── release
+         │                    └── temporal ─────────────┴────────────────────┘
          └── reference (seeds) ───────────────────────────────────────────────────────┘
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
@@ -14,11 +15,13 @@ kind        parameters                                         inputs           
 =========== ================================================== ========================================== ==============
 calibrate   sampler, seeds, batch_size, steps                  model                                      calibration
 reference   sampler, seeds, batch_size, sqnr_seeds             model                                      reference
+temporal    unit, layers, attentions, pass             model, calibration (all)                   state
 round       units: [unit], seed, cache_bytes,                  model, calibration (all)                   state:<unit>
             forward_batch_size, pass
 reconstruct unit, layers, attentions, seed, cache_bytes,       model, calibration (all), state, earlier   state
-            forward_batch_size, pass                           (units before it, if inputs are quantized)
-pack        sampler, units (names)                             model, states                              packed
+            forward_batch_size, pass                           (units before it, if inputs are quantized),
+                                                               temporal (if it concerns the unit)
+pack        sampler, units (names), unknown_timestep                               model, states                              packed
 evaluate    sampler, seeds, batch_size, sqnr_seeds             packed, reference                          evaluation
 score       sampler, seeds, sqnr_seeds, extractor, grid        packed, references, evaluations, model,    score, grid
                                                                extractor_weights (if the recipe has any)
@@ -43,6 +46,7 @@ from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.planning.costs import GIB, Cost, Costs, hessian_bytes
 from orchestrator.planning.formats import UnitPlan, plan_formats
 from orchestrator.planning.model import ModelInfo
+from orchestrator.planning.temporal import TEMPORAL_UNIT, holds, take_out
 from orchestrator.recipes.load import resolve
 from orchestrator.recipes.schema import Recipe, Round
 
@@ -122,6 +126,9 @@ class _Planner:
         self.recipe = recipe
         self.gpus = gpus
         self.plans = plan_formats(info, recipe)
+        self.temporal: UnitPlan | None = None
+        if recipe.passes.temporal is not None:
+            self.temporal, self.plans = take_out(info, self.plans, recipe.passes.temporal)
         self.costs = Costs(info, recipe)
         self.model = (model.digest,)
         self.sampler = recipe.sampler.model_dump(mode="json")
@@ -134,6 +141,9 @@ class _Planner:
             calibration.append(TaskRef(node.id, "calibration"))
             yield node
         states: dict[str, TaskRef] = {}
+        for node in self._temporal(calibration):
+            states[TEMPORAL_UNIT] = TaskRef(node.id, "state")
+            yield node
         for node, produced in self._round(calibration):
             states |= produced
             yield node
@@ -164,6 +174,18 @@ class _Planner:
                 self.costs.sample(shard.count, batch, recorded=shard.count),
                 shard.label,
             )
+
+    def _temporal(self, calibration: Sequence[TaskRef]) -> Iterator[TaskNode]:
+        config = self.recipe.passes.temporal
+        if config is None or self.temporal is None:
+            return
+        yield self._node(
+            "temporal",
+            {**self.temporal.parameters(), **config.parameters()},
+            {"model": self.model, "calibration": calibration},
+            self.costs.temporal(self.temporal, config),
+            f"{len(self.temporal.layers)} layers",
+        )
 
     def _round(self, calibration: Sequence[TaskRef]) -> Iterator[tuple[TaskNode, dict[str, TaskRef]]]:
         config = self.recipe.passes.round
@@ -196,6 +218,8 @@ class _Planner:
             }
             if config.inputs == "quantized":
                 inputs["earlier"] = tuple(earlier)
+            if self.temporal is not None and (config.inputs == "quantized" or holds(each, self.temporal)):
+                inputs["temporal"] = [rounded[TEMPORAL_UNIT]]
             node = self._node(
                 "reconstruct", each.parameters() | common, inputs, self.costs.reconstruct(each, config), name
             )
@@ -203,10 +227,11 @@ class _Planner:
             yield node, name
 
     def _pack(self, states: Mapping[str, TaskRef]) -> TaskNode:
-        units = [each.unit.name for each in self.plans]
+        units = [*([TEMPORAL_UNIT] if self.temporal is not None else []), *(each.unit.name for each in self.plans)]
+        policy = self.recipe.activations.unknown_timestep
         return self._node(
             "pack",
-            {"sampler": self.sampler, "units": units},
+            {"sampler": self.sampler, "units": units, **({} if policy == "error" else {"unknown_timestep": policy})},
             {"model": self.model, "states": [states[name] for name in units]},
             self.costs.pack(),
             f"{len(units)} units",

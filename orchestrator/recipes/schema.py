@@ -114,6 +114,10 @@ class Activations(_Section):
     mode: ActivationMode = "per_step"
     range: RangeMethod = "minmax"
     percentile: Percentile = Field(default=0.9999, description="Share of values inside the range; only for percentile.")
+    unknown_timestep: Literal["error", "nearest"] = Field(
+        default="error",
+        description="What the model does at a timestep that it was not calibrated for: nearest takes the nearest step's.",
+    )
 
     @property
     def is_dynamic(self) -> bool:
@@ -193,6 +197,39 @@ class Round(_Pass):
     )
 
 
+class Temporal(_Pass):
+    """Quantize the temporal information block as a unit of its own, over all timesteps of the sampler (TFMQ-DM)."""
+
+    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
+        ("method", "reconstruct"): frozenset({"iterations", "lr", "trust", "rounding_weight", "warmup", "beta"}),
+        ("cache", True): frozenset({"cache_ratio"}),
+    }
+
+    method: Literal["nearest", "closed_form", "reconstruct"] = Field(
+        default="reconstruct", description="Rounding of its weights; reconstruct learns it for the features alone."
+    )
+    finite_set: bool = Field(
+        default=True, description="Its activations have a range per trajectory step, whatever activations.mode is."
+    )
+    cache: bool = Field(default=False, description="Look features up in tables instead of computing them.")
+    cache_ratio: Positive = Field(
+        default=2.0, description="Bytes that tables may take, per byte of the layers that they replace."
+    )
+    damping: Annotated[float, Field(ge=0)] = Field(
+        default=0.001, description="Share of the mean diagonal added to the Hessian."
+    )
+    iterations: Count = 300
+    lr: Positive = 1e-2
+    trust: Share = 0.5
+    rounding_weight: Annotated[float, Field(ge=0)] = 100.0
+    warmup: Share = 0.0
+    beta: tuple[Positive, Positive] = (4.0, 2.0)
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fields that decide the result; `finite_set` is in the layers' formats."""
+        return {name: value for name, value in super().parameters().items() if name != "finite_set"}
+
+
 class Reconstruct(_Pass):
     """Learn the rounding of each unit so that its output stays what it was (AdaRound)."""
 
@@ -219,9 +256,7 @@ class Reconstruct(_Pass):
         default=100.0, description="Weight of the rounding regulariser, against a loss of 1 at the start."
     )
     warmup: Share = Field(default=0.0, description="Share of the iterations without the rounding regulariser.")
-    beta: tuple[Positive, Positive] = Field(
-        default=(4.0, 2.0), description="Sharpness of the regulariser: start, end."
-    )
+    beta: tuple[Positive, Positive] = Field(default=(4.0, 2.0), description="Sharpness of the regulariser: start, end.")
 
     @model_validator(mode="after")
     def _beta_falls(self) -> Self:
@@ -233,6 +268,7 @@ class Reconstruct(_Pass):
 class Passes(_Section):
     """The steps of the method, in the planner's order."""
 
+    temporal: Temporal | None = None
     round: Round = Round()
     reconstruct: Reconstruct | None = None
 
@@ -291,6 +327,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         self._check_seeds()
+        self._check_finite_set()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
             raise ValueError(f"calibration.steps: got {recorded}, wanted at most the sampler's {steps}")
@@ -303,6 +340,14 @@ class Recipe(_Section):
                 f"calibration.steps: got {recorded} with activations per_step, wanted null (each of the {steps} steps)"
             )
         return self
+
+    def _check_finite_set(self) -> None:
+        """Refuse a temporal pass over some of the sampler's steps."""
+        recorded = self.calibration.steps
+        if self.passes.temporal is not None and recorded not in (None, self.sampler.num_inference_steps):
+            raise ValueError(
+                f"calibration.steps: got {recorded} with passes.temporal, wanted null (each of the sampler's steps)"
+            )
 
     def _check_seeds(self) -> None:
         """Refuse an evaluation on what the model was fitted to."""

@@ -19,7 +19,8 @@ class Cost:
     Attributes
     ----------
     weight_bits_mean : float
-        Over the weights of all Conv and Linear layers.
+        Over the weights of all Conv and Linear layers; a layer whose outputs are looked up counts the bits of its table
+        and, like one that nothing needs, no multiplications.
     act_bits_mean : float
         Over the multiplications of all Conv and Linear layers.
     bops, bops_fp32 : int
@@ -40,8 +41,12 @@ def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
     inspection : mapping
         From `quant_core.inspection.inspect_model`.
     """
-    weights = weight_bits = macs = act_bits = bops = 0
+    weights = weight_bits = macs = act_bits = bops = saved = 0
     for name, layer in inspection["layers"].items():
+        if name in plan.features or name in plan.unserved:
+            weights, weight_bits = weights + prod(layer["shape"]), weight_bits + _table_bits(name, layer, plan)
+            saved += layer["macs"]
+            continue
         spec = plan.layers.get(name)
         bits_w = FLOAT_BITS if spec is None else spec.weight.bits
         bits_a = FLOAT_BITS if spec is None or spec.activation is None else spec.activation.bits
@@ -51,7 +56,13 @@ def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
         bops += layer["macs"] * bits_w * bits_a
     attention_macs = sum(attention["macs"] for attention in inspection["attentions"].values())
     bops += sum(_attention_bops(item["macs"], plan, name) for name, item in inspection["attentions"].items())
-    return Cost(weight_bits / weights, act_bits / macs, bops, (macs + attention_macs) * FLOAT_BITS**2)
+    return Cost(weight_bits / weights, act_bits / macs, bops, (macs + saved + attention_macs) * FLOAT_BITS**2)
+
+
+def _table_bits(name: str, layer: Mapping[str, Any], plan: QuantizationPlan) -> int:
+    """Return the bits of the table that stands for a layer; 0 for a layer that nothing needs."""
+    spec = plan.features.get(name)
+    return 0 if spec is None else len(plan.timesteps) * spec.labels * layer["shape"][0] * spec.bits
 
 
 def _attention_bops(macs: int, plan: QuantizationPlan, name: str) -> int:

@@ -33,6 +33,7 @@ METRICS_FILE = "metrics.json"
 PROVENANCE_FILE = "provenance.json"
 CARD_FILE = "README.md"
 # Kinds that a release depends on; the version of any other must not change its bytes.
+_OPTIONAL_STEPS = ("temporal",)  # only of a recipe that has such a pass
 _STEPS = ("calibrate", "round", "reconstruct", "pack", "reference", "evaluate", "score", "release")
 _PACKAGES = ("diffusers", "numpy", "quantmill", "safetensors", "torch")
 
@@ -76,13 +77,15 @@ def provenance(params: Params, inputs: Inputs) -> dict[str, Any]:
     """Return what a release was made from and by: models, data, seeds, versions."""
     model, recipe = params["model"], params["recipe"]
     sections = {name: recipe["config"].get(name, {}) for name in ("calibration", "evaluation")}
+    passes = recipe["config"].get("passes", {})
+    steps = (*_STEPS, *(name for name in _OPTIONAL_STEPS if passes.get(name)))
     seeds = {name: {key: section.get(key) for key in ("first_seed", "seeds")} for name, section in sections.items()}
     return {
         "model": {key: model.get(key) for key in ("name", "class_name", "source")},
         "recipe": {"name": recipe["name"], "digest": recipe["digest"]},
         "seeds": seeds | {"recipe": recipe["config"].get("seed")},
         "inputs": {name: list(digests) for name, digests in inputs.items()},
-        "task_versions": {name: KINDS[name].version for name in _STEPS},
+        "task_versions": {name: KINDS[name].version for name in steps},
         "packages": {name: _version(name) for name in _PACKAGES},
     }
 

@@ -15,13 +15,13 @@ kind        parameters                                         inputs           
 =========== ================================================== ========================================== ==============
 calibrate   sampler, seeds, batch_size, steps                  model                                      calibration
 reference   sampler, seeds, batch_size, sqnr_seeds             model                                      reference
-temporal    unit, layers, attentions, pass             model, calibration (all)                   state
+temporal    unit, layers, attentions, pass                     model, calibration (all)                   state
 round       units: [unit], seed, cache_bytes,                  model, calibration (all)                   state:<unit>
             forward_batch_size, pass
 reconstruct unit, layers, attentions, seed, cache_bytes,       model, calibration (all), state, earlier   state
             forward_batch_size, pass                           (units before it, if inputs are quantized),
                                                                temporal (if it concerns the unit)
-pack        sampler, units (names), unknown_timestep                               model, states                              packed
+pack        sampler, units (names), unknown_timestep           model, states                              packed
 evaluate    sampler, seeds, batch_size, sqnr_seeds             packed, reference                          evaluation
 score       sampler, seeds, sqnr_seeds, extractor, grid        packed, references, evaluations, model,    score, grid
                                                                extractor_weights (if the recipe has any)

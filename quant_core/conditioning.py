@@ -169,7 +169,7 @@ def null_conditioning(
 
 
 def label_count(model: nn.Module) -> int | None:
-    """Return how many values a denoiser's class label can have, the one for "no class" included; None if it has none."""
+    """Return how many values a denoiser's class label can have, "no class" included; None if it takes none."""
     field = conditioning_fields(model).get("class_labels")
     if field is None or field.classes is None:
         return None

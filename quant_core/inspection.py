@@ -54,8 +54,8 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         JSON. Per unit in execution order: its layers, attentions, giga-MACs (attention matmuls included), weights,
         float32 bytes of its inputs and outputs per sample, bytes of its layers' Hessians (float32, per convolution
         group), and `depth`, the share of the forward's MACs done when it has first finished. Per layer: type, weight
-        shape, MACs, split of its input. Per attention: MACs of its two matmuls. All at batch 1. Per layer of the temporal
-        information block: see `quant_core.temporal.TemporalLayer`.
+        shape, MACs, split of its input. Per attention: MACs of its two matmuls. All at batch 1. `temporal`: the layers
+        of the temporal information block, see `quant_core.temporal.TemporalLayer`.
     """
     model = denoiser.model
     trace = trace_model(denoiser)

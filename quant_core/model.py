@@ -38,7 +38,7 @@ class QuantizedParts:
 
 
 def build_quantized(model: nn.Module, plan: QuantizationPlan) -> QuantizedParts:
-    """Replace the layers and wrap the attentions that `plan` names; codes, ranges and tables are still to be set or loaded.
+    """Replace the layers and wrap the attentions that `plan` names; codes, ranges and tables are still to be set.
 
     Works on a model on the meta device, whose buffers a state dict then fills.
     """

@@ -13,8 +13,8 @@ modulation. No model class is named.
 What depends on the sample is followed as shapes without values (torch's meta device), so that the watch costs next to
 nothing, whatever the model's and the batch's size; a model that cannot run so is run for real.
 
-The same watch records the *program* of the block: the operations (activations, sums, slices) from its layers' outputs to
-its layers' inputs, so that the block runs alone, with other layers in the place of its own.
+The same watch records the *program* of the block: the operations (activations, sums, slices) from its layers' outputs
+to its layers' inputs, so that the block runs alone, with other layers in the place of its own.
 """
 
 from __future__ import annotations
@@ -191,11 +191,11 @@ class _Recorder:
         origins: frozenset[str] = self.origins.get(x, frozenset())
         is_vector = x.dim() >= 2 and x.shape[0] == self.batch and x.numel() == self.batch * x.shape[-1]
         is_temporal = TIME in origins and SAMPLE not in origins and is_vector
-        first = self.inputs.setdefault(name, x) if is_temporal else None
-        if name in self.found or (is_temporal and name in self.seen):
-            if first is None or name not in self.found or not torch.equal(first, x):
-                self.differing.add(name)
+        is_same = is_temporal and name in self.found and torch.equal(self.inputs[name], x)
+        if name in self.seen and not is_same and (is_temporal or name in self.found):
+            self.differing.add(name)
         if is_temporal and name not in self.skipped:
+            self.inputs.setdefault(name, x)
             self.found.setdefault(name, (origins, self.sources.get(x, frozenset())))
             self.calls.append(_Call(name, x, (output,)))
             self.sources[output] = frozenset({name})
@@ -226,7 +226,7 @@ class _Recorder:
 
 
 class _Follow(TorchFunctionMode):
-    """Shows every function of torch to the recorder; with `shapes_only`, values that depend on the sample are left out."""
+    """Shows every function of torch to the recorder; with `shapes_only`, without values that depend on the sample."""
 
     def __init__(self, recorder: _Recorder, device: torch.device, *, shapes_only: bool) -> None:
         super().__init__()

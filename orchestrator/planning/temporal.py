@@ -25,13 +25,13 @@ def take_out(model: ModelInfo, plans: Sequence[UnitPlan], config: Temporal) -> t
     """
     if model.temporal is None:
         raise RecipeError(
-            "passes.temporal: got a model that an earlier Quantmill inspected, wanted it added to a new home"
+            "passes.temporal: got a model that an earlier Quantmill inspected, wanted it added again (models add)"
         )
     found = {name: data for plan in plans for name, data in plan.layers.items() if name in model.temporal}
     if not found:
         raise RecipeError(
-            f"passes.temporal: got {'no layer' if not model.temporal else 'only kept layers'} that computes features of "
-            "the timestep, wanted at least one to quantize"
+            f"passes.temporal: got {'only kept layers' if model.temporal else 'no layer'} that compute "
+            "features of the timestep, wanted at least one to quantize"
         )
     layers = [layer for layer in model.layers if layer.name in found]
     unit = UnitInfo(

@@ -116,7 +116,7 @@ class Activations(_Section):
     percentile: Percentile = Field(default=0.9999, description="Share of values inside the range; only for percentile.")
     unknown_timestep: Literal["error", "nearest"] = Field(
         default="error",
-        description="What the model does at a timestep that it was not calibrated for: nearest takes the nearest step's.",
+        description="At a timestep that was not calibrated for; nearest takes the nearest step, with a warning.",
     )
 
     @property

@@ -220,7 +220,7 @@ class Temporal(_Pass):
     )
     iterations: Count = 300
     lr: Positive = 1e-2
-    trust: Share = 0.5
+    trust: Share = Field(default=0.9, description="As in reconstruct; a closed form over the whole finite set is close.")
     rounding_weight: Annotated[float, Field(ge=0)] = 100.0
     warmup: Share = 0.0
     beta: tuple[Positive, Positive] = (4.0, 2.0)

@@ -66,7 +66,7 @@ class TemporalConfig:
     damping: float = 0.001
     iterations: int = 300
     lr: float = 1e-2
-    trust: float = 0.5
+    trust: float = 0.9
     rounding_weight: float = 100.0
     warmup: float = 0.0
     beta: tuple[float, float] = (4.0, 2.0)
@@ -219,7 +219,8 @@ def reconstruct(
     """Learn the rounding of all layers of the block for the error of its features alone (Eq. 7), in full batches."""
     targets = {name: finite.outputs[name] for name in finite.features()}
     before = {name: {k: v.clone() for k, v in layer.state_dict().items()} for name, layer in parts.layers.items()}
-    start = _feature_loss(finite.run(model, parts), targets).item()
+    with torch.no_grad():
+        start = _feature_loss(finite.run(model, parts), targets).item()
     roundings = [SoftRounding(parts.layers[name], weights[name], trust=config.trust) for name in weights]
     count = sum(rounding.alpha.numel() for rounding in roundings)
     optimizer = torch.optim.Adam([rounding.alpha for rounding in roundings], lr=config.lr)

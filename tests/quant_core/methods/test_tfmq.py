@@ -20,7 +20,7 @@ from quant_core.dequantize import dequantized_state
 from quant_core.errors import ArtifactError, ConditioningError, UnknownTimestepError
 from quant_core.finite_set import enumerate_set, feature_error
 from quant_core.inspection import inspect_model
-from quant_core.methods.tfmq import TemporalConfig, TemporalReport, fit
+from quant_core.methods.tfmq import TemporalConfig, TemporalReport, TemporalRounding, fit
 from quant_core.metrics.cost import model_cost
 from quant_core.model import build_quantized
 from quant_core.qspec import ActivationMode, ActivationSpec, FeatureSpec, UnknownTimestep
@@ -31,7 +31,7 @@ from quant_core.unit_state import UnitFormats, UnitState, load_states, merge_pla
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
 PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]
 
-QUICK = TemporalConfig(iterations=40, lr=0.05, rounding_weight=10.0)
+QUICK = TemporalConfig(rounding=TemporalRounding.CLOSED_FORM)
 
 
 def split(
@@ -92,8 +92,8 @@ def test_the_finite_set_is_every_step_with_every_label(calibrated: Calibrated) -
 @pytest.mark.parametrize("family", ["digits", "sd3"])
 def test_reconstruction_brings_features_nearer(family: str, calibrated: Calibrated, plan_units: PlanUnits) -> None:
     nearest = fitted(family, calibrated, plan_units, replace(QUICK, rounding="nearest"))[1]
-    closed = fitted(family, calibrated, plan_units, replace(QUICK, rounding="closed_form"))[1]
-    learned = fitted(family, calibrated, plan_units, replace(QUICK, iterations=150))[1]
+    closed = fitted(family, calibrated, plan_units)[1]
+    learned = fitted(family, calibrated, plan_units, TemporalConfig(iterations=100))[1]
 
     def noise(report: TemporalReport) -> float:
         return sum(10 ** (-feature["sqnr_db"] / 10) for feature in report.features.values())
@@ -105,9 +105,9 @@ def test_reconstruction_brings_features_nearer(family: str, calibrated: Calibrat
 
 
 def test_a_reconstruction_that_gains_nothing_is_not_taken(calibrated: Calibrated, plan_units: PlanUnits) -> None:
-    closed = fitted("unet", calibrated, plan_units, replace(QUICK, rounding="closed_form"))[0]
+    closed = fitted("unet", calibrated, plan_units)[0]
     # Its only iteration moves every weight to the other code.
-    wild = fitted("unet", calibrated, plan_units, replace(QUICK, iterations=1, lr=1e3))[0]
+    wild = fitted("unet", calibrated, plan_units, TemporalConfig(iterations=1, lr=1e3))[0]
     assert closed.to_bytes() == wild.to_bytes()
 
 
@@ -144,7 +144,7 @@ def test_tables_stand_for_the_whole_block_where_labels_can_be_listed(
 
 def test_the_size_rule_decides_the_format(calibrated: Calibrated, plan_units: PlanUnits) -> None:
     def bits(ratio: float) -> tuple[set[int], float]:
-        config = replace(QUICK, rounding="closed_form", cache=True, cache_ratio=ratio)
+        config = replace(QUICK, cache=True, cache_ratio=ratio)
         state, report, _ = fitted("digits", calibrated, plan_units, config)
         return {spec.bits for spec in state.formats.features.values()}, report.table_bytes / report.replaced_bytes
 
@@ -153,7 +153,7 @@ def test_the_size_rule_decides_the_format(calibrated: Calibrated, plan_units: Pl
     narrow, least = bits(0.99 * most)
     assert narrow == {8}
     # Below that, what depends on the timestep alone is still tabled: the time MLP's output, for each step.
-    config = replace(QUICK, rounding="closed_form", cache=True, cache_ratio=0.99 * least)
+    config = replace(QUICK, cache=True, cache_ratio=0.99 * least)
     state, report, _ = fitted("digits", calibrated, plan_units, config)
     assert state.formats.features == {"time_embedding.linear_2": FeatureSpec(16)}
     assert state.formats.unserved == ("time_embedding.linear_1",)
@@ -180,7 +180,7 @@ def test_a_feature_comes_from_its_layer_where_that_is_nearer(calibrated: Calibra
     # no table of this block is farther than 2-bit weights.
     coarse = fitted("digits", calibrated, plan_units, replace(QUICK, cache=True), bits=2)[1]
     assert all(feature["served"].startswith("table") for feature in coarse.features.values())
-    config = replace(QUICK, rounding="closed_form", cache=True, cache_ratio=0.7)
+    config = replace(QUICK, cache=True, cache_ratio=0.7)
     state, report, _ = fitted("digits", calibrated, plan_units, config, bits=8, activation=None)
     for name, feature in report.features.items():
         assert (name in state.formats.layers) == (feature["served"] == "layer")
@@ -198,7 +198,7 @@ def test_loaded_equals_simulated_and_mixed_steps_equal_each_alone(
     family: str, calibrated: Calibrated, plan_units: PlanUnits, tmp_path: Path
 ) -> None:
     with torch.enable_grad():
-        config = replace(QUICK, iterations=5, cache=True, cache_ratio=50.0)
+        config = TemporalConfig(iterations=2, cache=True, cache_ratio=50.0)
         temporal, _, rest = fitted(family, calibrated, plan_units, config)
     denoiser, calibration = calibrated(family, 2)
     states = [temporal, *(each.state for each in round_units(denoiser.model, calibration, rest, RoundingConfig()))]
@@ -224,7 +224,7 @@ def test_loaded_equals_simulated_and_mixed_steps_equal_each_alone(
 
 @torch.no_grad()
 def test_the_block_costs_a_look_up(calibrated: Calibrated, plan_units: PlanUnits) -> None:
-    state = fitted("digits", calibrated, plan_units, replace(QUICK, rounding="closed_form", cache=True))[0]
+    state = fitted("digits", calibrated, plan_units, replace(QUICK, cache=True))[0]
     model = built("digits", calibrated, [state])
     denoiser, calibration = calibrated("digits", 2)
     finite = enumerate_set(denoiser.model, calibration)

@@ -43,13 +43,14 @@ BLOCK = "@temporal"
 class Records:
     """What a finished job of a home left: digests of its tasks' outputs."""
 
-    def __init__(self, home: Path, recipe: str) -> None:
+    def __init__(self, home: Path, recipe: str, model: str) -> None:
         self.home, self.database = home, sqlite3.connect(home / "quantmill.db")
-        (self.job,) = self.database.execute(
-            "select job_id from job_tasks j join tasks t on t.id = j.task_id "
-            "where t.kind = 'release' and t.label = ? order by t.seq desc limit 1",
+        releases = self.database.execute(
+            "select j.job_id, t.params from job_tasks j join tasks t on t.id = j.task_id "
+            "where t.kind = 'release' and t.label = ? and t.state = 'succeeded' order by t.seq",
             (recipe,),
-        ).fetchone()
+        ).fetchall()
+        self.job = next(job for job, params in releases if json.loads(params)["model"]["name"] == model)
 
     def of(self, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
         """Yield parameters and outputs of the job's tasks of a kind."""
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument("--model", default="examples/models/emoji32")
     parser.add_argument("--seeds", type=int, default=64)
     arguments = parser.parse_args()
-    records = Records(arguments.home, arguments.recipe)
+    records = Records(arguments.home, arguments.recipe, Path(arguments.model).name)
     calibration = CalibrationSet([records.path(o["calibration"]) for _, o in records.of("calibrate")])
     finite = enumerate_set(load_denoiser(arguments.model).model, calibration)
     before, rest = take_out(records.states(), set(finite.layers))

@@ -219,8 +219,8 @@ class Temporal(_Pass):
         default=0.001, description="Share of the mean diagonal added to the Hessian."
     )
     iterations: Count = 300
-    lr: Positive = 1e-2
-    trust: Share = Field(default=0.9, description="As in reconstruct; a closed form over the whole finite set is close.")
+    lr: Positive = 2e-2
+    trust: Share = Field(default=0.9, description="As in reconstruct; closed form over the whole finite set is close.")
     rounding_weight: Annotated[float, Field(ge=0)] = 100.0
     warmup: Share = 0.0
     beta: tuple[Positive, Positive] = (4.0, 2.0)

@@ -65,7 +65,7 @@ class TemporalConfig:
     rounding: TemporalRounding = TemporalRounding.RECONSTRUCT
     damping: float = 0.001
     iterations: int = 300
-    lr: float = 1e-2
+    lr: float = 2e-2
     trust: float = 0.9
     rounding_weight: float = 100.0
     warmup: float = 0.0

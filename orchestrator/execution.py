@@ -41,5 +41,5 @@ def serve(service: Service, stop: threading.Event, *, drain: bool) -> None:
 def make_scheduler(service: Service) -> Scheduler:
     """Return a scheduler on the service's database, store and Ray."""
     settings = service.settings
-    config = SchedulerConfig(store_url=settings.store_url, cache_dir=settings.cache_dir)
+    config = SchedulerConfig(settings.store_url, settings.cache_dir, settings.cache_bytes)
     return Scheduler(service.database, partial(RayExecutor.start, settings.ray_address), config)

@@ -48,6 +48,7 @@ def run_task(
             inputs={name: list(digests) for name, digests in inputs.items()},
             store_url=store_url or settings.store_url,
             cache_dir=str(settings.cache_dir),
+            cache_bytes=settings.cache_bytes,
             device=device,
             threads=threads,
         )

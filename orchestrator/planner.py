@@ -132,7 +132,7 @@ class _Planner:
         self.costs = Costs(info, recipe)
         self.model = (model.digest,)
         self.sampler = recipe.sampler.model_dump(mode="json")
-        self.budget = int(recipe.memory.budget_gib * GIB)
+        self.cache_bytes = int(recipe.memory.budget_gib * GIB)
 
     def nodes(self) -> Iterator[TaskNode]:
         """Make all tasks in dependency order, the release last."""
@@ -190,7 +190,7 @@ class _Planner:
     def _round(self, calibration: Sequence[TaskRef]) -> Iterator[tuple[TaskNode, dict[str, TaskRef]]]:
         config = self.recipe.passes.round
         common = self._common() | config.parameters()
-        for group in round_groups(self.plans, config, self.budget):
+        for group in round_groups(self.plans, config, self.cache_bytes):
             names = [each.unit.name for each in group]
             node = self._node(
                 "round",
@@ -298,7 +298,7 @@ class _Planner:
         """Return what both passes over the calibration set are told."""
         return {
             "seed": self.recipe.seed,
-            "cache_bytes": self.budget,
+            "cache_bytes": self.cache_bytes,
             "forward_batch_size": self.recipe.calibration.batch_size,
         }
 

@@ -40,6 +40,7 @@ from orchestrator.states import ACTIVE_JOBS
 from workers.errors import ExecutorError, Fault
 from workers.execute import TaskCall
 from workers.executor import Executor, Finished
+from workers.store import CACHE_LIMIT_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +58,15 @@ _FIRST_RETRY_SECONDS = 0.2
 class SchedulerConfig:
     """How a scheduler works.
 
-    `store_url` and `cache_dir` are passed to every task. A lease lasts `lease_seconds`, so that is how long the tasks
-    of an orchestrator that was killed wait for the next one. `in_flight` is how many times the cluster's capacity may
-    be claimed, so that Ray always has a next task. An idle scheduler asks the database every `poll_seconds`. A database
-    or cluster that does not answer is tried again for `patience_seconds`.
+    `store_url`, `cache_dir` and `cache_bytes` are passed to every task. A lease lasts `lease_seconds`, so that is how
+    long the tasks of an orchestrator that was killed wait for the next one. `in_flight` is how many times the cluster's
+    capacity may be claimed, so that Ray always has a next task. An idle scheduler asks the database every
+    `poll_seconds`. A database or cluster that does not answer is tried again for `patience_seconds`.
     """
 
     store_url: str
     cache_dir: Path
+    cache_bytes: int = CACHE_LIMIT_BYTES
     lease_seconds: float = 30.0
     in_flight: float = 2.0
     poll_seconds: float = 1.0
@@ -260,6 +262,7 @@ class Scheduler:
             inputs=task.inputs,
             store_url=self._config.store_url,
             cache_dir=str(self._config.cache_dir),
+            cache_bytes=self._config.cache_bytes,
             device="cuda" if resources.gpus > 0 else "cpu",
             threads=max(1, int(resources.cpus)),
             cpus=resources.cpus,

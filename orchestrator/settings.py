@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-CACHE_BYTES = 20 * 2**30
+from kernels.errors import InvalidInputError
+
+CACHE_GIB = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +17,7 @@ class Settings:
     """What every command works with.
 
     `database_url` and `store_url` lie in the home folder unless they were given; `ray_address` is None where a local
-    Ray is to be started.
+    Ray is to be started. `cache_bytes` limits each node's copies of what lies in a remote store.
     """
 
     home: Path
@@ -23,6 +26,7 @@ class Settings:
     ray_address: str | None
     embedded_database: bool
     embedded_store: bool
+    cache_bytes: int
 
     @property
     def cache_dir(self) -> Path:
@@ -48,9 +52,15 @@ def resolve_settings(
     Parameters
     ----------
     environ
-        Read for `QUANTMILL_HOME`, `QUANTMILL_DB`, `QUANTMILL_STORE` and `RAY_ADDRESS`; an empty value counts as absent.
+        Read for `QUANTMILL_HOME`, `QUANTMILL_DB`, `QUANTMILL_STORE`, `QUANTMILL_CACHE_GIB` and `RAY_ADDRESS`; an empty
+        value counts as absent.
     home, database_url, store_url, ray_address
         What the command line gave; these win.
+
+    Raises
+    ------
+    InvalidInputError
+        If the size of the cache is no size.
     """
     folder = Path(home or environ.get("QUANTMILL_HOME") or "~/.quantmill").expanduser().absolute()
     given_database = database_url or environ.get("QUANTMILL_DB")
@@ -64,4 +74,16 @@ def resolve_settings(
         ray_address=ray_address or environ.get("RAY_ADDRESS") or None,
         embedded_database=not given_database,
         embedded_store=not given_store,
+        cache_bytes=_cache_bytes(environ.get("QUANTMILL_CACHE_GIB") or str(CACHE_GIB)),
     )
+
+
+def _cache_bytes(gib: str) -> int:
+    """Read a size in GiB."""
+    try:
+        size = float(gib)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise InvalidInputError(f"QUANTMILL_CACHE_GIB: got {gib!r}, wanted a number above 0")
+    return int(size * 2**30)

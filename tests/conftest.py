@@ -1,10 +1,15 @@
-"""Fixtures that several packages share: databases of both kinds, real ones."""
+"""Fixtures that several packages share: databases of both kinds and an S3 server, real ones."""
 
 from __future__ import annotations
 
 import itertools
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +20,7 @@ import pytest
 from orchestrator.db.session import Database, open_database, upgrade
 
 _numbers = itertools.count()
+KEY, SECRET = "testkey", "testsecret"
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +95,56 @@ def database(database_url: str) -> Iterator[Database]:
     opened = open_database(database_url)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def empty_postgres_url(postgres_url: str) -> Iterator[str]:
+    """The URL of a Postgres database without a schema, for this test alone."""
+    yield from _postgres_database(postgres_url, "template1")
+
+
+def rclone() -> str:
+    """Return the path of the server's program, which its wheel puts beside Python."""
+    return shutil.which("rclone", path=str(Path(sys.executable).parent)) or pytest.fail("rclone is not installed")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """An S3 server with a bucket called `blobs`: its endpoint, and the folder of its buckets."""
+    folder = tmp_path_factory.mktemp("s3")
+    (folder / "blobs").mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [rclone(), "serve", "s3", "--config", "", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"]
+    server = subprocess.Popen([*command, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(200):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}", folder
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def s3_environment(s3_server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Set the usual AWS variables for the server; return its endpoint."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server[0])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    return s3_server[0]
+
+
+@pytest.fixture
+def s3_url(s3_environment: str) -> str:
+    """The URL of an empty store in the server."""
+    return f"s3://blobs/{uuid.uuid4().hex[:12]}/store"
 
 
 def _postgres_database(url: str, template: str) -> Iterator[str]:

@@ -17,14 +17,16 @@ from workers.context import Inputs, Params, TaskContext, TaskOutput
 from workers.errors import TaskError
 from workers.kinds import KINDS
 from workers.locks import own_folder
-from workers.store import NodeStore, open_cached
+from workers.store import CACHE_LIMIT_BYTES, NodeStore, open_cached
 
 
 @dataclass(frozen=True, slots=True)
 class TaskCall:
     """Everything that a worker needs to run a task; JSON.
 
-    `cpus`, `gpus` and `memory_bytes` are what the task occupies; `threads` is how many it may use.
+    `store_url` is as for `workers.store.open_store`; `cache_dir` is the node's cache of at most `cache_bytes`, and
+    scratch folders lie in it too. `device` is torch's name of what to compute on. `cpus`, `gpus` and `memory_bytes` are
+    what the task occupies; `threads` is how many it may use.
     """
 
     kind: str
@@ -32,6 +34,7 @@ class TaskCall:
     inputs: Inputs
     store_url: str
     cache_dir: str
+    cache_bytes: int = CACHE_LIMIT_BYTES
     device: str = "cpu"
     threads: int = 1
     cpus: float = 1.0
@@ -45,38 +48,7 @@ class TaskCall:
 
 
 def execute_call(call: TaskCall) -> TaskOutput:
-    """Run a call in this process; see `execute`.
-
-    Raises
-    ------
-    TaskError
-        If this worker's code has another version of the kind: its result must not be filed under that name.
-    """
-    kind = KINDS.get(call.kind)
-    if kind is not None and call.version not in (None, kind.version):
-        raise TaskError(f"task {call.kind}: got version {call.version}, wanted {kind.version}, which this code has")
-    return execute(call.kind, call.params, call.inputs, call.store_url, Path(call.cache_dir), call.device, call.threads)
-
-
-def execute(
-    kind: str, params: Params, inputs: Inputs, store_url: str, cache_dir: Path, device: str, threads: int
-) -> TaskOutput:
     """Run a task's body in this process.
-
-    Parameters
-    ----------
-    kind
-        A key of `workers.kinds.KINDS`.
-    params, inputs
-        As in the task.
-    store_url
-        As for `workers.store.open_store`.
-    cache_dir
-        The node's cache; scratch folders lie in it too.
-    device
-        Torch's name of the device to compute on.
-    threads
-        How many threads torch may use in the body.
 
     Returns
     -------
@@ -87,19 +59,23 @@ def execute(
     Raises
     ------
     TaskError
-        If the kind is unknown, or its body returned something else.
+        If the kind is unknown, its body returned something else, or this worker's code has another version of the
+        kind: its result must not be filed under that name.
     Exception
         Whatever the body raises.
     """
-    body = _body(kind)
-    _set_threads(threads)
-    with _store(store_url, cache_dir) as store, own_folder(cache_dir / "scratch") as scratch:
+    kind = KINDS.get(call.kind)
+    if kind is not None and call.version not in (None, kind.version):
+        raise TaskError(f"task {call.kind}: got version {call.version}, wanted {kind.version}, which this code has")
+    body = _body(call.kind)
+    _set_threads(call.threads)
+    with _store(call) as store, own_folder(Path(call.cache_dir) / "scratch") as scratch:
         started = time.perf_counter()
-        output = body(params, inputs, TaskContext(store, device, scratch, threads))
+        output = body(call.params, call.inputs, TaskContext(store, call.device, scratch, call.threads))
         seconds = time.perf_counter() - started
     _free_gpu()
     if not isinstance(output, TaskOutput):
-        raise TaskError(f"task {kind}: got {type(output).__name__} from its body, wanted TaskOutput")
+        raise TaskError(f"task {call.kind}: got {type(output).__name__} from its body, wanted TaskOutput")
     return TaskOutput(output.outputs, {**output.metrics, "seconds": seconds, "peak_rss_bytes": _peak_rss_bytes()})
 
 
@@ -131,9 +107,9 @@ _opened = lru_cache(maxsize=4)(open_cached)
 
 
 @contextmanager
-def _store(url: str, cache_dir: Path) -> Iterator[NodeStore]:
+def _store(call: TaskCall) -> Iterator[NodeStore]:
     """Open a store, and give up the files in use at the end."""
-    store = _opened(url, cache_dir)
+    store = _opened(call.store_url, Path(call.cache_dir), call.cache_bytes)
     try:
         yield store
     finally:

@@ -6,8 +6,9 @@ The result is the JSON that task bodies read (`quant_core.qspec.LayerSpec` and `
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from orchestrator.errors import RecipeError
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
 from orchestrator.recipes.messages import nearest
 from orchestrator.recipes.schema import Activations, LayerException, Recipe, Weights, activations_for, weights_for
+
+FLOAT_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +39,35 @@ def plan_formats(model: ModelInfo, recipe: Recipe) -> list[UnitPlan]:
     Raises
     ------
     RecipeError
-        If nothing is left to quantize, an exception's pattern matches nothing, or exceptions contradict each other.
+        If nothing is left to quantize, an exception's pattern matches nothing, exceptions contradict each other, or the
+        bits exceed the recipe's budget.
     """
     rules = _Rules(model, recipe)
     plans = [plan for unit in model.units if (plan := rules.unit(unit)).layers or plan.attentions]
     rules.check_used()
     if not plans:
         raise RecipeError("layers: got every layer kept in full precision, wanted at least one to quantize")
+    _check_budget(model, plans, recipe.budget.weight_bits_mean)
     return plans
+
+
+def weight_bits_mean(model: ModelInfo, plans: Sequence[UnitPlan]) -> float:
+    """Return the mean bits of a weight over all Conv and Linear layers; what no plan names has 32."""
+    bits = {name: layer["weight"]["bits"] for plan in plans for name, layer in plan.layers.items()}
+    total = sum(layer.weights * bits.get(layer.name, FLOAT_BITS) for layer in model.layers)
+    return float(total / sum(layer.weights for layer in model.layers))
+
+
+def _check_budget(model: ModelInfo, plans: Sequence[UnitPlan], budget: float | None) -> None:
+    """Refuse bits that cost more than allowed; a recipe fixes each layer's, so theirs is the smallest budget."""
+    if budget is None:
+        return
+    smallest = weight_bits_mean(model, plans)
+    if smallest > budget:
+        raise RecipeError(
+            f"budget.weight_bits_mean: got {budget:g}, wanted at least {math.ceil(smallest * 1000) / 1000:g} (the "
+            "smallest that this recipe's bits can meet on this model)"
+        )
 
 
 class _Rules:

@@ -281,6 +281,14 @@ class Memory(_Section):
     )
 
 
+class Budget(_Section):
+    """What a release may cost at most; refused before anything runs if the recipe's bits do not fit."""
+
+    weight_bits_mean: Annotated[float, Field(gt=0, le=32)] | None = Field(
+        default=None, description="Mean bits of a weight of a Conv or Linear layer; null is no limit."
+    )
+
+
 class Evaluation(_Section):
     """How the packed model is compared with the original, on seeds that calibration did not see."""
 
@@ -321,6 +329,7 @@ class Recipe(_Section):
     layers: tuple[LayerException, ...] = ()
     passes: Passes = Passes()
     memory: Memory = Memory()
+    budget: Budget = Budget()
     evaluation: Evaluation = Evaluation()
     seed: Seed = 0
 

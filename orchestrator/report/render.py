@@ -130,7 +130,7 @@ def bit_classes(layers: Sequence[LayerRow]) -> list[tuple[str, str]]:
 def _css_class(bits: int | None) -> str:
     if bits is None:
         return "before"
-    return "low" if bits <= 3 else "mid" if bits <= 6 else "high"
+    return f"bits{bits}"
 
 
 def _step_chart(metrics: Mapping[str, Any]) -> str:

@@ -65,6 +65,17 @@ def test_bits_outside_2_to_8(cli: Cli, with_digits: Path, snapshot: Snapshot, bi
     assert snapshot() == before
 
 
+def test_budget_that_no_allocation_can_meet(cli: Cli, with_digits: Path, snapshot: Snapshot) -> None:
+    before = snapshot()
+    words = ["submit", "fast-w4a8", "--model", "digits", "--dry-run", "--set"]
+    refused = cli(*words, "budget.weight_bits_mean=4")
+    assert_refused(refused, "budget.weight_bits_mean", "got 4", "wanted at least 4.", "smallest")
+    smallest = refused.err.partition("at least ")[2].split()[0]
+    assert cli(*words, f"budget.weight_bits_mean={smallest}").code == 0
+    assert cli(*words, f"budget.weight_bits_mean={float(smallest) - 0.01}").code == 2
+    assert snapshot() == before
+
+
 def test_model_folder_without_config(cli: Cli, model: Path, snapshot: Snapshot) -> None:
     cli("init")
     (model / "unet" / "config.json").unlink()

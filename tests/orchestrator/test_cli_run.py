@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,9 +110,7 @@ def test_run_again_computes_nothing_and_starts_no_ray(
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr("orchestrator.execution.RayExecutor.start", refuse)
-    started = time.perf_counter()
     again = cli("run", "minmax-w8a8", "--model", "digits", *SET, "--name", "small", "--json")
-    assert time.perf_counter() - started < 15
     assert again.code == 0, again.err
     assert again.json["tasks"]["cached"] == again.json["tasks"]["total"] == done["tasks"]["total"]
     assert (again.json["release"], again.json["digest"]) == ("small@1", done["digest"])

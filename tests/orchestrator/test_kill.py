@@ -7,6 +7,8 @@ runs again, the result is the one of an undisturbed run, and no process is left 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import random
 import signal
 import subprocess
@@ -85,12 +87,41 @@ def submit_noop(home: Path) -> str:
     return job
 
 
+ROOT = Path(__file__).parents[2]
+SETTINGS = (
+    "sampler.num_inference_steps=4",
+    "calibration.seeds=4",
+    "calibration.shard_seeds=2",
+    "passes.reconstruct.iterations=4",
+    "evaluation.seeds=8",
+    "evaluation.shard_seeds=4",
+    "evaluation.sqnr_seeds=4",
+    "evaluation.grid=4",
+)
+
+
+def submit_quantization(home: Path) -> str:
+    """Make a home with a whole quantization job of the small model; return the job."""
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    words = ["--home", str(home), "submit", "qdiffusion-w4a8", "--model", "examples/models/digits", *settings, "--json"]
+    command = [sys.executable, "-m", "orchestrator.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return str(json.loads(done.stdout)["job"])
+
+
 SCENARIOS = {
     "noop": Scenario(
         submit=submit_noop,
         serve=lambda home: [sys.executable, "-c", SERVE, str(home)],
         kinds=frozenset({"noop"}),
         seconds=120.0,
+    ),
+    "quantization": Scenario(
+        submit=submit_quantization,
+        serve=lambda home: [sys.executable, "-c", SERVE, str(home)],
+        kinds=frozenset({"calibrate", "reference", "round", "reconstruct", "evaluate"}),
+        seconds=600.0,
     ),
 }
 
@@ -244,16 +275,16 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
 
 
 def kill_points() -> list[Any]:
-    """Four kill points for each victim; the first of each in every test run, the others in the slow ones."""
+    """Four kill points for each victim and scenario; a few of them in every test run, the others in the slow ones."""
+    always = {("noop", victim, 0) for victim in VICTIMS} | {("quantization", "orchestrator", 0)}
+    points = itertools.product(SCENARIOS, VICTIMS, range(4))
     return [
-        pytest.param(victim, seed, id=f"{victim}-{seed}", marks=[pytest.mark.slow] if seed else [])
-        for victim in VICTIMS
-        for seed in range(4)
+        pytest.param(*point, id="-".join(map(str, point)), marks=[] if point in always else [pytest.mark.slow])
+        for point in points
     ]
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-@pytest.mark.parametrize(("victim", "seed"), kill_points())
+@pytest.mark.parametrize(("name", "victim", "seed"), kill_points())
 def test_killed_job_ends_as_if_nothing_had_happened(
     name: str, victim: str, seed: int, undisturbed: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:

@@ -311,6 +311,7 @@ SHARING = [
     ("passes.reconstruct.iterations=3", AFTER_RECONSTRUCT),
     ("passes.reconstruct.activation_lr=0.1", {"release"}),
     ("memory.budget_gib=1", AFTER_ROUND),
+    ("budget.weight_bits_mean=30", {"release"}),
     ("calibration.seeds=16", AFTER_ROUND),
     ("calibration.steps=20", {"release"}),
     ("calibration.first_seed=2000000", ALL - {"reference"}),

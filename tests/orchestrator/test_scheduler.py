@@ -170,7 +170,8 @@ def test_graph_runs_to_its_end_each_task_once(database: Database, borrowed: Borr
     assert count_events(database, job, "finished") == {node.id: 1 for node in nodes}
     assert count_events(database, job, "claimed") == {node.id: 1 for node in nodes}
     assert len(borrowed.calls) == 22
-    assert {(call.store_url, call.cache_dir) for call in borrowed.calls} == {(config.store_url, str(config.cache_dir))}
+    told = {(call.store_url, call.cache_dir, call.cache_bytes) for call in borrowed.calls}
+    assert told == {(config.store_url, str(config.cache_dir), config.cache_bytes)}
 
 
 def test_resources_reach_the_executor(database: Database, borrowed: Borrowed, config: SchedulerConfig) -> None:

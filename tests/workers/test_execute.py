@@ -24,7 +24,7 @@ from workers.errors import (
     describe,
     fault_of,
 )
-from workers.execute import TaskCall, execute, execute_call
+from workers.execute import TaskCall, execute_call
 from workers.local import answer_call, run_in_subprocess
 from workers.locks import own_folder
 from workers.store import NodeStore
@@ -40,7 +40,7 @@ def test_execute_adds_time_and_memory_to_the_metrics(call: TaskCall, folder_stor
     output = execute_call(replace(call, params={"payload": 1, "seconds": 0.05}))
     assert folder_store.exists(output.outputs["blob"])
     assert output.metrics["inputs"] == 0
-    assert 0.05 <= output.metrics["seconds"] < 5
+    assert output.metrics["seconds"] >= 0.05
     assert output.metrics["peak_rss_bytes"] > 1 << 20
 
 
@@ -99,7 +99,7 @@ def test_execute_sets_the_threads_of_torch(call: TaskCall) -> None:
 
 def test_unknown_kind_and_other_version_are_invalid(call: TaskCall) -> None:
     with pytest.raises(TaskError, match="'nope'"):
-        execute("nope", {}, {}, call.store_url, Path(call.cache_dir), "cpu", 1)
+        execute_call(replace(call, kind="nope"))
     with pytest.raises(TaskError, match="version 7"):
         execute_call(replace(call, version=7))
     assert answer_call(replace(call, kind="nope"))["fault"] == Fault.INVALID

@@ -19,7 +19,7 @@ from quant_core.qspec import LayerSpec, QuantizationPlan, WeightSpec
 from quant_core.ranges import qparams_from_range
 from quant_core.sampler import SamplerSpec, make_scheduler
 from workers.context import TaskOutput
-from workers.execute import execute
+from workers.execute import TaskCall, execute_call
 from workers.manifest import put_tree
 from workers.modelfolder import import_model
 from workers.store import NodeStore, open_cached
@@ -43,7 +43,7 @@ def run_task(task_store: NodeStore, tmp_path_factory: pytest.TempPathFactory) ->
     def run(kind: str, params: dict[str, Any], inputs: dict[str, list[str]]) -> TaskOutput:
         # what crosses to a worker is JSON
         params, inputs = json.loads(json.dumps([params, inputs]))
-        return execute(kind, params, inputs, task_store.url, tmp_path_factory.mktemp("cache"), "cpu", 1)
+        return execute_call(TaskCall(kind, params, inputs, task_store.url, str(tmp_path_factory.mktemp("cache"))))
 
     return run
 

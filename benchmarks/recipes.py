@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-RECIPES = ("minmax-w8a8", "qdiffusion-w8a8", "fast-w4a8", "qdiffusion-w4a8")
+RECIPES = ("minmax-w8a8", "qdiffusion-w8a8", "fast-w4a8", "qdiffusion-w4a8", "tfmq-w8a8", "tfmq-w4a8")
 
 
 def run_recipe(recipe: str, model: str, home: Path) -> dict[str, Any]:

@@ -44,6 +44,7 @@ DEFAULT_RATES: Mapping[str, Rate] = {
     "inspect": Rate(3.0, 0.03),
     "calibrate": Rate(0.5, 0.03),
     "reference": Rate(0.5, 0.03),
+    "temporal": Rate(0.5, 0.03),
     "round": Rate(0.5, 0.03),
     "reconstruct": Rate(0.5, 0.03),
     "step_effects": Rate(0.5, 0.03),

@@ -1,6 +1,7 @@
 """From a recipe and a model to the graph of tasks.
 
     model ── calibrate (seeds) ── round (units) ── reconstruct unit 1..B ── pack ── evaluate (seeds) ── score ── release
+         │                    └── temporal ─────────────┴────────────────────┘
          └── reference (seeds) ───────────────────────────────────────────────────────┘
 
 If activation bits differ between trajectory steps, `step_effects` (seeds) and `step_bits` lie between calibrate and
@@ -19,11 +20,13 @@ calibrate   sampler, seeds, batch_size, steps                  model            
 reference   sampler, seeds, batch_size, sqnr_seeds             model                                      reference
 step_effects sampler, seeds, batch_size, choices, layers, seed model, calibration (all)                   effects
 step_bits   method, target_mean, threshold                     effects                                    step_bits
+temporal    unit, layers, attentions, pass                     model, calibration (all)                   state
 round       units: [unit], seed, cache_bytes,                  model, calibration (all), step_bits (if    state:<unit>
             forward_batch_size, pass                           there)
 reconstruct unit, layers, attentions, seed, cache_bytes,       model, calibration (all), state, earlier   state
-            forward_batch_size, pass                           (units before it, if inputs are quantized)
-pack        sampler, units (names)                             model, states                              packed
+            forward_batch_size, pass                           (units before it, if inputs are quantized),
+                                                               temporal (if it concerns the unit)
+pack        sampler, units (names), unknown_timestep           model, states                              packed
 noise       sampler, batch_size                                packed, reference                          noise
 correct     pass, channel_dim                                  packed, noise, held_out (noise of others)  packed
 evaluate    sampler, seeds, batch_size, sqnr_seeds             packed, reference                          evaluation
@@ -50,6 +53,7 @@ from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.planning.costs import GIB, Cost, Costs, hessian_bytes
 from orchestrator.planning.formats import UnitPlan, plan_formats, varied_layers
 from orchestrator.planning.model import ModelInfo
+from orchestrator.planning.temporal import TEMPORAL_UNIT, holds, take_out
 from orchestrator.recipes.load import resolve
 from orchestrator.recipes.schema import Recipe, Round
 
@@ -129,6 +133,9 @@ class _Planner:
         self.recipe = recipe
         self.gpus = gpus
         self.plans = plan_formats(info, recipe)
+        self.temporal: UnitPlan | None = None
+        if recipe.passes.temporal is not None:
+            self.temporal, self.plans = take_out(info, self.plans, recipe, recipe.passes.temporal)
         self.costs = Costs(info, recipe)
         self.model = (model.digest,)
         self.sampler = recipe.sampler.model_dump(mode="json")
@@ -147,6 +154,9 @@ class _Planner:
             step_bits = [TaskRef(node.id, "step_bits")]
             yield node
         states: dict[str, TaskRef] = {}
+        for node in self._temporal(calibration):
+            states[TEMPORAL_UNIT] = TaskRef(node.id, "state")
+            yield node
         for node, produced in self._round(calibration, step_bits):
             states |= produced
             yield node
@@ -205,6 +215,18 @@ class _Planner:
         cost = self.costs.step_bits()
         yield self._node("step_bits", section.parameters(), {"effects": effects}, cost, section.method, gpus=0.0)
 
+    def _temporal(self, calibration: Sequence[TaskRef]) -> Iterator[TaskNode]:
+        config = self.recipe.passes.temporal
+        if config is None or self.temporal is None:
+            return
+        yield self._node(
+            "temporal",
+            {**self.temporal.parameters(), **config.parameters()},
+            {"model": self.model, "calibration": calibration},
+            self.costs.temporal(self.temporal, config),
+            f"{len(self.temporal.layers)} layers",
+        )
+
     def _round(
         self, calibration: Sequence[TaskRef], step_bits: Sequence[TaskRef]
     ) -> Iterator[tuple[TaskNode, dict[str, TaskRef]]]:
@@ -241,6 +263,8 @@ class _Planner:
             }
             if config.inputs == "quantized":
                 inputs["earlier"] = tuple(earlier)
+            if self.temporal is not None and (config.inputs == "quantized" or holds(each, self.temporal)):
+                inputs["temporal"] = [rounded[TEMPORAL_UNIT]]
             node = self._node(
                 "reconstruct", each.parameters() | common, inputs, self.costs.reconstruct(each, config), name
             )
@@ -248,10 +272,11 @@ class _Planner:
             yield node, name
 
     def _pack(self, states: Mapping[str, TaskRef]) -> TaskNode:
-        units = [each.unit.name for each in self.plans]
+        units = [*([TEMPORAL_UNIT] if self.temporal is not None else []), *(each.unit.name for each in self.plans)]
+        policy = self.recipe.activations.unknown_timestep
         return self._node(
             "pack",
-            {"sampler": self.sampler, "units": units},
+            {"sampler": self.sampler, "units": units, **({} if policy == "error" else {"unknown_timestep": policy})},
             {"model": self.model, "states": [states[name] for name in units]},
             self.costs.pack(),
             f"{len(units)} units",

@@ -18,6 +18,8 @@ from workers.names import check_name
 from workers.store import Store, open_store
 
 _HUB = "hf:"
+#: What an inspection must have; one of an earlier version may lack some of it.
+_INSPECTED = {"units", "layers", "attentions", "temporal"}
 #: Digits of the digest that are put behind a name which another model has.
 _SUFFIX_DIGITS = 8
 #: Length of a name that leaves room for them.
@@ -57,7 +59,7 @@ def add_model_from(service: Service, source: str, name: str | None, *, tell: Cal
     if name is not None:
         model = replace(model, name=name)
     elif (known := _registered(service, model.digest)) is not None:
-        return known
+        model = replace(known, inspection=model.inspection)
     else:
         model = _with_free_name(service, model)
     with service.database.session() as session:
@@ -102,13 +104,13 @@ def resolve_model(service: Service, text: str, *, tell: Callable[[str], None], d
 def look_at(service: Service, source: str, store: Store, *, tell: Callable[[str], None]) -> ModelRow:
     """Check a model, copy it into a store and inspect it, without registering it.
 
-    A model whose digest is registered is not inspected again.
+    A model whose digest is registered is not inspected again, unless its inspection lacks what is looked for now.
     """
     if source.startswith(_HUB):
         tell(f"fetching {source}")
     record = import_model(store, resolve_source(source))
     known = _registered(service, record.digest)
-    if known is not None:
+    if known is not None and set(known.inspection) >= _INSPECTED:
         inspection = known.inspection
     else:
         tell(f"inspecting {source}")

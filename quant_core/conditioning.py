@@ -168,6 +168,14 @@ def null_conditioning(
     return dict(conditioning) | nulls
 
 
+def label_count(model: nn.Module) -> int | None:
+    """Return how many values a denoiser's class label can have, "no class" included; None if it takes none."""
+    field = conditioning_fields(model).get("class_labels")
+    if field is None or field.classes is None:
+        return None
+    return field.classes + (0 if _extra_class(model, field.classes) is None else 1)
+
+
 def _extra_class(model: nn.Module, classes: int) -> int | None:
     """Return the index of the label embedding's row beyond the classes, if there is one."""
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == classes + 1]

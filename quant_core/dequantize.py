@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.attention import AttentionQuantizer
+from quant_core.errors import ArtifactError
+from quant_core.feature_table import FeatureTable
 from quant_core.layers import QuantLayer
 
 
@@ -16,7 +18,18 @@ def dequantized_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the state dict of the full-precision architecture, weights rounded to their grids.
 
     Tensors are on the model's device and in the dtype that it computes in; biases too.
+
+    Raises
+    ------
+    ArtifactError
+        If the model looks features up: the layers that they came from are not in it.
     """
+    cached = [name for name, module in model.named_modules() if isinstance(module, FeatureTable)]
+    if cached:
+        raise ArtifactError(
+            f"layer {cached[0]}: got a table of its outputs ({len(cached)} layers have one), wanted weights; "
+            "quantize with passes.temporal.cache off"
+        )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     attentions = [name for name, module in model.named_modules() if isinstance(module, AttentionQuantizer)]
     own = tuple(f"{name}." for name in (*layers, *attentions))

@@ -21,10 +21,11 @@ from quant_core.artifact import FORMAT_VERSION, QUANT_METHOD, parse_quantization
 from quant_core.attention import AttentionQuantizer
 from quant_core.dequantize import dequantize
 from quant_core.errors import ArtifactError, QuantCoreError
+from quant_core.feature_table import FeatureTable
 from quant_core.layers import QuantLayer, weight_groups
 from quant_core.model import build_quantized
 
-_OWN_MODULES = (QuantLayer, ActivationQuantizer, AttentionQuantizer)
+_OWN_MODULES = (QuantLayer, ActivationQuantizer, AttentionQuantizer, FeatureTable)
 
 
 class QuantmillMethod(StrEnum):

@@ -7,11 +7,18 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from quant_core.conditioning import UNBATCHED, conditioning_fields, draw_conditioning, dummy_conditioning
+from quant_core.conditioning import (
+    UNBATCHED,
+    Conditioning,
+    conditioning_fields,
+    draw_conditioning,
+    dummy_conditioning,
+)
 from quant_core.denoiser import Denoiser, sample_shape
 from quant_core.layers import QUANTIZABLE
+from quant_core.temporal import trace_temporal
 from quant_core.trace import Trace, trace_denoiser
 from quant_core.units import Unit, find_units
 
@@ -22,13 +29,20 @@ _FLOAT_BYTES = 4
 def trace_model(denoiser: Denoiser) -> Trace:
     """Trace one forward at batch 1, with the folder's first drawn conditioning or zeros where there is none."""
     model = denoiser.model
+    x, told = _first_call(denoiser)
+    return trace_denoiser(model, x, torch.tensor(0), told)
+
+
+def _first_call(denoiser: Denoiser) -> tuple[Tensor, Conditioning]:
+    """Return a sample and conditioning to look at a forward with, one row."""
+    model = denoiser.model
     told = (
         dummy_conditioning(model)
         if denoiser.conditioning is None
         else draw_conditioning(model, [0], denoiser.conditioning)
     )
     tokens = len(told["img_ids"]) if "img_ids" in told else None
-    return trace_denoiser(model, torch.zeros(1, *sample_shape(model, tokens)), torch.tensor(0), told)
+    return torch.zeros(1, *sample_shape(model, tokens)), told
 
 
 def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
@@ -40,7 +54,8 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         JSON. Per unit in execution order: its layers, attentions, giga-MACs (attention matmuls included), weights,
         float32 bytes of its inputs and outputs per sample, bytes of its layers' Hessians (float32, per convolution
         group), and `depth`, the share of the forward's MACs done when it has first finished. Per layer: type, weight
-        shape, MACs, split of its input. Per attention: MACs of its two matmuls. All at batch 1.
+        shape, MACs, split of its input. Per attention: MACs of its two matmuls. All at batch 1. `temporal`: the layers
+        of the temporal information block, see `quant_core.temporal.TemporalLayer`.
     """
     model = denoiser.model
     trace = trace_model(denoiser)
@@ -60,6 +75,7 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         "layers": layers,
         "attentions": {name: {"macs": macs} for name, macs in trace.attentions.items()},
         "unused": list(found.unused),
+        "temporal": _describe_temporal(denoiser),
     }
 
 
@@ -108,6 +124,12 @@ def _describe_layer(model: nn.Module, name: str, trace: Trace) -> dict[str, Any]
         "macs": traced.macs,
         "split": None if traced.split is None else list(traced.split),
     }
+
+
+def _describe_temporal(denoiser: Denoiser) -> dict[str, Any]:
+    x, told = _first_call(denoiser)
+    found = trace_temporal(denoiser.model, x, torch.zeros(1), told)
+    return {name: layer.to_json() for name, layer in found.layers.items()}
 
 
 def _describe_conditioning(denoiser: Denoiser) -> dict[str, Any]:

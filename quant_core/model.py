@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from quant_core.attention import AttentionQuantizer, quantize_attentions
+from quant_core.feature_table import FeatureTable, replace_features
 from quant_core.layers import QuantLayer, quantize_layers
 from quant_core.qspec import QuantizationPlan
 from quant_core.steps import StepClock, attach_clock
@@ -19,15 +20,31 @@ class QuantizedParts:
     clock: StepClock
     layers: dict[str, QuantLayer]
     attentions: dict[str, AttentionQuantizer]
+    features: dict[str, FeatureTable] = field(default_factory=dict)
+
+    def tell(self, timestep: Tensor, label: Tensor | None) -> None:
+        """Say for which samples parts of the model run next, outside of a forward of the whole.
+
+        Parameters
+        ----------
+        timestep : Tensor, shape (B,)
+        label : Tensor, shape (B,), or None
+            Class labels, which only tables of features need.
+        """
+        self.clock.set_timestep(timestep)
+        labels = max((table.spec.labels for table in self.features.values()), default=1)
+        if labels > 1:
+            self.clock.set_label(label, labels)
 
 
 def build_quantized(model: nn.Module, plan: QuantizationPlan) -> QuantizedParts:
-    """Replace the layers and wrap the attentions that `plan` names; codes and ranges are still to be set or loaded.
+    """Replace the layers and wrap the attentions that `plan` names; codes, ranges and tables are still to be set.
 
     Works on a model on the meta device, whose buffers a state dict then fills.
     """
     clock = StepClock(plan.timesteps, plan.unknown_timestep)
     layers = quantize_layers(model, plan.layers, clock)
     attentions = quantize_attentions(model, plan.attentions, clock)
-    attach_clock(model, clock)
-    return QuantizedParts(clock, layers, attentions)
+    features = replace_features(model, plan.features, plan.unserved, clock)
+    attach_clock(model, clock, max((spec.labels for spec in plan.features.values()), default=1))
+    return QuantizedParts(clock, layers, attentions, features)

@@ -7,7 +7,7 @@ They say how numbers are stored, not how their ranges were found (that is `quant
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Self
 
@@ -152,6 +152,24 @@ class AttentionSpec:
         return {"activation": self.activation.to_json(), "softmax_bits": self.softmax_bits}
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """A layer's outputs kept as a table, one row for each trajectory step and label, instead of the layer.
+
+    `bits` is 8 (codes, with a scale and an offset per channel) or 16 (bfloat16); `labels` counts the class labels that
+    the outputs depend on, 1 if on none. Row step * labels + label belongs to a sample.
+    """
+
+    bits: int
+    labels: int = 1
+
+    def __post_init__(self) -> None:
+        if self.bits not in (8, 16) or self.labels < 1:
+            raise QuantizationError(
+                f"feature table: got {self.bits} bits for {self.labels} labels, wanted 8 or 16 bits, at least 1 label"
+            )
+
+
 class UnknownTimestep(StrEnum):
     """What a per-step model does at a timestep that it was not calibrated for."""
 
@@ -163,13 +181,16 @@ class UnknownTimestep(StrEnum):
 class QuantizationPlan:
     """Every layer and attention that is quantized, and the trajectory that per-step tables are indexed by.
 
-    `timesteps` are the sampler's, in the order of sampling (noisiest first); empty if nothing is per step.
+    `timesteps` are the sampler's, in the order of sampling (noisiest first); empty if nothing is per step. `features`
+    are layers whose outputs are looked up; `unserved` are layers whose outputs nothing needs since then.
     """
 
     layers: Mapping[str, LayerSpec]
     attentions: Mapping[str, AttentionSpec]
     timesteps: tuple[float, ...] = ()
     unknown_timestep: UnknownTimestep = UnknownTimestep.ERROR
+    features: Mapping[str, FeatureSpec] = field(default_factory=dict)
+    unserved: tuple[str, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -179,11 +200,19 @@ class QuantizationPlan:
             attentions={name: AttentionSpec.from_json(spec) for name, spec in data["attentions"].items()},
             timesteps=tuple(data["timesteps"]),
             unknown_timestep=UnknownTimestep(data["unknown_timestep"]),
+            features={name: FeatureSpec(**spec) for name, spec in data.get("features", {}).items()},
+            unserved=tuple(data.get("unserved", ())),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able mapping."""
-        return {
+        """Return a JSON-able mapping; it says nothing of features where there are none."""
+        cached: dict[str, Any] = {}
+        if self.features:
+            cached = {
+                "features": {name: asdict(spec) for name, spec in self.features.items()},
+                "unserved": list(self.unserved),
+            }
+        return cached | {
             "layers": {name: spec.to_json() for name, spec in self.layers.items()},
             "attentions": {name: spec.to_json() for name, spec in self.attentions.items()},
             "timesteps": list(self.timesteps),

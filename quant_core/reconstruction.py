@@ -16,7 +16,7 @@ rounding is learned on the unit's inputs over the whole trajectory. Where we dif
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from quant_core.layers import QuantLayer, weight_matrix
 from quant_core.model import QuantizedParts, build_quantized
 from quant_core.ranges import QParams
 from quant_core.rounding import nearest_codes
+from quant_core.temporal import LABEL
 from quant_core.unit_cache import Recording, Side, record_unit
 from quant_core.unit_state import UnitState, collect_state, load_states, merge_plans
 
@@ -81,6 +82,7 @@ def reconstruct_unit(
     earlier: list[UnitState],
     config: ReconstructionConfig,
     scratch: Path,
+    temporal: UnitState | None = None,
 ) -> ReconstructedUnit:
     """Learn the rounding of one unit.
 
@@ -92,13 +94,17 @@ def reconstruct_unit(
         Grids, codes and activation tables to start from.
     earlier : list of UnitState
         Units that run before; used only with `use_quantized_inputs`.
+    temporal : UnitState, optional
+        The temporal information block (`quant_core.methods.tfmq`): its layers run as quantized, inside this unit too,
+        and are not learned again.
     """
     model.requires_grad_(False)
     unit, name = start.formats, start.formats.unit
     room = {"batch_size": config.forward_batch_size, "budget": config.cache_bytes // 2, "scratch": scratch}
     weights = {layer: model.get_parameter(f"{layer}.weight").detach() for layer in unit.layers}
     recording = record_unit(model, name, calibration, label="fp", **room)  # type: ignore[arg-type]
-    quantized = [*earlier, start] if config.use_quantized_inputs else [start]
+    fixed = ([] if temporal is None else [temporal]) + (earlier if config.use_quantized_inputs else [])
+    quantized = [*fixed, start]
     parts = build_quantized(model, merge_plans(quantized))
     load_states(model, quantized)
     if config.start_nearest:
@@ -106,7 +112,7 @@ def reconstruct_unit(
             _set_nearest(parts.layers[layer], weights[layer])
         held = collect_state(parts, unit, start.timesteps)
         start = replace(held, tensors={key: tensor.clone() for key, tensor in held.tensors.items()})
-    if config.use_quantized_inputs and earlier:
+    if config.use_quantized_inputs and fixed:
         inputs = record_unit(model, name, calibration, label="quantized", **room).inputs  # type: ignore[arg-type]
         recording = Recording(inputs, recording.outputs)
     learner = _Learner(model.get_submodule(name), parts, recording, calibration, config)
@@ -140,6 +146,7 @@ class _Learner:
     ) -> None:
         self.unit, self.parts, self.recording, self.config = unit, parts, recording, config
         self.rows, self.samples = len(calibration), calibration.samples
+        self.labels = calibration.conditioning.get(LABEL)
         self.timesteps = calibration.timesteps
         self.device = next(iter(parts.layers.values())).qweight.device if parts.layers else torch.device("cpu")
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -148,7 +155,8 @@ class _Learner:
 
     def outputs(self, index: Tensor) -> list[Tensor]:
         """Run the quantized unit on the recorded inputs of some samples."""
-        self.parts.clock.set_timestep(self.timesteps[index // self.samples])
+        label = None if self.labels is None else self.labels[index % self.samples]
+        self.parts.tell(self.timesteps[index // self.samples], label)
         args, kwargs = self.recording.inputs.batch(index, self.device)
         return _tensors(self.unit(*args, **kwargs))
 
@@ -188,7 +196,11 @@ class _Learner:
         """Fit the rounding variables and, if asked for, the activation scales; the unit then has the result."""
         config = self.config
         roundings = [SoftRounding(self.parts.layers[name], weights[name], trust=config.trust) for name in weights]
-        tables = list(_tables(self.unit)) if config.learn_activation_scales else []
+        own = [
+            *(self.parts.layers[name] for name in weights),
+            *(self.parts.attentions[name] for name in start.formats.attentions),
+        ]
+        tables = list(_tables(own)) if config.learn_activation_scales else []
         groups = [{"params": [r.alpha for r in roundings], "lr": config.lr}]
         if tables:
             for table in tables:
@@ -235,9 +247,9 @@ def _loss(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().sum(dim=1).mean()
 
 
-def _tables(unit: nn.Module) -> Iterator[ActivationQuantizer]:
-    """Yield the unit's quantizers that have tables to learn."""
-    for module in unit.modules():
+def _tables(owners: Sequence[nn.Module]) -> Iterator[ActivationQuantizer]:
+    """Yield the quantizers of some layers and attentions that have tables to learn."""
+    for module in (module for owner in owners for module in owner.modules()):
         if isinstance(module, ActivationQuantizer) and not module.spec.is_dynamic:
             yield module
 

@@ -103,7 +103,7 @@ def round_units(
         for name in formats.layers:
             layer = parts.layers[name]
             moment = seen.moments[name].mean() if name in seen.moments else None
-            sqnr[name] = _round_layer(layer, weights[name], moment, ranges.weights[name], config)
+            sqnr[name] = round_layer(layer, weights[name], moment, ranges.weights[name], config)
         _set_ranges(parts, formats, ranges, seen)
         results.append(RoundedUnit(collect_state(parts, formats, state.timesteps), sqnr))
     return results
@@ -153,7 +153,7 @@ def nearest_codes(matrix: Tensor, grid: QParams, bits: int, group_index: Tensor)
     return (torch.round(matrix / scale) + zero_point).clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
-def _round_layer(
+def round_layer(
     layer: QuantLayer, weight: Tensor, moment: Tensor | None, ranges: RangeSpec, config: RoundingConfig
 ) -> float:
     """Set a layer's codes; returns the output's signal-to-noise ratio in dB (the weight's, without second moments)."""

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quant_core.errors import UnknownTimestepError
+from quant_core.errors import ConditioningError, UnknownTimestepError
 from quant_core.qspec import UnknownTimestep
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+_LABEL_NAME = "class_labels"
 
 
 class StepClock:
@@ -34,6 +35,7 @@ class StepClock:
         self.timesteps = torch.tensor(tuple(timesteps), dtype=torch.float64)
         self.unknown = unknown
         self.index: Tensor = torch.zeros((), dtype=torch.long)
+        self.label: Tensor = torch.zeros((), dtype=torch.long)
 
     @property
     def steps(self) -> int:
@@ -56,6 +58,25 @@ class StepClock:
         if bool((distance > 1e-3).any()):
             self._handle_unknown(wanted, distance)
         self.index = index
+
+    def set_label(self, label: Tensor | None, labels: int) -> None:
+        """Remember the class labels, shape () or (B,), for tables that have a row for each of `labels` of them.
+
+        Raises
+        ------
+        ConditioningError
+            If there are none, or one is outside 0 to `labels` - 1.
+        """
+        if label is None:
+            raise ConditioningError(f"class_labels: got none, wanted labels 0 to {labels - 1}")
+        wanted = torch.as_tensor(label).detach().to("cpu", torch.long).reshape(-1)
+        if bool(((wanted < 0) | (wanted >= labels)).any()):
+            raise ConditioningError(f"class_labels: got {wanted.tolist()}, wanted labels 0 to {labels - 1}")
+        self.label = wanted.reshape(()) if wanted.numel() == 1 else wanted
+
+    def rows(self, labels: int) -> Tensor:
+        """Return each sample's row, shape () or (B,), of a table with a row for each step and each of `labels`."""
+        return self.index if labels == 1 else self.index * labels + self.label
 
     def _handle_unknown(self, wanted: Tensor, distance: Tensor) -> None:
         first = wanted.reshape(-1)[distance.reshape(-1) > 1e-3][0].item()
@@ -85,8 +106,8 @@ class StepClock:
         return rows.reshape(-1, *(1,) * (x.dim() - 1))
 
 
-def attach_clock(model: nn.Module, clock: StepClock) -> None:
-    """Make every forward of `model` set `clock` from its timestep argument."""
+def attach_clock(model: nn.Module, clock: StepClock, labels: int = 1) -> None:
+    """Make every forward of `model` set `clock` from its timestep argument and, for more labels than 1, its labels."""
     parameters = list(inspect.signature(model.forward).parameters)
     name = next((n for n in _TIMESTEP_NAMES if n in parameters), None)
     if name is None:
@@ -95,10 +116,14 @@ def attach_clock(model: nn.Module, clock: StepClock) -> None:
                 f"{type(model).__name__}.forward takes no timestep, so it can't be quantized per step"
             )
         return
-    position = parameters.index(name)
+
+    def argument(called: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        position = parameters.index(called)
+        return args[position] if len(args) > position else kwargs.get(called)
 
     def set_clock(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        value = args[position] if len(args) > position else kwargs[name]
-        clock.set_timestep(value)  # type: ignore[arg-type]
+        clock.set_timestep(argument(name, args, kwargs))  # type: ignore[arg-type]
+        if labels > 1:
+            clock.set_label(argument(_LABEL_NAME, args, kwargs), labels)  # type: ignore[arg-type]
 
     model.register_forward_pre_hook(set_clock, with_kwargs=True)

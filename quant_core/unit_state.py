@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from quant_core.model import QuantizedParts
-from quant_core.qspec import AttentionSpec, LayerSpec, QuantizationPlan
+from quant_core.qspec import AttentionSpec, FeatureSpec, LayerSpec, QuantizationPlan, UnknownTimestep
 
 
 @dataclass(frozen=True, slots=True)
 class UnitFormats:
-    """The layers and attentions of one unit that are quantized, by module name."""
+    """The layers and attentions of one unit that are quantized, by module name; the rest as in the plan."""
 
     unit: str
     layers: Mapping[str, LayerSpec]
     attentions: Mapping[str, AttentionSpec]
+    features: Mapping[str, FeatureSpec] = field(default_factory=dict)
+    unserved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +37,15 @@ class UnitState:
 
     def to_bytes(self) -> bytes:
         """Serialise."""
-        head = {
+        head: dict[str, object] = {
             "unit": self.formats.unit,
             "layers": {name: spec.to_json() for name, spec in self.formats.layers.items()},
             "attentions": {name: spec.to_json() for name, spec in self.formats.attentions.items()},
             "timesteps": list(self.timesteps),
         }
+        if self.formats.features:
+            head["features"] = {name: asdict(spec) for name, spec in self.formats.features.items()}
+            head["unserved"] = list(self.formats.unserved)
         tensors = {name: self.tensors[name].detach().cpu().contiguous() for name in sorted(self.tensors)}
         return save(tensors, {"unit_state": json.dumps(head, sort_keys=True)})
 
@@ -53,11 +58,13 @@ class UnitState:
             head["unit"],
             {name: LayerSpec.from_json(spec) for name, spec in head["layers"].items()},
             {name: AttentionSpec.from_json(spec) for name, spec in head["attentions"].items()},
+            {name: FeatureSpec(**spec) for name, spec in head.get("features", {}).items()},
+            tuple(head.get("unserved", ())),
         )
         return cls(formats, tuple(head["timesteps"]), load(data))
 
 
-def merge_plans(states: list[UnitState]) -> QuantizationPlan:
+def merge_plans(states: list[UnitState], unknown_timestep: UnknownTimestep = UnknownTimestep.ERROR) -> QuantizationPlan:
     """Return the plan of a model in which all of these units are quantized.
 
     Timesteps are stored only if some table is per step.
@@ -66,7 +73,9 @@ def merge_plans(states: list[UnitState]) -> QuantizationPlan:
     attentions = {name: spec for state in states for name, spec in state.formats.attentions.items()}
     trajectories = {state.timesteps for state in states if state.timesteps}
     assert len(trajectories) <= 1, f"states of one job come from one trajectory, got {len(trajectories)}"
-    return QuantizationPlan(layers, attentions, next(iter(trajectories), ()))
+    features = {name: spec for state in states for name, spec in state.formats.features.items()}
+    unserved = tuple(name for state in states for name in state.formats.unserved)
+    return QuantizationPlan(layers, attentions, next(iter(trajectories), ()), unknown_timestep, features, unserved)
 
 
 def collect_state(parts: QuantizedParts, formats: UnitFormats, timesteps: tuple[float, ...]) -> UnitState:
@@ -74,6 +83,8 @@ def collect_state(parts: QuantizedParts, formats: UnitFormats, timesteps: tuple[
     tensors: dict[str, Tensor] = {}
     for name in formats.layers:
         tensors |= _prefixed(name, parts.layers[name])
+    for name in formats.features:
+        tensors |= _prefixed(name, parts.features[name])
     for name in formats.attentions:
         tensors |= _prefixed(f"{name}.attention_quantizer", parts.attentions[name])
     return UnitState(formats, timesteps, tensors)

@@ -18,9 +18,10 @@ class TaskKind:
 
 
 _ALL = (
-    TaskKind("inspect", 1, "workers.tasks.inspect:run"),
+    TaskKind("inspect", 2, "workers.tasks.inspect:run"),
     TaskKind("calibrate", 1, "workers.tasks.calibrate:run"),
     TaskKind("reference", 1, "workers.tasks.reference:run"),
+    TaskKind("temporal", 1, "workers.tasks.temporal:run"),
     TaskKind("round", 1, "workers.tasks.round:run"),
     TaskKind("reconstruct", 1, "workers.tasks.reconstruct:run"),
     TaskKind("step_effects", 1, "workers.tasks.step_effects:run"),

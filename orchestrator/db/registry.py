@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from sqlalchemy import insert, select
+from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from kernels.errors import InvalidInputError
@@ -21,7 +21,7 @@ _DIGEST_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 
 
 def add_model(session: Session, model: ModelRow) -> ModelRow:
-    """Register a model; the same name and digest again is the model that is there.
+    """Register a model; the same name and digest again is the model that is there, with the inspection given now.
 
     Raises
     ------
@@ -40,6 +40,9 @@ def add_model(session: Session, model: ModelRow) -> ModelRow:
             f"model name {model.name!r}: got digest {model.digest[:12]}, but it names {present.digest[:12]}; "
             "wanted another name"
         )
+    elif present.inspection != model.inspection:
+        session.execute(update(Model).where(Model.digest == model.digest).values(inspection=model.inspection))
+        session.expire(present)
     return find_model(session, model.name)
 
 

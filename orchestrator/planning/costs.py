@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.planning.formats import UnitPlan
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
-from orchestrator.recipes.schema import Recipe, Reconstruct, Round
+from orchestrator.recipes.schema import Recipe, Reconstruct, Round, Temporal
 
 GIB = 2**30
 #: A worker process with torch and diffusers loaded and nothing to do.
@@ -28,6 +28,7 @@ _SEARCH = 12_000.0  # one weight in the search of a range, 80 candidates: 0.4 µ
 _COLUMN = 1.6e6  # one column visited by closed-form rounding: 55 µs
 _COLUMN_WEIGHT = 5.0  # and each weight that a visit corrects
 _BACKWARD = 2.0  # of a forward
+_TEMPORAL_ROUND = Round(method="closed_form")
 _EXTRACTOR = {"efficientnet-lite0": 1.1, "inception-v3": 6.0}  # per image
 _EXTRACTOR_BYTES = {"efficientnet-lite0": 0.5 * GIB, "inception-v3": 1.2 * GIB}
 
@@ -77,6 +78,14 @@ class Costs:
                     work += self._round_layer(layer, plan.layers[layer.name], config)
             hessians += hessian_bytes(plan.unit, config)
         return Cost(work, self._memory(batch, self._cached(hessians) + 3 * self._largest_hessian(group, config)))
+
+    def temporal(self, plan: UnitPlan, config: Temporal) -> Cost:
+        """Learning the temporal information block: iterations over its finite set, which is small."""
+        unit = plan.unit
+        step = _giga(len(unit.layers) * _CALL * (1 + _BACKWARD) + unit.weights * _TRAIN_WEIGHT * 2)
+        iterations = config.iterations if config.method == "reconstruct" else 0
+        rounding = sum(self._round_layer(layer, plan.layers[layer.name], _TEMPORAL_ROUND) for layer in unit.layers)
+        return Cost((iterations + 2 * len(unit.layers)) * step + rounding, self._memory(1, unit.weights * 4 * 8))
 
     def reconstruct(self, plan: UnitPlan, config: Reconstruct) -> Cost:
         """Learning one unit: its inputs and outputs are recorded, then iterations on mini-batches."""

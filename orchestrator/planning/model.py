@@ -73,6 +73,7 @@ class ModelInfo:
     gmacs: float
     activation_bytes: int
     units: tuple[UnitInfo, ...]
+    temporal: tuple[str, ...] | None  # layers of the temporal information block; None if not looked for
 
     @classmethod
     def read(cls, digest: str, inspection: Mapping[str, Any]) -> Self:
@@ -85,6 +86,7 @@ class ModelInfo:
             gmacs=inspection["forward_gmacs"],
             activation_bytes=inspection["activation_bytes"],
             units=tuple(_unit(data, layers) for data in inspection["units"]),
+            temporal=tuple(inspection["temporal"]) if "temporal" in inspection else None,
         )
 
     @property

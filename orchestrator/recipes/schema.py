@@ -154,6 +154,10 @@ class Activations(_Section):
         default=None,
         description="Bits for each trajectory step, in place of `bits`, where no exception says other bits.",
     )
+    unknown_timestep: Literal["error", "nearest"] = Field(
+        default="error",
+        description="At a timestep that was not calibrated for; nearest takes the nearest step, with a warning.",
+    )
 
     @property
     def is_dynamic(self) -> bool:
@@ -233,6 +237,39 @@ class Round(_Pass):
     )
 
 
+class Temporal(_Pass):
+    """Quantize the temporal information block as a unit of its own, over all timesteps of the sampler (TFMQ-DM)."""
+
+    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
+        ("method", "reconstruct"): frozenset({"iterations", "lr", "trust", "rounding_weight", "warmup", "beta"}),
+        ("cache", True): frozenset({"cache_ratio"}),
+    }
+
+    method: Literal["nearest", "closed_form", "reconstruct"] = Field(
+        default="reconstruct", description="Rounding of its weights; reconstruct learns it for the features alone."
+    )
+    finite_set: bool = Field(
+        default=True, description="Its activations have a range per trajectory step, whatever activations.mode is."
+    )
+    cache: bool = Field(default=False, description="Look features up in tables instead of computing them.")
+    cache_ratio: Positive = Field(
+        default=2.0, description="Bytes that tables may take, per byte of the layers that they replace."
+    )
+    damping: Annotated[float, Field(ge=0)] = Field(
+        default=0.001, description="Share of the mean diagonal added to the Hessian."
+    )
+    iterations: Count = 300
+    lr: Positive = 2e-2
+    trust: Share = Field(default=0.9, description="As in reconstruct; closed form over the whole finite set is close.")
+    rounding_weight: Annotated[float, Field(ge=0)] = 100.0
+    warmup: Share = 0.0
+    beta: tuple[Positive, Positive] = (4.0, 2.0)
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fields that decide the result; `finite_set` is in the layers' formats."""
+        return {name: value for name, value in super().parameters().items() if name != "finite_set"}
+
+
 class Reconstruct(_Pass):
     """Learn the rounding of each unit so that its output stays what it was (AdaRound)."""
 
@@ -296,6 +333,7 @@ class Correct(_Pass):
 class Passes(_Section):
     """The steps of the method, in the planner's order."""
 
+    temporal: Temporal | None = None
     round: Round = Round()
     reconstruct: Reconstruct | None = None
     correct: Correct | None = None
@@ -364,6 +402,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         self._check_seeds()
+        self._check_finite_set()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
             raise ValueError(f"calibration.steps: got {recorded}, wanted at most the sampler's {steps}")
@@ -382,6 +421,14 @@ class Recipe(_Section):
                 f"calibration.steps: got {recorded} with activations per_step, wanted null (each of the {steps} steps)"
             )
         return self
+
+    def _check_finite_set(self) -> None:
+        """Refuse a temporal pass over some of the sampler's steps."""
+        recorded = self.calibration.steps
+        if self.passes.temporal is not None and recorded not in (None, self.sampler.num_inference_steps):
+            raise ValueError(
+                f"calibration.steps: got {recorded} with passes.temporal, wanted null (each of the sampler's steps)"
+            )
 
     def _check_seeds(self) -> None:
         """Refuse an evaluation on what the model was fitted to."""

@@ -19,7 +19,8 @@ class Cost:
     Attributes
     ----------
     weight_bits_mean : float
-        Over the weights of all Conv and Linear layers.
+        Over the weights of all Conv and Linear layers; a layer whose outputs are looked up counts the bits of its table
+        and, like one that nothing needs, no multiplications.
     act_bits_mean : float
         Over the multiplications of all Conv and Linear layers.
     bops, bops_fp32 : int
@@ -43,9 +44,13 @@ def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
     inspection : mapping
         From `quant_core.inspection.inspect_model`.
     """
-    weights = weight_bits = macs = bops = 0
+    weights = weight_bits = macs = bops = saved = 0
     act_bits = 0.0
     for name, layer in inspection["layers"].items():
+        if name in plan.features or name in plan.unserved:
+            weights, weight_bits = weights + prod(layer["shape"]), weight_bits + _table_bits(name, layer, plan)
+            saved += layer["macs"]
+            continue
         spec = plan.layers.get(name)
         bits_w = FLOAT_BITS if spec is None else spec.weight.bits
         bits_a = FLOAT_BITS if spec is None or spec.activation is None else spec.activation.bits_mean
@@ -56,7 +61,7 @@ def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
     attention_macs = sum(attention["macs"] for attention in inspection["attentions"].values())
     bops += sum(_attention_bops(item["macs"], plan, name) for name, item in inspection["attentions"].items())
     per_step = tuple(bops + change for change in _step_changes(inspection, plan))
-    return Cost(weight_bits / weights, act_bits / macs, bops, (macs + attention_macs) * FLOAT_BITS**2, per_step)
+    return Cost(weight_bits / weights, act_bits / macs, bops, (macs + saved + attention_macs) * FLOAT_BITS**2, per_step)
 
 
 def _step_changes(inspection: Mapping[str, Any], plan: QuantizationPlan) -> list[int]:
@@ -69,6 +74,12 @@ def _step_changes(inspection: Mapping[str, Any], plan: QuantizationPlan) -> list
         own = [macs * (bits - spec.activation.bits_mean) for bits in spec.activation.step_bits]
         changes = [a + b for a, b in zip(changes, own, strict=True)] if changes else own
     return [round(change) for change in changes]
+
+
+def _table_bits(name: str, layer: Mapping[str, Any], plan: QuantizationPlan) -> int:
+    """Return the bits of the table that stands for a layer; 0 for a layer that nothing needs."""
+    spec = plan.features.get(name)
+    return 0 if spec is None else len(plan.timesteps) * spec.labels * layer["shape"][0] * spec.bits
 
 
 def _attention_bops(macs: int, plan: QuantizationPlan, name: str) -> int:

@@ -7,8 +7,11 @@ from typing import Any
 from orchestrator.db.rows import ModelRow
 
 
-def inspection(blocks: int = 4, channels: int = 16, side: int = 8) -> dict[str, Any]:
-    """Describe a small UNet: timestep embedding, conv_in, blocks of two convolutions, one attention, conv_out."""
+def inspection(blocks: int = 4, channels: int = 16, side: int = 8, *, timed: bool = False) -> dict[str, Any]:
+    """Describe a small UNet: timestep embedding, conv_in, blocks of two convolutions, one attention, conv_out.
+
+    With `timed`, each block has a projection of the timestep embedding between its convolutions.
+    """
     pixels = side * side
     layers: dict[str, dict[str, Any]] = {}
     units: list[dict[str, Any]] = []
@@ -46,7 +49,9 @@ def inspection(blocks: int = 4, channels: int = 16, side: int = 8) -> dict[str, 
     add_unit("time_embedding", {"time_embedding.linear_1": linear, "time_embedding.linear_2": linear}, [])
     add_unit("conv_in", {"conv_in": ("Conv2d", [channels, 3, 3, 3], None)}, [])
     for block in range(blocks):
-        add_unit(f"blocks.{block}", {f"blocks.{block}.conv1": hidden, f"blocks.{block}.conv2": hidden}, [])
+        projection = {f"blocks.{block}.time_emb_proj": linear} if timed else {}
+        shapes = {f"blocks.{block}.conv1": hidden, **projection, f"blocks.{block}.conv2": hidden}
+        add_unit(f"blocks.{block}", shapes, [])
     add_unit("mid.attn", {f"mid.attn.{part}": linear for part in ("to_q", "to_k", "to_v", "to_out.0")}, ["mid.attn"])
     split = ("Conv2d", [channels, 2 * channels, 1, 1], [channels, channels])
     add_unit("up", {"up.conv1": hidden, "up.conv_shortcut": split}, [])
@@ -66,6 +71,18 @@ def inspection(blocks: int = 4, channels: int = 16, side: int = 8) -> dict[str, 
         "layers": layers,
         "attentions": {"mid.attn": {"macs": 2 * pixels**2 * channels}},
         "unused": [],
+        "temporal": {
+            "time_embedding.linear_1": {"sources": [], "conditions": [], "is_feature": False},
+            "time_embedding.linear_2": {"sources": ["time_embedding.linear_1"], "conditions": [], "is_feature": False},
+            **{
+                f"blocks.{block}.time_emb_proj": {
+                    "sources": ["time_embedding.linear_2"],
+                    "conditions": ["class_labels"],
+                    "is_feature": True,
+                }
+                for block in range(blocks if timed else 0)
+            },
+        },
     }
 
 

@@ -90,6 +90,7 @@ def test_plan_every_task_is_needed_and_every_reference_names_an_output(name: str
         "calibrate": {"calibration"},
         "reference": {"reference"},
         "reconstruct": {"state"},
+        "temporal": {"state"},
         "pack": {"packed"},
         "noise": {"noise"},
         "correct": {"packed"},
@@ -146,6 +147,101 @@ def test_plan_from_quantized_inputs_is_a_chain_of_all_earlier_states():
     reconstructs = by_kind(nodes, "reconstruct")
     for place, node in enumerate(reconstructs):
         assert node.inputs["earlier"] == tuple(TaskRef(other.id, "state") for other in reconstructs[:place])
+
+
+# --- the temporal information block
+
+
+def timed_nodes(name: str = "qdiffusion-w4a8", *overrides: str) -> list[TaskNode]:
+    return nodes_of(recipe(name, *overrides), model(inspection(timed=True)))
+
+
+TIMED = [f"blocks.{i}.time_emb_proj" for i in range(4)]
+
+
+def test_temporal_pass_takes_the_block_out_of_its_units():
+    nodes = timed_nodes("qdiffusion-w4a8", "passes.temporal={}")
+    node = only(nodes, "temporal")
+    assert list(node.params["layers"]) == ["time_embedding.linear_1", "time_embedding.linear_2", *TIMED]
+    assert set(node.inputs) == {"model", "calibration"}
+    rounded = specs(nodes)
+    assert "time_embedding" not in rounded  # nothing is left of that unit
+    assert list(rounded["blocks.0"]["layers"]) == ["blocks.0.conv1", "blocks.0.conv2"]
+    pack = only(nodes, "pack")
+    assert pack.params["units"] == ["@temporal", *UNITS[1:]]
+    assert pack.inputs["states"][0] == TaskRef(node.id, "state")
+
+
+def test_temporal_state_goes_to_the_units_that_hold_its_layers_and_the_others_are_shared():
+    plain, timed = timed_nodes(), timed_nodes("qdiffusion-w4a8", "passes.temporal={}")
+    state = TaskRef(only(timed, "temporal").id, "state")
+    told = {node.params["unit"]: node.inputs.get("temporal") for node in by_kind(timed, "reconstruct")}
+    assert {unit for unit, given in told.items() if given == (state,) or given == [state]} == {
+        f"blocks.{i}" for i in range(4)
+    }
+    quantized = timed_nodes("qdiffusion-w4a8", "passes.temporal={}", "passes.reconstruct.inputs=quantized")
+    assert all("temporal" in node.inputs for node in by_kind(quantized, "reconstruct"))
+    formats = {node.params["unit"]: node.params["layers"] for node in by_kind(plain, "reconstruct")}
+    for node in by_kind(timed, "reconstruct"):
+        if node.params["unit"] in ("mid.attn", "up", "conv_out"):
+            assert node.params["layers"] == formats[node.params["unit"]]
+
+
+def test_temporal_finite_set_is_per_step_whatever_the_network_is():
+    def modes(*overrides: str) -> tuple[set[str], set[str]]:
+        nodes = timed_nodes("qdiffusion-w4a8", "passes.temporal={}", *overrides)
+        block = {spec["activation"]["mode"] for spec in only(nodes, "temporal").params["layers"].values()}
+        units = specs(nodes).values()
+        return block, {spec["activation"]["mode"] for unit in units for spec in unit["layers"].values()}
+
+    assert modes() == ({"per_step"}, {"per_step"})
+    assert modes("activations.mode=static") == ({"per_step"}, {"static"})
+    assert modes("activations.mode=static", "passes.temporal.finite_set=false") == ({"static"}, {"static"})
+    assert modes("activations.mode=dynamic_sample") == ({"per_step"}, {"dynamic_sample"})
+
+
+def test_temporal_block_keeps_its_bits_where_other_layers_have_bits_for_each_step():
+    nodes = timed_nodes("ptqd-w4-mixed", "passes.temporal={}")
+    block = only(nodes, "temporal").params["layers"]
+    assert {spec["activation"]["bits"] for spec in block.values()} == {8}
+    varied = {name for node in by_kind(nodes, "step_effects") for name in node.params["layers"]}
+    assert varied
+    assert not varied & set(block)
+
+
+def test_passes_of_several_methods_compose():
+    nodes = timed_nodes("tfmq-ptqd-w4a8", layers("[]"))
+    kinds = [node.kind for node in nodes]
+    assert {"temporal", "noise", "correct"} <= set(kinds)
+    assert kinds.index("temporal") < kinds.index("reconstruct") < kinds.index("pack") < kinds.index("correct")
+    assert kinds.index("correct") < kinds.index("evaluate")
+
+
+def test_temporal_parameters_are_those_that_matter():
+    def params(*overrides: str) -> dict[str, Any]:
+        nodes = timed_nodes("qdiffusion-w4a8", "passes.temporal={}", *overrides)
+        return only(nodes, "temporal").params
+
+    assert params() == params("passes.temporal.cache_ratio=3")
+    assert "iterations" not in params("passes.temporal.method=closed_form")
+    assert params("passes.temporal.cache=true")["cache_ratio"] == 2.0
+
+
+def test_temporal_pass_needs_a_block_and_all_steps():
+    with pytest.raises(RecipeError, match=r"passes\.temporal: got only kept layers"):
+        timed_nodes("base", "passes.temporal={}", layers('[{match: "*time*", keep: true}]'))
+    without = inspection()
+    del without["temporal"]
+    with pytest.raises(RecipeError, match=r"an earlier Quantmill inspected, wanted it added again"):
+        nodes_of(recipe("base", "passes.temporal={}"), model(without))
+    with pytest.raises(RecipeError, match=r"calibration\.steps: got 5 with passes\.temporal, wanted null"):
+        recipe("base", "passes.temporal={}", "calibration.steps=5", "activations.mode=static")
+
+
+def test_unknown_timesteps_are_the_packed_models_business():
+    assert "unknown_timestep" not in only(nodes_of(recipe()), "pack").params
+    near = only(nodes_of(recipe("base", "activations.unknown_timestep=nearest")), "pack")
+    assert near.params["unknown_timestep"] == "nearest"
 
 
 def test_plan_shards_cover_all_seeds_once():

@@ -1,7 +1,8 @@
 """Pack: put the states of all units into one folder that diffusers loads.
 
 params
-    sampler: see `SamplerSpec`; units: names, in the order of `states`
+    sampler: see `SamplerSpec`; units: names, in the order of `states`; unknown_timestep: what the model does at a
+    timestep that it was not calibrated for, "error" by default
 inputs
     model: tree; states: one for each unit
 outputs
@@ -16,6 +17,7 @@ import json
 
 from quant_core.artifact import WEIGHTS_FILE, quantization_config, write_artifact
 from quant_core.model import build_quantized
+from quant_core.qspec import UnknownTimestep
 from quant_core.sampler import SamplerSpec, make_scheduler
 from quant_core.unit_state import UnitState, load_states, merge_plans
 from workers.context import Inputs, Params, TaskContext, TaskOutput
@@ -27,7 +29,7 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     """Pack one model."""
     denoiser = fetch_model(inputs, context)
     states = [UnitState.from_bytes(context.store.get_bytes(digest)) for digest in inputs["states"]]
-    plan = merge_plans(states)
+    plan = merge_plans(states, UnknownTimestep(params.get("unknown_timestep", "error")))
     build_quantized(denoiser.model, plan)
     load_states(denoiser.model, states)
     scheduler = make_scheduler(SamplerSpec.from_json(params["sampler"]), denoiser.scheduler_config)

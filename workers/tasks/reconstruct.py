@@ -5,7 +5,8 @@ params
     reconstruct pass: inputs ("fp" or "quantized"), start, iterations, ...
 inputs
     model: tree; calibration: shards; state: what `round` gave for the unit; earlier: states of the units before it, if
-    inputs are quantized
+    inputs are quantized; temporal: what `temporal` gave, if the unit has layers of that block inside or its inputs are
+    quantized
 outputs
     state: see `quant_core.unit_state`
 metrics
@@ -43,7 +44,8 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     calibration = CalibrationSet(local_files(inputs["calibration"], context))
     start = UnitState.from_bytes(context.store.get_bytes(only(inputs, "state")))
     earlier = [UnitState.from_bytes(context.store.get_bytes(digest)) for digest in inputs.get("earlier", [])]
-    result = reconstruct_unit(model, calibration, start, earlier, _config(params), context.scratch)
+    temporal = UnitState.from_bytes(context.store.get_bytes(only(inputs, "temporal"))) if "temporal" in inputs else None
+    result = reconstruct_unit(model, calibration, start, earlier, _config(params), context.scratch, temporal)
     metrics = {
         "unit": params["unit"],
         "sqnr_db_before": round(result.sqnr_db_before, 4),

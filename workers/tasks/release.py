@@ -35,7 +35,9 @@ PROVENANCE_FILE = "provenance.json"
 CARD_FILE = "README.md"
 # Kinds that a release depends on; the version of any other must not change its bytes.
 _STEPS = ("calibrate", "round", "reconstruct", "pack", "reference", "evaluate", "score", "release")
-_CORRECTION_STEPS, _STEP_BITS_STEPS = ("noise", "correct"), ("step_effects", "step_bits")
+# Those of a recipe that has such a pass, and of one that has bits for each step.
+_PASS_STEPS = {"temporal": ("temporal",), "correct": ("noise", "correct")}
+_STEP_BITS_STEPS = ("step_effects", "step_bits")
 _PACKAGES = ("diffusers", "numpy", "quantmill", "safetensors", "torch")
 
 
@@ -97,9 +99,10 @@ def _is_corrected(files: Mapping[str, tuple[str, int]], store: Store) -> bool:
 
 def _steps(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the kinds of task that a recipe's releases depend on."""
-    corrected = config.get("passes", {}).get("correct") is not None
+    passes = config.get("passes", {})
+    optional = [step for name, steps in _PASS_STEPS.items() if passes.get(name) is not None for step in steps]
     mixed = config.get("activations", {}).get("step_bits") is not None
-    return _STEPS + corrected * _CORRECTION_STEPS + mixed * _STEP_BITS_STEPS
+    return (*_STEPS, *optional, *(_STEP_BITS_STEPS if mixed else ()))
 
 
 def _base_model(model: Mapping[str, Any]) -> str:

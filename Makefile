@@ -18,6 +18,9 @@ $(STAMP): pyproject.toml
 demo: install
 	$(BIN)/python -m examples.demo
 
+# One thread for each process: tests start workers beside themselves, and threads that wait for a core spin.
+test test-slow: export OMP_NUM_THREADS = 1
+
 test: install
 	$(BIN)/lint-imports
 	$(BIN)/ruff check .

@@ -20,6 +20,9 @@ from kernels.errors import KernelError
 from kernels.gemm import check_weights, epilogue_rows, flatten_weights, unflatten_weights
 from kernels.weights import PackedWeight, weight_integers
 
+# Offsets within one image are 32-bit, between images 64-bit.
+MAX_IMAGE = 2**31 - 1
+
 
 @dataclass(frozen=True, slots=True)
 class ConvGeometry:
@@ -94,6 +97,8 @@ def conv2d_int(
             f"conv2d: got codes {tuple(x.codes.shape)} with {len(x.scale)} scales, wanted (B, H, W, C) with 1 or B"
         )
     batch, height, width, channels = x.codes.shape
+    if x.codes[0:1].numel() > MAX_IMAGE:
+        raise KernelError(f"conv2d: got an image of {x.codes[0:1].numel()} codes, wanted at most {MAX_IMAGE}")
     n = check_weights(weights, taps=geometry.taps, channels=channels)
     shape = (batch, *geometry.output_size(height, width), n)
     epilogue.check(shape)

@@ -91,8 +91,9 @@ class PackedWeight:
         Step size, in weight units per integer step; G is 1 or the number of groups, taps major.
     zero_point : Tensor, shape (N, G), dtype int8
         In the stored codes' domain.
-    total : Tensor, shape (N, G), dtype int16 or int32
-        Sum of (code - zero_point) over each group: what an activation's zero point is multiplied with.
+    total : Tensor, shape (N, taps * groups of a tap), dtype int16 or int32
+        Sum of (code - zero_point) over each group of each tap: what an activation's zero point is multiplied with. By
+        taps, since a tap that falls on padding has no part in it.
     channel : Tensor, shape (N,), dtype int32, or None
         The layer's output channel of each row; None if they are all of its channels, in order.
     shift : Tensor, shape (C,), dtype int8, or None
@@ -286,8 +287,6 @@ def _totals(codes: Tensor, zero: Tensor, layout: WeightLayout, shift: Tensor | N
     # One tap at a time: the products are four times as large as the codes.
     sums = [(runs[:, tap].view(n, groups, group).int() * factors.view(groups, group)).sum(-1) for tap in range(taps)]
     counts = factors.view(groups, group).sum(-1)
-    if not layout.group_size:
-        return (torch.stack(sums).sum(0) - zero * taps * counts).to(torch.int32)
     totals = torch.cat(sums, dim=1) - zero * counts.repeat(taps)
     most = group * ((1 << layout.bits) - 1) << (0 if shift is None else MAX_SHIFT)
-    return totals.to(torch.int16 if most < 2**15 else torch.int32)
+    return totals.to(torch.int16 if layout.group_size and most < 2**15 else torch.int32)

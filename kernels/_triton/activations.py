@@ -161,7 +161,7 @@ def launch_by_table(
     by_table_kernel[grid](
         rows, scale.float().contiguous(), zero_point.float().contiguous(), index, shift, codes, run_scale, run_zero,
         m, columns, runs, max(1, m // runs), rows.stride(0),
-        TOP=2**bits - 1, HALF=2 ** (bits - 1), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4,
+        TOP=2**bits - 1, HALF=2 ** (bits - 1), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, run_scale, run_zero
 
@@ -175,7 +175,7 @@ def launch_dynamic(x: Tensor, runs: int, bits: int, symmetric: bool) -> tuple[Te
         block_c = min(triton.next_power_of_2(rows.shape[1]), TOKEN_BLOCK)
         per_token_kernel[(runs,)](
             rows, codes, scale, zero, rows.shape[1], rows.stride(0),
-            TOP=top, HALF=half, SYMMETRIC=symmetric, BLOCK_C=block_c, num_warps=4,
+            TOP=top, HALF=half, SYMMETRIC=symmetric, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return codes, scale, zero
     dense = x.contiguous()
@@ -184,11 +184,11 @@ def launch_dynamic(x: Tensor, runs: int, bits: int, symmetric: bool) -> tuple[Te
     chunk = triton.cdiv(n, chunks)
     low = torch.empty(runs, chunks, dtype=torch.float32, device=x.device)
     high = torch.empty(runs, chunks, dtype=torch.float32, device=x.device)
-    sample_range_kernel[(runs, chunks)](dense, low, high, n, chunk, BLOCK_N=SAMPLE_BLOCK, num_warps=4)
+    sample_range_kernel[(runs, chunks)](dense, low, high, n, chunk, BLOCK_N=SAMPLE_BLOCK, num_warps=4, enable_fp_fusion=False)
     per_sample_kernel[(runs, triton.cdiv(n, SAMPLE_BLOCK))](
         dense, low, high, codes, scale, zero, n, chunks,
         TOP=top, HALF=half, SYMMETRIC=symmetric, CHUNKS=triton.next_power_of_2(chunks), BLOCK_N=SAMPLE_BLOCK,
-        num_warps=4,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale, zero
 

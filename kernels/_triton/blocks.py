@@ -38,7 +38,8 @@ def int_blocks(arch: str, m: int, n: int, group_size: int, channels: int) -> Blo
     """Blocks of an integer GEMM or convolution with M rows, N columns and this many channels in a tap.
 
     128 x 128 is the smallest tile at which int8 tensor cores are not limited by shared memory; a grid that does not fill
-    the device takes 64 columns, few rows take as few as a tensor-core instruction has.
+    the device takes 64 columns, few rows take as few as a tensor-core instruction has. Groups of scales keep an int32
+    and a float32 sum, so their tiles are half as large.
     """
     k = 64 if group_size % 64 == 0 else 32
     if arch == INTERPRETER:
@@ -46,23 +47,34 @@ def int_blocks(arch: str, m: int, n: int, group_size: int, channels: int) -> Blo
     if m <= 64:
         rows = 16 if m <= 16 else 32 if m <= 32 else 64
         return Blocks(rows, 64, k, 4, 2 if arch == "gfx942" else 4)
+    stages = {"sm_80": 3, "gfx942": 2}.get(arch, 4)
+    if group_size:
+        return Blocks(128, 64, k, 8, stages)
     tiles = -(-m // 128) * -(-n // 128)
     columns = 128 if tiles >= PROCESSORS[arch] else 64
-    if group_size == 0 and channels % 128 == 0 and arch in ("sm_90", "sm_100"):
+    if channels % 128 == 0 and arch in ("sm_90", "sm_100"):
         k = 128  # fewer barriers per wgmma; four stages of 32 KiB fit in 227 KiB
-    stages = {"sm_80": 3, "gfx942": 2}.get(arch, 4)
-    return Blocks(128, columns, k, 8 if columns == 128 else 4, stages)
+    return Blocks(128, columns, k, 8, stages)
 
 
-def float_blocks(arch: str, m: int, n: int) -> Blocks:
+def float_blocks(arch: str, m: int, n: int, group_size: int) -> Blocks:
     """Blocks of a GEMM with float activations."""
     if arch == INTERPRETER:
         return Blocks(32, 32, 32, 4, 1, 2)
     if m <= 64:
         rows = 16 if m <= 16 else 32 if m <= 32 else 64
         return Blocks(rows, 64, 64, 4, 2 if arch == "gfx942" else 4)
-    columns = 128 if -(-m // 128) * -(-n // 128) >= PROCESSORS[arch] else 64
+    columns = 128 if not group_size and -(-m // 128) * -(-n // 128) >= PROCESSORS[arch] else 64
     return Blocks(128, columns, 64, 8 if columns == 128 else 4, 2 if arch == "gfx942" else 3)
+
+
+def fp8_blocks(arch: str, m: int, n: int) -> Blocks:
+    """Blocks of an FP8 GEMM."""
+    if arch == INTERPRETER:
+        return Blocks(32, 32, 32, 4, 1, 2)
+    rows = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
+    columns = 128 if -(-m // 128) * -(-n // 128) >= PROCESSORS[arch] and m > 64 else 64
+    return Blocks(rows, columns, 128 if arch != "sm_80" else 64, 8 if rows == 128 else 4, 3)
 
 
 def splits_of_k(arch: str, tiles: int, blocks: int) -> int:

@@ -68,7 +68,7 @@ def finish_tile(
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Add bias, low-rank branch and residual to float32 `acc` and store it; `m` and `column` are int64."""
+    """Add bias, low-rank branch and residual to float32 `acc` and store it; `m` is int64, `column` int32."""
     live = tl.max(mask.to(tl.int32), axis=0) > 0
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=live, other=0.0).to(tl.float32)[None, :]
@@ -76,9 +76,9 @@ def finish_tile(
         rows = tl.max(mask.to(tl.int32), axis=1) > 0
         for r0 in range(0, RANK, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            down = tl.load(down_ptr + m[:, None] * RANK + r[None, :], mask=rows[:, None] & (r[None, :] < RANK), other=0.0)
-            up = tl.load(up_ptr + column[None, :] * RANK + r[:, None], mask=live[None, :] & (r[:, None] < RANK), other=0.0)
+            down = tl.load((down_ptr + m * RANK)[:, None] + r[None, :], mask=rows[:, None] & (r[None, :] < RANK), other=0.0)
+            up = tl.load((up_ptr + column * RANK)[None, :] + r[:, None], mask=live[None, :] & (r[:, None] < RANK), other=0.0)
             acc = tl.dot(down, up, acc, input_precision="ieee")
     if residual_ptr is not None:
-        acc += tl.load(residual_ptr + m[:, None] * stride_residual + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + m[:, None] * stride_out + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+        acc += tl.load((residual_ptr + m * stride_residual)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store((out_ptr + m * stride_out)[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)

@@ -26,7 +26,7 @@ def conv2d_int_kernel(
     w_ptr,  # (N, taps * blocks * LANE) packed codes
     scale_ptr,  # (N, G)
     zero_ptr,  # (N, G) int8
-    total_ptr,  # (N, G)
+    total_ptr,  # (N, taps * groups of a tap)
     shift_ptr,  # (C,) int8 or None
     channel_ptr,  # (N,) int32 or None
     bias_ptr,
@@ -69,16 +69,21 @@ def conv2d_int_kernel(
     BLOCK_R: tl.constexpr,
     SWIZZLE: tl.constexpr,
 ):
-    """One tile of (pixels, output channels); a padded tap reads the activation's zero point, the code of 0.0."""
+    """One tile of (pixels, output channels).
+
+    Padding is 0.0, whose code is the zero point. It is read as code 0 and left out of the zero point's correction, which
+    is the same integer and keeps the loaded tile as it is.
+    """
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
     m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, LANE)
     in_m, in_n = m < M, n < N
-    top = (m // OW) % OH * STRIDE_H - PAD_H
-    left = m % OW * STRIDE_W - PAD_W
+    pixel = (m % (OH * OW)).to(tl.int32)  # one image has fewer than 2**31 codes, a batch may have more
+    top = pixel // OW * STRIDE_H - PAD_H
+    left = pixel % OW * STRIDE_W - PAD_W
     x_image = x_ptr + m // (OW * OH) * stride_b
-    w_rows = w_ptr + n[None, :] * (TAPS_H * TAPS_W * tap_bytes)
+    w_rows = (w_ptr + n.to(tl.int64) * (TAPS_H * TAPS_W * tap_bytes))[None, :]
     x_zero = tl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
     PER_BYTE: tl.constexpr = 8 // BITS
     GROUPED: tl.constexpr = GROUP_SIZE > 0
@@ -108,8 +113,6 @@ def conv2d_int_kernel(
             c = first + lane
             in_c = c < C
             x = tl.load(x_pixels + c[None, :], mask=inside[:, None] & in_c[None, :], other=0)
-            if PADDED and not X_SYMMETRIC:
-                x = tl.where(in_c[None, :] & ~inside[:, None], x_zero[:, None].to(tl.int8), x)
             w = lane_of(packed, i, BITS)
             if GROUPED:
                 # Beyond C, x is 0, whatever group is read.
@@ -127,7 +130,7 @@ def conv2d_int_kernel(
                 if not X_SYMMETRIC:
                     opens = tl.where((start % GROUP_SIZE == 0) & (start < C), 1, 0)
                     total = tl.load(total_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32) * opens
-                    acc -= x_zero[:, None] * total[None, :]
+                    acc -= tl.where(inside, x_zero, 0)[:, None] * total[None, :]
                 if BITS == 8 and not SYMMETRIC:
                     acc -= x_sum[:, None] * zero.to(tl.int32)[None, :]
                     x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
@@ -141,12 +144,22 @@ def conv2d_int_kernel(
         if BITS == 8 and not SYMMETRIC:
             acc -= x_sum[:, None] * zero.to(tl.int32)[None, :]
         if not X_SYMMETRIC:
-            acc -= x_zero[:, None] * tl.load(total_ptr + n, mask=in_n, other=0).to(tl.int32)[None, :]
+            whole = tl.zeros((BLOCK_N,), dtype=tl.int32)
+            for tap in range(TAPS_H * TAPS_W):
+                total = tl.load(total_ptr + n * (TAPS_H * TAPS_W) + tap, mask=in_n, other=0)
+                whole += total
+                if PADDED:
+                    row = top + tap // TAPS_W * DILATION_H
+                    col = left + tap % TAPS_W * DILATION_W
+                    outside = in_m & ((row < 0) | (row >= H) | (col < 0) | (col >= W))
+                    if tl.max(outside.to(tl.int32), axis=0) > 0:
+                        acc += tl.where(outside, x_zero, 0)[:, None] * total[None, :]
+            acc -= x_zero[:, None] * whole[None, :]
         scale = tl.load(scale_ptr + n, mask=in_n, other=0.0).to(tl.float32)
         value = acc.to(tl.float32) * scale[None, :] * x_scale[:, None]
     column = n
     if channel_ptr is not None:
-        column = tl.load(channel_ptr + n, mask=in_n, other=0).to(tl.int64)
+        column = tl.load(channel_ptr + n, mask=in_n, other=0)
     mask = in_m[:, None] & in_n[None, :]
     finish_tile(
         value, m, column, mask, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
@@ -187,5 +200,6 @@ def launch_conv2d_int(
             BITS=layout.bits, LANE=lane, GROUP_SIZE=layout.group_size, SYMMETRIC=layout.symmetric,
             X_SYMMETRIC=x.symmetric, RANK=rows.rank, BLOCK_M=blocks.m, BLOCK_N=blocks.n,
             BLOCK_R=rank_block(rows.rank), SWIZZLE=blocks.swizzle, num_warps=blocks.warps, num_stages=blocks.stages,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out

@@ -56,11 +56,11 @@ def linear_int_kernel(
     """One tile of codes times codes, exact in int32 per scale, then scaled in float32."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
     m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, LANE)
     in_m, in_n = m < M, n < N
-    x_rows = x_ptr + m[:, None] * stride_x
-    w_rows = w_ptr + n[None, :] * stride_w
+    x_rows = (x_ptr + m * stride_x)[:, None]
+    w_rows = (w_ptr + n.to(tl.int64) * stride_w)[None, :]
     x_zero = tl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
     PER_BYTE: tl.constexpr = 8 // BITS
     GROUPED: tl.constexpr = GROUP_SIZE > 0
@@ -113,7 +113,7 @@ def linear_int_kernel(
         value = acc.to(tl.float32) * scale[None, :] * x_scale[:, None]
     column = n
     if channel_ptr is not None:
-        column = tl.load(channel_ptr + n, mask=in_n, other=0).to(tl.int64)
+        column = tl.load(channel_ptr + n, mask=in_n, other=0)
     mask = in_m[:, None] & in_n[None, :]
     finish_tile(
         value, m, column, mask, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
@@ -158,11 +158,11 @@ def linear_float_kernel(
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
     split = tl.program_id(1)
     m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, LANE)
     in_m, in_n = m < M, n < N
-    x_rows = x_ptr + m[:, None] * stride_x
-    w_rows = w_ptr + n[None, :] * stride_w
+    x_rows = (x_ptr + m * stride_x)[:, None]
+    w_rows = (w_ptr + n.to(tl.int64) * stride_w)[None, :]
     PER_BYTE: tl.constexpr = 8 // BITS
     GROUPED: tl.constexpr = GROUP_SIZE > 0
     value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -196,7 +196,7 @@ def linear_float_kernel(
     else:
         column = n
         if channel_ptr is not None:
-            column = tl.load(channel_ptr + n, mask=in_n, other=0).to(tl.int64)
+            column = tl.load(channel_ptr + n, mask=in_n, other=0)
         finish_tile(
             value, m, column, mask, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
             stride_residual, stride_out, RANK, BLOCK_R,
@@ -224,7 +224,7 @@ def sum_splits_kernel(
 ):
     """Add the pieces of a split K in a fixed order, so that results do not change from run to run, and finish."""
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_m, in_n = m < M, n < N
     mask = in_m[:, None] & in_n[None, :]
     value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -233,7 +233,7 @@ def sum_splits_kernel(
         value += tl.load(part + m[:, None] * N + n[None, :], mask=mask, other=0.0)
     column = n
     if channel_ptr is not None:
-        column = tl.load(channel_ptr + n, mask=in_n, other=0).to(tl.int64)
+        column = tl.load(channel_ptr + n, mask=in_n, other=0)
     finish_tile(
         value, m, column, mask, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
         stride_residual, stride_out, RANK, BLOCK_R,
@@ -262,6 +262,7 @@ def launch_linear_int(
             BITS=layout.bits, LANE=lane, GROUP_SIZE=layout.group_size, SYMMETRIC=layout.symmetric,
             X_SYMMETRIC=x.symmetric, RANK=rows.rank, BLOCK_M=blocks.m, BLOCK_N=blocks.n,
             BLOCK_R=rank_block(rows.rank), SWIZZLE=blocks.swizzle, num_warps=blocks.warps, num_stages=blocks.stages,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
@@ -277,7 +278,7 @@ def launch_linear_float(
     arch = architecture(out.device)
     for weight in weights:
         layout = weight.layout
-        blocks = float_blocks(arch, m, weight.rows)
+        blocks = float_blocks(arch, m, weight.rows, layout.group_size)
         lane = blocks.k if layout.bits == 8 and layout.group_size % blocks.k == 0 else layout.lane
         steps = triton.cdiv(columns, lane * layout.per_byte)
         tiles = triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n)
@@ -293,12 +294,14 @@ def launch_linear_float(
             BITS=layout.bits, LANE=lane, GROUP_SIZE=layout.group_size, RANK=rows.rank, BLOCK_M=blocks.m,
             BLOCK_N=blocks.n, BLOCK_R=rank_block(rows.rank), SPLITS=splits, SWIZZLE=blocks.swizzle,
             num_warps=blocks.warps, num_stages=blocks.stages,
+            enable_fp_fusion=False,
         )  # fmt: skip
         if partial is not None:
             sum_splits_kernel[(triton.cdiv(m, 16), triton.cdiv(weight.rows, 64))](
                 partial, weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
                 m, weight.rows, stride_of(rows.residual), n,
                 RANK=rows.rank, BLOCK_M=16, BLOCK_N=64, BLOCK_R=rank_block(rows.rank), SPLITS=splits, num_warps=4,
+                enable_fp_fusion=False,
             )  # fmt: skip
     return out
 

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kernels.weights import WeightLayout
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # A few spilled words outside the inner loop cost nothing that could be measured; a spilled accumulator does.
 SPILL_LIMIT = 64
@@ -104,7 +106,8 @@ def _linear_cases(arch: str) -> Iterator[Case]:
 
     for m, n in ((8192, 2560), (16, 2560)):
         for label, bits, lane, group, symmetric, x_symmetric in _WEIGHTS:
-            blocks = int_blocks(arch, m, n, group, 640)
+            layout = WeightLayout(bits, 640, 1, lane or 32, group, symmetric)
+            blocks = int_blocks(arch, m, n, layout)
             constants = {
                 **_BIAS, "shift_ptr": None, "BITS": bits, "LANE": lane or blocks.k, "GROUP_SIZE": group,
                 "SYMMETRIC": symmetric, "X_SYMMETRIC": x_symmetric, "RANK": 0, "BLOCK_M": blocks.m,
@@ -116,10 +119,12 @@ def _linear_cases(arch: str) -> Iterator[Case]:
             )  # fmt: skip
             yield case
             if m > 64 and label == "W4A8":
-                full = {**constants, "RANK": 32, "BLOCK_R": 32}
+                blocks = int_blocks(arch, m, n, layout, heavy=True)
+                full = {**constants, "RANK": 32, "BLOCK_R": 32, "BLOCK_N": blocks.n}
                 for name in ("residual_ptr", "down_ptr", "up_ptr", "channel_ptr", "shift_ptr"):
                     del full[name]
-                yield replace(case, label=case.label + ", all of the epilogue, shifts", constants=full)
+                label = f"linear {label}, {blocks.m} x {blocks.n}, all of the epilogue, shifts"
+                yield replace(case, label=label, constants=full)
 
 
 def _conv_cases(arch: str) -> Iterator[Case]:
@@ -130,7 +135,8 @@ def _conv_cases(arch: str) -> Iterator[Case]:
         for taps, stride in ((3, 1), (3, 2), (1, 1)):
             if (taps, stride) != (3, 1) and label not in ("W8A8", "W4A8"):
                 continue
-            blocks = int_blocks(arch, 8192, 2560, group, 640)
+            layout = WeightLayout(bits, 640, taps * taps, lane or 32, group, symmetric)
+            blocks = int_blocks(arch, 8192, 2560, layout, heavy=arch == "sm_80" and not x_symmetric)
             constants = {
                 **_BIAS, "shift_ptr": None, "TAPS_H": taps, "TAPS_W": taps, "STRIDE_H": stride, "STRIDE_W": stride,
                 "PAD_H": taps // 2, "PAD_W": taps // 2, "DILATION_H": 1, "DILATION_W": 1, "BITS": bits,

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from kernels.weights import WeightLayout
+
 # Streaming multiprocessors (compute units on gfx942): a grid smaller than this leaves some idle.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 1}
 INTERPRETER = "interpreter"
@@ -34,25 +36,25 @@ def architecture(device: torch.device) -> str:
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
-def int_blocks(arch: str, m: int, n: int, group_size: int, channels: int) -> Blocks:
-    """Blocks of an integer GEMM or convolution with M rows, N columns and this many channels in a tap.
+def int_blocks(arch: str, m: int, n: int, layout: WeightLayout, *, heavy: bool = False) -> Blocks:
+    """Blocks of an integer GEMM or convolution with M rows and N columns; `heavy` asks for more registers a value.
 
     128 x 128 is the smallest tile at which int8 tensor cores are not limited by shared memory; a grid that does not fill
     the device takes 64 columns, few rows take as few as a tensor-core instruction has. Groups of scales keep an int32
-    and a float32 sum, so their tiles are half as large.
+    and a float32 sum, and long epilogues hold more beside the sum, so their tiles are half as large.
     """
-    k = 64 if group_size % 64 == 0 else 32
+    k = 64 if layout.group_size % 64 == 0 else 32
     if arch == INTERPRETER:
         return Blocks(32, 32, k, 4, 1, 2)
     if m <= 64:
         rows = 16 if m <= 16 else 32 if m <= 32 else 64
         return Blocks(rows, 64, k, 4, 2 if arch == "gfx942" else 4)
     stages = {"sm_80": 3, "gfx942": 2}.get(arch, 4)
-    if group_size:
-        return Blocks(128, 64, k, 8, stages)
+    if layout.group_size or heavy:
+        return Blocks(128, 32 if arch == "sm_100" else 64, k, 8, stages)
     tiles = -(-m // 128) * -(-n // 128)
     columns = 128 if tiles >= PROCESSORS[arch] else 64
-    if channels % 128 == 0 and arch in ("sm_90", "sm_100"):
+    if layout.channels % 128 == 0 and arch in ("sm_90", "sm_100"):
         k = 128  # fewer barriers per wgmma; four stages of 32 KiB fit in 227 KiB
     return Blocks(128, columns, k, 8, stages)
 
@@ -64,8 +66,10 @@ def float_blocks(arch: str, m: int, n: int, group_size: int) -> Blocks:
     if m <= 64:
         rows = 16 if m <= 16 else 32 if m <= 32 else 64
         return Blocks(rows, 64, 64, 4, 2 if arch == "gfx942" else 4)
-    columns = 128 if not group_size and -(-m // 128) * -(-n // 128) >= PROCESSORS[arch] else 64
-    return Blocks(128, columns, 64, 8 if columns == 128 else 4, 2 if arch == "gfx942" else 3)
+    columns = 128 if -(-m // 128) * -(-n // 128) >= PROCESSORS[arch] else 64
+    if group_size:
+        columns = 32 if arch == "sm_100" else 64
+    return Blocks(128, columns, 64, 8, 2 if arch == "gfx942" else 3)
 
 
 def fp8_blocks(arch: str, m: int, n: int) -> Blocks:

@@ -185,7 +185,9 @@ def launch_conv2d_int(
     arch = architecture(out.device)
     for weight in weights:
         layout = weight.layout
-        blocks = int_blocks(arch, m, weight.rows, layout.group_size, channels)
+        heavy = rows.rank > 0 or weight.channel is not None or weight.shift is not None
+        heavy = heavy or (arch == "sm_80" and not x.symmetric)
+        blocks = int_blocks(arch, m, weight.rows, layout, heavy=heavy)
         lane = blocks.k if layout.bits == 8 else layout.lane
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         conv2d_int_kernel[grid](

@@ -251,7 +251,8 @@ def launch_linear_int(
     arch = architecture(out.device)
     for weight in weights:
         layout = weight.layout
-        blocks = int_blocks(arch, m, weight.rows, layout.group_size, columns)
+        heavy = rows.rank > 0 or weight.channel is not None or weight.shift is not None
+        blocks = int_blocks(arch, m, weight.rows, layout, heavy=heavy)
         lane = blocks.k if layout.bits == 8 else layout.lane
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         linear_int_kernel[grid](

@@ -3,8 +3,8 @@
     code = clamp(round(x / scale) + zero_point, 0, 2**bits - 1)                     as `kernels.affine` defines it
     code = clamp(round(x / (scale * 2**shift[c])) + zero_point, 0, 2**bits - 1)     with power-of-two channel shifts
 
-Codes are stored as int8, code - 2**(bits - 1), and so are zero points: the operand of int8 tensor cores. On the CPU they
-are uint8 as they are (`kernels.cpu`). Channels are the last dimension: an image is (B, H, W, C).
+Codes are stored as int8, code - 2**(bits - 1), and so are zero points: the operand of int8 tensor cores. On the CPU
+they are uint8 as they are (`kernels.cpu`). Channels are the last dimension: an image is (B, H, W, C).
 
 Kernel and reference agree bit for bit: the quotient is a true division, minima and maxima are exact.
 """
@@ -229,9 +229,7 @@ def _(
 
 
 @torch.library.custom_op("quantmill::quantize_dynamic", mutates_args=())
-def _quantize_dynamic(
-    x: Tensor, runs: int, bits: int, symmetric: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_dynamic(x: Tensor, runs: int, bits: int, symmetric: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.activations import launch_dynamic
 

@@ -3,8 +3,8 @@
 `reference` is plain torch on any device and defines what the others compute. `auto` takes the fastest that this
 installation has for the device.
 
-Two questions are asked here. `resolve_backend`: which backends a model can be loaded for. `backend_for`: what one operator
-of `kernels` runs on a tensor's device. The integer CPU backend has operators of its own (`kernels.cpu`), since its
+Two questions are asked here. `resolve_backend`: which backends a model can be loaded for. `backend_for`: what one
+operator of `kernels` runs on a tensor's device. The integer CPU backend has operators of its own (`kernels.cpu`), since its
 weights are laid out by oneDNN.
 """
 

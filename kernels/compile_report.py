@@ -2,8 +2,8 @@
 
     python -m kernels.compile_report [--write docs/kernels.md] [--arch sm_90 ...] [--only TEXT] [--json]
 
-For each kernel, at the blocks that `kernels._triton.blocks` chooses for a typical shape: registers of a thread, bytes of
-its stack (spilled registers), shared memory of a program, and the matrix instructions in its assembly. Exit code 1 if a
+For each kernel, at the blocks that `kernels._triton.blocks` chooses for a typical shape: registers of a thread, bytes
+of its stack (spilled registers), shared memory of a program, and the matrix instructions in its assembly. Exit code 1 if a
 spill is over SPILL_LIMIT, shared memory over what the architecture has, or a GEMM found no matrix instruction.
 """
 
@@ -41,7 +41,19 @@ _TYPES = {
     "index_ptr": "*i64",
     "eps": "fp32",
 }
-_ALIGNED = ("K", "C", "N", "stride_x", "stride_w", "stride_out", "stride_residual", "stride_b", "stride_h", "stride_w_in", "tap_bytes")
+_ALIGNED = (
+    "K",
+    "C",
+    "N",
+    "stride_x",
+    "stride_w",
+    "stride_out",
+    "stride_residual",
+    "stride_b",
+    "stride_h",
+    "stride_w_in",
+    "tap_bytes",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +66,6 @@ class Case:
     types: dict[str, str]
     warps: int
     stages: int
-    uses_matrix: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +85,10 @@ class Usage:
         if self.spilled > SPILL_LIMIT:
             return f"{self.kernel} on {self.arch}: got {self.spilled} spilled bytes, wanted at most {SPILL_LIMIT}"
         if self.shared > SHARED_LIMIT[self.arch]:
-            return f"{self.kernel} on {self.arch}: got {self.shared} bytes of shared memory, wanted {SHARED_LIMIT[self.arch]}"
+            limit = SHARED_LIMIT[self.arch]
+            return f"{self.kernel} on {self.arch}: got {self.shared} bytes of shared memory, wanted at most {limit}"
+        if self.matrix == "none" and self.kernel.startswith(("linear", "conv")):
+            return f"{self.kernel} on {self.arch}: got no matrix instruction, wanted at least one"
         return None
 
 
@@ -168,7 +182,7 @@ def _float_cases(arch: str) -> Iterator[Case]:
                 blocks.warps, blocks.stages,
             )  # fmt: skip
     constants = {**_BIAS, "RANK": 0, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 16, "SPLITS": 4}
-    yield Case("sum of splits", sum_splits_kernel, constants, {}, 4, 1, uses_matrix=False)
+    yield Case("sum of splits", sum_splits_kernel, constants, {}, 4, 1)
 
 
 def _other_cases(arch: str) -> Iterator[Case]:
@@ -177,7 +191,7 @@ def _other_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel
 
     def plain(label: str, kernel: Any, types: dict[str, str] | None = None, **constants: Any) -> Case:
-        return Case(label, kernel, constants, {"x_ptr": "*bf16", **(types or {})}, 4, 1, uses_matrix=False)
+        return Case(label, kernel, constants, {"x_ptr": "*bf16", **(types or {})}, 4, 1)
 
     bits = {"TOP": 255, "HALF": 128}
     table = {"zero_ptr": "*fp32"}
@@ -186,7 +200,9 @@ def _other_cases(arch: str) -> Iterator[Case]:
     own = {"zero_ptr": "*i32"}
     yield plain("quantize tokens", activations.per_token_kernel, own, **bits, SYMMETRIC=False, BLOCK_C=2048)
     yield plain("range of samples", activations.sample_range_kernel, BLOCK_N=2048)
-    yield plain("quantize samples", activations.per_sample_kernel, own, **bits, SYMMETRIC=False, CHUNKS=256, BLOCK_N=2048)
+    yield plain(
+        "quantize samples", activations.per_sample_kernel, own, **bits, SYMMETRIC=False, CHUNKS=256, BLOCK_N=2048
+    )
     yield plain("group norm: chunks", norms.group_stats_kernel, GROUPS=32, WIDTH=20, BLOCK_P=64, BLOCK_W=32)
     yield plain("group norm: merge", norms.merge_stats_kernel, WIDTH=20, CHUNKS=64)
     yield plain(
@@ -198,7 +214,9 @@ def _other_cases(arch: str) -> Iterator[Case]:
         SYMMETRIC=False, BLOCK_C=2048, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None, index_ptr=None,
     )  # fmt: skip
     if arch in ("sm_90", "sm_100"):
-        yield plain("quantize FP8", quantize_fp8_kernel, {"values_ptr": "*fp8e4nv"}, MAX=448.0, FLOOR=1e-12, BLOCK_K=2048)
+        yield plain(
+            "quantize FP8", quantize_fp8_kernel, {"values_ptr": "*fp8e4nv"}, MAX=448.0, FLOOR=1e-12, BLOCK_K=2048
+        )
         blocks = fp8_blocks(arch, 8192, 2560)
         constants = {
             **_EPILOGUE, "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "BLOCK_R": 16,
@@ -206,7 +224,9 @@ def _other_cases(arch: str) -> Iterator[Case]:
         }  # fmt: skip
         del constants["channel_ptr"]
         types = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv"}
-        yield Case(f"linear FP8, {blocks.m} x {blocks.n}", linear_fp8_kernel, constants, types, blocks.warps, blocks.stages)
+        yield Case(
+            f"linear FP8, {blocks.m} x {blocks.n}", linear_fp8_kernel, constants, types, blocks.warps, blocks.stages
+        )
 
 
 def _weight_types(bits: int, group: int) -> dict[str, str]:
@@ -268,7 +288,10 @@ def problems(usages: Sequence[Usage]) -> list[str]:
 
 def table(usages: Sequence[Usage]) -> str:
     """Draw the table of docs/kernels.md."""
-    lines = ["| kernel | architecture | registers | spilled bytes | shared KiB | matrix instructions |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| kernel | architecture | registers | spilled bytes | shared KiB | matrix instructions |",
+        "|---|---|---|---|---|---|",
+    ]
     for u in sorted(usages, key=lambda usage: usage.kernel):
         lines.append(f"| {u.kernel} | {u.arch} | {u.registers} | {u.spilled} | {u.shared / 1024:.1f} | {u.matrix} |")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Conv2d on packed weights with integer activations (W8A8, W4A8, W2A8 and mixes), channels last.
 
-The same integers as `kernels.gemm`, summed over taps too. A padded position holds 0.0, whose code is the activation's zero
-point; so padding adds nothing to the sum of (x - x_zero) * (w - zero), whatever the zero point is.
+The same integers as `kernels.gemm`, summed over taps too. A padded position holds 0.0, whose code is the activation's
+zero point; so padding adds nothing to the sum of (x - x_zero) * (w - zero), whatever the zero point is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_IMAGE = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class ConvGeometry:
-    """Kernel size, stride, padding and dilation of a Conv2d, each (height, width); padding on both sides, with zeros."""
+    """Kernel size, stride, padding and dilation of a Conv2d, each (height, width); padding is zeros on both sides."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int] = (1, 1)

@@ -3,10 +3,10 @@
     exact       The int8 weight is code - zero point, so up to 7 bits always fit and 8 bits where the zero point is 128.
                 Asymmetric 8-bit weights are stored as code - 128, and one more output channel, of ones, sums the input:
                     sum (x - x_zero) (w - zero) = sum (x - x_zero) (w - 128) - (zero - 128) * sum (x - x_zero).
-    regridded   Weights with scales per group have no exact int8 form: they are rounded to an int8 grid per output channel,
-                at most scale / 2 away. `CpuWeight.exact` says which it is.
-    saturation  Without VNNI or AMX, oneDNN adds pairs of products in int16 (vpmaddubsw), which saturates above 32767: exact
-                only if 2 * 255 * max|w| fits. `pack_cpu_weight` measures what this machine does and refuses the rest.
+    regridded   Weights with scales per group have no exact int8 form: they are rounded to an int8 grid per output
+                channel, at most scale / 2 away. `CpuWeight.exact` says which it is.
+    saturation  Without VNNI or AMX, oneDNN adds pairs of products in int16 (vpmaddubsw), which saturates above 32767:
+                exact only if 2 * 255 * max|w| fits. `pack_cpu_weight` measures what this machine does and refuses the rest.
 
 Activations are uint8 with one grid, or one for each sample. Weights are unpacked once, a byte a weight.
 """
@@ -96,8 +96,8 @@ def pack_cpu_weight(
     largest = int(integers.abs().max()) if integers.numel() else 0
     if largest > PAIR_LIMIT and not sums_pairs_exactly():
         raise BackendUnavailableError(
-            f"backend: got 'cpu' for weights up to {largest} on a CPU without VNNI or AMX, whose int8 products saturate; "
-            f"wanted weights up to {PAIR_LIMIT}, or reference"
+            f"backend: got 'cpu' for weights up to {largest} on a CPU without VNNI or AMX, whose int8 products "
+            f"saturate; wanted weights up to {PAIR_LIMIT}, or reference"
         )
     correction = None
     if bool(zero.any()):
@@ -113,7 +113,7 @@ def pack_cpu_weight(
 
 
 def quantize_cpu_by_table(x: Tensor, table: ActivationTable, index: Tensor | None = None) -> QuantizedActivation:
-    """Quantize to uint8 codes by a table; as `kernels.activations.quantize_by_table`, with the codes of `kernels.affine`.
+    """Quantize to uint8 codes by a table; else as `kernels.activations.quantize_by_table`.
 
     Parameters
     ----------
@@ -223,7 +223,7 @@ def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
 
 @functools.cache
 def sums_pairs_exactly() -> bool:
-    """Whether this machine's int8 products are summed without saturation: measured, as oneDNN may be told to use less."""
+    """Whether this machine's int8 products are summed without saturation. Measured: oneDNN may be told to use less."""
     codes = torch.full((2, 64), 255, dtype=torch.uint8)
     weight = torch.full((16, 64), 127, dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
@@ -245,9 +245,7 @@ def _int8_rows(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     return integers, weight.scale[:, 0].float(), zero.float()
 
 
-def _prepack_conv(
-    matrix: Tensor, geometry: ConvGeometry, scale: Tensor, input_shape: Sequence[int] | None
-) -> Tensor:
+def _prepack_conv(matrix: Tensor, geometry: ConvGeometry, scale: Tensor, input_shape: Sequence[int] | None) -> Tensor:
     """Lay out int8 (N, taps, C) for a convolution."""
     image = matrix.view(len(matrix), *geometry.kernel, matrix.shape[-1]).permute(0, 3, 1, 2).contiguous()
     shape = None if input_shape is None else list(input_shape)
@@ -273,7 +271,9 @@ def _check_codes(x: QuantizedActivation, weight: CpuWeight) -> None:
             f"cpu codes: got {x.codes.dtype} of {x.codes.shape[-1]} channels, wanted torch.uint8 of {weight.channels}"
         )
     if not len(x.scale) or x.codes.shape[0] % len(x.scale):
-        raise KernelError(f"cpu codes: got {len(x.scale)} grids for {x.codes.shape[0]} samples, wanted 1 or one for each")
+        raise KernelError(
+            f"cpu codes: got {len(x.scale)} grids for {x.codes.shape[0]} samples, wanted 1 or one for each"
+        )
 
 
 def _finish(out: Tensor, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
@@ -284,7 +284,13 @@ def _finish(out: Tensor, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
 
 
 def _qlinear(
-    codes: Tensor, x_scale: Tensor, x_zero: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     zero = torch.zeros(len(scale), dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise.tensor(

@@ -1,4 +1,4 @@
-"""Linear layers with FP8 (E4M3) weights and activations, an option where the hardware has FP8 tensor cores (sm_89 and up).
+"""Linear layers with FP8 (E4M3) weights and activations, an option on GPUs with FP8 tensor cores (sm_89 and up).
 
     x8 = to_e4m3(clamp(x / x_scale[m], -448, 448)),   y = x_scale[m] * scale[n] * sum_k x8[m, k] * w8[n, k]
 
@@ -79,7 +79,9 @@ def linear_fp8(
         If shapes disagree.
     """
     if weight.values.dim() != 2 or x.values.shape[-1] != weight.values.shape[1]:
-        raise KernelError(f"fp8: got {tuple(x.values.shape)} and {tuple(weight.values.shape)}, wanted (..., K) and (N, K)")
+        raise KernelError(
+            f"fp8: got {tuple(x.values.shape)} and {tuple(weight.values.shape)}, wanted (..., K) and (N, K)"
+        )
     shape = (*x.values.shape[:-1], weight.values.shape[0])
     epilogue.check(shape)
     rows = epilogue_rows(epilogue)

@@ -1,8 +1,8 @@
 """Linear layers on packed weights: integer activations (W8A8, W4A8, W2A8 and mixes) and float ones (W4A16).
 
-    integer   y = x_scale[m] * sum_g scale[n, g] * I[m, n, g],   I = sum_k (x[m, k] - x_zero[m]) * (w[n, k] - zero[n, g])
+    y = x_scale[m] * sum_g scale[n, g] * I[m, n, g],   I = sum_k (x[m, k] - x_zero[m]) * (w[n, k] - zero[n, g])
 
-I is exact: an integer, equal on every backend bit for bit. Each backend gets it from plain int8 products and corrections,
+I is exact: an integer, equal on every backend bit for bit. Each backend gets it from int8 products and corrections,
     I = sum x w' - x_zero * total,   w' = w - zero in registers (up to 4 bits), else
     I = sum x w - zero * sum x - x_zero * total,
 and rounds it to float32 once. After that the order of float32 additions may differ (`EPILOGUE_TOLERANCE`).

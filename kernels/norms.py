@@ -84,14 +84,16 @@ def group_norm_quantize(
     """
     channels = x.shape[-1]
     if channels % norm.groups or (norm.weight is None) != (norm.bias is None):
-        raise KernelError(f"group norm: got {channels} channels in {norm.groups} groups, wanted a multiple, and affine both or none")
+        raise KernelError(
+            f"group norm: got {channels} channels in {norm.groups} groups, wanted a multiple, and affine both or none"
+        )
     runs = _check_table(x, table, index)
     steps = index if runs > 1 or len(table.scale) > 1 else None
-    result = _group_norm_quantize(
+    codes, scale, zero = _group_norm_quantize(
         x, norm.groups, norm.weight, norm.bias, norm.eps, silu,
         table.scale, table.zero_point, steps, table.shift, table.bits, str(backend),
     )  # fmt: skip
-    return QuantizedActivation(*result, table.symmetric)
+    return QuantizedActivation(codes, scale, zero, table.symmetric)
 
 
 def layer_norm_quantize(
@@ -133,17 +135,18 @@ def layer_norm_quantize(
             shape = None if value is None else tuple(value.shape)
             raise KernelError(f"modulation {name}: got {shape}, wanted ({batch}, {channels}), both or neither")
     if isinstance(grid, int):
-        tensors, bits = (None, None, None), grid
+        scale, zero_point, steps, bits = None, None, None, grid
     else:
         if grid.shift is not None:
             raise KernelError("layer norm: got a table with channel shifts, wanted one without")
         runs = _check_table(x, grid, index)
         steps = index if runs > 1 or len(grid.scale) > 1 else None
-        tensors, bits, symmetric = (grid.scale, grid.zero_point, steps), grid.bits, grid.symmetric
-    result = _layer_norm_quantize(
-        x, norm.weight, norm.bias, norm.eps, norm.scale, norm.shift, *tensors, bits, symmetric, str(backend)
-    )
-    return QuantizedActivation(*result, symmetric)
+        scale, zero_point, bits, symmetric = grid.scale, grid.zero_point, grid.bits, grid.symmetric
+    codes, run_scale, zero = _layer_norm_quantize(
+        x, norm.weight, norm.bias, norm.eps, norm.scale, norm.shift,
+        scale, zero_point, steps, bits, symmetric, str(backend),
+    )  # fmt: skip
+    return QuantizedActivation(codes, run_scale, zero, symmetric)
 
 
 def group_norm_reference(

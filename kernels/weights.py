@@ -3,8 +3,8 @@
 An artifact holds the matrix (N, K) of a layer, K = taps x C in the order (taps, C), as one bit stream per row
 (`kernels.packing`). A kernel reads blocks of it, so the rows are laid out again, still packed:
 
-    lanes     a block of one tap's channels is `per_byte` = 8 / bits runs of `lane` channels; byte j of the block holds the
-              channels j, j + lane, j + 2 lane, ... of the block, low bits first. A kernel loads `lane` bytes once and
+    lanes     a block of one tap's channels is `per_byte` = 8 / bits runs of `lane` channels; byte j of the block holds
+              the channels j, j + lane, j + 2 lane, ... of the block, low bits first. A kernel loads `lane` bytes once and
               masks out each run in registers, so that both operands of each dot are contiguous.
     padding   channels of each tap are padded to whole blocks. Kernels read activations there as 0, so that the codes
               that fill them never count.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.errors import KernelError
-from kernels.packing import unpack_codes
+from kernels.packing import packed_size, unpack_codes
 
 # The least K of an int8 tensor-core instruction (mma.m16n8k32, wgmma k32): no dot may be shorter.
 MIN_LANE = 32
@@ -122,10 +122,9 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the record on another device."""
-        tensors = (self.codes, self.scale, self.zero_point, self.total, self.channel, self.shift)
-        codes, scale, zero, total, *optional = (t if t is None else t.to(device) for t in tensors)
-        assert codes is not None and scale is not None and zero is not None and total is not None
-        return PackedWeight(codes, scale, zero, total, *optional, self.layout)
+        channel, shift = (None if t is None else t.to(device) for t in (self.channel, self.shift))
+        codes, scale, zero, total = (t.to(device) for t in (self.codes, self.scale, self.zero_point, self.total))
+        return PackedWeight(codes, scale, zero, total, channel, shift, self.layout)
 
 
 def pack_weight(
@@ -135,6 +134,7 @@ def pack_weight(
     *,
     bits: int,
     channels: int,
+    taps: int = 1,
     group_size: int | None = None,
     channel: Tensor | None = None,
     shift: Tensor | None = None,
@@ -151,6 +151,8 @@ def pack_weight(
         Bits of a code in `qweight`: 2, 3, 4, 5, 6 or 8.
     channels : int
         Input channels, which one tap of the kernel reads.
+    taps : int
+        Positions of a convolution's kernel; 1 for a Linear.
     group_size : int, optional
         Consecutive channels of a tap that share a scale; a multiple of 32, except the last of a tap, which may be
         shorter.
@@ -170,7 +172,8 @@ def pack_weight(
     KernelError
         If shapes disagree, a group is not a multiple of 32, K is too long for an exact int32 sum, or shifts do not fit.
     """
-    n, taps = qweight.shape[0], _taps(qweight, bits, channels)
+    n = qweight.shape[0]
+    _check_rows(qweight, bits, channels, taps)
     if taps * channels > MAX_COLUMNS:
         raise KernelError(f"columns: got {taps * channels}, wanted at most {MAX_COLUMNS} for an exact int32 sum")
     if group_size is not None and (group_size < MIN_LANE or group_size % MIN_LANE):
@@ -201,7 +204,7 @@ def weight_integers(weight: PackedWeight) -> Tensor:
     if layout.bits == 8:
         codes = stored.int()
     else:
-        shifts = torch.arange(layout.per_byte, device=stored.device) * layout.bits
+        shifts = torch.arange(layout.per_byte, dtype=torch.int32, device=stored.device) * layout.bits
         codes = (stored.int() >> shifts[:, None]) & ((1 << layout.bits) - 1)
     codes = codes.reshape(n, layout.taps, -1)[..., : layout.channels]
     values = codes - _expand(weight.zero_point.int(), layout)
@@ -221,17 +224,15 @@ def _expand(values: Tensor, layout: WeightLayout) -> Tensor:
     return per_tap.repeat_interleave(layout.group_size, dim=-1)[..., : layout.channels]
 
 
-def _taps(qweight: Tensor, bits: int, channels: int) -> int:
-    """Taps of the kernel whose rows have this many bytes."""
+def _check_rows(qweight: Tensor, bits: int, channels: int, taps: int) -> None:
+    """Refuse rows that do not hold `taps` taps of `channels` channels."""
     if bits not in _STORED_BITS:
         raise KernelError(f"bits: got {bits}, wanted one of {', '.join(map(str, _STORED_BITS))}")
-    if qweight.dim() != 2 or channels < 1:
-        raise KernelError(f"qweight: got shape {tuple(qweight.shape)} and {channels} channels, wanted (N, bytes) and 1+")
-    codes = qweight.shape[1] * 8 // bits
-    taps = codes // channels
-    if taps < 1 or (taps * channels * bits + 7) // 8 != qweight.shape[1]:
-        raise KernelError(f"qweight: got rows of {qweight.shape[1]} bytes, wanted whole taps of {channels} channels")
-    return taps
+    wanted = packed_size(taps * channels, bits)
+    if qweight.dim() != 2 or min(channels, taps) < 1 or qweight.shape[1] != wanted:
+        raise KernelError(
+            f"qweight: got shape {tuple(qweight.shape)}, wanted (N, {wanted}): {taps} taps of {channels} channels"
+        )
 
 
 def _rows_of(name: str, values: Tensor, n: int, taps: int, channels: int, group: int) -> Tensor:

@@ -184,7 +184,9 @@ def launch_dynamic(x: Tensor, runs: int, bits: int, symmetric: bool) -> tuple[Te
     chunk = triton.cdiv(n, chunks)
     low = torch.empty(runs, chunks, dtype=torch.float32, device=x.device)
     high = torch.empty(runs, chunks, dtype=torch.float32, device=x.device)
-    sample_range_kernel[(runs, chunks)](dense, low, high, n, chunk, BLOCK_N=SAMPLE_BLOCK, num_warps=4, enable_fp_fusion=False)
+    sample_range_kernel[(runs, chunks)](
+        dense, low, high, n, chunk, BLOCK_N=SAMPLE_BLOCK, num_warps=4, enable_fp_fusion=False
+    )
     per_sample_kernel[(runs, triton.cdiv(n, SAMPLE_BLOCK))](
         dense, low, high, codes, scale, zero, n, chunks,
         TOP=top, HALF=half, SYMMETRIC=symmetric, CHUNKS=triton.next_power_of_2(chunks), BLOCK_N=SAMPLE_BLOCK,

@@ -39,8 +39,7 @@ def lane_of(packed, lane: tl.constexpr, BITS: tl.constexpr):
     """Codes of one run of a block of packed bytes, int8."""
     if BITS == 8:
         return packed
-    else:
-        return ((packed >> (lane * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
+    return ((packed >> (lane * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
 
 
 @triton.jit
@@ -76,9 +75,15 @@ def finish_tile(
         rows = tl.max(mask.to(tl.int32), axis=1) > 0
         for r0 in range(0, RANK, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            down = tl.load((down_ptr + m * RANK)[:, None] + r[None, :], mask=rows[:, None] & (r[None, :] < RANK), other=0.0)
-            up = tl.load((up_ptr + column * RANK)[None, :] + r[:, None], mask=live[None, :] & (r[:, None] < RANK), other=0.0)
+            down = tl.load(
+                (down_ptr + m * RANK)[:, None] + r[None, :], mask=rows[:, None] & (r[None, :] < RANK), other=0.0
+            )
+            up = tl.load(
+                (up_ptr + column * RANK)[None, :] + r[:, None], mask=live[None, :] & (r[:, None] < RANK), other=0.0
+            )
             acc = tl.dot(down, up, acc, input_precision="ieee")
     if residual_ptr is not None:
-        acc += tl.load((residual_ptr + m * stride_residual)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load((residual_ptr + m * stride_residual)[:, None] + column[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
     tl.store((out_ptr + m * stride_out)[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)

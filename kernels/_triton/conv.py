@@ -71,8 +71,8 @@ def conv2d_int_kernel(
 ):
     """One tile of (pixels, output channels).
 
-    Padding is 0.0, whose code is the zero point. It is read as code 0 and left out of the zero point's correction, which
-    is the same integer and keeps the loaded tile as it is.
+    Padding is 0.0, whose code is the zero point. It is read as code 0 and left out of the zero point's correction,
+    which is the same integer and keeps the loaded tile as it is.
     """
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
     m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)

@@ -22,12 +22,13 @@ TOKEN_BLOCK = 2048
 def round_e4m3(x):
     """Round |x| <= 448 to the nearest E4M3 number, ties to even, so that the conversion that follows is exact anywhere.
 
-    Numbers in [2**e, 2**(e + 1)) are 2**(e - 3) apart, below 2**-6 they are 2**-9 apart: adding 1.5 * 2**(e + 20) leaves
-    no bits for less.
+    Numbers in [2**e, 2**(e + 1)) are 2**(e - 3) apart, below 2**-6 they are 2**-9 apart: adding 1.5 * 2**(e + 20)
+    leaves no bits for less.
     """
     power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     magic = tl.maximum(power, 0.015625) * 1572864.0
-    return (x + magic) - magic
+    rounded = (x + magic) - magic
+    return tl.where(rounded == 0.0, x * 0.0, rounded)  # keeps the sign of zero
 
 
 @triton.jit
@@ -92,7 +93,9 @@ def linear_fp8_kernel(
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load((x_ptr + m * stride_x)[:, None] + k[None, :], mask=in_m[:, None] & (k[None, :] < K), other=0.0)
-        w = tl.load((w_ptr + n.to(tl.int64) * stride_w)[None, :] + k[:, None], mask=in_n[None, :] & (k[:, None] < K), other=0.0)
+        w = tl.load(
+            (w_ptr + n.to(tl.int64) * stride_w)[None, :] + k[:, None], mask=in_n[None, :] & (k[:, None] < K), other=0.0
+        )
         acc = tl.dot(x, w, acc)
     acc *= tl.load(scale_ptr + n, mask=in_n, other=0.0)[None, :]
     acc *= tl.load(x_scale_ptr + m, mask=in_m, other=0.0)[:, None]

@@ -4,8 +4,8 @@
 installation has for the device.
 
 Two questions are asked here. `resolve_backend`: which backends a model can be loaded for. `backend_for`: what one
-operator of `kernels` runs on a tensor's device. The integer CPU backend has operators of its own (`kernels.cpu`), since its
-weights are laid out by oneDNN.
+operator of `kernels` runs on a tensor's device. The integer CPU backend has operators of its own (`kernels.cpu`), since
+its weights are laid out by oneDNN.
 """
 
 from __future__ import annotations

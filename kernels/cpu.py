@@ -6,7 +6,7 @@
     regridded   Weights with scales per group have no exact int8 form: they are rounded to an int8 grid per output
                 channel, at most scale / 2 away. `CpuWeight.exact` says which it is.
     saturation  Without VNNI or AMX, oneDNN adds pairs of products in int16 (vpmaddubsw), which saturates above 32767:
-                exact only if 2 * 255 * max|w| fits. `pack_cpu_weight` measures what this machine does and refuses the rest.
+                exact only if 2 * 255 * max|w| fits. `pack_cpu_weight` measures this machine and refuses the rest.
 
 Activations are uint8 with one grid, or one for each sample. Weights are unpacked once, a byte a weight.
 """

@@ -4,8 +4,8 @@ An artifact holds the matrix (N, K) of a layer, K = taps x C in the order (taps,
 (`kernels.packing`). A kernel reads blocks of it, so the rows are laid out again, still packed:
 
     lanes     a block of one tap's channels is `per_byte` = 8 / bits runs of `lane` channels; byte j of the block holds
-              the channels j, j + lane, j + 2 lane, ... of the block, low bits first. A kernel loads `lane` bytes once and
-              masks out each run in registers, so that both operands of each dot are contiguous.
+              the channels j, j + lane, j + 2 lane, ... of the block, low bits first. A kernel loads `lane` bytes once
+              and masks out each run in registers, so that both operands of each dot are contiguous.
     padding   channels of each tap are padded to whole blocks. Kernels read activations there as 0, so that the codes
               that fill them never count.
     bits      2, 4 or 8: codes of 3 bits are stored in 4, codes of 5 and 6 bits in 8.

@@ -40,8 +40,8 @@ def int_blocks(arch: str, m: int, n: int, layout: WeightLayout, *, heavy: bool =
     """Blocks of an integer GEMM or convolution with M rows and N columns; `heavy` asks for more registers a value.
 
     128 x 128 is the smallest tile at which int8 tensor cores are not limited by shared memory; a grid that does not
-    fill the device takes 64 columns, few rows take as few as a tensor-core instruction has. Groups of scales keep an int32
-    and a float32 sum, and long epilogues hold more beside the sum, so their tiles are half as large.
+    fill the device takes 64 columns, few rows take as few as a tensor-core instruction has. Groups of scales keep an
+    int32 and a float32 sum, and long epilogues hold more beside the sum, so their tiles are half as large.
     """
     k = 64 if layout.group_size % 64 == 0 else 32
     if arch == INTERPRETER:

@@ -37,9 +37,10 @@ def grid_of(low, high, TOP: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.cons
 @triton.jit
 def lane_of(packed, lane: tl.constexpr, BITS: tl.constexpr):
     """Codes of one run of a block of packed bytes, int8."""
-    if BITS == 8:
-        return packed
-    return ((packed >> (lane * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
+    codes = packed
+    if BITS < 8:
+        codes = ((packed >> (lane * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
+    return codes
 
 
 @triton.jit

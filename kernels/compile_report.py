@@ -3,8 +3,8 @@
     python -m kernels.compile_report [--write docs/kernels.md] [--arch sm_90 ...] [--only TEXT] [--json]
 
 For each kernel, at the blocks that `kernels._triton.blocks` chooses for a typical shape: registers of a thread, bytes
-of its stack (spilled registers), shared memory of a program, and the matrix instructions in its assembly. Exit code 1 if
-a spill is over SPILL_LIMIT, shared memory over what the architecture has, or a GEMM found no matrix instruction.
+of its stack (spilled registers), shared memory of a program, and the matrix instructions in its assembly. Exit code 1
+if a spill is over SPILL_LIMIT, shared memory over what the architecture has, or a GEMM found no matrix instruction.
 """
 
 from __future__ import annotations

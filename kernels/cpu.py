@@ -255,8 +255,8 @@ def _prepack_conv(matrix: Tensor, geometry: ConvGeometry, scale: Tensor, input_s
 
 
 def _unsigned_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Codes of `kernels.affine`, uint8. By way of int8: PyTorch converts floats to it with vector instructions, to uint8
-    one by one, which takes longer than all the rest.
+    """Codes of `kernels.affine`, uint8. By way of int8: PyTorch converts floats to it with vector instructions, to
+    uint8 one by one, which takes longer than all the rest.
     """
     signed = (x.float() / scale).round_().add_(zero_point - 128).clamp_(-128, 2**bits - 129).to(torch.int8)
     return signed.view(torch.uint8).bitwise_xor_(0x80)

@@ -104,7 +104,7 @@ def quantize_by_table(
         raise KernelError(f"activation rows: got {rows}, wanted a multiple of {runs} samples")
     if table.shift is not None and table.shift.shape != x.shape[-1:]:
         raise KernelError(f"shift: got shape {tuple(table.shift.shape)}, wanted {tuple(x.shape[-1:])}")
-    steps = None if runs == 1 and len(table.scale) == 1 else index
+    steps = None if index is None or len(table.scale) == 1 else index.contiguous()
     codes, scale, zero = _quantize_by_table(
         x, table.scale, table.zero_point, steps, table.shift, table.bits, str(backend)
     )

@@ -106,8 +106,8 @@ def conv2d_int(
     codes = x.codes if x.codes.stride(-1) == 1 else x.codes.contiguous()
     return _conv2d_int(
         codes,
-        x.scale,
-        x.zero_point,
+        x.scale.contiguous(),
+        x.zero_point.contiguous(),
         x.symmetric,
         *flatten_weights(weights),
         geometry.to_ints(),

@@ -64,8 +64,8 @@ def linear_int(
     rows = epilogue_rows(epilogue)
     out = _linear_int(
         as_rows(x.codes),
-        x.scale,
-        x.zero_point,
+        x.scale.contiguous(),
+        x.zero_point.contiguous(),
         x.symmetric,
         *flatten_weights(weights),
         rows.bias,

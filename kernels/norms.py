@@ -87,8 +87,8 @@ def group_norm_quantize(
         raise KernelError(
             f"group norm: got {channels} channels in {norm.groups} groups, wanted a multiple, and affine both or none"
         )
-    runs = _check_table(x, table, index)
-    steps = index if runs > 1 or len(table.scale) > 1 else None
+    _check_table(x, table, index)
+    steps = None if index is None or len(table.scale) == 1 else index.contiguous()
     codes, scale, zero = _group_norm_quantize(
         x, norm.groups, norm.weight, norm.bias, norm.eps, silu,
         table.scale, table.zero_point, steps, table.shift, table.bits, str(backend),
@@ -139,8 +139,8 @@ def layer_norm_quantize(
     else:
         if grid.shift is not None:
             raise KernelError("layer norm: got a table with channel shifts, wanted one without")
-        runs = _check_table(x, grid, index)
-        steps = index if runs > 1 or len(grid.scale) > 1 else None
+        _check_table(x, grid, index)
+        steps = None if index is None or len(grid.scale) == 1 else index.contiguous()
         scale, zero_point, bits, symmetric = grid.scale, grid.zero_point, grid.bits, grid.symmetric
     codes, run_scale, zero = _layer_norm_quantize(
         x, norm.weight, norm.bias, norm.eps, norm.scale, norm.shift,
@@ -171,13 +171,12 @@ def layer_norm_reference(
     return y * (1 + scale.float().view(per_sample)) + shift.float().view(per_sample)
 
 
-def _check_table(x: Tensor, table: ActivationTable, index: Tensor | None) -> int:
-    """Return the number of grids in use."""
+def _check_table(x: Tensor, table: ActivationTable, index: Tensor | None) -> None:
+    """Refuse a table that does not fit the samples."""
     runs = 1 if index is None or len(table.scale) == 1 else index.numel()
     rows = math.prod(x.shape[:-1])
     if (index is None and len(table.scale) != 1) or runs == 0 or rows % runs:
         raise KernelError(f"activation table: got {len(table.scale)} entries for {rows} rows and {runs} samples")
-    return runs
 
 
 @torch.library.custom_op("quantmill::group_norm_quantize", mutates_args=())

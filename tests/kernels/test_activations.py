@@ -123,6 +123,13 @@ def test_rows_may_lie_beyond_32_bit_offsets() -> None:
     )
 
 
+def test_one_step_for_a_whole_batch(device: str) -> None:
+    x, index = noise(4, 6).to(device), torch.tensor([2], device=device).expand(4)
+    twins = [quantize_by_table(x, moved(STEPS, device), index, backend) for backend in ("triton", "reference")]
+    same(*twins)
+    assert twins[0].scale.tolist() == [STEPS.scale[2].item()] * 4
+
+
 def test_bad_tables_are_refused() -> None:
     x = torch.zeros(4, 8)
     with pytest.raises(KernelError, match=r"got .* no index, wanted"):

@@ -123,6 +123,18 @@ def test_rows_may_lie_beyond_32_bit_offsets() -> None:
     )
 
 
+def test_quotients_are_true_divisions(device: str) -> None:
+    # Between two codes the reciprocal rounds to the other side for some of these.
+    steps = torch.tensor([0.1, 0.03, 0.007, 1 / 3])
+    x = (torch.arange(-120, 120) + 0.5) * steps[:, None]
+    assert not torch.equal((x / steps[:, None]).round(), (x * (1 / steps[:, None])).round())
+    table = ActivationTable(steps.to(device), torch.full((4,), 128.0, device=device), 8)
+    want = quantize_affine(x, steps[:, None], torch.tensor(128), 0, 255)
+    for backend in ("reference", "triton"):
+        got = quantize_by_table(x.to(device), table, torch.arange(4, device=device), backend)
+        assert torch.equal(got.codes.cpu().int() + 128, want.int()), backend
+
+
 def test_one_step_for_a_whole_batch(device: str) -> None:
     x, index = noise(4, 6).to(device), torch.tensor([2], device=device).expand(4)
     twins = [quantize_by_table(x, moved(STEPS, device), index, backend) for backend in ("triton", "reference")]

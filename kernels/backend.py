@@ -2,13 +2,22 @@
 
 `reference` is plain torch on any device and defines what the others compute. `auto` takes the fastest that this
 installation has for the device.
+
+Two questions are asked here. `resolve_backend`: which backends a model can be loaded for. `backend_for`: what one
+operator of `kernels` runs on a tensor's device. The integer CPU backend has operators of its own (`kernels.cpu`), since
+its weights are laid out by oneDNN.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from kernels.errors import KernelError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class KernelBackend(StrEnum):
@@ -49,3 +58,42 @@ def resolve_backend(backend: KernelBackend | str) -> KernelBackend:
             f"backend: got {choice.value!r}, which this version does not have; wanted auto or {available}"
         )
     return choice
+
+
+def has_triton() -> bool:
+    """Whether triton is installed; does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def backend_for(device: torch.device, backend: KernelBackend | str = KernelBackend.AUTO) -> KernelBackend:
+    """Choose between Triton and the reference for an operator on `device`.
+
+    Raises
+    ------
+    KernelError
+        If `backend` is not one of the names of `KernelBackend`, or has no such operator.
+    BackendUnavailableError
+        If it is triton, and triton is not installed or does not run on `device`.
+    """
+    try:
+        choice = KernelBackend(backend)
+    except ValueError:
+        raise KernelError(f"backend: got {str(backend)!r}, wanted one of {', '.join(KernelBackend)}") from None
+    if choice is KernelBackend.CPU:
+        raise KernelError("backend: got 'cpu' for an operator of tensors, wanted the packed operators of kernels.cpu")
+    if choice is KernelBackend.AUTO:
+        return KernelBackend.TRITON if device.type == "cuda" and has_triton() else KernelBackend.REFERENCE
+    if choice is KernelBackend.TRITON:
+        _check_triton(device)
+    return choice
+
+
+def _check_triton(device: torch.device) -> None:
+    """Refuse a device that Triton does not compile for; its interpreter runs on the CPU."""
+    if not has_triton():
+        raise BackendUnavailableError("backend: got 'triton', which is not installed; wanted auto or reference")
+    if device.type != "cuda":
+        import triton
+
+        if not triton.knobs.runtime.interpret:
+            raise BackendUnavailableError(f"backend: got 'triton' on device {device}, wanted a GPU, auto or reference")

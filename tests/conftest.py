@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import socket
 import subprocess
@@ -16,9 +17,12 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import torch
 
 from orchestrator.db.session import Database, open_database, upgrade
 
+# Read by triton when it is imported, whoever imports it first: without a GPU its kernels are interpreted.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 _numbers = itertools.count()
 KEY, SECRET = "testkey", "testsecret"
 

@@ -1,0 +1,90 @@
+"""What several kernels share: rounding, the code of a value, unpacking, the float epilogue."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def round_half_even(x):
+    """Round |x| < 2**22 to whole numbers, ties to even: adding 1.5 * 2**23 leaves no bits for a fraction."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def code_of(x, scale, zero, TOP: tl.constexpr, HALF: tl.constexpr):
+    """Signed code clamp(round(x / scale) + zero, 0, TOP) - HALF; `zero` is the unsigned zero point, in float32."""
+    steps = tl.minimum(tl.maximum(tl.div_rn(x, scale), -65536.0), 65536.0)
+    code = tl.minimum(tl.maximum(round_half_even(steps) + zero, 0.0), TOP)
+    return (code.to(tl.int32) - HALF).to(tl.int8)
+
+
+@triton.jit
+def grid_of(low, high, TOP: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Scale and unsigned zero point of min-max range [low, high]: kernels.activations.minmax_grid."""
+    low = tl.minimum(low, 0.0)
+    high = tl.maximum(high, 0.0)
+    if SYMMETRIC:
+        scale = tl.maximum(tl.div_rn(tl.maximum(-low, high), (TOP // 2) * 1.0 + low * 0.0), 1e-8)
+        zero = low * 0.0 + HALF
+    else:
+        scale = tl.maximum(tl.div_rn(high - low, TOP * 1.0 + low * 0.0), 1e-8)
+        zero = tl.minimum(tl.maximum(round_half_even(tl.div_rn(-low, scale)), 0.0), TOP)
+    return scale, zero
+
+
+@triton.jit
+def lane_of(packed, lane: tl.constexpr, BITS: tl.constexpr):
+    """Codes of one run of a block of packed bytes, int8."""
+    codes = packed
+    if BITS < 8:
+        codes = ((packed >> (lane * BITS)) & ((1 << BITS) - 1)).to(tl.int8)
+    return codes
+
+
+@triton.jit
+def tile_of(pid, tiles_m, tiles_n, SWIZZLE: tl.constexpr):
+    """Tile of a program: SWIZZLE rows of tiles walk the columns together, so that weights stay in the L2 cache."""
+    width = SWIZZLE * tiles_n
+    first = (pid // width) * SWIZZLE
+    height = tl.minimum(tiles_m - first, SWIZZLE)
+    return first + (pid % width) % height, (pid % width) // height
+
+
+@triton.jit
+def finish_tile(
+    acc,
+    m,
+    column,
+    mask,
+    bias_ptr,
+    residual_ptr,
+    down_ptr,
+    up_ptr,
+    out_ptr,
+    stride_residual,
+    stride_out,
+    RANK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Add bias, low-rank branch and residual to float32 `acc` and store it; `m` is int64, `column` int32."""
+    live = tl.max(mask.to(tl.int32), axis=0) > 0
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + column, mask=live, other=0.0).to(tl.float32)[None, :]
+    if RANK > 0:
+        rows = tl.max(mask.to(tl.int32), axis=1) > 0
+        for r0 in range(0, RANK, BLOCK_R):
+            r = r0 + tl.arange(0, BLOCK_R)
+            down = tl.load(
+                (down_ptr + m * RANK)[:, None] + r[None, :], mask=rows[:, None] & (r[None, :] < RANK), other=0.0
+            )
+            up = tl.load(
+                (up_ptr + column * RANK)[None, :] + r[:, None], mask=live[None, :] & (r[:, None] < RANK), other=0.0
+            )
+            acc = tl.dot(down, up, acc, input_precision="ieee")
+    if residual_ptr is not None:
+        acc += tl.load((residual_ptr + m * stride_residual)[:, None] + column[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+    tl.store((out_ptr + m * stride_out)[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,145 @@
+"""Triton twin of `kernels.fp8`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._triton.activations import row_view
+from kernels._triton.blocks import architecture, fp8_blocks, rank_block
+from kernels._triton.common import finish_tile, tile_of
+from kernels._triton.gemm import stride_of
+from kernels.epilogue import EpilogueRows
+from kernels.errors import KernelError
+from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR, Fp8Matrix
+
+TOKEN_BLOCK = 2048
+
+
+@triton.jit
+def round_e4m3(x):
+    """Round |x| <= 448 to the nearest E4M3 number, ties to even, so that the conversion that follows is exact anywhere.
+
+    Numbers in [2**e, 2**(e + 1)) are 2**(e - 3) apart, below 2**-6 they are 2**-9 apart: adding 1.5 * 2**(e + 20)
+    leaves no bits for less.
+    """
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    magic = tl.maximum(power, 0.015625) * 1572864.0
+    rounded = (x + magic) - magic
+    return tl.where(rounded == 0.0, x * 0.0, rounded)  # keeps the sign of zero
+
+
+@triton.jit
+def quantize_fp8_kernel(
+    x_ptr,  # (M, K)
+    values_ptr,  # (M, K) float8e4nv
+    scale_ptr,  # (M,)
+    K,
+    stride_x,
+    MAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One row: its largest magnitude, then its numbers."""
+    m = tl.program_id(0).to(tl.int64)
+    row = x_ptr + m * stride_x
+    most = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        most = tl.maximum(most, tl.abs(tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)))
+    top = tl.max(most, axis=0)
+    scale = tl.maximum(tl.div_rn(top, MAX + top * 0.0), FLOOR)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = tl.div_rn(tl.load(row + k, mask=k < K, other=0.0).to(tl.float32), scale)
+        x = round_e4m3(tl.minimum(tl.maximum(x, -MAX), MAX))
+        tl.store(values_ptr + m * K + k, x.to(values_ptr.dtype.element_ty), mask=k < K)
+    tl.store(scale_ptr + m, scale)
+
+
+@triton.jit
+def linear_fp8_kernel(
+    x_ptr,  # (M, K) float8e4nv
+    x_scale_ptr,  # (M,)
+    w_ptr,  # (N, K) float8e4nv
+    scale_ptr,  # (N,)
+    bias_ptr,
+    residual_ptr,
+    down_ptr,
+    up_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    stride_residual,
+    stride_out,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+):
+    """One tile, summed in float32."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
+    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m, in_n = m < M, n < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = tl.load((x_ptr + m * stride_x)[:, None] + k[None, :], mask=in_m[:, None] & (k[None, :] < K), other=0.0)
+        w = tl.load(
+            (w_ptr + n.to(tl.int64) * stride_w)[None, :] + k[:, None], mask=in_n[None, :] & (k[:, None] < K), other=0.0
+        )
+        acc = tl.dot(x, w, acc)
+    acc *= tl.load(scale_ptr + n, mask=in_n, other=0.0)[None, :]
+    acc *= tl.load(x_scale_ptr + m, mask=in_m, other=0.0)[:, None]
+    finish_tile(
+        acc, m, n, in_m[:, None] & in_n[None, :], bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
+        stride_residual, stride_out, RANK, BLOCK_R,
+    )  # fmt: skip
+
+
+def launch_quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Run `quantize_fp8_kernel`."""
+    _check_hardware(x)
+    rows = row_view(x)
+    values = torch.empty(x.shape, dtype=FP8, device=x.device)
+    scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(rows.shape[1]), TOKEN_BLOCK)
+    quantize_fp8_kernel[(rows.shape[0],)](
+        rows, values, scale, rows.shape[1], rows.stride(0),
+        MAX=FP8_MAX, FLOOR=SCALE_FLOOR, BLOCK_K=block, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return values, scale
+
+
+def launch_linear_fp8(x: Fp8Matrix, weight: Fp8Matrix, rows: EpilogueRows, dtype: torch.dtype) -> Tensor:
+    """Run `linear_fp8_kernel`."""
+    _check_hardware(x.values)
+    m, columns = x.values.shape
+    n = weight.values.shape[0]
+    out = torch.empty(m, n, dtype=dtype, device=x.values.device)
+    if out.numel() == 0:
+        return out
+    blocks = fp8_blocks(architecture(out.device), m, n)
+    linear_fp8_kernel[(triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),)](
+        x.values, x.scale, weight.values, weight.scale, rows.bias, rows.residual, rows.down, rows.up, out,
+        m, n, columns, x.values.stride(0), columns, stride_of(rows.residual), n,
+        RANK=rows.rank, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k, BLOCK_R=rank_block(rows.rank),
+        SWIZZLE=blocks.swizzle, num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def _check_hardware(x: Tensor) -> None:
+    """Refuse devices without E4M3 (gfx942 has another 8-bit format)."""
+    if triton.knobs.runtime.interpret:
+        return
+    if torch.version.hip is not None or torch.cuda.get_device_capability(x.device) < (8, 9):
+        raise KernelError(f"fp8: got {torch.cuda.get_device_name(x.device)}, wanted an NVIDIA GPU of sm_89 or later")

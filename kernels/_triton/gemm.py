@@ -1,0 +1,312 @@
+"""Triton twin of `kernels.gemm`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._triton.blocks import architecture, float_blocks, int_blocks, rank_block, splits_of_k
+from kernels._triton.common import finish_tile, lane_of, tile_of
+from kernels.activations import QuantizedActivation
+from kernels.epilogue import EpilogueRows
+from kernels.weights import PackedWeight
+
+
+@triton.jit
+def linear_int_kernel(
+    x_ptr,  # (M, K) int8 codes
+    x_scale_ptr,  # (R,) float32
+    x_zero_ptr,  # (R,) int32
+    w_ptr,  # (N, blocks * LANE) packed codes
+    scale_ptr,  # (N, G)
+    zero_ptr,  # (N, G) int8
+    total_ptr,  # (N, G)
+    shift_ptr,  # (K,) int8 or None
+    channel_ptr,  # (N,) int32 or None
+    bias_ptr,
+    residual_ptr,
+    down_ptr,
+    up_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    blocks,
+    groups,
+    rows_per_scale,
+    stride_x,
+    stride_w,
+    stride_residual,
+    stride_out,
+    BITS: tl.constexpr,
+    LANE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    X_SYMMETRIC: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+):
+    """One tile of codes times codes, exact in int32 per scale, then scaled in float32."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
+    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, LANE)
+    in_m, in_n = m < M, n < N
+    x_rows = (x_ptr + m * stride_x)[:, None]
+    w_rows = (w_ptr + n.to(tl.int64) * stride_w)[None, :]
+    x_zero = tl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
+    PER_BYTE: tl.constexpr = 8 // BITS
+    GROUPED: tl.constexpr = GROUP_SIZE > 0
+    BY_LANE: tl.constexpr = GROUPED and GROUP_SIZE % (LANE * PER_BYTE) != 0
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if not GROUPED:
+        zero = tl.load(zero_ptr + n, mask=in_n, other=0)
+    for block in range(blocks):
+        byte = block * LANE + lane
+        packed = tl.load(w_rows + byte[:, None], mask=in_n[None, :] & (byte[:, None] < stride_w), other=0)
+        for i in tl.static_range(PER_BYTE):
+            first = (block * PER_BYTE + i) * LANE
+            k = first + lane
+            x = tl.load(x_rows + k[None, :], mask=in_m[:, None] & (k[None, :] < K), other=0)
+            w = lane_of(packed, i, BITS)
+            if GROUPED:
+                group = tl.minimum(first // GROUP_SIZE, groups - 1)  # beyond K, x is 0
+                zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
+            if BITS < 8:
+                w = w - zero[None, :]
+                if shift_ptr is not None:
+                    w = w << tl.load(shift_ptr + k, mask=k < K, other=0)[:, None]
+            elif not SYMMETRIC:
+                x_sum += tl.sum(x.to(tl.int32), axis=1)
+            acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+            if GROUPED and (BY_LANE or i == PER_BYTE - 1):
+                # The sum of a group may come in several pieces; its zero-point correction belongs to the first.
+                start = (block * PER_BYTE if not BY_LANE else block * PER_BYTE + i) * LANE
+                if not X_SYMMETRIC:
+                    opens = tl.where((start % GROUP_SIZE == 0) & (start < K), 1, 0)
+                    total = tl.load(total_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32) * opens
+                    acc -= x_zero[:, None] * total[None, :]
+                if BITS == 8 and not SYMMETRIC:
+                    acc -= x_sum[:, None] * zero.to(tl.int32)[None, :]
+                    x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
+                scale = tl.load(scale_ptr + n * groups + group, mask=in_n, other=0.0).to(tl.float32)
+                value += acc.to(tl.float32) * scale[None, :]
+                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    x_scale = tl.load(x_scale_ptr + m // rows_per_scale, mask=in_m, other=0.0)
+    if GROUPED:
+        value = value * x_scale[:, None]
+    else:
+        if BITS == 8 and not SYMMETRIC:
+            acc -= x_sum[:, None] * zero.to(tl.int32)[None, :]
+        if not X_SYMMETRIC:
+            acc -= x_zero[:, None] * tl.load(total_ptr + n, mask=in_n, other=0).to(tl.int32)[None, :]
+        scale = tl.load(scale_ptr + n, mask=in_n, other=0.0).to(tl.float32)
+        value = acc.to(tl.float32) * scale[None, :] * x_scale[:, None]
+    column = n
+    if channel_ptr is not None:
+        column = tl.load(channel_ptr + n, mask=in_n, other=0)
+    mask = in_m[:, None] & in_n[None, :]
+    finish_tile(
+        value, m, column, mask, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
+        stride_residual, stride_out, RANK, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def linear_float_kernel(
+    x_ptr,  # (M, K) float16, bfloat16 or float32
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    shift_ptr,
+    channel_ptr,
+    bias_ptr,
+    residual_ptr,
+    down_ptr,
+    up_ptr,
+    out_ptr,
+    partial_ptr,  # (SPLITS, M, N) float32 or None: what sum_splits_kernel adds up
+    M,
+    N,
+    K,
+    blocks,
+    groups,
+    stride_x,
+    stride_w,
+    stride_residual,
+    stride_out,
+    BITS: tl.constexpr,
+    LANE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+):
+    """One tile of floats times codes: code - zero point is exact in the activation's dtype, scales follow the dot."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
+    split = tl.program_id(1)
+    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, LANE)
+    in_m, in_n = m < M, n < N
+    x_rows = (x_ptr + m * stride_x)[:, None]
+    w_rows = (w_ptr + n.to(tl.int64) * stride_w)[None, :]
+    PER_BYTE: tl.constexpr = 8 // BITS
+    GROUPED: tl.constexpr = GROUP_SIZE > 0
+    value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if not GROUPED:
+        zero = tl.load(zero_ptr + n, mask=in_n, other=0).to(tl.int32)
+    per_split = tl.cdiv(blocks, SPLITS)
+    for block in range(split * per_split, tl.minimum((split + 1) * per_split, blocks)):
+        byte = block * LANE + lane
+        packed = tl.load(w_rows + byte[:, None], mask=in_n[None, :] & (byte[:, None] < stride_w), other=0)
+        for i in tl.static_range(PER_BYTE):
+            first = (block * PER_BYTE + i) * LANE
+            k = first + lane
+            x = tl.load(x_rows + k[None, :], mask=in_m[:, None] & (k[None, :] < K), other=0.0)
+            if GROUPED:
+                group = tl.minimum(first // GROUP_SIZE, groups - 1)  # beyond K, x is 0
+                zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32)
+            w = lane_of(packed, i, BITS).to(tl.int32) - zero[None, :]
+            if shift_ptr is not None:
+                w = w << tl.load(shift_ptr + k, mask=k < K, other=0).to(tl.int32)[:, None]
+            if GROUPED:
+                scale = tl.load(scale_ptr + n * groups + group, mask=in_n, other=0.0).to(tl.float32)
+                value += tl.dot(x, w.to(x.dtype), input_precision="ieee") * scale[None, :]
+            else:
+                value = tl.dot(x, w.to(x.dtype), value, input_precision="ieee")
+    if not GROUPED:
+        value *= tl.load(scale_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    mask = in_m[:, None] & in_n[None, :]
+    if SPLITS > 1:
+        part = partial_ptr + split.to(tl.int64) * M * N
+        tl.store(part + m[:, None] * N + n[None, :], value, mask=mask)
+    else:
+        column = n
+        if channel_ptr is not None:
+            column = tl.load(channel_ptr + n, mask=in_n, other=0)
+        finish_tile(
+            value, m, column, mask, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
+            stride_residual, stride_out, RANK, BLOCK_R,
+        )  # fmt: skip
+
+
+@triton.jit
+def sum_splits_kernel(
+    partial_ptr,
+    channel_ptr,
+    bias_ptr,
+    residual_ptr,
+    down_ptr,
+    up_ptr,
+    out_ptr,
+    M,
+    N,
+    stride_residual,
+    stride_out,
+    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Add the pieces of a split K in a fixed order, so that results do not change from run to run, and finish."""
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m, in_n = m < M, n < N
+    mask = in_m[:, None] & in_n[None, :]
+    value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for split in range(SPLITS):
+        part = partial_ptr + tl.cast(split, tl.int64) * M * N
+        value += tl.load(part + m[:, None] * N + n[None, :], mask=mask, other=0.0)
+    column = n
+    if channel_ptr is not None:
+        column = tl.load(channel_ptr + n, mask=in_n, other=0)
+    finish_tile(
+        value, m, column, mask, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
+        stride_residual, stride_out, RANK, BLOCK_R,
+    )  # fmt: skip
+
+
+def launch_linear_int(
+    x: QuantizedActivation, weights: Sequence[PackedWeight], rows: EpilogueRows, n: int, dtype: torch.dtype
+) -> Tensor:
+    """Run `linear_int_kernel` once for each part of the output channels; `x.codes` is (M, K)."""
+    m, columns = x.codes.shape
+    out = torch.empty(m, n, dtype=dtype, device=x.codes.device)
+    if out.numel() == 0:
+        return out
+    arch = architecture(out.device)
+    for weight in weights:
+        layout = weight.layout
+        heavy = rows.rank > 0 or weight.channel is not None or weight.shift is not None
+        blocks = int_blocks(arch, m, weight.rows, layout, heavy=heavy)
+        lane = blocks.k if layout.bits == 8 else layout.lane
+        grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
+        linear_int_kernel[grid](
+            x.codes, x.scale, x.zero_point, weight.codes, weight.scale, weight.zero_point, weight.total, weight.shift,
+            weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
+            m, weight.rows, columns, triton.cdiv(columns, lane * layout.per_byte), layout.groups, m // len(x.scale),
+            x.codes.stride(0), weight.codes.shape[1], stride_of(rows.residual), n,
+            BITS=layout.bits, LANE=lane, GROUP_SIZE=layout.group_size, SYMMETRIC=layout.symmetric,
+            X_SYMMETRIC=x.symmetric, RANK=rows.rank, BLOCK_M=blocks.m, BLOCK_N=blocks.n,
+            BLOCK_R=rank_block(rows.rank), SWIZZLE=blocks.swizzle, num_warps=blocks.warps, num_stages=blocks.stages,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def launch_linear_float(
+    x: Tensor, weights: Sequence[PackedWeight], rows: EpilogueRows, n: int, dtype: torch.dtype
+) -> Tensor:
+    """Run `linear_float_kernel` once for each part of the output channels, with K split where tiles are few."""
+    m, columns = x.shape
+    out = torch.empty(m, n, dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    arch = architecture(out.device)
+    for weight in weights:
+        layout = weight.layout
+        blocks = float_blocks(arch, m, weight.rows, layout.group_size)
+        lane = blocks.k if layout.bits == 8 and layout.group_size % blocks.k == 0 else layout.lane
+        steps = triton.cdiv(columns, lane * layout.per_byte)
+        tiles = triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n)
+        splits = splits_of_k(arch, tiles, steps)
+        partial = None
+        if splits > 1:
+            partial = torch.empty(splits, m, weight.rows, dtype=torch.float32, device=x.device)
+        linear_float_kernel[(tiles, splits)](
+            x, weight.codes, weight.scale, weight.zero_point, weight.shift,
+            weight.channel, rows.bias, rows.residual, rows.down, rows.up, out, partial,
+            m, weight.rows, columns, steps, layout.groups,
+            x.stride(0), weight.codes.shape[1], stride_of(rows.residual), n,
+            BITS=layout.bits, LANE=lane, GROUP_SIZE=layout.group_size, RANK=rows.rank, BLOCK_M=blocks.m,
+            BLOCK_N=blocks.n, BLOCK_R=rank_block(rows.rank), SPLITS=splits, SWIZZLE=blocks.swizzle,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        if partial is not None:
+            sum_splits_kernel[(triton.cdiv(m, 16), triton.cdiv(weight.rows, 64))](
+                partial, weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
+                m, weight.rows, stride_of(rows.residual), n,
+                RANK=rows.rank, BLOCK_M=16, BLOCK_N=64, BLOCK_R=rank_block(rows.rank), SPLITS=splits, num_warps=4,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+    return out
+
+
+def stride_of(residual: Tensor | None) -> int:
+    """Elements between the rows of a residual."""
+    return 0 if residual is None else residual.stride(0)

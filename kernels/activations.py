@@ -1,0 +1,248 @@
+"""Quantize activations to integer codes: by a table (one grid, or one for each trajectory step), or by their own range.
+
+    code = clamp(round(x / scale) + zero_point, 0, 2**bits - 1)                     as `kernels.affine` defines it
+    code = clamp(round(x / (scale * 2**shift[c])) + zero_point, 0, 2**bits - 1)     with power-of-two channel shifts
+
+Codes are stored as int8, code - 2**(bits - 1), and so are zero points: the operand of int8 tensor cores. On the CPU
+they are uint8 as they are (`kernels.cpu`). Channels are the last dimension: an image is (B, H, W, C).
+
+Kernel and reference agree bit for bit: the quotient is a true division, minima and maxima are exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import KernelBackend, backend_for
+from kernels.errors import KernelError
+
+SCALE_FLOOR = 1e-8
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedActivation:
+    """Codes of an activation and the grids of its rows.
+
+    Attributes
+    ----------
+    codes : Tensor, shape (..., C), dtype int8 (uint8 for the CPU backend)
+    scale : Tensor, shape (R,), dtype float32
+        One for each of R equal runs of rows: 1, the samples, or all rows (tokens).
+    zero_point : Tensor, shape (R,), dtype int32
+        In the codes' domain: what 0.0 is stored as.
+    symmetric : bool
+        All zero points are 0, known without looking.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    symmetric: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationTable:
+    """The grids of a layer's input.
+
+    Attributes
+    ----------
+    scale : Tensor, shape (S,), dtype float32, > 0
+        One for each trajectory step, or one in all. The caller answers for its values: nothing is checked at run time,
+        since that would wait for the device.
+    zero_point : Tensor, shape (S,), dtype float32, whole numbers in [0, 2**bits - 1]
+    bits : int
+        2 to 8.
+    symmetric : bool
+        All zero points are 2**(bits - 1).
+    shift : Tensor, shape (C,), dtype int8, or None
+        Power-of-two exponents of the channels' steps.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    symmetric: bool = False
+    shift: Tensor | None = None
+
+
+def quantize_by_table(
+    x: Tensor, table: ActivationTable, index: Tensor | None = None, backend: KernelBackend | str = KernelBackend.AUTO
+) -> QuantizedActivation:
+    """Quantize with the grid of each sample's trajectory step, looked up on the device.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., C), floating dtype
+    table : ActivationTable
+    index : Tensor, shape () or (B,), dtype int64, on the device of `x`
+        Steps of the samples; rows of one sample are adjacent. Needed if the table has several entries.
+    backend : KernelBackend
+
+    Returns
+    -------
+    QuantizedActivation
+        R is 1 or B.
+
+    Raises
+    ------
+    KernelError
+        If shapes disagree or bits are not in 2..8.
+    """
+    _check_bits(table.bits)
+    rows = math.prod(x.shape[:-1])
+    runs = 1 if index is None or len(table.scale) == 1 else index.numel()
+    if (index is None and len(table.scale) != 1) or table.scale.shape != table.zero_point.shape:
+        raise KernelError(
+            f"activation table: got {tuple(table.scale.shape)} scales, {tuple(table.zero_point.shape)} zero points and "
+            f"{'no' if index is None else 'an'} index, wanted equal shapes, and an index for several entries"
+        )
+    if runs == 0 or rows % runs:
+        raise KernelError(f"activation rows: got {rows}, wanted a multiple of {runs} samples")
+    if table.shift is not None and table.shift.shape != x.shape[-1:]:
+        raise KernelError(f"shift: got shape {tuple(table.shift.shape)}, wanted {tuple(x.shape[-1:])}")
+    steps = None if index is None or len(table.scale) == 1 else index.contiguous()
+    codes, scale, zero = _quantize_by_table(
+        x, table.scale, table.zero_point, steps, table.shift, table.bits, str(backend)
+    )
+    return QuantizedActivation(codes, scale, zero, table.symmetric)
+
+
+def quantize_dynamic(
+    x: Tensor,
+    bits: int,
+    *,
+    symmetric: bool,
+    per_token: bool,
+    backend: KernelBackend | str = KernelBackend.AUTO,
+) -> QuantizedActivation:
+    """Quantize with the min-max range of each token (last dimension) or of each sample (first dimension).
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, ..., C), floating dtype
+    bits : int
+        2 to 8.
+    symmetric : bool
+        Zero point 2**(bits - 1); else the range [min(x, 0), max(x, 0)].
+    per_token : bool
+    backend : KernelBackend
+
+    Returns
+    -------
+    QuantizedActivation
+        R is the number of rows, or B.
+
+    Raises
+    ------
+    KernelError
+        If bits are not in 2..8 or `x` is empty.
+    """
+    _check_bits(bits)
+    if x.numel() == 0:
+        raise KernelError(f"dynamic activation: got an empty tensor of shape {tuple(x.shape)}, wanted values")
+    runs = math.prod(x.shape[:-1]) if per_token else x.shape[0]
+    codes, scale, zero = _quantize_dynamic(x, runs, bits, symmetric, str(backend))
+    return QuantizedActivation(codes, scale, zero, symmetric)
+
+
+def minmax_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return scale and unsigned zero point of the grid that covers [low, high] and 0, both float32."""
+    top = 2**bits - 1
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = (torch.maximum(-low, high) / (top // 2)).clamp(min=SCALE_FLOOR)
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
+    scale = ((high - low) / top).clamp(min=SCALE_FLOOR)
+    return scale, torch.round(-low / scale).clamp(0, top)
+
+
+def signed_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Return code - 2**(bits - 1), int8, for parameters that broadcast to `x`; `zero_point` is unsigned."""
+    codes = (x.float() / scale).round_().add_(zero_point).clamp_(0, 2**bits - 1)
+    return codes.sub_(2 ** (bits - 1)).to(torch.int8)
+
+
+def quantize_by_table_reference(
+    x: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor | None, shift: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain-torch twin of the Triton kernel: codes (int8), scales (R,), signed zero points (R,)."""
+    scale, zero = gather_steps(scale, index), gather_steps(zero_point, index)
+    runs = x.reshape(len(scale), -1, x.shape[-1])
+    step = scale.view(-1, 1, 1)
+    if shift is not None:
+        step = step * torch.exp2(shift.float())
+    codes = signed_codes(runs, step, zero.view(-1, 1, 1), bits).view(x.shape)
+    return codes, scale, (zero - 2 ** (bits - 1)).to(torch.int32)
+
+
+def quantize_dynamic_reference(x: Tensor, runs: int, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain-torch twin of the Triton kernels: codes (int8), scales (R,), signed zero points (R,)."""
+    flat = x.reshape(runs, -1).float()
+    scale, zero = minmax_grid(flat.amin(1), flat.amax(1), bits, symmetric)
+    codes = signed_codes(flat, scale[:, None], zero[:, None], bits).view(x.shape)
+    return codes, scale, (zero - 2 ** (bits - 1)).to(torch.int32)
+
+
+def gather_steps(table: Tensor, index: Tensor | None) -> Tensor:
+    """Return the table's entries for each sample, shape (R,), as a new tensor and without waiting for the device."""
+    return table.float().clone() if index is None else table.float().index_select(0, index.reshape(-1))
+
+
+def _check_bits(bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise KernelError(f"activation bits: got {bits}, wanted 2 to 8")
+
+
+@torch.library.custom_op("quantmill::quantize_by_table", mutates_args=())
+def _quantize_by_table(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    bits: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend_for(x.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.activations import launch_by_table
+
+        return launch_by_table(x, scale, zero_point, index, shift, bits)
+    return quantize_by_table_reference(x, scale, zero_point, index, shift, bits)
+
+
+@_quantize_by_table.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    bits: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    runs = 1 if index is None else index.numel()
+    return fake_quantized(x, runs)
+
+
+@torch.library.custom_op("quantmill::quantize_dynamic", mutates_args=())
+def _quantize_dynamic(x: Tensor, runs: int, bits: int, symmetric: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    if backend_for(x.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.activations import launch_dynamic
+
+        return launch_dynamic(x, runs, bits, symmetric)
+    return quantize_dynamic_reference(x, runs, bits, symmetric)
+
+
+@_quantize_dynamic.register_fake
+def _(x: Tensor, runs: int, bits: int, symmetric: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_quantized(x, runs)
+
+
+def fake_quantized(x: Tensor, runs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of codes, scales and zero points, for operators under compilation."""
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    return codes, x.new_empty(runs, dtype=torch.float32), x.new_empty(runs, dtype=torch.int32)

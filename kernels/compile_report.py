@@ -1,0 +1,322 @@
+"""Compile every Triton kernel for every architecture, without a GPU, and report what each takes.
+
+    python -m kernels.compile_report [--write docs/kernels.md] [--arch sm_90 ...] [--only TEXT] [--json]
+
+For each kernel, at the blocks that `kernels._triton.blocks` chooses for a typical shape: registers of a thread, bytes
+of its stack (spilled registers), shared memory of a program, and the matrix instructions in its assembly. Exit code 1
+if a spill is over SPILL_LIMIT, shared memory over what the architecture has, or a GEMM found no matrix instruction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kernels.weights import WeightLayout
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+# A few spilled words outside the inner loop cost nothing that could be measured; a spilled accumulator does.
+SPILL_LIMIT = 64
+# Shared memory that one program may have, bytes.
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+_MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
+_BEGIN, _END = "<!-- compile_report begin -->", "<!-- compile_report end -->"
+
+_TYPES = {
+    **dict.fromkeys(("x_scale_ptr", "scale_ptr", "run_scale_ptr", "partial_ptr", "group_mean_ptr"), "*fp32"),
+    **dict.fromkeys(("group_rstd_ptr", "mean_ptr", "squares_ptr", "low_ptr", "high_ptr", "eps"), "*fp32"),
+    **dict.fromkeys(("x_zero_ptr", "run_zero_ptr", "channel_ptr", "total_ptr"), "*i32"),
+    **dict.fromkeys(("codes_ptr", "zero_ptr", "shift_ptr"), "*i8"),
+    **dict.fromkeys(("bias_ptr", "residual_ptr", "down_ptr", "up_ptr", "out_ptr", "weight_ptr"), "*bf16"),
+    **dict.fromkeys(("mod_scale_ptr", "mod_shift_ptr"), "*bf16"),
+    "index_ptr": "*i64",
+    "eps": "fp32",
+}
+_ALIGNED = (
+    "K",
+    "C",
+    "N",
+    "stride_x",
+    "stride_w",
+    "stride_out",
+    "stride_residual",
+    "stride_b",
+    "stride_h",
+    "stride_w_in",
+    "tap_bytes",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One compilation: a kernel, its constants, the types that differ from the usual, warps and stages."""
+
+    label: str
+    kernel: Any
+    constants: dict[str, Any]
+    types: dict[str, str]
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a compiled kernel takes. `registers` are of one thread (vector registers on gfx942), the rest are bytes."""
+
+    kernel: str
+    arch: str
+    registers: int
+    spilled: int
+    shared: int
+    matrix: str
+
+    @property
+    def problem(self) -> str | None:
+        """What is over a limit."""
+        if self.spilled > SPILL_LIMIT:
+            return f"{self.kernel} on {self.arch}: got {self.spilled} spilled bytes, wanted at most {SPILL_LIMIT}"
+        if self.shared > SHARED_LIMIT[self.arch]:
+            limit = SHARED_LIMIT[self.arch]
+            return f"{self.kernel} on {self.arch}: got {self.shared} bytes of shared memory, wanted at most {limit}"
+        if self.matrix == "none" and self.kernel.startswith(("linear", "conv")):
+            return f"{self.kernel} on {self.arch}: got no matrix instruction, wanted at least one"
+        return None
+
+
+def cases(arch: str) -> Iterator[Case]:
+    """Yield what is compiled for `arch`: SDXL's and DiT's shapes, and each variant of a kernel's inner loop."""
+    yield from _linear_cases(arch)
+    yield from _conv_cases(arch)
+    yield from _float_cases(arch)
+    yield from _other_cases(arch)
+
+
+_EPILOGUE = {"bias_ptr": None, "residual_ptr": None, "down_ptr": None, "up_ptr": None, "channel_ptr": None}
+_BIAS = {"residual_ptr": None, "down_ptr": None, "up_ptr": None, "channel_ptr": None}
+# label, bits, lane, group, symmetric weight, symmetric activation
+_WEIGHTS = (
+    ("W8A8 symmetric", 8, 0, 0, True, True),
+    ("W8A8", 8, 0, 0, False, False),
+    ("W4A8", 4, 64, 0, False, False),
+    ("W4A8 g64", 4, 32, 64, False, False),
+    ("W4A8 g128", 4, 64, 128, False, False),
+    ("W8A8 g64", 8, 0, 64, False, False),
+    ("W2A8", 2, 32, 0, False, False),
+)
+
+
+def _linear_cases(arch: str) -> Iterator[Case]:
+    from kernels._triton.blocks import int_blocks
+    from kernels._triton.gemm import linear_int_kernel
+
+    for m, n in ((8192, 2560), (16, 2560)):
+        for label, bits, lane, group, symmetric, x_symmetric in _WEIGHTS:
+            layout = WeightLayout(bits, 640, 1, lane or 32, group, symmetric)
+            blocks = int_blocks(arch, m, n, layout)
+            constants = {
+                **_BIAS, "shift_ptr": None, "BITS": bits, "LANE": lane or blocks.k, "GROUP_SIZE": group,
+                "SYMMETRIC": symmetric, "X_SYMMETRIC": x_symmetric, "RANK": 0, "BLOCK_M": blocks.m,
+                "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
+            }  # fmt: skip
+            case = Case(
+                f"linear {label}, {blocks.m} x {blocks.n}", linear_int_kernel, constants,
+                _weight_types(bits, group), blocks.warps, blocks.stages,
+            )  # fmt: skip
+            yield case
+            if m > 64 and label == "W4A8":
+                blocks = int_blocks(arch, m, n, layout, heavy=True)
+                full = {**constants, "RANK": 32, "BLOCK_R": 32, "BLOCK_N": blocks.n}
+                for name in ("residual_ptr", "down_ptr", "up_ptr", "channel_ptr", "shift_ptr"):
+                    del full[name]
+                label = f"linear {label}, {blocks.m} x {blocks.n}, all of the epilogue, shifts"
+                yield replace(case, label=label, constants=full)
+
+
+def _conv_cases(arch: str) -> Iterator[Case]:
+    from kernels._triton.blocks import int_blocks
+    from kernels._triton.conv import conv2d_int_kernel
+
+    for label, bits, lane, group, symmetric, x_symmetric in _WEIGHTS:
+        for taps, stride in ((3, 1), (3, 2), (1, 1)):
+            if (taps, stride) != (3, 1) and label not in ("W8A8", "W4A8"):
+                continue
+            layout = WeightLayout(bits, 640, taps * taps, lane or 32, group, symmetric)
+            blocks = int_blocks(arch, 8192, 2560, layout, heavy=arch == "sm_80" and not x_symmetric)
+            constants = {
+                **_BIAS, "shift_ptr": None, "TAPS_H": taps, "TAPS_W": taps, "STRIDE_H": stride, "STRIDE_W": stride,
+                "PAD_H": taps // 2, "PAD_W": taps // 2, "DILATION_H": 1, "DILATION_W": 1, "BITS": bits,
+                "LANE": lane or blocks.k, "GROUP_SIZE": group, "SYMMETRIC": symmetric, "X_SYMMETRIC": x_symmetric,
+                "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
+            }  # fmt: skip
+            yield Case(
+                f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}", conv2d_int_kernel, constants,
+                _weight_types(bits, group), blocks.warps, blocks.stages,
+            )  # fmt: skip
+
+
+def _float_cases(arch: str) -> Iterator[Case]:
+    from kernels._triton.blocks import float_blocks
+    from kernels._triton.gemm import linear_float_kernel, sum_splits_kernel
+
+    for m in (8192, 16):
+        for label, bits, lane, group in (("W4A16", 4, 64, 0), ("W4A16 g64", 4, 32, 64), ("W8A16", 8, 64, 0)):
+            blocks, splits = float_blocks(arch, m, 2560, group), 4 if m == 16 else 1
+            constants = {
+                **_BIAS, "shift_ptr": None, "BITS": bits, "LANE": lane, "GROUP_SIZE": group, "RANK": 0,
+                "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16, "SPLITS": splits, "SWIZZLE": blocks.swizzle,
+            }  # fmt: skip
+            if splits == 1:
+                constants["partial_ptr"] = None
+            yield Case(
+                f"linear {label}, {blocks.m} x {blocks.n}" + (f", K in {splits}" if splits > 1 else ""),
+                linear_float_kernel, constants, {**_weight_types(bits, group), "x_ptr": "*bf16"},
+                blocks.warps, blocks.stages,
+            )  # fmt: skip
+    constants = {**_BIAS, "RANK": 0, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 16, "SPLITS": 4}
+    yield Case("sum of splits", sum_splits_kernel, constants, {}, 4, 1)
+
+
+def _other_cases(arch: str) -> Iterator[Case]:
+    from kernels._triton import activations, norms
+    from kernels._triton.blocks import fp8_blocks
+    from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel
+
+    def plain(label: str, kernel: Any, types: dict[str, str] | None = None, **constants: Any) -> Case:
+        return Case(label, kernel, constants, {"x_ptr": "*bf16", **(types or {})}, 4, 1)
+
+    bits = {"TOP": 255, "HALF": 128}
+    table = {"zero_ptr": "*fp32"}
+    yield plain("quantize by table", activations.by_table_kernel, table, **bits, BLOCK_M=8, BLOCK_C=512, shift_ptr=None)
+    yield plain("quantize by table, shifts", activations.by_table_kernel, table, **bits, BLOCK_M=8, BLOCK_C=512)
+    own = {"zero_ptr": "*i32"}
+    yield plain("quantize tokens", activations.per_token_kernel, own, **bits, SYMMETRIC=False, BLOCK_C=2048)
+    yield plain("range of samples", activations.sample_range_kernel, BLOCK_N=2048)
+    yield plain(
+        "quantize samples", activations.per_sample_kernel, own, **bits, SYMMETRIC=False, CHUNKS=256, BLOCK_N=2048
+    )
+    yield plain("group norm: chunks", norms.group_stats_kernel, GROUPS=32, WIDTH=20, BLOCK_P=64, BLOCK_W=32)
+    yield plain("group norm: merge", norms.merge_stats_kernel, WIDTH=20, CHUNKS=64)
+    yield plain(
+        "group norm + SiLU + quantize", norms.group_norm_quantize_kernel, table, **bits, GROUPS=32, WIDTH=20, SILU=True,
+        BLOCK_M=8, BLOCK_C=512, shift_ptr=None,
+    )  # fmt: skip
+    yield plain(
+        "layer norm + modulate + quantize tokens", norms.layer_norm_quantize_kernel, {"mod_scale_ptr": "*bf16"}, **bits,
+        SYMMETRIC=False, BLOCK_C=2048, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None, index_ptr=None,
+    )  # fmt: skip
+    if arch in ("sm_90", "sm_100"):
+        yield plain(
+            "quantize FP8", quantize_fp8_kernel, {"values_ptr": "*fp8e4nv"}, MAX=448.0, FLOOR=1e-12, BLOCK_K=2048
+        )
+        blocks = fp8_blocks(arch, 8192, 2560)
+        constants = {
+            **_EPILOGUE, "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "BLOCK_R": 16,
+            "SWIZZLE": blocks.swizzle,
+        }  # fmt: skip
+        del constants["channel_ptr"]
+        types = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv"}
+        yield Case(
+            f"linear FP8, {blocks.m} x {blocks.n}", linear_fp8_kernel, constants, types, blocks.warps, blocks.stages
+        )
+
+
+def _weight_types(bits: int, group: int) -> dict[str, str]:
+    """Types of an integer kernel's tensors that depend on the weight."""
+    types = {"x_ptr": "*i8", "w_ptr": "*i8" if bits == 8 else "*u8"}
+    return types | ({"scale_ptr": "*bf16", "total_ptr": "*i16"} if group else {})
+
+
+def compile_case(case: Case, arch: str) -> Usage:
+    """Compile one kernel and read what it takes from the binary."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    types = {name: case.types.get(name) or _TYPES.get(name, "i32") for name in names}
+    signature = {name: "constexpr" if name in case.constants else types[name] for name in names}
+    aligned = {i for i, name in enumerate(names) if types[name].startswith("*") or name in _ALIGNED}
+    attrs = {(i,): [["tt.divisibility", 16]] for i in aligned if names[i] not in case.constants}
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": False}
+    compiled = triton.compile(ASTSource(case.kernel, signature, case.constants, attrs), target=target, options=options)
+    assembly = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
+    found = _MATRIX.findall(assembly)
+    registers, spilled = _amd_usage(assembly) if arch.startswith("gfx") else _nvidia_usage(compiled.asm["cubin"])
+    matrix = f"{found[0]} x {len(found)}" if found else "none"
+    return Usage(case.label, arch, registers, spilled, compiled.metadata.shared, matrix)
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    registers = re.findall(r"\.vgpr_count:\s+(\d+)", assembly)
+    spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+    return int(registers[0]), 4 * int(spills[0])
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert found is not None, done.stdout
+    return int(found[1]), int(found[2])
+
+
+def report(architectures: Sequence[str], only: str = "") -> list[Usage]:
+    """Compile every case whose label contains `only`."""
+    found = [(case, arch) for arch in architectures for case in cases(arch) if only in case.label]
+    return [compile_case(case, arch) for case, arch in found]
+
+
+def problems(usages: Sequence[Usage]) -> list[str]:
+    """Say what is over a limit, a line each."""
+    return [usage.problem for usage in usages if usage.problem is not None]
+
+
+def table(usages: Sequence[Usage]) -> str:
+    """Draw the table of docs/kernels.md."""
+    lines = [
+        "| kernel | architecture | registers | spilled bytes | shared KiB | matrix instructions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for u in sorted(usages, key=lambda usage: usage.kernel):
+        lines.append(f"| {u.kernel} | {u.arch} | {u.registers} | {u.spilled} | {u.shared / 1024:.1f} | {u.matrix} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command of this module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="*", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="compile kernels whose label contains this")
+    parser.add_argument("--write", type=Path, help="put the table between the marks of this file")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET: got an interpreter, wanted it unset, since it compiles nothing")
+    usages = report(options.arch, options.only)
+    text = json.dumps([asdict(usage) for usage in usages], indent=1) if options.json else table(usages)
+    if options.write:
+        before, _, rest = options.write.read_text().partition(_BEGIN)
+        options.write.write_text(f"{before}{_BEGIN}\n{table(usages)}\n{_END}{rest.partition(_END)[2]}")
+    sys.stdout.write(text + "\n")
+    found = problems(usages)
+    sys.stderr.write("".join(line + "\n" for line in found))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

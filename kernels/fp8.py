@@ -1,0 +1,157 @@
+"""Linear layers with FP8 (E4M3) weights and activations, an option on GPUs with FP8 tensor cores (sm_89 and up).
+
+    x8 = to_e4m3(clamp(x / x_scale[m], -448, 448)),   y = x_scale[m] * scale[n] * sum_k x8[m, k] * w8[n, k]
+
+Products of E4M3 numbers are exact in float32; their sum is not, and its order is the backend's (`FP8_TOLERANCE`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import KernelBackend, backend_for
+from kernels.epilogue import Epilogue, EpilogueRows, add_epilogue
+from kernels.errors import KernelError
+from kernels.gemm import as_rows, epilogue_rows
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+SCALE_FLOOR = 1e-12
+# Relative to the sum of |terms|. Hopper's FP8 tensor cores keep about 13 bits of a running sum; Triton adds those to
+# float32 registers, but not more often than once per block.
+FP8_TOLERANCE = 2.0**-10
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Matrix:
+    """E4M3 numbers and the scale of each row.
+
+    Attributes
+    ----------
+    values : Tensor, shape (..., K), dtype float8_e4m3fn
+    scale : Tensor, shape (rows,), dtype float32, > 0
+    """
+
+    values: Tensor
+    scale: Tensor
+
+
+def quantize_fp8(x: Tensor, backend: KernelBackend | str = KernelBackend.AUTO) -> Fp8Matrix:
+    """Convert to E4M3 with one scale for each row (last dimension), max|x| / 448.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., K), floating dtype, not empty
+        A weight (N, K) or an activation.
+    backend : KernelBackend
+
+    Returns
+    -------
+    Fp8Matrix
+        The same bits on each backend: maxima are exact, divisions true, conversion to nearest even.
+
+    Raises
+    ------
+    KernelError
+        If `x` is empty.
+    """
+    if x.numel() == 0:
+        raise KernelError(f"fp8: got an empty tensor of shape {tuple(x.shape)}, wanted values")
+    return Fp8Matrix(*_quantize_fp8(x, str(backend)))
+
+
+def linear_fp8(
+    x: Fp8Matrix, weight: Fp8Matrix, epilogue: Epilogue, backend: KernelBackend | str = KernelBackend.AUTO
+) -> Tensor:
+    """Multiply FP8 activations (..., K) with an FP8 weight (N, K).
+
+    Returns
+    -------
+    Tensor, shape (..., N), dtype `epilogue.dtype`
+
+    Raises
+    ------
+    KernelError
+        If shapes disagree.
+    """
+    if weight.values.dim() != 2 or x.values.shape[-1] != weight.values.shape[1]:
+        raise KernelError(
+            f"fp8: got {tuple(x.values.shape)} and {tuple(weight.values.shape)}, wanted (..., K) and (N, K)"
+        )
+    shape = (*x.values.shape[:-1], weight.values.shape[0])
+    epilogue.check(shape)
+    rows = epilogue_rows(epilogue)
+    values = as_rows(x.values)
+    out = _linear_fp8(
+        values, x.scale, weight.values.contiguous(), weight.scale, rows.bias, rows.residual, rows.down, rows.up,
+        epilogue.dtype, str(backend),
+    )  # fmt: skip
+    return out.view(shape)
+
+
+def quantize_fp8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain-torch twin of the Triton kernel."""
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).float()
+    scale = (flat.abs().amax(1) / FP8_MAX).clamp(min=SCALE_FLOOR)
+    return (flat / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8).view(x.shape), scale
+
+
+def linear_fp8_reference(x: Fp8Matrix, weight: Fp8Matrix, rows: EpilogueRows, dtype: torch.dtype) -> Tensor:
+    """Plain-torch twin of the Triton kernel, for rows (M, K)."""
+    total = (x.values.double() @ weight.values.double().t()).float()
+    return add_epilogue(total * weight.scale * x.scale[:, None], rows, dtype)
+
+
+@torch.library.custom_op("quantmill::quantize_fp8", mutates_args=())
+def _quantize_fp8(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend_for(x.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.fp8 import launch_quantize_fp8
+
+        return launch_quantize_fp8(x)
+    return quantize_fp8_reference(x)
+
+
+@_quantize_fp8.register_fake
+def _(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=FP8), x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
+
+
+@torch.library.custom_op("quantmill::linear_fp8", mutates_args=())
+def _linear_fp8(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    rows = EpilogueRows(bias, residual, down, up)
+    if backend_for(x.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.fp8 import launch_linear_fp8
+
+        return launch_linear_fp8(Fp8Matrix(x, x_scale), Fp8Matrix(weight, scale), rows, dtype)
+    return linear_fp8_reference(Fp8Matrix(x, x_scale), Fp8Matrix(weight, scale), rows, dtype)
+
+
+@_linear_fp8.register_fake
+def _(
+    x: Tensor,
+    x_scale: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)

@@ -1,0 +1,265 @@
+"""Normalize and quantize in one go: GroupNorm + SiLU of a ResNet block, LayerNorm + modulation of a transformer block.
+
+What they save is the normalized tensor's trip to memory and back: 2 reads and 1 write of the activation, where norm,
+SiLU and quantization apart take 4 and 3. The codes agree with the reference's except where float32 rounding of the norm
+moves a value across the middle between two codes; then they differ by one (`NORM_CODE_SHARE` bounds how often).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.activations import (
+    ActivationTable,
+    QuantizedActivation,
+    fake_quantized,
+    quantize_by_table_reference,
+    quantize_dynamic_reference,
+)
+from kernels.backend import KernelBackend, backend_for
+from kernels.errors import KernelError
+
+# Norms of a few thousand terms agree within some 2**-21; a code then flips for that share of the 2 * 256 half steps.
+NORM_CODE_SHARE = 2.0**-10
+MAX_TOKEN = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNorm:
+    """A group norm over channels; `weight` and `bias` have shape (C,) or are both None."""
+
+    groups: int
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """A layer norm over channels with the modulation of adaLN: norm(x) * (1 + scale[b]) + shift[b].
+
+    `weight` and `bias` have shape (C,), `scale` and `shift` (B, C); each may be None, the latter two together.
+    """
+
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+
+def group_norm_quantize(
+    x: Tensor,
+    norm: GroupNorm,
+    table: ActivationTable,
+    index: Tensor | None = None,
+    *,
+    silu: bool = True,
+    backend: KernelBackend | str = KernelBackend.AUTO,
+) -> QuantizedActivation:
+    """Quantize silu(group_norm(x)), or group_norm(x), by a table.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, ..., C), floating dtype
+        Channels last.
+    norm : GroupNorm
+    table, index, backend
+        As for `kernels.activations.quantize_by_table`.
+    silu : bool
+
+    Returns
+    -------
+    QuantizedActivation
+
+    Raises
+    ------
+    KernelError
+        If shapes disagree.
+    """
+    channels = x.shape[-1]
+    if channels % norm.groups or (norm.weight is None) != (norm.bias is None):
+        raise KernelError(
+            f"group norm: got {channels} channels in {norm.groups} groups, wanted a multiple, and affine both or none"
+        )
+    _check_table(x, table, index)
+    steps = None if index is None or len(table.scale) == 1 else index.contiguous()
+    codes, scale, zero = _group_norm_quantize(
+        x, norm.groups, norm.weight, norm.bias, norm.eps, silu,
+        table.scale, table.zero_point, steps, table.shift, table.bits, str(backend),
+    )  # fmt: skip
+    return QuantizedActivation(codes, scale, zero, table.symmetric)
+
+
+def layer_norm_quantize(
+    x: Tensor,
+    norm: LayerNorm,
+    grid: ActivationTable | int,
+    index: Tensor | None = None,
+    *,
+    symmetric: bool = False,
+    backend: KernelBackend | str = KernelBackend.AUTO,
+) -> QuantizedActivation:
+    """Quantize layer_norm(x) * (1 + scale) + shift by a table, or dynamically per token.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, ..., C), floating dtype, C at most 16384
+    norm : LayerNorm
+    grid : ActivationTable or int
+        An int: that many bits, on each token's own range. Tables with channel shifts are not fused.
+    index, backend
+        As for `kernels.activations.quantize_by_table`.
+    symmetric : bool
+        Of dynamic grids; a table says so itself.
+
+    Returns
+    -------
+    QuantizedActivation
+
+    Raises
+    ------
+    KernelError
+        If shapes disagree.
+    """
+    batch, channels = x.shape[0], x.shape[-1]
+    if channels > MAX_TOKEN:
+        raise KernelError(f"layer norm: got {channels} channels, wanted at most {MAX_TOKEN}")
+    for name, value in (("scale", norm.scale), ("shift", norm.shift)):
+        if (norm.scale is None) != (norm.shift is None) or (value is not None and value.shape != (batch, channels)):
+            shape = None if value is None else tuple(value.shape)
+            raise KernelError(f"modulation {name}: got {shape}, wanted ({batch}, {channels}), both or neither")
+    if isinstance(grid, int):
+        scale, zero_point, steps, bits = None, None, None, grid
+    else:
+        if grid.shift is not None:
+            raise KernelError("layer norm: got a table with channel shifts, wanted one without")
+        _check_table(x, grid, index)
+        steps = None if index is None or len(grid.scale) == 1 else index.contiguous()
+        scale, zero_point, bits, symmetric = grid.scale, grid.zero_point, grid.bits, grid.symmetric
+    codes, run_scale, zero = _layer_norm_quantize(
+        x, norm.weight, norm.bias, norm.eps, norm.scale, norm.shift,
+        scale, zero_point, steps, bits, symmetric, str(backend),
+    )  # fmt: skip
+    return QuantizedActivation(codes, run_scale, zero, symmetric)
+
+
+def group_norm_reference(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, silu: bool
+) -> Tensor:
+    """Normalize (B, ..., C) in float32 with plain torch."""
+    image = x.float().movedim(-1, 1)
+    affine = (None if weight is None else weight.float(), None if bias is None else bias.float())
+    y = F.group_norm(image, groups, *affine, eps=eps).movedim(1, -1)
+    return F.silu(y) if silu else y
+
+
+def layer_norm_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """Normalize and modulate (B, ..., C) in float32 with plain torch."""
+    affine = (None if weight is None else weight.float(), None if bias is None else bias.float())
+    y = F.layer_norm(x.float(), x.shape[-1:], *affine, eps=eps)
+    if scale is None or shift is None:
+        return y
+    per_sample = (x.shape[0], *(1,) * (x.dim() - 2), x.shape[-1])
+    return y * (1 + scale.float().view(per_sample)) + shift.float().view(per_sample)
+
+
+def _check_table(x: Tensor, table: ActivationTable, index: Tensor | None) -> None:
+    """Refuse a table that does not fit the samples."""
+    runs = 1 if index is None or len(table.scale) == 1 else index.numel()
+    rows = math.prod(x.shape[:-1])
+    if (index is None and len(table.scale) != 1) or runs == 0 or rows % runs:
+        raise KernelError(f"activation table: got {len(table.scale)} entries for {rows} rows and {runs} samples")
+
+
+@torch.library.custom_op("quantmill::group_norm_quantize", mutates_args=())
+def _group_norm_quantize(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor,
+    zero_point: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    bits: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend_for(x.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.norms import launch_group_norm
+
+        return launch_group_norm(x, groups, weight, bias, eps, silu, (scale, zero_point, index, shift, bits))
+    y = group_norm_reference(x, groups, weight, bias, eps, silu)
+    return quantize_by_table_reference(y, scale, zero_point, index, shift, bits)
+
+
+@_group_norm_quantize.register_fake
+def _(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor,
+    zero_point: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    bits: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_quantized(x, 1 if index is None else index.numel())
+
+
+@torch.library.custom_op("quantmill::layer_norm_quantize", mutates_args=())
+def _layer_norm_quantize(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mod_scale: Tensor | None,
+    mod_shift: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    index: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend_for(x.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.norms import launch_layer_norm
+
+        modulation = (mod_scale, mod_shift)
+        return launch_layer_norm(x, (weight, bias, eps), modulation, (scale, zero_point, index, bits), symmetric)
+    y = layer_norm_reference(x, weight, bias, eps, mod_scale, mod_shift)
+    if scale is None or zero_point is None:
+        return quantize_dynamic_reference(y, math.prod(x.shape[:-1]), bits, symmetric)
+    return quantize_by_table_reference(y, scale, zero_point, index, None, bits)
+
+
+@_layer_norm_quantize.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    mod_scale: Tensor | None,
+    mod_shift: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    index: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    runs = math.prod(x.shape[:-1]) if scale is None else 1 if index is None else index.numel()
+    return fake_quantized(x, runs)

@@ -1,0 +1,293 @@
+"""Packed weights in the layout that the integer kernels read, made once from an artifact's layout.
+
+An artifact holds the matrix (N, K) of a layer, K = taps x C in the order (taps, C), as one bit stream per row
+(`kernels.packing`). A kernel reads blocks of it, so the rows are laid out again, still packed:
+
+    lanes     a block of one tap's channels is `per_byte` = 8 / bits runs of `lane` channels; byte j of the block holds
+              the channels j, j + lane, j + 2 lane, ... of the block, low bits first. A kernel loads `lane` bytes once
+              and masks out each run in registers, so that both operands of each dot are contiguous.
+    padding   channels of each tap are padded to whole blocks. Kernels read activations there as 0, so that the codes
+              that fill them never count.
+    bits      2, 4 or 8: codes of 3 bits are stored in 4, codes of 5 and 6 bits in 8.
+    sign      8-bit codes are stored as code - 128 (int8 tensor cores), with their zero points; smaller ones unsigned.
+
+A layer whose channels have different bit widths is several `PackedWeight`s, each of which names its output channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.errors import KernelError
+from kernels.packing import packed_size, unpack_codes
+
+# The least K of an int8 tensor-core instruction (mma.m16n8k32, wgmma k32): no dot may be shorter.
+MIN_LANE = 32
+# Exponents of DMQ's power-of-two steps: 15 << 3 is the largest shifted 4-bit weight that fits int8.
+MAX_SHIFT = 3
+_STORED_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
+# |sum| of K products of two 8-bit differences is at most K * 255 * 255, which int32 has to hold.
+MAX_COLUMNS = (2**31 - 1) // (255 * 255)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """How the bytes of a `PackedWeight` are to be read.
+
+    `bits` are the stored ones; `group_size` counts channels of one tap, 0 if all columns of a row share a scale;
+    `symmetric` says that all stored zero points of 8-bit codes are 0, so that no correction by them is needed.
+    """
+
+    bits: int
+    channels: int
+    taps: int
+    lane: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte."""
+        return 8 // self.bits
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of lanes that one tap's channels take."""
+        return -(-self.channels // (self.lane * self.per_byte))
+
+    @property
+    def groups_per_tap(self) -> int:
+        """Scale groups in one tap."""
+        return -(-self.channels // self.group_size) if self.group_size else 1
+
+    @property
+    def groups(self) -> int:
+        """Scales of one output channel."""
+        return self.taps * self.groups_per_tap if self.group_size else 1
+
+    def to_ints(self) -> list[int]:
+        """Return the fields as integers, for a registered operator."""
+        return [self.bits, self.channels, self.taps, self.lane, self.group_size, int(self.symmetric)]
+
+    @classmethod
+    def from_ints(cls, values: Sequence[int]) -> WeightLayout:
+        """Read what `to_ints` wrote."""
+        bits, channels, taps, lane, group_size, symmetric = values
+        return cls(bits, channels, taps, lane, group_size, bool(symmetric))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """Weight codes of some output channels of one layer.
+
+    Attributes
+    ----------
+    codes : Tensor, shape (N, taps * blocks * lane), dtype uint8 (int8 for 8 bits)
+    scale : Tensor, shape (N, G), dtype float32 or bfloat16
+        Step size, in weight units per integer step; G is 1 or the number of groups, taps major.
+    zero_point : Tensor, shape (N, G), dtype int8
+        In the stored codes' domain.
+    total : Tensor, shape (N, taps * groups of a tap), dtype int16 or int32
+        Sum of (code - zero_point) over each group of each tap: what an activation's zero point is multiplied with. By
+        taps, since a tap that falls on padding has no part in it.
+    channel : Tensor, shape (N,), dtype int32, or None
+        The layer's output channel of each row; None if they are all of its channels, in order.
+    shift : Tensor, shape (C,), dtype int8, or None
+        Exponents of power-of-two steps: channel c of the input counts 2**shift[c] times. `total` includes them.
+    layout : WeightLayout
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    total: Tensor
+    channel: Tensor | None
+    shift: Tensor | None
+    layout: WeightLayout
+
+    @property
+    def rows(self) -> int:
+        """Output channels in this record."""
+        return self.codes.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = (self.codes, self.scale, self.zero_point, self.total, self.channel, self.shift)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """Return the record on another device."""
+        channel, shift = (None if t is None else t.to(device) for t in (self.channel, self.shift))
+        codes, scale, zero, total = (t.to(device) for t in (self.codes, self.scale, self.zero_point, self.total))
+        return PackedWeight(codes, scale, zero, total, channel, shift, self.layout)
+
+
+def pack_weight(
+    qweight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    bits: int,
+    channels: int,
+    taps: int = 1,
+    group_size: int | None = None,
+    channel: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> PackedWeight:
+    """Lay out an artifact's packed weight for the kernels.
+
+    Parameters
+    ----------
+    qweight : Tensor, shape (N, ceil(K * bits / 8)), dtype uint8
+        As `kernels.packing.pack_codes` of the matrix (N, K), K = taps * channels, taps major.
+    scale, zero_point : Tensor, shape (N, G) or (1, G)
+        G is 1, or taps * ceil(channels / group_size).
+    bits : int
+        Bits of a code in `qweight`: 2, 3, 4, 5, 6 or 8.
+    channels : int
+        Input channels, which one tap of the kernel reads.
+    taps : int
+        Positions of a convolution's kernel; 1 for a Linear.
+    group_size : int, optional
+        Consecutive channels of a tap that share a scale; a multiple of 32, except the last of a tap, which may be
+        shorter.
+    channel : Tensor, shape (N,), optional
+        Output channels of the rows, where they are not all of the layer's.
+    shift : Tensor, shape (channels,), whole numbers in [0, 3], optional
+        The exponents that the input was quantized with (`kernels.activations`); for at most 4 bits, so that a shifted
+        weight fits int8.
+
+    Returns
+    -------
+    PackedWeight
+        On the device of `qweight`.
+
+    Raises
+    ------
+    KernelError
+        If shapes disagree, a group is not a multiple of 32, K is too long for an exact int32 sum, or shifts do not fit.
+    """
+    n = qweight.shape[0]
+    _check_rows(qweight, bits, channels, taps)
+    if taps * channels > MAX_COLUMNS:
+        raise KernelError(f"columns: got {taps * channels}, wanted at most {MAX_COLUMNS} for an exact int32 sum")
+    if group_size is not None and (group_size < MIN_LANE or group_size % MIN_LANE):
+        raise KernelError(f"group_size: got {group_size}, wanted a multiple of {MIN_LANE}")
+    stored = _STORED_BITS[bits]
+    group = group_size if group_size is not None and (group_size < channels or taps > 1) else 0
+    zero = _rows_of("zero_point", zero_point, n, taps, channels, group).int() - (128 if stored == 8 else 0)
+    symmetric = stored == 8 and not bool(zero.any())
+    layout = WeightLayout(stored, channels, taps, _lane(stored, channels, group), group, symmetric)
+    scale = _rows_of("scale", scale, n, taps, channels, group)
+    if layout.groups == 1 or scale.dtype != torch.bfloat16:
+        scale = scale.float()
+    codes = unpack_codes(qweight, bits, taps * channels).view(n, taps, channels)
+    if stored == 8:
+        codes = (codes ^ 0x80).view(torch.int8)  # code - 128
+    exponents = None if shift is None else _check_shift(shift, stored, channels).to(qweight.device)
+    total = _totals(codes, zero, layout, exponents)
+    index = None if channel is None else channel.to(qweight.device, torch.int32).contiguous()
+    zero_codes = zero.to(torch.int8).contiguous()
+    return PackedWeight(_interleave(codes, layout), scale.contiguous(), zero_codes, total, index, exponents, layout)
+
+
+def weight_integers(weight: PackedWeight) -> Tensor:
+    """Return (code - zero_point) << shift of each column, shape (N, taps, channels), dtype int32."""
+    layout = weight.layout
+    n = weight.rows
+    stored = weight.codes.view(n, layout.taps, layout.blocks, 1, layout.lane)
+    if layout.bits == 8:
+        codes = stored.int()
+    else:
+        shifts = torch.arange(layout.per_byte, dtype=torch.int32, device=stored.device) * layout.bits
+        codes = (stored.int() >> shifts[:, None]) & ((1 << layout.bits) - 1)
+    codes = codes.reshape(n, layout.taps, -1)[..., : layout.channels]
+    values = codes - _expand(weight.zero_point.int(), layout)
+    return values if weight.shift is None else values << weight.shift.int()
+
+
+def weight_values(weight: PackedWeight) -> Tensor:
+    """Return the dequantized weight, shape (N, taps, channels), dtype float32."""
+    return weight_integers(weight).float() * _expand(weight.scale.float(), weight.layout)
+
+
+def _expand(values: Tensor, layout: WeightLayout) -> Tensor:
+    """Repeat (N, G) to what broadcasts against (N, taps, channels)."""
+    if layout.groups == 1:
+        return values[:, :, None]
+    per_tap = values.view(len(values), layout.taps, layout.groups_per_tap)
+    return per_tap.repeat_interleave(layout.group_size, dim=-1)[..., : layout.channels]
+
+
+def _check_rows(qweight: Tensor, bits: int, channels: int, taps: int) -> None:
+    """Refuse rows that do not hold `taps` taps of `channels` channels."""
+    if bits not in _STORED_BITS:
+        raise KernelError(f"bits: got {bits}, wanted one of {', '.join(map(str, _STORED_BITS))}")
+    wanted = packed_size(taps * channels, bits)
+    if qweight.dim() != 2 or min(channels, taps) < 1 or qweight.shape[1] != wanted:
+        raise KernelError(
+            f"qweight: got shape {tuple(qweight.shape)}, wanted (N, {wanted}): {taps} taps of {channels} channels"
+        )
+
+
+def _rows_of(name: str, values: Tensor, n: int, taps: int, channels: int, group: int) -> Tensor:
+    """Give every row its parameters: (N, G), from (N, G) or (1, G)."""
+    groups = taps * -(-channels // group) if group else 1
+    if values.dim() != 2 or values.shape[0] not in (1, n) or values.shape[1] != groups:
+        raise KernelError(f"{name}: got shape {tuple(values.shape)}, wanted ({n}, {groups})")
+    return values.expand(n, groups)
+
+
+def _lane(bits: int, channels: int, group: int) -> int:
+    """Longest run that fits: 64 where that neither straddles a group nor pads more, else 32; 8 bits need none."""
+    if bits == 8:
+        return MIN_LANE
+    block = 2 * MIN_LANE * (8 // bits)
+    return 2 * MIN_LANE if channels % block == 0 and group % (2 * MIN_LANE) == 0 else MIN_LANE
+
+
+def _interleave(codes: Tensor, layout: WeightLayout) -> Tensor:
+    """Pad (N, taps, channels) to blocks and pack each into bytes."""
+    n, taps, channels = codes.shape
+    block = layout.lane * layout.per_byte
+    padded = codes.new_zeros(n, taps, layout.blocks * block)
+    padded[..., :channels] = codes
+    if layout.bits == 8:
+        return padded.flatten(1)
+    runs = padded.view(n, taps, layout.blocks, layout.per_byte, layout.lane)
+    packed = runs[..., 0, :].clone()
+    for i in range(1, layout.per_byte):
+        packed |= runs[..., i, :] << (i * layout.bits)
+    return packed.flatten(1)
+
+
+def _check_shift(shift: Tensor, bits: int, channels: int) -> Tensor:
+    """Refuse exponents that would push a weight out of int8."""
+    if bits > 4 or shift.shape != (channels,) or not bool(((shift >= 0) & (shift <= MAX_SHIFT)).all()):
+        raise KernelError(
+            f"shift: got shape {tuple(shift.shape)} with codes stored in {bits} bits, "
+            f"wanted ({channels},) exponents in [0, {MAX_SHIFT}] and at most 4 bits"
+        )
+    return shift.to(torch.int8).contiguous()
+
+
+def _totals(codes: Tensor, zero: Tensor, layout: WeightLayout, shift: Tensor | None) -> Tensor:
+    """Sum (code - zero_point) << shift over each group, in int16 where all fit."""
+    n, taps, channels = codes.shape
+    factor = torch.ones(channels, dtype=torch.int32, device=codes.device) if shift is None else 1 << shift.int()
+    group, groups = layout.group_size or channels, layout.groups_per_tap
+    runs = torch.zeros(n, taps, groups * group, dtype=codes.dtype, device=codes.device)
+    runs[..., :channels] = codes
+    factors = factor.new_zeros(groups * group)
+    factors[:channels] = factor
+    # One tap at a time: the products are four times as large as the codes.
+    sums = [(runs[:, tap].view(n, groups, group).int() * factors.view(groups, group)).sum(-1) for tap in range(taps)]
+    counts = factors.view(groups, group).sum(-1)
+    totals = torch.cat(sums, dim=1) - zero * counts.repeat(taps)
+    most = group * ((1 << layout.bits) - 1) << (0 if shift is None else MAX_SHIFT)
+    return totals.to(torch.int16 if layout.group_size and most < 2**15 else torch.int32)

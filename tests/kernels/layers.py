@@ -1,0 +1,60 @@
+"""Random quantized layers for kernel tests, in an artifact's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.packing import pack_codes
+from kernels.weights import PackedWeight, pack_weight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Codes (N, K) with their grid, and what `pack_weight` makes of them."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    packed: PackedWeight
+
+    def integers(self, channels: int, group_size: int | None) -> Tensor:
+        """code - zero_point by the definition of groups: consecutive channels of one tap; shape (N, K)."""
+        k = torch.arange(self.codes.shape[1])
+        per_tap = 1 if group_size is None else -(-channels // group_size)
+        group = torch.zeros_like(k) if group_size is None else k // channels * per_tap + k % channels // group_size
+        return self.codes.long() - self.zero_point.long()[:, group]
+
+
+def random_layer(
+    n: int,
+    channels: int,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    taps: int = 1,
+    symmetric: bool = False,
+    unit_scale: bool = False,
+    channel: Tensor | None = None,
+    shift: Tensor | None = None,
+    device: str = "cpu",
+) -> Layer:
+    """Make a layer; with `unit_scale` every product of its kernels is a whole number."""
+    g = torch.Generator().manual_seed(n * 1000 + channels * 10 + bits)
+    groups = 1 if group_size is None else taps * -(-channels // group_size)
+    codes = torch.randint(0, 1 << bits, (n, taps * channels), generator=g, dtype=torch.uint8)
+    codes[0], codes[-1] = 0, (1 << bits) - 1
+    zero = torch.randint(0, 1 << bits, (n, groups), generator=g, dtype=torch.uint8)
+    zero[0], zero[-1] = (1 << bits) - 1, 0  # the largest differences
+    if symmetric:
+        zero = torch.full_like(zero, 1 << (bits - 1))
+    scale = torch.ones(n, groups) if unit_scale else torch.rand(n, groups, generator=g) * 0.1 + 0.01
+    if group_size is not None:
+        scale = scale.bfloat16()
+    packed = pack_weight(
+        pack_codes(codes, bits), scale, zero, bits=bits, channels=channels, taps=taps,
+        group_size=group_size, channel=channel, shift=shift,
+    )  # fmt: skip
+    return Layer(codes, scale, zero, packed.to(device))

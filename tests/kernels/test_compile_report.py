@@ -1,0 +1,72 @@
+"""Kernels compiled for GPUs that are not here, in a process of its own: this one's triton is an interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from kernels.compile_report import ARCHITECTURES, SPILL_LIMIT, Usage, problems, table
+
+# A few kernels of each kind where registers are scarcest.
+QUICK = [("sm_90", "linear W8A8, 128"), ("sm_90", "conv 3x3/1 W4A8 g64"), ("gfx942", "linear W4A8, 128 x 128")]
+
+
+def compiled(*arguments: str) -> tuple[list[dict[str, Any]], str]:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "kernels.compile_report", "--json", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 1), done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def check(rows: list[dict[str, Any]], messages: str) -> None:
+    """Nothing over a limit, and matrix instructions wherever matrices are multiplied."""
+    assert rows
+    assert "wanted at most" not in messages
+    for row in rows:
+        assert row["spilled"] <= SPILL_LIMIT, row
+        assert 0 < row["registers"] <= 512, row
+        if row["kernel"].startswith(("linear", "conv")):
+            assert row["matrix"] != "none", row
+
+
+@pytest.mark.parametrize(("arch", "only"), QUICK)
+def test_kernels_compile_without_spills(arch: str, only: str) -> None:
+    rows, messages = compiled("--arch", arch, "--only", only)
+    check(rows, messages)
+    assert rows[0]["arch"] == arch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_kernel_compiles_without_spills(arch: str) -> None:
+    rows, messages = compiled("--arch", arch)
+    check(rows, messages)
+    assert len(rows) >= 40
+
+
+def test_limits_are_reported() -> None:
+    fine, spilled = (Usage("linear", "sm_90", 255, bytes_, 1024, "wgmma.mma_async x 4") for bytes_ in (64, 65))
+    greedy = Usage("linear", "gfx942", 128, 0, 64 * 1024 + 1, "v_mfma x 4")
+    scalar = Usage("linear", "sm_80", 128, 0, 1024, "none")
+    assert problems([fine]) == []
+    assert [text.split(": ")[1].split(",")[0] for text in problems([spilled, greedy, scalar])] == [
+        "got 65 spilled bytes",
+        "got 65537 bytes of shared memory",
+        "got no matrix instruction",
+    ]
+    assert "| linear | sm_90 | 255 | 64 | 1.0 | wgmma.mma_async x 4 |" in table([fine])
+
+
+def test_an_interpreter_compiles_nothing() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.compile_report"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET: got an interpreter" in done.stderr

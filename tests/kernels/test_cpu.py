@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
+from kernels.conv import ConvGeometry, conv2d_int
+from kernels.cpu import (
+    PAIR_LIMIT,
+    cpu_conv2d,
+    cpu_linear,
+    pack_cpu_weight,
+    quantize_cpu_by_table,
+    quantize_cpu_dynamic,
+    sums_pairs_exactly,
+)
+from kernels.epilogue import Epilogue, LowRank
+from kernels.errors import KernelError
+from kernels.gemm import EPILOGUE_TOLERANCE, linear_int
+from kernels.weights import weight_values
+from tests.kernels.layers import Layer, random_layer
+
+needs_vnni = pytest.mark.skipif(not sums_pairs_exactly(), reason="this CPU's int8 products saturate")
+GEOMETRIES = (
+    ConvGeometry((3, 3), padding=(1, 1)),
+    ConvGeometry((3, 3), (2, 2), (1, 1)),
+    ConvGeometry((1, 1)),
+    ConvGeometry((3, 2), (2, 1), (0, 2), (1, 2)),
+)
+
+
+def codes(*shape: int, runs: int) -> tuple[QuantizedActivation, QuantizedActivation]:
+    """The same activation as the CPU and as the reference store it; with its extremes side by side."""
+    g = torch.Generator().manual_seed(sum(shape))
+    unsigned = torch.randint(0, 256, shape, generator=g, dtype=torch.uint8)
+    unsigned[0], unsigned[-1] = 255, 0
+    zero = torch.randint(0, 256, (runs,), generator=g, dtype=torch.int32)
+    signed = (unsigned.int() - 128).to(torch.int8)
+    ones = torch.ones(runs)
+    return QuantizedActivation(unsigned, ones, zero, False), QuantizedActivation(signed, ones, zero - 128, False)
+
+
+@needs_vnni
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("shape", "runs"), [((1, 1), 1), ((6, 63), 3), ((2, 5, 128), 2)])
+def test_linear_sums_are_the_references_integers(bits: int, symmetric: bool, shape: tuple[int, ...], runs: int) -> None:
+    layer = random_layer(35, shape[-1], bits=bits, symmetric=symmetric, unit_scale=True)
+    x, same = codes(*shape, runs=runs)
+    packed = pack_cpu_weight([layer.packed])
+    assert packed.exact
+    want = linear_int(same, [layer.packed], Epilogue())
+    assert want.abs().max() < 2**24
+    assert torch.equal(cpu_linear(x, packed, Epilogue()), want)
+
+
+@needs_vnni
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (8, True), (8, False)])
+def test_conv_sums_are_the_references_integers(geometry: ConvGeometry, bits: int, symmetric: bool) -> None:
+    layer = random_layer(19, 24, bits=bits, taps=geometry.taps, symmetric=symmetric, unit_scale=True)
+    for runs in (1, 2):
+        x, same = codes(2, 7, 6, 24, runs=runs)
+        want = conv2d_int(same, [layer.packed], geometry, Epilogue())
+        got = cpu_conv2d(x, pack_cpu_weight([layer.packed], geometry, (2, 24, 7, 6)), Epilogue())
+        assert got.is_contiguous()
+        assert torch.equal(got, want)
+
+
+@needs_vnni
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_whole_epilogue_on_mixed_bits(dtype: torch.dtype, bits: int) -> None:
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    parts = [
+        random_layer(15, 40, bits=b, channel=rows).packed for rows, b in zip(order.split(15), (bits, 4), strict=True)
+    ]
+    x, same = codes(4, 40, runs=2)
+    g = torch.Generator().manual_seed(1)
+    low_rank = LowRank(torch.randn(4, 5, generator=g), torch.randn(30, 5, generator=g))
+    for epilogue in (
+        Epilogue(dtype, bias=torch.randn(30, generator=g)),
+        Epilogue(dtype, torch.randn(30, generator=g), torch.randn(4, 30, generator=g), low_rank),
+    ):
+        want, got = linear_int(same, parts, epilogue), cpu_linear(x, pack_cpu_weight(parts), epilogue)
+        assert got.dtype == dtype
+        limit = EPILOGUE_TOLERANCE * 40 * 255 * 26 + torch.finfo(dtype).eps * want.float().abs()
+        assert bool(((got.float() - want.float()).abs() <= limit).all())
+
+
+@needs_vnni
+def test_group_scales_are_regridded_to_half_a_step() -> None:
+    layer = random_layer(9, 128, bits=4, group_size=32)
+    packed = pack_cpu_weight([layer.packed])
+    assert not packed.exact
+    x = QuantizedActivation(torch.eye(128, dtype=torch.uint8), torch.ones(1), torch.zeros(1, dtype=torch.int32), False)
+    weight = cpu_linear(x, packed, Epilogue()).t()
+    off = (weight - weight_values(layer.packed)[:, 0]).abs()
+    assert bool((off <= packed.scale[:, None] * 0.5001).all())
+    assert float(off.max()) > 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_the_references(bits: int) -> None:
+    x = torch.randn(3, 5, 17, generator=torch.Generator().manual_seed(0)) * 3
+    half = 2 ** (bits - 1)
+    shift = torch.arange(17, dtype=torch.int8) % 4
+    table = ActivationTable(torch.tensor([0.03, 0.2]), torch.tensor([1.0, half]), bits, shift=shift)
+    pairs = [
+        (quantize_cpu_by_table(x, table, index), quantize_by_table(x, table, index))
+        for index in (torch.tensor(1), torch.tensor([0, 1, 1]))
+    ]
+    pairs += [
+        (quantize_cpu_dynamic(x, bits, symmetric=s), quantize_dynamic(x, bits, symmetric=s, per_token=False))
+        for s in (True, False)
+    ]
+    for got, want in pairs:
+        assert got.codes.dtype == torch.uint8
+        assert torch.equal(got.codes.int() - half, want.codes.int())
+        assert torch.equal(got.scale, want.scale)
+        assert torch.equal(got.zero_point - half, want.zero_point)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layer = random_layer(4, 8, bits=4)
+    x, same = codes(3, 8, runs=1)
+    packed = pack_cpu_weight([layer.packed])
+    with pytest.raises(KernelError, match=r"got torch.int8 of 8 channels, wanted torch.uint8 of 8"):
+        cpu_linear(same, packed, Epilogue())
+    with pytest.raises(KernelError, match="wanted \\(B, H, W, C\\) and a Conv2d's weight"):
+        cpu_conv2d(x, packed, Epilogue())
+    with pytest.raises(KernelError, match="got 2 grids for 3 samples"):
+        cpu_linear(
+            QuantizedActivation(x.codes, torch.ones(2), torch.zeros(2, dtype=torch.int32), False), packed, Epilogue()
+        )
+
+
+def largest(layer: Layer) -> Tensor:
+    """|code - zero_point| at most."""
+    return layer.integers(64, None).abs().max()
+
+
+SATURATING = """
+import torch
+from kernels.activations import QuantizedActivation
+from kernels.backend import BackendUnavailableError
+from kernels.cpu import cpu_linear, pack_cpu_weight, sums_pairs_exactly
+from kernels.epilogue import Epilogue
+from kernels.gemm import linear_int
+from tests.kernels.test_cpu import codes, random_layer
+assert not sums_pairs_exactly()
+x, same = codes(4, 64, runs=1)
+small = random_layer(16, 64, bits=6, symmetric=True, unit_scale=True).packed
+assert torch.equal(cpu_linear(x, pack_cpu_weight([small]), Epilogue()), linear_int(same, [small], Epilogue()))
+try:
+    pack_cpu_weight([random_layer(16, 64, bits=8, symmetric=True).packed])
+except BackendUnavailableError as error:
+    print(error)
+"""
+
+
+@needs_vnni
+def test_a_cpu_whose_products_saturate_multiplies_small_weights_only() -> None:
+    assert largest(random_layer(16, 64, bits=6, symmetric=True)) <= PAIR_LIMIT
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", SATURATING], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "weights up to 128 on a CPU without VNNI or AMX" in done.stdout

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import mmap
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.activations import QuantizedActivation
+from kernels.epilogue import Epilogue, LowRank
+from kernels.errors import KernelError
+from kernels.gemm import EPILOGUE_TOLERANCE, linear_float, linear_int
+from tests.kernels.layers import random_layer
+
+BACKENDS = ("reference", "triton")
+
+
+def activation(m: int, k: int, runs: int, *, unit_scale: bool = False, symmetric: bool = False) -> QuantizedActivation:
+    g = torch.Generator().manual_seed(m + k)
+    codes = torch.randint(-128, 128, (m, k), generator=g, dtype=torch.int8)
+    codes[0], codes[-1] = -128, 127
+    scale = torch.ones(runs) if unit_scale else torch.rand(runs, generator=g) + 0.1
+    zero = torch.randint(-128, 128, (runs,), generator=g, dtype=torch.int32)
+    return QuantizedActivation(codes, scale, torch.zeros_like(zero) if symmetric else zero, symmetric)
+
+
+def to(x: QuantizedActivation, device: str) -> QuantizedActivation:
+    return QuantizedActivation(x.codes.to(device), x.scale.to(device), x.zero_point.to(device), x.symmetric)
+
+
+def whole(x: QuantizedActivation) -> Tensor:
+    """code - zero_point of each row, int64."""
+    runs = x.zero_point.repeat_interleave(x.codes.shape[0] // len(x.zero_point))
+    return x.codes.long() - runs.long()[:, None]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group_size", [None, 32, 64, 96])
+def test_sums_are_the_definitions_integers(bits: int, group_size: int | None, device: str) -> None:
+    layer = random_layer(37, 200, bits=bits, group_size=group_size, unit_scale=True)
+    x = activation(42, 200, 42, unit_scale=True)
+    want = whole(x) @ layer.integers(200, group_size).t()
+    assert int(want.abs().max()) < 2**24  # float32 holds it
+    for backend in BACKENDS:
+        got = linear_int(to(x, device), [layer.packed.to(device)], Epilogue(), backend)
+        assert torch.equal(got.cpu().long(), want), backend
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 70, 63), (33, 5, 129), (64, 32, 128)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"), [(8, None, True), (8, None, False), (4, None, False), (4, 64, True)]
+)
+def test_triton_equals_its_twin(
+    m: int, n: int, k: int, bits: int, group_size: int | None, symmetric: bool, device: str
+) -> None:
+    layer = random_layer(n, k, bits=bits, group_size=group_size, symmetric=symmetric)
+    x = activation(m, k, 1, symmetric=symmetric)
+    x = to(QuantizedActivation(x.codes.view(m, 1, k), x.scale, x.zero_point, symmetric), device)
+    bias = torch.linspace(-1, 1, n, device=device)
+    reference, triton = (linear_int(x, [layer.packed.to(device)], Epilogue(bias=bias), backend) for backend in BACKENDS)
+    assert triton.shape == (m, 1, n)
+    # One scale for all columns: no sum of floats, so the same operations in the same order.
+    limit = 0.0 if layer.packed.layout.groups == 1 else EPILOGUE_TOLERANCE * reference.abs().max().item()
+    assert (reference - triton).abs().max().item() <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_whole_epilogue(dtype: torch.dtype, device: str) -> None:
+    m, n, k, rank = 35, 40, 96, 19
+    layer, x = random_layer(n, k, bits=4, group_size=32), activation(m, k, 5)
+    g = torch.Generator().manual_seed(1)
+    hidden, up = torch.randn(m, rank, generator=g), torch.randn(n, rank, generator=g)
+    bias, residual = torch.randn(n, generator=g), torch.randn(m, n, generator=g)
+    plain = linear_int(x, [layer.packed], Epilogue(), "reference")
+    want = plain + bias + hidden @ up.t() + residual
+    terms = plain.abs().max() + bias.abs().max() + hidden.abs().max() * up.abs().max() * rank + residual.abs().max()
+    # Triton's interpreter truncates to bfloat16 where a GPU rounds, so one unit in the last place.
+    limit = EPILOGUE_TOLERANCE * terms + torch.finfo(dtype).eps * want.abs() * (dtype != torch.float32)
+    low_rank = LowRank(hidden.to(device), up.to(device))
+    epilogue = Epilogue(dtype, bias.to(device), residual.to(device), low_rank)
+    for backend in BACKENDS:
+        got = linear_int(to(x, device), [layer.packed.to(device)], epilogue, backend)
+        assert got.dtype == dtype
+        assert bool(((got.float().cpu() - want).abs() <= limit).all()), backend
+
+
+def test_channels_of_different_bits(device: str) -> None:
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    parts = [
+        random_layer(rows.numel(), 130, bits=bits, unit_scale=True, channel=rows)
+        for rows, bits in zip(order.split((7, 30, 13)), (8, 4, 2), strict=True)
+    ]
+    x = activation(9, 130, 3, unit_scale=True)
+    want = torch.zeros(9, 50, dtype=torch.long)
+    for part in parts:
+        assert part.packed.channel is not None
+        want[:, part.packed.channel.long()] = whole(x) @ part.integers(130, None).t()
+    bias = torch.arange(50.0)
+    for backend in BACKENDS:
+        weights = [part.packed.to(device) for part in parts]
+        got = linear_int(to(x, device), weights, Epilogue(bias=bias.to(device)), backend)
+        assert torch.equal(got.cpu(), want + bias), backend
+
+
+def test_shifted_activations_and_weights_cancel(device: str) -> None:
+    shift = torch.arange(70) % 4
+    layer = random_layer(20, 70, bits=4, unit_scale=True, shift=shift)
+    x = activation(5, 70, 1, unit_scale=True)
+    want = (whole(x) * 2**shift) @ layer.integers(70, None).t()
+    for backend in BACKENDS:
+        got = linear_int(to(x, device), [layer.packed.to(device)], Epilogue(), backend)
+        assert torch.equal(got.cpu().long(), want), backend
+        floats = linear_float(torch.ones(3, 70, device=device), [layer.packed.to(device)], Epilogue(), backend)
+        assert torch.equal(floats.cpu()[0].long(), (layer.integers(70, None) * 2**shift).sum(1))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("group_size", [None, 32, 64])
+@pytest.mark.parametrize(("m", "dtype"), [(1, torch.float32), (35, torch.float16)])
+def test_float_activations(bits: int, group_size: int | None, m: int, dtype: torch.dtype, device: str) -> None:
+    layer = random_layer(33, 520, bits=bits, group_size=group_size)
+    x = torch.randn(m, 520, generator=torch.Generator().manual_seed(2)).to(dtype)
+    group = torch.arange(520) // (group_size or 520)
+    weight = layer.integers(520, group_size).double() * layer.scale.double()[:, group]
+    want, terms = x.double() @ weight.t(), x.double().abs() @ weight.t().abs()
+    for backend in BACKENDS:
+        got = linear_float(x.to(device), [layer.packed.to(device)], Epilogue(), backend)
+        assert bool(((got.cpu() - want).abs() <= EPILOGUE_TOLERANCE * terms).all()), backend
+
+
+def test_inputs_may_be_strided(device: str) -> None:
+    layer = random_layer(8, 40, bits=4, unit_scale=True)
+    base = activation(80, 80, 1, unit_scale=True)
+    weights = [layer.packed.to(device)]
+    for codes in (base.codes[:5, 3:43], base.codes[::7, :40], base.codes.t()[:6, ::2], base.codes[:40, :5].t()):
+        x = QuantizedActivation(codes, base.scale, base.zero_point, False)
+        got = linear_int(to(x, device), weights, Epilogue(), "triton")
+        assert torch.equal(got.cpu().long(), whole(x) @ layer.integers(40, None).t())
+
+
+def test_rows_may_lie_beyond_32_bit_offsets() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("the sparse mapping is host memory")
+    base = activation(4, 16, 1, unit_scale=True)
+    far = torch.frombuffer(mmap.mmap(-1, 3 * 2**30 + 64), dtype=torch.int8).as_strided((4, 16), (2**30, 1))
+    far.copy_(base.codes)
+    layer = random_layer(3, 16, bits=8, unit_scale=True)
+    x = QuantizedActivation(far, base.scale, base.zero_point, False)
+    got = linear_int(x, [layer.packed], Epilogue(), "triton")
+    assert torch.equal(got.long(), whole(base) @ layer.integers(16, None).t())
+
+
+def test_no_rows_give_no_rows(device: str) -> None:
+    layer = random_layer(8, 40, bits=4)
+    for backend in BACKENDS:
+        got = linear_float(torch.zeros(0, 40, device=device), [layer.packed.to(device)], Epilogue(), backend)
+        assert got.shape == (0, 8)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layer, x = random_layer(8, 40, bits=4), activation(5, 40, 1)
+    with pytest.raises(KernelError, match="got 1 taps of 40 channels, wanted 1 of 39"):
+        linear_float(torch.zeros(2, 39), [layer.packed], Epilogue())
+    with pytest.raises(KernelError, match="got 2 parts, wanted one, or several that name"):
+        linear_int(x, [layer.packed, layer.packed], Epilogue())
+    with pytest.raises(KernelError, match=r"bias: got shape \(7,\), wanted \(8,\)"):
+        linear_int(x, [layer.packed], Epilogue(bias=torch.zeros(7)))
+    with pytest.raises(KernelError, match="residual: got shape"):
+        linear_int(x, [layer.packed], Epilogue(residual=torch.zeros(8, 5)))
+    with pytest.raises(KernelError, match="low-rank branch: got"):
+        linear_int(x, [layer.packed], Epilogue(low_rank=LowRank(torch.zeros(5, 3), torch.zeros(8, 2))))
+    with pytest.raises(KernelError, match=r"output dtype: got torch.int8"):
+        linear_int(x, [layer.packed], Epilogue(torch.int8))
+    with pytest.raises(KernelError, match=r"x: got dtype torch.int32"):
+        linear_float(torch.zeros(2, 40, dtype=torch.int32), [layer.packed], Epilogue())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_real_sizes_on_a_gpu(bits: int, group_size: int | None) -> None:
+    layer, x = random_layer(2560, 640, bits=bits, group_size=group_size), activation(4096, 640, 8)
+    reference, triton = (linear_int(to(x, "cuda"), [layer.packed.to("cuda")], Epilogue(), b) for b in BACKENDS)
+    assert (reference - triton).abs().max() <= EPILOGUE_TOLERANCE * reference.abs().max()
+    graph, x_gpu, weights = torch.cuda.CUDAGraph(), to(x, "cuda"), [layer.packed.to("cuda")]
+    linear_int(x_gpu, weights, Epilogue(), "triton")
+    with torch.cuda.graph(graph):
+        captured = linear_int(x_gpu, weights, Epilogue(), "triton")
+    graph.replay()
+    assert torch.equal(captured, triton)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
+from kernels.errors import KernelError
+from kernels.norms import NORM_CODE_SHARE, GroupNorm, LayerNorm, group_norm_quantize, layer_norm_quantize
+
+BACKENDS = ("reference", "triton")
+TABLE = ActivationTable(torch.tensor([0.02, 0.05]), torch.tensor([60.0, 128.0]), 8)
+
+
+def near(got: QuantizedActivation, want: QuantizedActivation) -> None:
+    """The codes of equal values, but for what float32 leaves open."""
+    off = (got.codes.cpu().int() - want.codes.int()).abs()
+    assert int(off.max()) <= 1
+    assert float((off > 0).float().mean()) <= NORM_CODE_SHARE
+    assert torch.allclose(got.scale.cpu(), want.scale, rtol=1e-5)
+    assert torch.equal(got.zero_point.cpu(), want.zero_point)
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def on(device: str) -> ActivationTable:
+    return ActivationTable(TABLE.scale.to(device), TABLE.zero_point.to(device), 8)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((1, 1, 1, 6), 3), ((2, 13, 7, 40), 8), ((3, 2100, 12), 2)])
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm(shape: tuple[int, ...], groups: int, silu: bool, affine: bool, device: str) -> None:
+    x = noise(*shape) * 3 + 10  # a mean that sums of squares would lose digits to
+    weight, bias = (noise(shape[-1]), noise(shape[-1])) if affine else (None, None)
+    y = F.group_norm(x.movedim(-1, 1), groups, weight, bias, eps=1e-5).movedim(1, -1)
+    index = torch.arange(shape[0]) % 2
+    want = quantize_by_table((F.silu(y) if silu else y).contiguous(), TABLE, index, "reference")
+    affine_there = [None if t is None else t.to(device) for t in (weight, bias)]
+    norm = GroupNorm(groups, 1e-5, *affine_there)
+    for backend in BACKENDS:
+        near(group_norm_quantize(x.to(device), norm, on(device), index.to(device), silu=silu, backend=backend), want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 7, 63), (3, 4, 1000)])
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_layer_norm(shape: tuple[int, ...], modulated: bool, dynamic: bool, device: str) -> None:
+    x, channels = noise(*shape) * 3 + 1, shape[-1]
+    scale, shift = (noise(shape[0], channels), noise(shape[0], channels + 1)[:, 1:]) if modulated else (None, None)
+    y = F.layer_norm(x, (channels,), eps=1e-6)
+    if scale is not None and shift is not None:
+        y = y * (1 + scale[:, None]) + shift[:, None]
+    index = torch.arange(shape[0]) % 2
+    if dynamic:
+        want = quantize_dynamic(y, 8, symmetric=False, per_token=True, backend="reference")
+    else:
+        want = quantize_by_table(y, TABLE, index, "reference")
+    norm = LayerNorm(
+        1e-6, scale=None if scale is None else scale.to(device), shift=None if shift is None else shift.to(device)
+    )
+    for backend in BACKENDS:
+        grid = 8 if dynamic else on(device)
+        steps = None if dynamic else index.to(device)
+        near(layer_norm_quantize(x.to(device), norm, grid, steps, backend=backend), want)
+
+
+def test_an_affine_layer_norm_of_strided_rows(device: str) -> None:
+    x = noise(4, 90)[:, 5:70:2]
+    weight, bias = noise(33), noise(33)
+    want = quantize_by_table(F.layer_norm(x, (33,), weight, bias), TABLE, torch.tensor(1), "reference")
+    norm = LayerNorm(1e-5, weight.to(device), bias.to(device))
+    for backend in BACKENDS:
+        near(layer_norm_quantize(x.to(device), norm, on(device), torch.tensor(1, device=device), backend=backend), want)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, index = torch.zeros(2, 4, 6), torch.tensor([0, 1])
+    with pytest.raises(KernelError, match="got 6 channels in 4 groups"):
+        group_norm_quantize(x, GroupNorm(4, 1e-5), TABLE, index)
+    with pytest.raises(KernelError, match="activation table: got 2 entries"):
+        group_norm_quantize(x, GroupNorm(3, 1e-5), TABLE)
+    with pytest.raises(KernelError, match="modulation scale: got"):
+        layer_norm_quantize(x, LayerNorm(1e-5, scale=torch.zeros(2, 6)), TABLE, index)
+    shifted = ActivationTable(torch.ones(1), torch.zeros(1), 8, shift=torch.zeros(6, dtype=torch.int8))
+    with pytest.raises(KernelError, match="wanted one without"):
+        layer_norm_quantize(x, LayerNorm(1e-5), shifted)
+    with pytest.raises(KernelError, match="wanted at most 16384"):
+        layer_norm_quantize(torch.zeros(1, 16385), LayerNorm(1e-5), 8)

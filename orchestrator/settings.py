@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernels.errors import InvalidInputError
-
-CACHE_GIB = 20.0
+from workers.store import CACHE_LIMIT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +73,14 @@ def resolve_settings(
         ray_address=ray_address or environ.get("RAY_ADDRESS") or None,
         embedded_database=not given_database,
         embedded_store=not given_store,
-        cache_bytes=_cache_bytes(environ.get("QUANTMILL_CACHE_GIB") or str(CACHE_GIB)),
+        cache_bytes=_cache_bytes(environ.get("QUANTMILL_CACHE_GIB")),
     )
 
 
-def _cache_bytes(gib: str) -> int:
-    """Read a size in GiB."""
+def _cache_bytes(gib: str | None) -> int:
+    """Read a size in GiB; the default if there is none."""
+    if not gib:
+        return CACHE_LIMIT_BYTES
     try:
         size = float(gib)
     except ValueError:

@@ -351,7 +351,8 @@ class Budget(_Section):
     """What a release may cost at most; refused before anything runs if the recipe's bits do not fit."""
 
     weight_bits_mean: Annotated[float, Field(gt=0, le=32)] | None = Field(
-        default=None, description="Mean bits of a weight of a Conv or Linear layer; null is no limit."
+        default=None,
+        description="Mean bits of a weight of a Conv or Linear layer, scales and tables not counted; null is no limit.",
     )
 
 

@@ -55,7 +55,8 @@ from orchestrator.planning.formats import UnitPlan, plan_formats, varied_layers
 from orchestrator.planning.model import ModelInfo
 from orchestrator.planning.temporal import TEMPORAL_UNIT, holds, take_out
 from orchestrator.recipes.load import resolve
-from orchestrator.recipes.schema import Recipe, Round
+from orchestrator.recipes.passes import Round
+from orchestrator.recipes.schema import Recipe
 
 #: Units that are rounded by one task at most: one pass over the calibration set serves them all.
 UNITS_PER_ROUND = 8

@@ -13,7 +13,8 @@ from typing import Any
 
 from orchestrator.planning.formats import UnitPlan
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
-from orchestrator.recipes.schema import Recipe, Reconstruct, Round, Temporal
+from orchestrator.recipes.passes import Reconstruct, Round, Temporal
+from orchestrator.recipes.schema import Recipe
 
 GIB = 2**30
 #: A worker process with torch and diffusers loaded and nothing to do.

@@ -14,8 +14,9 @@ from typing import Any
 
 from orchestrator.errors import RecipeError
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
+from orchestrator.recipes.formats import Activations, LayerException, Weights, activations_for, weights_for
 from orchestrator.recipes.messages import nearest
-from orchestrator.recipes.schema import Activations, LayerException, Recipe, Weights, activations_for, weights_for
+from orchestrator.recipes.schema import Recipe
 
 FLOAT_BITS = 32
 

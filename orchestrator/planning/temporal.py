@@ -9,7 +9,8 @@ from typing import Any
 from orchestrator.errors import RecipeError
 from orchestrator.planning.formats import UnitPlan
 from orchestrator.planning.model import ModelInfo, UnitInfo
-from orchestrator.recipes.schema import Recipe, Temporal
+from orchestrator.recipes.passes import Temporal
+from orchestrator.recipes.schema import Recipe
 
 #: Name of the block among the units; no module can have it.
 TEMPORAL_UNIT = "@temporal"

@@ -21,7 +21,8 @@ from orchestrator.planning.formats import plan_formats
 from orchestrator.planning.model import ModelInfo
 from orchestrator.recipes.layers import shipped_names
 from orchestrator.recipes.load import load_recipe, resolve
-from orchestrator.recipes.schema import Recipe, Round
+from orchestrator.recipes.passes import Round
+from orchestrator.recipes.schema import Recipe
 from tests.orchestrator.planning_models import inspection, model
 from workers.kinds import KINDS
 

@@ -18,7 +18,8 @@ from orchestrator.recipes import layers as recipe_layers
 from orchestrator.recipes.json_schema import json_schema
 from orchestrator.recipes.layers import merge, recipe_path, shipped_names
 from orchestrator.recipes.load import load_recipe, recipe_from_json, resolve, shipped_recipes
-from orchestrator.recipes.schema import Recipe, Reconstruct, Round
+from orchestrator.recipes.passes import Reconstruct, Round
+from orchestrator.recipes.schema import Recipe
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from orchestrator.db.jobs import find_job, list_tasks
 from orchestrator.db.registry import find_model
 from orchestrator.db.rows import JobRow, ModelRow, TaskRow
 from orchestrator.releases import layer_bits, read_release_json
-from orchestrator.report.data import KindTime, LayerRow, ReportData, UnitRow
+from orchestrator.report.data import CorrectionRow, FeatureRow, KindTime, LayerRow, ReportData, UnitRow
 from orchestrator.report.images import Strips, make_strips
 from orchestrator.service import Service
 from orchestrator.states import JobState
@@ -77,6 +78,9 @@ def collect(service: Service, prefix: str) -> ReportData:
         strips=_strips(service.store, tasks),
         layers=_layers(service.store, job.digest, model, tasks),
         units=_units(tasks),
+        features=_features(tasks),
+        step_bits=tuple(_metrics(tasks, "step_bits").get("bits", ())),
+        corrections=tuple(map(_correction, _metrics(tasks, "correct").get("steps", ()))),
         kinds=_kind_times(tasks),
     )
 
@@ -175,6 +179,29 @@ def _units(tasks: Sequence[TaskRow]) -> tuple[UnitRow, ...]:
         for task in tasks
         if task.kind == "reconstruct" and task.metrics
     )
+
+
+def _metrics(tasks: Sequence[TaskRow], kind: str) -> Mapping[str, Any]:
+    """Return the metrics of the job's only task of a kind, empty if it has none."""
+    return next((task.metrics for task in tasks if task.kind == kind and task.metrics), {})
+
+
+def _features(tasks: Sequence[TaskRow]) -> tuple[FeatureRow, ...]:
+    """Return the temporal features in the order of execution, from the metrics of `temporal`."""
+    rows = []
+    for name, found in _metrics(tasks, "temporal").get("features", {}).items():
+        end = "_table" if "sqnr_db_table" in found else ""
+        rows.append(
+            FeatureRow(name, found["served"], found["sqnr_db_start"], found[f"sqnr_db{end}"], found[f"cosine{end}"])
+        )
+    return tuple(rows)
+
+
+def _correction(step: Mapping[str, Any]) -> CorrectionRow:
+    """Return one step of the metrics of `correct`."""
+    before, after = step["mse_before"], step["mse_after"]
+    gain = 10 * math.log10(before / after) if before > 0 and after > 0 else 0.0
+    return CorrectionRow(step["k"], step["r2"], step["uses_k"], step["uses_bias"], gain)
 
 
 def _plain(value: Any) -> str:

@@ -33,6 +33,32 @@ class UnitRow:
 
 
 @dataclass(frozen=True, slots=True)
+class FeatureRow:
+    """One temporal feature: what serves it, and its signal to noise over the finite set, in dB.
+
+    `start_db` is with rounded weights, `end_db` with what serves it in the release; `cosine` is the latter's mean
+    cosine similarity with full precision.
+    """
+
+    name: str
+    served: str
+    start_db: float
+    end_db: float
+    cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectionRow:
+    """What PTQD's correction does at one step; `gain_db` is how far it lowers the error on held-out seeds."""
+
+    k: float
+    r2: float
+    uses_k: bool
+    uses_bias: bool
+    gain_db: float
+
+
+@dataclass(frozen=True, slots=True)
 class KindTime:
     """The tasks of one kind: how many, how many this job found done, and the seconds that all of them took."""
 
@@ -64,4 +90,7 @@ class ReportData:
     strips: tuple[Strips, ...]
     layers: tuple[LayerRow, ...]
     units: tuple[UnitRow, ...]
+    features: tuple[FeatureRow, ...]
+    step_bits: tuple[int, ...]
+    corrections: tuple[CorrectionRow, ...]
     kinds: tuple[KindTime, ...]

@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from orchestrator.report.charts import Column, column_chart, line_chart
-from orchestrator.report.data import LayerRow, ReportData, UnitRow
+from orchestrator.report.data import CorrectionRow, FeatureRow, LayerRow, ReportData, UnitRow
 from orchestrator.text import human_bytes, human_count, human_seconds
 
 _FOLDER = Path(__file__).parent
@@ -50,6 +50,9 @@ def render_report(data: ReportData) -> str:
         step_chart=Markup(_step_chart(data.metrics)),
         layer_chart=Markup(_layer_chart(data.layers)),
         unit_chart=Markup(_unit_chart(data.units)),
+        feature_chart=Markup(_feature_chart(data.features)),
+        step_bits_chart=Markup(_step_bits_chart(data.step_bits)),
+        correction_chart=Markup(_correction_chart(data.corrections)),
         bit_classes=bit_classes(data.layers),
         longest=max((kind.seconds for kind in data.kinds), default=0.0) or 1.0,
     )
@@ -149,6 +152,31 @@ def _layer_chart(layers: Sequence[LayerRow]) -> str:
 def _layer_title(layer: LayerRow) -> str:
     act = "float" if layer.act_bits is None else f"A{layer.act_bits}"
     return f"{layer.name}: W{layer.weight_bits} {act}, {layer.sqnr_db:.1f} dB"
+
+
+def _feature_chart(features: Sequence[FeatureRow]) -> str:
+    """Draw two columns for each temporal feature."""
+    columns = []
+    for each in features:
+        columns.append(Column(each.start_db, "before", f"{each.name}, weights rounded: {each.start_db:.1f} dB"))
+        title = f"{each.name}, from its {each.served}: {each.end_db:.1f} dB, cosine {each.cosine:.6f}"
+        columns.append(Column(each.end_db, "after", title))
+    return column_chart(columns, x_label="temporal features, first to last", y_label="SQNR, dB")
+
+
+def _step_bits_chart(bits: Sequence[int]) -> str:
+    columns = [Column(float(each), _css_class(each), f"step {step}: {each} bits") for step, each in enumerate(bits)]
+    return column_chart(columns, x_label="steps of the sampler, noisiest first", y_label="activation bits")
+
+
+def _correction_chart(steps: Sequence[CorrectionRow]) -> str:
+    columns = [Column(step.gain_db, "after", _correction_title(at, step)) for at, step in enumerate(steps)]
+    return column_chart(columns, x_label="steps of the sampler, noisiest first", y_label="held-out error, -dB")
+
+
+def _correction_title(at: int, step: CorrectionRow) -> str:
+    used = " and ".join(name for name, uses in (("k", step.uses_k), ("bias", step.uses_bias)) if uses) or "nothing"
+    return f"step {at}: k {step.k:.5f}, r² {step.r2:.4f}; uses {used}; error {step.gain_db:.3f} dB lower"
 
 
 def _unit_chart(units: Sequence[UnitRow]) -> str:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from orchestrator.report.charts import Column, column_chart, line_chart, nice_ticks
-from orchestrator.report.data import KindTime, LayerRow, ReportData, UnitRow
+from orchestrator.report.data import CorrectionRow, FeatureRow, KindTime, LayerRow, ReportData, UnitRow
 from orchestrator.report.images import GAP, make_strips
 from orchestrator.report.render import render_report
 
@@ -122,6 +122,9 @@ def data() -> ReportData:
             LayerRow("mid.kept", "mid", "Linear", (8, 8), None, None, 0.002, None),
         ),
         units=(UnitRow("conv_in", 41.5, 41.75), UnitRow("mid", 20.0, 26.5)),
+        features=(FeatureRow("mid.time_emb_proj", "table, 8 bits", 37.5, 48.25, 0.999991),),
+        step_bits=(8, 6, 4),
+        corrections=(CorrectionRow(-0.01, 0.02, True, False, 0.25), CorrectionRow(0.0, 0.0, False, False, 0.0)),
         kinds=(KindTime("calibrate", 2, 1, 4.5), KindTime("release", 1, 0, 0.0)),
     )
 
@@ -163,10 +166,14 @@ def test_page_shows_what_was_measured(data: ReportData) -> None:
     page = render_report(data)
     for text in ("thing@1", "33.25 dB", "n = 8", "3.46×", "4.25 / 8.00", "32.0×", "1 min 15 s", "mid.to_q", "27.0 dB"):
         assert text in page, text
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 6
     assert page.count("data:image/png") == 3
     assert "conv_in: W8 A8, 41.5 dB" in page
     assert "mid, after reconstruction: 26.5 dB" in page
+    assert "mid.time_emb_proj, from its table, 8 bits: 48.2 dB, cosine 0.999991" in page
+    assert "step 2: 4 bits" in page
+    assert "step 0: k -0.01000, r² 0.0200; uses k; error 0.250 dB lower" in page
+    assert "step 1: k 0.00000, r² 0.0000; uses nothing; error 0.000 dB lower" in page
     assert "DDIMScheduler, 3 steps, eta 0, seeds 0 to 7" in page
 
 
@@ -179,6 +186,7 @@ def test_page_escapes_what_users_wrote(data: ReportData) -> None:
 def test_page_does_without_samples_and_errors(data: ReportData) -> None:
     layers = tuple(replace(layer, sqnr_db=None) for layer in data.layers)
     metrics = {**METRICS, "sqnr_db_per_step": []}
-    page = render_report(replace(data, strips=(), layers=layers, units=(), kinds=(), metrics=metrics))
+    passes = {"units": (), "features": (), "step_bits": (), "corrections": ()}
+    page = render_report(replace(data, strips=(), layers=layers, kinds=(), metrics=metrics, **passes))
     assert "<svg" not in page
     assert "data:image" not in page

@@ -13,18 +13,15 @@ rows, so that the paired difference from the first row is sharper than the inter
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sqlite3
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.records import Records
 from quant_core.calibration import CalibrationSet, read_conditioning
 from quant_core.denoiser import load_denoiser
 from quant_core.finite_set import enumerate_set, feature_error
@@ -38,41 +35,6 @@ from quant_core.sampler import SamplerSpec, make_scheduler, sample
 from quant_core.unit_state import UnitFormats, UnitState, load_states, merge_plans
 
 BLOCK = "@temporal"
-
-
-class Records:
-    """What a finished job of a home left: digests of its tasks' outputs."""
-
-    def __init__(self, home: Path, recipe: str, model: str) -> None:
-        self.home, self.database = home, sqlite3.connect(home / "quantmill.db")
-        releases = self.database.execute(
-            "select j.job_id, t.params from job_tasks j join tasks t on t.id = j.task_id "
-            "where t.kind = 'release' and t.label = ? and t.state = 'succeeded' order by t.seq",
-            (recipe,),
-        ).fetchall()
-        self.job = next(job for job, params in releases if json.loads(params)["model"]["name"] == model)
-
-    def of(self, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
-        """Yield parameters and outputs of the job's tasks of a kind."""
-        rows = self.database.execute(
-            "select t.params, r.outputs from job_tasks j join tasks t on t.id = j.task_id "
-            "join results r on r.key = t.key where j.job_id = ? and t.kind = ? order by t.seq",
-            (self.job, kind),
-        )
-        for params, outputs in rows.fetchall():
-            yield json.loads(params), json.loads(outputs)
-
-    def path(self, digest: str) -> Path:
-        """Return the file of a digest."""
-        return self.home / "store" / "sha256" / digest[:2] / digest
-
-    def states(self) -> list[UnitState]:
-        """Return the states that were packed."""
-        made = {p["unit"]: o["state"] for p, o in self.of("reconstruct")}
-        for _, outputs in self.of("round"):
-            for name, digest in outputs.items():
-                made.setdefault(name.removeprefix("state:"), digest)
-        return [UnitState.from_bytes(self.path(digest).read_bytes()) for digest in made.values()]
 
 
 def static(spec: ActivationSpec | None, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +105,7 @@ def main() -> None:
     parser.add_argument("--model", default="examples/models/emoji32")
     parser.add_argument("--seeds", type=int, default=64)
     arguments = parser.parse_args()
-    records = Records(arguments.home, arguments.recipe, Path(arguments.model).name)
+    records = Records.of_recipe(arguments.home, arguments.recipe, Path(arguments.model).name)
     calibration = CalibrationSet([records.path(o["calibration"]) for _, o in records.of("calibrate")])
     finite = enumerate_set(load_denoiser(arguments.model).model, calibration)
     before, rest = take_out(records.states(), set(finite.layers))

@@ -1,0 +1,62 @@
+"""What finished jobs of a home left: their tasks' parameters and digests of outputs, from SQLite and the folder."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from quant_core.unit_state import UnitState
+
+
+class Records:
+    """One succeeded job of a home that keeps its records in SQLite and its blobs in a folder."""
+
+    def __init__(self, home: Path, job: str) -> None:
+        self.home, self.database = home, sqlite3.connect(home / "quantmill.db")
+        found = self.database.execute(
+            "select id from jobs where id like ? and state = 'succeeded'", (f"{job}%",)
+        ).fetchall()
+        if len(found) != 1:
+            raise SystemExit(f"job {job}: got {len(found)} succeeded jobs of {home}, wanted one")
+        self.job: str = found[0][0]
+
+    @classmethod
+    def of_recipe(cls, home: Path, recipe: str, model: str) -> Records:
+        """Return the first succeeded job of a recipe and a model, both by name."""
+        row = (
+            sqlite3.connect(home / "quantmill.db")
+            .execute(
+                "select id from jobs where recipe_name = ? and model_name = ? and state = 'succeeded' "
+                "order by created_at",
+                (recipe, model),
+            )
+            .fetchone()
+        )
+        if row is not None:
+            return cls(home, row[0])
+        raise SystemExit(f"{home}: got no succeeded job of {recipe} on {model}, wanted one; run it first")
+
+    def of(self, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+        """Yield parameters and outputs of the job's tasks of a kind."""
+        rows = self.database.execute(
+            "select t.params, r.outputs from job_tasks j join tasks t on t.id = j.task_id "
+            "join results r on r.key = t.key where j.job_id = ? and t.kind = ? order by t.seq",
+            (self.job, kind),
+        )
+        for params, outputs in rows.fetchall():
+            yield json.loads(params), json.loads(outputs)
+
+    def path(self, digest: str) -> Path:
+        """Return the file of a digest."""
+        return self.home / "store" / "sha256" / digest[:2] / digest
+
+    def states(self) -> list[UnitState]:
+        """Return the units' states that were packed."""
+        made = {p["unit"]: o["state"] for p, o in self.of("reconstruct")}
+        for _, outputs in self.of("round"):
+            for name, digest in outputs.items():
+                made.setdefault(name.removeprefix("state:"), digest)
+        return [UnitState.from_bytes(self.path(digest).read_bytes()) for digest in made.values()]

@@ -1,11 +1,13 @@
-"""Ablations of PTQD on a model: parts of the correction, and ways to give activation bits to trajectory steps.
+"""Ablations on a model: what each part of a method does to the packed release.
 
-    python -m benchmarks.ptqd correction --home FOLDER > benchmarks/results/ptqd-correction-emoji32.json
-    python -m benchmarks.ptqd correction --home FOLDER --set sampler.eta=1.0 --set sampler.num_inference_steps=50
-    python -m benchmarks.ptqd step-bits --home FOLDER > benchmarks/results/ptqd-step-bits-emoji32.json
+    python -m benchmarks.ablations correction --home FOLDER > benchmarks/results/correction-emoji32.json
+    python -m benchmarks.ablations correction --home FOLDER --set sampler.eta=1.0 --set sampler.num_inference_steps=50
+    python -m benchmarks.ablations step-bits --home FOLDER > benchmarks/results/step-bits-emoji32.json
+    python -m benchmarks.ablations temporal --home FOLDER > benchmarks/results/temporal-emoji32.json
 
 Every row is a job of its own, as a user runs it, in one home: what rows share is computed once. Figures are those of
-the packed artifact with its scheduler, against full precision, on held-out seeds.
+the packed artifact with its scheduler, against full precision, on held-out seeds; differences are from the first row,
+paired by seed (`benchmarks.compare`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.compare import compare, read_job
+from quant_core.metrics.frechet import efficientnet_lite0
 
 #: What is left of the correction in each row, as overrides of a recipe.
 CORRECTION = {
@@ -35,19 +40,39 @@ STEP_BITS = {
         for method in ("early_low", "late_low", "snr", "effect", "joint")
     },
 }
-TABLES = {"correction": CORRECTION, "step-bits": STEP_BITS}
+#: TFMQ-DM's parts, on activation ranges for all steps and on ranges per step in the whole network.
+TEMPORAL = {
+    "static": ["activations.mode=static"],
+    "static, TIAR": ["activations.mode=static", "passes.temporal={finite_set: false}"],
+    "static, FSC": ["activations.mode=static", "passes.temporal={method: closed_form}"],
+    "static, TIAR and FSC": ["activations.mode=static", "passes.temporal={}"],
+    "static, tables": ["activations.mode=static", "passes.temporal={cache: true}"],
+    "per step": [],
+    "per step, TIAR": ["passes.temporal={}"],
+    "per step, tables": ["passes.temporal={cache: true}"],
+}
+TABLES = {"correction": CORRECTION, "step-bits": STEP_BITS, "temporal": TEMPORAL}
 _FIGURES = ("psnr_db", "psnr_db_ci95", "fd", "n", "act_bits_mean", "bops", "sqnr_db_per_step", "sampler")
 
 
 def run_row(recipe: str, model: str, home: Path, overrides: list[str]) -> dict[str, Any]:
-    """Run one job and return its figures, and what its tasks said of bits and corrections."""
+    """Run one job and return its figures."""
     base = [sys.executable, "-m", "orchestrator.cli", "--home", str(home)]
     sets = [argument for override in overrides for argument in ("--set", override)]
     done = subprocess.run(
         [*base, "run", recipe, "--model", model, *sets, "--json"], capture_output=True, check=True, text=True
     )
     job = json.loads(done.stdout)
-    return {"overrides": overrides, "seconds": job["seconds"], **{name: job["metrics"][name] for name in _FIGURES}}
+    figures = {name: job["metrics"][name] for name in _FIGURES}
+    return {"job": job["job"], "overrides": overrides, "seconds": job["seconds"], **figures}
+
+
+def add_differences(results: dict[str, dict[str, Any]], home: Path) -> None:
+    """Add to every row how it differs from the first."""
+    extractor = efficientnet_lite0()
+    first, *others = (read_job(home, row["job"], extractor) for row in results.values())
+    for row, measured in zip(list(results.values())[1:], others, strict=True):
+        row |= compare(first, measured, draws=500, seed=0)
 
 
 def main() -> None:
@@ -67,6 +92,7 @@ def main() -> None:
         results[name] = run_row(arguments.recipe, arguments.model, arguments.home, overrides)
         psnr, interval, distance = (results[name][key] for key in ("psnr_db", "psnr_db_ci95", "fd"))
         sys.stderr.write(f"{name}: {psnr:.2f} +- {interval:.2f} dB, FD {distance:.3f}\n")
+    add_differences(results, arguments.home)
     document = {"table": arguments.table, "recipe": arguments.recipe, "model": arguments.model, "rows": results}
     sys.stdout.write(json.dumps(document, indent=1) + "\n")
 

@@ -30,12 +30,14 @@ class StepBitsConfig:
     """What to choose by.
 
     `target_mean`: greatest mean bits over the steps; `threshold`: instead of it, for SNR, the constant c in
-    SNR_Q >= c SNR_F, both as ratios of power.
+    SNR_Q >= c SNR_F, both as ratios of power. `least_last`, for EFFECT and JOINT: least bits of the last step, whose
+    error goes into the sample as it is; error power counts it as little, though it looks unlike anything in the data.
     """
 
     method: StepBitsMethod = StepBitsMethod.JOINT
     target_mean: float | None = 6.0
     threshold: float | None = None
+    least_last: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", StepBitsMethod(self.method))
@@ -45,6 +47,10 @@ class StepBitsConfig:
                 f"step_bits: got target_mean {self.target_mean} and threshold {self.threshold} for {self.method}, "
                 "wanted one of them, a threshold for snr only"
             )
+        if self.least_last is not None and self.method not in (StepBitsMethod.EFFECT, StepBitsMethod.JOINT):
+            raise QuantizationError(
+                f"step_bits.least_last: got {self.least_last} for {self.method}, wanted None but for effect and joint"
+            )
 
 
 def choose_step_bits(effects: StepEffects, config: StepBitsConfig) -> tuple[int, ...]:
@@ -53,7 +59,7 @@ def choose_step_bits(effects: StepEffects, config: StepBitsConfig) -> tuple[int,
     Raises
     ------
     QuantizationError
-        If the target mean is below the least choice.
+        If the target mean is below the least choice, or leaves too few for the last step.
     """
     choices, steps = effects.choices, len(effects.timesteps)
     if config.target_mean is None:
@@ -69,7 +75,15 @@ def choose_step_bits(effects: StepEffects, config: StepBitsConfig) -> tuple[int,
         return late_high if config.method is StepBitsMethod.EARLY_LOW else late_high[::-1]
     if config.method is StepBitsMethod.SNR:
         return _by_snr_within(effects, budget)
-    gram = effects.gram.numpy()
+    gram = effects.gram.numpy().copy()
+    enough = [bits for bits in choices if bits >= (config.least_last or 0)]
+    if not enough or budget < min(choices) * (steps - 1) + min(enough):
+        raise QuantizationError(
+            f"step_bits.least_last: got {config.least_last}, wanted at most {max(choices)}, the greatest choice, and "
+            f"what a mean of {config.target_mean:g} leaves"
+        )
+    low = [place for place, bits in enumerate(choices) if bits not in enough]
+    gram[steps - 1, low, steps - 1, low] = np.inf
     places = np.arange(steps)
     powers = gram[places, :, places, :][:, range(len(choices)), range(len(choices))]
     start = knapsack(powers, choices, budget)

@@ -56,6 +56,10 @@ class StepBits(Section):
         default=None,
         description="For snr, in place of target_mean: least ratio of the prediction's SNR to the noise schedule's.",
     )
+    least_last: Bits | None = Field(
+        default=None,
+        description="For joint and effect: least bits of the last step, whose error nothing smooths; null is any.",
+    )
     seeds: Count = Field(default=16, description="Seeds that effects are measured on.")
     first_seed: Seed = 3_000_000
     shard_seeds: Count = Field(default=8, description="Seeds per task.")
@@ -66,6 +70,13 @@ class StepBits(Section):
             raise ValueError(f"choices: got {self.choices}, wanted different bits in rising order")
         if self.threshold is not None and self.method != "snr":
             raise ValueError(f"threshold: got {self.threshold} with method {self.method}, wanted null")
+        if self.least_last is not None and (
+            self.method not in ("joint", "effect") or self.least_last > self.choices[-1]
+        ):
+            raise ValueError(
+                f"least_last: got {self.least_last} with method {self.method}, wanted null, or at most the greatest "
+                "choice with joint or effect"
+            )
         if self.target_mean < self.choices[0]:
             raise ValueError(f"target_mean: got {self.target_mean:g}, wanted at least {self.choices[0]}")
         return self
@@ -73,7 +84,8 @@ class StepBits(Section):
     def parameters(self) -> dict[str, Any]:
         """Return what decides the choice among measured effects."""
         limit = {"target_mean": self.target_mean} if self.threshold is None else {"threshold": self.threshold}
-        return {"method": self.method, **limit}
+        last = {} if self.least_last is None else {"least_last": self.least_last}
+        return {"method": self.method, **limit, **last}
 
 
 class Activations(Section):

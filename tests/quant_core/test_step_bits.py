@@ -73,6 +73,27 @@ def test_joint_counts_that_errors_add_up() -> None:
     assert any(gains)
 
 
+@pytest.mark.parametrize("method", [StepBitsMethod.EFFECT, StepBitsMethod.JOINT])
+def test_the_last_step_keeps_its_least_bits(method: StepBitsMethod) -> None:
+    found = effects(seed=3)
+    found = replace(found, gram=found.gram.clone())
+    found.gram[-1] *= 1e-6
+    found.gram[:, :, -1] *= 1e-6
+    config = StepBitsConfig(method, 5.6)
+    free, kept = (choose_step_bits(found, replace(config, least_last=least)) for least in (None, 6))
+    assert free[-1] == 4
+    assert kept[-1] == 6
+    assert sum(kept) <= 28
+    everything = [bits for bits in itertools.product(CHOICES, repeat=5) if sum(bits) <= 28 and bits[-1] >= 6]
+    joint = method is StepBitsMethod.JOINT
+    least = min(power(found, bits, joint=joint) for bits in everything)
+    assert power(found, kept, joint=joint) <= least * (1.05 if joint else 1 + 1e-9)
+    with pytest.raises(QuantizationError, match=r"got 8, wanted at most 8.*what a mean of 4 leaves"):
+        choose_step_bits(found, replace(config, target_mean=4.0, least_last=8))
+    with pytest.raises(QuantizationError, match="got 6 for snr"):
+        StepBitsConfig(StepBitsMethod.SNR, 6.0, None, 6)
+
+
 def test_joint_stays_where_nothing_is_better() -> None:
     gram = np.zeros((2, 2, 2, 2))
     gram[range(2), :, range(2), :] = np.diag([2.0, 1.0])

@@ -1,7 +1,7 @@
 """Step bits: choose the activation bits of each trajectory step from their measured effects.
 
 params
-    method, target_mean, threshold: see `quant_core.step_bits.StepBitsConfig`
+    method, target_mean, threshold, least_last: see `quant_core.step_bits.StepBitsConfig`
 inputs
     effects: shards
 outputs
@@ -21,7 +21,9 @@ from workers.tasks.common import to_json
 def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     """Choose the bits of all steps."""
     effects = merge_effects([StepEffects.from_bytes(context.store.get_bytes(item)) for item in inputs["effects"]])
-    config = StepBitsConfig(params["method"], params.get("target_mean"), params.get("threshold"))
+    config = StepBitsConfig(
+        params["method"], params.get("target_mean"), params.get("threshold"), params.get("least_last")
+    )
     bits = list(choose_step_bits(effects, config))
     table = {"bits": bits, "timesteps": list(effects.timesteps)}
     metrics = {"bits": bits, "mean": round(sum(bits) / len(bits), 6)}

@@ -25,7 +25,7 @@ _ALL = (
     TaskKind("round", 1, "workers.tasks.round:run"),
     TaskKind("reconstruct", 1, "workers.tasks.reconstruct:run"),
     TaskKind("step_effects", 1, "workers.tasks.step_effects:run"),
-    TaskKind("step_bits", 1, "workers.tasks.step_bits:run"),
+    TaskKind("step_bits", 2, "workers.tasks.step_bits:run"),
     TaskKind("pack", 1, "workers.tasks.pack:run"),
     TaskKind("noise", 1, "workers.tasks.noise:run"),
     TaskKind("correct", 1, "workers.tasks.correct:run"),

@@ -70,12 +70,9 @@ class StepBits(Section):
             raise ValueError(f"choices: got {self.choices}, wanted different bits in rising order")
         if self.threshold is not None and self.method != "snr":
             raise ValueError(f"threshold: got {self.threshold} with method {self.method}, wanted null")
-        if self.least_last is not None and (
-            self.method not in ("joint", "effect") or self.least_last > self.choices[-1]
-        ):
+        if self.least_last is not None and self.least_last > self.choices[-1]:
             raise ValueError(
-                f"least_last: got {self.least_last} with method {self.method}, wanted null, or at most the greatest "
-                "choice with joint or effect"
+                f"least_last: got {self.least_last}, wanted at most the greatest choice, {self.choices[-1]}"
             )
         if self.target_mean < self.choices[0]:
             raise ValueError(f"target_mean: got {self.target_mean:g}, wanted at least {self.choices[0]}")
@@ -84,7 +81,8 @@ class StepBits(Section):
     def parameters(self) -> dict[str, Any]:
         """Return what decides the choice among measured effects."""
         limit = {"target_mean": self.target_mean} if self.threshold is None else {"threshold": self.threshold}
-        last = {} if self.least_last is None else {"least_last": self.least_last}
+        by_effect = self.method in ("joint", "effect")
+        last = {"least_last": self.least_last} if by_effect and self.least_last is not None else {}
         return {"method": self.method, **limit, **last}
 
 

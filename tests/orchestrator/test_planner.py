@@ -617,7 +617,7 @@ def test_plan_chooses_step_bits_before_rounding():
         {"first": 3_000_008, "count": 8},
     ]
     assert chosen.inputs["effects"] == tuple(TaskRef(node.id, "effects") for node in effects)
-    assert chosen.params == {"method": "joint", "target_mean": 6.0}
+    assert chosen.params == {"method": "effect", "target_mean": 6.0, "least_last": 6}
     varied = {
         name
         for unit in specs(nodes).values()

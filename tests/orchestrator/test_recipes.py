@@ -355,9 +355,8 @@ PROBLEMS = [
         "activations.step_bits.threshold: got 2.0 with method effect, wanted null",
     ),
     (
-        "activations.step_bits={method: snr, least_last: 6}",
-        "activations.step_bits.least_last: got 6 with method snr, wanted null, or at most the greatest choice with "
-        "joint or effect",
+        "activations.step_bits={choices: [4, 6], least_last: 8}",
+        "activations.step_bits.least_last: got 8, wanted at most the greatest choice, 6",
     ),
     (
         "activations.step_bits.choices=[8, 4]",

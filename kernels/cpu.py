@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.activations import ActivationTable, QuantizedActivation, gather_steps, minmax_grid
 from kernels.conv import ConvGeometry
@@ -21,35 +23,87 @@ from kernels.epilogue import Epilogue, add_epilogue
 from kernels.errors import KernelError
 from kernels.gemm import epilogue_rows
 
+# Elements that are quantized at a time: 256 KiB of float32, so that all passes but the first read from the cache.
+_BLOCK = 1 << 16
 
-def quantize_cpu_by_table(x: Tensor, table: ActivationTable, index: Tensor | None = None) -> QuantizedActivation:
-    """Quantize to uint8 codes by a table; else as `kernels.activations.quantize_by_table`.
 
-    Parameters
+@dataclass(frozen=True, slots=True)
+class CpuGrid:
+    """The grid of each of R equal runs of rows, ready to quantize with.
+
+    Attributes
     ----------
-    x : Tensor, shape (..., C), floating dtype
-    table : ActivationTable
-    index : Tensor, shape () or (B,), dtype int64, optional
-
-    Returns
-    -------
-    QuantizedActivation
-        uint8 codes, unsigned zero points, R is 1 or B.
+    scale : Tensor, shape (R,), dtype float32
+    zero_point : Tensor, shape (R,), dtype int32
+    step : Tensor, shape (R, 1, 1) or (R, 1, C), dtype float32
+        What a channel is divided by.
+    offset : Tensor, shape (R, 1, 1), dtype float32
+        zero_point - 128.
     """
+
+    scale: Tensor
+    zero_point: Tensor
+    step: Tensor
+    offset: Tensor
+
+
+def cpu_grid(table: ActivationTable, index: Tensor | None = None) -> CpuGrid:
+    """Look up the grids of steps `index`, shape () or (B,), dtype int64; None if the table has one entry."""
     scale, zero = gather_steps(table.scale, index), gather_steps(table.zero_point, index)
     step = scale.view(-1, 1, 1)
     if table.shift is not None:
         step = step * torch.exp2(table.shift.float())
-    runs = x.reshape(len(scale), -1, x.shape[-1])
-    codes = _unsigned_codes(runs, step, zero.view(-1, 1, 1), table.bits).view(x.shape)
-    return QuantizedActivation(codes, scale, zero.to(torch.int32), symmetric=False)
+    return CpuGrid(scale, zero.to(torch.int32), step, (zero - 128).view(-1, 1, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class CpuActivation(QuantizedActivation):
+    """As its base, with what asymmetric 8-bit weights need.
+
+    Attributes
+    ----------
+    sums : Tensor, shape (rows,), dtype float32, or None
+        Sum of code - 128 over the channels of each row; None: to be found where it is needed.
+    """
+
+    sums: Tensor | None = None
+
+
+def quantize_cpu(x: Tensor, grid: CpuGrid, bits: int, *, with_sums: bool = False) -> CpuActivation:
+    """Quantize to uint8 codes of `bits` bits.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., C), floating dtype
+    grid : CpuGrid
+    bits : int
+    with_sums : bool
+        Sum the codes of each row, as `CpuWeight.correction` needs it, while they are in the cache.
+
+    Returns
+    -------
+    CpuActivation
+        uint8 codes, unsigned zero points, R is 1 or B.
+    """
+    in_blocks = grid.step.numel() == 1 and not torch.compiler.is_compiling()
+    if in_blocks:
+        codes, sums = _codes_in_blocks(x.contiguous(), grid, bits, with_sums)
+    else:
+        runs = x.reshape(len(grid.scale), -1, x.shape[-1])
+        codes, sums = _unsigned_codes(runs, grid.step, grid.offset, bits).view(x.shape), None
+    return CpuActivation(codes, grid.scale, grid.zero_point, False, sums)
+
+
+def quantize_cpu_by_table(x: Tensor, table: ActivationTable, index: Tensor | None = None) -> QuantizedActivation:
+    """Quantize to uint8 codes by a table; else as `kernels.activations.quantize_by_table`."""
+    return quantize_cpu(x, cpu_grid(table, index), table.bits)
 
 
 def quantize_cpu_dynamic(x: Tensor, bits: int, *, symmetric: bool) -> QuantizedActivation:
     """Quantize to uint8 codes with the range of each sample (first dimension)."""
     runs = x.reshape(x.shape[0], -1)
     scale, zero = minmax_grid(runs.amin(1).float(), runs.amax(1).float(), bits, symmetric)
-    codes = _unsigned_codes(runs, scale[:, None], zero[:, None], bits).view(x.shape)
+    codes = _unsigned_codes(runs, scale[:, None], zero[:, None] - 128, bits).view(x.shape)
     return QuantizedActivation(codes, scale, zero.to(torch.int32), symmetric=False)
 
 
@@ -78,18 +132,18 @@ def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
         raise KernelError("cpu linear: got the weight of a Conv2d, wanted a Linear's")
     epilogue.check(shape)
     rows = x.codes.reshape(math.prod(x.codes.shape[:-1]), weight.channels)
-    plain = epilogue.residual is None and epilogue.low_rank is None and weight.is_plain
-    linear = _cpu_linear if torch.compiler.is_compiling() else _linear_rows
-    out = linear(
+    multiply = _cpu_linear if torch.compiler.is_compiling() else _linear_rows
+    direct = _is_direct(weight, epilogue)
+    out = multiply(
         rows,
         x.scale,
         x.zero_point,
         weight.packed,
         weight.scale,
-        epilogue.bias.float() if plain and epilogue.bias is not None else None,
-        epilogue.dtype if plain else torch.float32,
+        _padded_bias(weight, epilogue),
+        epilogue.dtype if direct else torch.float32,
     )
-    return out.view(shape) if plain else _finish(out, weight, epilogue).view(shape)
+    return out.view(shape) if direct else _finish(out, x, weight, epilogue).view(shape)
 
 
 def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
@@ -118,27 +172,46 @@ def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
     batch, height, width, _ = x.codes.shape
     shape = (batch, *weight.geometry.output_size(height, width), weight.outputs)
     epilogue.check(shape)
-    plain = epilogue.residual is None and epilogue.low_rank is None and weight.is_plain
-    conv2d = _cpu_conv2d if torch.compiler.is_compiling() else _conv2d_image
-    out = conv2d(
+    convolve = _cpu_conv2d if torch.compiler.is_compiling() else _conv2d_image
+    direct = _is_direct(weight, epilogue)
+    out = convolve(
         x.codes,
         x.scale,
         x.zero_point,
         weight.packed,
         weight.scale,
-        epilogue.bias.float() if plain and epilogue.bias is not None else None,
+        _padded_bias(weight, epilogue),
         weight.geometry.to_ints(),
-        epilogue.dtype if plain else torch.float32,
+        epilogue.dtype if direct else torch.float32,
     )
-    return out if plain else _finish(out.view(-1, out.shape[-1]), weight, epilogue).view(shape)
+    return out if direct else _finish(out.view(-1, out.shape[-1]), x, weight, epilogue).view(shape)
 
 
-def _unsigned_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Codes of `kernels.affine`, uint8. By way of int8: PyTorch converts floats to it with vector instructions, to
-    uint8 one by one, which takes longer than all the rest.
+def _unsigned_codes(x: Tensor, step: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """Codes of `kernels.affine`, uint8, for a zero point less 128.
+
+    By way of int8: PyTorch converts floats to it with vector instructions, to uint8 one by one, which takes longer than
+    all the rest.
     """
-    signed = (x.float() / scale).round_().add_(zero_point - 128).clamp_(-128, 2**bits - 129).to(torch.int8)
+    signed = (x.float() / step).round_().add_(offset).clamp_(-128, 2**bits - 129).to(torch.int8)
     return signed.view(torch.uint8).bitwise_xor_(0x80)
+
+
+def _codes_in_blocks(x: Tensor, grid: CpuGrid, bits: int, with_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """Return `_unsigned_codes` of contiguous `x` and the sums of rows, with one grid for all of it."""
+    channels = x.shape[-1]
+    step, offset, top = grid.step.view(1), grid.offset.view(1), 2**bits - 129
+    signed = torch.empty(x.shape, dtype=torch.int8)
+    rows, ones = max(1, _BLOCK // channels), torch.ones(channels)
+    sums = torch.empty(x.numel() // channels)
+    block = torch.empty(rows, channels)
+    parts = (t.split(rows) for t in (x.view(-1, channels), signed.view(-1, channels), sums))
+    for source, target, total in zip(*parts, strict=True):
+        values = torch.div(source, step, out=block[: len(source)])
+        target.copy_(values.round_().add_(offset).clamp_(-128, top))
+        if with_sums:
+            torch.mv(values, ones, out=total)
+    return signed.view(torch.uint8).bitwise_xor_(0x80), sums if with_sums else None
 
 
 def _check_codes(x: QuantizedActivation, weight: CpuWeight) -> None:
@@ -153,15 +226,58 @@ def _check_codes(x: QuantizedActivation, weight: CpuWeight) -> None:
         )
 
 
-def _finish(out: Tensor, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
-    """Add up the digits of oneDNN's output, float32 (M, its channels); take the ones' channel off; add the epilogue."""
+def _is_direct(weight: CpuWeight, epilogue: Epilogue) -> bool:
+    """Whether what oneDNN gives is the layer's output."""
+    plain = weight.digits == 1 and weight.correction is None
+    return plain and epilogue.residual is None and epilogue.low_rank is None
+
+
+def _padded_bias(weight: CpuWeight, epilogue: Epilogue) -> Tensor | None:
+    """Return the bias for oneDNN's output channels: the first digit's take it."""
+    if epilogue.bias is None:
+        return None
+    bias = epilogue.bias.float()
+    return bias if weight.digits == 1 else F.pad(bias, (0, (weight.digits - 1) * weight.outputs))
+
+
+def _finish(out: Tensor, x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
+    """Add up the digits of oneDNN's output, float32 (M, digits * N), correct for zero points, add the epilogue."""
     n = weight.outputs
     value = out[:, :n]
     for digit in range(1, weight.digits):
         value = value + out[:, digit * n : (digit + 1) * n]
     if weight.correction is not None:
-        value = torch.addcmul(value, out[:, -1:], weight.correction, value=-1)
-    return add_epilogue(value, epilogue_rows(epilogue), epilogue.dtype)
+        value = value.addcmul_(_input_sums(x, weight), weight.correction, value=-1)
+    return add_epilogue(value, epilogue_rows(replace(epilogue, bias=None)), epilogue.dtype)
+
+
+def _input_sums(x: QuantizedActivation, weight: CpuWeight) -> Tensor:
+    """Return the sum of the inputs that each output position sees, (M, 1): of (code - zero) over channels and taps.
+
+    Whole numbers below 2**24 (65793 inputs or fewer), so float32 sums are exact.
+    """
+    known = x.sums if isinstance(x, CpuActivation) else None
+    if known is None:
+        known = x.codes.view(torch.int8).bitwise_xor(-128).sum(-1, dtype=torch.float32)
+    sums = known.view(len(x.scale), -1) - (x.zero_point[:, None] - 128) * weight.channels
+    if weight.geometry is not None:
+        sums = _window_sums(sums.view(x.codes.shape[:3]), weight.geometry).reshape(len(x.scale), -1)
+    return (sums * x.scale[:, None]).view(-1, 1)
+
+
+def _window_sums(image: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Sum (B, H, W) over each position of a convolution's kernel: rows first, then columns."""
+    if max(geometry.padding):
+        height, width = geometry.padding
+        image = F.pad(image, (width, width, height, height))
+    for dim in (1, 2):
+        taps, stride, dilation = geometry.kernel[dim - 1], geometry.stride[dim - 1], geometry.dilation[dim - 1]
+        reach = image.shape[dim] - (taps - 1) * dilation
+        first, *others = (image.narrow(dim, tap * dilation, reach) for tap in range(taps))
+        image = sum(others, first)
+        if stride > 1:
+            image = image[:, ::stride] if dim == 1 else image[:, :, ::stride]
+    return image
 
 
 def _qlinear(

@@ -1,7 +1,7 @@
 """A layer's weight as oneDNN's int8 operators take it: int8 rows, one float scale each, exactly the artifact's numbers.
 
     one digit   The int8 weight is code - zero point: up to 7 bits always fit, 8 bits where the zero point is 128.
-                Asymmetric 8-bit weights are stored as code - 128, and one more output channel, of ones, sums the input:
+                Asymmetric 8-bit weights are stored as code - 128, and the input's sums correct for the rest:
                     sum (x - x_zero) (w - zero) = sum (x - x_zero) (w - 128) - (zero - 128) * sum (x - x_zero).
     digits      A scale per group is a whole number (below 256 in bfloat16) times a power of two. So the weights of one
                 output channel, (code - zero) * scale, are whole numbers of one common step, a power of two:
@@ -43,8 +43,8 @@ class CpuWeight:
     Attributes
     ----------
     packed : Tensor
-        Opaque, int8; digits * N output channels (all of digit 0 first), and the one of ones if there is a correction.
-    scale : Tensor, shape (output channels of `packed`,), dtype float32
+        Opaque, int8; digits * N output channels, all of digit 0 first.
+    scale : Tensor, shape (digits * N,), dtype float32
     correction : Tensor, shape (N,), dtype float32, or None
         scale * (zero_point - 128), for asymmetric 8-bit weights.
     outputs : int
@@ -64,11 +64,6 @@ class CpuWeight:
     digits: int
     channels: int
     geometry: ConvGeometry | None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether oneDNN's output is the layer's, but for the epilogue."""
-        return self.digits == 1 and self.correction is None
 
 
 def pack_cpu_weight(
@@ -105,19 +100,15 @@ def pack_cpu_weight(
         integers[rows], scale[rows], zero[rows] = _whole_rows(weight)
     digits = _int8_digits(integers)
     _check_saturation(digits)
-    scales = [scale * float(_DIGIT**power) for power in range(len(digits))]
-    correction, rows_of_digits = None, len(digits)
-    if bool(zero.any()):
-        digits.append(torch.ones(1, taps, channels, dtype=torch.int8))
-        scales.append(torch.ones(1))
-        correction = scale * zero
-    matrix, row_scale = torch.cat(digits), torch.cat(scales)
+    matrix = torch.cat(digits)
+    row_scale = torch.cat([scale * float(_DIGIT**power) for power in range(len(digits))])
+    correction = scale * zero if bool(zero.any()) else None
     if geometry is None:
         shape = None if input_shape is None else list(input_shape)
         packed = torch.ops.onednn.qlinear_prepack(matrix[:, 0], shape)
     else:
         packed = _prepack_conv(matrix, geometry, row_scale, input_shape)
-    return CpuWeight(packed, row_scale, correction, n, rows_of_digits, channels, geometry)
+    return CpuWeight(packed, row_scale, correction, n, len(digits), channels, geometry)
 
 
 @functools.cache

@@ -201,17 +201,17 @@ def _codes_in_blocks(x: Tensor, grid: CpuGrid, bits: int, with_sums: bool) -> tu
     """Return `_unsigned_codes` of contiguous `x` and the sums of rows, with one grid for all of it."""
     channels = x.shape[-1]
     step, offset, top = grid.step.view(1), grid.offset.view(1), 2**bits - 129
+    rows = max(1, _BLOCK // channels)
     signed = torch.empty(x.shape, dtype=torch.int8)
-    rows, ones = max(1, _BLOCK // channels), torch.ones(channels)
-    sums = torch.empty(x.numel() // channels)
-    block = torch.empty(rows, channels)
-    parts = (t.split(rows) for t in (x.view(-1, channels), signed.view(-1, channels), sums))
-    for source, target, total in zip(*parts, strict=True):
+    sums = torch.empty(x.numel() // channels) if with_sums else None
+    block = torch.empty(min(rows, x.numel() // channels), channels)
+    sources, targets = x.view(-1, channels).split(rows), signed.view(-1, channels).split(rows)
+    for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
         values = torch.div(source, step, out=block[: len(source)])
         target.copy_(values.round_().add_(offset).clamp_(-128, top))
-        if with_sums:
-            torch.mv(values, ones, out=total)
-    return signed.view(torch.uint8).bitwise_xor_(0x80), sums if with_sums else None
+        if sums is not None:
+            torch.sum(values, 1, out=sums[i * rows : i * rows + len(source)])
+    return signed.view(torch.uint8).bitwise_xor_(0x80), sums
 
 
 def _check_codes(x: QuantizedActivation, weight: CpuWeight) -> None:
@@ -258,26 +258,15 @@ def _input_sums(x: QuantizedActivation, weight: CpuWeight) -> Tensor:
     """
     known = x.sums if isinstance(x, CpuActivation) else None
     if known is None:
-        known = x.codes.view(torch.int8).bitwise_xor(-128).sum(-1, dtype=torch.float32)
-    sums = known.view(len(x.scale), -1) - (x.zero_point[:, None] - 128) * weight.channels
-    if weight.geometry is not None:
-        sums = _window_sums(sums.view(x.codes.shape[:3]), weight.geometry).reshape(len(x.scale), -1)
-    return (sums * x.scale[:, None]).view(-1, 1)
-
-
-def _window_sums(image: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Sum (B, H, W) over each position of a convolution's kernel: rows first, then columns."""
-    if max(geometry.padding):
-        height, width = geometry.padding
-        image = F.pad(image, (width, width, height, height))
-    for dim in (1, 2):
-        taps, stride, dilation = geometry.kernel[dim - 1], geometry.stride[dim - 1], geometry.dilation[dim - 1]
-        reach = image.shape[dim] - (taps - 1) * dilation
-        first, *others = (image.narrow(dim, tap * dilation, reach) for tap in range(taps))
-        image = sum(others, first)
-        if stride > 1:
-            image = image[:, ::stride] if dim == 1 else image[:, :, ::stride]
-    return image
+        known = x.codes.bitwise_xor(0x80).view(torch.int8).sum(-1, dtype=torch.float32)
+    sums = torch.sub(known.view(len(x.scale), -1), x.zero_point[:, None] - 128, alpha=weight.channels)
+    geometry = weight.geometry
+    if geometry is not None and (geometry.taps > 1 or geometry.stride != (1, 1) or geometry.padding != (0, 0)):
+        batch, height, width, _ = x.codes.shape
+        window = torch.ones(1, 1, *geometry.kernel)
+        image = sums.view(batch, 1, height, width)
+        sums = F.conv2d(image, window, None, geometry.stride, geometry.padding, geometry.dilation)
+    return (sums.view(len(x.scale), -1) * x.scale[:, None]).view(-1, 1)
 
 
 def _qlinear(

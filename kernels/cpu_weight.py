@@ -114,6 +114,8 @@ def pack_cpu_weight(
 @functools.cache
 def sums_pairs_exactly() -> bool:
     """Whether this machine's int8 products are summed without saturation. Measured: oneDNN may be told to use less."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     codes = torch.full((2, 64), 255, dtype=torch.uint8)
     weight = torch.full((16, 64), 127, dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weight, None)

@@ -247,7 +247,8 @@ def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
 
 def _is_strange(record: LayerSpec | WeightSpec | ActivationSpec, name: str) -> bool:
     """Whether a field that this module does not know says something."""
-    return name not in _KNOWN_FIELDS[type(record)] and bool(getattr(record, name))
+    known = next(names for kind, names in _KNOWN_FIELDS.items() if isinstance(record, kind))
+    return name not in known and bool(getattr(record, name))
 
 
 def _geometry(layer: QuantLayer) -> ConvGeometry | None:
@@ -296,7 +297,7 @@ def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | No
     if part.tops is None:
         return codes
     top = part.tops if index is None else part.tops.index_select(0, index.reshape(-1))
-    runs = codes.codes.view(len(top), -1)
+    runs = codes.codes.reshape(len(top), -1)
     limited = torch.minimum(runs, (top - offset).to(runs.dtype)[:, None]).view(codes.codes.shape)
     return QuantizedActivation(limited, codes.scale, codes.zero_point, codes.symmetric)
 

@@ -130,7 +130,9 @@ def test_every_mode_of_activations(name: str, spec: ActivationSpec, backend: Ker
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("spec", [ActivationSpec(8), ActivationSpec(8, step_bits=(8, 4, 6))], ids=["A8", "bits by step"])
+@pytest.mark.parametrize(
+    "spec", [ActivationSpec(8), ActivationSpec(8, step_bits=(8, 4, 6))], ids=["A8", "bits by step"]
+)
 @pytest.mark.parametrize("name", ["linear 2-D", "conv 3x3"])
 def test_a_batch_may_mix_timesteps(name: str, spec: ActivationSpec, backend: KernelBackend) -> None:
     make, shape = LAYERS[name]
@@ -249,7 +251,7 @@ class HostReads(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
         return func(*args, **(kwargs or {}))
 
@@ -307,7 +309,7 @@ def test_a_whole_model_stays_within_rounding(tiny_model: Make, quantize_model: Q
 
 
 @needs_vnni
-@pytest.mark.parametrize("family", ["unet", "dit"])
+@pytest.mark.parametrize("family", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
 def test_a_runtime_model_compiles_whole(tiny_model: Make, quantize_model: Quantize, family: str) -> None:
     model = tiny_model(family)
     quantize_model(model, bits=8)

@@ -128,7 +128,7 @@ class RuntimeLayer(nn.Module):
             assert self.activation is not None
             return quantize_cpu_dynamic(x, self.activation.bits, symmetric=self.activation.symmetric)
         index = self._steps(x, part.table)
-        step = 0 if index is None else self.clock.step if self.clock is not None else None
+        step = 0 if index is None or self.clock is None else self.clock.step
         grid = cpu_grid(part.table, index) if step is None else part.grids[step]
         assert isinstance(part.weight, CpuWeight)
         needs_sums = part.weight.correction is not None and part.tops is None
@@ -150,7 +150,7 @@ class RuntimeLayer(nn.Module):
         index = self.clock.index.to(x.device)
         if index.dim() == 0 or index.shape[0] == x.shape[0]:
             return index
-        return index.repeat_interleave(x.shape[0] // index.shape[0])
+        return index[:, None].expand(-1, x.shape[0] // index.shape[0]).reshape(-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RuntimeLayer:
         """Refuse another device; casts leave scales and codes as they are."""

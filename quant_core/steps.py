@@ -140,7 +140,7 @@ class StepClock:
         if index.dim() == 0:
             return rows[0]
         if x.shape[0] != len(rows):
-            rows = rows.repeat_interleave(x.shape[0] // len(rows))
+            rows = rows[:, None].expand(-1, x.shape[0] // len(rows)).reshape(-1)
         return rows.reshape(-1, *(1,) * (x.dim() - 1))
 
 

@@ -89,7 +89,7 @@ def quantize_cpu(x: Tensor, grid: CpuGrid, bits: int, *, with_sums: bool = False
     if in_blocks:
         codes, sums = _codes_in_blocks(x.contiguous(), grid, bits, with_sums)
     else:
-        runs = x.reshape(len(grid.scale), -1, x.shape[-1])
+        runs = x.reshape(grid.scale.numel(), -1, x.shape[-1])
         codes, sums = _unsigned_codes(runs, grid.step, grid.offset, bits).view(x.shape), None
     return CpuActivation(codes, grid.scale, grid.zero_point, False, sums)
 
@@ -199,18 +199,23 @@ def _unsigned_codes(x: Tensor, step: Tensor, offset: Tensor, bits: int) -> Tenso
 
 def _codes_in_blocks(x: Tensor, grid: CpuGrid, bits: int, with_sums: bool) -> tuple[Tensor, Tensor | None]:
     """Return `_unsigned_codes` of contiguous `x` and the sums of rows, with one grid for all of it."""
-    channels = x.shape[-1]
-    step, offset, top = grid.step.view(1), grid.offset.view(1), 2**bits - 129
-    rows = max(1, _BLOCK // channels)
+    channels, top = x.shape[-1], 2**bits - 129
+    rows, count = max(1, _BLOCK // channels), x.numel() // channels
+    if count <= rows:
+        values = torch.div(x, grid.step.view(1)).round_().add_(grid.offset.view(1)).clamp_(-128, top)
+        codes = values.to(torch.int8).view(torch.uint8).bitwise_xor_(0x80)
+        return codes, values.sum(-1).view(-1) if with_sums else None
+    step, offset = grid.step.view(1), grid.offset.view(1)
     signed = torch.empty(x.shape, dtype=torch.int8)
-    sums = torch.empty(x.numel() // channels) if with_sums else None
-    block = torch.empty(min(rows, x.numel() // channels), channels)
+    sums = torch.empty(count) if with_sums else None
+    block = torch.empty(rows, channels)
     sources, targets = x.view(-1, channels).split(rows), signed.view(-1, channels).split(rows)
     for i, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        values = torch.div(source, step, out=block[: len(source)])
+        size = source.shape[0]
+        values = torch.div(source, step, out=block[:size])
         target.copy_(values.round_().add_(offset).clamp_(-128, top))
         if sums is not None:
-            torch.sum(values, 1, out=sums[i * rows : i * rows + len(source)])
+            torch.sum(values, 1, out=sums[i * rows : i * rows + size])
     return signed.view(torch.uint8).bitwise_xor_(0x80), sums
 
 
@@ -220,9 +225,9 @@ def _check_codes(x: QuantizedActivation, weight: CpuWeight) -> None:
         raise KernelError(
             f"cpu codes: got {x.codes.dtype} of {x.codes.shape[-1]} channels, wanted torch.uint8 of {weight.channels}"
         )
-    if not len(x.scale) or x.codes.shape[0] % len(x.scale):
+    if not x.scale.numel() or x.codes.shape[0] % x.scale.numel():
         raise KernelError(
-            f"cpu codes: got {len(x.scale)} grids for {x.codes.shape[0]} samples, wanted 1 or one for each"
+            f"cpu codes: got {x.scale.numel()} grids for {x.codes.shape[0]} samples, wanted 1 or one for each"
         )
 
 
@@ -259,14 +264,14 @@ def _input_sums(x: QuantizedActivation, weight: CpuWeight) -> Tensor:
     known = x.sums if isinstance(x, CpuActivation) else None
     if known is None:
         known = x.codes.bitwise_xor(0x80).view(torch.int8).sum(-1, dtype=torch.float32)
-    sums = torch.sub(known.view(len(x.scale), -1), x.zero_point[:, None] - 128, alpha=weight.channels)
+    sums = torch.sub(known.view(x.scale.numel(), -1), x.zero_point[:, None] - 128, alpha=weight.channels)
     geometry = weight.geometry
     if geometry is not None and (geometry.taps > 1 or geometry.stride != (1, 1) or geometry.padding != (0, 0)):
         batch, height, width, _ = x.codes.shape
         window = torch.ones(1, 1, *geometry.kernel)
         image = sums.view(batch, 1, height, width)
         sums = F.conv2d(image, window, None, geometry.stride, geometry.padding, geometry.dilation)
-    return (sums.view(len(x.scale), -1) * x.scale[:, None]).view(-1, 1)
+    return (sums.view(x.scale.numel(), -1) * x.scale[:, None]).view(-1, 1)
 
 
 def _qlinear(
@@ -278,7 +283,7 @@ def _qlinear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    zero = torch.zeros(len(scale), dtype=torch.int32)
+    zero = torch.zeros(scale.numel(), dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise.tensor(
         codes, x_scale, x_zero, packed, scale, zero, bias, 1.0, 0, dtype, "none", [], "none"
     )
@@ -294,9 +299,9 @@ def _linear_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     codes = codes.contiguous()
-    if len(x_scale) == 1:
+    if x_scale.numel() == 1:
         return _qlinear(codes, x_scale, x_zero, packed, scale, bias, dtype)
-    runs = zip(codes.chunk(len(x_scale)), x_scale.split(1), x_zero.split(1), strict=True)
+    runs = zip(codes.chunk(x_scale.numel()), x_scale.split(1), x_zero.split(1), strict=True)
     return torch.cat([_qlinear(part, s, z, packed, scale, bias, dtype) for part, s, z in runs])
 
 
@@ -327,7 +332,7 @@ def _conv2d_image(
     dtype: torch.dtype,
 ) -> Tensor:
     shape = ConvGeometry.from_ints(geometry)
-    zero = torch.zeros(len(scale), dtype=torch.int32)
+    zero = torch.zeros(scale.numel(), dtype=torch.int32)
     image = codes.contiguous().permute(0, 3, 1, 2)
     sizes = [list(shape.stride), list(shape.padding), list(shape.dilation), 1]
 
@@ -337,9 +342,9 @@ def _conv2d_image(
         )
         return out.permute(0, 2, 3, 1)
 
-    if len(x_scale) == 1:
+    if x_scale.numel() == 1:
         return convolve(image, x_scale, x_zero).contiguous()
-    parts = zip(image.chunk(len(x_scale)), x_scale.split(1), x_zero.split(1), strict=True)
+    parts = zip(image.chunk(x_scale.numel()), x_scale.split(1), x_zero.split(1), strict=True)
     return torch.cat([convolve(*part) for part in parts])
 
 

@@ -25,6 +25,7 @@ from kernels.errors import KernelError
 from kernels.gemm import linear_float, linear_int
 from kernels.packing import pack_codes
 from kernels.weights import PackedWeight, pack_weight
+from quant_core.activation import ActivationQuantizer
 from quant_core.errors import QuantizationError
 from quant_core.layers import QuantLayer, replace_module
 from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, WeightSpec
@@ -92,13 +93,21 @@ class RuntimeLayer(nn.Module):
             if hasattr(layer, size):
                 setattr(self, size, getattr(layer, size))
         self.geometry = _geometry(layer)
-        self.clock: StepClock | None = layer.act_quantizers[0].clock if len(layer.act_quantizers) else None
-        self.activation: ActivationSpec | None = layer.act_quantizers[0].spec if len(layer.act_quantizers) else None
+        quantizers = _quantizers(layer)
+        self.clock: StepClock | None = quantizers[0].clock if quantizers else None
+        self.activation: ActivationSpec | None = quantizers[0].spec if quantizers else None
         self.parts = [_part(layer, i, backend, self.geometry) for i in range(len(layer.spec.split or (0,)))]
         self.run = LayerRun(name, backend, _how(self.parts, backend, self.activation))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, in the dtype of `x`; an image (B, C, H, W) comes back in channels-last order."""
+        if torch.compiler.is_compiling():
+            return self._forward(x)
+        # Attentions run their layers inside a function mode, which would see each of some thirty calls in vain.
+        with torch._C.DisableTorchFunction():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         rows = x if self.geometry is None else x.permute(0, 2, 3, 1)
         out: Tensor | None = None
         for i, part in enumerate(self.parts):
@@ -145,7 +154,7 @@ class RuntimeLayer(nn.Module):
 
     def _steps(self, x: Tensor, table: ActivationTable) -> Tensor | None:
         """Return the step of each row of `x`, shape () or (rows,), on its device; None if the table has one entry."""
-        if len(table.scale) == 1 or self.clock is None:
+        if table.scale.numel() == 1 or self.clock is None:
             return None
         index = self.clock.index.to(x.device)
         if index.dim() == 0 or index.shape[0] == x.shape[0]:
@@ -228,7 +237,7 @@ def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
         strange = [field.name for field in fields(record) if _is_strange(record, field.name)]
         if strange:
             return f"formats with {', '.join(strange)} have no kernel"
-    if layer.soft_weight is not None or any(q.soft_scale is not None or not q.enabled for q in layer.act_quantizers):
+    if layer.soft_weight is not None or any(q.soft_scale is not None or not q.enabled for q in _quantizers(layer)):
         return "its rounding or ranges are being learned"
     if layer.kind not in (nn.Linear, nn.Conv2d):
         return f"{layer.kind.__name__} has no kernel"
@@ -251,6 +260,11 @@ def _is_strange(record: LayerSpec | WeightSpec | ActivationSpec, name: str) -> b
     return name not in known and bool(getattr(record, name))
 
 
+def _quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:
+    """Return the quantizers of a layer's input parts."""
+    return [module for module in layer.act_quantizers if isinstance(module, ActivationQuantizer)]
+
+
 def _geometry(layer: QuantLayer) -> ConvGeometry | None:
     """Return the geometry of a Conv2d, None of a Linear."""
     if layer.kind is nn.Linear:
@@ -267,13 +281,15 @@ def _part(layer: QuantLayer, number: int, backend: KernelBackend, geometry: Conv
     start = sum(sizes[:number])
     packed = _packed(layer, number, start, sizes)
     weight = pack_cpu_weight([packed], geometry) if backend is KernelBackend.CPU else packed
-    table, tops, grids = None, None, ()
-    if len(layer.act_quantizers) and not layer.act_quantizers[number].spec.is_dynamic:  # type: ignore[union-attr]
-        quantizer = layer.act_quantizers[number]
+    table, tops = None, None
+    grids: tuple[CpuGrid, ...] = ()
+    quantizers = _quantizers(layer)
+    if quantizers and not quantizers[number].spec.is_dynamic:
+        quantizer = quantizers[number]
         table = ActivationTable(quantizer.scale, quantizer.zero_point, quantizer.spec.bits, quantizer.spec.symmetric)
         tops = quantizer.tops.to(layer.qweight.device, torch.int32) if quantizer.spec.step_bits else None
         if backend is KernelBackend.CPU:
-            grids = tuple(cpu_grid(table, torch.tensor(step)) for step in range(len(quantizer.scale)))
+            grids = tuple(cpu_grid(table, torch.tensor(step)) for step in range(quantizer.scale.numel()))
     return LayerPart(start, start + sizes[number], weight, table, tops, grids)
 
 

@@ -114,7 +114,7 @@ def _loaders(
 
     def original() -> nn.Module:
         model: nn.Module = load_denoiser(folders["model"]).model
-        return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+        return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     return {
         "release_figures": release,

@@ -253,6 +253,8 @@ def _finish(out: Tensor, x: QuantizedActivation, weight: CpuWeight, epilogue: Ep
         value = value + out[:, digit * n : (digit + 1) * n]
     if weight.correction is not None:
         value = value.addcmul_(_input_sums(x, weight), weight.correction, value=-1)
+    if epilogue.residual is None and epilogue.low_rank is None:
+        return value.to(epilogue.dtype)
     return add_epilogue(value, epilogue_rows(replace(epilogue, bias=None)), epilogue.dtype)
 
 

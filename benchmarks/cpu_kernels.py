@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from kernels.activations import ActivationTable
 from kernels.conv import ConvGeometry
-from kernels.cpu import cpu_conv2d, cpu_linear, pack_cpu_weight, quantize_cpu_by_table, sums_pairs_exactly
+from kernels.cpu import cpu_conv2d, cpu_linear, quantize_cpu_by_table
+from kernels.cpu_weight import pack_cpu_weight, sums_pairs_exactly
 from kernels.epilogue import Epilogue
 from kernels.packing import pack_codes
 from kernels.weights import PackedWeight, pack_weight

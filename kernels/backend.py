@@ -3,9 +3,9 @@
 `reference` is plain torch on any device and defines what the others compute. `auto` takes the fastest that this
 installation has for the device.
 
-Two questions are asked here. `resolve_backend`: which backends a model can be loaded for. `backend_for`: what one
-operator of `kernels` runs on a tensor's device. The integer CPU backend has operators of its own (`kernels.cpu`), since
-its weights are laid out by oneDNN.
+Two questions are asked here. `resolve_backend`: which backend a model is loaded for, on a device. `backend_for`: what
+one operator of `kernels` runs on a tensor's device. The integer CPU backend has operators of its own (`kernels.cpu`),
+since its weights are laid out by oneDNN.
 """
 
 from __future__ import annotations
@@ -29,35 +29,45 @@ class KernelBackend(StrEnum):
     CPU = "cpu"
 
 
-AVAILABLE_BACKENDS = (KernelBackend.REFERENCE,)
-
-
 class BackendUnavailableError(KernelError):
     """The backend asked for is not in this installation."""
 
 
-def resolve_backend(backend: KernelBackend | str) -> KernelBackend:
-    """Turn a choice into the backend that will run.
+def check_backend(backend: KernelBackend | str) -> KernelBackend:
+    """Return the choice that a name means; KernelError if it is none."""
+    try:
+        return KernelBackend(backend)
+    except ValueError:
+        raise KernelError(f"backend: got {str(backend)!r}, wanted one of {', '.join(KernelBackend)}") from None
+
+
+def resolve_backend(backend: KernelBackend | str, device: torch.device) -> KernelBackend:
+    """Turn a choice into the backend that a model on `device` is loaded for: never AUTO.
 
     Raises
     ------
     KernelError
         If `backend` is not one of the names of `KernelBackend`.
     BackendUnavailableError
-        If it is, but this installation does not have it.
+        If it is, but this installation does not have it, or it does not run on `device`.
     """
-    try:
-        choice = KernelBackend(backend)
-    except ValueError:
-        raise KernelError(f"backend: got {str(backend)!r}, wanted one of {', '.join(KernelBackend)}") from None
+    choice = check_backend(backend)
     if choice is KernelBackend.AUTO:
-        return AVAILABLE_BACKENDS[0]
-    if choice not in AVAILABLE_BACKENDS:
-        available = ", ".join(AVAILABLE_BACKENDS)
-        raise BackendUnavailableError(
-            f"backend: got {choice.value!r}, which this version does not have; wanted auto or {available}"
-        )
+        if device.type == "cuda":
+            return KernelBackend.TRITON if has_triton() else KernelBackend.REFERENCE
+        return KernelBackend.CPU if device.type == "cpu" and has_int8_cpu() else KernelBackend.REFERENCE
+    if choice is KernelBackend.TRITON:
+        _check_triton(device)
+    if choice is KernelBackend.CPU and device.type != "cpu":
+        raise BackendUnavailableError(f"backend: got 'cpu' on device {device}, wanted device cpu, auto or reference")
     return choice
+
+
+def has_int8_cpu() -> bool:
+    """Whether PyTorch's oneDNN multiplies int8 here without saturation; imports and measures."""
+    from kernels.cpu_weight import sums_pairs_exactly
+
+    return sums_pairs_exactly()
 
 
 def has_triton() -> bool:
@@ -75,10 +85,7 @@ def backend_for(device: torch.device, backend: KernelBackend | str = KernelBacke
     BackendUnavailableError
         If it is triton, and triton is not installed or does not run on `device`.
     """
-    try:
-        choice = KernelBackend(backend)
-    except ValueError:
-        raise KernelError(f"backend: got {str(backend)!r}, wanted one of {', '.join(KernelBackend)}") from None
+    choice = check_backend(backend)
     if choice is KernelBackend.CPU:
         raise KernelError("backend: got 'cpu' for an operator of tensors, wanted the packed operators of kernels.cpu")
     if choice is KernelBackend.AUTO:

@@ -207,16 +207,16 @@ def weight_integers(weight: PackedWeight) -> Tensor:
         shifts = torch.arange(layout.per_byte, dtype=torch.int32, device=stored.device) * layout.bits
         codes = (stored.int() >> shifts[:, None]) & ((1 << layout.bits) - 1)
     codes = codes.reshape(n, layout.taps, -1)[..., : layout.channels]
-    values = codes - _expand(weight.zero_point.int(), layout)
+    values = codes - expand_weight_groups(weight.zero_point.int(), layout)
     return values if weight.shift is None else values << weight.shift.int()
 
 
 def weight_values(weight: PackedWeight) -> Tensor:
     """Return the dequantized weight, shape (N, taps, channels), dtype float32."""
-    return weight_integers(weight).float() * _expand(weight.scale.float(), weight.layout)
+    return weight_integers(weight).float() * expand_weight_groups(weight.scale.float(), weight.layout)
 
 
-def _expand(values: Tensor, layout: WeightLayout) -> Tensor:
+def expand_weight_groups(values: Tensor, layout: WeightLayout) -> Tensor:
     """Repeat (N, G) to what broadcasts against (N, taps, channels)."""
     if layout.groups == 1:
         return values[:, :, None]

@@ -3,7 +3,8 @@
 from quant_core.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.diffusers_quantizer import register
 from quant_core.loader import load_quantized
+from quant_core.runtime import LayerRun, layer_runs
 
 register()
 
-__all__ = ["QuantmillCorrectedScheduler", "load_quantized"]
+__all__ = ["LayerRun", "QuantmillCorrectedScheduler", "layer_runs", "load_quantized"]

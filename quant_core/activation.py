@@ -69,9 +69,6 @@ class ActivationQuantizer(nn.Module):
         """Return the greatest code, for each sample of `x` where they are of steps with different bits."""
         if not self.spec.step_bits:
             return 2**self.spec.bits - 1
-        index = self.clock.index
-        if index.dim() == 0:
-            return 2 ** self.spec.step_bits[int(index)] - 1
         return self.clock.gather(self.tops.to(x.device), x)
 
 

@@ -24,6 +24,14 @@ FIGURES = (
     "bops_fp32",
     "sqnr_db_per_step",
 )
+#: Columns of a measurement: heading to the key in what `quantmill bench` prints.
+BENCHED = {
+    "this model": "release_figures",
+    "float32": "original_figures",
+    "bfloat16": "bf16_figures",
+    "bfloat16, compiled": "bf16_compiled_figures",
+}
+_SPEED_HEAD, _LIMITS_HEAD = "## Speed and memory", "## Limits"
 _TEXT_INPUTS = ("cross_attention_dim", "caption_channels", "joint_attention_dim")
 _TEMPLATE = """\
 ---
@@ -127,6 +135,46 @@ def render_card(content: CardContent) -> str:
         protocol=[(name.replace("_", " "), _plain(value)) for name, value in protocol.items()],
     )
     return str(card).rstrip("\n") + "\n"
+
+
+def add_speed(card: str, bench: Mapping[str, Any]) -> str:
+    """Return a card with what `quantmill bench` measured, before its limits; an earlier measurement is replaced.
+
+    Parameters
+    ----------
+    card : str
+        As from `render_card`.
+    bench : mapping
+        `device`, `threads`, `backend`, and of each model in `BENCHED` its figures, or None.
+    """
+    figures = {label: bench[name] for label, name in BENCHED.items() if bench.get(name) is not None}
+    batches = list(next(iter(figures.values()))["step_ms"])
+    rows = [
+        (f"one step, batch {batch}, ms", [f"{each['step_ms'][batch]:.2f}" for each in figures.values()])
+        for batch in batches
+    ]
+    rows.append(("images per second", [f"{each['images_per_second']:.3g}" for each in figures.values()]))
+    peaks = [each["peak_memory_bytes"] for each in figures.values()]
+    rows.append(("peak memory, MiB", ["–" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks]))
+    rows.append(("weights, MiB", [f"{each['bytes'] / 2**20:.2f}" for each in figures.values()]))
+    lines = [
+        _SPEED_HEAD,
+        "",
+        f"Measured by `quantmill bench` on {bench['device']}, {bench['threads']} threads, {bench['backend']} backend.",
+        "",
+        f"| | {' | '.join(figures)} |",
+        f"|{'---|' * (len(figures) + 1)}",
+        *(f"| {name} | {' | '.join(values)} |" for name, values in rows),
+    ]
+    before, found, rest = card.partition(f"\n{_SPEED_HEAD}\n")
+    before, limits = (before, rest[rest.index(_LIMITS_HEAD) :]) if found else _split_before(card, _LIMITS_HEAD)
+    return f"{before.rstrip()}\n\n" + "\n".join(lines) + f"\n\n{limits}"
+
+
+def _split_before(text: str, head: str) -> tuple[str, str]:
+    """Split where a line begins with `head`; at the end if none does."""
+    place = text.find(f"\n{head}")
+    return (text, "") if place < 0 else (text[:place], text[place + 1 :])
 
 
 def check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,12 +45,11 @@ class FeatureTable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs for the samples of `x`, shape (B, ..., C_in) -> (B, ..., C_out), one vector a sample."""
         rows = self.clock.rows(self.spec.labels).to(self.values.device)
-        values = self.values[rows].float()
+        values = self.values.index_select(0, rows.reshape(-1)).float()
         if self.spec.bits == 8:
             values = values * self.scale + self.offset
         shape = (*x.shape[:-1], values.shape[-1])
-        if rows.dim():
-            values = values.reshape(-1, *(1,) * (x.dim() - 2), values.shape[-1])
+        values = values.reshape(-1, *(1,) * (x.dim() - 2), values.shape[-1])
         return values.expand(shape).to(self.dtype)
 
     def extra_repr(self) -> str:

@@ -11,9 +11,10 @@ import diffusers
 import torch
 from torch import nn
 
-from kernels.backend import BackendUnavailableError, KernelBackend, resolve_backend
+from kernels.backend import BackendUnavailableError, KernelBackend, check_backend, resolve_backend
 from quant_core.artifact import check_weights, read_config, verify_folder
 from quant_core.errors import ArtifactError, QuantCoreError
+from quant_core.runtime import build_runtime
 
 Resolver = Callable[[str], Path]
 
@@ -39,7 +40,10 @@ def load_quantized(
     device : torch.device or str, optional
         Where to put it; the CPU by default.
     backend : {"auto", "reference", "triton", "cpu"}
-        Implementation of the low-bit primitives.
+        What its layers run on: Triton kernels, integer arithmetic of the CPU, or plain torch, which defines what the
+        others compute and is what the release's metrics were measured with. "auto" takes Triton on a GPU, else integer
+        arithmetic if this CPU has it. Layers that a backend can't run exactly run the reference;
+        `quant_core.layer_runs(model)` says which, and why.
     resolve : callable, optional
         Turns a source that is not a folder into one. By default the installed Quantmill looks the name up in its
         registry.
@@ -56,12 +60,14 @@ def load_quantized(
     BackendUnavailableError
         If the backend or device is not available here.
     """
-    resolve_backend(backend)
-    place = None if device is None else _check_device(device)
+    check_backend(backend)
+    place = _check_device("cpu" if device is None else device)
+    choice = resolve_backend(backend, place)
     folder = _locate(source, resolve)
     verify_folder(folder)
-    model = load_folder(folder)
-    return model if place is None else model.to(place)
+    model = load_folder(folder).to(place)
+    build_runtime(model, choice)
+    return model
 
 
 def load_folder(folder: Path) -> nn.Module:

@@ -23,6 +23,8 @@ _LABEL_NAME = "class_labels"
 class StepClock:
     """Holds the trajectory-step index of the samples that are in flight.
 
+    `index` is that on a device, shape () or (B,); `step` is the same number, where the host knows it and it is one.
+
     Parameters
     ----------
     timesteps : sequence of float
@@ -34,6 +36,8 @@ class StepClock:
     def __init__(self, timesteps: Sequence[float], unknown: UnknownTimestep = UnknownTimestep.ERROR) -> None:
         self.timesteps = torch.tensor(tuple(timesteps), dtype=torch.float64)
         self.unknown = unknown
+        self.waits = True
+        self.step: int | None = 0
         self.index: Tensor = torch.zeros((), dtype=torch.long)
         self.label: Tensor = torch.zeros((), dtype=torch.long)
 
@@ -42,8 +46,16 @@ class StepClock:
         """Number of trajectory steps, at least 1 (tables of a model without steps have one entry)."""
         return max(1, len(self.timesteps))
 
+    def run_on(self, device: torch.device) -> None:
+        """Look up on `device` from now on, without the host waiting for it.
+
+        What would be an error is a failed assertion of the device then, and there are no warnings.
+        """
+        self.timesteps = self.timesteps.to(device)
+        self.waits = False
+
     def set_timestep(self, timestep: Tensor | float) -> None:
-        """Look up `timestep` (scalar or shape (B,)); sets `index` to shape () or (B,), dtype int64.
+        """Look up `timestep` (scalar or shape (B,)); sets `index`, shape () if all are at one step, else (B,), int64.
 
         Raises
         ------
@@ -52,12 +64,17 @@ class StepClock:
         """
         if len(self.timesteps) == 0:
             return
+        if not self._may_wait():
+            self.index, self.step = self._look_up(timestep), None
+            return
         wanted = torch.as_tensor(timestep).detach().to("cpu", torch.float64)
         wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
         distance, index = (wanted[..., None] - self.timesteps).abs().min(dim=-1)
         if bool((distance > 1e-3).any()):
             self._handle_unknown(wanted, distance)
-        self.index = index
+        # One step for all, which is the rule, is one grid for the whole batch: backends then need no run per sample.
+        self.index = index[0] if index.dim() and bool((index == index[0]).all()) else index
+        self.step = int(self.index) if self.index.dim() == 0 else None
 
     def set_label(self, label: Tensor | None, labels: int) -> None:
         """Remember the class labels, shape () or (B,), for tables that have a row for each of `labels` of them.
@@ -69,6 +86,13 @@ class StepClock:
         """
         if label is None:
             raise ConditioningError(f"class_labels: got none, wanted labels 0 to {labels - 1}")
+        if not self._may_wait():
+            wanted = (
+                torch.as_tensor(label).detach().to(self.timesteps.device, torch.long, non_blocking=True).reshape(-1)
+            )
+            torch._assert_async(((wanted >= 0) & (wanted < labels)).all(), f"class_labels: wanted 0 to {labels - 1}")
+            self.label = wanted.reshape(()) if wanted.numel() == 1 else wanted
+            return
         wanted = torch.as_tensor(label).detach().to("cpu", torch.long).reshape(-1)
         if bool(((wanted < 0) | (wanted >= labels)).any()):
             raise ConditioningError(f"class_labels: got {wanted.tolist()}, wanted labels 0 to {labels - 1}")
@@ -77,6 +101,20 @@ class StepClock:
     def rows(self, labels: int) -> Tensor:
         """Return each sample's row, shape () or (B,), of a table with a row for each step and each of `labels`."""
         return self.index if labels == 1 else self.index * labels + self.label
+
+    def _may_wait(self) -> bool:
+        """Whether values may be looked at from Python: not while compiling, and not if they are on a GPU."""
+        return self.waits and not torch.compiler.is_compiling()
+
+    def _look_up(self, timestep: Tensor | float) -> Tensor:
+        """Find steps where `timesteps` are."""
+        device = self.timesteps.device
+        wanted = torch.as_tensor(timestep).detach().to(device, torch.float64, non_blocking=True)
+        wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
+        distance, index = (wanted[..., None] - self.timesteps).abs().min(dim=-1)
+        if self.unknown is UnknownTimestep.ERROR:
+            torch._assert_async((distance <= 1e-3).all(), "timestep: wanted one of the calibrated trajectory")
+        return index
 
     def _handle_unknown(self, wanted: Tensor, distance: Tensor) -> None:
         first = wanted.reshape(-1)[distance.reshape(-1) > 1e-3][0].item()
@@ -98,11 +136,11 @@ class StepClock:
         if len(table) == 1:
             return table[0]
         index = self.index.to(table.device)
+        rows = table.index_select(0, index.reshape(-1))  # table[index] would read a single index on the host
         if index.dim() == 0:
-            return table[index]
-        rows = table[index]
+            return rows[0]
         if x.shape[0] != len(rows):
-            rows = rows.repeat_interleave(x.shape[0] // len(rows))
+            rows = rows[:, None].expand(-1, x.shape[0] // len(rows)).reshape(-1)
         return rows.reshape(-1, *(1,) * (x.dim() - 1))
 
 

@@ -34,7 +34,9 @@ _ALL = (
     TaskKind("release", 1, "workers.tasks.release:run"),
     # Run at once for the command line, not queued.
     TaskKind("export", 1, "workers.tasks.export:run"),
-    TaskKind("bench", 1, "workers.tasks.bench:run"),
+    TaskKind("bench", 2, "workers.tasks.bench:run"),
+    TaskKind("layers", 1, "workers.tasks.layers:run"),
+    TaskKind("card", 1, "workers.tasks.card:run"),
     # Neither computes nor needs a model: measures the queue and drills its recovery.
     TaskKind("noop", 1, "workers.tasks.noop:run"),
 )

@@ -13,6 +13,7 @@ from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.cli.jobs import metric_lines
 from orchestrator.db.releases import list_releases, set_alias
 from orchestrator.exporting import DEQUANTIZED, DIFFUSERS, export_release
+from orchestrator.layers import release_layers
 from orchestrator.releases import (
     GRACE_SECONDS,
     collect_garbage,
@@ -45,9 +46,17 @@ def artifacts_ls(app: App, name: str | None) -> None:
 
 @artifacts.command("show")
 @click.argument("ref")
+@click.option("--layers", is_flag=True, help="Each layer: format, bytes, and how it runs on the device at hand.")
+@click.option("--device", default="cpu", show_default=True, help="With --layers: cpu, cuda or cuda:N.")
+@click.option("--backend", default="auto", show_default=True, help="With --layers: auto, triton, cpu or reference.")
 @pass_app
-def artifacts_show(app: App, ref: str) -> None:
-    """Show one release and its metrics."""
+def artifacts_show(app: App, ref: str, layers: bool, device: str, backend: str) -> None:
+    """Show one release and its metrics, or its layers."""
+    if layers:
+        with app.service() as service:
+            found = release_layers(service, ref, device=device, backend=backend)
+        app.answer(found, lambda: _layer_table(found))
+        return
     with app.service() as service:
         view = release_view(get_release(service, ref))
     facts = [
@@ -170,6 +179,34 @@ def _release_table(views: list[dict[str, Any]]) -> str:
         for view in views
     ]
     return table(("RELEASE", "DIGEST", "SIZE", "PSNR", "BITS W/A", "ALIASES", "CREATED"), rows)
+
+
+def _layer_table(found: dict[str, Any]) -> str:
+    rows = [
+        (
+            each["layer"],
+            _weight_text(each["weight"]) + (f" in {len(each['split'])} parts" if each["split"] else ""),
+            _activation_text(each["activation"]),
+            human_bytes(each["bytes"]),
+            each["backend"],
+            each["reason"],
+        )
+        for each in found["layers"]
+    ]
+    head = f"{found['release']} on {found['device']}, {found['backend']} backend"
+    return f"{head}\n\n" + table(("LAYER", "WEIGHTS", "INPUT", "BYTES", "RUNS ON", "HOW OR WHY"), rows)
+
+
+def _weight_text(weight: dict[str, Any]) -> str:
+    group = f" of {weight['group_size']}" if weight["group_size"] else ""
+    return f"{weight['bits']} {weight['granularity']}{group}"
+
+
+def _activation_text(activation: dict[str, Any] | None) -> str:
+    if activation is None:
+        return "float"
+    bits = sorted(set(activation.get("step_bits") or [activation["bits"]]))
+    return f"{'/'.join(map(str, bits))} {activation['mode']}"
 
 
 def _diff_text(difference: dict[str, Any]) -> str:

@@ -6,48 +6,52 @@ from typing import Any
 
 import click
 
-from orchestrator.bench import bench_release
+from orchestrator.bench import SIDES, BenchOptions, bench_release, publish_bench
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.text import human_bytes, table
+
+_HEADS = ("RELEASE", "FP32", "BF16", "BF16 COMPILED")
 
 
 @click.command(cls=Command)
 @click.argument("ref")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; all that this process may use by default.")
+@click.option("--backend", default="auto", show_default=True, help="auto, triton, cpu or reference, for the release.")
+@click.option("--compile/--no-compile", "compiled", default=True, help="Measure the compiled original too (minutes).")
+@click.option("--publish", "publishes", is_flag=True, help="Publish the next version, with the result in its card.")
 @pass_app
-def bench(app: App, ref: str, device: str, threads: int | None) -> None:
-    """Measure a release and its full-precision original, in one run on the device at hand."""
+def bench(app: App, ref: str, device: str, threads: int | None, backend: str, compiled: bool, publishes: bool) -> None:
+    """Measure a release and its original (float32, bfloat16, compiled), in one run on the device at hand."""
     with app.service() as service:
-        found = bench_release(service, ref, device=device, threads=threads, tell=app.tell)
+        found = bench_release(service, ref, BenchOptions(device, threads, backend, compiled), tell=app.tell)
+        if publishes:
+            found["published"] = publish_bench(service, found)
     app.answer(found, lambda: _text(found))
 
 
 def _text(found: dict[str, Any]) -> str:
-    ours, original, ratio = found["release_figures"], found["original_figures"], found["ratios"]
+    measured = {head: found[side] for head, side in zip(_HEADS, SIDES, strict=True) if found[side] is not None}
+    sides = list(measured.values())
     rows = [
-        (
-            f"one step, batch {batch}",
-            f"{ours['step_ms'][batch]:.2f} ms",
-            f"{original['step_ms'][batch]:.2f} ms",
-            f"{ratio['step_ms'][batch]:.2f}x",
-        )
-        for batch in ours["step_ms"]
+        (f"one step, batch {batch}", *(f"{side['step_ms'][batch]:.2f} ms" for side in sides))
+        for batch in sides[0]["step_ms"]
     ]
     rows += [
-        (
-            "images per second",
-            f"{ours['images_per_second']:.2f}",
-            f"{original['images_per_second']:.2f}",
-            f"{ratio['images_per_second']:.2f}x",
-        ),
-        (
-            "peak memory",
-            human_bytes(ours["peak_memory_bytes"]),
-            human_bytes(original["peak_memory_bytes"]),
-            f"{ratio['peak_memory_bytes']:.2f}x",
-        ),
-        ("size", human_bytes(ours["bytes"]), human_bytes(original["bytes"]), f"{ratio['bytes']:.2f}x"),
+        ("images per second", *(f"{side['images_per_second']:.2f}" for side in sides)),
+        ("peak memory", *(_peak(side) for side in sides)),
+        ("size", *(human_bytes(side["bytes"]) for side in sides)),
     ]
-    head = f"{found['release']} on {found['device']}, {found['threads']} threads, {found['backend']} backend"
-    return f"{head}\n\n" + table(("", "RELEASE", "FP32", "RATIO"), rows)
+    layers = ", ".join(f"{count} layers {backend}" for backend, count in found["layers"].items())
+    lines = [
+        f"{found['release']} on {found['device']}, {found['threads']} threads, {found['backend']} backend ({layers})",
+        "",
+        table(("", *measured), rows),
+    ]
+    if "published" in found:
+        lines += ["", f"{found['published']} has this in its card"]
+    return "\n".join(lines)
+
+
+def _peak(side: dict[str, Any]) -> str:
+    return "-" if side["peak_memory_bytes"] is None else human_bytes(side["peak_memory_bytes"])

@@ -7,27 +7,32 @@ import sys
 import pytest
 import torch
 
-from kernels.backend import AVAILABLE_BACKENDS, BackendUnavailableError, KernelBackend, backend_for, resolve_backend
+from kernels.backend import BackendUnavailableError, KernelBackend, backend_for, resolve_backend
+from kernels.cpu_weight import sums_pairs_exactly
 from kernels.errors import KernelError
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", KernelBackend.AUTO, KernelBackend.REFERENCE])
-def test_available_backends_resolve(backend: str) -> None:
-    resolved = resolve_backend(backend)
-    assert resolved is KernelBackend.REFERENCE
-    assert resolved in AVAILABLE_BACKENDS
+def test_auto_takes_the_fastest_that_a_device_has() -> None:
+    on_cpu = KernelBackend.CPU if sums_pairs_exactly() else KernelBackend.REFERENCE
+    assert resolve_backend("auto", torch.device("cpu")) is on_cpu
+    assert resolve_backend("auto", torch.device("cuda", 0)) is KernelBackend.TRITON
+    assert resolve_backend("auto", torch.device("mps")) is KernelBackend.REFERENCE
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpu"])
-def test_absent_backends_name_what_is_available(backend: str) -> None:
-    with pytest.raises(BackendUnavailableError, match=f"got '{backend}'.*wanted auto or reference") as caught:
-        resolve_backend(backend)
+@pytest.mark.parametrize(("backend", "device"), [("reference", "cuda"), ("cpu", "cpu"), ("triton", "cuda")])
+def test_a_choice_is_taken(backend: str, device: str) -> None:
+    assert resolve_backend(backend, torch.device(device)) is KernelBackend(backend)
+
+
+def test_the_integer_cpu_backend_runs_on_a_cpu_only() -> None:
+    with pytest.raises(BackendUnavailableError, match="got 'cpu' on device cuda:1, wanted device cpu") as caught:
+        resolve_backend("cpu", torch.device("cuda", 1))
     assert caught.value.exit_code == 2
 
 
 def test_unknown_backends_are_refused() -> None:
     with pytest.raises(KernelError, match="got 'cuda', wanted one of auto, reference, triton, cpu") as caught:
-        resolve_backend("cuda")
+        resolve_backend("cuda", torch.device("cpu"))
     assert not isinstance(caught.value, BackendUnavailableError)
 
 
@@ -45,14 +50,15 @@ def test_triton_runs_here_only_interpreted() -> None:
     code = (
         "import torch; from kernels.backend import *\n"
         "print(backend_for(torch.device('cuda')))\n"
-        "try: backend_for(torch.device('cpu'), 'triton')\n"
-        "except BackendUnavailableError as error: print(error)"
+        "for choose in (backend_for, lambda device, backend: resolve_backend(backend, device)):\n"
+        "    try: choose(torch.device('cpu'), 'triton')\n"
+        "    except BackendUnavailableError as error: print(error)"
     )
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "triton",
-        "backend: got 'triton' on device cpu, wanted a GPU, auto or reference",
+        *["backend: got 'triton' on device cpu, wanted a GPU, auto or reference"] * 2,
     ]
 
 

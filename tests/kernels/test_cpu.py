@@ -10,15 +10,8 @@ from torch import Tensor
 
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
-from kernels.cpu import (
-    PAIR_LIMIT,
-    cpu_conv2d,
-    cpu_linear,
-    pack_cpu_weight,
-    quantize_cpu_by_table,
-    quantize_cpu_dynamic,
-    sums_pairs_exactly,
-)
+from kernels.cpu import cpu_conv2d, cpu_linear, quantize_cpu_by_table, quantize_cpu_dynamic
+from kernels.cpu_weight import PAIR_LIMIT, pack_cpu_weight, sums_pairs_exactly
 from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_int
@@ -53,7 +46,6 @@ def test_linear_sums_are_the_references_integers(bits: int, symmetric: bool, sha
     layer = random_layer(35, shape[-1], bits=bits, symmetric=symmetric, unit_scale=True)
     x, same = codes(*shape, runs=runs)
     packed = pack_cpu_weight([layer.packed])
-    assert packed.exact
     want = linear_int(same, [layer.packed], Epilogue())
     assert want.abs().max() < 2**24
     assert torch.equal(cpu_linear(x, packed, Epilogue()), want)
@@ -94,15 +86,37 @@ def test_the_whole_epilogue_on_mixed_bits(dtype: torch.dtype, bits: int) -> None
 
 
 @needs_vnni
-def test_group_scales_are_regridded_to_half_a_step() -> None:
-    layer = random_layer(9, 128, bits=4, group_size=32)
+@pytest.mark.parametrize(("bits", "spread", "digits"), [(4, 1.0, 2), (4, 7.9, 2), (4, 1000.0, 3), (8, 4.0, 3)])
+def test_scales_per_group_are_whole_numbers_in_digits(bits: int, spread: float, digits: int) -> None:
+    layer = random_layer(9, 128, bits=bits, group_size=32)
+    layer.packed.scale[:, 1] = layer.packed.scale[:, 0] * spread
+    layer.packed.scale[:, 2:] = layer.packed.scale[:, :1]
     packed = pack_cpu_weight([layer.packed])
-    assert not packed.exact
+    assert packed.digits == digits
     x = QuantizedActivation(torch.eye(128, dtype=torch.uint8), torch.ones(1), torch.zeros(1, dtype=torch.int32), False)
-    weight = cpu_linear(x, packed, Epilogue()).t()
-    off = (weight - weight_values(layer.packed)[:, 0]).abs()
-    assert bool((off <= packed.scale[:, None] * 0.5001).all())
-    assert float(off.max()) > 0
+    # One weight an output, so nothing is rounded: bit for bit the artifact's weight.
+    assert torch.equal(cpu_linear(x, packed, Epilogue()).t(), weight_values(layer.packed)[:, 0])
+
+
+@needs_vnni
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_convolutions_with_scales_per_group(geometry: ConvGeometry) -> None:
+    layer = random_layer(19, 72, bits=4, taps=geometry.taps, group_size=32)
+    for runs in (1, 2):
+        x, same = codes(2, 7, 6, 72, runs=runs)
+        g = torch.Generator().manual_seed(2)
+        epilogue = Epilogue(bias=torch.randn(19, generator=g))
+        want = conv2d_int(same, [layer.packed], geometry, epilogue)
+        got = cpu_conv2d(x, pack_cpu_weight([layer.packed], geometry), epilogue)
+        magnitude = float(weight_values(layer.packed).abs().flatten(1).sum(1).max()) * 255
+        assert float((got - want).abs().max()) <= EPILOGUE_TOLERANCE * magnitude
+
+
+def test_scales_too_far_apart_are_refused() -> None:
+    layer = random_layer(9, 128, bits=4, group_size=32)
+    layer.packed.scale[3, 1] = layer.packed.scale[3, 0] * 1e6
+    with pytest.raises(KernelError, match="wanted weights that 3 int8 digits hold"):
+        pack_cpu_weight([layer.packed])
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -149,7 +163,8 @@ SATURATING = """
 import torch
 from kernels.activations import QuantizedActivation
 from kernels.backend import BackendUnavailableError
-from kernels.cpu import cpu_linear, pack_cpu_weight, sums_pairs_exactly
+from kernels.cpu import cpu_linear
+from kernels.cpu_weight import pack_cpu_weight, sums_pairs_exactly
 from kernels.epilogue import Epilogue
 from kernels.gemm import linear_int
 from tests.kernels.test_cpu import codes, random_layer

@@ -213,20 +213,36 @@ def test_artifacts_export(cli: Cli, done: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_bench(cli: Cli, done: dict[str, Any]) -> None:
-    answer = cli("bench", "small@1", "--threads", "1", "--json")
+    answer = cli("bench", "small@1", "--threads", "1", "--backend", "reference", "--no-compile", "--json")
     assert answer.code == 0, answer.err
     found = answer.json
     assert (found["release"], found["threads"], found["backend"]) == ("small@1", 1, "reference")
     assert found["device"]
-    for side in ("release_figures", "original_figures"):
+    for side in ("release_figures", "original_figures", "bf16_figures"):
         assert set(found[side]["step_ms"]) == {"1", "8"}
         assert found[side]["step_ms"]["8"] > found[side]["step_ms"]["1"] > 0
         assert found[side]["images_per_second"] > 0
         assert found[side]["peak_memory_bytes"] > 0
+    assert found["bf16_compiled_figures"] is None
     assert found["release_figures"]["bytes"] < found["original_figures"]["bytes"]
     assert found["ratios"]["bytes"] == pytest.approx(
         found["original_figures"]["bytes"] / found["release_figures"]["bytes"]
     )
+
+
+def test_show_layers(cli: Cli, done: dict[str, Any]) -> None:
+    found = cli("artifacts", "show", "small@1", "--layers", "--backend", "reference", "--json").json
+    assert (found["release"], found["backend"]) == ("small@1", "reference")
+    layers = {each["layer"]: each for each in found["layers"]}
+    assert layers["conv_in"]["weight"]["bits"] == 8
+    assert {each["backend"] for each in found["layers"]} == {"reference"}
+    assert all(each["bytes"] > 0 for each in found["layers"])
+    text = cli("artifacts", "show", "small@1", "--layers").out
+    assert "LAYER" in text
+    assert "conv_in" in text
+    refused = cli("artifacts", "show", "small@1", "--layers", "--backend", "cuda")
+    assert refused.code == 2
+    assert "got 'cuda', wanted one of auto" in refused.err
 
 
 def test_report(cli: Cli, done: dict[str, Any], tmp_path: Path) -> None:
@@ -281,3 +297,24 @@ def test_ctrl_c_gives_the_tasks_back_and_serve_goes_on(home: Path, cli: Cli, don
         row.items() for row in difference["layers"] if row["layer"] == "mid_block.attentions.0.to_q"
     )
     assert "weights.bits" in cli("artifacts", "diff", "small@1", "small@2").out
+
+
+def test_a_measurement_is_published_in_the_card_of_the_next_version(
+    cli: Cli, done: dict[str, Any], tmp_path: Path
+) -> None:
+    versions = [each["version"] for each in cli("artifacts", "ls", "--name", "small", "--json").json]
+    answer = cli("bench", "small@1", "--threads", "1", "--no-compile", "--publish", "--json")
+    assert answer.code == 0, answer.err
+    found = answer.json
+    assert found["published"] == f"small@{max(versions) + 1}"
+    folder = tmp_path / "measured"
+    assert cli("artifacts", "pull", found["published"], folder).code == 0
+    card = (folder / "README.md").read_text()
+    assert card.index("## Speed and memory") < card.index("## Limits")
+    assert "| | this model | float32 | bfloat16 |" in card
+    assert json.loads((folder / "bench.json").read_text())["ratios"] == found["ratios"]
+    listed = {each["version"]: each for each in cli("artifacts", "ls", "--name", "small", "--json").json}
+    assert listed[max(listed)]["metrics"] == listed[1]["metrics"]
+    changed = cli("artifacts", "diff", "small@1", found["published"], "--json").json
+    assert not changed["layers"]
+    assert not changed["recipe"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from quant_core.card import FIGURES, CardContent, check_metrics, render_card
+from quant_core.card import FIGURES, CardContent, add_speed, check_metrics, render_card
 from quant_core.errors import ArtifactError
 
 METRICS: dict[str, Any] = {
@@ -88,3 +88,36 @@ def test_a_corrected_release_says_how_to_sample() -> None:
         'scheduler = quant_core.QuantmillCorrectedScheduler.from_pretrained("FOLDER", subfolder="scheduler")',
     ]
     assert [line for line in corrected.splitlines() if line not in added] == plain.splitlines()
+
+
+def test_a_measurement_goes_before_the_limits_and_replaces_an_earlier_one() -> None:
+    figures = {
+        "step_ms": {"1": 2.0, "8": 9.5},
+        "images_per_second": 3.0,
+        "peak_memory_bytes": 3 << 20,
+        "bytes": 1 << 20,
+    }
+    bench = {
+        "device": "H200",
+        "threads": 4,
+        "backend": "triton",
+        "release_figures": figures,
+        "original_figures": figures | {"bytes": 8 << 20},
+        "bf16_figures": figures | {"peak_memory_bytes": None},
+        "bf16_compiled_figures": None,
+    }
+    plain = render_card(CONTENT)
+    card = add_speed(plain, bench)
+    before, limits = plain.split("## Limits")
+    assert card.startswith(before)
+    assert card.endswith(f"\n## Limits{limits}")
+    assert "Measured by `quantmill bench` on H200, 4 threads, triton backend." in card
+    assert (
+        "| | this model | float32 | bfloat16 |\n|---|---|---|---|\n| one step, batch 1, ms | 2.00 | 2.00 | 2.00 |"
+        in card
+    )
+    assert "| peak memory, MiB | 3 | 3 | – |\n| weights, MiB | 1.00 | 8.00 | 1.00 |" in card
+    again = add_speed(card, bench | {"device": "A100"})
+    assert "H200" not in again
+    assert again.replace("A100", "H200") == card
+    assert add_speed("# x\n", bench).startswith("# x\n\n## Speed and memory\n")

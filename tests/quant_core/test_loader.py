@@ -12,9 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import quant_core
-from kernels.backend import BackendUnavailableError
+from kernels.backend import BackendUnavailableError, KernelBackend
+from kernels.cpu_weight import sums_pairs_exactly
+from kernels.errors import KernelError
 from quant_core.artifact import WEIGHTS_FILE, quantization_config, write_artifact
 from quant_core.errors import ArtifactError
+from quant_core.layers import QuantLayer
 from quant_core.loader import load_folder
 from quant_core.qspec import QuantizationPlan
 
@@ -42,12 +45,35 @@ def packed(simulated: nn.Module, tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_a_folder_loads_bit_for_bit(simulated: nn.Module, packed: Path, backend: str) -> None:
+def test_a_folder_loads_bit_for_bit_on_the_reference(simulated: nn.Module, packed: Path) -> None:
     for source in (packed, str(packed)):
-        model = quant_core.load_quantized(source, device="cpu", backend=backend)
+        model = quant_core.load_quantized(source, device="cpu", backend="reference")
         assert not model.training
         assert torch.equal(predict(model), predict(simulated))
+        assert {run.backend for run in quant_core.layer_runs(model)} == {KernelBackend.REFERENCE}
+
+
+@pytest.mark.skipif(not sums_pairs_exactly(), reason="this CPU's int8 products saturate")
+def test_auto_is_integer_arithmetic_on_a_cpu(simulated: nn.Module, packed: Path) -> None:
+    model = quant_core.load_quantized(packed)
+    runs = quant_core.layer_runs(model)
+    assert {run.backend for run in runs} == {KernelBackend.CPU}
+    layers = {name: module for name, module in simulated.named_modules() if isinstance(module, QuantLayer)}
+    assert [run.layer for run in runs] == list(layers)
+    assert not any(isinstance(module, QuantLayer) for module in model.modules()), "packed weights are not held twice"
+    want = predict(simulated)
+    assert float((predict(model) - want).norm()) < 0.02 * float(want.norm())
+
+
+def test_triton_layers_come_from_a_folder(packed: Path) -> None:
+    runs = quant_core.layer_runs(quant_core.load_quantized(packed, backend="triton"))
+    assert {run.backend for run in runs} == {KernelBackend.TRITON}
+
+
+def test_plain_diffusers_loads_the_reference(simulated: nn.Module, packed: Path) -> None:
+    model = type(simulated).from_pretrained(packed)
+    assert torch.equal(predict(model), predict(simulated))
+    assert {run.reason for run in quant_core.layer_runs(model)} == {"no runtime was built"}
 
 
 def test_a_folder_of_links_loads_without_its_manifest(simulated: nn.Module, packed: Path, tmp_path: Path) -> None:
@@ -86,10 +112,9 @@ def test_what_is_neither_folder_nor_name_is_refused(source: str | Path) -> None:
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpu"])
-def test_absent_backends_are_refused_before_anything_is_read(backend: str) -> None:
-    with pytest.raises(BackendUnavailableError, match="wanted auto or reference") as caught:
-        quant_core.load_quantized("/missing", backend=backend)
+def test_unknown_backends_are_refused_before_anything_is_read() -> None:
+    with pytest.raises(KernelError, match="got 'cuda', wanted one of auto, reference, triton, cpu") as caught:
+        quant_core.load_quantized("/missing", backend="cuda")
     assert caught.value.exit_code == 2
 
 

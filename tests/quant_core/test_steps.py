@@ -135,3 +135,30 @@ def test_a_quantized_model_refuses_other_trajectories(tiny_model: Make, quantize
 def test_the_plan_says_what_to_do_at_unknown_timesteps(tiny_model: Make) -> None:
     parts = build_quantized(tiny_model("unet"), QuantizationPlan({}, {}, (9.0,), UnknownTimestep.NEAREST))
     assert parts.clock.unknown is UnknownTimestep.NEAREST
+
+
+def test_a_batch_at_one_step_is_one_index() -> None:
+    clock = StepClock([900.0, 500.0, 100.0])
+    clock.set_timestep(torch.tensor([500.0, 500.0]))
+    assert (clock.index.shape, int(clock.index), clock.step) == ((), 1, 1)
+    clock.set_timestep(torch.tensor([500.0, 100.0]))
+    assert (clock.index.tolist(), clock.step) == ([1, 2], None)
+
+
+def test_a_clock_of_a_device_looks_up_there() -> None:
+    clock = StepClock([900.0, 500.0, 100.0])
+    clock.run_on(torch.device("cpu"))
+    for timestep, index in ((500, 1), (torch.tensor([900, 100]), [0, 2]), (torch.tensor([100.0004]), 2)):
+        clock.set_timestep(timestep)
+        assert clock.index.tolist() == index
+        assert clock.step is None
+    clock.set_label(torch.tensor([2, 0]), 3)
+    assert clock.rows(3).tolist() == [8, 6]
+    with pytest.raises(RuntimeError, match="timestep: wanted one of the calibrated trajectory"):
+        clock.set_timestep(torch.tensor([500.0, 499.0]))
+    with pytest.raises(RuntimeError, match="class_labels: wanted 0 to 2"):
+        clock.set_label(torch.tensor([3]), 3)
+    nearest = StepClock([900.0, 500.0], UnknownTimestep.NEAREST)
+    nearest.run_on(torch.device("cpu"))
+    nearest.set_timestep(torch.tensor(600.0))
+    assert int(nearest.index) == 1

@@ -1,27 +1,32 @@
-"""Bench: a release and its full-precision original, measured side by side in one process.
+"""Bench: a release and its original in float32, bfloat16 and compiled bfloat16, measured side by side in one process.
 
 params
     sampler: as in a recipe; batches: batch sizes whose step is timed; seconds: how long each is timed at least
+    backend: as `load_quantized` takes it; compile: whether to measure the compiled original too
 inputs
     artifact: the release's tree; model: the original's tree
 outputs
     none: what it measures is of this machine at this moment, so it is never queued or recorded
 metrics
-    device, threads, backend, release_figures and original_figures, each with
+    device, threads, backend (what the release's choice comes to), layers: backend to number of layers
+    release_figures, original_figures (float32), bf16_figures, bf16_compiled_figures (null if not measured), each with
     step_ms: batch size (as text) to the median milliseconds of one denoiser call
     images_per_second: samples by the whole sampler, at the largest batch
-    peak_memory_bytes: the most that loading and one call at the largest batch took
-    bytes: size of the weights file(s)
+    peak_memory_bytes: the most that loading and one call at the largest batch took; null of the compiled model, whose
+    compiler runs in this process
+    bytes: size of the weights (of bfloat16, half of float32's)
+
+The float models have their images in channels-last order, which is the faster one.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import platform
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +37,15 @@ from torch import Tensor, nn
 
 from kernels.backend import KernelBackend, resolve_backend
 from quant_core.conditioning import to_device
-from quant_core.denoiser import Denoiser, call_denoiser, load_denoiser, sample_shape
+from quant_core.denoiser import call_denoiser, load_denoiser, sample_shape
 from quant_core.loader import load_folder
+from quant_core.runtime import build_runtime, layer_runs
 from quant_core.sampler import SamplerSpec, make_scheduler, sample, start, token_count, trajectory_conditioning
 from workers.context import Inputs, Params, TaskContext, TaskOutput
 from workers.manifest import link_tree
+from workers.tasks.common import device_name
 
+COMPILED = "bf16_compiled_figures"
 _LEAST_CALLS, _TURNS = 3, 2
 
 
@@ -68,18 +76,18 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
         seconds=params["seconds"],
     )
     torch.set_num_threads(context.threads)
+    backend = resolve_backend(params["backend"], bench.device)
     del original
-    loaders: dict[str, Callable[[], nn.Module]] = {
-        "release_figures": lambda: load_folder(folders["artifact"]),
-        "original_figures": lambda: _model(load_denoiser(folders["model"])),
-    }
-    peaks = {name: _peak_bytes(bench, load) for name, load in loaders.items()}
-    models = {name: load().to(bench.device) for name, load in loaders.items()}
+    loaders = _loaders(folders, backend, bench.device)
+    peaks: dict[str, int | None] = {name: _peak_bytes(bench, load) for name, load in loaders.items()}
+    models = {name: load() for name, load in loaders.items()}
+    if params["compile"]:
+        models[COMPILED] = _compiled(loaders["bf16_figures"]())
+        peaks[COMPILED] = None
     times, speeds = _step_ms(bench, models), _images_per_second(bench, models)
-    sizes = {
-        "release_figures": _weights_bytes(folders["artifact"]),
-        "original_figures": _weights_bytes(folders["model"]),
-    }
+    original_bytes = _weights_bytes(folders["model"])
+    sizes = {name: original_bytes if name == "original_figures" else original_bytes // 2 for name in models}
+    sizes["release_figures"] = _weights_bytes(folders["artifact"])
     figures = {
         name: {
             "step_ms": times[name],
@@ -89,12 +97,56 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
         }
         for name in models
     }
-    where = {"device": _device_name(bench.device), "threads": torch.get_num_threads()}
-    return TaskOutput({}, {**where, "backend": resolve_backend(KernelBackend.AUTO).value, **figures})
+    runs = Counter(str(run.backend) for run in layer_runs(models["release_figures"]))
+    where = {"device": device_name(bench.device), "threads": torch.get_num_threads()}
+    return TaskOutput({}, {**where, "backend": str(backend), "layers": dict(runs), COMPILED: None, **figures})
 
 
-def _model(denoiser: Denoiser) -> nn.Module:
-    return denoiser.model
+def _loaders(
+    folders: Mapping[str, Path], backend: KernelBackend, device: torch.device
+) -> dict[str, Callable[[], nn.Module]]:
+    """Return what loads each model, on the device and ready to run."""
+
+    def release() -> nn.Module:
+        model = load_folder(folders["artifact"]).to(device)
+        build_runtime(model, backend)
+        return model
+
+    def original() -> nn.Module:
+        model: nn.Module = load_denoiser(folders["model"]).model
+        return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    return {
+        "release_figures": release,
+        "original_figures": original,
+        "bf16_figures": lambda: _in_bfloat16(original()),
+    }
+
+
+def _in_bfloat16(model: nn.Module) -> nn.Module:
+    """Let a model compute in bfloat16 and take and give float32."""
+
+    def cast(value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, dict):
+            return {name: cast(item, dtype) for name, item in value.items()}
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # bfloat16 has no 999
+        return args, {name: v if "timestep" in name else cast(v, torch.bfloat16) for name, v in kwargs.items()}
+
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        return tuple(cast(item, torch.float32) for item in output) if isinstance(output, tuple) else output.float()
+
+    model = model.to(torch.bfloat16)
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after)
+    return model
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile()
+    return model
 
 
 def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
@@ -159,7 +211,7 @@ def _peak_bytes(bench: _Bench, load: Callable[[], nn.Module]) -> int:
     else:
         _return_free_memory()
         before = _reset_resident_peak()
-    model = load().to(bench.device)
+    model = load()
     _call(bench, model, max(bench.batches))()
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated(bench.device) - before
@@ -185,12 +237,3 @@ def _status_bytes(key: str) -> int:
 
 def _weights_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

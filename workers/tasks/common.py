@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from quant_core.artifact import SCHEDULER_FILE
 from quant_core.denoiser import Denoiser, load_denoiser
@@ -61,3 +64,13 @@ def seed_range(seeds: Mapping[str, int]) -> range:
 def to_json(value: Any) -> bytes:
     """Return the one serialised form of a JSON value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def device_name(device: torch.device) -> str:
+    """Return what a device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())

@@ -5,21 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
+
+from kernels.backend import resolve_backend
+
 RunTask = Callable[..., Any]
 
 
-def test_bench_measures_both_models(
-    run_task: RunTask, digits: str, packed_digits: str, seeds: Callable[..., dict[str, Any]]
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_bench_measures_a_release_and_its_original(
+    run_task: RunTask, digits: str, packed_digits: str, seeds: Callable[..., dict[str, Any]], compiles: bool
 ) -> None:
     params = {"sampler": seeds(0, 1)["sampler"], "batches": [1, 4], "seconds": 0.05}
+    params |= {"backend": "auto", "compile": compiles}
     metrics = run_task("bench", params, {"artifact": [packed_digits], "model": [digits]}).metrics
-    assert (metrics["threads"], metrics["backend"]) == (1, "reference")
+    backend = str(resolve_backend("auto", torch.device("cpu")))
+    assert (metrics["threads"], metrics["backend"]) == (1, backend)
+    assert set(metrics["layers"]) <= {backend, "reference"}
     assert metrics["device"]
-    for side in ("release_figures", "original_figures"):
+    sides = ["release_figures", "original_figures", "bf16_figures"]
+    for side in sides + ["bf16_compiled_figures"] * compiles:
         figures = metrics[side]
         assert set(figures["step_ms"]) == {"1", "4"}
         assert all(0 < value < 10_000 for value in figures["step_ms"].values())
         assert figures["images_per_second"] > 0
+    for side in sides:
         # Loading alone takes the weights; a small model's call takes a few times as much.
-        assert figures["peak_memory_bytes"] > figures["bytes"] / 2
+        assert metrics[side]["peak_memory_bytes"] > metrics[side]["bytes"] / 2
+    assert (metrics["bf16_compiled_figures"] is None) is not compiles
     assert metrics["release_figures"]["bytes"] < metrics["original_figures"]["bytes"] / 4
+
+
+def test_layers_say_how_they_are_stored_and_run(run_task: RunTask, packed_digits: str) -> None:
+    metrics = run_task("layers", {"backend": "triton"}, {"artifact": [packed_digits]}).metrics
+    assert metrics["backend"] == "triton"
+    assert metrics["device"]
+    layers = {each.pop("layer"): each for each in metrics["layers"]}
+    # conv_in: its input is not quantized, and convolutions multiply integers; time_embedding.linear_1: float x 4 bits
+    conv, linear = layers["conv_in"], layers["time_embedding.linear_1"]
+    assert (conv["backend"], linear["backend"]) == ("reference", "triton")
+    assert "not quantized" in conv["reason"]
+    assert linear["weight"]["bits"] == 4
+    assert linear["activation"] is None
+    outputs, inputs = 64, 16
+    assert (outputs * inputs // 2 + outputs * (4 + 1 + 4)) == linear["bytes"], "codes, scale, zero point, bias"

@@ -1,0 +1,199 @@
+"""One step of packed models on the CPU's integer backend against float32 and bfloat16, and their images.
+
+    taskset -c 0 python -m benchmarks.runtime --model FOLDER --release W8A8=FOLDER --release W4A8=FOLDER --out FILE
+    taskset -c 0 python -m benchmarks.runtime --stable-diffusion 32 --out FILE
+
+All models run one step in turn, `--repeats` times, and each keeps its least time and its median: load of other
+processes falls on all alike. Seconds are the thread's CPU seconds, which do not count waiting for a processor, and
+wall seconds beside them. float32 and bfloat16 are measured in both memory layouts; ratios are to the better one. With
+releases, samples of the same seeds are drawn with the reference and with the integer backend, and compared.
+`--stable-diffusion N` measures a UNet of Stable Diffusion 1.5's shapes with random 8-bit codes on N x N latents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from kernels.backend import KernelBackend
+from quant_core.artifact import SCHEDULER_FILE
+from quant_core.denoiser import load_denoiser, sample_shape
+from quant_core.layers import QUANTIZABLE
+from quant_core.loader import load_folder
+from quant_core.model import build_quantized
+from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_core.runtime import build_runtime
+from quant_core.sampler import SamplerSpec, make_scheduler, sample, trajectory_conditioning
+
+Step = Callable[[], Tensor]
+_FLOATS = {
+    "float32, contiguous": (torch.float32, torch.contiguous_format),
+    "float32, channels last": (torch.float32, torch.channels_last),
+    "bfloat16, contiguous": (torch.bfloat16, torch.contiguous_format),
+    "bfloat16, channels last": (torch.bfloat16, torch.channels_last),
+}
+
+
+def runtime(folder: Path) -> nn.Module:
+    """Load a release for the integer CPU backend."""
+    model = load_folder(folder)
+    build_runtime(model, KernelBackend.CPU)
+    return model
+
+
+def class_step(model: nn.Module, batch: int, timestep: float, dtype: torch.dtype, layout: torch.memory_format) -> Step:
+    """Return one step of a class-conditional UNet that is in `dtype` and `layout`."""
+    x = torch.randn(batch, *sample_shape(model), generator=torch.Generator().manual_seed(0))
+    x, labels = x.to(dtype, memory_format=layout), torch.arange(batch)
+    return lambda: model(x, torch.tensor(timestep), class_labels=labels).sample
+
+
+def take_turns(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, float]]:
+    """Time every step in turn, in milliseconds."""
+    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        step()
+        print(f"{name}: warm", file=sys.stderr)
+    for _ in range(repeats):
+        for name, step in steps.items():
+            cpu, wall = time.thread_time(), time.perf_counter()
+            step()
+            seen[name].append((1000 * (time.thread_time() - cpu), 1000 * (time.perf_counter() - wall)))
+    return {
+        name: {
+            "cpu_ms": min(cpu for cpu, _ in times),
+            "cpu_ms_median": statistics.median(cpu for cpu, _ in times),
+            "wall_ms": min(wall for _, wall in times),
+        }
+        for name, times in seen.items()
+    }
+
+
+def ratios(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return each packed model's least and median CPU time over the better float32's and bfloat16's."""
+    result = {}
+    for name in [name for name in times if name not in _FLOATS]:
+        result[name] = {
+            f"{key} of {dtype}": times[name][key] / min(each[key] for other, each in times.items() if dtype in other)
+            for dtype in ("float32", "bfloat16")
+            for key in ("cpu_ms", "cpu_ms_median")
+        }
+    return result
+
+
+def image_psnr(folder: Path, seeds: int) -> list[float]:
+    """Return the PSNR, dB, of each seed's image on the integer backend against the reference's; peak 2 (-1 to 1)."""
+    spec = SamplerSpec(num_inference_steps=20)
+    scheduler = make_scheduler(spec, json.loads((folder / SCHEDULER_FILE).read_text()))
+    images = []
+    for model in (load_folder(folder), runtime(folder)):
+        told = trajectory_conditioning(model, spec, range(seeds), None)
+        images.append(sample(model, scheduler, spec, range(seeds), told, batch_size=seeds).clamp(-1, 1))
+    error = (images[0] - images[1]).square().flatten(1).mean(1)
+    return [round(10 * float(torch.log10(4 / each)), 2) for each in error]
+
+
+def stable_diffusion(size: int, repeats: int) -> dict[str, Any]:
+    """Measure Stable Diffusion 1.5's shapes at batch 1."""
+    shapes: dict[str, Any] = {"sample_size": size, "cross_attention_dim": 768}
+    with torch.device("meta"):
+        packed, plain = UNet2DConditionModel(**shapes), UNet2DConditionModel(**shapes)
+    spec = LayerSpec(WeightSpec(8, symmetric=True), ActivationSpec(8, mode=ActivationMode.STATIC))
+    names = [name for name, module in packed.named_modules() if isinstance(module, QUANTIZABLE)]
+    build_quantized(packed, QuantizationPlan(dict.fromkeys(names, spec), {}))
+    packed = packed.to_empty(device="cpu").eval()
+    for name, tensor in packed.state_dict().items():
+        if name.endswith("zero_point"):
+            tensor.fill_(128)
+        elif tensor.is_floating_point():
+            tensor.fill_(0.01)
+        else:
+            tensor.random_(0, 256)
+    build_runtime(packed, KernelBackend.CPU)
+    plain = plain.to_empty(device="cpu").eval().requires_grad_(False)
+    for tensor in plain.state_dict().values():
+        tensor.normal_(std=0.02)
+    text, x, t = torch.randn(1, 77, 768), torch.randn(1, 4, size, size), torch.tensor(500)
+
+    def step(model: nn.Module, dtype: torch.dtype) -> Step:
+        image = x.to(dtype, memory_format=torch.channels_last)
+        return lambda: model(image, t, encoder_hidden_states=text.to(dtype)).sample
+
+    plain = plain.to(memory_format=torch.channels_last)
+    half = _half_of(plain, shapes)
+    steps = {
+        "float32, channels last": step(plain, torch.float32),
+        "bfloat16, channels last": step(half, torch.bfloat16),
+        "W8A8": step(packed, torch.float32),
+    }
+    times = take_turns(steps, repeats)
+    return {"latents": size, "batch": 1, "times": times, "ratios": ratios(times)}
+
+
+def _half_of(model: nn.Module, shapes: dict[str, Any]) -> nn.Module:
+    """Return a bfloat16 copy without a second float32 one."""
+    with torch.device("meta"):
+        half = UNet2DConditionModel(**shapes).eval().requires_grad_(False)
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    half.load_state_dict(state, assign=True)
+    return half
+
+
+def emoji(model: Path, releases: dict[str, Path], batches: Sequence[int], repeats: int, seeds: int) -> dict[str, Any]:
+    """Measure a class-conditional UNet's releases."""
+    result: dict[str, Any] = {"batches": {}}
+    for batch in batches:
+        steps = {}
+        timestep = 0.0
+        for name, folder in releases.items():
+            packed = runtime(folder)
+            timestep = packed.config.quantization_config.timesteps[7]  # type: ignore[union-attr]
+            steps[name] = class_step(packed, batch, timestep, torch.float32, torch.channels_last)
+        for name, (dtype, layout) in _FLOATS.items():
+            plain = load_denoiser(model).model.to(dtype, memory_format=layout)  # type: ignore[call-overload]
+            steps[name] = class_step(plain, batch, timestep, dtype, layout)
+        times = take_turns(steps, repeats)
+        result["batches"][str(batch)] = {"times": times, "ratios": ratios(times)}
+    psnr = {name: image_psnr(folder, seeds) for name, folder in releases.items()}
+    result["psnr_db_against_reference"] = {
+        name: {"least": min(v), "seeds": seeds, "all": v} for name, v in psnr.items()
+    }
+    return result
+
+
+def main() -> None:
+    """Measure, print JSON and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--release", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--stable-diffusion", type=int, metavar="SIZE")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        if args.stable_diffusion:
+            measured = stable_diffusion(args.stable_diffusion, args.repeats)
+        else:
+            releases = {name: Path(folder) for name, _, folder in (each.partition("=") for each in args.release)}
+            measured = emoji(args.model, releases, args.batches, args.repeats, args.seeds)
+    text = json.dumps({"torch": torch.__version__, "threads": 1, "repeats": args.repeats, **measured}, indent=2)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

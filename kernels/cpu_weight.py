@@ -1,0 +1,184 @@
+"""A layer's weight as oneDNN's int8 operators take it: int8 rows, one float scale each, exactly the artifact's numbers.
+
+    one digit   The int8 weight is code - zero point: up to 7 bits always fit, 8 bits where the zero point is 128.
+                Asymmetric 8-bit weights are stored as code - 128, and the input's sums correct for the rest:
+                    sum (x - x_zero) (w - zero) = sum (x - x_zero) (w - 128) - (zero - 128) * sum (x - x_zero).
+    digits      A scale per group is a whole number (below 256 in bfloat16) times a power of two. So the weights of one
+                output channel, (code - zero) * scale, are whole numbers of one common step, a power of two:
+                    w = step * (d0 + 256 d1 + 65536 d2),   d in [-128, 127].
+                Each digit is an output channel of its own; their sums, each an exact integer, are added in float32.
+    saturation  Without VNNI or AMX, oneDNN adds pairs of products in int16 (vpmaddubsw), which saturates above 32767:
+                exact only if 2 * 255 * max|w| fits. `pack_cpu_weight` measures this machine and refuses the rest.
+
+Weights are unpacked once: a byte a weight and digit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.backend import BackendUnavailableError
+from kernels.conv import ConvGeometry
+from kernels.errors import KernelError
+from kernels.gemm import check_weights
+from kernels.weights import PackedWeight, expand_weight_groups, weight_integers
+
+# The largest |w| with which a pair of products can't saturate int16.
+PAIR_LIMIT = (2**15 - 1) // (2 * 255)
+DIGIT_LIMIT = 3
+_DIGIT = 256
+# The largest number that DIGIT_LIMIT digits of [-128, 127] hold on both sides of 0.
+_LARGEST = 127 * (_DIGIT**DIGIT_LIMIT - 1) // (_DIGIT - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuWeight:
+    """A layer's weight as oneDNN lays it out.
+
+    Attributes
+    ----------
+    packed : Tensor
+        Opaque, int8; digits * N output channels, all of digit 0 first.
+    scale : Tensor, shape (digits * N,), dtype float32
+    correction : Tensor, shape (N,), dtype float32, or None
+        scale * (zero_point - 128), for asymmetric 8-bit weights.
+    outputs : int
+        N, the layer's output channels.
+    digits : int
+        1 to 3.
+    channels : int
+        Input channels.
+    geometry : ConvGeometry or None
+        None for a Linear.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    correction: Tensor | None
+    outputs: int
+    digits: int
+    channels: int
+    geometry: ConvGeometry | None
+
+
+def pack_cpu_weight(
+    weights: Sequence[PackedWeight], geometry: ConvGeometry | None = None, input_shape: Sequence[int] | None = None
+) -> CpuWeight:
+    """Unpack a layer's weight to int8 and have oneDNN lay it out.
+
+    Parameters
+    ----------
+    weights : sequence of PackedWeight
+        One that holds all output channels, or several that divide them; on the CPU.
+    geometry : ConvGeometry, optional
+        Of a Conv2d; without it, the layer is a Linear.
+    input_shape : sequence of int, optional
+        (rows, channels), or (B, C, H, W): the shape that oneDNN chooses its layout for. Others work as well, perhaps
+        slower.
+
+    Raises
+    ------
+    BackendUnavailableError
+        If this machine's int8 products saturate and the weight is large enough for that, or PyTorch has no oneDNN.
+    KernelError
+        If the parts do not fit together, or a channel's scales are too far apart for 3 digits.
+    """
+    if not torch.backends.mkldnn.is_available():
+        raise BackendUnavailableError("backend: got 'cpu', but this PyTorch has no oneDNN; wanted reference")
+    channels, taps = weights[0].layout.channels, 1 if geometry is None else geometry.taps
+    n = check_weights(weights, taps=taps, channels=channels)
+    integers = torch.empty(n, taps, channels, dtype=torch.int32)
+    scale = torch.empty(n, dtype=torch.float32)
+    zero = torch.zeros(n, dtype=torch.float32)
+    for weight in weights:
+        rows = slice(None) if weight.channel is None else weight.channel.long()
+        integers[rows], scale[rows], zero[rows] = _whole_rows(weight)
+    digits = _int8_digits(integers)
+    _check_saturation(digits)
+    matrix = torch.cat(digits)
+    row_scale = torch.cat([scale * float(_DIGIT**power) for power in range(len(digits))])
+    correction = scale * zero if bool(zero.any()) else None
+    if geometry is None:
+        shape = None if input_shape is None else list(input_shape)
+        packed = torch.ops.onednn.qlinear_prepack(matrix[:, 0], shape)
+    else:
+        packed = _prepack_conv(matrix, geometry, row_scale, input_shape)
+    return CpuWeight(packed, row_scale, correction, n, len(digits), channels, geometry)
+
+
+@functools.cache
+def sums_pairs_exactly() -> bool:
+    """Whether this machine's int8 products are summed without saturation. Measured: oneDNN may be told to use less."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    codes = torch.full((2, 64), 255, dtype=torch.uint8)
+    weight = torch.full((16, 64), 127, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    zero, ones = torch.zeros(16, dtype=torch.int32), torch.ones(16)
+    got = torch.ops.onednn.qlinear_pointwise.tensor(
+        codes, ones[:1], zero[:1], packed, ones, zero, None, 1.0, 0, torch.float32, "none", [], "none"
+    )
+    return bool((got == 255 * 127 * 64).all())
+
+
+def _whole_rows(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers (rows, taps, C), int32, their scale (rows,), and the zero point that is still in them (rows,)."""
+    integers = weight_integers(weight)
+    zero = torch.zeros(weight.rows, dtype=torch.int32)
+    if weight.layout.groups > 1:
+        factor, step = _whole_scales(weight.scale.float())
+        if int(integers.abs().max()) * int(factor.max()) > _LARGEST:
+            raise KernelError(
+                f"scale: got groups of one output channel up to {int(factor.max())} steps apart, wanted weights that "
+                f"{DIGIT_LIMIT} int8 digits hold"
+            )
+        return integers * expand_weight_groups(factor.int(), weight.layout), step, zero.float()
+    if integers.numel() and (int(integers.min()) < -128 or int(integers.max()) > 127):
+        zero = weight.zero_point[:, 0].int()
+        integers = integers + zero[:, None, None]
+    return integers, weight.scale[:, 0].float(), zero.float()
+
+
+def _whole_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Write scales (N, G) as whole multiples, int64 (N, G), of one power of two per row, float32 (N,)."""
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2**exponent, mantissa in [0.5, 1) of 24 bits
+    whole = (mantissa.double() * 2**24).long()
+    trailing = torch.frexp((whole & -whole).float())[1] - 1  # zero bits at the end
+    least = (exponent + trailing).amin(dim=1, keepdim=True)
+    shift = exponent + trailing - least
+    # Beyond 31 bits the caller refuses anyway.
+    return (whole >> trailing) << shift.clamp(max=31), torch.ldexp(torch.ones(len(scale)), least[:, 0] - 24)
+
+
+def _int8_digits(integers: Tensor) -> list[Tensor]:
+    """Return the digits of int32 values to the base 256, least first, each in [-128, 127], dtype int8."""
+    digits = []
+    while integers.numel() and (int(integers.min()) < -128 or int(integers.max()) > 127):
+        low = ((integers + 128) & (_DIGIT - 1)) - 128
+        digits.append(low.to(torch.int8))
+        integers = (integers - low) >> 8
+    return [*digits, integers.to(torch.int8)]
+
+
+def _check_saturation(digits: Sequence[Tensor]) -> None:
+    """Refuse weights whose products would saturate on this machine."""
+    largest = max(int(digit.int().abs().max()) if digit.numel() else 0 for digit in digits)
+    if largest > PAIR_LIMIT and not sums_pairs_exactly():
+        raise BackendUnavailableError(
+            f"backend: got 'cpu' for weights up to {largest} on a CPU without VNNI or AMX, whose int8 products "
+            f"saturate; wanted weights up to {PAIR_LIMIT}, or reference"
+        )
+
+
+def _prepack_conv(matrix: Tensor, geometry: ConvGeometry, scale: Tensor, input_shape: Sequence[int] | None) -> Tensor:
+    """Lay out int8 (N, taps, C) for a convolution."""
+    image = matrix.view(len(matrix), *geometry.kernel, matrix.shape[-1]).permute(0, 3, 1, 2).contiguous()
+    shape = None if input_shape is None else list(input_shape)
+    return torch.ops.onednn.qconv_prepack(
+        image, scale, 1.0, 0, list(geometry.stride), list(geometry.padding), list(geometry.dilation), 1, shape
+    )

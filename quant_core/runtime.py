@@ -1,0 +1,329 @@
+"""The packed runtime: quantized layers replaced by ones that multiply integers on the device at hand.
+
+A `RuntimeLayer` computes what its `QuantLayer` simulates: the same codes, the same integer sums, scaled in float32. So
+it differs from the reference by float rounding only; what a backend can't run so stays a `QuantLayer`. See
+docs/adr/0006-runtime.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
+from kernels.affine import Granularity
+from kernels.backend import BackendUnavailableError, KernelBackend
+from kernels.conv import ConvGeometry, conv2d_int
+from kernels.cpu import CpuGrid, cpu_conv2d, cpu_grid, cpu_linear, quantize_cpu, quantize_cpu_dynamic
+from kernels.cpu_weight import CpuWeight, pack_cpu_weight
+from kernels.epilogue import Epilogue
+from kernels.errors import KernelError
+from kernels.gemm import linear_float, linear_int
+from kernels.packing import pack_codes
+from kernels.weights import PackedWeight, pack_weight
+from quant_core.activation import ActivationQuantizer
+from quant_core.errors import QuantizationError
+from quant_core.layers import QuantLayer, replace_module
+from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, WeightSpec
+from quant_core.steps import StepClock
+
+# What this module knows of a layer's format. A layer with any other field set runs the reference.
+_KNOWN_FIELDS = {
+    LayerSpec: {"weight", "activation", "split"},
+    WeightSpec: {"bits", "symmetric", "granularity", "group_size"},
+    ActivationSpec: {"bits", "symmetric", "mode", "step_bits"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """How one quantized layer runs: its name in the model, the backend, and in a few words how or why."""
+
+    layer: str
+    backend: KernelBackend
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPart:
+    """Input channels `start` to `stop` of a layer: their weight, and the grids of their activations.
+
+    Attributes
+    ----------
+    weight : CpuWeight or PackedWeight
+    table : ActivationTable or None
+        None if grids are taken at run time, or the input is not quantized.
+    tops : Tensor, shape (S,), dtype int32, or None
+        Greatest code of each trajectory step, where their bits differ.
+    grids : tuple of CpuGrid
+        Those of `table`, one for each step; on the CPU only.
+    """
+
+    start: int
+    stop: int
+    weight: CpuWeight | PackedWeight
+    table: ActivationTable | None
+    tops: Tensor | None
+    grids: tuple[CpuGrid, ...] = ()
+
+
+class RuntimeLayer(nn.Module):
+    """A quantized Conv2d or Linear that runs with integer arithmetic; made by `build_runtime`.
+
+    It holds no parameters and no buffers: its tensors are laid out for one backend on one device.
+
+    Attributes
+    ----------
+    run : LayerRun
+    parts : list of LayerPart
+        Several if the input is split (`LayerSpec.split`).
+    """
+
+    def __init__(self, layer: QuantLayer, name: str, backend: KernelBackend) -> None:
+        super().__init__()
+        self.spec = layer.spec
+        self.shape = layer.shape
+        self.device = layer.qweight.device
+        self.bias = layer.bias
+        for size in ("in_features", "out_features", "in_channels", "out_channels"):  # what models ask their layers for
+            if hasattr(layer, size):
+                setattr(self, size, getattr(layer, size))
+        self.geometry = _geometry(layer)
+        quantizers = _quantizers(layer)
+        self.clock: StepClock | None = quantizers[0].clock if quantizers else None
+        self.activation: ActivationSpec | None = quantizers[0].spec if quantizers else None
+        self.parts = [_part(layer, i, backend, self.geometry) for i in range(len(layer.spec.split or (0,)))]
+        self.run = LayerRun(name, backend, _how(self.parts, backend, self.activation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, in the dtype of `x`; an image (B, C, H, W) comes back in channels-last order."""
+        if torch.compiler.is_compiling():
+            return self._forward(x)
+        # Attentions run their layers inside a function mode, which would see each of some thirty calls in vain.
+        with torch._C.DisableTorchFunction():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        rows = x if self.geometry is None else x.permute(0, 2, 3, 1)
+        out: Tensor | None = None
+        for i, part in enumerate(self.parts):
+            is_last = i == len(self.parts) - 1
+            piece = rows if len(self.parts) == 1 else rows[..., part.start : part.stop]
+            epilogue = Epilogue(x.dtype if is_last else torch.float32, self.bias if i == 0 else None, out)
+            out = self._multiply(piece, part, epilogue)
+        assert out is not None
+        return out if self.geometry is None else out.permute(0, 3, 1, 2)
+
+    def _multiply(self, x: Tensor, part: LayerPart, epilogue: Epilogue) -> Tensor:
+        """Quantize channels-last rows and multiply them with a part's weight."""
+        weight = part.weight
+        if isinstance(weight, CpuWeight):
+            codes = self._cpu_codes(x, part)
+            multiply = cpu_linear if self.geometry is None else cpu_conv2d
+            return multiply(codes, weight, epilogue)
+        if self.activation is None:
+            return linear_float(x, [weight], epilogue, self.run.backend)
+        codes = self._codes(x, part, self.activation)
+        if self.geometry is None:
+            return linear_int(codes, [weight], epilogue, self.run.backend)
+        return conv2d_int(codes, [weight], self.geometry, epilogue, self.run.backend)
+
+    def _cpu_codes(self, x: Tensor, part: LayerPart) -> QuantizedActivation:
+        if part.table is None:
+            assert self.activation is not None
+            return quantize_cpu_dynamic(x, self.activation.bits, symmetric=self.activation.symmetric)
+        index = self._steps(x, part.table)
+        step = 0 if index is None or self.clock is None else self.clock.step
+        grid = cpu_grid(part.table, index) if step is None else part.grids[step]
+        assert isinstance(part.weight, CpuWeight)
+        needs_sums = part.weight.correction is not None and part.tops is None
+        return _limit_codes(quantize_cpu(x, grid, part.table.bits, with_sums=needs_sums), part, index, 0)
+
+    def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec) -> QuantizedActivation:
+        if part.table is None:
+            per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
+            bits, backend = spec.bits, self.run.backend
+            return quantize_dynamic(x, bits, symmetric=spec.symmetric, per_token=per_token, backend=backend)
+        index = self._steps(x, part.table)
+        codes = quantize_by_table(x, part.table, index, self.run.backend)
+        return _limit_codes(codes, part, index, 2 ** (spec.bits - 1))
+
+    def _steps(self, x: Tensor, table: ActivationTable) -> Tensor | None:
+        """Return the step of each row of `x`, shape () or (rows,), on its device; None if the table has one entry."""
+        if table.scale.numel() == 1 or self.clock is None:
+            return None
+        index = self.clock.index.to(x.device)
+        if index.dim() == 0 or index.shape[0] == x.shape[0]:
+            return index
+        return index[:, None].expand(-1, x.shape[0] // index.shape[0]).reshape(-1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RuntimeLayer:
+        """Refuse another device; casts leave scales and codes as they are."""
+        moved = fn(torch.empty(0, device=self.device)).device
+        if moved != self.device:
+            raise QuantizationError(
+                f"layer {self.run.layer}: got a move to {moved}, but its weights are laid out for the "
+                f"{self.run.backend} backend on {self.device}; wanted load_quantized(..., device='{moved}')"
+            )
+        return self
+
+    def _save_to_state_dict(self, *args: object, **kwargs: object) -> None:
+        raise QuantizationError(
+            f"layer {self.run.layer}: got a request for its tensors, which are laid out for this machine; wanted a "
+            "model loaded with backend='reference'"
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        return f"{self.shape}, W{self.spec.weight.bits} {self.spec.weight.granularity}, {self.run.reason}"
+
+
+def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
+    """Replace the quantized layers of `model`, in place and one by one, by runtime layers where `backend` has them.
+
+    Parameters
+    ----------
+    model : Module
+        Loaded, on the device where it will run; its parameters are frozen.
+    backend : KernelBackend
+        `AUTO` must have been resolved.
+
+    Returns
+    -------
+    list of LayerRun
+        One for each quantized layer, in the model's order; `layer_runs` gives them again.
+    """
+    model.requires_grad_(False)
+    runs = []
+    for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]:
+        reason = "the reference was asked for" if backend is KernelBackend.REFERENCE else _unsuited(layer, backend)
+        if reason is None:
+            try:
+                made = RuntimeLayer(layer, name, backend)
+            except (KernelError, BackendUnavailableError) as error:
+                reason = str(error)
+            else:
+                replace_module(model, name, made)
+                runs.append(made.run)
+                continue
+        layer.group_index = layer.group_index.to(layer.qweight.device)
+        runs.append(LayerRun(name, KernelBackend.REFERENCE, reason))
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    if device.type != "cpu":
+        for module in model.modules():
+            if isinstance(clock := getattr(module, "clock", None), StepClock):
+                clock.run_on(device)
+    model.quantmill_runs = tuple(runs)  # type: ignore[assignment]
+    return runs
+
+
+def layer_runs(model: nn.Module) -> tuple[LayerRun, ...]:
+    """Return how each quantized layer of a model runs; a model that plain diffusers loaded runs the reference."""
+    known = getattr(model, "quantmill_runs", None)
+    if known is not None:
+        return tuple(known)
+    names = [name for name, module in model.named_modules() if isinstance(module, QuantLayer)]
+    return tuple(LayerRun(name, KernelBackend.REFERENCE, "no runtime was built") for name in names)
+
+
+def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
+    """Say why `backend` can't run a layer exactly; None if nothing is known against it."""
+    spec, activation = layer.spec, layer.spec.activation
+    for record in (spec, spec.weight, *(() if activation is None else (activation,))):
+        strange = [field.name for field in fields(record) if _is_strange(record, field.name)]
+        if strange:
+            return f"formats with {', '.join(strange)} have no kernel"
+    if layer.soft_weight is not None or any(q.soft_scale is not None or not q.enabled for q in _quantizers(layer)):
+        return "its rounding or ranges are being learned"
+    if layer.kind not in (nn.Linear, nn.Conv2d):
+        return f"{layer.kind.__name__} has no kernel"
+    if layer.kind is nn.Conv2d:
+        if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return f"got a convolution of {layer.groups} groups, padding {layer.padding!r} {layer.padding_mode}"
+        if activation is None:
+            return "its input is not quantized, and convolutions multiply integers"
+    elif backend is KernelBackend.CPU:
+        if activation is None:
+            return "its input is not quantized, and oneDNN multiplies integers"
+        if activation.mode is ActivationMode.DYNAMIC_TOKEN:
+            return "ranges per token: oneDNN takes one for each call"
+    return None
+
+
+def _is_strange(record: LayerSpec | WeightSpec | ActivationSpec, name: str) -> bool:
+    """Whether a field that this module does not know says something."""
+    known = next(names for kind, names in _KNOWN_FIELDS.items() if isinstance(record, kind))
+    return name not in known and bool(getattr(record, name))
+
+
+def _quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:
+    """Return the quantizers of a layer's input parts."""
+    return [module for module in layer.act_quantizers if isinstance(module, ActivationQuantizer)]
+
+
+def _geometry(layer: QuantLayer) -> ConvGeometry | None:
+    """Return the geometry of a Conv2d, None of a Linear."""
+    if layer.kind is nn.Linear:
+        return None
+    assert not isinstance(layer.padding, str)
+    height, width = layer.padding
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    return ConvGeometry((kh, kw), (sh, sw), (height, width), (dh, dw))
+
+
+def _part(layer: QuantLayer, number: int, backend: KernelBackend, geometry: ConvGeometry | None) -> LayerPart:
+    """Lay out one part of a layer."""
+    sizes = layer.spec.split or (layer.shape[1],)
+    start = sum(sizes[:number])
+    packed = _packed(layer, number, start, sizes)
+    weight = pack_cpu_weight([packed], geometry) if backend is KernelBackend.CPU else packed
+    table, tops = None, None
+    grids: tuple[CpuGrid, ...] = ()
+    quantizers = _quantizers(layer)
+    if quantizers and not quantizers[number].spec.is_dynamic:
+        quantizer = quantizers[number]
+        table = ActivationTable(quantizer.scale, quantizer.zero_point, quantizer.spec.bits, quantizer.spec.symmetric)
+        tops = quantizer.tops.to(layer.qweight.device, torch.int32) if quantizer.spec.step_bits else None
+        if backend is KernelBackend.CPU:
+            grids = tuple(cpu_grid(table, torch.tensor(step)) for step in range(quantizer.scale.numel()))
+    return LayerPart(start, start + sizes[number], weight, table, tops, grids)
+
+
+def _packed(layer: QuantLayer, number: int, start: int, sizes: tuple[int, ...]) -> PackedWeight:
+    """Give the kernels the columns of one part, (N, taps, channels of the part)."""
+    spec, channels, size = layer.spec.weight, layer.shape[1], sizes[number]
+    taps, qweight, scale, zero = layer.columns // channels, layer.qweight, layer.scale, layer.zero_point
+    if len(sizes) > 1:
+        codes = layer.codes().view(-1, taps, channels)[..., start : start + size]
+        qweight = pack_codes(codes.reshape(len(codes), -1), spec.bits)
+        if spec.granularity is not Granularity.PER_TENSOR:
+            counts = [1 if spec.group_size is None else math.ceil(each / spec.group_size) for each in sizes]
+            repeats = 1 if spec.group_size is None else taps
+            first, last = sum(counts[:number]), sum(counts[: number + 1])
+            scale, zero = (t.view(len(t), repeats, -1)[..., first:last].flatten(1) for t in (scale, zero))
+    return pack_weight(qweight, scale, zero, bits=spec.bits, channels=size, taps=taps, group_size=spec.group_size)
+
+
+def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | None, offset: int) -> QuantizedActivation:
+    """Clamp codes to the greatest of their step, where bits differ; `offset` is what stored codes are less by."""
+    if part.tops is None:
+        return codes
+    top = part.tops if index is None else part.tops.index_select(0, index.reshape(-1))
+    runs = codes.codes.reshape(len(top), -1)
+    limited = torch.minimum(runs, (top - offset).to(runs.dtype)[:, None]).view(codes.codes.shape)
+    return QuantizedActivation(limited, codes.scale, codes.zero_point, codes.symmetric)
+
+
+def _how(parts: list[LayerPart], backend: KernelBackend, activation: ActivationSpec | None) -> str:
+    """Say in a few words how a layer is computed."""
+    weight = parts[0].weight
+    if isinstance(weight, CpuWeight):
+        how = "int8 products" if weight.digits == 1 else f"int8 products, weights in {weight.digits} digits"
+    else:
+        bits = weight.layout.bits
+        how = f"{bits}-bit weights, {'float' if activation is None else 'int8'} products"
+    return how if len(parts) == 1 else f"{how}, {len(parts)} parts"

@@ -151,6 +151,13 @@ class QuantLayer(nn.Module):
             assert isinstance(quantizer, ActivationQuantizer)
             quantizer.channel_scale.copy_(part)
 
+    def set_channel_shift(self, shift: Tensor) -> None:
+        """Give the input's channels the steps scale * 2**shift, `shift` of shape (S, C_in), dtype uint8."""
+        sizes = self.spec.split or (shift.shape[1],)
+        for quantizer, part in zip(self.act_quantizers, shift.split(sizes, dim=1), strict=True):
+            assert isinstance(quantizer, ActivationQuantizer)
+            quantizer.channel_shift.copy_(part)
+
     def scaled(self, weight: Tensor) -> Tensor:
         """Return the weight that codes stand for: `weight` (C_out, C_in, *kernel), times the channels' scales."""
         scale = self._channel_scale()

@@ -15,6 +15,8 @@ from kernels.affine import Granularity
 from quant_core.errors import QuantizationError
 
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
+#: Greatest exponent of power-of-two channel steps (DMQ's D); kernels shift weight codes by that much at most.
+SHIFT_DEPTH = 3
 
 
 class ActivationMode(StrEnum):

@@ -59,6 +59,7 @@ SCALING = {
     "scales": ["passes.scale={weighting: uniform}"],
     "scales, weighted steps": ["passes.scale={}"],
     "scales, weighted steps, powers of two": ["passes.scale={shift: skip}"],
+    "scales, early steps": ["passes.scale={weighting: early}"],
     "powers of two alone": ["passes.scale={method: none, shift: skip}"],
     "scales and powers of two, uniform": ["passes.scale={weighting: uniform, shift: skip}"],
     "SmoothQuant, exponent 0.5": ["passes.scale={method: smooth}"],

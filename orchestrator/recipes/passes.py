@@ -50,9 +50,10 @@ class Scale(Pass):
     """Choose what input channels are divided by and weights multiplied with (DMQ), before rounding."""
 
     _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
-        ("method", "learned"): frozenset({"iterations", "lr", "weighting", "alpha", "xi", "samples", "positions"}),
+        ("method", "learned"): frozenset({"iterations", "lr", "weighting", "samples", "positions"}),
         ("method", "smooth"): frozenset({"exponent"}),
         ("weighting", "adaptive"): frozenset({"alpha", "xi"}),
+        ("weighting", "early"): frozenset({"half_life"}),
         ("shift", "variance"): frozenset({"least_spread"}),
     }
 
@@ -65,11 +66,15 @@ class Scale(Pass):
     )
     iterations: Count = 200
     lr: Positive = 2e-2
-    weighting: Literal["adaptive", "uniform"] = Field(
-        default="adaptive", description="How errors of trajectory steps add up: adaptive favours those of small error."
+    weighting: Literal["adaptive", "early", "uniform"] = Field(
+        default="adaptive",
+        description="How errors of trajectory steps add up: adaptive favours those of small error, early the noisiest.",
     )
     alpha: Positive = Field(default=20.0, description="Exponent of the adaptive weights.")
     xi: Share = Field(default=0.95, description="Momentum of the errors that adaptive weights are made from.")
+    half_life: Positive = Field(
+        default=0.05, description="For early: share of the trajectory after which a step counts half."
+    )
     samples: Count = Field(default=32, description="Calibration seeds that second moments are taken over, at most.")
     positions: Count = Field(default=16, description="Output positions per sample of the same, at most.")
     shift: Literal["none", "skip", "variance"] = Field(
@@ -88,7 +93,7 @@ class Scale(Pass):
         """Return the fields that decide the result."""
         fields = super().parameters()
         if self.method != "learned":
-            fields = {name: value for name, value in fields.items() if name not in ("alpha", "xi")}
+            fields = {name: value for name, value in fields.items() if name not in ("alpha", "xi", "half_life")}
         return {name: value for name, value in fields.items() if name != "consensus" or self.shift != "none"}
 
     @model_validator(mode="after")

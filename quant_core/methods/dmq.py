@@ -43,6 +43,8 @@ from quant_core.unit_state import UnitFormats
 
 #: Positions of each sample that vote.
 VOTE_POSITIONS = 64
+#: What the latest steps count under EARLY, the first counting 1.
+EARLY_FLOOR = 0.02
 _SMALL = 1e-12
 
 
@@ -52,6 +54,14 @@ class Scaling(StrEnum):
     NONE = "none"
     LEARNED = "learned"
     SMOOTH = "smooth"  # SmoothQuant's closed form
+
+
+class Weighting(StrEnum):
+    """How the errors of trajectory steps add up."""
+
+    UNIFORM = "uniform"
+    ADAPTIVE = "adaptive"  # DMQ's: steps of small error count more
+    EARLY = "early"  # the noisiest steps, whose errors go through all that follows, count more
 
 
 class Shift(StrEnum):
@@ -67,7 +77,7 @@ class ScaleConfig:
     """How channels are scaled.
 
     `exponent`: SmoothQuant's, of the activations. `iterations` and `lr` of Adam, the latter falling to 0 by a cosine.
-    `adaptive`: steps weighted with `alpha` (20: Table 8 of the paper) and `xi` (0.95), else alike. `rounding` and
+    `alpha` (20: Table 8 of the paper) and `xi` (0.95) are for ADAPTIVE, `half_life` for EARLY. `rounding` and
     `damping` of the weights later; second moments are over `samples` calibration rows per step and `positions` output
     positions per row. `consensus` (kappa, 0.85): share of samples that must agree. `least_spread`: what VARIANCE
     takes, the standard deviation of the channels' ranges over their mean, averaged over steps.
@@ -77,9 +87,10 @@ class ScaleConfig:
     exponent: float = 0.5
     iterations: int = 200
     lr: float = 2e-2
-    adaptive: bool = True
+    weighting: Weighting = Weighting.ADAPTIVE
     alpha: float = 20.0
     xi: float = 0.95
+    half_life: float = 0.05
     rounding: RoundingMethod = RoundingMethod.CLOSED_FORM
     damping: float = 0.03
     samples: int | None = None
@@ -92,6 +103,7 @@ class ScaleConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", Scaling(self.method))
+        object.__setattr__(self, "weighting", Weighting(self.weighting))
         object.__setattr__(self, "rounding", RoundingMethod(self.rounding))
         object.__setattr__(self, "shift", Shift(self.shift))
 
@@ -182,6 +194,11 @@ def step_weights(losses: Tensor, alpha: float) -> Tensor:
     return torch.ones(1) if len(losses) == 1 else (1 - losses / losses.sum().clamp(min=_SMALL)) ** alpha
 
 
+def early_weights(steps: int, half_life: float) -> Tensor:
+    """Return 2^(-t / (half_life S)) + EARLY_FLOOR, shape (S,): half after that share of the trajectory."""
+    return 2.0 ** (-torch.arange(steps) / (half_life * steps)) + EARLY_FLOOR
+
+
 def learn_scale(problem: LayerProblem, config: ScaleConfig) -> tuple[Tensor, float]:
     """Minimise sum_t lambda_t L_t over tau = exp(theta).
 
@@ -197,9 +214,11 @@ def learn_scale(problem: LayerProblem, config: ScaleConfig) -> tuple[Tensor, flo
         start = output_noise(problem, theta.exp())
     accumulated = torch.zeros_like(start)
     weights = torch.ones_like(start)
+    if config.weighting is Weighting.EARLY:
+        weights = early_weights(len(start), config.half_life)
     for _ in range(config.iterations):
         losses = output_noise(problem, theta.exp())
-        if config.adaptive:
+        if config.weighting is Weighting.ADAPTIVE:
             accumulated = config.xi * accumulated + (1 - config.xi) * losses.detach()
             weights = step_weights(accumulated, config.alpha)
         loss = (weights * losses).sum() / start.sum().clamp(min=_SMALL)

@@ -27,8 +27,10 @@ _PASS = (
     "exponent",
     "iterations",
     "lr",
+    "weighting",
     "alpha",
     "xi",
+    "half_life",
     "samples",
     "positions",
     "shift",
@@ -57,6 +59,4 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
 
 def _config(params: dict[str, Any]) -> ScaleConfig:
     chosen = {name: params[name] for name in _PASS if name in params}
-    return ScaleConfig(
-        adaptive=params.get("weighting") == "adaptive", batch_size=params["forward_batch_size"], **chosen
-    )
+    return ScaleConfig(batch_size=params["forward_batch_size"], **chosen)

@@ -24,7 +24,18 @@ from quant_core.expected_error import (
     weight_noise,
 )
 from quant_core.layers import weight_groups
-from quant_core.methods.dmq import ScaleConfig, Scaling, Shift, fit, learn_scale, smooth_scale, step_weights, vote
+from quant_core.methods.dmq import (
+    ScaleConfig,
+    Scaling,
+    Shift,
+    Weighting,
+    early_weights,
+    fit,
+    learn_scale,
+    smooth_scale,
+    step_weights,
+    vote,
+)
 from quant_core.model import build_quantized
 from quant_core.observe import Watched, observe
 from quant_core.qspec import SHIFT_DEPTH, ActivationMode, ActivationSpec, LayerSpec, WeightSpec
@@ -133,14 +144,16 @@ def test_learned_scales_balance_channels_that_are_unlike() -> None:
     x, weight = rows_of_steps(), draw(8, 12)
     spec = LayerSpec(WeightSpec(8), ActivationSpec(4))
     problem = problem_of(x, spec, weight)
-    tau, gain = learn_scale(problem, ScaleConfig(adaptive=False))
+    tau, gain = learn_scale(problem, ScaleConfig(weighting=Weighting.UNIFORM))
     before, after = output_noise(problem, torch.ones(12)).sum(), output_noise(problem, tau).sum()
     assert gain == pytest.approx(float(10 * torch.log10(before / after)), abs=1e-3)
     assert gain > 3
     assert float(tau.log().mean()) == pytest.approx(0, abs=1e-5)
     assert float(tau.min()) > 0
     # what is not rounded does not matter: with few weight bits the same layer is scaled less
-    timid, _ = learn_scale(problem_of(x, replace(spec, weight=WeightSpec(2)), weight), ScaleConfig(adaptive=False))
+    timid, _ = learn_scale(
+        problem_of(x, replace(spec, weight=WeightSpec(2)), weight), ScaleConfig(weighting=Weighting.UNIFORM)
+    )
     assert float(timid.log().std()) < float(tau.log().std())
 
 
@@ -162,11 +175,18 @@ def test_adaptive_weights_favour_steps_of_small_error() -> None:
     x[1, :, 6:] *= 4
     problem = problem_of(x, LayerSpec(WeightSpec(8), ActivationSpec(4)), draw(8, 12))
     errors = {}
-    for adaptive in (True, False):
-        tau, _ = learn_scale(problem, ScaleConfig(adaptive=adaptive, alpha=8.0))
-        errors[adaptive] = output_noise(problem, tau)
-    assert float(errors[True][0]) < 0.98 * float(errors[False][0])
-    assert float(errors[True][1]) > float(errors[False][1])
+    for weighting in Weighting:
+        tau, _ = learn_scale(problem, ScaleConfig(weighting=weighting, alpha=8.0))
+        errors[weighting] = output_noise(problem, tau)
+    assert float(errors[Weighting.ADAPTIVE][0]) < 0.98 * float(errors[Weighting.UNIFORM][0])
+    assert float(errors[Weighting.ADAPTIVE][1]) > float(errors[Weighting.UNIFORM][1])
+    # and so does what favours the first
+    assert float(errors[Weighting.EARLY][0]) < 0.98 * float(errors[Weighting.UNIFORM][0])
+
+
+def test_early_weights_halve_along_the_trajectory() -> None:
+    torch.testing.assert_close(early_weights(20, 0.1)[[0, 2, 4]], torch.tensor([1.0, 0.5, 0.25]) + 0.02)
+    torch.testing.assert_close(early_weights(40, 0.1)[[0, 4, 8]], torch.tensor([1.0, 0.5, 0.25]) + 0.02)
 
 
 def test_smooth_scales_are_those_of_smoothquant() -> None:
@@ -210,7 +230,9 @@ def test_learned_scales_lower_the_error_on_held_out_samples(calibrated: Calibrat
     units = [u for u in plan_units(denoiser, activation=ActivationSpec(5)) if u[0].unit == UNIT]
     names = [name for name in units[0][0].layers if "conv" in name]
     with torch.enable_grad():
-        factors, reports = fit(denoiser.model, calibration, units, ScaleConfig(positions=None, adaptive=False))
+        factors, reports = fit(
+            denoiser.model, calibration, units, ScaleConfig(positions=None, weighting=Weighting.UNIFORM)
+        )
     made = {}
     for label, scales in (("none", {}), ("learned", factors.scales)):
         state = round_units(calibrated("digits", 12)[0].model, calibration, units, ROUND, scales)[0].state

@@ -4,6 +4,8 @@
     python -m benchmarks.ablations correction --home FOLDER --set sampler.eta=1.0 --set sampler.num_inference_steps=50
     python -m benchmarks.ablations step-bits --home FOLDER > benchmarks/results/step-bits-emoji32.json
     python -m benchmarks.ablations temporal --home FOLDER > benchmarks/results/temporal-emoji32.json
+    python -m benchmarks.ablations scaling --recipe tfmq-w4a8 --set activations.bits=6 --set activations.range=mse \\
+        --home FOLDER > benchmarks/results/scaling-emoji32.json
 
 Every row is a job of its own, as a user runs it, in one home: what rows share is computed once. Figures are those of
 the packed artifact with its scheduler, against full precision, on held-out seeds; differences are from the first row,
@@ -51,7 +53,18 @@ TEMPORAL = {
     "per step, TIAR": ["passes.temporal={}"],
     "per step, tables": ["passes.temporal={cache: true}"],
 }
-TABLES = {"correction": CORRECTION, "step-bits": STEP_BITS, "temporal": TEMPORAL}
+#: DMQ's parts.
+SCALING = {
+    "none": ["passes.scale=null"],
+    "scales": ["passes.scale={weighting: uniform}"],
+    "scales, weighted steps": ["passes.scale={}"],
+    "scales, weighted steps, powers of two": ["passes.scale={shift: skip}"],
+    "scales, early steps": ["passes.scale={weighting: early}"],
+    "powers of two alone": ["passes.scale={method: none, shift: skip}"],
+    "scales and powers of two, uniform": ["passes.scale={weighting: uniform, shift: skip}"],
+    "SmoothQuant, exponent 0.5": ["passes.scale={method: smooth}"],
+}
+TABLES = {"correction": CORRECTION, "step-bits": STEP_BITS, "temporal": TEMPORAL, "scaling": SCALING}
 _FIGURES = ("psnr_db", "psnr_db_ci95", "fd", "n", "act_bits_mean", "bops", "sqnr_db_per_step", "sampler")
 
 

@@ -45,6 +45,7 @@ DEFAULT_RATES: Mapping[str, Rate] = {
     "calibrate": Rate(0.5, 0.03),
     "reference": Rate(0.5, 0.03),
     "temporal": Rate(0.5, 0.03),
+    "scale": Rate(0.5, 0.03),
     "round": Rate(0.5, 0.03),
     "reconstruct": Rate(0.5, 0.03),
     "step_effects": Rate(0.5, 0.03),

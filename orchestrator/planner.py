@@ -5,7 +5,8 @@
          └── reference (seeds) ───────────────────────────────────────────────────────┘
 
 If activation bits differ between trajectory steps, `step_effects` (seeds) and `step_bits` lie between calibrate and
-round; with the pass `correct`, `noise` (seeds) and `correct` between pack and evaluate.
+round; with the pass `scale`, `scale` (units) right before round; with the pass `correct`, `noise` (seeds) and `correct`
+between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine.
@@ -21,8 +22,10 @@ reference   sampler, seeds, batch_size, sqnr_seeds             model            
 step_effects sampler, seeds, batch_size, choices, layers, seed model, calibration (all)                   effects
 step_bits   method, target_mean, threshold                     effects                                    step_bits
 temporal    unit, layers, attentions, pass                     model, calibration (all)                   state
+scale       units: [unit], seed, forward_batch_size,           model, calibration (all), step_bits (if    factors:<unit>
+            rounding, damping (if closed_form), pass           there)
 round       units: [unit], seed, cache_bytes,                  model, calibration (all), step_bits (if    state:<unit>
-            forward_batch_size, pass                           there)
+            forward_batch_size, pass                           there), factors (if there)
 reconstruct unit, layers, attentions, seed, cache_bytes,       model, calibration (all), state, earlier   state
             forward_batch_size, pass                           (units before it, if inputs are quantized),
                                                                temporal (if it concerns the unit)
@@ -45,7 +48,6 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.db.rows import ModelRow
@@ -53,6 +55,7 @@ from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.planning.costs import GIB, Cost, Costs, hessian_bytes
 from orchestrator.planning.formats import UnitPlan, plan_formats, varied_layers
 from orchestrator.planning.model import ModelInfo
+from orchestrator.planning.shards import shards_of
 from orchestrator.planning.temporal import TEMPORAL_UNIT, holds, take_out
 from orchestrator.recipes.load import resolve
 from orchestrator.recipes.passes import Round
@@ -100,29 +103,6 @@ def round_groups(plans: Sequence[UnitPlan], config: Round, budget_bytes: float) 
         held += needed
     if group:
         yield group
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """Consecutive seeds of one task, as JSON parameters; `sqnr` of its first seeds are compared step by step."""
-
-    first: int
-    count: int
-    sqnr: int = 0
-
-    @property
-    def seeds(self) -> dict[str, int]:
-        return {"first": self.first, "count": self.count}
-
-    @property
-    def label(self) -> str:
-        return f"seeds {self.first}-{self.first + self.count - 1}"
-
-
-def _shards(first: int, seeds: int, size: int, sqnr: int = 0) -> Iterator[_Shard]:
-    for start in range(0, seeds, size):
-        count = min(size, seeds - start)
-        yield _Shard(first + start, count, max(0, min(count, sqnr - start)))
 
 
 class _Planner:
@@ -182,7 +162,7 @@ class _Planner:
     def _calibrate(self) -> Iterator[TaskNode]:
         section = self.recipe.calibration
         steps = None if section.steps == self.recipe.sampler.num_inference_steps else section.steps
-        for shard in _shards(section.first_seed, section.seeds, section.shard_seeds):
+        for shard in shards_of(section.first_seed, section.seeds, section.shard_seeds):
             batch = min(section.batch_size, shard.count)
             yield self._node(
                 "calibrate",
@@ -199,7 +179,7 @@ class _Planner:
         if section is None or not layers:
             return
         effects: list[TaskRef] = []
-        for shard in _shards(section.first_seed, section.seeds, section.shard_seeds):
+        for shard in shards_of(section.first_seed, section.seeds, section.shard_seeds):
             params = {
                 "sampler": self.sampler,
                 "seeds": shard.seeds,
@@ -238,14 +218,31 @@ class _Planner:
             inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
             if step_bits and varied_layers(group):
                 inputs["step_bits"] = step_bits
-            node = self._node(
-                "round",
-                {"units": [each.parameters() for each in group], **common},
-                inputs,
-                self.costs.round(group, config),
-                names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}",
-            )
+            label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+            for node in self._scale(group, inputs, label):
+                inputs["factors"] = [TaskRef(node.id, f"factors:{name}") for name in names]
+                yield node, {}
+            params = {"units": [each.parameters() for each in group], **common}
+            node = self._node("round", params, inputs, self.costs.round(group, config), label)
             yield node, {name: TaskRef(node.id, f"state:{name}") for name in names}
+
+    def _scale(
+        self, group: Sequence[UnitPlan], inputs: Mapping[str, Sequence[str | TaskRef]], label: str
+    ) -> Iterator[TaskNode]:
+        config, rounding = self.recipe.passes.scale, self.recipe.passes.round
+        if config is None:
+            return
+        told: dict[str, Any] = {"rounding": rounding.method}
+        if rounding.method == "closed_form":
+            told["damping"] = rounding.damping
+        params = {
+            "units": [each.parameters() for each in group],
+            "seed": self.recipe.seed,
+            "forward_batch_size": self.recipe.calibration.batch_size,
+            **(told if config.method == "learned" else {}),
+            **config.parameters(),
+        }
+        yield self._node("scale", params, dict(inputs), self.costs.scale(group, config, rounding), label)
 
     def _reconstruct(
         self, calibration: Sequence[TaskRef], rounded: Mapping[str, TaskRef]
@@ -289,8 +286,8 @@ class _Planner:
         config = self.recipe.passes.correct
         if config is None:
             return
-        shards = list(_shards(config.first_seed, config.seeds, config.shard_seeds))
-        others = list(_shards(config.first_seed + config.seeds, config.held_out_seeds, config.shard_seeds))
+        shards = list(shards_of(config.first_seed, config.seeds, config.shard_seeds))
+        others = list(shards_of(config.first_seed + config.seeds, config.held_out_seeds, config.shard_seeds))
         moments: list[TaskRef] = []
         for shard in (*shards, *others):
             batch = min(config.batch_size, shard.count)
@@ -315,7 +312,7 @@ class _Planner:
     def _measure(self, packed: TaskRef) -> Iterator[TaskNode]:
         """Make the references and the evaluations that are compared with them."""
         section = self.recipe.evaluation
-        for shard in _shards(section.first_seed, section.seeds, section.shard_seeds, section.sqnr_seeds):
+        for shard in shards_of(section.first_seed, section.seeds, section.shard_seeds, section.sqnr_seeds):
             batch = min(section.batch_size, shard.count)
             params = {
                 "sampler": self.sampler,

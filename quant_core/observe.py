@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quant_core.attention import OPERANDS, AttentionFunction, softmax_scores, wrap_processor
 from quant_core.calibration import CalibrationSet, replay
+from quant_core.channel_stats import ChannelStats
 from quant_core.conditioning import seed_stream
 from quant_core.hessian import SecondMoment, input_rows
 from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec
@@ -64,7 +65,11 @@ class StepRanges:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What to watch: ranges of layers' inputs (by part) and of attention operands, second moments of layers' inputs."""
+    """What to watch: ranges of layers' inputs (by part) and of attention operands, second moments of layers' inputs.
+
+    `channel_scales`: by layer, what its input's channels are divided by before they are looked at, shape (C_in,).
+    `channels`: by layer, positions to keep of each sample, for layers whose input channels are looked at one by one.
+    """
 
     layers: Mapping[str, LayerSpec]
     attentions: Sequence[str]
@@ -72,14 +77,20 @@ class Watched:
     positions: int | None
     samples: int | None
     keep_values: bool
+    channel_scales: Mapping[str, Tensor] = field(default_factory=dict)
+    channels: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """`ranges`: by layer name and part number, or attention name and operand. `moments`: E[x x^T] of layers' inputs."""
+    """`ranges`: by layer name and part number, or attention name and operand. `moments`: E[x x^T] of layers' inputs.
+
+    `channels`: of layers' inputs, undivided.
+    """
 
     ranges: dict[tuple[str, int | str], StepRanges]
     moments: dict[str, SecondMoment]
+    channels: dict[str, ChannelStats] = field(default_factory=dict)
 
 
 class _Enough(Exception):
@@ -135,7 +146,7 @@ def observe(
     found = Observation({}, {})
     current = _Current(step=0, first_row=0, draw=_draw(calibration, batch_size))
     with ExitStack() as stack:
-        for name in {*watched.layers, *watched.moments}:
+        for name in {*watched.layers, *watched.moments, *watched.channels}:
             hook = _layer_hook(name, watched, found, current, calibration.steps, seed)
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
         for name in watched.attentions:
@@ -169,13 +180,20 @@ def _draw(calibration: CalibrationSet, batch_size: int) -> int:
 def _layer_hook(
     name: str, watched: Watched, found: Observation, current: _Current, steps: int, seed: int
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    spec = watched.layers.get(name)
+    spec, scale = watched.layers.get(name), watched.channel_scales.get(name)
     for_values, for_rows = seed_stream(seed, f"values of {name}"), seed_stream(seed, f"rows of {name}")
+    for_channels = seed_stream(seed, f"channels of {name}")
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
+        dim = -1 if isinstance(layer, nn.Linear) else 1
+        if name in watched.channels:
+            if name not in found.channels:
+                found.channels[name] = ChannelStats(steps, x.shape[dim], watched.channels[name])
+            found.channels[name].update(current.step, x.movedim(dim, -1), for_channels)
+        if scale is not None:
+            x = x / scale.to(x.device).reshape(-1, *(1,) * (x.dim() - 2 if dim == 1 else 0))
         if spec is not None:
-            dim = -1 if isinstance(layer, nn.Linear) else 1
             for part, values in enumerate(x.split(spec.split, dim=dim) if spec.split else (x,)):
                 ranges = found.ranges.setdefault((name, part), StepRanges(steps, watched.keep_values))
                 ranges.update(current.step, values, current.draw, for_values)

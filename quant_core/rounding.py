@@ -7,8 +7,8 @@ the calibration set, and groups run in parallel.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -24,7 +24,7 @@ from quant_core.errors import QuantizationError
 from quant_core.layers import QuantLayer, scale_dtype, weight_matrix
 from quant_core.model import QuantizedParts, build_quantized
 from quant_core.observe import Observation, Watched, observe
-from quant_core.qspec import ActivationMode, ActivationSpec, AttentionSpec, LayerSpec
+from quant_core.qspec import SHIFT_DEPTH, ActivationMode, ActivationSpec, AttentionSpec, LayerSpec
 from quant_core.ranges import QParams, RangeMethod, RangeSpec, choose_qparams
 from quant_core.unit_state import UnitFormats, UnitState, collect_state, merge_plans
 
@@ -76,6 +76,8 @@ def round_units(
     calibration: CalibrationSet,
     units: Sequence[tuple[UnitFormats, UnitRanges]],
     config: RoundingConfig,
+    channel_scales: Mapping[str, Tensor] | None = None,
+    channel_shifts: Mapping[str, Tensor] | None = None,
 ) -> list[RoundedUnit]:
     """Quantize a group of units.
 
@@ -85,13 +87,19 @@ def round_units(
         The full-precision denoiser; its layers are replaced in place.
     units : sequence of (UnitFormats, UnitRanges)
         In the order in which they run.
+    channel_scales : mapping of str to Tensor, shape (C_in,), optional
+        What the input channels of some layers are divided by, and their weights multiplied with.
+    channel_shifts : mapping of str to Tensor, shape (S, C_in) or (1, C_in), dtype uint8, optional
+        Exponents of the channels' activation steps: SHIFT_DEPTH stands for the measured range, less for a finer step.
 
     Returns
     -------
     list of RoundedUnit, one for each unit
     """
     timesteps = tuple(float(t) for t in calibration.timesteps)
-    watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config)
+    scales, shifts = channel_scales or {}, channel_shifts or {}
+    units = [(mark_channels(formats, scales, shifts), ranges) for formats, ranges in units]
+    watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config, scales)
     names = [formats.unit for formats, _ in units]
     seen = observe(model, calibration, names, watched, batch_size=config.batch_size, seed=config.seed)
     weights = {name: model.get_parameter(f"{name}.weight").detach() for formats, _ in units for name in formats.layers}
@@ -102,11 +110,22 @@ def round_units(
         sqnr = {}
         for name in formats.layers:
             layer = parts.layers[name]
+            if name in scales:
+                layer.set_channel_scale(scales[name])
             moment = seen.moments[name].mean() if name in seen.moments else None
-            sqnr[name] = round_layer(layer, weights[name], moment, ranges.weights[name], config)
-        _set_ranges(parts, formats, ranges, seen)
+            sqnr[name] = round_layer(layer, layer.scaled(weights[name]), moment, ranges.weights[name], config)
+        _set_ranges(parts, formats, ranges, seen, shifts)
         results.append(RoundedUnit(collect_state(parts, formats, state.timesteps), sqnr))
     return results
+
+
+def mark_channels(formats: UnitFormats, scaled: Container[str], shifted: Container[str]) -> UnitFormats:
+    """Return the formats with `channel_scale` and `channel_shift` for those layers."""
+    layers = {
+        name: replace(spec, channel_scale=name in scaled, channel_shift=name in shifted)
+        for name, spec in formats.layers.items()
+    }
+    return replace(formats, layers=layers)
 
 
 def _trajectory(formats: UnitFormats, timesteps: tuple[float, ...]) -> tuple[float, ...]:
@@ -116,7 +135,9 @@ def _trajectory(formats: UnitFormats, timesteps: tuple[float, ...]) -> tuple[flo
     return timesteps if ActivationMode.PER_STEP in modes else ()
 
 
-def _watch(units: Sequence[UnitFormats], ranges: Sequence[UnitRanges], config: RoundingConfig) -> Watched:
+def _watch(
+    units: Sequence[UnitFormats], ranges: Sequence[UnitRanges], config: RoundingConfig, scales: Mapping[str, Tensor]
+) -> Watched:
     """Say what has to be seen of these units."""
     layers = {name: spec for unit in units for name, spec in unit.layers.items()}
     needs_range = {name: spec for name, spec in layers.items() if _is_measured(spec.activation)}
@@ -124,7 +145,8 @@ def _watch(units: Sequence[UnitFormats], ranges: Sequence[UnitRanges], config: R
     # Second moments weigh errors in the report too, but only closed-form rounding pays for all of them.
     moments = list(layers) if config.method is RoundingMethod.CLOSED_FORM else []
     methods = {spec.method for each in ranges for spec in each.activations.values()}
-    return Watched(needs_range, attentions, moments, config.positions, config.samples, methods != {RangeMethod.MINMAX})
+    keep_values = methods != {RangeMethod.MINMAX}
+    return Watched(needs_range, attentions, moments, config.positions, config.samples, keep_values, scales)
 
 
 def _is_measured(spec: ActivationSpec | None) -> bool:
@@ -177,14 +199,23 @@ def _sqnr_db(matrix: Tensor, error: Tensor, moment: Tensor | None) -> float:
     return 10 * math.log10(float(signal.clamp(min=1e-30)) / float(noise.clamp(min=1e-30)))
 
 
-def _set_ranges(parts: QuantizedParts, formats: UnitFormats, ranges: UnitRanges, seen: Observation) -> None:
+def _set_ranges(
+    parts: QuantizedParts,
+    formats: UnitFormats,
+    ranges: UnitRanges,
+    seen: Observation,
+    shifts: Mapping[str, Tensor],
+) -> None:
     """Fill the activation tables of a unit from what was observed."""
     for name, spec in formats.layers.items():
         if spec.activation is None or not _is_measured(spec.activation):
             continue
         for part, quantizer in enumerate(parts.layers[name].act_quantizers):
             assert isinstance(quantizer, ActivationQuantizer)
-            quantizer.set_qparams(seen.ranges[name, part].qparams(spec.activation, ranges.activations[name]))
+            grid = seen.ranges[name, part].qparams(spec.activation, ranges.activations[name])
+            quantizer.set_qparams(QParams(grid.scale / 2**SHIFT_DEPTH, grid.zero_point) if name in shifts else grid)
+        if name in shifts:
+            parts.layers[name].set_channel_shift(shifts[name])
     for name, attention in formats.attentions.items():
         if not _is_measured(attention.activation):
             continue

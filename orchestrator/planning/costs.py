@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.planning.formats import UnitPlan
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
-from orchestrator.recipes.passes import Reconstruct, Round, Temporal
+from orchestrator.recipes.passes import Reconstruct, Round, Scale, Temporal
 from orchestrator.recipes.schema import Recipe
 
 GIB = 2**30
@@ -28,6 +28,8 @@ _TRAIN_ELEMENT = 60.0  # one element quantized, with its gradient: 2 ns
 _SEARCH = 12_000.0  # one weight in the search of a range, 80 candidates: 0.4 µs
 _COLUMN = 1.6e6  # one column visited by closed-form rounding: 55 µs
 _COLUMN_WEIGHT = 5.0  # and each weight that a visit corrects
+_SCALED_WEIGHT = 900.0  # one weight in one iteration of learned scales, with its gradient: 30 ns
+_CHANNEL = 60.0  # one element looked at by channel: 2 ns
 _BACKWARD = 2.0  # of a forward
 _TEMPORAL_ROUND = Round(method="closed_form")
 _EXTRACTOR = {"efficientnet-lite0": 1.1, "inception-v3": 6.0}  # per image
@@ -79,6 +81,22 @@ class Costs:
                     work += self._round_layer(layer, plan.layers[layer.name], config)
             hessians += hessian_bytes(plan.unit, config)
         return Cost(work, self._memory(batch, self._cached(hessians) + 3 * self._largest_hessian(group, config)))
+
+    def scale(self, group: Sequence[UnitPlan], config: Scale, rounding: Round) -> Cost:
+        """Choosing the factors of a group of units: one pass over the calibration set, then iterations on weights."""
+        seeds, batch = self.recipe.calibration.seeds, self.recipe.calibration.batch_size
+        samples = seeds * self.recorded_per_seed
+        elements = sum(plan.unit.input_elements for plan in group) * samples
+        work = self._forward(samples, batch) * group[-1].unit.depth + _giga(elements * _CHANNEL)
+        held = 0
+        if config.method == "learned":
+            for plan in group:
+                for layer in plan.unit.layers:
+                    rows = min(config.samples, seeds) * self.recorded_per_seed * min(config.positions, layer.positions)
+                    work += _giga(rows * layer.columns**2 + layer.columns**3 / 3)
+                    work += _giga(config.iterations * layer.weights * _SCALED_WEIGHT)
+                held += plan.unit.hessian_bytes
+        return Cost(work, self._memory(batch, self._cached(held)))
 
     def temporal(self, plan: UnitPlan, config: Temporal) -> Cost:
         """Learning the temporal information block: iterations over its finite set, which is small."""

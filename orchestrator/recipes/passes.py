@@ -46,6 +46,63 @@ class Round(Pass):
     )
 
 
+class Scale(Pass):
+    """Choose what input channels are divided by and weights multiplied with (DMQ), before rounding."""
+
+    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
+        ("method", "learned"): frozenset({"iterations", "lr", "weighting", "samples", "positions"}),
+        ("method", "smooth"): frozenset({"exponent"}),
+        ("weighting", "adaptive"): frozenset({"alpha", "xi"}),
+        ("weighting", "early"): frozenset({"half_life"}),
+        ("shift", "variance"): frozenset({"least_spread"}),
+    }
+
+    method: Literal["learned", "smooth", "none"] = Field(
+        default="learned",
+        description="Learned for the expected error of each layer's output, SmoothQuant's closed form, or no scales.",
+    )
+    exponent: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.5, description="Of the activations' range, for smooth; the weights' has 1 less that."
+    )
+    iterations: Count = 200
+    lr: Positive = 2e-2
+    weighting: Literal["adaptive", "early", "uniform"] = Field(
+        default="adaptive",
+        description="How errors of trajectory steps add up: adaptive favours those of small error, early the noisiest.",
+    )
+    alpha: Positive = Field(default=20.0, description="Exponent of the adaptive weights.")
+    xi: Share = Field(default=0.95, description="Momentum of the errors that adaptive weights are made from.")
+    half_life: Positive = Field(
+        default=0.05, description="For early: share of the trajectory after which a step counts half."
+    )
+    samples: Count = Field(default=32, description="Calibration seeds that second moments are taken over, at most.")
+    positions: Count = Field(default=16, description="Output positions per sample of the same, at most.")
+    shift: Literal["none", "skip", "variance"] = Field(
+        default="none",
+        description="Layers with power-of-two steps for each channel: those that read a concatenation (skip_split), "
+        "or whose channels' ranges differ much.",
+    )
+    consensus: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.85, description="Share of the samples that must agree on a channel's power of two."
+    )
+    least_spread: Positive = Field(
+        default=0.5, description="For variance: least standard deviation of channels' ranges, over their mean."
+    )
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the fields that decide the result."""
+        fields = super().parameters()
+        if self.method != "learned":
+            fields = {name: value for name, value in fields.items() if name not in ("alpha", "xi", "half_life")}
+        return {name: value for name, value in fields.items() if name != "consensus" or self.shift != "none"}
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.method == "none" and self.shift == "none":
+            raise ValueError("method: got none with shift none, wanted one of them to do something")
+        return self
+
+
 class Temporal(Pass):
     """Quantize the temporal information block as a unit of its own, over all timesteps of the sampler (TFMQ-DM)."""
 
@@ -143,6 +200,7 @@ class Passes(Section):
     """The steps of the method, in the planner's order."""
 
     temporal: Temporal | None = None
+    scale: Scale | None = None
     round: Round = Round()
     reconstruct: Reconstruct | None = None
     correct: Correct | None = None

@@ -116,6 +116,8 @@ class Recipe(Section):
     def _fits_together(self) -> Self:
         self._check_seeds()
         self._check_finite_set()
+        if self.passes.scale is not None and self.activations.bits is None:
+            raise ValueError("passes.scale: got activations.bits null, wanted quantized activations")
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
             raise ValueError(f"calibration.steps: got {recorded}, wanted at most the sampler's {steps}")

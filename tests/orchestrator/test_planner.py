@@ -106,8 +106,10 @@ def test_plan_every_task_is_needed_and_every_reference_names_an_output(name: str
         for item in (item for items in node.inputs.values() for item in items):
             if isinstance(item, TaskRef):
                 source = index[item.task]
-                states = {f"state:{unit['unit']}" for unit in source.params.get("units", ()) if source.kind == "round"}
-                assert item.output in outputs.get(source.kind, states)
+                named: set[str] = set()
+                if prefix := {"round": "state", "scale": "factors"}.get(source.kind):
+                    named = {f"{prefix}:{unit['unit']}" for unit in source.params["units"]}
+                assert item.output in outputs.get(source.kind, named)
                 used.add(item.task)
             else:
                 assert item == "a" * 64
@@ -148,6 +150,53 @@ def test_plan_from_quantized_inputs_is_a_chain_of_all_earlier_states():
     reconstructs = by_kind(nodes, "reconstruct")
     for place, node in enumerate(reconstructs):
         assert node.inputs["earlier"] == tuple(TaskRef(other.id, "state") for other in reconstructs[:place])
+
+
+# --- scaled channels
+
+
+def test_scale_comes_before_each_round_and_changes_nothing_else():
+    plain, scaled = nodes_of(recipe("qdiffusion-w4a8")), nodes_of(recipe("qdiffusion-w4a8", "passes.scale={}"))
+    for node, source in zip(by_kind(scaled, "round"), by_kind(scaled, "scale"), strict=True):
+        units = [unit["unit"] for unit in node.params["units"]]
+        assert node.inputs["factors"] == tuple(TaskRef(source.id, f"factors:{unit}") for unit in units)
+        assert source.params["units"] == node.params["units"]
+        assert set(source.inputs) == {"model", "calibration"}
+        assert (source.params["rounding"], source.params["damping"]) == ("closed_form", 0.03)
+    assert [node.params for node in by_kind(plain, "round")] == [node.params for node in by_kind(scaled, "round")]
+    assert all("factors" not in node.inputs for node in by_kind(plain, "round"))
+    kept = {node.id for node in plain if node.kind in ("calibrate", "reference")}
+    assert kept <= {node.id for node in scaled}
+
+
+def test_scale_parameters_are_those_that_matter():
+    def params(*overrides: str) -> dict[str, Any]:
+        return by_kind(nodes_of(recipe("base", "passes.scale={}", *overrides)), "scale")[0].params
+
+    assert params()["rounding"] == "nearest"
+    assert "damping" not in params()
+    assert params() == params("passes.scale.exponent=0.3", "passes.scale.consensus=0.5")
+    assert {"alpha", "xi"} <= set(params())
+    assert not {"alpha", "xi"} & set(params("passes.scale.weighting=uniform"))
+    smooth = params("passes.scale.method=smooth")
+    assert smooth["exponent"] == 0.5
+    assert not {"alpha", "xi", "iterations", "rounding"} & set(smooth)
+    assert params("passes.scale.shift=skip")["consensus"] == 0.85
+    assert params("passes.scale.shift=variance")["least_spread"] == 0.5
+
+
+def test_scale_takes_the_bits_chosen_for_each_step():
+    nodes = nodes_of(recipe("ptqd-w4-mixed", "passes.scale={}"))
+    told = [node.inputs.get("step_bits") for node in by_kind(nodes, "scale")]
+    assert any(told)
+    assert told == [node.inputs.get("step_bits") for node in by_kind(nodes, "round")]
+
+
+def test_scale_needs_quantized_activations_and_something_to_do():
+    with pytest.raises(RecipeError, match=r"passes\.scale: got activations\.bits null"):
+        recipe("base", "passes.scale={}", "activations.bits=null")
+    with pytest.raises(RecipeError, match=r"passes\.scale.*got none with shift none"):
+        recipe("base", "passes.scale={method: none}")
 
 
 # --- the temporal information block

@@ -42,6 +42,7 @@ def loaded(text: str, folder: Path, *overrides: str) -> Recipe:
 def test_shipped_recipes_are_those_that_are_promised():
     promised = {"base", "minmax-w8a8", "qdiffusion-w8a8", "qdiffusion-w4a8", "fast-w4a8", "tfmq-w8a8", "tfmq-w4a8"}
     promised |= {"ptqd-w8a8", "ptqd-w4a8", "ptqd-w4-mixed", "tfmq-ptqd-w4a8"}
+    promised |= {"dmq-w8a8", "dmq-w4a8", "dmq-w4a6", "dmq-ptqd-w4a6"}
     assert promised <= set(shipped_names())
 
 
@@ -50,7 +51,7 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     recipe = load_recipe(name).recipe
     assert recipe.name == name
     assert recipe.description
-    is_tfmq = name.startswith("tfmq")
+    is_tfmq = name.startswith(("tfmq", "dmq"))  # DMQ's lie on TFMQ-DM's
     ends = None if is_tfmq else 8  # whether the image's ends are quantized
     assert [(e.match, e.weights.bits, e.activations.bits, e.keep) for e in recipe.layers[:2]] == [
         ("@first", 8, ends, False),
@@ -58,10 +59,12 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     ]
     assert (recipe.passes.temporal is not None and recipe.passes.temporal.cache) == is_tfmq
     if name != "base":
-        bits = {"w4a8": (4, 8), "w8a8": (8, 8), "mixed": (4, 8)}[name.rpartition("-")[2]]
+        bits = {"w4a8": (4, 8), "w4a6": (4, 6), "w8a8": (8, 8), "mixed": (4, 8)}[name.rpartition("-")[2]]
         assert (recipe.weights.bits, recipe.activations.bits) == bits
     assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
-    assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq"))
+    assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq", "dmq"))
+    scale = recipe.passes.scale
+    assert (scale is not None and (scale.method, scale.shift) == ("learned", "skip")) == name.startswith("dmq")
     assert (recipe.passes.correct is not None) == ("ptqd" in name)
     assert recipe.passes.round.method == "closed_form" or not name.startswith("fast")
     assert (recipe.sampler.scheduler, recipe.sampler.num_inference_steps) == ("DDIMScheduler", 20)

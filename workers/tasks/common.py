@@ -51,6 +51,14 @@ def scheduler_config(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def chosen_step_bits(inputs: Inputs, context: TaskContext) -> list[int] | None:
+    """Return the bits of each trajectory step, if they were chosen."""
+    if "step_bits" not in inputs:
+        return None
+    table: dict[str, list[int]] = json.loads(context.store.get_bytes(only(inputs, "step_bits")))
+    return table["bits"]
+
+
 def local_files(digests: Sequence[str], context: TaskContext) -> list[Path]:
     """Return local files with these bytes, in order."""
     return [context.store.local_path(digest) for digest in digests]

@@ -4,7 +4,8 @@ params
     units: formats and ranges of each unit, see `orchestrator.planning.formats`; seed; forward_batch_size; the round
     pass: method, and for closed_form samples, positions, damping
 inputs
-    model: tree; calibration: shards; step_bits: what `step_bits` chose, if activation bits in the formats are null
+    model: tree; calibration: shards; step_bits: what `step_bits` chose, if activation bits in the formats are null;
+    factors: what `scale` chose for each unit, if channels are scaled
 outputs
     state:<unit> for each unit, see `quant_core.unit_state`
 metrics
@@ -13,33 +14,26 @@ metrics
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from quant_core.calibration import CalibrationSet
+from quant_core.channel_factors import ChannelFactors
 from quant_core.rounding import RoundingConfig, read_unit, round_units
 from workers.context import Inputs, Params, TaskContext, TaskOutput
-from workers.tasks.common import fetch_model, local_files, only
+from workers.tasks.common import chosen_step_bits, fetch_model, local_files
 
 
 def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     """Round one group of units."""
     model = fetch_model(inputs, context).model.to(context.device)
     calibration = CalibrationSet(local_files(inputs["calibration"], context))
-    bits = _step_bits(inputs, context)
+    bits = chosen_step_bits(inputs, context)
     units = [read_unit(unit, bits) for unit in params["units"]]
-    rounded = round_units(model, calibration, units, _config(params))
+    factors = ChannelFactors.from_bytes([context.store.get_bytes(digest) for digest in inputs.get("factors", [])])
+    rounded = round_units(model, calibration, units, _config(params), factors.scales, factors.shifts)
     outputs = {f"state:{each.state.formats.unit}": context.store.put_bytes(each.state.to_bytes()) for each in rounded}
     layers = {name: {"sqnr_db": round(db, 4)} for each in rounded for name, db in each.layer_sqnr_db.items()}
     return TaskOutput(outputs, {"layers": layers})
-
-
-def _step_bits(inputs: Inputs, context: TaskContext) -> list[int] | None:
-    """Read the bits of each trajectory step, if they were chosen."""
-    if "step_bits" not in inputs:
-        return None
-    table: dict[str, list[int]] = json.loads(context.store.get_bytes(only(inputs, "step_bits")))
-    return table["bits"]
 
 
 def _config(params: dict[str, Any]) -> RoundingConfig:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.db.rows import Timing
-from orchestrator.graph import TaskNode, TaskRef, task_key
+from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import GIB, WORKER_BYTES
+from workers.keys import task_key
 
 #: Processes beside the workers: the orchestrator, Ray's own.
 SERVICE_BYTES = int(0.6 * GIB)

@@ -1,4 +1,4 @@
-"""Fake quantization with gradients: the straight-through estimator for the input, LSQ's gradient for the scale.
+"""Fake quantization with gradients: the straight-through estimator for the input, LSQ's gradients for the grid.
 
 The forward is exactly `kernels.affine.fake_quantize_affine`, so that what is learned is what is deployed.
 """
@@ -17,7 +17,8 @@ class FakeQuantize(torch.autograd.Function):
     """x_hat = (clamp(round(x / s) + z, 0, top) - z) s.
 
     dx_hat/dx is 1 inside the range and 0 outside; dx_hat/ds is round(x / s) - x / s inside and code - z outside
-    (Esser et al., "Learned Step Size Quantization", arXiv:1902.08153, Eq. 3).
+    (Esser et al., "Learned Step Size Quantization", arXiv:1902.08153, Eq. 3); dx_hat/dz is 0 inside and -s outside
+    (Bhalgat et al., "LSQ+", arXiv:2004.09576, Eq. 5).
     """
 
     @staticmethod
@@ -28,17 +29,25 @@ class FakeQuantize(torch.autograd.Function):
         return fake_quantize_affine(x, scale, zero_point, 0, top)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Return the gradients of `x` and `scale`."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        """Return the gradients of `x`, `scale` and `zero_point`."""
         (gradient,) = gradients
         x, scale, zero_point = ctx.saved_tensors
         steps = x / scale
         rounded = torch.round(steps)
         codes = rounded + zero_point
         inside = (codes >= 0) & (codes <= ctx.top)
-        grad_x = (gradient * inside).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_scale = None
+        grad_inside = gradient * inside
+        grad_x = grad_inside.to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
             slope = torch.where(inside, rounded - steps, codes.clamp(min=0).minimum(ctx.top) - zero_point)
             grad_scale = (gradient * slope).sum_to_size(scale.shape)
-        return grad_x, grad_scale, None, None
+        if ctx.needs_input_grad[2]:
+            grad_zero = ((grad_inside - gradient) * scale).sum_to_size(zero_point.shape)
+        return grad_x, grad_scale, grad_zero, None
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Return `x` rounded to whole numbers, with the gradient of `x` itself."""
+    return x + (torch.round(x) - x).detach()

@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import RecipeError
-from orchestrator.graph import TaskNode, TaskRef, canonical_json
+from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planner import UNITS_PER_ROUND, plan, round_groups
 from orchestrator.planning.costs import WORKER_BYTES, Costs
 from orchestrator.planning.formats import plan_formats
@@ -24,6 +24,7 @@ from orchestrator.recipes.load import load_recipe, resolve
 from orchestrator.recipes.passes import Round
 from orchestrator.recipes.schema import Recipe
 from tests.orchestrator.planning_models import inspection, model
+from workers.keys import canonical_json
 from workers.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]

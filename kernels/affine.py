@@ -88,7 +88,12 @@ def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tenso
 
 
 def fake_quantize_affine(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int | Tensor
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int | Tensor,
+    output_scale: Tensor | None = None,
 ) -> Tensor:
     """Quantize and dequantize at once; equals dequantize_affine(quantize_affine(x)) bit for bit.
 
@@ -97,6 +102,9 @@ def fake_quantize_affine(
     x, scale, zero_point, quant_min, quant_max
         As for `quantize_affine`. Values of `scale` are not checked: this runs at each forward. `quant_max` may be a
         tensor of whole numbers that broadcasts to `x`: rows of one batch then have different bits.
+    output_scale : Tensor, broadcastable to `x`, optional
+        The scale that codes are multiplied with, if it is not the one that `x` was divided by: `scale` is then
+        output_scale * channel_scale, which divides each channel once and leaves that division to the weights.
 
     Returns
     -------
@@ -108,13 +116,13 @@ def fake_quantize_affine(
     KernelError
         If shapes do not broadcast to `x`, or the range does not fit 8 bits.
     """
-    zero_point = zero_point.float()
+    zero_point, factor = zero_point.float(), (scale if output_scale is None else output_scale).float()
     if isinstance(quant_max, Tensor):
         _check_broadcast(x, scale, zero_point)
         codes = (x.float() / scale.float()).round_().add_(zero_point).clamp_(min=quant_min)
-        return torch.minimum(codes, quant_max.to(codes)).sub_(zero_point).mul_(scale.float())
+        return torch.minimum(codes, quant_max.to(codes)).sub_(zero_point).mul_(factor)
     _code_dtype(quant_min, quant_max)
-    return _grid(x, scale, zero_point, quant_min, quant_max).sub_(zero_point).mul_(scale.float())
+    return _grid(x, scale, zero_point, quant_min, quant_max).sub_(zero_point).mul_(factor)
 
 
 def qparams_shape(shape: Sequence[int], granularity: Granularity, group_size: int | None = None) -> tuple[int, ...]:

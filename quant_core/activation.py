@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -13,13 +15,39 @@ from quant_core.steps import StepClock
 from quant_core.straight_through import FakeQuantize
 
 
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """The channels of a quantized tensor: `count` of them along `dim`, and whether each has a scale, a shift."""
+
+    count: int
+    dim: int
+    scaled: bool
+    shifted: bool
+
+    def shape(self, x: Tensor, values: Tensor) -> Tensor:
+        """Return `values`, shape (C,) or (rows, C), shaped to broadcast against `x`."""
+        lead = len(values) if values.dim() == 2 else 1
+        shape = [lead] + [1] * (x.dim() - 1)
+        shape[self.dim] = self.count
+        return values.reshape(shape)
+
+
 class ActivationQuantizer(nn.Module):
     """Quantizes one tensor and dequantizes it right away, computed in float32 and returned in the tensor's dtype.
+
+        code  = clamp(round(x / (scale * 2**shift[c] * channel_scale[c])) + zero_point, 0, top)
+        x_hat = (code - zero_point) * scale * 2**shift[c]
+
+    So what comes out stands for x / channel_scale: the weight behind holds the factor.
 
     Attributes
     ----------
     scale, zero_point : Tensor, shape (S,), dtype float32
         One entry per trajectory step, or one in all; absent when the spec is dynamic. `zero_point` holds integers.
+    channel_scale : Tensor, shape (C,), dtype float32, > 0
+        Only where channels are scaled.
+    channel_shift : Tensor, shape (S, C), dtype uint8
+        Only where channels are shifted.
     soft_scale, soft_zero_point : Tensor, shape (S,), or None
         While they are learned, what stands in for `scale` and `zero_point`; both hold what would be stored.
     tops : Tensor, shape (S,), dtype float32
@@ -28,11 +56,20 @@ class ActivationQuantizer(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
+    channel_scale: Tensor
+    channel_shift: Tensor
 
-    def __init__(self, spec: ActivationSpec, clock: StepClock, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        spec: ActivationSpec,
+        clock: StepClock,
+        device: torch.device | str | None = None,
+        channels: Channels | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.clock = clock
+        self.channels = channels
         self.enabled = True
         self.soft_scale: Tensor | None = None
         self.soft_zero_point: Tensor | None = None
@@ -45,6 +82,11 @@ class ActivationQuantizer(nn.Module):
             steps = clock.steps if spec.mode is ActivationMode.PER_STEP else 1
             self.register_buffer("scale", torch.ones(steps, device=device))
             self.register_buffer("zero_point", torch.zeros(steps, device=device))
+        if channels is not None and channels.scaled:
+            self.register_buffer("channel_scale", torch.ones(channels.count, device=device))
+        if channels is not None and channels.shifted:
+            shape = (len(self.scale), channels.count)
+            self.register_buffer("channel_shift", torch.zeros(shape, dtype=torch.uint8, device=device))
 
     def set_qparams(self, qparams: QParams) -> None:
         """Take the tables of `qparams`, each of shape (S,)."""
@@ -53,19 +95,37 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the dequantized codes of `x`; dim 0 of `x` is the batch (or a multiple of it)."""
+        channel = self._channel_scale(x)
         if not self.enabled:
-            return x
+            return x if channel is None else (x / channel).to(x.dtype)
         if self.spec.is_dynamic:
-            qparams = dynamic_qparams(x, self.spec)
+            qparams = dynamic_qparams(x if channel is None else x / channel, self.spec)
             scale, zero_point = qparams.scale, qparams.zero_point
         else:
             table = self.scale if self.soft_scale is None else self.soft_scale
             zeros = self.zero_point if self.soft_zero_point is None else self.soft_zero_point
             scale, zero_point = self.clock.gather(table, x), self.clock.gather(zeros, x)
+            scale = scale * self._channel_steps(x)
         top = self._top(x)
         if torch.is_grad_enabled():
-            return FakeQuantize.apply(x, scale, zero_point, top).to(x.dtype)
-        return fake_quantize_affine(x, scale, zero_point, 0, top).to(x.dtype)
+            return FakeQuantize.apply(x, scale, zero_point, top, channel).to(x.dtype)
+        divisor = scale if channel is None else scale * channel
+        return fake_quantize_affine(x, divisor, zero_point, 0, top, output_scale=scale).to(x.dtype)
+
+    def _channel_scale(self, x: Tensor) -> Tensor | None:
+        if self.channels is None or not self.channels.scaled:
+            return None
+        return self.channels.shape(x, self.channel_scale)
+
+    def _channel_steps(self, x: Tensor) -> Tensor | float:
+        """Return 2**shift of each channel, for each sample of `x` where they are of different steps."""
+        if self.channels is None or not self.channels.shifted:
+            return 1.0
+        index = self.clock.index.to(self.channel_shift.device)
+        rows = self.channel_shift[0 if len(self.channel_shift) == 1 else index]
+        if rows.dim() == 2 and x.shape[0] != len(rows):
+            rows = rows.repeat_interleave(x.shape[0] // len(rows), dim=0)
+        return torch.exp2(self.channels.shape(x, rows).float())
 
     def _top(self, x: Tensor) -> int | Tensor:
         """Return the greatest code, for each sample of `x` where they are of steps with different bits."""

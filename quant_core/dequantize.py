@@ -35,7 +35,7 @@ def dequantized_state(model: nn.Module) -> dict[str, Tensor]:
     own = tuple(f"{name}." for name in (*layers, *attentions))
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(own)}
     for name, layer in layers.items():
-        weight = layer.weight
+        weight = layer.unscaled(layer.weight)
         state[f"{name}.weight"] = weight.clone(memory_format=torch.contiguous_format)
         if layer.bias is not None:
             state[f"{name}.bias"] = layer.bias.to(weight.dtype)

@@ -128,7 +128,7 @@ class QuantmillQuantizer(DiffusersQuantizer):
         stored, wanted = state_dict[param_name], getattr(module, leaf)
         if leaf != "bias" and stored.dtype != wanted.dtype:
             raise ArtifactError(f"packed tensor {param_name}: got dtype {stored.dtype}, wanted {wanted.dtype}")
-        if leaf == "scale" and not bool(((stored > 0) & stored.isfinite()).all()):
+        if leaf in ("scale", "channel_scale") and not bool(((stored > 0) & stored.isfinite()).all()):
             raise ArtifactError(f"packed tensor {param_name}: got a scale that is zero, negative or not finite")
         setattr(module, leaf, stored.to(target_device))
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from kernels.affine import Granularity, dequantize_affine
 from kernels.packing import pack_codes, packed_size, unpack_codes
-from quant_core.activation import ActivationQuantizer
+from quant_core.activation import ActivationQuantizer, Channels
 from quant_core.errors import QuantizationError
 from quant_core.qspec import ActivationMode, LayerSpec
 from quant_core.steps import StepClock
@@ -137,14 +137,28 @@ class QuantLayer(nn.Module):
         self.register_buffer("zero_point", torch.zeros(grid, dtype=torch.uint8, device=weight.device))
         bias = None if layer.bias is None else layer.bias.detach().clone()
         self.register_buffer("bias", bias)
-        self.act_quantizers = nn.ModuleList()
-        if spec.activation is not None:
-            parts = len(spec.split or (0,))
-            activation = spec.activation
-            if self.kind is not nn.Linear and activation.mode is ActivationMode.DYNAMIC_TOKEN:
-                activation = replace(activation, mode=ActivationMode.DYNAMIC_SAMPLE)  # a kernel's taps share one grid
-            self.act_quantizers.extend(ActivationQuantizer(activation, clock, weight.device) for _ in range(parts))
+        self.act_quantizers = nn.ModuleList(self._make_quantizers(clock, weight.device))
         self.soft_weight: Tensor | None = None
+
+    def _make_quantizers(self, clock: StepClock, device: torch.device) -> list[ActivationQuantizer]:
+        """Make the quantizer of each part of the input."""
+        spec, activation = self.spec, self.spec.activation
+        if activation is None:
+            return []
+        is_linear = self.kind is nn.Linear
+        if not is_linear and activation.mode is ActivationMode.DYNAMIC_TOKEN:
+            activation = replace(activation, mode=ActivationMode.DYNAMIC_SAMPLE)  # a kernel's taps share one grid
+        if not is_linear and self.groups > 1 and (spec.channel_scale or spec.channel_shift):
+            raise QuantizationError(f"channel_scale: got a convolution of {self.groups} groups, wanted 1")
+        return [
+            ActivationQuantizer(
+                activation,
+                clock,
+                device,
+                Channels(count, -1 if is_linear else 1, spec.channel_scale, spec.channel_shift),
+            )
+            for count in spec.split or (self.shape[1],)
+        ]
 
     def _copy_geometry(self, layer: Quantizable) -> None:
         if isinstance(layer, nn.Linear):
@@ -189,6 +203,29 @@ class QuantLayer(nn.Module):
         """Greatest code of the weight, or of each output channel, shape (C_out, 1)."""
         return greatest_code(self.bits)
 
+    def set_channel_scale(self, scale: Tensor) -> None:
+        """Divide the input's channels by `scale`, shape (C_in,); codes are then to be those of `scaled` weights."""
+        for quantizer, part in zip(self.act_quantizers, scale.split(self.spec.split or (len(scale),)), strict=True):
+            assert isinstance(quantizer, ActivationQuantizer)
+            quantizer.channel_scale.copy_(part)
+
+    def scaled(self, weight: Tensor) -> Tensor:
+        """Return the weight that codes stand for: `weight` (C_out, C_in, *kernel), times the channels' scales."""
+        scale = self._channel_scale()
+        return weight if scale is None else weight * scale
+
+    def unscaled(self, weight: Tensor) -> Tensor:
+        """Undo `scaled`, for an input whose channels are not divided."""
+        scale = self._channel_scale()
+        return weight if scale is None else (weight / scale).to(weight.dtype)
+
+    def _channel_scale(self) -> Tensor | None:
+        """Return the channels' scales, shaped to broadcast against the weight."""
+        if not self.spec.channel_scale:
+            return None
+        scale = torch.cat([part.get_buffer("channel_scale") for part in self.act_quantizers])
+        return scale.reshape(1, -1, *(1,) * (len(self.shape) - 2))
+
     def codes(self) -> Tensor:
         """Return the unpacked codes, shape (C_out, K), dtype uint8."""
         if not self.spec.weight.mixture:
@@ -200,7 +237,7 @@ class QuantLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight that the layer multiplies with, shape of the original, float32 or the model's dtype."""
+        """The weight that the layer multiplies with (scaled), shape of the original, float32 or the model's dtype."""
         if self.soft_weight is not None:
             return self.soft_weight
         scale, zero_point = self.scale.float(), self.zero_point

@@ -31,7 +31,7 @@ class LowRankWeight:
     layer : QuantLayer
         With the grid and the codes to start from.
     weight : Tensor, shape of the weight, float32
-        Full-precision weight.
+        Full-precision weight; its input channels are scaled here, where the layer scales them.
     rank : int
         Of B A, at most what the layer's channels allow.
     generator : torch.Generator
@@ -54,7 +54,7 @@ class LowRankWeight:
         rank = min(rank, out, inner)
         self.group_index = layer.group_index.to(weight.device)
         self.start_scale = layer.scale.float().clone()
-        self.base = _latent(weight_matrix(weight.float()), layer, self.group_index)
+        self.base = _latent(weight_matrix(layer.scaled(weight.float())), layer, self.group_index)
         bound = 1 / math.sqrt(inner)  # Kaiming-uniform with a = sqrt(5), as torch's layers and the authors' A
         drawn = torch.rand(taps, rank, inner, generator=generator).to(weight.device)
         self.a = ((2 * drawn - 1) * bound).requires_grad_()

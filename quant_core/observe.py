@@ -64,7 +64,10 @@ class StepRanges:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What to watch: ranges of layers' inputs (by part) and of attention operands, second moments of layers' inputs."""
+    """What to watch: ranges of layers' inputs (by part) and of attention operands, second moments of layers' inputs.
+
+    `channel_scales`: by layer, what its input's channels are divided by before they are looked at, shape (C_in,).
+    """
 
     layers: Mapping[str, LayerSpec]
     attentions: Sequence[str]
@@ -72,6 +75,7 @@ class Watched:
     positions: int | None
     samples: int | None
     keep_values: bool
+    channel_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +173,15 @@ def _draw(calibration: CalibrationSet, batch_size: int) -> int:
 def _layer_hook(
     name: str, watched: Watched, found: Observation, current: _Current, steps: int, seed: int
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    spec = watched.layers.get(name)
+    spec, scale = watched.layers.get(name), watched.channel_scales.get(name)
     for_values, for_rows = seed_stream(seed, f"values of {name}"), seed_stream(seed, f"rows of {name}")
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0]
+        dim = -1 if isinstance(layer, nn.Linear) else 1
+        if scale is not None:
+            x = x / scale.to(x.device).reshape(-1, *(1,) * (x.dim() - 2 if dim == 1 else 0))
         if spec is not None:
-            dim = -1 if isinstance(layer, nn.Linear) else 1
             for part, values in enumerate(x.split(spec.split, dim=dim) if spec.split else (x,)):
                 ranges = found.ranges.setdefault((name, part), StepRanges(steps, watched.keep_values))
                 ranges.update(current.step, values, current.draw, for_values)

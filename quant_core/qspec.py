@@ -141,11 +141,23 @@ class LayerSpec:
 
     `split` gives the channel counts of the tensors that are concatenated to form its input (Q-Diffusion's shortcut
     split, Sec. 4.3): each part has its own activation range and its own weight scales.
+
+    `channel_scale`: input channel k is divided by a factor tau_k, within the activation quantizer's own division, and
+    the codes are those of tau_k * weight (equivalent scaling). `channel_shift`: at each trajectory step, channel k has
+    the activation step scale * 2**shift_k (power-of-two scaling).
     """
 
     weight: WeightSpec
     activation: ActivationSpec | None = None
     split: tuple[int, ...] | None = None
+    channel_scale: bool = False
+    channel_shift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation is None and (self.channel_scale or self.channel_shift):
+            raise QuantizationError("channel_scale: got a layer whose input is not quantized, wanted one that is")
+        if self.channel_shift and self.activation is not None and self.activation.is_dynamic:
+            raise QuantizationError(f"channel_shift: got mode {self.activation.mode}, wanted static or per_step")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -155,14 +167,18 @@ class LayerSpec:
             weight=WeightSpec(**data["weight"]),
             activation=None if activation is None else ActivationSpec(**activation),
             split=None if split is None else tuple(split),
+            channel_scale=data.get("channel_scale", False),
+            channel_shift=data.get("channel_shift", False),
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able mapping."""
+        """Return a JSON-able mapping; it says nothing of scaled channels where there are none."""
+        channels = {"channel_scale": self.channel_scale, "channel_shift": self.channel_shift}
         return {
             "weight": self.weight.to_json(),
             "activation": None if self.activation is None else self.activation.to_json(),
             "split": None if self.split is None else list(self.split),
+            **{name: True for name, has in channels.items() if has},
         }
 
 

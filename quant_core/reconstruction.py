@@ -107,6 +107,7 @@ def reconstruct_unit(
     quantized = [*fixed, start]
     parts = build_quantized(model, merge_plans(quantized))
     load_states(model, quantized)
+    weights = {layer: parts.layers[layer].scaled(weight) for layer, weight in weights.items()}
     if config.start_nearest:
         for layer in unit.layers:
             _set_nearest(parts.layers[layer], weights[layer])

@@ -7,8 +7,8 @@ the calibration set, and groups run in parallel.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -76,6 +76,8 @@ def round_units(
     calibration: CalibrationSet,
     units: Sequence[tuple[UnitFormats, UnitRanges]],
     config: RoundingConfig,
+    channel_scales: Mapping[str, Tensor] | None = None,
+    channel_bits: Mapping[str, Tensor] | None = None,
 ) -> list[RoundedUnit]:
     """Quantize a group of units.
 
@@ -85,13 +87,20 @@ def round_units(
         The full-precision denoiser; its layers are replaced in place.
     units : sequence of (UnitFormats, UnitRanges)
         In the order in which they run.
+    channel_scales : mapping of str to Tensor, shape (C_in,), optional
+        What the input channels of some layers are divided by, and their weights multiplied with.
+    channel_bits : mapping of str to Tensor, shape (C_out,), dtype uint8, optional
+        Bits of the output channels of some layers, in place of the format's.
 
     Returns
     -------
     list of RoundedUnit, one for each unit
     """
     timesteps = tuple(float(t) for t in calibration.timesteps)
-    watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config)
+    scales = channel_scales or {}
+    mixed = channel_bits or {}
+    units = [(mix_channels(scale_channels(formats, scales), mixed), ranges) for formats, ranges in units]
+    watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config, scales)
     names = [formats.unit for formats, _ in units]
     seen = observe(model, calibration, names, watched, batch_size=config.batch_size, seed=config.seed)
     weights = {name: model.get_parameter(f"{name}.weight").detach() for formats, _ in units for name in formats.layers}
@@ -102,11 +111,21 @@ def round_units(
         sqnr = {}
         for name in formats.layers:
             layer = parts.layers[name]
+            if name in scales:
+                layer.set_channel_scale(scales[name])
+            if name in mixed:
+                layer.set_channel_bits(mixed[name])
             moment = seen.moments[name].mean() if name in seen.moments else None
-            sqnr[name] = round_layer(layer, weights[name], moment, ranges.weights[name], config)
+            sqnr[name] = round_layer(layer, layer.scaled(weights[name]), moment, ranges.weights[name], config)
         _set_ranges(parts, formats, ranges, seen)
         results.append(RoundedUnit(collect_state(parts, formats, state.timesteps), sqnr))
     return results
+
+
+def scale_channels(formats: UnitFormats, scaled: Container[str]) -> UnitFormats:
+    """Return the formats with `channel_scale` for the layers in `scaled`."""
+    layers = {n: replace(spec, channel_scale=True) if n in scaled else spec for n, spec in formats.layers.items()}
+    return replace(formats, layers=layers)
 
 
 def _trajectory(formats: UnitFormats, timesteps: tuple[float, ...]) -> tuple[float, ...]:
@@ -116,7 +135,20 @@ def _trajectory(formats: UnitFormats, timesteps: tuple[float, ...]) -> tuple[flo
     return timesteps if ActivationMode.PER_STEP in modes else ()
 
 
-def _watch(units: Sequence[UnitFormats], ranges: Sequence[UnitRanges], config: RoundingConfig) -> Watched:
+def mix_channels(formats: UnitFormats, channel_bits: Mapping[str, Tensor]) -> UnitFormats:
+    """Return the formats with a `mixture` for the layers in `channel_bits` whose channels differ."""
+    layers = dict(formats.layers)
+    for name in layers.keys() & channel_bits.keys():
+        widths, counts = torch.unique(channel_bits[name], return_counts=True)
+        mixture = tuple(zip(widths.tolist(), counts.tolist(), strict=True))
+        weight = replace(layers[name].weight, bits=mixture[-1][0], mixture=mixture)
+        layers[name] = replace(layers[name], weight=weight)
+    return replace(formats, layers=layers)
+
+
+def _watch(
+    units: Sequence[UnitFormats], ranges: Sequence[UnitRanges], config: RoundingConfig, scales: Mapping[str, Tensor]
+) -> Watched:
     """Say what has to be seen of these units."""
     layers = {name: spec for unit in units for name, spec in unit.layers.items()}
     needs_range = {name: spec for name, spec in layers.items() if _is_measured(spec.activation)}
@@ -124,7 +156,8 @@ def _watch(units: Sequence[UnitFormats], ranges: Sequence[UnitRanges], config: R
     # Second moments weigh errors in the report too, but only closed-form rounding pays for all of them.
     moments = list(layers) if config.method is RoundingMethod.CLOSED_FORM else []
     methods = {spec.method for each in ranges for spec in each.activations.values()}
-    return Watched(needs_range, attentions, moments, config.positions, config.samples, methods != {RangeMethod.MINMAX})
+    keep_values = methods != {RangeMethod.MINMAX}
+    return Watched(needs_range, attentions, moments, config.positions, config.samples, keep_values, scales)
 
 
 def _is_measured(spec: ActivationSpec | None) -> bool:

@@ -18,34 +18,39 @@ class FakeQuantize(torch.autograd.Function):
 
     dx_hat/dx is 1 inside the range and 0 outside; dx_hat/ds is round(x / s) - x / s inside and code - z outside
     (Esser et al., "Learned Step Size Quantization", arXiv:1902.08153, Eq. 3); dx_hat/dz is 0 inside and -s outside
-    (Bhalgat et al., "LSQ+", arXiv:2004.09576, Eq. 5).
+    (Bhalgat et al., "LSQ+", arXiv:2004.09576, Eq. 5). With a scale for each channel, x is divided by s * channel and
+    multiplied by s: dx_hat/dx is 1 / channel inside the range.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int | Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int | Tensor, channel: Tensor | None = None
+    ) -> Tensor:
         """Return the dequantized codes, shape of `x`, float32; the others broadcast against `x`."""
+        divisor = scale if channel is None else scale * channel
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.top = torch.as_tensor(top, dtype=torch.float32, device=x.device)
-        return fake_quantize_affine(x, scale, zero_point, 0, top)
+        ctx.top, ctx.channel = torch.as_tensor(top, dtype=torch.float32, device=x.device), channel
+        return fake_quantize_affine(x, divisor, zero_point, 0, top, output_scale=scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         """Return the gradients of `x`, `scale` and `zero_point`."""
         (gradient,) = gradients
         x, scale, zero_point = ctx.saved_tensors
-        steps = x / scale
+        steps = x / (scale if ctx.channel is None else scale * ctx.channel)
         rounded = torch.round(steps)
         codes = rounded + zero_point
         inside = (codes >= 0) & (codes <= ctx.top)
         grad_inside = gradient * inside
-        grad_x = grad_inside.to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_scale = grad_zero = None
+        grad_x = grad_scale = grad_zero = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_inside if ctx.channel is None else grad_inside / ctx.channel).to(x.dtype)
         if ctx.needs_input_grad[1]:
             slope = torch.where(inside, rounded - steps, codes.clamp(min=0).minimum(ctx.top) - zero_point)
             grad_scale = (gradient * slope).sum_to_size(scale.shape)
         if ctx.needs_input_grad[2]:
             grad_zero = ((grad_inside - gradient) * scale).sum_to_size(zero_point.shape)
-        return grad_x, grad_scale, grad_zero, None
+        return grad_x, grad_scale, grad_zero, None, None
 
 
 def round_through(x: Tensor) -> Tensor:

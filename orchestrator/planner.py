@@ -4,8 +4,10 @@
          │                    └── temporal ─────────────┴────────────────────┘
          └── reference (seeds) ───────────────────────────────────────────────────────┘
 
-If activation bits differ between trajectory steps, `step_effects` (seeds) and `step_bits` lie between calibrate and
-round; with the pass `correct`, `noise` (seeds) and `correct` between pack and evaluate.
+With the pass `allocate`, `channel_errors` (units) and `allocate` lie before round; with `distill`, that task and the
+trajectories that it needs between reconstruct and pack. If activation bits differ between trajectory steps,
+`step_effects` (seeds) and `step_bits` lie between calibrate and round; with the pass `correct`, `noise` (seeds) and
+`correct` between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine.
@@ -21,11 +23,15 @@ reference   sampler, seeds, batch_size, sqnr_seeds             model            
 step_effects sampler, seeds, batch_size, choices, layers, seed model, calibration (all)                   effects
 step_bits   method, target_mean, threshold                     effects                                    step_bits
 temporal    unit, layers, attentions, pass                     model, calibration (all)                   state
-round       units: [unit], seed, cache_bytes,                  model, calibration (all), step_bits (if    state:<unit>
-            forward_batch_size, pass                           there)
+channel_    units: [unit], layers (names), seed,               model, calibration (all)                   errors
+errors      forward_batch_size, samples, positions
+allocate    method, extra                                      errors                                     allocation
+round       units: [unit], seed, cache_bytes,                  model, calibration (all), step_bits and    state:<unit>
+            forward_batch_size, pass                           allocation (if there)
 reconstruct unit, layers, attentions, seed, cache_bytes,       model, calibration (all), state, earlier   state
             forward_batch_size, pass                           (units before it, if inputs are quantized),
                                                                temporal (if it concerns the unit)
+distill     units (names), seed, pass                          model, trajectories (references), states   state:<unit>
 pack        sampler, units (names), unknown_timestep           model, states                              packed
 noise       sampler, batch_size                                packed, reference                          noise
 correct     pass, channel_dim                                  packed, noise, held_out (noise of others)  packed
@@ -45,14 +51,15 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.planning.costs import GIB, Cost, Costs, hessian_bytes
-from orchestrator.planning.formats import UnitPlan, plan_formats, varied_layers
+from orchestrator.planning.formats import UnitPlan, allocated_layers, plan_formats, varied_layers
 from orchestrator.planning.model import ModelInfo
+from orchestrator.planning.mpqdm import allocation_tasks, distill_tasks
+from orchestrator.planning.shards import shards
 from orchestrator.planning.temporal import TEMPORAL_UNIT, holds, take_out
 from orchestrator.recipes.load import resolve
 from orchestrator.recipes.passes import Round
@@ -102,29 +109,6 @@ def round_groups(plans: Sequence[UnitPlan], config: Round, budget_bytes: float) 
         yield group
 
 
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """Consecutive seeds of one task, as JSON parameters; `sqnr` of its first seeds are compared step by step."""
-
-    first: int
-    count: int
-    sqnr: int = 0
-
-    @property
-    def seeds(self) -> dict[str, int]:
-        return {"first": self.first, "count": self.count}
-
-    @property
-    def label(self) -> str:
-        return f"seeds {self.first}-{self.first + self.count - 1}"
-
-
-def _shards(first: int, seeds: int, size: int, sqnr: int = 0) -> Iterator[_Shard]:
-    for start in range(0, seeds, size):
-        count = min(size, seeds - start)
-        yield _Shard(first + start, count, max(0, min(count, sqnr - start)))
-
-
 class _Planner:
     """Draws the graph of one model and recipe."""
 
@@ -158,11 +142,19 @@ class _Planner:
         for node in self._temporal(calibration):
             states[TEMPORAL_UNIT] = TaskRef(node.id, "state")
             yield node
-        for node, produced in self._round(calibration, step_bits):
+        allocation: list[TaskRef] = []
+        for node in self._allocate(calibration):
+            allocation = [TaskRef(node.id, "allocation")]
+            yield node
+        for node, produced in self._round(calibration, step_bits, allocation):
             states |= produced
             yield node
         for node, unit in self._reconstruct(calibration, states):
             states[unit] = TaskRef(node.id, "state")
+            yield node
+        for node in self._distill(states):
+            if node.kind == "distill":
+                states = {unit: TaskRef(node.id, f"state:{unit}") for unit in states}
             yield node
         pack = self._pack(states)
         yield pack
@@ -182,7 +174,7 @@ class _Planner:
     def _calibrate(self) -> Iterator[TaskNode]:
         section = self.recipe.calibration
         steps = None if section.steps == self.recipe.sampler.num_inference_steps else section.steps
-        for shard in _shards(section.first_seed, section.seeds, section.shard_seeds):
+        for shard in shards(section.first_seed, section.seeds, section.shard_seeds):
             batch = min(section.batch_size, shard.count)
             yield self._node(
                 "calibrate",
@@ -199,7 +191,7 @@ class _Planner:
         if section is None or not layers:
             return
         effects: list[TaskRef] = []
-        for shard in _shards(section.first_seed, section.seeds, section.shard_seeds):
+        for shard in shards(section.first_seed, section.seeds, section.shard_seeds):
             params = {
                 "sampler": self.sampler,
                 "seeds": shard.seeds,
@@ -228,8 +220,30 @@ class _Planner:
             f"{len(self.temporal.layers)} layers",
         )
 
+    def _allocate(self, calibration: Sequence[TaskRef]) -> Iterator[TaskNode]:
+        """Make the tasks that choose the bits of output channels, the choice last; none if all have the same."""
+        config = self.recipe.passes.allocate
+        if config is None or config.method == "uniform":
+            return
+        groups = list(round_groups(self.plans, Round(), self.cache_bytes))
+        inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
+        common = {name: value for name, value in self._common().items() if name != "cache_bytes"}
+        yield from allocation_tasks(self._node, groups, inputs, config, common, self.costs)
+
+    def _distill(self, states: Mapping[str, TaskRef]) -> Iterator[TaskNode]:
+        """Make the trajectories that are distilled from, and the task that does it, last."""
+        config = self.recipe.passes.distill
+        if config is None:
+            return
+        ordered = {unit: states[unit] for unit in self._units()}
+        yield from distill_tasks(self._node, ordered, self.model, self.recipe, config, self.costs)
+
+    def _units(self) -> list[str]:
+        """Return the names of all quantized units, in the order in which they run."""
+        return [*([TEMPORAL_UNIT] if self.temporal is not None else []), *(each.unit.name for each in self.plans)]
+
     def _round(
-        self, calibration: Sequence[TaskRef], step_bits: Sequence[TaskRef]
+        self, calibration: Sequence[TaskRef], step_bits: Sequence[TaskRef], allocation: Sequence[TaskRef]
     ) -> Iterator[tuple[TaskNode, dict[str, TaskRef]]]:
         config = self.recipe.passes.round
         common = self._common() | config.parameters()
@@ -238,6 +252,8 @@ class _Planner:
             inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
             if step_bits and varied_layers(group):
                 inputs["step_bits"] = step_bits
+            if allocation and allocated_layers(group):
+                inputs["allocation"] = allocation
             node = self._node(
                 "round",
                 {"units": [each.parameters() for each in group], **common},
@@ -273,7 +289,7 @@ class _Planner:
             yield node, name
 
     def _pack(self, states: Mapping[str, TaskRef]) -> TaskNode:
-        units = [*([TEMPORAL_UNIT] if self.temporal is not None else []), *(each.unit.name for each in self.plans)]
+        units = self._units()
         policy = self.recipe.activations.unknown_timestep
         return self._node(
             "pack",
@@ -289,10 +305,10 @@ class _Planner:
         config = self.recipe.passes.correct
         if config is None:
             return
-        shards = list(_shards(config.first_seed, config.seeds, config.shard_seeds))
-        others = list(_shards(config.first_seed + config.seeds, config.held_out_seeds, config.shard_seeds))
+        first = list(shards(config.first_seed, config.seeds, config.shard_seeds))
+        others = list(shards(config.first_seed + config.seeds, config.held_out_seeds, config.shard_seeds))
         moments: list[TaskRef] = []
-        for shard in (*shards, *others):
+        for shard in (*first, *others):
             batch = min(config.batch_size, shard.count)
             params = {"sampler": self.sampler, "seeds": shard.seeds, "batch_size": batch, "sqnr_seeds": shard.count}
             cost = self.costs.sample(shard.count, batch, recorded=shard.count)
@@ -306,7 +322,7 @@ class _Planner:
         yield self._node(
             "correct",
             config.parameters() | {"channel_dim": -1 if self.is_tokens else 1},
-            {"packed": [packed], "noise": moments[: len(shards)], "held_out": moments[len(shards) :]},
+            {"packed": [packed], "noise": moments[: len(first)], "held_out": moments[len(first) :]},
             self.costs.correct(),
             f"{config.seeds} seeds",
             gpus=0.0,
@@ -315,14 +331,9 @@ class _Planner:
     def _measure(self, packed: TaskRef) -> Iterator[TaskNode]:
         """Make the references and the evaluations that are compared with them."""
         section = self.recipe.evaluation
-        for shard in _shards(section.first_seed, section.seeds, section.shard_seeds, section.sqnr_seeds):
+        for shard in shards(section.first_seed, section.seeds, section.shard_seeds, section.sqnr_seeds):
             batch = min(section.batch_size, shard.count)
-            params = {
-                "sampler": self.sampler,
-                "seeds": shard.seeds,
-                "batch_size": batch,
-                "sqnr_seeds": shard.sqnr,
-            }
+            params = {"sampler": self.sampler, "seeds": shard.seeds, "batch_size": batch, "sqnr_seeds": shard.sqnr}
             cost = self.costs.sample(shard.count, batch, recorded=shard.sqnr)
             reference = self._node("reference", params, {"model": self.model}, cost, shard.label)
             yield reference
@@ -332,12 +343,8 @@ class _Planner:
 
     def _score(self, packed: TaskRef, references: Sequence[TaskRef], evaluations: Sequence[TaskRef]) -> TaskNode:
         section = self.recipe.evaluation
-        inputs: dict[str, Sequence[str | TaskRef]] = {
-            "packed": [packed],
-            "references": references,
-            "evaluations": evaluations,
-            "model": self.model,
-        }
+        inputs: dict[str, Sequence[str | TaskRef]] = {"packed": [packed], "references": references}
+        inputs |= {"evaluations": evaluations, "model": self.model}
         if section.extractor_weights is not None:
             inputs["extractor_weights"] = [section.extractor_weights]
         params = {

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -158,7 +159,7 @@ class Distillation:
         self.optimizer = torch.optim.Adam(groups)
         self.iteration = 0
 
-    def _groups(self) -> Iterator[dict[str, object]]:
+    def _groups(self) -> Iterator[dict[str, Any]]:
         """Yield the optimiser's groups."""
         config = self.config
         rates = {"log_scale": config.weight_lr, "zero_point": config.zero_point_lr, "bias": config.bias_lr}

@@ -113,7 +113,7 @@ def round_units(
             layer = parts.layers[name]
             if name in scales:
                 layer.set_channel_scale(scales[name])
-            if name in mixed:
+            if layer.spec.weight.mixture:
                 layer.set_channel_bits(mixed[name])
             moment = seen.moments[name].mean() if name in seen.moments else None
             sqnr[name] = round_layer(layer, layer.scaled(weights[name]), moment, ranges.weights[name], config)
@@ -136,12 +136,12 @@ def _trajectory(formats: UnitFormats, timesteps: tuple[float, ...]) -> tuple[flo
 
 
 def mix_channels(formats: UnitFormats, channel_bits: Mapping[str, Tensor]) -> UnitFormats:
-    """Return the formats with a `mixture` for the layers in `channel_bits` whose channels differ."""
+    """Return the formats with the bits of `channel_bits`: a `mixture` where a layer's channels differ."""
     layers = dict(formats.layers)
     for name in layers.keys() & channel_bits.keys():
         widths, counts = torch.unique(channel_bits[name], return_counts=True)
         mixture = tuple(zip(widths.tolist(), counts.tolist(), strict=True))
-        weight = replace(layers[name].weight, bits=mixture[-1][0], mixture=mixture)
+        weight = replace(layers[name].weight, bits=mixture[-1][0], mixture=mixture if len(mixture) > 1 else ())
         layers[name] = replace(layers[name], weight=weight)
     return replace(formats, layers=layers)
 

@@ -12,7 +12,7 @@ import quant_core
 from quant_core.artifact import quantization_config, write_artifact
 from quant_core.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
 from quant_core.denoiser import Denoiser
-from quant_core.distillation import DistillConfig, Distillation, Distilled, feature_unit
+from quant_core.distillation import Distillation, DistillConfig, Distilled, feature_unit
 from quant_core.errors import QuantizationError
 from quant_core.qspec import ActivationSpec
 from quant_core.relation import relation_loss
@@ -42,9 +42,7 @@ def trajectories(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def start(
-    calibrated: Calibrated, states: list[UnitState], trajectories: CalibrationSet
-) -> Callable[..., Distillation]:
+def start(calibrated: Calibrated, states: list[UnitState], trajectories: CalibrationSet) -> Callable[..., Distillation]:
     def make(config: DistillConfig = CONFIG) -> Distillation:
         teacher, model = calibrated("unet")[0].model, calibrated("unet")[0].model
         return Distillation(teacher, model, states, trajectories, config)

@@ -4,7 +4,8 @@ params
     units: formats and ranges of each unit, see `orchestrator.planning.formats`; seed; forward_batch_size; the round
     pass: method, and for closed_form samples, positions, damping
 inputs
-    model: tree; calibration: shards; step_bits: what `step_bits` chose, if activation bits in the formats are null
+    model: tree; calibration: shards; step_bits: what `step_bits` chose, if activation bits in the formats are null;
+    allocation: what `allocate` chose, if layers are marked as allocated
 outputs
     state:<unit> for each unit, see `quant_core.unit_state`
 metrics
@@ -15,6 +16,9 @@ from __future__ import annotations
 
 import json
 from typing import Any
+
+from safetensors.torch import load
+from torch import Tensor
 
 from quant_core.calibration import CalibrationSet
 from quant_core.rounding import RoundingConfig, read_unit, round_units
@@ -28,7 +32,7 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     calibration = CalibrationSet(local_files(inputs["calibration"], context))
     bits = _step_bits(inputs, context)
     units = [read_unit(unit, bits) for unit in params["units"]]
-    rounded = round_units(model, calibration, units, _config(params))
+    rounded = round_units(model, calibration, units, _config(params), channel_bits=_allocation(inputs, context))
     outputs = {f"state:{each.state.formats.unit}": context.store.put_bytes(each.state.to_bytes()) for each in rounded}
     layers = {name: {"sqnr_db": round(db, 4)} for each in rounded for name, db in each.layer_sqnr_db.items()}
     return TaskOutput(outputs, {"layers": layers})
@@ -40,6 +44,11 @@ def _step_bits(inputs: Inputs, context: TaskContext) -> list[int] | None:
         return None
     table: dict[str, list[int]] = json.loads(context.store.get_bytes(only(inputs, "step_bits")))
     return table["bits"]
+
+
+def _allocation(inputs: Inputs, context: TaskContext) -> dict[str, Tensor] | None:
+    """Read the bits of output channels, if they were chosen."""
+    return load(context.store.get_bytes(only(inputs, "allocation"))) if "allocation" in inputs else None
 
 
 def _config(params: dict[str, Any]) -> RoundingConfig:

@@ -4,6 +4,7 @@
     python -m benchmarks.ablations correction --home FOLDER --set sampler.eta=1.0 --set sampler.num_inference_steps=50
     python -m benchmarks.ablations step-bits --home FOLDER > benchmarks/results/step-bits-emoji32.json
     python -m benchmarks.ablations temporal --home FOLDER > benchmarks/results/temporal-emoji32.json
+    python -m benchmarks.ablations mpqdm --recipe mpqdm-w2a4 --home FOLDER > benchmarks/results/mpqdm-w2a4-emoji32.json
 
 Every row is a job of its own, as a user runs it, in one home: what rows share is computed once. Figures are those of
 the packed artifact with its scheduler, against full precision, on held-out seeds; differences are from the first row,
@@ -51,7 +52,18 @@ TEMPORAL = {
     "per step, TIAR": ["passes.temporal={}"],
     "per step, tables": ["passes.temporal={cache: true}"],
 }
-TABLES = {"correction": CORRECTION, "step-bits": STEP_BITS, "temporal": TEMPORAL}
+#: MPQ-DM's parts; the recipe's exceptions at 8 bits are the same in all rows.
+MPQDM = {
+    "closed form, min-max": ["passes.allocate=null", "passes.distill=null", "activations.range=minmax"],
+    "closed form, searched ranges": ["passes.allocate=null", "passes.distill=null"],
+    "kurtosis": ["passes.distill=null"],
+    "global": ["passes.allocate.method=global", "passes.distill=null"],
+    "uniform, predictions distilled": ["passes.allocate=null", "passes.distill.relations=false"],
+    "uniform, relations too": ["passes.allocate=null"],
+    "kurtosis, relations too": [],
+    "global, relations too": ["passes.allocate.method=global"],
+}
+TABLES = {"correction": CORRECTION, "step-bits": STEP_BITS, "temporal": TEMPORAL, "mpqdm": MPQDM}
 _FIGURES = ("psnr_db", "psnr_db_ci95", "fd", "n", "act_bits_mean", "bops", "sqnr_db_per_step", "sampler")
 
 

@@ -16,11 +16,14 @@ from quant_core.conditioning import seed_stream
 from quant_core.hessian import input_rows
 from quant_core.layers import greatest_code, weight_from_matrix, weight_groups, weight_matrix
 from quant_core.methods.mpqdm import LayerErrors, kurtosis
-from quant_core.observe import Observation, Watched, observe
+from quant_core.observe import Observation, Watched, observe, stop_after
 from quant_core.qspec import ActivationMode, LayerSpec
 from quant_core.ranges import QParams, RangeMethod
 from quant_core.rounding import UnitRanges, nearest_codes, weight_grid
 from quant_core.unit_state import UnitFormats
+
+#: Calibration rows of each step on which a layer's effect is measured: that takes a whole forward for each layer.
+EFFECT_SAMPLES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +84,22 @@ def measure_units(
     )
     seen = _input_ranges(model, calibration, specs, ranges, config)
     watched = {n: _Watched(n, model.get_submodule(n), spec, ranges, seen) for n, spec in specs.items()}
-    steps = [calibration.rows(step, 0, min(config.samples, calibration.samples)) for step in range(calibration.steps)]
     noises = {n: seed_stream(config.seed, f"positions of {n}") for n in specs}
-    wanted = []
-    for step, batch in enumerate(steps):
-        with _hooks(watched, step, config.positions, noises):
-            wanted.append(replay(model, batch))
+    with stop_after(model, [formats.unit for formats, _ in units]) as call:
+        for step in range(calibration.steps):
+            batch = calibration.rows(step, 0, min(config.samples, calibration.samples))
+            with _hooks(watched, step, config.positions, noises):
+                call(lambda batch=batch: replay(model, batch))  # type: ignore[misc]
+    rows = torch.arange(min(config.samples, EFFECT_SAMPLES, calibration.samples))
+    index = (torch.arange(calibration.steps)[:, None] * calibration.samples + rows).flatten()
+    batches = [calibration.gather(chunk) for chunk in index.split(config.batch_size)]
+    wanted = [replay(model, batch) for batch in batches]
     found = {}
     for name, layer in watched.items():
         with layer.replaced():
-            pairs = zip(steps, wanted, strict=True)
-            power = sum(float((replay(model, batch) - target).double().square().mean()) for batch, target in pairs)
-        found[name] = layer.result(power / len(steps))
+            pairs = zip(batches, wanted, strict=True)
+            powers = [(replay(model, batch) - target).double().square().flatten(1).mean(1) for batch, target in pairs]
+        found[name] = layer.result(float(torch.cat(powers).mean()))
     return found
 
 

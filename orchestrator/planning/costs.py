@@ -29,6 +29,7 @@ _SEARCH = 12_000.0  # one weight in the search of a range, 80 candidates: 0.4 µ
 _COLUMN = 1.6e6  # one column visited by closed-form rounding: 55 µs
 _COLUMN_WEIGHT = 5.0  # and each weight that a visit corrects
 _BACKWARD = 2.0  # of a forward
+_EFFECT_SAMPLES = 2  # rows of each step in a forward for each layer
 _RELATION = 500.0  # one pair of positions related, with gradient: 17 ns
 _TEMPORAL_ROUND = Round(method="closed_form")
 _EXTRACTOR = {"efficientnet-lite0": 1.1, "inception-v3": 6.0}  # per image
@@ -90,7 +91,10 @@ class Costs:
             layer for plan in group for layer in plan.unit.layers if "allocated" in plan.layers.get(layer.name, {})
         ]
         work = self._forward(calibration.seeds * self.recorded_per_seed, calibration.batch_size) * depth
-        work += self._forward(samples, config.samples) * (1 + len(layers))
+        work += self._forward(samples, config.samples) * depth
+        work += self._forward(min(samples, _EFFECT_SAMPLES * self.recorded_per_seed), calibration.batch_size) * len(
+            layers
+        )
         for layer in layers:
             rows = samples * min(config.positions, layer.positions)
             work += _giga(layer.weights * (3 * _SEARCH + 5 * rows) + samples * layer.input_elements * _QUANTIZE)

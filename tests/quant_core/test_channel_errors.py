@@ -64,7 +64,7 @@ def test_the_effect_is_what_a_layers_error_does_to_the_prediction(
     denoiser, calibration = calibrated("unet")
     units = plan_units(denoiser, bits=3, activation=None)
     # The last layer's output is the prediction, so without activations quantized its effect is the mean over channels.
-    found = measure_units(denoiser.model, calibration, units, ["conv_out"], MeasureConfig(4, 10_000, 4))
+    found = measure_units(denoiser.model, calibration, units, ["conv_out"], MeasureConfig(2, 10_000, 4))
     assert found["conv_out"].effect == pytest.approx(1 / 3, rel=1e-4)
 
 

@@ -10,9 +10,11 @@ light tails one bit less. Where we differ from the authors' code (mpq-dm@2b05dd7
 - An output channel's error depends on its own bits alone. So three quantizations per layer, at N - 1, N and N + 1 bits,
   give the error of every candidate, exactly.
 - One step beyond the paper: all layers at once. A layer may promote more channels than it demotes if others do the
-  reverse; chosen by one exact knapsack over the error power that each layer's error makes at the model's prediction.
+  reverse, all of them if it must be; chosen by one exact knapsack over the error power that each layer's error makes at
+  the model's prediction.
 - Their pre-scale of the input channels is not part of it.
-- 1 bit: a grid has a code for zero (`quant_core.ranges`), so such a channel's other code is on one side of it.
+- 1 bit: a grid has a code for zero (`quant_core.ranges`), so such a channel's other code is on one side of it. Its error
+  is some thirty times that of 2 bits, so that at N = 2 the sweep in one layer ends at m = 0 on the models tried.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 from quant_core.errors import QuantizationError
 from quant_core.knapsack import Choice, choose
 
-#: m is swept in tenths of the output channels, up to half of them.
+#: In one layer m is swept in tenths of the output channels, up to half of them.
 TENTHS = 5
 
 
@@ -144,7 +146,7 @@ def choose_over_layers(layers: Sequence[LayerErrors], config: AllocationConfig) 
 
 def _options(layer: LayerErrors) -> list[tuple[Split, float]]:
     """Return the best split for each number of bits that a layer may get, with its cost."""
-    tenths = [m for m in range(0, TENTHS * layer.step + 1, layer.step) if m <= layer.channels]
+    tenths = [*range(0, layer.channels, layer.step), layer.channels]
     best: dict[int, tuple[Split, float]] = {}
     for split in (Split(up, down) for up in tenths for down in tenths if up + down <= layer.channels):
         cost = layer.effect * output_error(layer, split)

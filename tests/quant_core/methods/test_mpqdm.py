@@ -85,7 +85,7 @@ def test_over_layers_bits_go_where_they_matter_within_the_same_sum() -> None:
 def test_over_layers_is_the_best_of_all_pairs() -> None:
     layers = [layer(10, 5, columns=6), layer(10, 6, columns=9, effect=2.0)]
     found = choose_over_layers(layers, AllocationConfig("global"))
-    splits = [Split(up, down) for up in range(6) for down in range(6) if up + down <= 10]
+    splits = [Split(up, down) for up in range(11) for down in range(11) if up + down <= 10]
 
     def cost(pair: tuple[Split, Split]) -> float:
         return sum(each.effect * output_error(each, split) for each, split in zip(layers, pair, strict=True))

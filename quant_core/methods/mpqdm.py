@@ -13,8 +13,8 @@ light tails one bit less. Where we differ from the authors' code (mpq-dm@2b05dd7
   reverse, all of them if it must be; chosen by one exact knapsack over the error power that each layer's error makes at
   the model's prediction.
 - Their pre-scale of the input channels is not part of it.
-- 1 bit: a grid has a code for zero (`quant_core.ranges`), so such a channel's other code is on one side of it. Its error
-  is some thirty times that of 2 bits, so that at N = 2 the sweep in one layer ends at m = 0 on the models tried.
+- 1 bit: a grid has a code for zero (`quant_core.ranges`), so the other code of such a channel is on one side of it. Its
+  error is some thirty times that of 2 bits, so that at N = 2 the sweep in one layer ends at m = 0 on the models tried.
 """
 
 from __future__ import annotations

@@ -147,8 +147,11 @@ def choose_over_layers(layers: Sequence[LayerErrors], config: AllocationConfig) 
 def _options(layer: LayerErrors) -> list[tuple[Split, float]]:
     """Return the best split for each number of bits that a layer may get, with its cost."""
     tenths = [*range(0, layer.channels, layer.step), layer.channels]
+    fewest = 1 if layer.bits == 2 else 0  # a layer of nothing but 1-bit channels has no format
     best: dict[int, tuple[Split, float]] = {}
     for split in (Split(up, down) for up in tenths for down in tenths if up + down <= layer.channels):
+        if split.demoted > layer.channels - fewest:
+            continue
         cost = layer.effect * output_error(layer, split)
         shift = split.promoted - split.demoted
         if shift not in best or cost < best[shift][1]:

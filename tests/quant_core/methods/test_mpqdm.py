@@ -102,6 +102,13 @@ def test_two_bits_have_one_bit_channels() -> None:
     assert set(channel_bits(layer(20, 7, bits=2), Split(4, 4)).tolist()) == {1, 2, 3}
 
 
+def test_no_layer_is_left_with_one_bit_alone() -> None:
+    layers = {"little": layer(20, 8, bits=2, effect=1e-9), "much": layer(20, 9, bits=2, columns=9, effect=1e9)}
+    found = allocate(layers, AllocationConfig("global"))
+    assert (found["much"] == 3).all()
+    assert 0 < int((found["little"] > 1).sum()) < 20
+
+
 def test_extra_is_a_share() -> None:
     with pytest.raises(QuantizationError, match=r"extra: got 0\.7, wanted 0 to 0.5"):
         AllocationConfig("kurtosis", 0.7)

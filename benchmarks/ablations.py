@@ -56,12 +56,12 @@ TEMPORAL = {
 MPQDM = {
     "closed form, min-max": ["passes.allocate=null", "passes.distill=null", "activations.range=minmax"],
     "closed form, searched ranges": ["passes.allocate=null", "passes.distill=null"],
-    "kurtosis": ["passes.distill=null"],
-    "global": ["passes.allocate.method=global", "passes.distill=null"],
+    "kurtosis": ["passes.allocate.method=kurtosis", "passes.distill=null"],
+    "global": ["passes.distill=null"],
     "uniform, predictions distilled": ["passes.allocate=null", "passes.distill.relations=false"],
     "uniform, relations too": ["passes.allocate=null"],
-    "kurtosis, relations too": [],
-    "global, relations too": ["passes.allocate.method=global"],
+    "kurtosis, relations too": ["passes.allocate.method=kurtosis"],
+    "global, relations too": [],
 }
 TABLES = {"correction": CORRECTION, "step-bits": STEP_BITS, "temporal": TEMPORAL, "mpqdm": MPQDM}
 _FIGURES = ("psnr_db", "psnr_db_ci95", "fd", "n", "act_bits_mean", "bops", "sqnr_db_per_step", "sampler")

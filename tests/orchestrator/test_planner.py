@@ -707,7 +707,7 @@ def test_distillation_composes_with_the_temporal_block_and_the_correction():
     ("override", "changed"),
     [
         ("passes.allocate.extra=0.1", {"allocate", *AFTER_ROUND, "distill"}),
-        ("passes.allocate.method=global", {"allocate", *AFTER_ROUND, "distill"}),
+        ("passes.allocate.method=kurtosis", {"allocate", *AFTER_ROUND, "distill"}),
         ("passes.allocate.samples=4", {"channel_errors", "allocate", *AFTER_ROUND, "distill"}),
         ("passes.distill.relations=false", {"distill", "pack", "evaluate", "score", "release"}),
         ("passes.distill.seeds=32", {"distill", "pack", "evaluate", "score", "release"}),

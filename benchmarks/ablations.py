@@ -6,6 +6,7 @@
     python -m benchmarks.ablations temporal --home FOLDER > benchmarks/results/temporal-emoji32.json
     python -m benchmarks.ablations scaling --recipe tfmq-w4a8 --set activations.bits=6 --set activations.range=mse \\
         --home FOLDER > benchmarks/results/scaling-emoji32.json
+    python -m benchmarks.ablations mpqdm --recipe mpqdm-w2a4 --home FOLDER > benchmarks/results/mpqdm-w2a4-emoji32.json
 
 Every row is a job of its own, as a user runs it, in one home: what rows share is computed once. Figures are those of
 the packed artifact with its scheduler, against full precision, on held-out seeds; differences are from the first row,
@@ -64,7 +65,24 @@ SCALING = {
     "scales and powers of two, uniform": ["passes.scale={weighting: uniform, shift: skip}"],
     "SmoothQuant, exponent 0.5": ["passes.scale={method: smooth}"],
 }
-TABLES = {"correction": CORRECTION, "step-bits": STEP_BITS, "temporal": TEMPORAL, "scaling": SCALING}
+#: MPQ-DM's parts; the recipe's exceptions at 8 bits are the same in all rows.
+MPQDM = {
+    "closed form, min-max": ["passes.allocate=null", "passes.distill=null", "activations.range=minmax"],
+    "closed form, searched ranges": ["passes.allocate=null", "passes.distill=null"],
+    "kurtosis": ["passes.allocate.method=kurtosis", "passes.distill=null"],
+    "global": ["passes.distill=null"],
+    "uniform, predictions distilled": ["passes.allocate=null", "passes.distill.relations=false"],
+    "uniform, relations too": ["passes.allocate=null"],
+    "kurtosis, relations too": ["passes.allocate.method=kurtosis"],
+    "global, relations too": [],
+}
+TABLES = {
+    "correction": CORRECTION,
+    "step-bits": STEP_BITS,
+    "temporal": TEMPORAL,
+    "scaling": SCALING,
+    "mpqdm": MPQDM,
+}
 _FIGURES = ("psnr_db", "psnr_db_ci95", "fd", "n", "act_bits_mean", "bops", "sqnr_db_per_step", "sampler")
 
 

@@ -59,4 +59,6 @@ class Records:
         for _, outputs in self.of("round"):
             for name, digest in outputs.items():
                 made.setdefault(name.removeprefix("state:"), digest)
+        for _, outputs in self.of("distill"):
+            made |= {name.removeprefix("state:"): digest for name, digest in outputs.items()}
         return [UnitState.from_bytes(self.path(digest).read_bytes()) for digest in made.values()]

@@ -1,4 +1,4 @@
-"""Pack integer codes of 2, 3, 4, 5, 6 or 8 bits into bytes, and back, exactly.
+"""Pack integer codes of 1, 2, 3, 4, 5, 6 or 8 bits into bytes, and back, exactly.
 
 The layout is one little-endian bit stream per row of the last dimension: code i takes the bits [i*bits, (i+1)*bits) of
 the stream, low bit first, and byte j holds the bits [8*j, 8*j+8). Every row starts on a byte. For 4 bits:
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.errors import KernelError
 
-PACKED_BITS = (2, 3, 4, 5, 6, 8)
+PACKED_BITS = (1, 2, 3, 4, 5, 6, 8)
 
 # Codes are moved eight at a time inside one int64, a byte each (or two in an int16 for 4 bits): shifts on whole words
 # are vectorised by torch, strided byte writes are not. A view of words as bytes needs a little-endian machine.
@@ -47,7 +47,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     codes : Tensor, shape (..., n), dtype uint8
         Values in [0, 2**bits - 1]; any strides.
     bits : int
-        2, 3, 4, 5, 6 or 8.
+        1, 2, 3, 4, 5, 6 or 8.
 
     Returns
     -------
@@ -89,7 +89,7 @@ def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
     packed : Tensor, shape (..., ceil(n * bits / 8)), dtype uint8
         As `pack_codes` returns it; any strides.
     bits : int
-        2, 3, 4, 5, 6 or 8.
+        1, 2, 3, 4, 5, 6 or 8.
     n : int
         Codes in a row.
 
@@ -125,7 +125,7 @@ def unpack_codes(packed: Tensor, bits: int, n: int) -> Tensor:
 
 
 def _spread_words(packed: Tensor, bits: int) -> Tensor:
-    """Codes of 3, 5 or 6 bits: each run of `bits` bytes is one word of eight codes, spread to a byte each."""
+    """Codes of 1, 3, 5 or 6 bits: each run of `bits` bytes is one word of eight codes, spread to a byte each."""
     size = packed.shape[-1]
     groups = -(-size // bits)
     runs = packed.new_zeros(*packed.shape[:-1], groups * bits)

@@ -8,7 +8,7 @@ An artifact holds the matrix (N, K) of a layer, K = taps x C in the order (taps,
               and masks out each run in registers, so that both operands of each dot are contiguous.
     padding   channels of each tap are padded to whole blocks. Kernels read activations there as 0, so that the codes
               that fill them never count.
-    bits      2, 4 or 8: codes of 3 bits are stored in 4, codes of 5 and 6 bits in 8.
+    bits      2, 4 or 8: codes of 1 bit are stored in 2, of 3 bits in 4, of 5 and 6 bits in 8.
     sign      8-bit codes are stored as code - 128 (int8 tensor cores), with their zero points; smaller ones unsigned.
 
 A layer whose channels have different bit widths is several `PackedWeight`s, each of which names its output channels.
@@ -29,7 +29,7 @@ from kernels.packing import packed_size, unpack_codes
 MIN_LANE = 32
 # Exponents of DMQ's power-of-two steps: 15 << 3 is the largest shifted 4-bit weight that fits int8.
 MAX_SHIFT = 3
-_STORED_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
+_STORED_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
 # |sum| of K products of two 8-bit differences is at most K * 255 * 255, which int32 has to hold.
 MAX_COLUMNS = (2**31 - 1) // (255 * 255)
 
@@ -148,7 +148,7 @@ def pack_weight(
     scale, zero_point : Tensor, shape (N, G) or (1, G)
         G is 1, or taps * ceil(channels / group_size).
     bits : int
-        Bits of a code in `qweight`: 2, 3, 4, 5, 6 or 8.
+        Bits of a code in `qweight`: 1, 2, 3, 4, 5, 6 or 8.
     channels : int
         Input channels, which one tap of the kernel reads.
     taps : int

@@ -15,8 +15,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from orchestrator.db.rows import Timing
-from orchestrator.graph import TaskNode, TaskRef, task_key
+from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import GIB, WORKER_BYTES
+from workers.keys import task_key
 
 #: Processes beside the workers: the orchestrator, Ray's own.
 SERVICE_BYTES = int(0.6 * GIB)
@@ -50,6 +51,9 @@ DEFAULT_RATES: Mapping[str, Rate] = {
     "reconstruct": Rate(0.5, 0.03),
     "step_effects": Rate(0.5, 0.03),
     "step_bits": Rate(0.2, 0.03),
+    "channel_errors": Rate(0.5, 0.03),
+    "allocate": Rate(0.2, 0.03),
+    "distill": Rate(0.5, 0.03),
     "pack": Rate(0.5, 0.03),
     "noise": Rate(0.5, 0.03),
     "correct": Rate(0.2, 0.03),

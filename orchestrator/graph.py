@@ -7,13 +7,12 @@ digest of its bytes; it is known once the inputs exist, and names the result (do
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from workers.keys import task_digest
 from workers.kinds import KINDS
 
 
@@ -60,42 +59,12 @@ class TaskNode:
         return {item.task for items in self.inputs.values() for item in items if isinstance(item, TaskRef)}
 
 
-def canonical_json(value: Any) -> str:
-    """Return the one JSON text of a value: sorted keys, no spaces, UTF-8, finite numbers only."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
 def inputs_json(inputs: Mapping[str, Sequence[str | TaskRef]]) -> dict[str, list[Any]]:
     """Return inputs as JSON: a digest as text, a reference as `{"task": id, "output": name}`."""
     return {
         name: [{"task": item.task, "output": item.output} if isinstance(item, TaskRef) else item for item in items]
         for name, items in inputs.items()
     }
-
-
-def _digest(kind: str, version: int, params: Mapping[str, Any], inputs: Mapping[str, Sequence[Any]]) -> str:
-    text = canonical_json({"kind": kind, "version": version, "params": dict(params), "inputs": dict(inputs)})
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def task_key(kind: str, version: int, params: Mapping[str, Any], inputs: Mapping[str, Sequence[str]]) -> str:
-    """Return the name of a task's result: the digest of everything that decides its bytes.
-
-    Parameters
-    ----------
-    kind, version
-        What is computed, and which version of the code computes it.
-    params
-        JSON.
-    inputs
-        Name to the digests of the bytes read, in order.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits.
-    """
-    return _digest(kind, version, params, {name: list(digests) for name, digests in inputs.items()})
 
 
 def task_node(
@@ -132,7 +101,7 @@ def task_node(
     """
     number = KINDS[kind].version if version is None else version
     return TaskNode(
-        id=_digest(kind, number, params, inputs_json(inputs)),
+        id=task_digest(kind, number, params, inputs_json(inputs)),
         kind=kind,
         version=number,
         params=params,

@@ -9,6 +9,7 @@ from typing import Any
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import events, find_job, job_counts, list_jobs, list_tasks
 from orchestrator.db.rows import JobRow
+from orchestrator.running import REPORTING, running_tasks
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS, JobState
 from orchestrator.views import event_view, job_view
@@ -26,7 +27,10 @@ def show_job(service: Service, prefix: str) -> dict[str, Any]:
     """Return a job's view by a unique prefix of its id."""
     with service.database.session(read_only=True) as session:
         job = find_job(session, prefix)
-        return job_view(job, job_counts(session, job.id), database_time(session))
+        view = job_view(job, job_counts(session, job.id), database_time(session))
+        rows = [task for kind in REPORTING for task in list_tasks(session, job.id, kind=kind)]
+    steps = running_tasks(rows, service.store)
+    return view | {"steps": [each.document() for each in steps]}
 
 
 def show_jobs(service: Service, *, state: JobState | None = None, limit: int = 50) -> list[dict[str, Any]]:

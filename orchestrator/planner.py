@@ -5,8 +5,9 @@
          └── reference (seeds) ───────────────────────────────────────────────────────┘
 
 If activation bits differ between trajectory steps, `step_effects` (seeds) and `step_bits` lie between calibrate and
-round; with the pass `scale`, `scale` (units) right before round; with the pass `correct`, `noise` (seeds) and `correct`
-between pack and evaluate.
+round. With the pass `allocate`, `channel_errors` (units) and `allocate` lie before round; with `scale`, `scale` (units)
+right before round; with `distill`, that task and the trajectories that it needs between reconstruct and pack; with
+`correct`, `noise` (seeds) and `correct` between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine.
@@ -24,11 +25,15 @@ step_bits   method, target_mean, threshold                     effects          
 temporal    unit, layers, attentions, pass                     model, calibration (all)                   state
 scale       units: [unit], seed, forward_batch_size,           model, calibration (all), step_bits (if    factors:<unit>
             rounding, damping (if closed_form), pass           there)
-round       units: [unit], seed, cache_bytes,                  model, calibration (all), step_bits (if    state:<unit>
-            forward_batch_size, pass                           there), factors (if there)
+channel_    units: [unit], layers (names), seed,               model, calibration (all)                   errors
+errors      forward_batch_size, samples, positions
+allocate    method, extra                                      errors                                     allocation
+round       units: [unit], seed, cache_bytes,                  model, calibration (all), step_bits,       state:<unit>
+            forward_batch_size, pass                           factors and allocation (if there)
 reconstruct unit, layers, attentions, seed, cache_bytes,       model, calibration (all), state, earlier   state
             forward_batch_size, pass                           (units before it, if inputs are quantized),
                                                                temporal (if it concerns the unit)
+distill     units (names), seed, pass                          model, trajectories (references), states   state:<unit>
 pack        sampler, units (names), unknown_timestep           model, states                              packed
 noise       sampler, batch_size                                packed, reference                          noise
 correct     pass, channel_dim                                  packed, noise, held_out (noise of others)  packed
@@ -53,9 +58,10 @@ from typing import Any
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.planning.costs import GIB, Cost, Costs, hessian_bytes
-from orchestrator.planning.formats import UnitPlan, plan_formats, varied_layers
+from orchestrator.planning.formats import UnitPlan, allocated_layers, plan_formats, varied_layers
 from orchestrator.planning.model import ModelInfo
-from orchestrator.planning.shards import shards_of
+from orchestrator.planning.mpqdm import allocation_tasks, distill_tasks
+from orchestrator.planning.shards import shards
 from orchestrator.planning.temporal import TEMPORAL_UNIT, holds, take_out
 from orchestrator.recipes.load import resolve
 from orchestrator.recipes.passes import Round
@@ -138,11 +144,19 @@ class _Planner:
         for node in self._temporal(calibration):
             states[TEMPORAL_UNIT] = TaskRef(node.id, "state")
             yield node
-        for node, produced in self._round(calibration, step_bits):
+        allocation: list[TaskRef] = []
+        for node in self._allocate(calibration):
+            allocation = [TaskRef(node.id, "allocation")]
+            yield node
+        for node, produced in self._round(calibration, step_bits, allocation):
             states |= produced
             yield node
         for node, unit in self._reconstruct(calibration, states):
             states[unit] = TaskRef(node.id, "state")
+            yield node
+        for node in self._distill(states):
+            if node.kind == "distill":
+                states = {unit: TaskRef(node.id, f"state:{unit}") for unit in states}
             yield node
         pack = self._pack(states)
         yield pack
@@ -162,7 +176,7 @@ class _Planner:
     def _calibrate(self) -> Iterator[TaskNode]:
         section = self.recipe.calibration
         steps = None if section.steps == self.recipe.sampler.num_inference_steps else section.steps
-        for shard in shards_of(section.first_seed, section.seeds, section.shard_seeds):
+        for shard in shards(section.first_seed, section.seeds, section.shard_seeds):
             batch = min(section.batch_size, shard.count)
             yield self._node(
                 "calibrate",
@@ -179,7 +193,7 @@ class _Planner:
         if section is None or not layers:
             return
         effects: list[TaskRef] = []
-        for shard in shards_of(section.first_seed, section.seeds, section.shard_seeds):
+        for shard in shards(section.first_seed, section.seeds, section.shard_seeds):
             params = {
                 "sampler": self.sampler,
                 "seeds": shard.seeds,
@@ -208,8 +222,30 @@ class _Planner:
             f"{len(self.temporal.layers)} layers",
         )
 
+    def _allocate(self, calibration: Sequence[TaskRef]) -> Iterator[TaskNode]:
+        """Make the tasks that choose the bits of output channels, the choice last; none if all have the same."""
+        config = self.recipe.passes.allocate
+        if config is None or config.method == "uniform":
+            return
+        groups = list(round_groups(self.plans, Round(), self.cache_bytes))
+        inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
+        common = {name: value for name, value in self._common().items() if name != "cache_bytes"}
+        yield from allocation_tasks(self._node, groups, inputs, config, common, self.costs)
+
+    def _distill(self, states: Mapping[str, TaskRef]) -> Iterator[TaskNode]:
+        """Make the trajectories that are distilled from, and the task that does it, last."""
+        config = self.recipe.passes.distill
+        if config is None:
+            return
+        ordered = {unit: states[unit] for unit in self._units()}
+        yield from distill_tasks(self._node, ordered, self.model, self.recipe, config, self.costs)
+
+    def _units(self) -> list[str]:
+        """Return the names of all quantized units, in the order in which they run."""
+        return [*([TEMPORAL_UNIT] if self.temporal is not None else []), *(each.unit.name for each in self.plans)]
+
     def _round(
-        self, calibration: Sequence[TaskRef], step_bits: Sequence[TaskRef]
+        self, calibration: Sequence[TaskRef], step_bits: Sequence[TaskRef], allocation: Sequence[TaskRef]
     ) -> Iterator[tuple[TaskNode, dict[str, TaskRef]]]:
         config = self.recipe.passes.round
         common = self._common() | config.parameters()
@@ -218,8 +254,11 @@ class _Planner:
             inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
             if step_bits and varied_layers(group):
                 inputs["step_bits"] = step_bits
+            if allocation and allocated_layers(group):
+                inputs["allocation"] = allocation
             label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
-            for node in self._scale(group, inputs, label):
+            told = {name: given for name, given in inputs.items() if name != "allocation"}
+            for node in self._scale(group, told, label):
                 inputs["factors"] = [TaskRef(node.id, f"factors:{name}") for name in names]
                 yield node, {}
             params = {"units": [each.parameters() for each in group], **common}
@@ -270,7 +309,7 @@ class _Planner:
             yield node, name
 
     def _pack(self, states: Mapping[str, TaskRef]) -> TaskNode:
-        units = [*([TEMPORAL_UNIT] if self.temporal is not None else []), *(each.unit.name for each in self.plans)]
+        units = self._units()
         policy = self.recipe.activations.unknown_timestep
         return self._node(
             "pack",
@@ -286,10 +325,10 @@ class _Planner:
         config = self.recipe.passes.correct
         if config is None:
             return
-        shards = list(shards_of(config.first_seed, config.seeds, config.shard_seeds))
-        others = list(shards_of(config.first_seed + config.seeds, config.held_out_seeds, config.shard_seeds))
+        first = list(shards(config.first_seed, config.seeds, config.shard_seeds))
+        others = list(shards(config.first_seed + config.seeds, config.held_out_seeds, config.shard_seeds))
         moments: list[TaskRef] = []
-        for shard in (*shards, *others):
+        for shard in (*first, *others):
             batch = min(config.batch_size, shard.count)
             params = {"sampler": self.sampler, "seeds": shard.seeds, "batch_size": batch, "sqnr_seeds": shard.count}
             cost = self.costs.sample(shard.count, batch, recorded=shard.count)
@@ -303,7 +342,7 @@ class _Planner:
         yield self._node(
             "correct",
             config.parameters() | {"channel_dim": -1 if self.is_tokens else 1},
-            {"packed": [packed], "noise": moments[: len(shards)], "held_out": moments[len(shards) :]},
+            {"packed": [packed], "noise": moments[: len(first)], "held_out": moments[len(first) :]},
             self.costs.correct(),
             f"{config.seeds} seeds",
             gpus=0.0,
@@ -312,14 +351,9 @@ class _Planner:
     def _measure(self, packed: TaskRef) -> Iterator[TaskNode]:
         """Make the references and the evaluations that are compared with them."""
         section = self.recipe.evaluation
-        for shard in shards_of(section.first_seed, section.seeds, section.shard_seeds, section.sqnr_seeds):
+        for shard in shards(section.first_seed, section.seeds, section.shard_seeds, section.sqnr_seeds):
             batch = min(section.batch_size, shard.count)
-            params = {
-                "sampler": self.sampler,
-                "seeds": shard.seeds,
-                "batch_size": batch,
-                "sqnr_seeds": shard.sqnr,
-            }
+            params = {"sampler": self.sampler, "seeds": shard.seeds, "batch_size": batch, "sqnr_seeds": shard.sqnr}
             cost = self.costs.sample(shard.count, batch, recorded=shard.sqnr)
             reference = self._node("reference", params, {"model": self.model}, cost, shard.label)
             yield reference
@@ -329,12 +363,8 @@ class _Planner:
 
     def _score(self, packed: TaskRef, references: Sequence[TaskRef], evaluations: Sequence[TaskRef]) -> TaskNode:
         section = self.recipe.evaluation
-        inputs: dict[str, Sequence[str | TaskRef]] = {
-            "packed": [packed],
-            "references": references,
-            "evaluations": evaluations,
-            "model": self.model,
-        }
+        inputs: dict[str, Sequence[str | TaskRef]] = {"packed": [packed], "references": references}
+        inputs |= {"evaluations": evaluations, "model": self.model}
         if section.extractor_weights is not None:
             inputs["extractor_weights"] = [section.extractor_weights]
         params = {

@@ -13,13 +13,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
 from orchestrator.db.clock import database_time
-from orchestrator.db.jobs import find_job, job_kinds
+from orchestrator.db.jobs import find_job, job_kinds, list_tasks
 from orchestrator.db.registry import kind_timings
 from orchestrator.db.rows import KindRow
 from orchestrator.db.session import Database
 from orchestrator.errors import DatabaseError
 from orchestrator.estimate import Rate, fitted_rates
+from orchestrator.running import REPORTING, RunningTask, running_tasks, step_text
 from orchestrator.text import human_seconds
+from workers.store import Store
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,7 +36,7 @@ _TELLING_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A job at one moment; `eta_seconds` is what is left of it by recorded times."""
+    """A job at one moment; `eta_seconds` is what is left of it by recorded times and what long tasks say themselves."""
 
     job: str
     state: str
@@ -43,6 +45,7 @@ class Snapshot:
     kinds: tuple[KindRow, ...]
     seconds: float
     eta_seconds: float
+    steps: tuple[RunningTask, ...] = ()
 
     @property
     def total(self) -> int:
@@ -97,23 +100,29 @@ def recorded_rates(database: Database) -> dict[str, Rate]:
         return fitted_rates(kind_timings(session))
 
 
-def take_snapshot(database: Database, job_id: str, rates: Mapping[str, Rate], workers: int) -> Snapshot:
+def take_snapshot(database: Database, store: Store, job_id: str, rates: Mapping[str, Rate], workers: int) -> Snapshot:
     """Read a job's progress."""
     with database.session(read_only=True) as session:
         job = find_job(session, job_id)
         kinds = tuple(job_kinds(session, job_id))
         now = database_time(session)
+        long = [kind.kind for kind in kinds if kind.running and kind.kind in REPORTING]
+        rows = [task for kind in long for task in list_tasks(session, job_id, kind=kind)]
+    steps = running_tasks(rows, store)
     seconds = (job.finished_at or now) - (job.started_at or job.created_at)
-    eta = remaining_seconds(kinds, rates, workers)
-    return Snapshot(job.id, job.state.value, job.model_name, job.recipe_name, kinds, max(seconds, 0.0), eta)
+    told = [each.progress.seconds_left or 0.0 for each in steps]
+    eta = max(remaining_seconds(kinds, rates, workers), *told, 0.0)
+    return Snapshot(job.id, job.state.value, job.model_name, job.recipe_name, kinds, max(seconds, 0.0), eta, steps)
 
 
 class Progress:
     """Shows a job's progress from a thread of its own, while the block runs."""
 
-    def __init__(self, database: Database, job_id: str, *, workers: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, database: Database, store: Store, job_id: str, *, workers: int, stream: TextIO | None = None
+    ) -> None:
         rates = recorded_rates(database)
-        self._take: Callable[[], Snapshot] = lambda: take_snapshot(database, job_id, rates, workers)
+        self._take: Callable[[], Snapshot] = lambda: take_snapshot(database, store, job_id, rates, workers)
         self._stream = stream if stream is not None else sys.stderr
         self._stop = threading.Event()
         show = self._show_live if self._stream.isatty() else self._show_lines
@@ -176,7 +185,7 @@ class LinePace:
         last
             The block is over: whatever changed is worth a line.
         """
-        content = (snapshot.state, snapshot.done, snapshot.running, snapshot.total)
+        content = (snapshot.state, snapshot.done, snapshot.running, snapshot.total, snapshot.steps)
         if content == self._shown:
             return False
         step = max(1, snapshot.total // 100)
@@ -211,6 +220,7 @@ def progress_line(snapshot: Snapshot) -> str:
     parts = [f"{snapshot.state} {snapshot.done}/{snapshot.total} tasks"]
     busy = [f"{kind.kind} {kind.succeeded}/{kind.total}" for kind in snapshot.kinds if kind.running]
     parts += [f"running {', '.join(busy)}"] if busy else []
+    parts += [step_text(each.document()) for each in snapshot.steps]
     parts.append(human_seconds(snapshot.seconds))
     if snapshot.state in ("queued", "running"):
         parts.append(f"about {human_seconds(snapshot.eta_seconds)} left")
@@ -225,6 +235,7 @@ def progress_table(snapshot: Snapshot, per_second: float) -> Table:
     caption = f"{snapshot.done}/{snapshot.total} tasks, {human_seconds(snapshot.seconds)}"
     if snapshot.state in ("queued", "running"):
         caption += f", {per_second:.2f} tasks/s, about {human_seconds(snapshot.eta_seconds)} left"
+    caption += "".join(f"; {step_text(each.document())}" for each in snapshot.steps)
     table = Table(
         title=f"job {snapshot.job}  {snapshot.recipe} on {snapshot.model}  {snapshot.state}",
         caption=caption,

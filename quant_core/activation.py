@@ -48,8 +48,8 @@ class ActivationQuantizer(nn.Module):
         Only where channels are scaled.
     channel_shift : Tensor, shape (S, C), dtype uint8
         Only where channels are shifted.
-    soft_scale : Tensor, shape (S,), or None
-        While scales are learned, what stands in for `scale`.
+    soft_scale, soft_zero_point : Tensor, shape (S,), or None
+        While they are learned, what stands in for `scale` and `zero_point`; both hold what would be stored.
     tops : Tensor, shape (S,), dtype float32
         Greatest code at each step, where bits differ between steps; follows from the spec, so not in the state dict.
     """
@@ -72,6 +72,7 @@ class ActivationQuantizer(nn.Module):
         self.channels = channels
         self.enabled = True
         self.soft_scale: Tensor | None = None
+        self.soft_zero_point: Tensor | None = None
         if len(spec.step_bits) not in (0, clock.steps):
             raise QuantizationError(
                 f"step_bits: got bits of {len(spec.step_bits)} steps, wanted the trajectory's {clock.steps}"
@@ -102,7 +103,8 @@ class ActivationQuantizer(nn.Module):
             scale, zero_point = qparams.scale, qparams.zero_point
         else:
             table = self.scale if self.soft_scale is None else self.soft_scale
-            scale, zero_point = self.clock.gather(table, x), self.clock.gather(self.zero_point, x)
+            zeros = self.zero_point if self.soft_zero_point is None else self.soft_zero_point
+            scale, zero_point = self.clock.gather(table, x), self.clock.gather(zeros, x)
             scale = scale * self._channel_steps(x)
         top = self._top(x)
         if torch.is_grad_enabled():

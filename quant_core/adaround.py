@@ -35,7 +35,7 @@ class SoftRounding:
 
     def __init__(self, layer: QuantLayer, weight: Tensor, *, trust: float = 0.0) -> None:
         self.layer = layer
-        self.top = 2**layer.spec.weight.bits - 1
+        self.top = torch.as_tensor(layer.top, dtype=torch.float32)
         columns = layer.group_index.to(weight.device)
         self.scale = layer.scale[:, columns].float()
         self.zero_point = layer.zero_point[:, columns].float()
@@ -53,7 +53,7 @@ class SoftRounding:
 
     def weight(self) -> Tensor:
         """Return the soft-rounded weight, shape of the weight."""
-        codes = (self.lower + self.soft()).clamp(0, self.top)
+        codes = (self.lower + self.soft()).clamp(min=0).minimum(self.top)
         return weight_from_matrix((codes - self.zero_point) * self.scale, self.layer.shape)
 
     def regulariser(self, beta: float) -> Tensor:
@@ -62,7 +62,7 @@ class SoftRounding:
 
     def commit(self) -> None:
         """Give the layer the codes that were chosen."""
-        codes = (self.lower + (self.alpha.detach() >= 0)).clamp(0, self.top).to(torch.uint8)
+        codes = (self.lower + (self.alpha.detach() >= 0)).clamp(min=0).minimum(self.top).to(torch.uint8)
         self.layer.set_codes(codes, self.layer.scale, self.layer.zero_point)
 
 

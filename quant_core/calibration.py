@@ -225,10 +225,24 @@ class CalibrationSet:
         places = zip(step.tolist(), row.tolist(), strict=True)
         return self._batch(torch.cat([self._read(s, r, r + 1) for s, r in places]), step, row)
 
-    def _read(self, step: int, first: int, stop: int) -> Tensor:
-        """Read the inputs of some rows of one step from the shards that hold them."""
+    def predictions(self, indices: Tensor) -> Tensor:
+        """Return what the denoiser gave at flat indices, shape (B, *sample); for shards that have it.
+
+        Raises
+        ------
+        QuantizationError
+            If they were recorded without predictions.
+        """
+        if "prediction" not in self._handles[0].keys():  # noqa: SIM118  (not a mapping)
+            raise QuantizationError("calibration set: got shards without predictions, wanted them recorded")
+        shards = [handle.get_slice("prediction") for handle in self._handles]
+        places = [(int(index) // self.samples, int(index) % self.samples) for index in indices]
+        return torch.cat([self._read(step, row, row + 1, shards) for step, row in places])
+
+    def _read(self, step: int, first: int, stop: int, shards: Sequence[Any] | None = None) -> Tensor:
+        """Read some rows of one step from the shards that hold them: the inputs, unless another slice is given."""
         parts, low = [], 0
-        for part, count in zip(self._x, self._counts, strict=True):
+        for part, count in zip(self._x if shards is None else shards, self._counts, strict=True):
             a, b = max(first - low, 0), min(stop - low, count)
             if a < b:
                 parts.append(part[step, a:b])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant_core.layers import greatest_code
 from quant_core.ranges import QParams
 
 _BLOCK = 128
@@ -28,7 +29,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def round_closed_form(
-    weight: Tensor, hessian: Tensor, grid: QParams, bits: int, group_index: Tensor, *, damping: float
+    weight: Tensor, hessian: Tensor, grid: QParams, bits: int | Tensor, group_index: Tensor, *, damping: float
 ) -> Tensor:
     """Choose the codes of a weight matrix (GPTQ, Alg. 1, columns in the order of falling diag H).
 
@@ -39,6 +40,8 @@ def round_closed_form(
         Second moment of the input, not yet damped.
     grid : QParams
         Scales and zero points, shape (C_out, G) or (1, 1).
+    bits : int or Tensor, shape (C_out,)
+        Of all codes, or of those of each output channel.
     group_index : Tensor, shape (K,), dtype int64
         Group of each column.
     damping : float
@@ -59,12 +62,12 @@ def round_closed_form(
     scale = grid.scale[:, group_index[order]].expand_as(w)
     zero_point = grid.zero_point[:, group_index[order]].expand_as(w)
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order])), upper=True)
-    codes, top = torch.empty_like(w), 2**bits - 1
+    codes, top = torch.empty_like(w), torch.as_tensor(greatest_code(bits)).to(w).reshape(-1)
     for start in range(0, w.shape[1], _BLOCK):
         stop = min(start + _BLOCK, w.shape[1])
         errors = torch.empty_like(w[:, start:stop])
         for j in range(start, stop):
-            codes[:, j] = (torch.round(w[:, j] / scale[:, j]) + zero_point[:, j]).clamp_(0, top)
+            codes[:, j] = (torch.round(w[:, j] / scale[:, j]) + zero_point[:, j]).clamp_(min=0).minimum(top)
             error = (w[:, j] - (codes[:, j] - zero_point[:, j]) * scale[:, j]) / inverse[j, j]
             w[:, j:stop] -= error[:, None] * inverse[j, j:stop]
             errors[:, j - start] = error

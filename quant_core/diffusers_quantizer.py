@@ -22,7 +22,7 @@ from quant_core.attention import AttentionQuantizer
 from quant_core.dequantize import dequantize
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.feature_table import FeatureTable
-from quant_core.layers import QuantLayer, weight_groups
+from quant_core.layers import QuantLayer, check_channel_bits, weight_groups
 from quant_core.model import build_quantized
 
 _OWN_MODULES = (QuantLayer, ActivationQuantizer, AttentionQuantizer, FeatureTable)
@@ -77,7 +77,12 @@ class QuantmillQuantizer(DiffusersQuantizer):
                 self._own_names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for module in model.modules():
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLayer) and module.spec.weight.mixture:
+                try:
+                    check_channel_bits(module.channel_bits, module.spec)
+                except QuantCoreError as error:
+                    raise ArtifactError(f"packed tensor {name}.channel_bits: {error}") from error
             # Not part of the file; on the meta device it was built without values.
             if isinstance(module, QuantLayer) and module.group_index.is_meta:
                 module.group_index = weight_groups(module.shape, module.spec).to(module.qweight.device)

@@ -8,7 +8,7 @@ backend dequantizes the codes and calls the float operator, which is what every 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -68,13 +68,39 @@ def scale_dtype(spec: LayerSpec) -> torch.dtype:
     return torch.bfloat16 if spec.weight.granularity is Granularity.PER_GROUP else torch.float32
 
 
+def greatest_code(bits: int | Tensor) -> int | Tensor:
+    """Return 2**bits - 1, as a column of float32 for bits of each output channel, shape (C_out,)."""
+    return 2**bits - 1 if isinstance(bits, int) else (2.0 ** bits.float() - 1)[:, None]
+
+
+def check_channel_bits(bits: Tensor, spec: LayerSpec) -> None:
+    """Raise QuantizationError unless bits of channels, shape (C_out,), are those that the mixture counts."""
+    widths, counts = torch.unique(bits, return_counts=True)
+    found = tuple(zip(widths.tolist(), counts.tolist(), strict=True))
+    if found != spec.weight.mixture:
+        raise QuantizationError(f"channel bits: got (bits, channels) {found}, wanted {spec.weight.mixture}")
+
+
+def _packed_shape(channels: int, columns: int, spec: LayerSpec) -> tuple[int, ...]:
+    """Return the shape of a layer's packed codes."""
+    mixture = spec.weight.mixture
+    if not mixture:
+        return channels, packed_size(columns, spec.weight.bits)
+    if sum(count for _, count in mixture) != channels:
+        raise QuantizationError(f"mixture: got {mixture}, wanted a sum of {channels} output channels")
+    return (sum(count * packed_size(columns, bits) for bits, count in mixture),)
+
+
 class QuantLayer(nn.Module):
     """A Conv or Linear layer with packed weight codes and an optional activation quantizer per input part.
 
     Attributes
     ----------
     qweight : Tensor, shape (C_out, ceil(K * bits / 8)), dtype uint8
-        Packed codes.
+        Packed codes. Where channels have bits of their own, shape (bytes,): the rows of all channels with the least
+        bits, in order, then of those with the next, each row padded to whole bytes.
+    channel_bits : Tensor, shape (C_out,), dtype uint8
+        Bits of each output channel, where they have bits of their own; else absent.
     scale : Tensor, shape (C_out, G) or (1, 1), dtype float32 (bfloat16 if per group, of which there are many)
         Step size, in weight units per integer step.
     zero_point : Tensor, shape as `scale`, dtype uint8
@@ -84,6 +110,7 @@ class QuantLayer(nn.Module):
     """
 
     qweight: Tensor
+    channel_bits: Tensor
     scale: Tensor
     zero_point: Tensor
     bias: Tensor | None
@@ -101,8 +128,11 @@ class QuantLayer(nn.Module):
         self.columns = len(groups)
         channels = 1 if spec.weight.granularity is Granularity.PER_TENSOR else self.shape[0]
         grid = (channels, int(groups.max()) + 1)
-        packed = (self.shape[0], packed_size(self.columns, spec.weight.bits))
+        packed = _packed_shape(self.shape[0], self.columns, spec)
         self.register_buffer("qweight", torch.zeros(packed, dtype=torch.uint8, device=weight.device))
+        if spec.weight.mixture:
+            bits = [width for width, count in spec.weight.mixture for _ in range(count)]
+            self.register_buffer("channel_bits", torch.tensor(bits, dtype=torch.uint8, device=weight.device))
         self.register_buffer("scale", torch.ones(grid, dtype=scale_dtype(spec), device=weight.device))
         self.register_buffer("zero_point", torch.zeros(grid, dtype=torch.uint8, device=weight.device))
         bias = None if layer.bias is None else layer.bias.detach().clone()
@@ -141,9 +171,37 @@ class QuantLayer(nn.Module):
 
     def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
         """Pack `codes` (C_out, K) uint8 with their grid, both of shape (C_out, G) (or (1, 1))."""
-        self.qweight.copy_(pack_codes(codes, self.spec.weight.bits))
+        if self.spec.weight.mixture:
+            rows = [pack_codes(codes[channels], bits).flatten() for bits, channels, _ in self.bit_groups()]
+            self.qweight.copy_(torch.cat(rows))
+        else:
+            self.qweight.copy_(pack_codes(codes, self.spec.weight.bits))
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+
+    def set_channel_bits(self, bits: Tensor) -> None:
+        """Say which output channels have which bits, shape (C_out,), before codes are set; must fit the mixture."""
+        check_channel_bits(bits, self.spec)
+        self.channel_bits.copy_(bits)
+
+    def bit_groups(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (bits, output channels, their packed rows (n, bytes)) for each width in the mixture, rising."""
+        start = 0
+        for bits, count in self.spec.weight.mixture:
+            size = packed_size(self.columns, bits)
+            rows = self.qweight[start : start + count * size].view(count, size)
+            yield bits, (self.channel_bits == bits).nonzero()[:, 0], rows
+            start += count * size
+
+    @property
+    def bits(self) -> int | Tensor:
+        """Bits of the weight, or of each output channel, shape (C_out,)."""
+        return self.channel_bits if self.spec.weight.mixture else self.spec.weight.bits
+
+    @property
+    def top(self) -> int | Tensor:
+        """Greatest code of the weight, or of each output channel, shape (C_out, 1)."""
+        return greatest_code(self.bits)
 
     def set_channel_scale(self, scale: Tensor) -> None:
         """Divide the input's channels by `scale`, shape (C_in,); codes are then to be those of `scaled` weights."""
@@ -177,7 +235,12 @@ class QuantLayer(nn.Module):
 
     def codes(self) -> Tensor:
         """Return the unpacked codes, shape (C_out, K), dtype uint8."""
-        return unpack_codes(self.qweight, self.spec.weight.bits, self.columns)
+        if not self.spec.weight.mixture:
+            return unpack_codes(self.qweight, self.spec.weight.bits, self.columns)
+        codes = self.qweight.new_empty(self.shape[0], self.columns)
+        for bits, channels, rows in self.bit_groups():
+            codes[channels] = unpack_codes(rows, bits, self.columns)
+        return codes
 
     @property
     def weight(self) -> Tensor:
@@ -215,7 +278,9 @@ class QuantLayer(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
         act = "float" if self.spec.activation is None else f"A{self.spec.activation.bits} {self.spec.activation.mode}"
-        return f"{self.kind.__name__}{self.shape}, W{self.spec.weight.bits} {self.spec.weight.granularity}, {act}"
+        return (
+            f"{self.kind.__name__}{self.shape}, W{self.spec.weight.bits_mean:g} {self.spec.weight.granularity}, {act}"
+        )
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

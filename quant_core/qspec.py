@@ -17,6 +17,8 @@ from quant_core.errors import QuantizationError
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
 #: Greatest exponent of power-of-two channel steps (DMQ's D); kernels shift weight codes by that much at most.
 SHIFT_DEPTH = 3
+#: Bits of single output channels where they differ within a layer.
+CHANNEL_BITS = (1, *SUPPORTED_BITS)
 
 
 class ActivationMode(StrEnum):
@@ -42,21 +44,56 @@ class WeightSpec:
     The weight is the matrix (C_out, K), K = kernel taps x C_in. One scale and zero point is shared per_tensor by all of
     it, per_channel by one output channel (within one part of a split input), per_group by `group_size` consecutive
     input channels of one tap.
+
+    `mixture` has (bits, number of output channels) in rising order, where channels have bits of their own; `bits` is
+    then the greatest. Which channel has which is stored with the layer's codes.
     """
 
     bits: int
     symmetric: bool = False
     granularity: Granularity = Granularity.PER_CHANNEL
     group_size: int | None = None
+    mixture: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "weight")
         object.__setattr__(self, "granularity", Granularity(self.granularity))
+        object.__setattr__(self, "mixture", tuple((int(bits), int(count)) for bits, count in self.mixture))
+        self._check_mixture()
         if (self.granularity is Granularity.PER_GROUP) != (self.group_size is not None):
             raise QuantizationError(
                 f"group_size: got {self.group_size} with granularity {self.granularity}, "
                 "wanted a size exactly for per_group"
             )
+
+    def _check_mixture(self) -> None:
+        """Refuse bits of channels that do not fit the rest."""
+        widths = [bits for bits, _ in self.mixture]
+        if not widths:
+            return
+        if widths != sorted(set(widths) & set(CHANNEL_BITS)) or min(count for _, count in self.mixture) < 1:
+            raise QuantizationError(
+                f"mixture: got {self.mixture}, wanted (bits, channels) with bits rising, each one of "
+                f"{', '.join(map(str, CHANNEL_BITS))}, for at least 1 channel"
+            )
+        if widths[-1] != self.bits or self.granularity is not Granularity.PER_CHANNEL:
+            raise QuantizationError(
+                f"mixture: got a greatest of {widths[-1]} bits with {self.bits} bits {self.granularity}, wanted that "
+                "as bits, and per_channel"
+            )
+
+    @property
+    def bits_mean(self) -> float:
+        """Bits, averaged over the weights: all output channels have as many."""
+        if not self.mixture:
+            return float(self.bits)
+        return sum(bits * count for bits, count in self.mixture) / sum(count for _, count in self.mixture)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping; it says nothing of a mixture where there is none."""
+        entries = asdict(self)
+        mixture = [list(entry) for entry in entries.pop("mixture")]
+        return entries | ({"mixture": mixture} if mixture else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +177,7 @@ class LayerSpec:
         """Return a JSON-able mapping; it says nothing of scaled channels where there are none."""
         channels = {"channel_scale": self.channel_scale, "channel_shift": self.channel_shift}
         return {
-            "weight": asdict(self.weight),
+            "weight": self.weight.to_json(),
             "activation": None if self.activation is None else self.activation.to_json(),
             "split": None if self.split is None else list(self.split),
             **{name: True for name, has in channels.items() if has},

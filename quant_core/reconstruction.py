@@ -130,7 +130,7 @@ def reconstruct_unit(
 def _set_nearest(layer: QuantLayer, weight: Tensor) -> None:
     """Give a layer the nearest codes on the grid that it has."""
     grid, groups = QParams(layer.scale.float(), layer.zero_point.float()), layer.group_index.to(weight.device)
-    codes = nearest_codes(weight_matrix(weight.float()), grid, layer.spec.weight.bits, groups)
+    codes = nearest_codes(weight_matrix(weight.float()), grid, layer.bits, groups)
     layer.set_codes(codes, layer.scale, layer.zero_point)
 
 

@@ -21,7 +21,7 @@ from quant_core.attention import OPERANDS
 from quant_core.calibration import CalibrationSet
 from quant_core.closed_form import round_closed_form
 from quant_core.errors import QuantizationError
-from quant_core.layers import QuantLayer, scale_dtype, weight_matrix
+from quant_core.layers import QuantLayer, greatest_code, scale_dtype, weight_matrix
 from quant_core.model import QuantizedParts, build_quantized
 from quant_core.observe import Observation, Watched, observe
 from quant_core.qspec import SHIFT_DEPTH, ActivationMode, ActivationSpec, AttentionSpec, LayerSpec
@@ -78,6 +78,7 @@ def round_units(
     config: RoundingConfig,
     channel_scales: Mapping[str, Tensor] | None = None,
     channel_shifts: Mapping[str, Tensor] | None = None,
+    channel_bits: Mapping[str, Tensor] | None = None,
 ) -> list[RoundedUnit]:
     """Quantize a group of units.
 
@@ -91,14 +92,16 @@ def round_units(
         What the input channels of some layers are divided by, and their weights multiplied with.
     channel_shifts : mapping of str to Tensor, shape (S, C_in) or (1, C_in), dtype uint8, optional
         Exponents of the channels' activation steps: SHIFT_DEPTH stands for the measured range, less for a finer step.
+    channel_bits : mapping of str to Tensor, shape (C_out,), dtype uint8, optional
+        Bits of the output channels of some layers, in place of the format's.
 
     Returns
     -------
     list of RoundedUnit, one for each unit
     """
     timesteps = tuple(float(t) for t in calibration.timesteps)
-    scales, shifts = channel_scales or {}, channel_shifts or {}
-    units = [(mark_channels(formats, scales, shifts), ranges) for formats, ranges in units]
+    scales, shifts, mixed = channel_scales or {}, channel_shifts or {}, channel_bits or {}
+    units = [(mix_channels(mark_channels(formats, scales, shifts), mixed), ranges) for formats, ranges in units]
     watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config, scales)
     names = [formats.unit for formats, _ in units]
     seen = observe(model, calibration, names, watched, batch_size=config.batch_size, seed=config.seed)
@@ -112,6 +115,8 @@ def round_units(
             layer = parts.layers[name]
             if name in scales:
                 layer.set_channel_scale(scales[name])
+            if layer.spec.weight.mixture:
+                layer.set_channel_bits(mixed[name])
             moment = seen.moments[name].mean() if name in seen.moments else None
             sqnr[name] = round_layer(layer, layer.scaled(weights[name]), moment, ranges.weights[name], config)
         _set_ranges(parts, formats, ranges, seen, shifts)
@@ -135,6 +140,17 @@ def _trajectory(formats: UnitFormats, timesteps: tuple[float, ...]) -> tuple[flo
     return timesteps if ActivationMode.PER_STEP in modes else ()
 
 
+def mix_channels(formats: UnitFormats, channel_bits: Mapping[str, Tensor]) -> UnitFormats:
+    """Return the formats with the bits of `channel_bits`: a `mixture` where a layer's channels differ."""
+    layers = dict(formats.layers)
+    for name in layers.keys() & channel_bits.keys():
+        widths, counts = torch.unique(channel_bits[name], return_counts=True)
+        mixture = tuple(zip(widths.tolist(), counts.tolist(), strict=True))
+        weight = replace(layers[name].weight, bits=mixture[-1][0], mixture=mixture if len(mixture) > 1 else ())
+        layers[name] = replace(layers[name], weight=weight)
+    return replace(formats, layers=layers)
+
+
 def _watch(
     units: Sequence[UnitFormats], ranges: Sequence[UnitRanges], config: RoundingConfig, scales: Mapping[str, Tensor]
 ) -> Watched:
@@ -153,34 +169,51 @@ def _is_measured(spec: ActivationSpec | None) -> bool:
     return spec is not None and not spec.is_dynamic
 
 
-def weight_grid(matrix: Tensor, spec: LayerSpec, group_index: Tensor, ranges: RangeSpec) -> QParams:
+def weight_grid(
+    matrix: Tensor, spec: LayerSpec, group_index: Tensor, ranges: RangeSpec, bits: int | Tensor | None = None
+) -> QParams:
     """Choose scales and zero points of a weight matrix (C_out, K), both of shape (C_out, G) or (1, 1).
 
-    Scales are what their stored dtype can hold, so that codes are chosen for the grid that is used.
+    Scales are what their stored dtype can hold, so that codes are chosen for the grid that is used. `bits`, shape
+    (C_out,), where output channels have bits of their own.
     """
+    bits = spec.weight.bits if bits is None else bits
     if spec.weight.granularity is Granularity.PER_TENSOR:
         whole = choose_qparams(matrix.reshape(1, -1), spec.weight.bits, symmetric=spec.weight.symmetric, spec=ranges)
         return QParams(whole.scale[:, None], whole.zero_point[:, None])
     grids = [
-        choose_qparams(matrix[:, group_index == group], spec.weight.bits, symmetric=spec.weight.symmetric, spec=ranges)
+        _row_grids(matrix[:, group_index == group], bits, spec.weight.symmetric, ranges)
         for group in range(int(group_index.max()) + 1)
     ]
     scale = torch.stack([grid.scale for grid in grids], dim=1).to(scale_dtype(spec)).float()
     return QParams(scale, torch.stack([grid.zero_point for grid in grids], dim=1))
 
 
-def nearest_codes(matrix: Tensor, grid: QParams, bits: int, group_index: Tensor) -> Tensor:
-    """Return the nearest codes of a weight matrix, shape (C_out, K), dtype uint8."""
+def _row_grids(rows: Tensor, bits: int | Tensor, symmetric: bool, ranges: RangeSpec) -> QParams:
+    """Choose one grid for each row, of the same or of its own bits."""
+    if isinstance(bits, int):
+        return choose_qparams(rows, bits, symmetric=symmetric, spec=ranges)
+    scale, zero_point = torch.empty(len(rows)), torch.empty(len(rows))
+    for width in torch.unique(bits).tolist():
+        own = bits == width
+        grid = choose_qparams(rows[own], width, symmetric=symmetric, spec=ranges)
+        scale[own], zero_point[own] = grid.scale.cpu(), grid.zero_point.cpu()
+    return QParams(scale.to(rows.device), zero_point.to(rows.device))
+
+
+def nearest_codes(matrix: Tensor, grid: QParams, bits: int | Tensor, group_index: Tensor) -> Tensor:
+    """Return the nearest codes of a weight matrix, shape (C_out, K), dtype uint8; `bits` may be of each row."""
     scale, zero_point = grid.scale[:, group_index], grid.zero_point[:, group_index]
-    return (torch.round(matrix / scale) + zero_point).clamp_(0, 2**bits - 1).to(torch.uint8)
+    codes = (torch.round(matrix / scale) + zero_point).clamp_(min=0)
+    return torch.minimum(codes, torch.as_tensor(greatest_code(bits)).to(codes)).to(torch.uint8)
 
 
 def round_layer(
     layer: QuantLayer, weight: Tensor, moment: Tensor | None, ranges: RangeSpec, config: RoundingConfig
 ) -> float:
     """Set a layer's codes; returns the output's signal-to-noise ratio in dB (the weight's, without second moments)."""
-    matrix, bits, groups = weight_matrix(weight.float()), layer.spec.weight.bits, layer.group_index.to(weight.device)
-    grid = weight_grid(matrix, layer.spec, groups, ranges)
+    matrix, bits, groups = weight_matrix(weight.float()), layer.bits, layer.group_index.to(weight.device)
+    grid = weight_grid(matrix, layer.spec, groups, ranges, bits)
     # A grouped convolution has one Hessian for each group of channels; such layers are small and rounded to nearest.
     if moment is None or len(moment) != matrix.shape[1]:
         codes = nearest_codes(matrix, grid, bits, groups)

@@ -1,4 +1,4 @@
-"""Fake quantization with gradients: the straight-through estimator for the input, LSQ's gradient for the scale.
+"""Fake quantization with gradients: the straight-through estimator for the input, LSQ's gradients for the grid.
 
 The forward is exactly `kernels.affine.fake_quantize_affine`, so that what is learned is what is deployed.
 """
@@ -17,8 +17,9 @@ class FakeQuantize(torch.autograd.Function):
     """x_hat = (clamp(round(x / s) + z, 0, top) - z) s.
 
     dx_hat/dx is 1 inside the range and 0 outside; dx_hat/ds is round(x / s) - x / s inside and code - z outside
-    (Esser et al., "Learned Step Size Quantization", arXiv:1902.08153, Eq. 3). With a scale for each channel, x is
-    divided by s * channel and multiplied by s: dx_hat/dx is 1 / channel inside the range.
+    (Esser et al., "Learned Step Size Quantization", arXiv:1902.08153, Eq. 3); dx_hat/dz is 0 inside and -s outside
+    (Bhalgat et al., "LSQ+", arXiv:2004.09576, Eq. 5). With a scale for each channel, x is divided by s * channel and
+    multiplied by s: dx_hat/dx is 1 / channel inside the range.
     """
 
     @staticmethod
@@ -32,20 +33,26 @@ class FakeQuantize(torch.autograd.Function):
         return fake_quantize_affine(x, divisor, zero_point, 0, top, output_scale=scale)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        """Return the gradients of `x` and `scale`."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        """Return the gradients of `x`, `scale` and `zero_point`."""
         (gradient,) = gradients
         x, scale, zero_point = ctx.saved_tensors
         steps = x / (scale if ctx.channel is None else scale * ctx.channel)
         rounded = torch.round(steps)
         codes = rounded + zero_point
         inside = (codes >= 0) & (codes <= ctx.top)
-        grad_x = None
+        grad_inside = gradient * inside
+        grad_x = grad_scale = grad_zero = None
         if ctx.needs_input_grad[0]:
-            grad_x = gradient * inside if ctx.channel is None else gradient * inside / ctx.channel
-            grad_x = grad_x.to(x.dtype)
-        grad_scale = None
+            grad_x = (grad_inside if ctx.channel is None else grad_inside / ctx.channel).to(x.dtype)
         if ctx.needs_input_grad[1]:
             slope = torch.where(inside, rounded - steps, codes.clamp(min=0).minimum(ctx.top) - zero_point)
             grad_scale = (gradient * slope).sum_to_size(scale.shape)
-        return grad_x, grad_scale, None, None, None
+        if ctx.needs_input_grad[2]:
+            grad_zero = ((grad_inside - gradient) * scale).sum_to_size(zero_point.shape)
+        return grad_x, grad_scale, grad_zero, None, None
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Return `x` rounded to whole numbers, with the gradient of `x` itself."""
+    return x + (torch.round(x) - x).detach()

@@ -18,6 +18,7 @@ from workers.errors import DigestMismatchError, DiskFullError, StoreError
 CHUNK = 1 << 20
 
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+_WORD = re.compile(r"[a-z]+\Z")
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -37,6 +38,13 @@ def check_digest(digest: str) -> str:
 def blob_key(digest: str) -> str:
     """Return a blob's place in a store: "sha256/ab/abcdef…"."""
     return f"sha256/{check_digest(digest)[:2]}/{digest}"
+
+
+def note_key(what: str, key: str) -> str:
+    """Return a note's place in a store: "notes/progress/abcdef…"."""
+    if not _WORD.match(what):
+        raise StoreError(f"note: got {what[:80]!r}, wanted a word of a-z")
+    return f"notes/{what}/{check_digest(key)}"
 
 
 def digest_of(data: bytes) -> str:

@@ -107,6 +107,18 @@ class CachedStore:
         """Yield the store's blobs."""
         return self._store.list()
 
+    def put_note(self, what: str, key: str, data: bytes) -> None:
+        """Write a note to the store."""
+        self._store.put_note(what, key, data)
+
+    def get_note(self, what: str, key: str) -> bytes | None:
+        """Read a note from the store."""
+        return self._store.get_note(what, key)
+
+    def delete_note(self, what: str, key: str) -> None:
+        """Remove a note from the store."""
+        self._store.delete_note(what, key)
+
     def sweep(self, older_than_seconds: float) -> int:
         """Remove what dead writers left unfinished in the store and in the cache."""
         limit = time.time() - older_than_seconds

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from workers.notes import TaskNotes
 from workers.store import NodeStore
 
 #: A task's parameters: JSON.
@@ -22,13 +23,15 @@ class TaskContext:
     """Where a task runs.
 
     `store` reads through the node's cache; `device` is torch's name of the device; `scratch` is an empty folder that
-    is removed when the task ends; `threads` is how many the body may use.
+    is removed when the task ends; `threads` is how many the body may use; `notes` takes checkpoints and progress, None
+    outside of a queue.
     """
 
     store: NodeStore
     device: str
     scratch: Path
     threads: int
+    notes: TaskNotes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,10 @@ from typing import Any
 
 from workers.context import Inputs, Params, TaskContext, TaskOutput
 from workers.errors import TaskError
+from workers.keys import task_key
 from workers.kinds import KINDS
 from workers.locks import own_folder
+from workers.notes import TaskNotes
 from workers.store import CACHE_LIMIT_BYTES, NodeStore, open_cached
 
 
@@ -71,8 +73,10 @@ def execute_call(call: TaskCall) -> TaskOutput:
     _set_threads(call.threads)
     with _store(call) as store, own_folder(Path(call.cache_dir) / "scratch") as scratch:
         started = time.perf_counter()
-        output = body(call.params, call.inputs, TaskContext(store, call.device, scratch, call.threads))
+        notes = TaskNotes(store, task_key(call.kind, KINDS[call.kind].version, call.params, call.inputs))
+        output = body(call.params, call.inputs, TaskContext(store, call.device, scratch, call.threads, notes))
         seconds = time.perf_counter() - started
+        notes.clear()
     _free_gpu()
     if not isinstance(output, TaskOutput):
         raise TaskError(f"task {call.kind}: got {type(output).__name__} from its body, wanted TaskOutput")

@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TaskKind:
-    """A kind of task; `entry` is "module:function", resolved in the worker only."""
+    """A kind of task; `entry` is "module:function", resolved in the worker only.
+
+    `reports`: its tasks are long and say how far they are (`workers.notes`).
+    """
 
     name: str
     version: int
     entry: str
+    reports: bool = False
 
 
 _ALL = (
@@ -27,6 +31,9 @@ _ALL = (
     TaskKind("reconstruct", 1, "workers.tasks.reconstruct:run"),
     TaskKind("step_effects", 1, "workers.tasks.step_effects:run"),
     TaskKind("step_bits", 2, "workers.tasks.step_bits:run"),
+    TaskKind("channel_errors", 1, "workers.tasks.channel_errors:run"),
+    TaskKind("allocate", 1, "workers.tasks.allocate:run"),
+    TaskKind("distill", 1, "workers.tasks.distill:run", reports=True),
     TaskKind("pack", 1, "workers.tasks.pack:run"),
     TaskKind("noise", 1, "workers.tasks.noise:run"),
     TaskKind("correct", 1, "workers.tasks.correct:run"),

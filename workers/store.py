@@ -58,8 +58,20 @@ class Store(Protocol):
         """Yield every blob's digest, bytes, and time of its last put in seconds since 1970."""
         ...
 
+    def put_note(self, what: str, key: str, data: bytes) -> None:
+        """Store bytes by name, in place of those that were there: what a running task notes (`workers.notes`)."""
+        ...
+
+    def get_note(self, what: str, key: str) -> bytes | None:
+        """Return the bytes that were last stored by this name; None if there are none."""
+        ...
+
+    def delete_note(self, what: str, key: str) -> None:
+        """Remove what is stored by this name, if it is there."""
+        ...
+
     def sweep(self, older_than_seconds: float) -> int:
-        """Remove what writers that died left unfinished, and return how many such leftovers there were."""
+        """Remove what writers that died left unfinished, old notes too; return how many such leftovers there were."""
         ...
 
 

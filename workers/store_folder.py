@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from workers.blobs import CHUNK, blob_key, check_bytes, digest_of, digest_of_file, writing
+from workers.blobs import CHUNK, blob_key, check_bytes, digest_of, digest_of_file, note_key, writing
 from workers.errors import NotFoundError, StoreError, StoreUnreachableError
 
 # Partial files lie beside the blobs' folders, so that a rename never crosses a file system.
@@ -94,10 +94,29 @@ class FolderStore:
                     continue
                 yield entry.name, status.st_size, status.st_mtime
 
+    def put_note(self, what: str, key: str, data: bytes) -> None:
+        """Write a note; see `workers.store.Store`."""
+        path = self.root / note_key(what, key)
+        self._make(path.parent)
+        with writing(path, temporary=self._partial()) as file:
+            file.write(data)
+
+    def get_note(self, what: str, key: str) -> bytes | None:
+        """Read a note; see `workers.store.Store`."""
+        try:
+            return (self.root / note_key(what, key)).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def delete_note(self, what: str, key: str) -> None:
+        """Remove a note; see `workers.store.Store`."""
+        (self.root / note_key(what, key)).unlink(missing_ok=True)
+
     def sweep(self, older_than_seconds: float) -> int:
-        """Remove partial files of writers that died."""
+        """Remove partial files of writers that died, and notes of tasks that never went on."""
         limit = time.time() - older_than_seconds
-        old = [path for path in (self.root / _PARTIAL).glob(".partial-*") if path.stat().st_mtime < limit]
+        left = [*(self.root / _PARTIAL).glob(".partial-*"), *(self.root / "notes").glob("*/*")]
+        old = [path for path in left if path.stat().st_mtime < limit]
         for path in old:
             path.unlink(missing_ok=True)
         return len(old)

@@ -26,7 +26,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from workers.blobs import blob_key, check_bytes, digest_of, digest_of_file, writing
+from workers.blobs import blob_key, check_bytes, digest_of, digest_of_file, note_key, writing
 from workers.errors import NotFoundError, StoreError, StoreUnreachableError
 
 #: Files from this size on are sent in parts of this size, a few at a time.
@@ -147,8 +147,29 @@ class S3Store:
                 for entry in page.get("Contents", ()):
                     yield entry["Key"].rsplit("/", 1)[1], entry["Size"], entry["LastModified"].timestamp()
 
+    def put_note(self, what: str, key: str, data: bytes) -> None:
+        """Write a note; see `workers.store.Store`."""
+        with self._calling(key):
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + note_key(what, key), Body=data)
+
+    def get_note(self, what: str, key: str) -> bytes | None:
+        """Read a note; see `workers.store.Store`."""
+        try:
+            with self._calling(key):
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + note_key(what, key))
+                with answer["Body"] as body:
+                    data: bytes = body.read()
+        except NotFoundError:
+            return None
+        return data
+
+    def delete_note(self, what: str, key: str) -> None:
+        """Remove a note; see `workers.store.Store`."""
+        with self._calling(key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + note_key(what, key))
+
     def sweep(self, older_than_seconds: float) -> int:
-        """Abort multipart uploads of writers that died."""
+        """Abort multipart uploads of writers that died, and remove notes of tasks that never went on."""
         limit = time.time() - older_than_seconds
         old = []
         pages = self._client.get_paginator("list_multipart_uploads")
@@ -157,7 +178,17 @@ class S3Store:
                 old += [item for item in page.get("Uploads", ()) if item["Initiated"].timestamp() < limit]
             for item in old:
                 self._client.abort_multipart_upload(Bucket=self._bucket, Key=item["Key"], UploadId=item["UploadId"])
-        return len(old)
+            notes = [key for key, at in self._notes() if at < limit]
+            for key in notes:
+                self._client.delete_object(Bucket=self._bucket, Key=key)
+        return len(old) + len(notes)
+
+    def _notes(self) -> Iterator[tuple[str, float]]:
+        """Yield the key of every note, and the time of its last put."""
+        pages = self._client.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}notes/"):
+            for entry in page.get("Contents", ()):
+                yield entry["Key"], entry["LastModified"].timestamp()
 
     def _put(self, digest: str, body: bytes | IO[bytes], *, absent: bool) -> None:
         """Put a blob in one request; `absent` if it was not there a moment ago."""

@@ -10,6 +10,7 @@ import click
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.jobs import cancel_job, find_job, retry_job
 from orchestrator.jobs import EXIT_CODES, NOT_FINISHED, job_events, show_job, show_jobs, wait_for_job
+from orchestrator.running import step_text
 from orchestrator.states import JobState
 from orchestrator.text import human_bytes, human_seconds, table
 
@@ -125,6 +126,7 @@ def job_text(view: dict[str, Any]) -> str:
         ("model", view["model"]),
         ("recipe", view["recipe"]),
         ("tasks", f"{tasks['total']}" + (f" ({counts})" if counts else "")),
+        *(("now", step_text(step)) for step in view.get("steps", ())),
         ("time", human_seconds(view["seconds"])),
         ("release", view["release"]),
         ("digest", view["digest"]),

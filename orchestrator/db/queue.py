@@ -29,8 +29,9 @@ from orchestrator.db.session import lock_graph, record_event
 from orchestrator.db.settle import fail_jobs_that_need
 from orchestrator.db.statements import batches, held, insert_into, insert_or_ignore, move_job, move_task
 from orchestrator.errors import ResultError
-from orchestrator.graph import Resources, canonical_json
+from orchestrator.graph import Resources
 from orchestrator.states import JobEvent, JobState, TaskEvent, TaskState
+from workers.keys import canonical_json
 
 #: Seconds to wait after the 1st, 2nd, ... fault of a task's own before it runs again; one more fault is final.
 TASK_BACKOFF = (2.0, 4.0)

@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestrator.planning.formats import UnitPlan
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
-from orchestrator.recipes.passes import Reconstruct, Round, Scale, Temporal
+from orchestrator.recipes.passes import Allocate, Distill, Reconstruct, Round, Scale, Temporal
 from orchestrator.recipes.schema import Recipe
 
 GIB = 2**30
@@ -31,6 +31,8 @@ _COLUMN_WEIGHT = 5.0  # and each weight that a visit corrects
 _SCALED_WEIGHT = 900.0  # one weight in one iteration of learned scales, with its gradient: 30 ns
 _CHANNEL = 60.0  # one element looked at by channel: 2 ns
 _BACKWARD = 2.0  # of a forward
+_EFFECT_SAMPLES = 2  # rows of each step in a forward for each layer
+_RELATION = 500.0  # one pair of positions related, with gradient: 17 ns
 _TEMPORAL_ROUND = Round(method="closed_form")
 _EXTRACTOR = {"efficientnet-lite0": 1.1, "inception-v3": 6.0}  # per image
 _EXTRACTOR_BYTES = {"efficientnet-lite0": 0.5 * GIB, "inception-v3": 1.2 * GIB}
@@ -97,6 +99,36 @@ class Costs:
                     work += _giga(config.iterations * layer.weights * _SCALED_WEIGHT)
                 held += plan.unit.hessian_bytes
         return Cost(work, self._memory(batch, self._cached(held)))
+
+    def channel_errors(self, group: Sequence[UnitPlan], config: Allocate) -> Cost:
+        """Measuring layers at three widths: ranges over the calibration set, then forwards for each layer."""
+        calibration = self.recipe.calibration
+        depth = group[-1].unit.depth
+        samples = min(config.samples, calibration.seeds) * self.recorded_per_seed
+        layers = [
+            layer for plan in group for layer in plan.unit.layers if "allocated" in plan.layers.get(layer.name, {})
+        ]
+        work = self._forward(calibration.seeds * self.recorded_per_seed, calibration.batch_size) * depth
+        work += self._forward(samples, config.samples) * depth
+        work += self._forward(min(samples, _EFFECT_SAMPLES * self.recorded_per_seed), calibration.batch_size) * len(
+            layers
+        )
+        for layer in layers:
+            rows = samples * min(config.positions, layer.positions)
+            work += _giga(layer.weights * (3 * _SEARCH + 5 * rows) + samples * layer.input_elements * _QUANTIZE)
+        held = sum(4 * 5 * layer.weights for layer in layers)
+        return Cost(work, self._memory(calibration.batch_size, held))
+
+    def distill(self, config: Distill) -> Cost:
+        """Tuning the whole model: iterations forward and back, the full-precision model beside it for relations."""
+        batch = config.batch_size
+        step = batch * self.model.gmacs * (1 + _BACKWARD) + _giga(
+            3 * self.layers * _CALL + self.weights * _TRAIN_WEIGHT + batch * self.elements * _TRAIN_ELEMENT
+        )
+        if config.relations:
+            step += self._forward(batch, batch) + _giga(batch * config.positions**2 * _RELATION)
+        graph = batch * 4 * self.elements * 12 + self.weights * 4 * 16
+        return Cost(config.iterations * step, int(WORKER_BYTES + 2 * self.model_bytes + graph))
 
     def temporal(self, plan: UnitPlan, config: Temporal) -> Cost:
         """Learning the temporal information block: iterations over its finite set, which is small."""

@@ -48,6 +48,11 @@ def varied_layers(plans: Sequence[UnitPlan]) -> dict[str, dict[str, Any]]:
     }
 
 
+def allocated_layers(plans: Sequence[UnitPlan]) -> list[str]:
+    """Return the layers whose output channels have bits of their own."""
+    return [name for plan in plans for name, layer in plan.layers.items() if "allocated" in layer]
+
+
 def plan_formats(model: ModelInfo, recipe: Recipe) -> list[UnitPlan]:
     """Return the units to quantize, in the order in which they run; what is kept in full precision is not in them.
 
@@ -62,22 +67,30 @@ def plan_formats(model: ModelInfo, recipe: Recipe) -> list[UnitPlan]:
     rules.check_used()
     if not plans:
         raise RecipeError("layers: got every layer kept in full precision, wanted at least one to quantize")
-    _check_budget(model, plans, recipe.budget.weight_bits_mean)
+    extra = recipe.passes.allocate.extra if recipe.passes.allocate is not None else 0.0
+    _check_budget(model, plans, recipe.budget.weight_bits_mean, extra)
     return plans
 
 
-def weight_bits_mean(model: ModelInfo, plans: Sequence[UnitPlan]) -> float:
-    """Return the mean bits of a weight over all Conv and Linear layers; what no plan names has 32."""
-    bits = {name: layer["weight"]["bits"] for plan in plans for name, layer in plan.layers.items()}
+def weight_bits_mean(model: ModelInfo, plans: Sequence[UnitPlan], extra: float = 0.0) -> float:
+    """Return the mean bits of a weight over all Conv and Linear layers; what no plan names has 32.
+
+    `extra`: the share of the channels of allocated layers that get one more bit.
+    """
+    bits = {
+        name: layer["weight"]["bits"] + (extra if "allocated" in layer else 0.0)
+        for plan in plans
+        for name, layer in plan.layers.items()
+    }
     total = sum(layer.weights * bits.get(layer.name, FLOAT_BITS) for layer in model.layers)
     return float(total / sum(layer.weights for layer in model.layers))
 
 
-def _check_budget(model: ModelInfo, plans: Sequence[UnitPlan], budget: float | None) -> None:
+def _check_budget(model: ModelInfo, plans: Sequence[UnitPlan], budget: float | None, extra: float) -> None:
     """Refuse bits that cost more than allowed; a recipe fixes each layer's, so theirs is the smallest budget."""
     if budget is None:
         return
-    smallest = weight_bits_mean(model, plans)
+    smallest = weight_bits_mean(model, plans, extra)
     if smallest > budget:
         raise RecipeError(
             f"budget.weight_bits_mean: got {budget:g}, wanted at least {math.ceil(smallest * 1000) / 1000:g} (the "
@@ -124,7 +137,8 @@ class _Rules:
         weights, activations = self.format(places, layer.name)
         quantized = activations.bits is not None
         bits = None if self.varies(places, activations) else activations.bits
-        return {
+        allocated = {"allocated": True} if self.allocates(places, weights) else {}
+        return allocated | {
             "weight": weights.model_dump(include={"bits", "symmetric", "granularity", "group_size"}),
             "weight_range": _range(weights),
             "activation": _activation(activations, bits) if quantized else None,
@@ -136,6 +150,13 @@ class _Rules:
         """Whether the activation bits are those chosen for each trajectory step: unless an exception gives others."""
         stated = any("bits" in self.recipe.layers[place].activations.model_fields_set for place in places)
         return self.recipe.activations.step_bits is not None and activations.mode == "per_step" and not stated
+
+    def allocates(self, places: Collection[int], weights: Weights) -> bool:
+        """Whether the layer's channels have bits of their own: unless an exception gives bits, or shared scales."""
+        allocate = self.recipe.passes.allocate
+        stated = any("bits" in self.recipe.layers[place].weights.model_fields_set for place in places)
+        chosen = allocate is not None and allocate.method != "uniform"
+        return chosen and weights.granularity == "per_channel" and not stated
 
     def attention(self, name: str, layers: Mapping[str, Any]) -> dict[str, Any] | None:
         """Decide the format of one attention's matmuls; None keeps them, as where all its own layers are kept."""

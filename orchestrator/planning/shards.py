@@ -1,4 +1,4 @@
-"""Consecutive seeds, split between tasks."""
+"""Seeds in runs that one task samples."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Shard:
 
     @property
     def seeds(self) -> dict[str, int]:
-        """As task parameters."""
+        """The seeds as a task's parameter."""
         return {"first": self.first, "count": self.count}
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The seeds for people."""
         return f"seeds {self.first}-{self.first + self.count - 1}"
 
 
-def shards_of(first: int, seeds: int, size: int, sqnr: int = 0) -> Iterator[Shard]:
-    """Split `seeds` consecutive seeds, from `first` on, into runs of at most `size`."""
+def shards(first: int, seeds: int, size: int, sqnr: int = 0) -> Iterator[Shard]:
+    """Split seeds into shards of at most `size`; the first `sqnr` seeds in all are compared step by step."""
     for start in range(0, seeds, size):
         count = min(size, seeds - start)
         yield Shard(first + start, count, max(0, min(count, sqnr - start)))

@@ -61,6 +61,7 @@ def holds(plan: UnitPlan, block: UnitPlan) -> bool:
 
 def _format(layer: dict[str, Any], recipe: Recipe, config: Temporal) -> dict[str, Any]:
     """Return a layer's format with a range for each trajectory step, if its finite set is to be calibrated."""
+    layer = {key: value for key, value in layer.items() if key != "allocated"}  # rounded as one, with its own bits
     activation = layer["activation"]
     if activation is not None and activation["bits"] is None:
         activation = activation | {"bits": recipe.activations.bits}

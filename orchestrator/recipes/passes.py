@@ -171,6 +171,66 @@ class Reconstruct(Pass):
         return self
 
 
+class Allocate(Pass):
+    """Give each output channel its own weight bits around `weights.bits` (MPQ-DM), where no exception says others."""
+
+    method: Literal["uniform", "kurtosis", "global"] = Field(
+        default="kurtosis",
+        description="kurtosis: in each layer as many channels up as down, heavy tails first; global: over all layers, "
+        "the same bits in all; uniform: none.",
+    )
+    extra: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        default=0.0, description="Share of a layer's channels that get one more bit without another losing one."
+    )
+    samples: Count = Field(default=8, description="Calibration seeds that errors are measured on, at most.")
+    positions: Count = Field(default=16, description="Output positions per sample, at most.")
+
+    @model_validator(mode="after")
+    def _has_use(self) -> Self:
+        if self.method == "uniform" and self.extra:
+            raise ValueError(f"extra: got {self.extra:g} with method uniform, wanted 0")
+        return self
+
+    def measurement(self) -> dict[str, Any]:
+        """Return what decides the errors that are measured."""
+        return self.model_dump(mode="json", include={"samples", "positions"})
+
+    def parameters(self) -> dict[str, Any]:
+        """Return what decides the choice, given the errors."""
+        return self.model_dump(mode="json", include={"method", "extra"})
+
+
+class Distill(Pass):
+    """Tune weights (low rank, merged before they are quantized), grids and activation steps, end to end (MPQ-DM)."""
+
+    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
+        ("relations", True): frozenset({"relation_weight", "positions"})
+    }
+
+    iterations: Count = 1200
+    batch_size: Annotated[int, Field(ge=2)] = Field(
+        default=8, description="Samples per iteration, in pairs of consecutive steps."
+    )
+    rank: Count = 32
+    lr: Positive = Field(default=1e-2, description="Rate of the low-rank factors, per mean step of the layer.")
+    weight_lr: Positive = Field(default=1e-3, description="Rate of the weights' step sizes, as logarithms.")
+    activation_lr: Positive = Field(default=2e-3, description="Rate of the activations' step sizes, as logarithms.")
+    zero_point_lr: Positive = Field(default=2e-3, description="Rate of all zero points, in codes.")
+    bias_lr: Positive = 3e-4
+    relations: bool = Field(default=True, description="Distil time-smoothed relations too, not predictions alone.")
+    relation_weight: Positive = 100.0
+    positions: Count = Field(
+        default=256, description="Positions of the feature that are related, drawn if it has more."
+    )
+    seeds: Count = Field(default=64, description="Full-precision trajectories that are distilled from.")
+    first_seed: Seed = 4_000_000
+    shard_seeds: Count = Field(default=16, description="Seeds per task.")
+
+    def parameters(self) -> dict[str, Any]:
+        """Return what decides the result, given the trajectories."""
+        return {n: v for n, v in super().parameters().items() if n not in ("seeds", "first_seed", "shard_seeds")}
+
+
 class Correct(Pass):
     """Correct the noise that quantization adds to the predictions, in the sampler (PTQD)."""
 
@@ -201,6 +261,8 @@ class Passes(Section):
 
     temporal: Temporal | None = None
     scale: Scale | None = None
+    allocate: Allocate | None = None
     round: Round = Round()
     reconstruct: Reconstruct | None = None
+    distill: Distill | None = None
     correct: Correct | None = None

@@ -10,6 +10,9 @@ from orchestrator.recipes.formats import Activations, Attention, LayerException,
 from orchestrator.recipes.passes import Passes
 from orchestrator.recipes.sections import Count, Positive, Section, Seed
 
+#: Bits around which channels can have one more or one less.
+ALLOCATED_BITS = (2, 3, 4, 5)
+
 
 class Sampler(Section):
     """How samples are drawn: for calibration, for the references and for the evaluation alike."""
@@ -118,6 +121,7 @@ class Recipe(Section):
         self._check_finite_set()
         if self.passes.scale is not None and self.activations.bits is None:
             raise ValueError("passes.scale: got activations.bits null, wanted quantized activations")
+        self._check_allocation()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
             raise ValueError(f"calibration.steps: got {recorded}, wanted at most the sampler's {steps}")
@@ -145,6 +149,17 @@ class Recipe(Section):
                 f"calibration.steps: got {recorded} with passes.temporal, wanted null (each of the sampler's steps)"
             )
 
+    def _check_allocation(self) -> None:
+        """Refuse bits per output channel where formats have no room for them."""
+        weights, allocate = self.weights, self.passes.allocate
+        if allocate is None or allocate.method == "uniform":
+            return
+        if weights.granularity != "per_channel" or weights.bits not in ALLOCATED_BITS:
+            raise ValueError(
+                f"passes.allocate: got weights of {weights.bits} bits {weights.granularity}, wanted "
+                f"{', '.join(map(str, ALLOCATED_BITS))} bits per_channel"
+            )
+
     def _check_seeds(self) -> None:
         """Refuse an evaluation on what the model was fitted to."""
         held_out = self.evaluation
@@ -162,6 +177,8 @@ class Recipe(Section):
         correct, step_bits = self.passes.correct, self.activations.step_bits
         if correct is not None:
             found.append(("passes.correct", correct.first_seed, correct.seeds + correct.held_out_seeds))
+        if self.passes.distill is not None:
+            found.append(("passes.distill", self.passes.distill.first_seed, self.passes.distill.seeds))
         if step_bits is not None:
             found.append(("activations.step_bits", step_bits.first_seed, step_bits.seeds))
         return found

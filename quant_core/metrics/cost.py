@@ -44,15 +44,15 @@ def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
     inspection : mapping
         From `quant_core.inspection.inspect_model`.
     """
-    weights = weight_bits = macs = bops = saved = 0
-    act_bits = 0.0
+    weights = macs = bops = saved = 0
+    weight_bits = act_bits = 0.0
     for name, layer in inspection["layers"].items():
         if name in plan.features or name in plan.unserved:
             weights, weight_bits = weights + prod(layer["shape"]), weight_bits + _table_bits(name, layer, plan)
             saved += layer["macs"]
             continue
         spec = plan.layers.get(name)
-        bits_w = FLOAT_BITS if spec is None else spec.weight.bits
+        bits_w = FLOAT_BITS if spec is None else spec.weight.bits_mean
         bits_a = FLOAT_BITS if spec is None or spec.activation is None else spec.activation.bits_mean
         count = prod(layer["shape"])
         weights, weight_bits = weights + count, weight_bits + count * bits_w
@@ -70,7 +70,7 @@ def _step_changes(inspection: Mapping[str, Any], plan: QuantizationPlan) -> list
     for name, spec in plan.layers.items():
         if spec.activation is None or not spec.activation.step_bits:
             continue
-        macs = inspection["layers"][name]["macs"] * spec.weight.bits
+        macs = inspection["layers"][name]["macs"] * spec.weight.bits_mean
         own = [macs * (bits - spec.activation.bits_mean) for bits in spec.activation.step_bits]
         changes = [a + b for a, b in zip(changes, own, strict=True)] if changes else own
     return [round(change) for change in changes]

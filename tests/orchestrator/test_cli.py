@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,12 @@ from orchestrator.db.session import open_database
 from orchestrator.estimate import Rate
 from orchestrator.progress import LinePace, Pace, Progress, Snapshot, progress_line, remaining_seconds
 from orchestrator.registration import default_model_name
+from orchestrator.running import RunningTask
 from orchestrator.settings import resolve_settings
 from orchestrator.submission import default_release_name
 from workers.names import check_name
+from workers.notes import TaskProgress
+from workers.store import open_store
 
 Cli = Callable[..., Any]
 
@@ -349,6 +353,8 @@ def test_progress_line_says_what_runs_and_what_is_left() -> None:
         == "job abc: running 3/8 tasks; running round 3/8; 3.0 s; about 1 min 00 s left"
     )
     assert progress_line(snapshot_of(8, 8, "succeeded")) == "job abc: succeeded 8/8 tasks; 3.0 s"
+    long = replace(snapshot_of(3, 8), steps=(RunningTask("distill", "", TaskProgress(300, 1200, 100, 50.0)),))
+    assert "; distill at step 300/1200, about 3 min 45 s left; " in progress_line(long)
 
 
 def test_pace_is_over_the_last_minute() -> None:
@@ -369,7 +375,7 @@ class Terminal(io.StringIO):
 def test_progress_shows_a_job_while_the_block_runs(cli: Cli, with_digits: Path, stream: io.StringIO) -> None:
     job = cli("submit", "fast-w4a8", "--model", "digits", "--json").json["job"]
     database = open_database(f"sqlite:///{with_digits / 'quantmill.db'}")
-    with Progress(database, job, workers=2, stream=stream):
+    with Progress(database, open_store(str(with_digits / "store")), job, workers=2, stream=stream):
         time.sleep(1.5)
         cli("jobs", "cancel", job)
     database.close()

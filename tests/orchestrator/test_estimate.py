@@ -18,11 +18,12 @@ from orchestrator.estimate import (
     fitted_rates,
     settled,
 )
-from orchestrator.graph import Resources, TaskNode, TaskRef, task_key, task_node
+from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.planner import plan
 from orchestrator.planning.costs import WORKER_BYTES
 from orchestrator.recipes.load import load_recipe
 from tests.orchestrator.planning_models import inspection, model
+from workers.keys import task_key
 from workers.kinds import KINDS
 
 

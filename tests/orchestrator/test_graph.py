@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.graph import Resources, TaskRef, canonical_json, task_key, task_node
+from orchestrator.graph import Resources, TaskRef, task_node
+from workers.keys import canonical_json, task_key
 from workers.kinds import KINDS
 
 DIGEST = "ab" * 32

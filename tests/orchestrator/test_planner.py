@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import RecipeError
-from orchestrator.graph import TaskNode, TaskRef, canonical_json
+from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planner import UNITS_PER_ROUND, plan, round_groups
 from orchestrator.planning.costs import WORKER_BYTES, Costs
 from orchestrator.planning.formats import plan_formats
@@ -24,6 +24,7 @@ from orchestrator.recipes.load import load_recipe, resolve
 from orchestrator.recipes.passes import Round
 from orchestrator.recipes.schema import Recipe
 from tests.orchestrator.planning_models import inspection, model
+from workers.keys import canonical_json
 from workers.kinds import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,8 @@ def test_plan_every_task_is_needed_and_every_reference_names_an_output(name: str
         "correct": {"packed"},
         "step_effects": {"effects"},
         "step_bits": {"step_bits"},
+        "channel_errors": {"errors"},
+        "allocate": {"allocation"},
         "evaluate": {"evaluation"},
         "score": {"score", "grid"},
     }
@@ -107,8 +110,9 @@ def test_plan_every_task_is_needed_and_every_reference_names_an_output(name: str
             if isinstance(item, TaskRef):
                 source = index[item.task]
                 named: set[str] = set()
-                if prefix := {"round": "state", "scale": "factors"}.get(source.kind):
-                    named = {f"{prefix}:{unit['unit']}" for unit in source.params["units"]}
+                if prefix := {"round": "state", "distill": "state", "scale": "factors"}.get(source.kind):
+                    units = source.params["units"]
+                    named = {f"{prefix}:{unit if isinstance(unit, str) else unit['unit']}" for unit in units}
                 assert item.output in outputs.get(source.kind, named)
                 used.add(item.task)
             else:
@@ -418,7 +422,8 @@ def test_plan_shares_tasks_between_shipped_recipes():
     assert all(ids["base"] <= other for other in ids.values())
     # corrections have trajectories of their own, the same ones
     assert {len(other - ids["base"]) for name, other in ids.items() if name.startswith("ptqd")} == {6}
-    assert len(set().union(*ids.values()) - ids["base"]) == 6
+    assert {len(other - ids["base"]) for name, other in ids.items() if name.startswith("mpqdm")} == {4}
+    assert len(set().union(*ids.values()) - ids["base"]) == 6 + 4
 
 
 def test_plan_other_model_shares_nothing_and_its_name_only_enters_the_release():
@@ -708,6 +713,79 @@ def test_exceptions_keep_the_bits_that_they_say():
 
 
 # --- scale and hygiene
+
+
+def test_plan_allocates_bits_before_rounding_and_distils_before_packing():
+    nodes = nodes_of(recipe("mpqdm-w2a4"))
+    kinds = [node.kind for node in nodes]
+    choice, task = only(nodes, "allocate"), only(nodes, "distill")
+    measured = by_kind(nodes, "channel_errors")
+    assert [item.task for item in choice.inputs["errors"]] == [node.id for node in measured]  # type: ignore[union-attr]
+    stated = {"conv_in", "conv_out"}
+    layers = [name for node in measured for name in node.params["layers"]]
+    assert layers
+    assert not stated & set(layers)
+    assert all("cache_bytes" not in node.params for node in measured)
+    for node in by_kind(nodes, "round"):
+        own = [name for unit in node.params["units"] for name, layer in unit["layers"].items() if "allocated" in layer]
+        assert set(own) <= set(layers)
+        wanted = [TaskRef(choice.id, "allocation")] if own else []
+        assert list(node.inputs.get("allocation", ())) == wanted
+    assert kinds.index("allocate") < kinds.index("round") < kinds.index("distill") < kinds.index("pack")
+    assert task.params["units"] == UNITS
+    assert [item.output for item in task.inputs["states"]] == [f"state:{unit}" for unit in UNITS]  # type: ignore[union-attr]
+    trajectories = {node.id: node for node in by_kind(nodes, "reference")}
+    seeds = [trajectories[item.task].params for item in task.inputs["trajectories"]]  # type: ignore[union-attr]
+    assert [each["seeds"]["first"] for each in seeds] == [4_000_000, 4_000_016, 4_000_032, 4_000_048]
+    assert all(each["sqnr_seeds"] == each["seeds"]["count"] for each in seeds)
+    assert {item.task for item in only(nodes, "pack").inputs["states"]} == {task.id}  # type: ignore[union-attr]
+
+
+def test_distillation_composes_with_the_temporal_block_and_the_correction():
+    nodes = nodes_of(recipe("mpqdm-w4a4", "passes.temporal={}", "passes.correct={}", "passes.reconstruct={}"))
+    task = only(nodes, "distill")
+    assert task.params["units"][0] == "@temporal"
+    assert only(nodes, "temporal").id in task.sources()
+    assert {node.id for node in by_kind(nodes, "reconstruct")} < task.sources()
+    block = only(nodes, "temporal").params["layers"]
+    assert all("allocated" not in layer for layer in block.values())
+    assert not set(block) & {name for node in by_kind(nodes, "channel_errors") for name in node.params["layers"]}
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("passes.allocate.extra=0.1", {"allocate", *AFTER_ROUND, "distill"}),
+        ("passes.allocate.method=kurtosis", {"allocate", *AFTER_ROUND, "distill"}),
+        ("passes.allocate.samples=4", {"channel_errors", "allocate", *AFTER_ROUND, "distill"}),
+        ("passes.distill.relations=false", {"distill", "pack", "evaluate", "score", "release"}),
+        ("passes.distill.seeds=32", {"distill", "pack", "evaluate", "score", "release"}),
+    ],
+)
+def test_ways_to_allocate_and_distil_share_what_they_can(override: str, changed: set[str]):
+    before = {node.id for node in nodes_of(recipe("mpqdm-w4a4"))}
+    found = {node.kind for node in nodes_of(recipe("mpqdm-w4a4", override)) if node.id not in before}
+    assert found == changed - {"reconstruct"}
+
+
+def test_uniform_allocation_and_stated_bits_need_no_measurement():
+    for override in ("passes.allocate.method=uniform", "layers=[{match: '*', weights: {bits: 4}}]"):
+        nodes = nodes_of(recipe("mpqdm-w4a4", override))
+        assert not by_kind(nodes, "channel_errors")
+        assert not by_kind(nodes, "allocate")
+        assert all("allocation" not in node.inputs for node in by_kind(nodes, "round"))
+
+
+def test_budget_counts_the_extra_channels():
+    with pytest.raises(RecipeError, match="smallest that this recipe's bits can meet"):
+        nodes_of(recipe("mpqdm-w4a4-plus", layers("[]"), "budget.weight_bits_mean=4.05"))
+    assert nodes_of(recipe("mpqdm-w4a4-plus", layers("[]"), "budget.weight_bits_mean=4.11"))
+
+
+@pytest.mark.parametrize("override", ["weights.bits=8", "weights.bits=6", "weights={granularity: per_tensor}"])
+def test_allocation_needs_room_for_a_bit_more_and_scales_of_channels(override: str):
+    with pytest.raises(RecipeError, match=r"passes\.allocate: got weights of"):
+        recipe("mpqdm-w4a4", override)
 
 
 def test_plan_streams_ten_thousand_tasks():

@@ -43,6 +43,7 @@ def test_shipped_recipes_are_those_that_are_promised():
     promised = {"base", "minmax-w8a8", "qdiffusion-w8a8", "qdiffusion-w4a8", "fast-w4a8", "tfmq-w8a8", "tfmq-w4a8"}
     promised |= {"ptqd-w8a8", "ptqd-w4a8", "ptqd-w4-mixed", "tfmq-ptqd-w4a8"}
     promised |= {"dmq-w8a8", "dmq-w4a8", "dmq-w4a6", "dmq-ptqd-w4a6"}
+    promised |= {f"mpqdm-w{bits}a4{plus}" for bits in (4, 3, 2) for plus in ("", "-plus")}
     assert promised <= set(shipped_names())
 
 
@@ -59,13 +60,20 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     ]
     assert (recipe.passes.temporal is not None and recipe.passes.temporal.cache) == is_tfmq
     if name != "base":
-        bits = {"w4a8": (4, 8), "w4a6": (4, 6), "w8a8": (8, 8), "mixed": (4, 8)}[name.rpartition("-")[2]]
+        bits = {"w4a8": (4, 8), "w4a6": (4, 6), "w8a8": (8, 8), "mixed": (4, 8)}
+        bits |= {f"w{bits}a4": (bits, 4) for bits in (4, 3, 2)}
+        bits = bits[name.removesuffix("-plus").rpartition("-")[2]]
         assert (recipe.weights.bits, recipe.activations.bits) == bits
     assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
     assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq", "dmq"))
     scale = recipe.passes.scale
     assert (scale is not None and (scale.method, scale.shift) == ("learned", "skip")) == name.startswith("dmq")
     assert (recipe.passes.correct is not None) == ("ptqd" in name)
+    is_mpqdm = name.startswith("mpqdm")
+    assert (recipe.passes.distill is not None, recipe.passes.allocate is not None) == (is_mpqdm, is_mpqdm)
+    if recipe.passes.allocate is not None:
+        extra = 0.1 if name.endswith("-plus") else 0.0
+        assert (recipe.passes.allocate.method, recipe.passes.allocate.extra) == ("global", extra)
     assert recipe.passes.round.method == "closed_form" or not name.startswith("fast")
     assert (recipe.sampler.scheduler, recipe.sampler.num_inference_steps) == ("DDIMScheduler", 20)
     assert (recipe.sampler.eta, recipe.evaluation.seeds) == (0.0, 256)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.affine import Granularity
+from kernels.weights import pack_weight, weight_integers
 from quant_core.activation import ActivationQuantizer
 from quant_core.errors import QuantizationError
 from quant_core.layers import (
@@ -171,3 +173,70 @@ def test_half_precision_models_keep_their_dtype() -> None:
     made = QuantLayer(layer, LayerSpec(WeightSpec(8), ActivationSpec(8, mode=ActivationMode.STATIC)), StepClock(()))
     assert made.weight.dtype is torch.bfloat16
     assert made(random(2, 4).to(torch.bfloat16)).dtype is torch.bfloat16
+
+
+MIXTURE = ((1, 2), (2, 3), (4, 1))
+CHANNEL_BITS = [2, 1, 4, 2, 1, 2]
+
+
+def mixed_layer() -> tuple[QuantLayer, Tensor]:
+    """A convolution whose output channels have 1, 2 and 4 bits, its codes set."""
+    layer = QuantLayer(nn.Conv2d(3, 6, 3), LayerSpec(WeightSpec(4, mixture=MIXTURE)), StepClock(()))
+    layer.set_channel_bits(torch.tensor(CHANNEL_BITS, dtype=torch.uint8))
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.stack([torch.randint(0, 2**bits, (27,), generator=generator) for bits in CHANNEL_BITS]).to(
+        torch.uint8
+    )
+    layer.set_codes(codes, torch.linspace(0.1, 0.6, 6)[:, None], torch.ones(6, 1))
+    return layer, codes
+
+
+def test_channels_have_their_own_bits_and_take_no_more_room() -> None:
+    layer, codes = mixed_layer()
+    # 27 codes in a row: 4 bytes of 1 bit, 7 of 2 bits, 14 of 4 bits
+    assert layer.qweight.shape == (2 * 4 + 3 * 7 + 14,)
+    assert torch.equal(layer.codes(), codes)
+    weight = layer.weight
+    assert torch.allclose(weight[2].permute(1, 2, 0).flatten(), (codes[2].float() - 1) * layer.scale[2])
+    assert layer.spec.weight.bits_mean == pytest.approx(sum(CHANNEL_BITS) / 6)
+
+
+def test_rows_of_a_width_go_to_the_kernels_as_a_record_of_their_channels() -> None:
+    layer, codes = mixed_layer()
+    groups = {bits: (channels, rows) for bits, channels, rows in layer.bit_groups()}
+    assert {bits: channels.tolist() for bits, (channels, _) in groups.items()} == {1: [1, 4], 2: [0, 3, 5], 4: [2]}
+    integers = torch.empty(6, 9, 3, dtype=torch.int32)
+    for bits, (channels, rows) in groups.items():
+        zero = layer.zero_point[channels]
+        packed = pack_weight(rows, layer.scale[channels], zero, bits=bits, channels=3, taps=9, channel=channels)
+        integers[channels] = weight_integers(packed)
+    assert torch.equal(integers.flatten(1), codes.int() - 1)
+
+
+def test_a_mixture_survives_json_and_uniform_formats_are_as_they_were() -> None:
+    spec = LayerSpec(WeightSpec(4, mixture=MIXTURE))
+    assert LayerSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert "mixture" not in LayerSpec(WeightSpec(4)).to_json()["weight"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"bits": 4, "mixture": ((2, 3), (1, 1))}, "with bits rising"),
+        ({"bits": 4, "mixture": ((2, 3), (7, 1))}, "with bits rising"),
+        ({"bits": 4, "mixture": ((2, 3), (4, 0))}, "at least 1 channel"),
+        ({"bits": 4, "mixture": ((2, 3), (3, 1))}, "got a greatest of 3 bits with 4 bits"),
+        ({"bits": 1}, "weight: got 1 bits"),
+    ],
+)
+def test_mixtures_that_make_no_sense_are_refused(spec: dict[str, object], message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        WeightSpec(**spec)  # type: ignore[arg-type]
+
+
+def test_channel_bits_that_are_not_the_mixtures_are_refused() -> None:
+    layer, _ = mixed_layer()
+    with pytest.raises(QuantizationError, match="channel bits: got"):
+        layer.set_channel_bits(torch.full((6,), 2, dtype=torch.uint8))
+    with pytest.raises(QuantizationError, match="wanted a sum of 7 output channels"):
+        QuantLayer(nn.Linear(3, 7), LayerSpec(WeightSpec(4, mixture=MIXTURE)), StepClock(()))

@@ -87,6 +87,25 @@ class TestContract:
         with pytest.raises(StoreError, match="digest"):
             any_store.get_bytes(name)
 
+    def test_notes_are_replaced_read_removed_and_no_blobs(self, any_store: Store) -> None:
+        key, other = "a" * 64, "b" * 64
+        assert any_store.get_note("checkpoint", key) is None
+        for data in (b"one", b"two"):
+            any_store.put_note("checkpoint", key, data)
+        any_store.put_note("progress", key, b"half")
+        any_store.put_note("checkpoint", other, b"other")
+        assert list(any_store.list()) == []
+        assert any_store.get_note("checkpoint", key) == b"two"
+        for _ in range(2):
+            any_store.delete_note("checkpoint", key)
+        notes = [any_store.get_note(*name) for name in (("checkpoint", key), ("checkpoint", other), ("progress", key))]
+        assert notes == [None, b"other", b"half"]
+
+    @pytest.mark.parametrize(("what", "key"), [("../x", "a" * 64), ("", "a" * 64), ("progress", "../" + "a" * 64)])
+    def test_names_of_notes_are_checked(self, any_store: Store, what: str, key: str) -> None:
+        with pytest.raises(StoreError):
+            any_store.put_note(what, key, b"")
+
     def test_many_threads_may_put_the_same_bytes(self, store: Store) -> None:
         data = data_of(1 << 20)
         digests: list[str] = []
@@ -227,8 +246,11 @@ def test_s3_sweep_aborts_unfinished_uploads(s3_url: str) -> None:
     bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
     key = f"{prefix}/{blob_key(ABSENT)}"
     store._client.create_multipart_upload(Bucket=bucket, Key=key)
+    store.put_note("progress", ABSENT, b"half")
     assert store.sweep(3600.0) == 0
-    assert store.sweep(-60.0) == 1
+    assert store.get_note("progress", ABSENT) == b"half"
+    assert store.sweep(-60.0) == 2
+    assert store.get_note("progress", ABSENT) is None
     assert not store._client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads")
 
 

@@ -31,9 +31,9 @@ def only(inputs: Inputs, name: str) -> str:
     return digests[0]
 
 
-def fetch_model(inputs: Inputs, context: TaskContext) -> Denoiser:
-    """Load the full-precision model of the input `model`, on the CPU."""
-    folder = context.scratch / "model"
+def fetch_model(inputs: Inputs, context: TaskContext, name: str = "model") -> Denoiser:
+    """Load the full-precision model of the input `model`, on the CPU; once more under another `name`."""
+    folder = context.scratch / name
     link_tree(context.store, only(inputs, "model"), folder)
     return load_denoiser(folder)
 

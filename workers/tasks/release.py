@@ -36,7 +36,13 @@ CARD_FILE = "README.md"
 # Kinds that a release depends on; the version of any other must not change its bytes.
 _STEPS = ("calibrate", "round", "reconstruct", "pack", "reference", "evaluate", "score", "release")
 # Those of a recipe that has such a pass, and of one that has bits for each step.
-_PASS_STEPS = {"temporal": ("temporal",), "scale": ("scale",), "correct": ("noise", "correct")}
+_PASS_STEPS = {
+    "temporal": ("temporal",),
+    "scale": ("scale",),
+    "allocate": ("channel_errors", "allocate"),
+    "distill": ("distill",),
+    "correct": ("noise", "correct"),
+}
 _STEP_BITS_STEPS = ("step_effects", "step_bits")
 _PACKAGES = ("diffusers", "numpy", "quantmill", "safetensors", "torch")
 

@@ -5,7 +5,8 @@ params
     pass: method, and for closed_form samples, positions, damping
 inputs
     model: tree; calibration: shards; step_bits: what `step_bits` chose, if activation bits in the formats are null;
-    factors: what `scale` chose for each unit, if channels are scaled
+    factors: what `scale` chose for each unit, if channels are scaled; allocation: what `allocate` chose, if layers are
+    marked as allocated
 outputs
     state:<unit> for each unit, see `quant_core.unit_state`
 metrics
@@ -16,11 +17,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from safetensors.torch import load
+from torch import Tensor
+
 from quant_core.calibration import CalibrationSet
 from quant_core.channel_factors import ChannelFactors
 from quant_core.rounding import RoundingConfig, read_unit, round_units
 from workers.context import Inputs, Params, TaskContext, TaskOutput
-from workers.tasks.common import chosen_step_bits, fetch_model, local_files
+from workers.tasks.common import chosen_step_bits, fetch_model, local_files, only
 
 
 def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
@@ -30,10 +34,16 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     bits = chosen_step_bits(inputs, context)
     units = [read_unit(unit, bits) for unit in params["units"]]
     factors = ChannelFactors.from_bytes([context.store.get_bytes(digest) for digest in inputs.get("factors", [])])
-    rounded = round_units(model, calibration, units, _config(params), factors.scales, factors.shifts)
+    channels = (factors.scales, factors.shifts, _allocation(inputs, context))
+    rounded = round_units(model, calibration, units, _config(params), *channels)
     outputs = {f"state:{each.state.formats.unit}": context.store.put_bytes(each.state.to_bytes()) for each in rounded}
     layers = {name: {"sqnr_db": round(db, 4)} for each in rounded for name, db in each.layer_sqnr_db.items()}
     return TaskOutput(outputs, {"layers": layers})
+
+
+def _allocation(inputs: Inputs, context: TaskContext) -> dict[str, Tensor] | None:
+    """Read the bits of output channels, if they were chosen."""
+    return load(context.store.get_bytes(only(inputs, "allocation"))) if "allocation" in inputs else None
 
 
 def _config(params: dict[str, Any]) -> RoundingConfig:

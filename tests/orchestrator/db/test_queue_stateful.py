@@ -26,7 +26,8 @@ from sqlalchemy import text
 from orchestrator.db.models import Base
 from orchestrator.db.queries import cancel_job, finish_task, reap_expired, release_task, renew_leases, retry_job
 from orchestrator.db.rows import ClaimedTask
-from orchestrator.graph import TaskNode, TaskRef, task_key, task_node
+from orchestrator.graph import TaskNode, TaskRef, task_node
+from workers.keys import task_key
 
 Driver = Any  # the fixture's class lives in conftest.py
 

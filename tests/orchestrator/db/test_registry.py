@@ -25,7 +25,8 @@ from orchestrator.db.queries import (
 )
 from orchestrator.db.rows import ModelRow, ReleaseRow, Timing
 from orchestrator.errors import NotFoundError
-from orchestrator.graph import TaskNode, task_key
+from orchestrator.graph import TaskNode
+from workers.keys import task_key
 
 Driver = Any  # the fixture's class lives in conftest.py
 

@@ -1,0 +1,32 @@
+"""Allocate: choose the bits of the output channels of all layers from their measured errors.
+
+params
+    method, extra: see `quant_core.methods.mpqdm.AllocationConfig`
+inputs
+    errors: of groups of units, in order
+outputs
+    allocation: safetensors, for each layer the bits of its output channels, uint8
+metrics
+    layers: {layer: [channels with one bit more, with one less]}; mean: bits per weight of these layers
+"""
+
+from __future__ import annotations
+
+from safetensors.torch import save
+
+from quant_core.channel_errors import from_bytes
+from quant_core.methods.mpqdm import AllocationConfig, LayerErrors, allocate
+from workers.context import Inputs, Params, TaskContext, TaskOutput
+
+
+def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
+    """Choose for all layers."""
+    layers: dict[str, LayerErrors] = {}
+    for digest in inputs["errors"]:
+        layers |= from_bytes(context.store.get_bytes(digest))
+    bits = allocate(layers, AllocationConfig(params["method"], params["extra"]))
+    moved = {name: [int((bits[name] == layer.bits + step).sum()) for step in (1, -1)] for name, layer in layers.items()}
+    weights = sum(layer.channels * layer.columns for layer in layers.values())
+    spent = sum(int(bits[name].sum()) * layer.columns for name, layer in layers.items())
+    metrics = {"layers": moved, "mean": round(spent / max(weights, 1), 6)}
+    return TaskOutput({"allocation": context.store.put_bytes(save(bits))}, metrics)

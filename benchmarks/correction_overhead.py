@@ -38,7 +38,7 @@ def median_ms(call: Callable[[], object], repeats: int) -> float:
 @torch.no_grad()
 def measure(folder: Path, batch: int) -> dict[str, Any]:
     """Time one batch size."""
-    model = quant_core.load_quantized(folder)
+    model = quant_core.load_quantized(folder, backend="reference")
     scheduler = quant_core.QuantmillCorrectedScheduler.from_pretrained(folder, subfolder="scheduler")
     scheduler.set_timesteps(len(scheduler.correction.timesteps))
     timestep = scheduler.timesteps[len(scheduler.timesteps) // 2]

@@ -109,7 +109,7 @@ def test_evaluation_samples_as_a_user_does(
     made = run_task("evaluate", seeds(0, 3, 3) | {"sqnr_seeds": 2}, inputs)
     found = load_file(task_store.local_path(made.outputs["evaluation"]))
     pull_tree(task_store, corrected.outputs["packed"], tmp_path / "packed")
-    unet = quant_core.load_quantized(tmp_path / "packed")
+    unet = quant_core.load_quantized(tmp_path / "packed", backend="reference")
     scheduler = quant_core.QuantmillCorrectedScheduler.from_pretrained(tmp_path / "packed", subfolder="scheduler")
     scheduler.set_timesteps(3)
     x = torch.stack([torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
@@ -182,7 +182,7 @@ def test_a_packed_model_has_the_bits_of_each_step(
     mixed: str, step_bits: TaskOutput, task_store: NodeStore, tmp_path: Path
 ) -> None:
     pull_tree(task_store, mixed, tmp_path / "packed")
-    unet = quant_core.load_quantized(tmp_path / "packed")
+    unet = quant_core.load_quantized(tmp_path / "packed", backend="reference")
     bits = tuple(step_bits.metrics["bits"])
     layers = {name: module for name, module in unet.named_modules() if isinstance(module, QuantLayer)}
     assert layers.pop("conv_in").act_quantizers[0].spec.step_bits == ()

@@ -57,8 +57,9 @@ from typing import Any
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
-from orchestrator.planning.costs import GIB, Cost, Costs, hessian_bytes
+from orchestrator.planning.costs import GIB, Cost, Costs
 from orchestrator.planning.formats import UnitPlan, allocated_layers, plan_formats, varied_layers
+from orchestrator.planning.groups import round_groups
 from orchestrator.planning.model import ModelInfo
 from orchestrator.planning.mpqdm import allocation_tasks, distill_tasks
 from orchestrator.planning.shards import shards
@@ -66,9 +67,6 @@ from orchestrator.planning.temporal import TEMPORAL_UNIT, holds, take_out
 from orchestrator.recipes.load import resolve
 from orchestrator.recipes.passes import Round
 from orchestrator.recipes.schema import Recipe
-
-#: Units that are rounded by one task at most: one pass over the calibration set serves them all.
-UNITS_PER_ROUND = 8
 
 
 def plan(model: ModelRow, recipe: Recipe, *, gpus_per_task: float = 0.0) -> tuple[Iterator[TaskNode], TaskNode]:
@@ -94,21 +92,6 @@ def plan(model: ModelRow, recipe: Recipe, *, gpus_per_task: float = 0.0) -> tupl
     planner = _Planner(model, recipe, gpus_per_task)
     target = deque(planner.nodes(), maxlen=1)[0]
     return planner.nodes(), target
-
-
-def round_groups(plans: Sequence[UnitPlan], config: Round, budget_bytes: float) -> Iterator[list[UnitPlan]]:
-    """Split units into runs that one task rounds: at most `UNITS_PER_ROUND`, and Hessians within the budget."""
-    group: list[UnitPlan] = []
-    held = 0
-    for each in plans:
-        needed = hessian_bytes(each.unit, config)
-        if group and (len(group) == UNITS_PER_ROUND or held + needed > budget_bytes):
-            yield group
-            group, held = [], 0
-        group.append(each)
-        held += needed
-    if group:
-        yield group
 
 
 class _Planner:

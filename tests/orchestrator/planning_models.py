@@ -1,10 +1,19 @@
-"""Inspections for planning: made up, in the format of `quant_core.inspection`."""
+"""Models for planning: inspections, made up in the format of `quant_core.inspection`; and what tests ask of plans."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from orchestrator.db.rows import ModelRow
+from orchestrator.graph import TaskNode
+from orchestrator.planner import plan
+from orchestrator.recipes.load import load_recipe
+from orchestrator.recipes.schema import Recipe
+
+#: Of `inspection()`.
+UNITS = ["time_embedding", "conv_in", *(f"blocks.{i}" for i in range(4)), "mid.attn", "up", "conv_out"]
+#: Kinds of tasks that rounding otherwise changes.
+AFTER_ROUND = {"round", "reconstruct", "pack", "evaluate", "score", "release"}
 
 
 def inspection(blocks: int = 4, channels: int = 16, side: int = 8, *, timed: bool = False) -> dict[str, Any]:
@@ -90,3 +99,34 @@ def model(data: dict[str, Any] | None = None, *, name: str = "tiny", digest: str
     """Return a registered model with an inspection."""
     data = inspection() if data is None else data
     return ModelRow(name, digest, data["class_name"], "/models/tiny", data["weights_bytes"], data["parameters"], data)
+
+
+def recipe(name: str = "base", *overrides: str) -> Recipe:
+    return load_recipe(name, overrides).recipe
+
+
+def layers(text: str) -> str:
+    return f"layers={text}"
+
+
+def nodes_of(recipe_: Recipe, row: ModelRow | None = None, **options: Any) -> list[TaskNode]:
+    return list(plan(row or model(), recipe_, **options)[0])
+
+
+def by_kind(nodes: list[TaskNode], kind: str) -> list[TaskNode]:
+    return [node for node in nodes if node.kind == kind]
+
+
+def only(nodes: list[TaskNode], kind: str) -> TaskNode:
+    (node,) = by_kind(nodes, kind)
+    return node
+
+
+def specs(nodes: list[TaskNode]) -> dict[str, dict[str, Any]]:
+    """Return what round tasks are told about each unit."""
+    return {unit["unit"]: unit for node in by_kind(nodes, "round") for unit in node.params["units"]}
+
+
+def layer_specs(*overrides: str) -> dict[str, Any]:
+    units = specs(nodes_of(recipe("base", *overrides))).values()
+    return {name: spec for unit in units for name, spec in unit["layers"].items()}

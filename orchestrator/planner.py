@@ -5,8 +5,8 @@
          └── reference (seeds) ───────────────────────────────────────────────────────┘
 
 If activation bits differ between trajectory steps, `step_effects` (seeds) and `step_bits` lie between calibrate and
-round. With the pass `allocate`, `channel_errors` (units) and `allocate` lie before round; with `scale`, `scale` (units)
-right before round; with `distill`, that task and the trajectories that it needs between reconstruct and pack; with
+round. With the passes `scale` and `allocate`, `scale` (units), then `channel_errors` (units) and `allocate`, lie before
+round; with `distill`, that task and the trajectories that it needs between reconstruct and pack; with
 `correct`, `noise` (seeds) and `correct` between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
@@ -25,8 +25,8 @@ step_bits   method, target_mean, threshold                     effects          
 temporal    unit, layers, attentions, pass                     model, calibration (all)                   state
 scale       units: [unit], seed, forward_batch_size,           model, calibration (all), step_bits (if    factors:<unit>
             rounding, damping (if closed_form), pass           there)
-channel_    units: [unit], layers (names), seed,               model, calibration (all)                   errors
-errors      forward_batch_size, samples, positions
+channel_    units: [unit], layers (names), seed,               model, calibration (all), factors (if      errors
+errors      forward_batch_size, samples, positions             there)
 allocate    method, extra                                      errors                                     allocation
 round       units: [unit], seed, cache_bytes,                  model, calibration (all), step_bits,       state:<unit>
             forward_batch_size, pass                           factors and allocation (if there)
@@ -59,10 +59,12 @@ from orchestrator.db.rows import ModelRow
 from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.planning.costs import GIB, Cost, Costs
 from orchestrator.planning.formats import UnitPlan, allocated_layers, plan_formats, varied_layers
-from orchestrator.planning.groups import round_groups
+from orchestrator.planning.groups import group_label, round_groups
 from orchestrator.planning.model import ModelInfo
 from orchestrator.planning.mpqdm import allocation_tasks, distill_tasks
+from orchestrator.planning.scaling import scale_parameters
 from orchestrator.planning.shards import shards
+from orchestrator.planning.step_bits import step_bits_tasks
 from orchestrator.planning.temporal import TEMPORAL_UNIT, holds, take_out
 from orchestrator.recipes.load import resolve
 from orchestrator.recipes.passes import Round
@@ -127,12 +129,16 @@ class _Planner:
         for node in self._temporal(calibration):
             states[TEMPORAL_UNIT] = TaskRef(node.id, "state")
             yield node
+        factors: dict[str, TaskRef] = {}
+        for node, units in self._scale(calibration, step_bits):
+            factors |= {unit: TaskRef(node.id, f"factors:{unit}") for unit in units}
+            yield node
         allocation: list[TaskRef] = []
-        for node in self._allocate(calibration):
+        for node in self._allocate(calibration, factors):
             allocation = [TaskRef(node.id, "allocation")]
             yield node
-        for node, produced in self._round(calibration, step_bits, allocation):
-            states |= produced
+        for node, units in self._round(calibration, step_bits, factors, allocation):
+            states |= {unit: TaskRef(node.id, f"state:{unit}") for unit in units}
             yield node
         for node, unit in self._reconstruct(calibration, states):
             states[unit] = TaskRef(node.id, "state")
@@ -171,27 +177,11 @@ class _Planner:
 
     def _choose_step_bits(self, calibration: Sequence[TaskRef]) -> Iterator[TaskNode]:
         """Make the tasks that choose activation bits for each step, the choice last; none if they are the same."""
-        section = self.recipe.activations.step_bits
-        layers = varied_layers(self.plans)
-        if section is None or not layers:
-            return
-        effects: list[TaskRef] = []
-        for shard in shards(section.first_seed, section.seeds, section.shard_seeds):
-            params = {
-                "sampler": self.sampler,
-                "seeds": shard.seeds,
-                "batch_size": shard.count,
-                "choices": section.choices,
-                "layers": layers,
-                "seed": self.recipe.seed,
-            }
+        section, layers = self.recipe.activations.step_bits, varied_layers(self.plans)
+        if section is not None and layers:
+            common = {"sampler": self.sampler, "layers": layers, "seed": self.recipe.seed}
             inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
-            cost = self.costs.step_effects(shard.count, shard.count, len(section.choices))
-            node = self._node("step_effects", params, inputs, cost, shard.label)
-            effects.append(TaskRef(node.id, "effects"))
-            yield node
-        cost = self.costs.step_bits()
-        yield self._node("step_bits", section.parameters(), {"effects": effects}, cost, section.method, gpus=0.0)
+            yield from step_bits_tasks(self._node, section, common, inputs, self.costs)
 
     def _temporal(self, calibration: Sequence[TaskRef]) -> Iterator[TaskNode]:
         config = self.recipe.passes.temporal
@@ -205,7 +195,27 @@ class _Planner:
             f"{len(self.temporal.layers)} layers",
         )
 
-    def _allocate(self, calibration: Sequence[TaskRef]) -> Iterator[TaskNode]:
+    def _scale(
+        self, calibration: Sequence[TaskRef], step_bits: Sequence[TaskRef]
+    ) -> Iterator[tuple[TaskNode, list[str]]]:
+        """Make the tasks that scale input channels, each with its units."""
+        config, rounding = self.recipe.passes.scale, self.recipe.passes.round
+        if config is None:
+            return
+        for group in round_groups(self.plans, rounding, self.cache_bytes):
+            inputs = self._group_inputs(group, calibration, step_bits)
+            params = scale_parameters(group, config, rounding, self.recipe)
+            cost = self.costs.scale(group, config, rounding)
+            yield self._node("scale", params, inputs, cost, group_label(group)), [each.unit.name for each in group]
+
+    def _group_inputs(
+        self, group: Sequence[UnitPlan], calibration: Sequence[TaskRef], step_bits: Sequence[TaskRef]
+    ) -> dict[str, Sequence[str | TaskRef]]:
+        """Return what tasks on a group of units read, whatever they do."""
+        inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
+        return inputs | ({"step_bits": step_bits} if step_bits and varied_layers(group) else {})
+
+    def _allocate(self, calibration: Sequence[TaskRef], factors: Mapping[str, TaskRef]) -> Iterator[TaskNode]:
         """Make the tasks that choose the bits of output channels, the choice last; none if all have the same."""
         config = self.recipe.passes.allocate
         if config is None or config.method == "uniform":
@@ -213,7 +223,7 @@ class _Planner:
         groups = list(round_groups(self.plans, Round(), self.cache_bytes))
         inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
         common = {name: value for name, value in self._common().items() if name != "cache_bytes"}
-        yield from allocation_tasks(self._node, groups, inputs, config, common, self.costs)
+        yield from allocation_tasks(self._node, groups, inputs, factors, config, common, self.costs)
 
     def _distill(self, states: Mapping[str, TaskRef]) -> Iterator[TaskNode]:
         """Make the trajectories that are distilled from, and the task that does it, last."""
@@ -228,43 +238,24 @@ class _Planner:
         return [*([TEMPORAL_UNIT] if self.temporal is not None else []), *(each.unit.name for each in self.plans)]
 
     def _round(
-        self, calibration: Sequence[TaskRef], step_bits: Sequence[TaskRef], allocation: Sequence[TaskRef]
-    ) -> Iterator[tuple[TaskNode, dict[str, TaskRef]]]:
+        self,
+        calibration: Sequence[TaskRef],
+        step_bits: Sequence[TaskRef],
+        factors: Mapping[str, TaskRef],
+        allocation: Sequence[TaskRef],
+    ) -> Iterator[tuple[TaskNode, list[str]]]:
+        """Make the tasks that round groups of units, each with its units."""
         config = self.recipe.passes.round
         common = self._common() | config.parameters()
         for group in round_groups(self.plans, config, self.cache_bytes):
             names = [each.unit.name for each in group]
-            inputs: dict[str, Sequence[str | TaskRef]] = {"model": self.model, "calibration": calibration}
-            if step_bits and varied_layers(group):
-                inputs["step_bits"] = step_bits
+            inputs = self._group_inputs(group, calibration, step_bits)
             if allocation and allocated_layers(group):
                 inputs["allocation"] = allocation
-            label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
-            told = {name: given for name, given in inputs.items() if name != "allocation"}
-            for node in self._scale(group, told, label):
-                inputs["factors"] = [TaskRef(node.id, f"factors:{name}") for name in names]
-                yield node, {}
+            if factors:
+                inputs["factors"] = [factors[name] for name in names]
             params = {"units": [each.parameters() for each in group], **common}
-            node = self._node("round", params, inputs, self.costs.round(group, config), label)
-            yield node, {name: TaskRef(node.id, f"state:{name}") for name in names}
-
-    def _scale(
-        self, group: Sequence[UnitPlan], inputs: Mapping[str, Sequence[str | TaskRef]], label: str
-    ) -> Iterator[TaskNode]:
-        config, rounding = self.recipe.passes.scale, self.recipe.passes.round
-        if config is None:
-            return
-        told: dict[str, Any] = {"rounding": rounding.method}
-        if rounding.method == "closed_form":
-            told["damping"] = rounding.damping
-        params = {
-            "units": [each.parameters() for each in group],
-            "seed": self.recipe.seed,
-            "forward_batch_size": self.recipe.calibration.batch_size,
-            **(told if config.method == "learned" else {}),
-            **config.parameters(),
-        }
-        yield self._node("scale", params, dict(inputs), self.costs.scale(group, config, rounding), label)
+            yield self._node("round", params, inputs, self.costs.round(group, config), group_label(group)), names
 
     def _reconstruct(
         self, calibration: Sequence[TaskRef], rounded: Mapping[str, TaskRef]

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from kernels.affine import fake_quantize_affine
 from quant_core.calibration import CalibrationSet, replay
+from quant_core.channel_factors import ChannelFactors
 from quant_core.conditioning import seed_stream
 from quant_core.hessian import input_rows
 from quant_core.layers import greatest_code, weight_from_matrix, weight_groups, weight_matrix
 from quant_core.methods.mpqdm import LayerErrors, kurtosis
 from quant_core.observe import Observation, Watched, observe, stop_after
-from quant_core.qspec import ActivationMode, LayerSpec
+from quant_core.qspec import SHIFT_DEPTH, ActivationMode, LayerSpec
 from quant_core.ranges import QParams, RangeMethod
 from quant_core.rounding import UnitRanges, nearest_codes, weight_grid
 from quant_core.unit_state import UnitFormats
@@ -64,6 +65,7 @@ def measure_units(
     units: Sequence[tuple[UnitFormats, UnitRanges]],
     names: Sequence[str],
     config: MeasureConfig,
+    factors: ChannelFactors | None = None,
 ) -> dict[str, LayerErrors]:
     """Measure the layers `names` of a group of units.
 
@@ -75,15 +77,18 @@ def measure_units(
         The full-precision denoiser; left as it is.
     units : sequence of (UnitFormats, UnitRanges)
         Formats with uniform bits N.
+    factors : ChannelFactors, optional
+        Of layers whose input channels are scaled.
     """
+    factors = ChannelFactors() if factors is None else factors
     specs = {n: spec for formats, _ in units for n, spec in formats.layers.items() if n in names}
     specs = {n: spec for n, spec in specs.items() if getattr(model.get_submodule(n), "groups", 1) == 1}
     ranges = UnitRanges(
         {n: spec for _, own in units for n, spec in own.weights.items()},
         {n: spec for _, own in units for n, spec in own.activations.items()},
     )
-    seen = _input_ranges(model, calibration, specs, ranges, config)
-    watched = {n: _Watched(n, model.get_submodule(n), spec, ranges, seen) for n, spec in specs.items()}
+    seen = _input_ranges(model, calibration, specs, ranges, config, factors.scales)
+    watched = {n: _Watched(n, model.get_submodule(n), spec, ranges, seen, factors) for n, spec in specs.items()}
     noises = {n: seed_stream(config.seed, f"positions of {n}") for n in specs}
     with stop_after(model, [formats.unit for formats, _ in units]) as call:
         for step in range(calibration.steps):
@@ -109,21 +114,37 @@ def _input_ranges(
     specs: Mapping[str, LayerSpec],
     ranges: UnitRanges,
     config: MeasureConfig,
+    scales: Mapping[str, Tensor],
 ) -> Observation:
     """Measure the ranges of the layers' inputs."""
     static = {n: s for n, s in specs.items() if s.activation is not None and not s.activation.is_dynamic}
     if not static:
         return Observation({}, {})
     draws = any(ranges.activations[n].method is not RangeMethod.MINMAX for n in static)
-    watched = Watched(static, attentions=(), moments=(), positions=None, samples=None, keep_values=draws)
+    watched = Watched(
+        static, attentions=(), moments=(), positions=None, samples=None, keep_values=draws, channel_scales=scales
+    )
     return observe(model, calibration, list(static), watched, batch_size=config.batch_size, seed=config.seed)
 
 
 class _Watched:
-    """One layer: its weight at three widths, and the errors that they make, as rows of its input come by."""
+    """One layer: its weight at three widths, and the errors that they make, as rows of its input come by.
 
-    def __init__(self, name: str, layer: nn.Module, spec: LayerSpec, ranges: UnitRanges, seen: Observation) -> None:
+    Where channels are scaled, what is quantized is x / channel_scale and weight * channel_scale; both are kept in the
+    units of x and weight, so that products are the same.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: nn.Module,
+        spec: LayerSpec,
+        ranges: UnitRanges,
+        seen: Observation,
+        factors: ChannelFactors,
+    ) -> None:
         self.layer, self.spec = layer, spec
+        self.channel_scale, self.channel_steps = factors.scales.get(name), _channel_steps(factors, name)
         self.original = layer.get_parameter("weight").data
         self.weight = weight_matrix(self.original.float())
         self.tables: list[QParams] = []
@@ -140,9 +161,13 @@ class _Watched:
         """Return the weight matrix rounded to nearest at some bits."""
         groups = weight_groups(tuple(self.original.shape), self.spec).to(self.weight.device)
         width = torch.full((len(self.weight),), bits, dtype=torch.uint8)
-        grid = weight_grid(self.weight, self.spec, groups, ranges.weights[name], width)
-        codes = nearest_codes(self.weight, grid, width, groups).float()
-        return (codes - grid.zero_point[:, groups]) * grid.scale[:, groups]
+        channel = (
+            1.0 if self.channel_scale is None else self.channel_scale.repeat(len(groups) // len(self.channel_scale))
+        )
+        scaled = self.weight * channel
+        grid = weight_grid(scaled, self.spec, groups, ranges.weights[name], width)
+        codes = nearest_codes(scaled, grid, width, groups).float()
+        return (codes - grid.zero_point[:, groups]) * grid.scale[:, groups] / channel
 
     def quantize_input(self, x: Tensor, step: int) -> Tensor:
         """Return the input as the layer will get it; in full precision where ranges are taken at run time."""
@@ -152,10 +177,12 @@ class _Watched:
         dim = -1 if isinstance(self.layer, nn.Linear) else 1
         at = step if activation.mode is ActivationMode.PER_STEP else 0
         bits = activation.step_bits[step] if activation.step_bits else activation.bits
-        parts = x.split(self.spec.split, dim=dim) if self.spec.split else (x,)
-        top = int(greatest_code(bits))
-        pairs = zip(parts, self.tables, strict=True)
-        return torch.cat([fake_quantize_affine(p, t.scale[at], t.zero_point[at], 0, top) for p, t in pairs], dim=dim)
+        shape = (-1, *[1] * (x.dim() - 2)) if dim == 1 else (-1,)
+        sizes, top = self.spec.split or (x.shape[dim],), int(greatest_code(bits))
+        steps = None if self.channel_steps is None else self.channel_steps[at if len(self.channel_steps) > 1 else 0]
+        own = [1.0] * len(sizes) if steps is None else [s.view(shape) for s in steps.split(sizes)]
+        parts = zip(x.split(sizes, dim=dim), self.tables, own, strict=True)
+        return torch.cat([fake_quantize_affine(p, t.scale[at] * c, t.zero_point[at], 0, top) for p, t, c in parts], dim)
 
     def add(self, x: Tensor, step: int, positions: int, generator: torch.Generator) -> None:
         """Add a batch of inputs."""
@@ -182,6 +209,15 @@ class _Watched:
         own = max(self.weight_error / max(self.rows, 1), 1e-30)
         bits, columns = self.spec.weight.bits, self.weight.shape[1]
         return LayerErrors(bits, columns, kurtosis(self.weight), self.errors / max(self.rows, 1), power / own)
+
+
+def _channel_steps(factors: ChannelFactors, name: str) -> Tensor | None:
+    """Return the step of each input channel in units of its tensor's, (S, C_in) or (1, C_in); None if all have that."""
+    scale, shift = factors.scales.get(name), factors.shifts.get(name)
+    if scale is None and shift is None:
+        return None
+    steps = torch.ones(1, 1) if shift is None else torch.exp2(shift.float() - SHIFT_DEPTH)
+    return steps if scale is None else steps * scale
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Every kind of task: its name, the version of its code, and where its body is.
 
-A body's version enters the key of its tasks; raise it whenever the same parameters and inputs would give other bytes.
+A body's version enters the key of its tasks; raise it whenever the same parameters and inputs would give other bytes,
+and whenever a parameter is added that older code would ignore: a node of an older release would store, under the new
+parameter's key, a result that knows nothing of it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _ALL = (
     TaskKind("reconstruct", 1, "workers.tasks.reconstruct:run"),
     TaskKind("step_effects", 1, "workers.tasks.step_effects:run"),
     TaskKind("step_bits", 2, "workers.tasks.step_bits:run"),
-    TaskKind("channel_errors", 1, "workers.tasks.channel_errors:run"),
+    TaskKind("channel_errors", 2, "workers.tasks.channel_errors:run"),
     TaskKind("allocate", 1, "workers.tasks.allocate:run"),
     TaskKind("distill", 1, "workers.tasks.distill:run", reports=True),
     TaskKind("pack", 1, "workers.tasks.pack:run"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from workers.errors import StoreError
@@ -18,6 +19,9 @@ from workers.store import Store
 CHECKPOINT, PROGRESS = "checkpoint", "progress"
 #: Progress is written at most this often, in seconds.
 PROGRESS_SECONDS = 5.0
+#: Seconds between two checkpoints: so many that they take `CHECKPOINT_SHARE` of the time, but within these bounds.
+CHECKPOINT_SECONDS = (5.0, 300.0)
+CHECKPOINT_SHARE = 0.02
 _DIGEST_BYTES = 32
 
 
@@ -44,13 +48,21 @@ class TaskNotes:
         """Keep notes of the task with this key in `store`."""
         self._store, self._key = store, key
         self._started = self._written = time.monotonic()
+        self._checkpoint_due = self._started + CHECKPOINT_SECONDS[0]
         self._first: int | None = None
         self._left_some = False
 
-    def save_checkpoint(self, data: bytes) -> None:
-        """Store a checkpoint in place of the last one."""
+    def offer_checkpoint(self, make: Callable[[], bytes]) -> None:
+        """Store a checkpoint in place of the last one if it is time for one; else cheap, and nothing is made."""
+        begun = time.monotonic()
+        if begun < self._checkpoint_due:
+            return
         self._left_some = True
+        data = make()
         self._store.put_note(CHECKPOINT, self._key, hashlib.sha256(data).digest() + data)
+        ended = time.monotonic()
+        least, most = CHECKPOINT_SECONDS
+        self._checkpoint_due = ended + min(max((ended - begun) / CHECKPOINT_SHARE, least), most)
 
     def load_checkpoint(self) -> bytes | None:
         """Return the last checkpoint of an earlier attempt; None if there is none, or it is damaged."""

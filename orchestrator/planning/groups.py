@@ -25,3 +25,9 @@ def round_groups(plans: Sequence[UnitPlan], config: Round, budget_bytes: float) 
         held += needed
     if group:
         yield group
+
+
+def group_label(group: Sequence[UnitPlan]) -> str:
+    """Return what tasks on a group are called: its unit, or the first and the last."""
+    first, last = group[0].unit.name, group[-1].unit.name
+    return first if len(group) == 1 else f"{first} .. {last}"

@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import Costs
 from orchestrator.planning.formats import UnitPlan, allocated_layers
+from orchestrator.planning.groups import group_label
 from orchestrator.planning.shards import shards
 from orchestrator.recipes.passes import Allocate, Distill
 from orchestrator.recipes.schema import Recipe
@@ -21,6 +22,7 @@ def allocation_tasks(
     make: Make,
     groups: Sequence[Sequence[UnitPlan]],
     inputs: Inputs,
+    factors: Mapping[str, TaskRef],
     config: Allocate,
     common: Mapping[str, Any],
     costs: Costs,
@@ -33,6 +35,8 @@ def allocation_tasks(
         Units that one task measures, all together; none of a group without allocated layers.
     inputs
         Model and calibration.
+    factors
+        By unit, where input channels are scaled.
     common
         Seed and batch size.
     """
@@ -42,8 +46,9 @@ def allocation_tasks(
         if not names:
             continue
         params = {"units": [_settled(each) for each in group], "layers": names, **common, **config.measurement()}
-        label = group[0].unit.name if len(group) == 1 else f"{group[0].unit.name} .. {group[-1].unit.name}"
-        node = make("channel_errors", params, inputs, costs.channel_errors(group, config), label)
+        scaled = {"factors": [factors[each.unit.name] for each in group]} if factors else {}
+        cost = costs.channel_errors(group, config)
+        node = make("channel_errors", params, {**inputs, **scaled}, cost, group_label(group))
         measured.append(TaskRef(node.id, "errors"))
         yield node
     if measured:

@@ -15,18 +15,32 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from sqlalchemy import select
 
-from orchestrator.db.queries import add_model, create_job, enqueue_graph, events, find_job, find_task, job_counts
+from orchestrator.db.models import Task
+from orchestrator.db.queries import (
+    add_model,
+    create_job,
+    enqueue_graph,
+    events,
+    find_job,
+    find_task,
+    job_counts,
+    list_tasks,
+)
 from orchestrator.db.rows import EventRow, JobRow, ModelRow
 from orchestrator.db.session import Database, open_database, upgrade
 from orchestrator.graph import TaskNode, TaskRef, task_node
 from orchestrator.states import JobState
+from workers.execute import TaskCall, execute_call
+from workers.notes import read_progress
+from workers.store import open_store
 
 pytestmark = pytest.mark.ray
 
@@ -92,7 +106,6 @@ SETTINGS = (
     "sampler.num_inference_steps=4",
     "calibration.seeds=4",
     "calibration.shard_seeds=2",
-    "passes.reconstruct.iterations=4",
     "evaluation.seeds=8",
     "evaluation.shard_seeds=4",
     "evaluation.sqnr_seeds=4",
@@ -100,16 +113,18 @@ SETTINGS = (
 )
 
 
-def submit_quantization(home: Path) -> str:
-    """Make a home with a whole quantization job of the small model; return the job."""
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    words = ["--home", str(home), "submit", "qdiffusion-w4a8", "--model", "examples/models/digits", *settings, "--json"]
+def submit_recipe(home: Path, recipe: str, settings: tuple[str, ...]) -> str:
+    """Make a home with a job of a shipped recipe and the small model; return the job."""
+    sets = [word for setting in settings for word in ("--set", setting)]
+    words = ["--home", str(home), "submit", recipe, "--model", "examples/models/digits", *sets, "--json"]
     command = [sys.executable, "-m", "orchestrator.cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     return str(json.loads(done.stdout)["job"])
 
 
+# Iterations enough for a checkpoint, of which the first comes after five seconds.
+DISTILL = ("passes.distill.iterations=400", "passes.distill.seeds=4", "passes.distill.shard_seeds=2")
 SCENARIOS = {
     "noop": Scenario(
         submit=submit_noop,
@@ -118,7 +133,7 @@ SCENARIOS = {
         seconds=120.0,
     ),
     "quantization": Scenario(
-        submit=submit_quantization,
+        submit=lambda home: submit_recipe(home, "qdiffusion-w4a8", (*SETTINGS, "passes.reconstruct.iterations=4")),
         serve=lambda home: [sys.executable, "-c", SERVE, str(home)],
         kinds=frozenset({"calibrate", "reference", "round", "reconstruct", "evaluate"}),
         seconds=600.0,
@@ -312,3 +327,45 @@ def test_killed_job_ends_as_if_nothing_had_happened(
         assert_gone(run.seen)
     finally:
         run.close()
+
+
+def test_distillation_goes_on_where_a_killed_worker_left_it(tmp_path: Path) -> None:
+    scenario = replace(
+        SCENARIOS["quantization"],
+        submit=lambda home: submit_recipe(home, "mpqdm-w4a4", (*SETTINGS, *DISTILL)),
+        kinds=frozenset({"distill"}),
+    )
+    run = Run(scenario, tmp_path / "home")
+    notes = tmp_path / "home" / "store" / "notes"
+    try:
+        wait_until(lambda: any((notes / "checkpoint").glob("*")), run)
+        kill_worker(run, random.Random(0))
+        wait_until(lambda: began_later(run), run)
+        job = run.wait_for_end()
+        assert job.state == JobState.SUCCEEDED, job.error
+        assert any(each.event in ("retried", "expired") for each in run.events())
+        assert [path for path in notes.rglob("*") if path.is_file()] == []
+        with run.database.session(read_only=True) as session:
+            (task,) = list_tasks(session, job.id, kind="distill")
+            params, inputs = session.execute(select(Task.params, Task.inputs).where(Task.id == task.id)).one()
+        store, cache = str(run.home / "store"), str(tmp_path / "cache")
+        assert execute_call(TaskCall("distill", params, inputs, store, cache)).outputs == task.outputs
+    finally:
+        run.close()
+
+
+def began_later(run: Run) -> bool:
+    """Whether an attempt of the distillation that runs now began after its first iteration."""
+    with run.database.session(read_only=True) as session:
+        (task,) = list_tasks(session, run.job_id, kind="distill")
+    progress = read_progress(open_store(str(run.home / "store")), str(task.key))
+    return progress is not None and progress.first > 0
+
+
+def wait_until(what: Callable[[], bool], run: Run) -> None:
+    """Wait until something is so, while the orchestrator runs."""
+    deadline = time.monotonic() + run.scenario.seconds
+    while not what():
+        assert run.server.poll() is None, run.log.read_text()
+        assert time.monotonic() < deadline, run.log.read_text()
+        time.sleep(0.05)

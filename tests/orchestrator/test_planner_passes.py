@@ -299,6 +299,17 @@ def test_ways_to_allocate_and_distil_share_what_they_can(override: str, changed:
     assert found == changed - {"reconstruct"}
 
 
+def test_allocation_is_measured_with_scaled_channels():
+    nodes = nodes_of(recipe("mpqdm-w4a4", "passes.scale={method: smooth}"))
+    scaled = {name for node in by_kind(nodes, "scale") for name in (unit["unit"] for unit in node.params["units"])}
+    for kind in ("channel_errors", "round"):
+        for node in by_kind(nodes, kind):
+            told = [each.output for each in node.inputs["factors"]]
+            assert told == [f"factors:{unit['unit']}" for unit in node.params["units"]]
+    assert scaled == {unit["unit"] for node in by_kind(nodes, "round") for unit in node.params["units"]}
+    assert not any("factors" in node.inputs for node in by_kind(nodes_of(recipe("mpqdm-w4a4")), "channel_errors"))
+
+
 def test_uniform_allocation_and_stated_bits_need_no_measurement():
     for override in ("passes.allocate.method=uniform", "layers=[{match: '*', weights: {bits: 4}}]"):
         nodes = nodes_of(recipe("mpqdm-w4a4", override))

@@ -12,14 +12,15 @@ import quant_core
 from quant_core.artifact import WEIGHTS_FILE, quantization_config, write_artifact
 from quant_core.calibration import CalibrationSet, replay
 from quant_core.channel_errors import MeasureConfig, from_bytes, measure_units, to_bytes
+from quant_core.channel_factors import ChannelFactors
 from quant_core.denoiser import Denoiser
 from quant_core.errors import ArtifactError
 from quant_core.inspection import inspect_model
-from quant_core.layers import weight_matrix
+from quant_core.layers import QuantLayer, weight_matrix
 from quant_core.methods.mpqdm import AllocationConfig, LayerErrors, allocate, kurtosis
 from quant_core.metrics.cost import model_cost
 from quant_core.model import build_quantized
-from quant_core.qspec import ActivationSpec
+from quant_core.qspec import SHIFT_DEPTH, ActivationSpec
 from quant_core.rounding import RoundingConfig, UnitRanges, round_units
 from quant_core.unit_state import UnitFormats, UnitState, load_states, merge_plans
 
@@ -66,6 +67,41 @@ def test_the_effect_is_what_a_layers_error_does_to_the_prediction(
     # The last layer's output is the prediction, so without activations quantized its effect is the mean over channels.
     found = measure_units(denoiser.model, calibration, units, ["conv_out"], MeasureConfig(2, 10_000, 4))
     assert found["conv_out"].effect == pytest.approx(1 / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["down_blocks.1.resnets.0.conv1", "time_embedding.linear_1"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_errors_of_scaled_channels_are_those_of_the_rounded_layer(
+    name: str, shifted: bool, calibrated: Calibrated, plan_units: PlanUnits
+) -> None:
+    denoiser, calibration = calibrated("unet")
+    plain, packed = denoiser.model, calibrated("unet")[0].model
+    units = plan_units(denoiser, bits=3, activation=ActivationSpec(4))
+    channels = plain.get_submodule(name).weight.shape[1]  # type: ignore[union-attr, index]
+    draw = torch.Generator().manual_seed(1)
+    factors = ChannelFactors({name: torch.rand(channels, generator=draw) * 3 + 0.3})
+    if shifted:
+        table = torch.randint(SHIFT_DEPTH + 1, (calibration.steps, channels), generator=draw, dtype=torch.uint8)
+        factors = ChannelFactors(factors.scales, {name: table})
+    config = MeasureConfig(samples=4, positions=10_000, batch_size=4)
+    found = measure_units(plain, calibration, units, [name], config, factors)[name]
+    nearest = RoundingConfig("nearest", batch_size=4)
+    rounded = round_units(packed, calibration, units, nearest, factors.scales, factors.shifts)
+    layer = packed.get_submodule(name)
+    assert isinstance(layer, QuantLayer)
+    load_states(packed, [each.state for each in rounded])
+    inputs: list[torch.Tensor] = []
+    plain.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    powers = []
+    for step, timestep in enumerate(calibration.timesteps):
+        replay(plain, calibration.rows(step, 0, calibration.samples))
+        layer.act_quantizers[0].clock.set_timestep(float(timestep))  # type: ignore[union-attr, operator]
+        error = layer(inputs[-1]) - plain.get_submodule(name)(inputs[-1])
+        powers.append(error.double().square().transpose(0, 1).flatten(1))
+    assert torch.allclose(found.errors[:, 1], torch.cat(powers, dim=1).mean(dim=1), rtol=1e-3)
+    assert not torch.allclose(
+        found.errors[:, 1], measure_units(plain, calibration, units, [name], config)[name].errors[:, 1], rtol=1e-2
+    )
 
 
 def test_measurements_survive_bytes(measured: dict[str, LayerErrors]) -> None:

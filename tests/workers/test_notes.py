@@ -10,6 +10,11 @@ from workers.store import NodeStore
 KEY = "a" * 64
 
 
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.notes.CHECKPOINT_SECONDS", (0.0, 0.0))
+
+
 def test_old_notes_are_swept(folder_store: NodeStore) -> None:
     for what in ("progress", "checkpoint"):
         folder_store.put_note(what, KEY, b"{}")
@@ -27,7 +32,7 @@ def _files(store: NodeStore) -> list[str]:
 def test_a_checkpoint_comes_back_whole_or_not_at_all(folder_store: NodeStore) -> None:
     notes = TaskNotes(folder_store, KEY)
     assert notes.load_checkpoint() is None
-    notes.save_checkpoint(b"state of 10 iterations")
+    notes.offer_checkpoint(lambda: b"state of 10 iterations")
     assert TaskNotes(folder_store, KEY).load_checkpoint() == b"state of 10 iterations"
     damaged = folder_store.get_note(CHECKPOINT, KEY)
     assert damaged is not None
@@ -35,9 +40,27 @@ def test_a_checkpoint_comes_back_whole_or_not_at_all(folder_store: NodeStore) ->
     assert notes.load_checkpoint() is None
 
 
+def test_checkpoints_take_a_small_share_of_the_time(folder_store: NodeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, made = [0.0], []
+    monkeypatch.setattr("workers.notes.CHECKPOINT_SECONDS", (5.0, 300.0))
+    monkeypatch.setattr("workers.notes.time.monotonic", lambda: now[0])
+    notes = TaskNotes(folder_store, KEY)
+    takes = {5.0: 0.01, 10.5: 1.0, 61.5: 100.0, 461.5: 1.0}
+
+    def make() -> bytes:
+        made.append(now[0])
+        now[0] += takes[now[0]]
+        return b"state"
+
+    while now[0] < 470:
+        notes.offer_checkpoint(make)
+        now[0] = (now[0] // 0.5 + 1) * 0.5
+    assert made == [5.0, 10.5, 61.5, 461.5]
+
+
 def test_a_task_that_ended_leaves_nothing(folder_store: NodeStore) -> None:
     notes = TaskNotes(folder_store, KEY)
-    notes.save_checkpoint(b"data")
+    notes.offer_checkpoint(lambda: b"data")
     notes.report(1, 2)
     notes.clear()
     assert folder_store.get_note(CHECKPOINT, KEY) is None

@@ -23,8 +23,6 @@ from quant_core.unit_state import UnitState
 from workers.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_model, local_files
 
-#: Iterations between two checkpoints: a minute or two on one core for a small model.
-CHECKPOINT_ITERATIONS = 100
 _PASS = (
     "iterations",
     "batch_size",
@@ -53,8 +51,8 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
         if notes is not None:
             notes.report(made.iteration, made.config.iterations)
         made.step()
-        if notes is not None and made.iteration % CHECKPOINT_ITERATIONS == 0:
-            notes.save_checkpoint(made.checkpoint())
+        if notes is not None:
+            notes.offer_checkpoint(made.checkpoint)
     result = made.finish()
     outputs = {f"state:{each.formats.unit}": context.store.put_bytes(each.to_bytes()) for each in result.states}
     metrics = {"loss_before": round(result.loss_before, 4), "loss_after": round(result.loss_after, 4)}

@@ -1,0 +1,75 @@
+"""Samples of jobs of one home, from the same seeds, one row of pictures each, full precision's first.
+
+    python -m benchmarks.pictures --home FOLDER --out docs/NAME.png "plain W2A4=JOB" "mpqdm-w2a4=JOB" ...
+
+Samples are those that the jobs' evaluations recorded: nothing is sampled again, and no seed is chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors import safe_open
+from torch import Tensor
+
+from benchmarks.records import Records
+from quant_core.metrics.images import to_rgb
+
+#: Pixels of a pixel, of the row's name above it, and between rows.
+ZOOM, TITLE, GAP = 2, 16, 4
+
+
+def samples(records: Records, count: int) -> tuple[Tensor, Tensor]:
+    """Return full precision's and the job's samples of the first seeds, each (count, C, H, W)."""
+    evaluations = {p["seeds"]["first"]: o["evaluation"] for p, o in records.of("evaluate")}
+    references = {p["seeds"]["first"]: o["reference"] for p, o in records.of("reference")}
+    first = min(evaluations)
+    found = []
+    for digest in (references[first], evaluations[first]):
+        with safe_open(records.path(digest), framework="pt") as shard:
+            found.append(shard.get_tensor("sample")[:count])
+    return found[0], found[1]
+
+
+def row(images: Tensor) -> Image.Image:
+    """Put samples (N, C, H, W) side by side."""
+    pixels = ((to_rgb(images, images) + 1) * 127.5).round().byte()
+    wide = torch.cat(list(pixels), dim=2).permute(1, 2, 0)
+    picture = Image.fromarray(wide.numpy())
+    return picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST)
+
+
+def sheet(rows: dict[str, Image.Image]) -> Image.Image:
+    """Put named rows below each other."""
+    first = next(iter(rows.values()))
+    page = Image.new("RGB", (first.width, (first.height + TITLE + GAP) * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    for place, (name, picture) in enumerate(rows.items()):
+        top = place * (first.height + TITLE + GAP)
+        draw.text((2, top + 2), name, fill="black")
+        page.paste(picture, (0, top + TITLE))
+    return page
+
+
+def main() -> None:
+    """Write one PNG."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("jobs", nargs="+", metavar="NAME=JOB")
+    arguments = parser.parse_args()
+    rows: dict[str, Image.Image] = {}
+    for each in arguments.jobs:
+        name, _, job = each.rpartition("=")
+        reference, made = samples(Records(arguments.home, job), arguments.seeds)
+        rows.setdefault("full precision", row(reference))
+        rows[name] = row(made)
+    sheet(rows).save(arguments.out, optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -71,10 +71,10 @@ MPQDM = {
     "closed form, searched ranges": ["passes.allocate=null", "passes.distill=null"],
     "kurtosis": ["passes.allocate.method=kurtosis", "passes.distill=null"],
     "global": ["passes.distill=null"],
-    "uniform, predictions distilled": ["passes.allocate=null", "passes.distill.relations=false"],
-    "uniform, relations too": ["passes.allocate=null"],
-    "kurtosis, relations too": ["passes.allocate.method=kurtosis"],
-    "global, relations too": [],
+    "uniform, relations distilled too": ["passes.allocate=null"],
+    "kurtosis, relations distilled too": ["passes.allocate.method=kurtosis"],
+    "global, predictions distilled": ["passes.distill.relations=false"],
+    "global, relations distilled too": [],
 }
 TABLES = {
     "correction": CORRECTION,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
-from kernels.cpu import cpu_conv2d, cpu_linear, quantize_cpu_by_table, quantize_cpu_dynamic
+from kernels.cpu import cpu_conv2d, cpu_linear
+from kernels.cpu_activation import quantize_cpu_by_table, quantize_cpu_dynamic
 from kernels.cpu_weight import PAIR_LIMIT, pack_cpu_weight, sums_pairs_exactly
 from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError

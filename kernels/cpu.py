@@ -3,8 +3,8 @@
 Activations (`kernels.cpu_activation`) are uint8 with one grid, or one for each sample. `kernels.cpu_weight` lays weights
 out.
 
-Outside of compilation the operators' bodies are called directly: PyTorch's dispatch of an operator that is registered
-in Python takes some 20 us, which is the time of a small layer.
+`torch.compile` traces all of this: oneDNN's operators are registered with PyTorch, and quantization and what follows the
+sums are plain tensor operations, which it fuses with what precedes and follows the layer.
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
         raise KernelError("cpu linear: got the weight of a Conv2d, wanted a Linear's")
     epilogue.check(shape)
     rows = x.codes.reshape(math.prod(x.codes.shape[:-1]), weight.channels)
-    multiply = _cpu_linear if torch.compiler.is_compiling() else _linear_rows
     direct = _is_direct(weight, epilogue)
-    out = multiply(
+    out = _linear_rows(
         rows,
         x.scale,
         x.zero_point,
@@ -99,14 +98,13 @@ def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
     shape = (batch, *unpadded.output_size(height, width), weight.outputs)
     epilogue.check(shape)
     packed = layout.for_images((batch, channels, height, width))
-    convolve = _cpu_conv2d if torch.compiler.is_compiling() else _conv2d_image
     bias, sizes, single = _zero_point_bias(x, weight, epilogue), unpadded.to_ints(), x.scale.numel() == 1
     if single and _is_direct(weight, epilogue):
-        return convolve(x.codes, x.scale, packed, weight.scale, bias[0], sizes, epilogue.dtype)
+        return _conv2d_image(x.codes, x.scale, packed, weight.scale, bias[0], sizes, epilogue.dtype)
     if single:
-        out = convolve(x.codes, x.scale, packed, weight.scale, bias[0], sizes, torch.float32)
+        out = _conv2d_image(x.codes, x.scale, packed, weight.scale, bias[0], sizes, torch.float32)
     else:
-        out = convolve(x.codes, torch.ones(1), packed, weight.scale, None, sizes, torch.float32)
+        out = _conv2d_image(x.codes, torch.ones(1), packed, weight.scale, None, sizes, torch.float32)
         out = torch.addcmul(bias[:, None, None], out, x.scale.view(-1, 1, 1, 1))
     sums = None if weight.correction is None else _window_sums(x, geometry)
     return _finish(out.view(-1, out.shape[-1]), sums, weight, epilogue).view(shape)
@@ -218,22 +216,6 @@ def _linear_rows(
     return torch.cat([_qlinear(part, s, z, packed, scale, bias, dtype) for part, s, z in runs])
 
 
-_cpu_linear = torch.library.custom_op("quantmill::cpu_linear", _linear_rows, mutates_args=())
-
-
-@_cpu_linear.register_fake
-def _(
-    codes: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(codes.shape[0], scale.shape[0], dtype=dtype)
-
-
 def _conv2d_image(
     codes: Tensor,
     x_scale: Tensor,
@@ -250,21 +232,3 @@ def _conv2d_image(
         image, x_scale, _zeros(1), packed, scale, _zeros(scale.numel()), bias, *sizes, 1.0, 0, dtype, "none", [], ""
     )
     return out.permute(0, 2, 3, 1).contiguous()
-
-
-_cpu_conv2d = torch.library.custom_op("quantmill::cpu_conv2d", _conv2d_image, mutates_args=())
-
-
-@_cpu_conv2d.register_fake
-def _(
-    codes: Tensor,
-    x_scale: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    geometry: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    batch, height, width, _ = codes.shape
-    size = ConvGeometry.from_ints(geometry).output_size(height, width)
-    return codes.new_empty(batch, *size, scale.shape[0], dtype=dtype)

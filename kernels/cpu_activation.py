@@ -63,7 +63,7 @@ class CpuActivation(QuantizedActivation):
     ----------
     padding : tuple of int
         Rows and columns of zero points that `codes`, (B, H, W, C), have on each side.
-    sums : Tensor, shape `codes.shape[:-1]` less the padding, dtype float32, or None
+    sums : Tensor, shape `codes.shape[:-1]`, perhaps less the padding, dtype float32, or None
         Sum of code - 128 over the channels of each position; None: to be found where it is needed.
     """
 
@@ -97,8 +97,14 @@ def quantize_cpu(
     if padding != (0, 0):
         x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     runs = x.reshape(grid.scale.numel(), -1, x.shape[-1])
-    codes = _unsigned_codes(runs, grid.step, grid.offset, bits).view(x.shape)
-    return CpuActivation(codes, grid.scale, grid.zero_point, False, padding)
+    if not torch.compiler.is_compiling():
+        codes = _unsigned_codes(runs, grid.step, grid.offset, bits).view(x.shape)
+        return CpuActivation(codes, grid.scale, grid.zero_point, False, padding)
+    # One loop, once compiled.
+    values = ((runs.float() / grid.step).round() + grid.offset).clamp(-128, 2**bits - 129)
+    sums = values.sum(-1).view(x.shape[:-1]) if with_sums else None
+    codes = (values + 128).to(torch.uint8).view(x.shape)
+    return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums)
 
 
 def quantize_cpu_by_table(x: Tensor, table: ActivationTable, index: Tensor | None = None) -> QuantizedActivation:
@@ -137,10 +143,10 @@ def position_sums(x: QuantizedActivation) -> tuple[Tensor, tuple[int, int]]:
         Rows and columns on each side that were left out.
     """
     known = x.sums if isinstance(x, CpuActivation) else None
-    left_out = (0, 0)
     if known is None:
         known = x.codes.bitwise_xor(0x80).view(torch.int8).sum(-1, dtype=torch.float32)
-    elif isinstance(x, CpuActivation):
+    left_out = (0, 0)
+    if isinstance(x, CpuActivation) and known.dim() > 1 and known.shape[1] != x.codes.shape[1]:
         left_out = x.padding
     runs = known.view(x.scale.numel(), -1)
     sums = torch.sub(runs, (x.zero_point - 128)[:, None], alpha=x.codes.shape[-1])

@@ -1,10 +1,10 @@
 """Integer Linear and Conv2d on the CPU, by PyTorch's oneDNN operators: uint8 codes x int8 weights, summed in int32.
 
-Activations (`kernels.cpu_activation`) are uint8 with one grid, or one for each sample. `kernels.cpu_weight` lays weights
-out.
+Activations (`kernels.cpu_activation`) are uint8 with one grid, or one for each sample. `kernels.cpu_weight` lays
+weights out.
 
-`torch.compile` traces all of this: oneDNN's operators are registered with PyTorch, and quantization and what follows the
-sums are plain tensor operations, which it fuses with what precedes and follows the layer.
+`torch.compile` traces all of this: oneDNN's operators are registered with PyTorch, and quantization and what follows
+the sums are plain tensor operations, which it fuses with what precedes and follows the layer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
     epilogue.check(shape)
     rows = x.codes.reshape(math.prod(x.codes.shape[:-1]), weight.channels)
     direct = _is_direct(weight, epilogue)
-    out = _linear_rows(
+    multiply = torch.ops.quantmill.cpu_linear.default if torch.compiler.is_compiling() else _linear_rows
+    out = multiply(
         rows,
         x.scale,
         x.zero_point,
@@ -214,6 +215,29 @@ def _linear_rows(
         return _qlinear(codes, x_scale, x_zero, packed, scale, bias, dtype)
     runs = zip(codes.chunk(x_scale.numel()), x_scale.split(1), x_zero.split(1), strict=True)
     return torch.cat([_qlinear(part, s, z, packed, scale, bias, dtype) for part, s, z in runs])
+
+
+# Inductor takes oneDNN's own operator for weights that it knows to be constant only. Not a `custom_op`, whose dispatch
+# takes some 20 us, as long as a small layer.
+_LIBRARY = torch.library.Library("quantmill", "FRAGMENT")
+_LIBRARY.define(
+    "cpu_linear(Tensor codes, Tensor x_scale, Tensor x_zero, Tensor packed, Tensor scale, Tensor? bias, "
+    "ScalarType dtype) -> Tensor"
+)
+_LIBRARY.impl("cpu_linear", _linear_rows, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("quantmill::cpu_linear")
+def _(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(codes.shape[0], scale.shape[0], dtype=dtype)
 
 
 def _conv2d_image(

@@ -122,7 +122,7 @@ def quantize_cpu_dynamic(x: Tensor, bits: int, *, symmetric: bool) -> QuantizedA
 
 def pad_codes(x: QuantizedActivation, padding: tuple[int, int]) -> QuantizedActivation:
     """Return codes (B, H, W, C) with `padding` rows and columns of their zero points on each side."""
-    if padding == (0, 0) or isinstance(x, CpuActivation) and x.padding == padding:
+    if padding == (0, 0) or (isinstance(x, CpuActivation) and x.padding == padding):
         return x
     batch, height, width, channels = x.codes.shape
     zero = x.zero_point.to(torch.uint8).view(-1, 1, 1, 1)

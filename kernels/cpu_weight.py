@@ -10,9 +10,9 @@
     saturation  Without VNNI or AMX, oneDNN adds pairs of products in int16 (vpmaddubsw), which saturates above 32767:
                 exact only if 2 * 255 * max|w| fits. `pack_cpu_weight` measures this machine and refuses the rest.
 
-Weights are unpacked once: a byte a weight and digit. oneDNN's order of a convolution's weights depends on the size of the
-image, so it is chosen at the first call. Weights in another order would be rearranged at every call, which takes up to
-a hundred times as long as the convolution.
+Weights are unpacked once: a byte a weight and digit. oneDNN's order of a convolution's weights depends on the size of
+the image, so it is chosen at the first call. Weights in another order would be rearranged at every call, which takes up
+to a hundred times as long as the convolution.
 """
 
 from __future__ import annotations

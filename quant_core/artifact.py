@@ -7,9 +7,10 @@
     manifest.json                          sha256 and bytes of every other file, once published
 
 Tensor names end in `.qweight` (uint8 codes, packed as `kernels.packing` draws; where output channels have bits of their
-own, also `.channel_bits`), `.scale` (float32, bfloat16 per group), `.zero_point` (uint8, or packed as codes where that
-is smaller: `quant_core.compact`) and `.bias`; those of activation quantizers lie below `act_quantizers.` and `attention_quantizer.`. Everything that is not quantized keeps its name and
-dtype. There is no pickle in it, and the same model gives the same bytes.
+own, also `.channel_bits`), `.scale` (float32, bfloat16 per group), `.zero_point` (uint8, or packed as codes are where
+that is smaller: `quant_core.compact`) and `.bias`; those of activation quantizers lie below `act_quantizers.` and
+`attention_quantizer.`. Everything that is not quantized keeps its name and dtype. There is no pickle in it, and the
+same model gives the same bytes.
 """
 
 from __future__ import annotations

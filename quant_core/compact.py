@@ -1,9 +1,9 @@
-"""What makes a small model's artifact smaller than its plain tensors and records (docs/adr/0009-artifact-version-2.md).
+"""What makes an artifact smaller than its plain tensors and records (docs/adr/0009-artifact-version-2.md).
 
-    zero points    of a layer with less than 8 bits are packed as its codes are (`kernels.packing`), row by row, where that
-                   saves bytes: shape (C_out, ceil(G * bits / 8)) instead of (C_out, G). The shape says which it is.
-    formats        `quantization_config` names each different format of a layer once, in the list `formats`; `layers`
-                   then has each layer's place in it.
+zero points    of a layer with less than 8 bits are packed as its codes are (`kernels.packing`), row by row, where
+               that saves bytes: (C_out, ceil(G * bits / 8)) instead of (C_out, G). The shape says which it is.
+formats        `quantization_config` has each different format of a layer once, in the list `formats`; `layers`
+               then has each layer's place in it.
 """
 
 from __future__ import annotations

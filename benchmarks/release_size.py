@@ -1,8 +1,9 @@
-"""Bytes of a 4-bit release of SDXL's UNet over those of float16: all tensors, the file's header and config.json.
+"""Bytes of 4-bit releases over those of their models in float16.
 
-    python -m benchmarks.release_size --out FILE
+    python -m benchmarks.release_size [--model FOLDER --release NAME=FOLDER ...] --out FILE
 
-Nothing is computed: the UNet (random weights would have the same size) is built on the meta device with the formats of
+Of a release's folder, all files count. Of SDXL's UNet, all tensors, the file's header and config.json, and nothing is
+computed: the UNet (random weights would have the same size) is built on the meta device with the formats of
 `fast-w4a8` (the layers that read the sample and write the prediction and the residual shortcuts in 8 bits, the rest in
 4 with a bfloat16 scale and a zero point per group), and the file is what `quant_core.artifact` would write of it, byte
 for byte but for the shards of a large one.
@@ -24,6 +25,7 @@ from diffusers import UNet2DConditionModel
 from kernels.affine import Granularity
 from quant_core.artifact import quantization_config
 from quant_core.compact import packed_shape, zero_point_bits
+from quant_core.denoiser import load_denoiser
 from quant_core.layers import QUANTIZABLE
 from quant_core.model import build_quantized
 from quant_core.qspec import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
@@ -76,6 +78,16 @@ def release_bytes(group_size: int) -> dict[str, Any]:
     }
 
 
+def folder_bytes(release: Path, model: Path) -> dict[str, Any]:
+    """Count the bytes of all files of a release, over the float16 size of the model's parameters."""
+    parameters = sum(parameter.numel() for parameter in load_denoiser(model).model.parameters())
+    files = {
+        str(path.relative_to(release)): path.stat().st_size for path in sorted(release.rglob("*")) if path.is_file()
+    }
+    total = sum(files.values())
+    return {"parameters": parameters, "bytes": total, "of_float16": total / (2 * parameters), "files": files}
+
+
 def _plan(model: UNet2DConditionModel, group_size: int) -> QuantizationPlan:
     """Return the formats of `fast-w4a8`."""
     activation = ActivationSpec(8)
@@ -97,13 +109,19 @@ def _plan(model: UNet2DConditionModel, group_size: int) -> QuantizationPlan:
 def main() -> None:
     """Count, print JSON and write it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--release", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "sizes": [release_bytes(group_size) for group_size in (64, 128)],
+        "SDXL": [release_bytes(group_size) for group_size in (64, 128)],
+        "releases": {
+            name: folder_bytes(Path(folder), args.model)
+            for name, _, folder in (each.partition("=") for each in args.release)
+        },
     }
     text = json.dumps(result, indent=2)
     print(text)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -95,18 +94,18 @@ def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
     _check_codes(x, weight)
     x = pad_codes(x, geometry.padding)
     batch, height, width, channels = x.codes.shape
-    unpadded = replace(geometry, padding=(0, 0))
-    shape = (batch, *unpadded.output_size(height, width), weight.outputs)
+    shape = (batch, *layout.unpadded.output_size(height, width), weight.outputs)
     epilogue.check(shape)
     packed = layout.for_images((batch, channels, height, width))
-    bias, sizes, single = _zero_point_bias(x, weight, epilogue), unpadded.to_ints(), x.scale.numel() == 1
+    bias, sizes, single = _zero_point_bias(x, weight, epilogue), layout.unpadded, x.scale.numel() == 1
     if single and _is_direct(weight, epilogue):
         return _conv2d_image(x.codes, x.scale, packed, weight.scale, bias[0], sizes, epilogue.dtype)
     if single:
         out = _conv2d_image(x.codes, x.scale, packed, weight.scale, bias[0], sizes, torch.float32)
     else:
         out = _conv2d_image(x.codes, torch.ones(1), packed, weight.scale, None, sizes, torch.float32)
-        out = torch.addcmul(bias[:, None, None], out, x.scale.view(-1, 1, 1, 1))
+        scale, bias = (t.repeat_interleave(batch // len(t), 0).view(batch, 1, 1, -1) for t in (x.scale, bias))
+        out = torch.addcmul(bias, out, scale)
     sums = None if weight.correction is None else _window_sums(x, geometry)
     return _finish(out.view(-1, out.shape[-1]), sums, weight, epilogue).view(shape)
 
@@ -246,11 +245,10 @@ def _conv2d_image(
     packed: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    geometry: Sequence[int],
+    geometry: ConvGeometry,
     dtype: torch.dtype,
 ) -> Tensor:
-    shape = ConvGeometry.from_ints(geometry)
-    sizes = [list(shape.stride), list(shape.padding), list(shape.dilation), 1]
+    sizes = [geometry.stride, geometry.padding, geometry.dilation, 1]
     image = codes.contiguous().permute(0, 3, 1, 2)
     out = torch.ops.onednn.qconv_pointwise.tensor(
         image, x_scale, _zeros(1), packed, scale, _zeros(scale.numel()), bias, *sizes, 1.0, 0, dtype, "none", [], ""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,12 +45,14 @@ class ConvLayout:
     ----------
     packed : Tensor
         Opaque.
+    unpadded : ConvGeometry
+        As the images come.
     """
 
-    __slots__ = ("_geometry", "_shape", "packed")
+    __slots__ = ("_shape", "packed", "unpadded")
 
     def __init__(self, weight: Tensor, geometry: ConvGeometry, shape: Sequence[int] | None) -> None:
-        self._geometry = geometry
+        self.unpadded = replace(geometry, padding=(0, 0))
         self._shape = None if shape is None else tuple(shape)
         self.packed = self._order(weight)
 
@@ -62,8 +64,8 @@ class ConvLayout:
         return self.packed
 
     def _order(self, weight: Tensor) -> Tensor:
-        g, shape = self._geometry, None if self._shape is None else list(self._shape)
-        sizes = (list(g.stride), [0, 0], list(g.dilation), 1)
+        g, shape = self.unpadded, None if self._shape is None else list(self._shape)
+        sizes = (list(g.stride), list(g.padding), list(g.dilation), 1)
         return torch.ops.onednn.qconv_prepack(weight, torch.ones(len(weight)), 1.0, 0, *sizes, shape)
 
 

@@ -9,7 +9,6 @@ the sums are plain tensor operations, which it fuses with what precedes and foll
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import replace
 
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
-from kernels.cpu_activation import pad_codes, position_sums
+from kernels.cpu_activation import CpuActivation, pad_codes, position_sums
 from kernels.cpu_weight import ConvLayout, CpuWeight
 from kernels.epilogue import Epilogue, add_epilogue
 from kernels.errors import KernelError
@@ -97,13 +96,13 @@ def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
     shape = (batch, *layout.unpadded.output_size(height, width), weight.outputs)
     epilogue.check(shape)
     packed = layout.for_images((batch, channels, height, width))
-    bias, sizes, single = _zero_point_bias(x, weight, epilogue), layout.unpadded, x.scale.numel() == 1
+    bias, single = _zero_point_bias(x, weight, epilogue), x.scale.numel() == 1
     if single and _is_direct(weight, epilogue):
-        return _conv2d_image(x.codes, x.scale, packed, weight.scale, bias[0], sizes, epilogue.dtype)
+        return _conv2d_image(x.codes, x.scale, packed, weight, bias[0], epilogue.dtype)
     if single:
-        out = _conv2d_image(x.codes, x.scale, packed, weight.scale, bias[0], sizes, torch.float32)
+        out = _conv2d_image(x.codes, x.scale, packed, weight, bias[0], torch.float32)
     else:
-        out = _conv2d_image(x.codes, torch.ones(1), packed, weight.scale, None, sizes, torch.float32)
+        out = _conv2d_image(x.codes, torch.ones(1), packed, weight, None, torch.float32)
         scale, bias = (t.repeat_interleave(batch // len(t), 0).view(batch, 1, 1, -1) for t in (x.scale, bias))
         out = torch.addcmul(bias, out, scale)
     sums = None if weight.correction is None else _window_sums(x, geometry)
@@ -138,7 +137,8 @@ def _padded_bias(weight: CpuWeight, epilogue: Epilogue) -> Tensor | None:
 
 def _zero_point_bias(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
     """Return the bias less what zero points add to the sums of unsigned codes, (R, digits * N)."""
-    bias, shift = _padded_bias(weight, epilogue), (x.scale * x.zero_point)[:, None]
+    grid = x.grid if isinstance(x, CpuActivation) else None
+    bias, shift = _padded_bias(weight, epilogue), (x.scale * x.zero_point)[:, None] if grid is None else grid.shift
     return shift * -weight.zero_term if bias is None else torch.addcmul(bias, shift, weight.zero_term, value=-1)
 
 
@@ -148,7 +148,7 @@ def _finish(out: Tensor, sums: Tensor | None, weight: CpuWeight, epilogue: Epilo
     `sums`, (M, 1), are those of the inputs that each output sees; only needed for a weight with a correction.
     """
     n = weight.outputs
-    value = out[:, :n]
+    value = out if weight.digits == 1 else out[:, :n]
     for digit in range(1, weight.digits):
         value = value + out[:, digit * n : (digit + 1) * n]
     if weight.correction is not None and sums is not None:
@@ -179,12 +179,6 @@ def _window_sums(x: QuantizedActivation, geometry: ConvGeometry) -> Tensor:
     return (sums.reshape(x.scale.numel(), -1) * x.scale[:, None]).view(-1, 1)
 
 
-@functools.cache
-def _zeros(count: int) -> Tensor:
-    """Zero points of weights."""
-    return torch.zeros(count, dtype=torch.int32)
-
-
 def _qlinear(
     codes: Tensor,
     x_scale: Tensor,
@@ -194,7 +188,7 @@ def _qlinear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    zero = _zeros(scale.numel())
+    zero = torch.zeros(scale.numel(), dtype=torch.int32)
     return torch.ops.onednn.qlinear_pointwise.tensor(
         codes, x_scale, x_zero, packed, scale, zero, bias, 1.0, 0, dtype, "none", [], "none"
     )
@@ -240,17 +234,14 @@ def _(
 
 
 def _conv2d_image(
-    codes: Tensor,
-    x_scale: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    geometry: ConvGeometry,
-    dtype: torch.dtype,
+    codes: Tensor, x_scale: Tensor, packed: Tensor, weight: CpuWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    sizes = [geometry.stride, geometry.padding, geometry.dilation, 1]
+    """Convolve padded codes (B, H, W, C) as they are, without zero points."""
+    assert isinstance(weight.packed, ConvLayout)
+    geometry, zeros = weight.packed.unpadded, weight.packed.zeros
+    sizes = (geometry.stride, geometry.padding, geometry.dilation, 1)
     image = codes.contiguous().permute(0, 3, 1, 2)
     out = torch.ops.onednn.qconv_pointwise.tensor(
-        image, x_scale, _zeros(1), packed, scale, _zeros(scale.numel()), bias, *sizes, 1.0, 0, dtype, "none", [], ""
+        image, x_scale, zeros[:1], packed, weight.scale, zeros, bias, *sizes, 1.0, 0, dtype, "none", [], ""
     )
     return out.permute(0, 2, 3, 1).contiguous()

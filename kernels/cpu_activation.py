@@ -34,6 +34,8 @@ class CpuGrid:
         What a channel is divided by.
     offset : Tensor, shape (R, 1, 1), dtype float32
         zero_point - 128.
+    shift : Tensor, shape (R, 1), dtype float32
+        scale * zero_point.
     zero : int or None
         The zero point, if it is one and known to the host.
     """
@@ -42,6 +44,7 @@ class CpuGrid:
     zero_point: Tensor
     step: Tensor
     offset: Tensor
+    shift: Tensor
     zero: int | None = None
 
 
@@ -52,7 +55,8 @@ def cpu_grid(table: ActivationTable, index: Tensor | None = None) -> CpuGrid:
     if table.shift is not None:
         step = step * torch.exp2(table.shift.float())
     known = int(zero) if zero.numel() == 1 and not torch.compiler.is_compiling() else None
-    return CpuGrid(scale, zero.to(torch.int32), step, (zero - 128).view(-1, 1, 1), known)
+    shift = (scale * zero)[:, None]
+    return CpuGrid(scale, zero.to(torch.int32), step, (zero - 128).view(-1, 1, 1), shift, known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +69,13 @@ class CpuActivation(QuantizedActivation):
         Rows and columns of zero points that `codes`, (B, H, W, C), have on each side.
     sums : Tensor, shape `codes.shape[:-1]`, perhaps less the padding, dtype float32, or None
         Sum of code - 128 over the channels of each position; None: to be found where it is needed.
+    grid : CpuGrid or None
+        What the codes were made with, if known.
     """
 
     padding: tuple[int, int] = (0, 0)
     sums: Tensor | None = None
+    grid: CpuGrid | None = None
 
 
 def quantize_cpu(
@@ -93,18 +100,18 @@ def quantize_cpu(
     """
     if grid.zero is not None and grid.step.numel() == 1 and not torch.compiler.is_compiling():
         codes, sums = _codes_in_blocks(x.contiguous(), grid, bits, with_sums, padding)
-        return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums)
+        return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums, grid)
     if padding != (0, 0):
         x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     runs = x.reshape(grid.scale.numel(), -1, x.shape[-1])
     if not torch.compiler.is_compiling():
         codes = _unsigned_codes(runs, grid.step, grid.offset, bits).view(x.shape)
-        return CpuActivation(codes, grid.scale, grid.zero_point, False, padding)
+        return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, None, grid)
     # One loop, once compiled.
     values = ((runs.float() / grid.step).round() + grid.offset).clamp(-128, 2**bits - 129)
     sums = values.sum(-1).view(x.shape[:-1]) if with_sums else None
     codes = (values + 128).to(torch.uint8).view(x.shape)
-    return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums)
+    return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums, grid)
 
 
 def quantize_cpu_by_table(x: Tensor, table: ActivationTable, index: Tensor | None = None) -> QuantizedActivation:
@@ -129,7 +136,8 @@ def pad_codes(x: QuantizedActivation, padding: tuple[int, int]) -> QuantizedActi
     padded = zero.expand(-1, height + 2 * padding[0], width + 2 * padding[1], channels)
     padded = padded.repeat_interleave(batch // len(zero), 0)
     _interior(padded, padding).copy_(x.codes)
-    return CpuActivation(padded, x.scale, x.zero_point, x.symmetric, padding)
+    grid = x.grid if isinstance(x, CpuActivation) else None
+    return CpuActivation(padded, x.scale, x.zero_point, x.symmetric, padding, None, grid)
 
 
 def position_sums(x: QuantizedActivation) -> tuple[Tensor, tuple[int, int]]:
@@ -148,6 +156,8 @@ def position_sums(x: QuantizedActivation) -> tuple[Tensor, tuple[int, int]]:
     left_out = (0, 0)
     if isinstance(x, CpuActivation) and known.dim() > 1 and known.shape[1] != x.codes.shape[1]:
         left_out = x.padding
+    if isinstance(x, CpuActivation) and x.grid is not None and x.grid.zero is not None:
+        return known - (x.grid.zero - 128) * x.codes.shape[-1], left_out
     runs = known.view(x.scale.numel(), -1)
     sums = torch.sub(runs, (x.zero_point - 128)[:, None], alpha=x.codes.shape[-1])
     return sums.view(known.shape), left_out
@@ -169,7 +179,7 @@ def _codes_in_blocks(
     """Return `_unsigned_codes` of contiguous `x`, padded, and the sums of positions, with one grid for all of it."""
     assert grid.zero is not None
     step, offset, top = grid.step.view(1), grid.zero - 128, 2**bits - 129
-    sums = torch.empty(x.shape[:-1]) if with_sums else None
+    sums: Tensor | None
     if padding == (0, 0):
         signed = target = torch.empty(x.shape, dtype=torch.int8)
     else:
@@ -177,6 +187,12 @@ def _codes_in_blocks(
         shape = (batch, height + 2 * padding[0], width + 2 * padding[1], channels)
         signed = torch.full(shape, offset, dtype=torch.int8)
         target = _interior(signed, padding)
+    if x.numel() <= _BLOCK:
+        values = torch.div(x, step).round_().add_(offset).clamp_(-128, top)
+        target.copy_(values)
+        sums = values.sum(-1) if with_sums else None
+        return signed.view(torch.uint8).bitwise_xor_(0x80), sums
+    sums = torch.empty(x.shape[:-1]) if with_sums else None
     scratch = torch.empty(min(x.numel(), max(_BLOCK, x.shape[-1])))
     for part in _blocks(x.shape):
         source = x[part]
@@ -190,7 +206,7 @@ def _codes_in_blocks(
 def _blocks(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
     """Yield indices of parts of a tensor, in order, of `_BLOCK` elements at most (or one row of channels)."""
     each = math.prod(shape[1:])
-    if shape.numel() <= _BLOCK or len(shape) == 1:
+    if len(shape) == 1:
         yield (slice(None),)
     elif each <= _BLOCK:
         count = _BLOCK // each

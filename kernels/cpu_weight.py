@@ -47,12 +47,15 @@ class ConvLayout:
         Opaque.
     unpadded : ConvGeometry
         As the images come.
+    zeros : Tensor, shape (N,), dtype int32
+        Zero points, of which there are none.
     """
 
-    __slots__ = ("_shape", "packed", "unpadded")
+    __slots__ = ("_shape", "packed", "unpadded", "zeros")
 
     def __init__(self, weight: Tensor, geometry: ConvGeometry, shape: Sequence[int] | None) -> None:
         self.unpadded = replace(geometry, padding=(0, 0))
+        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         self._shape = None if shape is None else tuple(shape)
         self.packed = self._order(weight)
 

@@ -63,7 +63,7 @@ def class_step(
     """Return one step of a class-conditional UNet that is in `dtype` and `layout`."""
     plain = getattr(model, "_orig_mod", model)
     x = torch.randn(batch, *sample_shape(plain), generator=torch.Generator().manual_seed(0))
-    x, labels = x.to(dtype, memory_format=layout), torch.arange(batch)
+    x, labels = x.to(dtype, memory_format=layout), torch.arange(batch) % plain.config.num_class_embeds
     return lambda: model(x, torch.tensor(timestep), class_labels=labels).sample
 
 

@@ -113,8 +113,8 @@ def image_psnr(folder: Path, seeds: int) -> dict[str, Any]:
         return sample(model, scheduler, spec, range(seeds), told, batch_size=min(seeds, 16)).clamp(-1, 1)
 
     want = draw(load_folder(folder))
-    other_layout = load_folder(folder).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    other_layout.register_forward_pre_hook(
+    other_layout = load_folder(folder)
+    other_layout.get_submodule("conv_in").register_forward_pre_hook(
         lambda _, args: (args[0].contiguous(memory_format=torch.channels_last), *args[1:])
     )
     result = {}

@@ -85,8 +85,8 @@ def test_what_does_not_fit_is_refused() -> None:
         group_norm_quantize(x, GroupNorm(3, 1e-5), TABLE)
     with pytest.raises(KernelError, match="modulation scale: got"):
         layer_norm_quantize(x, LayerNorm(1e-5, scale=torch.zeros(2, 6)), TABLE, index)
-    shifted = ActivationTable(torch.ones(1), torch.zeros(1), 8, shift=torch.zeros(6, dtype=torch.int8))
+    scaled = ActivationTable(torch.ones(1), torch.zeros(1), 8, divisor=torch.ones(1, 6))
     with pytest.raises(KernelError, match="wanted one without"):
-        layer_norm_quantize(x, LayerNorm(1e-5), shifted)
+        layer_norm_quantize(x, LayerNorm(1e-5), scaled)
     with pytest.raises(KernelError, match="wanted at most 16384"):
         layer_norm_quantize(torch.zeros(1, 16385), LayerNorm(1e-5), 8)

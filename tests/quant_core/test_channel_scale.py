@@ -118,8 +118,9 @@ def test_the_codes_are_those_of_the_kernels() -> None:
     x = random(2, 50, 6)
     clock.set_timestep(torch.tensor([9.0, 5.0]))
     for row in range(2):
+        divisor = quantizer.scale[:, None] * 2.0 ** quantizer.channel_shift.float()
         codes, scale, zero = quantize_by_table_reference(
-            x[row], quantizer.scale, quantizer.zero_point, torch.tensor([row]), quantizer.channel_shift[row], 6
+            x[row], quantizer.scale, quantizer.zero_point, torch.tensor([row]), divisor, 6
         )
         steps = scale * 2.0 ** quantizer.channel_shift[row].float()
         assert torch.equal(quantizer(x)[row], (codes.float() - zero) * steps)

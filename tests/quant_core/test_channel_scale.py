@@ -28,6 +28,7 @@ from quant_core.reconstruction import ReconstructionConfig, reconstruct_unit
 from quant_core.rounding import RoundingConfig, RoundingMethod, UnitRanges, round_units
 from quant_core.steps import StepClock
 from quant_core.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from tests.quant_core.agreement import check_release
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
 PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]
@@ -194,6 +195,9 @@ def test_rounding_learning_packing_and_loading_agree(
     loaded = quant_core.load_quantized(folder, backend="reference")
     batch = calibration.gather(torch.tensor([0, 5, 9]))
     assert torch.equal(replay(loaded, batch), replay(simulated, batch))
+    for backend in ("cpu", "auto"):
+        runs = check_release(folder, backend, lambda model: replay(model, batch))
+        assert set(runs.values()) <= {"cpu"}
     # as a plain model, the weight is what it was again
     for name in names:
         plain = dequantized_state(loaded)[f"{name}.weight"]

@@ -190,15 +190,23 @@ def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
                 replace_module(model, name, made)
                 runs.append(made.run)
                 continue
-        layer.group_index = layer.group_index.to(layer.qweight.device)
         runs.append(LayerRun(name, KernelBackend.REFERENCE, reason))
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     if device.type != "cpu":
-        for module in model.modules():
-            if isinstance(clock := getattr(module, "clock", None), StepClock):
-                clock.run_on(device)
+        _run_on(model, device)
     model.quantmill_runs = tuple(runs)  # type: ignore[assignment]
     return runs
+
+
+def _run_on(model: nn.Module, device: torch.device) -> None:
+    """Move what follows from the formats, and no state dict holds, to where the model runs without the host."""
+    for module in model.modules():
+        if isinstance(clock := getattr(module, "clock", None), StepClock):
+            clock.run_on(device)
+        if isinstance(module, ActivationQuantizer):
+            module.tops = module.tops.to(device)
+        if isinstance(module, QuantLayer):
+            module.group_index = module.group_index.to(device)
 
 
 def layer_runs(model: nn.Module) -> tuple[LayerRun, ...]:

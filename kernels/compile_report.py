@@ -169,8 +169,8 @@ def _conv_cases(arch: str) -> Iterator[Case]:
             if (taps, stride, group) == (3, 1, 0) and not symmetric:
                 blocks = int_blocks(arch, 8192, 2560, layout, heavy=True)
                 gather = {key: value for key, value in constants.items() if key not in ("residual_ptr", "channel_ptr")}
-                label = f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}, of mixed bits, added"
-                yield replace(case, label=label, constants={**gather, "BLOCK_N": blocks.n})
+                mixed = f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}, of mixed bits, added"
+                yield replace(case, label=mixed, constants={**gather, "BLOCK_N": blocks.n})
 
 
 def _float_cases(arch: str) -> Iterator[Case]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.activations import ActivationTable, QuantizedActivation, gather_steps, minmax_grid
+from kernels.activations import ActivationTable, QuantizedActivation, dynamic_grid, gather_steps
 from kernels.conv import ConvGeometry
 from kernels.cpu_weight import CpuWeight
 from kernels.epilogue import Epilogue, add_epilogue
@@ -50,10 +50,8 @@ class CpuGrid:
 def cpu_grid(table: ActivationTable, index: Tensor | None = None) -> CpuGrid:
     """Look up the grids of steps `index`, shape () or (B,), dtype int64; None if the table has one entry."""
     scale, zero = gather_steps(table.scale, index), gather_steps(table.zero_point, index)
-    step = scale.view(-1, 1, 1)
-    if table.shift is not None:
-        step = step * torch.exp2(table.shift.float())
-    return CpuGrid(scale, zero.to(torch.int32), step, (zero - 128).view(-1, 1, 1))
+    step = gather_steps(table.scale if table.divisor is None else table.divisor, index)
+    return CpuGrid(scale, zero.to(torch.int32), step.view(len(scale), 1, -1), (zero - 128).view(-1, 1, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +83,7 @@ def quantize_cpu(x: Tensor, grid: CpuGrid, bits: int, *, with_sums: bool = False
     CpuActivation
         uint8 codes, unsigned zero points, R is 1 or B.
     """
-    in_blocks = grid.step.numel() == 1 and not torch.compiler.is_compiling()
+    in_blocks = grid.scale.numel() == 1 and not torch.compiler.is_compiling()
     if in_blocks:
         codes, sums = _codes_in_blocks(x.contiguous(), grid, bits, with_sums)
     else:
@@ -99,11 +97,13 @@ def quantize_cpu_by_table(x: Tensor, table: ActivationTable, index: Tensor | Non
     return quantize_cpu(x, cpu_grid(table, index), table.bits)
 
 
-def quantize_cpu_dynamic(x: Tensor, bits: int, *, symmetric: bool) -> QuantizedActivation:
-    """Quantize to uint8 codes with the range of each sample (first dimension)."""
-    runs = x.reshape(x.shape[0], -1)
-    scale, zero = minmax_grid(runs.amin(1).float(), runs.amax(1).float(), bits, symmetric)
-    codes = _unsigned_codes(runs, scale[:, None], zero[:, None] - 128, bits).view(x.shape)
+def quantize_cpu_dynamic(
+    x: Tensor, bits: int, *, symmetric: bool, channel_scale: Tensor | None = None
+) -> QuantizedActivation:
+    """Quantize to uint8 codes with the range of each sample (first dimension); else as `quantize_dynamic`."""
+    runs = x.reshape(x.shape[0], -1, x.shape[-1]).float()
+    scale, zero, divisor = dynamic_grid(runs, bits, symmetric, channel_scale)
+    codes = _unsigned_codes(runs, divisor, zero.view(-1, 1, 1) - 128, bits).view(x.shape)
     return QuantizedActivation(codes, scale, zero.to(torch.int32), symmetric=False)
 
 
@@ -202,10 +202,10 @@ def _codes_in_blocks(x: Tensor, grid: CpuGrid, bits: int, with_sums: bool) -> tu
     channels, top = x.shape[-1], 2**bits - 129
     rows, count = max(1, _BLOCK // channels), x.numel() // channels
     if count <= rows:
-        values = torch.div(x, grid.step.view(1)).round_().add_(grid.offset.view(1)).clamp_(-128, top)
+        values = torch.div(x, grid.step.view(-1)).round_().add_(grid.offset.view(1)).clamp_(-128, top)
         codes = values.to(torch.int8).view(torch.uint8).bitwise_xor_(0x80)
         return codes, values.sum(-1).view(-1) if with_sums else None
-    step, offset = grid.step.view(1), grid.offset.view(1)
+    step, offset = grid.step.view(-1), grid.offset.view(1)
     signed = torch.empty(x.shape, dtype=torch.int8)
     sums = torch.empty(count) if with_sums else None
     block = torch.empty(rows, channels)

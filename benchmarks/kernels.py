@@ -1,13 +1,16 @@
 """The Triton kernels on a GPU, on shapes of SDXL's UNet and of a DiT-XL, against what is there already.
 
-    python -m benchmarks.kernels [--batch 8] [--repeats 50] [--out FILE]
+    python -m benchmarks.kernels [--batches 1 8] [--repeats 50] [--only TEXT] [--out FILE]
 
-Prints one JSON document: for each layer and each candidate the microseconds (median of `--repeats`, timed by CUDA
-events, the L2 cache cleared before each), tera-operations per second, and the fraction of the roofline: the larger of
-the time that the device needs for the operations at its measured peak and for the bytes at its measured bandwidth,
-over the time taken. Candidates: bfloat16 (cuBLAS, cuDNN channels last), torch._int_mm, this package's W8A8, W4A8 (per
-channel and groups of 64), W4A16, FP8 on sm_90, each with and without the quantization of its input; torchao and
-gemlite where installed.
+Prints one JSON document: for each batch size, layer and candidate the microseconds (median of `--repeats`, each a
+replay of a CUDA graph timed by events, so that launches from Python do not count, the L2 cache cleared before each),
+tera-operations per second, the speedup over bfloat16, and the fraction of the roofline: the larger of the time that the
+device needs for the operations at its measured peak and for the bytes at its measured bandwidth, over the time taken.
+Candidates: bfloat16 (cuBLAS, cuDNN channels last), torch._int_mm, this package's W8A8, W4A8 (per channel and groups of
+64), W4A16, FP8 on sm_90, and those with the quantization of the input; W8A8 with scaled channels, and channels of 3, 4
+and 5 bits; torchao and gemlite where installed. What fails of those two is recorded with its error. `figures` has the
+least, median and greatest speedup over layers: of W8A8 at the largest batch, of W4A16 at the least where weights
+dominate.
 """
 
 from __future__ import annotations
@@ -62,30 +65,44 @@ LAYERS = (
     Layer("SDXL attention 64x64", 4096, 640, 640),
     Layer("SDXL attention 32x32", 1024, 1280, 1280),
     Layer("SDXL feed-forward 32x32", 1024, 1280, 10240),
+    Layer("SDXL cross-attention keys", 77, 2048, 1280),
+    Layer("SDXL time embedding", 1, 1280, 1280),
     Layer("DiT-XL attention", 256, 1152, 3456),
     Layer("DiT-XL feed-forward", 256, 1152, 4608),
     Layer("DiT-XL modulation", 1, 1152, 6912),
 )
+# Layers of few rows at batch 1: reading weights is what takes time.
+FEW_ROWS = 80
 
 
-def random_weight(layer: Layer, bits: int, group_size: int | None = None) -> PackedWeight:
-    """Make a symmetric weight on the GPU."""
-    columns, groups = (
-        layer.taps * layer.channels,
-        1 if group_size is None else layer.taps * -(-layer.channels // group_size),
-    )
-    codes = torch.randint(0, 1 << bits, (layer.outputs, columns), dtype=torch.uint8)
-    zero = torch.full((layer.outputs, groups), 1 << (bits - 1), dtype=torch.uint8)
-    scale = torch.full((layer.outputs, groups), 0.01, dtype=torch.float32 if group_size is None else HALF)
+def random_weight(
+    layer: Layer, bits: int, group_size: int | None = None, channel: Tensor | None = None
+) -> PackedWeight:
+    """Make a symmetric weight on the GPU, of all output channels or of those that `channel` names."""
+    rows = layer.outputs if channel is None else len(channel)
+    groups = 1 if group_size is None else layer.taps * -(-layer.channels // group_size)
+    codes = torch.randint(0, 1 << bits, (rows, layer.taps * layer.channels), dtype=torch.uint8)
+    zero = torch.full((rows, groups), 1 << (bits - 1), dtype=torch.uint8)
+    scale = torch.full((rows, groups), 0.01, dtype=torch.float32 if group_size is None else HALF)
     packed = pack_weight(
-        pack_codes(codes, bits), scale, zero, bits=bits, channels=layer.channels, taps=layer.taps, group_size=group_size
-    )
+        pack_codes(codes, bits), scale, zero, bits=bits, channels=layer.channels, taps=layer.taps,
+        group_size=group_size, channel=channel,
+    )  # fmt: skip
     return packed.to("cuda")
 
 
-def table() -> ActivationTable:
-    """Make a static grid on the GPU."""
-    return ActivationTable(torch.tensor([0.03], device="cuda"), torch.tensor([120.0], device="cuda"), 8)
+def mixed_weight(layer: Layer) -> list[PackedWeight]:
+    """Make a weight whose output channels have 3, 4 or 5 bits, a third each."""
+    order = torch.randperm(layer.outputs, generator=torch.Generator().manual_seed(0))
+    return [random_weight(layer, bits, None, part) for bits, part in zip((3, 4, 5), order.chunk(3), strict=True)]
+
+
+def table(channels: int = 0) -> ActivationTable:
+    """Make a static grid on the GPU, with divisors of that many channels if there are any."""
+    divisor = torch.full((1, channels), 0.03, device="cuda") if channels else None
+    return ActivationTable(
+        torch.tensor([0.03], device="cuda"), torch.tensor([120.0], device="cuda"), 8, divisor=divisor
+    )
 
 
 def linear_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -102,7 +119,9 @@ def linear_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[
         weight = [random_weight(layer, bits, group)]
         yield name, lambda weight=weight: linear_int(codes, weight, out)
         yield f"{name} with quantization", lambda weight=weight: linear_int(quantize_by_table(x, grid), weight, out)
-    eight = [random_weight(layer, 8)]
+    mixed, eight, scaled = mixed_weight(layer), [random_weight(layer, 8)], table(layer.channels)
+    yield "W3/4/5A8", lambda: linear_int(codes, mixed, out)
+    yield "W8A8 with quantization of scaled channels", lambda: linear_int(quantize_by_table(x, scaled), eight, out)
     yield (
         "W8A8 with dynamic quantization",
         lambda: linear_int(quantize_dynamic(x, 8, symmetric=True, per_token=True), eight, out),
@@ -114,25 +133,45 @@ def linear_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[
         x8, w8 = quantize_fp8(x), quantize_fp8(w)
         yield "FP8", lambda: linear_fp8(x8, w8, out)
         yield "FP8 with quantization", lambda: linear_fp8(quantize_fp8(x), w8, out)
-    yield from other_libraries(layer, x)
 
 
-def other_libraries(layer: Layer, x: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield torchao's and gemlite's Linear, where they are installed."""
+def other_libraries(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[], Callable[[], Any]]]]:
+    """Yield what builds torchao's and gemlite's Linear, where they are installed."""
+    x = torch.randn(batch * layer.size, layer.channels, device="cuda", dtype=HALF)
     if importlib.util.find_spec("torchao"):
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-        model = torch.nn.Sequential(torch.nn.Linear(layer.channels, layer.outputs, bias=False)).to("cuda", HALF)
-        quantize_(model, Int8DynamicActivationInt8WeightConfig())
-        compiled = torch.compile(model)
-        yield "torchao W8A8 dynamic, compiled", lambda: compiled(x)
+        yield "torchao W8A8 dynamic, compiled", lambda: torchao_linear(layer, x, 8)
+        yield "torchao W4A16 g64, compiled", lambda: torchao_linear(layer, x, 4)
     if importlib.util.find_spec("gemlite"):
-        from gemlite.helper import A16W8, A8W8_int8_dynamic
+        yield "gemlite W8A8 dynamic", lambda: gemlite_linear(layer, x, "A8W8_int8_dynamic")
+        yield "gemlite W8A16", lambda: gemlite_linear(layer, x, "A16W8")
+        yield "gemlite W4A16 g64", lambda: gemlite_linear(layer, x, "A16Wn")
 
-        for name, make in (("gemlite W8A8 dynamic", A8W8_int8_dynamic), ("gemlite W8A16", A16W8)):
-            linear = torch.nn.Linear(layer.channels, layer.outputs, bias=False, device="cuda", dtype=torch.float16)
-            module, half = make(device="cuda").from_linear(linear), x.half()
-            yield name, lambda module=module, half=half: module(half)
+
+def torchao_linear(layer: Layer, x: Tensor, bits: int) -> Callable[[], Any]:
+    """Return a call of torchao's Linear, compiled, which is how it is meant to be used."""
+    from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, quantize_
+
+    config = Int8DynamicActivationInt8WeightConfig() if bits == 8 else Int4WeightOnlyConfig(group_size=64)
+    model = torch.nn.Sequential(torch.nn.Linear(layer.channels, layer.outputs, bias=False)).to("cuda", HALF)
+    quantize_(model, config)
+    compiled = torch.compile(model)
+    return lambda: compiled(x)
+
+
+def gemlite_linear(layer: Layer, x: Tensor, processor: str) -> Callable[[], Any]:
+    """Return a call of gemlite's Linear, in float16."""
+    from gemlite import helper
+
+    make, half = getattr(helper, processor)(device="cuda"), x.half()
+    if processor == "A16Wn":
+        codes = torch.randint(0, 16, (layer.outputs, layer.channels), device="cuda", dtype=torch.uint8)
+        groups = (layer.outputs * layer.channels // 64, 1)
+        scale, zero = (torch.full(groups, value, device="cuda", dtype=torch.float16) for value in (0.01, 8.0))
+        module = make.from_weights(codes, scale, zero, 4, 64, None)
+    else:
+        linear = torch.nn.Linear(layer.channels, layer.outputs, bias=False, device="cuda", dtype=torch.float16)
+        module = make.from_linear(linear)
+    return lambda: module(half)
 
 
 def conv_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -151,18 +190,30 @@ def conv_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[]
             f"{name} with quantization",
             lambda weight=weight: conv2d_int(quantize_by_table(rows, grid), weight, geometry, out),
         )
+    mixed = mixed_weight(layer)
+    yield "W3/4/5A8", lambda: conv2d_int(codes, mixed, geometry, out)
 
 
 def microseconds(run: Callable[[], Any], repeats: int, flush: Tensor) -> float:
-    """Median time of `run`, with a cold L2 cache."""
-    for _ in range(5):
+    """Median time of `run`, replayed from a CUDA graph with a cold L2 cache.
+
+    Clearing the cache keeps the device busy while the host enqueues the replay, so the host's time does not count.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(5):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         run()
     times = []
     for _ in range(repeats):
         flush.zero_()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        run()
+        graph.replay()
         stop.record()
         stop.synchronize()
         times.append(1000 * start.elapsed_time(stop))
@@ -187,17 +238,61 @@ def roofline(layer: Layer, batch: int, name: str, peak: dict[str, float]) -> flo
     """Least microseconds that the layer can take with this candidate's types, without its quantization."""
     rows = batch * (layer.size**2 if layer.kernel else layer.size)
     weights = layer.outputs * layer.channels * layer.taps
-    is_float = name in ("bfloat16", "gemlite W8A16") or name.startswith("W4A16")
-    weight_bytes = 0.5 if name.startswith("W4") else 2 if name == "bfloat16" else 1
+    is_float = name == "bfloat16" or "A16" in name
+    weight_bytes = 0.5 if "W4" in name or "W3/4/5" in name else 2 if name == "bfloat16" else 1
     moved = rows * layer.channels * (2 if is_float else 1) + weights * weight_bytes + rows * layer.outputs * 2
     return max(2 * rows * weights / peak["bfloat16" if is_float else "int8"], moved / peak["bytes"])
+
+
+def measure(layer: Layer, batch: int, repeats: int, peak: dict[str, float], flush: Tensor) -> dict[str, Any]:
+    """Time every candidate of a layer."""
+    rows = batch * (layer.size**2 if layer.kernel else layer.size)
+    operations = 2 * rows * layer.outputs * layer.channels * layer.taps
+    timed: dict[str, Any] = {}
+
+    def note(name: str, run: Callable[[], Any]) -> None:
+        us = microseconds(run, repeats, flush)
+        timed[name] = {
+            "us": round(us, 2),
+            "tops": round(operations / us / 1e6, 1),
+            "roofline": round(roofline(layer, batch, name, peak) / us, 3),
+        }
+        timed[name]["speedup"] = round(timed["bfloat16"]["us"] / us, 3)
+
+    for name, run in (conv_candidates if layer.kernel else linear_candidates)(layer, batch):
+        note(name, run)
+    for name, build in () if layer.kernel else other_libraries(layer, batch):
+        try:
+            note(name, build())
+        except Exception as error:  # of libraries whose versions and limits are not ours
+            timed[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return timed
+
+
+def figures(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the speedups over bfloat16 that are aimed at: W8A8 at the largest batch, W4A16 where weights dominate."""
+    few = {layer.name for layer in LAYERS if not layer.kernel and layer.size <= FEW_ROWS}
+    large, small = (results[str(pick(map(int, results)))] for pick in (max, min))
+    chosen = {
+        "W8A8, largest batch": [timed["W8A8"] for name, timed in large.items() if name not in few],
+        "W8A8 with quantization, largest batch": [
+            timed["W8A8 with quantization"] for name, timed in large.items() if name not in few
+        ],
+        "W4A16, least batch": [timed["W4A16"] for name, timed in small.items() if name in few],
+    }
+    found = {name: sorted(each["speedup"] for each in timed) for name, timed in chosen.items() if timed}
+    return {
+        name: {"least": all_[0], "median": statistics.median(all_), "greatest": all_[-1]}
+        for name, all_ in found.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of this module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--only", default="", help="layers whose name contains this")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -206,24 +301,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
     peak = peaks(options.repeats, flush)
-    results = []
-    for layer in LAYERS:
-        rows = options.batch * (layer.size**2 if layer.kernel else layer.size)
-        operations = 2 * rows * layer.outputs * layer.channels * layer.taps
-        timed = {}
-        for name, run in (conv_candidates if layer.kernel else linear_candidates)(layer, options.batch):
-            us = microseconds(run, options.repeats, flush)
-            least = roofline(layer, options.batch, name, peak)
-            timed[name] = {
-                "us": round(us, 2),
-                "tops": round(operations / us / 1e6, 1),
-                "roofline": round(least / us, 3),
-            }
-        for figures in timed.values():
-            figures["speedup"] = round(timed["bfloat16"]["us"] / figures["us"], 3)
-        results.append({"layer": layer.name, "candidates": timed})
+    layers = [layer for layer in LAYERS if options.only in layer.name]
+    results: dict[str, dict[str, Any]] = {}
+    for batch in options.batches:
+        results[str(batch)] = {}
+        for layer in layers:
+            results[str(batch)][layer.name] = measure(layer, batch, options.repeats, peak, flush)
+            print(f"batch {batch}, {layer.name}: done", file=sys.stderr)
     device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    text = json.dumps({"device": device, "batch": options.batch, "peak_per_us": peak, "layers": results}, indent=1)
+    document = {"device": device, "peak_per_us": peak, "figures": figures(results), "batches": results}
+    text = json.dumps(document, indent=1)
     if options.out:
         options.out.write_text(text + "\n")
     print(text)

@@ -1,7 +1,7 @@
 """Quantize activations to integer codes: by a table (one grid, or one for each trajectory step), or by their own range.
 
     code = clamp(round(x / scale) + zero_point, 0, 2**bits - 1)                     as `kernels.affine` defines it
-    code = clamp(round(x / (scale * 2**shift[c])) + zero_point, 0, 2**bits - 1)     with power-of-two channel shifts
+    code = clamp(round(x / divisor[c]) + zero_point, 0, 2**bits - 1)                where channels have divisors
 
 Codes are stored as int8, code - 2**(bits - 1), and so are zero points: the operand of int8 tensor cores. On the CPU
 they are uint8 as they are (`kernels.cpu`). Channels are the last dimension: an image is (B, H, W, C).
@@ -58,15 +58,16 @@ class ActivationTable:
         2 to 8.
     symmetric : bool
         All zero points are 2**(bits - 1).
-    shift : Tensor, shape (C,), dtype int8, or None
-        Power-of-two exponents of the channels' steps.
+    divisor : Tensor, shape (S, C), dtype float32, > 0, or None
+        What each channel is divided by, where that is not the scale. Infinity leaves a channel out: its codes are the
+        zero point, whatever it holds.
     """
 
     scale: Tensor
     zero_point: Tensor
     bits: int
     symmetric: bool = False
-    shift: Tensor | None = None
+    divisor: Tensor | None = None
 
 
 def quantize_by_table(
@@ -102,11 +103,10 @@ def quantize_by_table(
         )
     if runs == 0 or rows % runs:
         raise KernelError(f"activation rows: got {rows}, wanted a multiple of {runs} samples")
-    if table.shift is not None and table.shift.shape != x.shape[-1:]:
-        raise KernelError(f"shift: got shape {tuple(table.shift.shape)}, wanted {tuple(x.shape[-1:])}")
+    check_divisor(table, x.shape[-1])
     steps = None if index is None or len(table.scale) == 1 else index.contiguous()
     codes, scale, zero = _quantize_by_table(
-        x, table.scale, table.zero_point, steps, table.shift, table.bits, str(backend)
+        x, table.scale, table.zero_point, steps, table.divisor, table.bits, str(backend)
     )
     return QuantizedActivation(codes, scale, zero, table.symmetric)
 
@@ -117,6 +117,7 @@ def quantize_dynamic(
     *,
     symmetric: bool,
     per_token: bool,
+    channel_scale: Tensor | None = None,
     backend: KernelBackend | str = KernelBackend.AUTO,
 ) -> QuantizedActivation:
     """Quantize with the min-max range of each token (last dimension) or of each sample (first dimension).
@@ -129,6 +130,8 @@ def quantize_dynamic(
     symmetric : bool
         Zero point 2**(bits - 1); else the range [min(x, 0), max(x, 0)].
     per_token : bool
+    channel_scale : Tensor, shape (C,), dtype float32, > 0, optional
+        Ranges are those of x / channel_scale, and so are the codes: channels are divided by scale * channel_scale.
     backend : KernelBackend
 
     Returns
@@ -139,13 +142,15 @@ def quantize_dynamic(
     Raises
     ------
     KernelError
-        If bits are not in 2..8 or `x` is empty.
+        If bits are not in 2..8, `x` is empty, or `channel_scale` has another shape.
     """
     _check_bits(bits)
+    if channel_scale is not None and channel_scale.shape != x.shape[-1:]:
+        raise KernelError(f"channel_scale: got shape {tuple(channel_scale.shape)}, wanted {tuple(x.shape[-1:])}")
     if x.numel() == 0:
         raise KernelError(f"dynamic activation: got an empty tensor of shape {tuple(x.shape)}, wanted values")
     runs = math.prod(x.shape[:-1]) if per_token else x.shape[0]
-    codes, scale, zero = _quantize_dynamic(x, runs, bits, symmetric, str(backend))
+    codes, scale, zero = _quantize_dynamic(x, runs, bits, symmetric, channel_scale, str(backend))
     return QuantizedActivation(codes, scale, zero, symmetric)
 
 
@@ -167,29 +172,46 @@ def signed_codes(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Ten
 
 
 def quantize_by_table_reference(
-    x: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor | None, shift: Tensor | None, bits: int
+    x: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor | None, divisor: Tensor | None, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch twin of the Triton kernel: codes (int8), scales (R,), signed zero points (R,)."""
+    divisor = gather_steps(scale if divisor is None else divisor, index)
     scale, zero = gather_steps(scale, index), gather_steps(zero_point, index)
     runs = x.reshape(len(scale), -1, x.shape[-1])
-    step = scale.view(-1, 1, 1)
-    if shift is not None:
-        step = step * torch.exp2(shift.float())
-    codes = signed_codes(runs, step, zero.view(-1, 1, 1), bits).view(x.shape)
+    codes = signed_codes(runs, divisor.view(len(scale), 1, -1), zero.view(-1, 1, 1), bits).view(x.shape)
     return codes, scale, (zero - 2 ** (bits - 1)).to(torch.int32)
 
 
-def quantize_dynamic_reference(x: Tensor, runs: int, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_dynamic_reference(
+    x: Tensor, runs: int, bits: int, symmetric: bool, channel_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Plain-torch twin of the Triton kernels: codes (int8), scales (R,), signed zero points (R,)."""
-    flat = x.reshape(runs, -1).float()
-    scale, zero = minmax_grid(flat.amin(1), flat.amax(1), bits, symmetric)
-    codes = signed_codes(flat, scale[:, None], zero[:, None], bits).view(x.shape)
+    flat = x.reshape(runs, -1, x.shape[-1]).float()
+    scale, zero, divisor = dynamic_grid(flat, bits, symmetric, channel_scale)
+    codes = signed_codes(flat, divisor, zero.view(-1, 1, 1), bits).view(x.shape)
     return codes, scale, (zero - 2 ** (bits - 1)).to(torch.int32)
+
+
+def dynamic_grid(
+    runs: Tensor, bits: int, symmetric: bool, channel_scale: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scales (R,), unsigned zero points (R,) and divisors (R, 1, 1 or C) for float32 runs (R, rows, C)."""
+    seen = runs if channel_scale is None else runs / channel_scale
+    scale, zero = minmax_grid(seen.amin((1, 2)), seen.amax((1, 2)), bits, symmetric)
+    divisor = scale.view(-1, 1, 1)
+    return scale, zero, divisor if channel_scale is None else divisor * channel_scale
 
 
 def gather_steps(table: Tensor, index: Tensor | None) -> Tensor:
     """Return the table's entries for each sample, shape (R,), as a new tensor and without waiting for the device."""
     return table.float().clone() if index is None else table.float().index_select(0, index.reshape(-1))
+
+
+def check_divisor(table: ActivationTable, channels: int) -> None:
+    """Refuse a table whose divisors are not those of `channels` channels."""
+    wanted = (len(table.scale), channels)
+    if table.divisor is not None and table.divisor.shape != wanted:
+        raise KernelError(f"divisor: got shape {tuple(table.divisor.shape)}, wanted {wanted}")
 
 
 def _check_bits(bits: int) -> None:
@@ -203,15 +225,15 @@ def _quantize_by_table(
     scale: Tensor,
     zero_point: Tensor,
     index: Tensor | None,
-    shift: Tensor | None,
+    divisor: Tensor | None,
     bits: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.activations import launch_by_table
 
-        return launch_by_table(x, scale, zero_point, index, shift, bits)
-    return quantize_by_table_reference(x, scale, zero_point, index, shift, bits)
+        return launch_by_table(x, scale, zero_point, index, divisor, bits)
+    return quantize_by_table_reference(x, scale, zero_point, index, divisor, bits)
 
 
 @_quantize_by_table.register_fake
@@ -220,7 +242,7 @@ def _(
     scale: Tensor,
     zero_point: Tensor,
     index: Tensor | None,
-    shift: Tensor | None,
+    divisor: Tensor | None,
     bits: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,16 +251,20 @@ def _(
 
 
 @torch.library.custom_op("quantmill::quantize_dynamic", mutates_args=())
-def _quantize_dynamic(x: Tensor, runs: int, bits: int, symmetric: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _quantize_dynamic(
+    x: Tensor, runs: int, bits: int, symmetric: bool, channel_scale: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.activations import launch_dynamic
 
-        return launch_dynamic(x, runs, bits, symmetric)
-    return quantize_dynamic_reference(x, runs, bits, symmetric)
+        return launch_dynamic(x, runs, bits, symmetric, channel_scale)
+    return quantize_dynamic_reference(x, runs, bits, symmetric, channel_scale)
 
 
 @_quantize_dynamic.register_fake
-def _(x: Tensor, runs: int, bits: int, symmetric: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, runs: int, bits: int, symmetric: bool, channel_scale: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     return fake_quantized(x, runs)
 
 

@@ -33,9 +33,12 @@ _BEGIN, _END = "<!-- compile_report begin -->", "<!-- compile_report end -->"
 
 _TYPES = {
     **dict.fromkeys(("x_scale_ptr", "scale_ptr", "run_scale_ptr", "partial_ptr", "group_mean_ptr"), "*fp32"),
-    **dict.fromkeys(("group_rstd_ptr", "mean_ptr", "squares_ptr", "low_ptr", "high_ptr", "eps"), "*fp32"),
+    **dict.fromkeys(
+        ("divisor_ptr", "channel_scale_ptr", "group_rstd_ptr", "mean_ptr", "squares_ptr", "low_ptr", "high_ptr", "eps"),
+        "*fp32",
+    ),
     **dict.fromkeys(("x_zero_ptr", "run_zero_ptr", "channel_ptr", "total_ptr"), "*i32"),
-    **dict.fromkeys(("codes_ptr", "zero_ptr", "shift_ptr"), "*i8"),
+    **dict.fromkeys(("codes_ptr", "zero_ptr"), "*i8"),
     **dict.fromkeys(("bias_ptr", "residual_ptr", "down_ptr", "up_ptr", "out_ptr", "weight_ptr"), "*bf16"),
     **dict.fromkeys(("mod_scale_ptr", "mod_shift_ptr"), "*bf16"),
     "index_ptr": "*i64",
@@ -97,6 +100,7 @@ def cases(arch: str) -> Iterator[Case]:
     yield from _linear_cases(arch)
     yield from _conv_cases(arch)
     yield from _float_cases(arch)
+    yield from _activation_cases()
     yield from _other_cases(arch)
 
 
@@ -123,7 +127,7 @@ def _linear_cases(arch: str) -> Iterator[Case]:
             layout = WeightLayout(bits, 640, 1, lane or 32, group, symmetric)
             blocks = int_blocks(arch, m, n, layout)
             constants = {
-                **_BIAS, "shift_ptr": None, "BITS": bits, "LANE": lane or blocks.k, "GROUP_SIZE": group,
+                **_BIAS, "BITS": bits, "LANE": lane or blocks.k, "GROUP_SIZE": group,
                 "SYMMETRIC": symmetric, "X_SYMMETRIC": x_symmetric, "RANK": 0, "BLOCK_M": blocks.m,
                 "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
             }  # fmt: skip
@@ -135,9 +139,9 @@ def _linear_cases(arch: str) -> Iterator[Case]:
             if m > 64 and label == "W4A8":
                 blocks = int_blocks(arch, m, n, layout, heavy=True)
                 full = {**constants, "RANK": 32, "BLOCK_R": 32, "BLOCK_N": blocks.n}
-                for name in ("residual_ptr", "down_ptr", "up_ptr", "channel_ptr", "shift_ptr"):
+                for name in ("residual_ptr", "down_ptr", "up_ptr", "channel_ptr"):
                     del full[name]
-                label = f"linear {label}, {blocks.m} x {blocks.n}, all of the epilogue, shifts"
+                label = f"linear {label}, {blocks.m} x {blocks.n}, all of the epilogue"
                 yield replace(case, label=label, constants=full)
 
 
@@ -152,15 +156,21 @@ def _conv_cases(arch: str) -> Iterator[Case]:
             layout = WeightLayout(bits, 640, taps * taps, lane or 32, group, symmetric)
             blocks = int_blocks(arch, 8192, 2560, layout, heavy=arch == "sm_80" and not x_symmetric)
             constants = {
-                **_BIAS, "shift_ptr": None, "TAPS_H": taps, "TAPS_W": taps, "STRIDE_H": stride, "STRIDE_W": stride,
+                **_BIAS, "TAPS_H": taps, "TAPS_W": taps, "STRIDE_H": stride, "STRIDE_W": stride,
                 "PAD_H": taps // 2, "PAD_W": taps // 2, "DILATION_H": 1, "DILATION_W": 1, "BITS": bits,
                 "LANE": lane or blocks.k, "GROUP_SIZE": group, "SYMMETRIC": symmetric, "X_SYMMETRIC": x_symmetric,
                 "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
             }  # fmt: skip
-            yield Case(
+            case = Case(
                 f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}", conv2d_int_kernel, constants,
                 _weight_types(bits, group), blocks.warps, blocks.stages,
             )  # fmt: skip
+            yield case
+            if (taps, stride, group) == (3, 1, 0) and not symmetric:
+                blocks = int_blocks(arch, 8192, 2560, layout, heavy=True)
+                gather = {key: value for key, value in constants.items() if key not in ("residual_ptr", "channel_ptr")}
+                mixed = f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}, of mixed bits, added"
+                yield replace(case, label=mixed, constants={**gather, "BLOCK_N": blocks.n})
 
 
 def _float_cases(arch: str) -> Iterator[Case]:
@@ -171,7 +181,7 @@ def _float_cases(arch: str) -> Iterator[Case]:
         for label, bits, lane, group in (("W4A16", 4, 64, 0), ("W4A16 g64", 4, 32, 64), ("W8A16", 8, 64, 0)):
             blocks, splits = float_blocks(arch, m, 2560, group), 4 if m == 16 else 1
             constants = {
-                **_BIAS, "shift_ptr": None, "BITS": bits, "LANE": lane, "GROUP_SIZE": group, "RANK": 0,
+                **_BIAS, "BITS": bits, "LANE": lane, "GROUP_SIZE": group, "RANK": 0,
                 "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16, "SPLITS": splits, "SWIZZLE": blocks.swizzle,
             }  # fmt: skip
             if splits == 1:
@@ -185,36 +195,55 @@ def _float_cases(arch: str) -> Iterator[Case]:
     yield Case("sum of splits", sum_splits_kernel, constants, {}, 4, 1)
 
 
+def _plain(label: str, kernel: Any, types: dict[str, str] | None = None, **constants: Any) -> Case:
+    return Case(label, kernel, constants, {"x_ptr": "*bf16", **(types or {})}, 4, 1)
+
+
+_CODES = {"TOP": 255, "HALF": 128}
+_TABLE = {"zero_ptr": "*fp32"}
+
+
+def _activation_cases() -> Iterator[Case]:
+    from kernels._triton import activations
+
+    own = {"zero_ptr": "*i32"}
+    for scaled in (False, True):
+        label = ", scaled channels" if scaled else ""
+        divisor = {} if scaled else {"divisor_ptr": None}
+        scale = {} if scaled else {"channel_scale_ptr": None}
+        grid = {**scale, **_CODES, "SYMMETRIC": False}
+        yield _plain(
+            f"quantize by table{label}",
+            activations.by_table_kernel,
+            _TABLE,
+            **divisor,
+            **_CODES,
+            BLOCK_M=8,
+            BLOCK_C=512,
+        )
+        yield _plain(f"quantize tokens{label}", activations.per_token_kernel, own, **grid, BLOCK_C=2048)
+        yield _plain(f"range of samples{label}", activations.sample_range_kernel, **scale, BLOCK_N=2048)
+        yield _plain(f"quantize samples{label}", activations.per_sample_kernel, own, **grid, CHUNKS=256, BLOCK_N=2048)
+
+
 def _other_cases(arch: str) -> Iterator[Case]:
-    from kernels._triton import activations, norms
+    from kernels._triton import norms
     from kernels._triton.blocks import fp8_blocks
     from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel
 
-    def plain(label: str, kernel: Any, types: dict[str, str] | None = None, **constants: Any) -> Case:
-        return Case(label, kernel, constants, {"x_ptr": "*bf16", **(types or {})}, 4, 1)
-
-    bits = {"TOP": 255, "HALF": 128}
-    table = {"zero_ptr": "*fp32"}
-    yield plain("quantize by table", activations.by_table_kernel, table, **bits, BLOCK_M=8, BLOCK_C=512, shift_ptr=None)
-    yield plain("quantize by table, shifts", activations.by_table_kernel, table, **bits, BLOCK_M=8, BLOCK_C=512)
-    own = {"zero_ptr": "*i32"}
-    yield plain("quantize tokens", activations.per_token_kernel, own, **bits, SYMMETRIC=False, BLOCK_C=2048)
-    yield plain("range of samples", activations.sample_range_kernel, BLOCK_N=2048)
-    yield plain(
-        "quantize samples", activations.per_sample_kernel, own, **bits, SYMMETRIC=False, CHUNKS=256, BLOCK_N=2048
-    )
-    yield plain("group norm: chunks", norms.group_stats_kernel, GROUPS=32, WIDTH=20, BLOCK_P=64, BLOCK_W=32)
-    yield plain("group norm: merge", norms.merge_stats_kernel, WIDTH=20, CHUNKS=64)
-    yield plain(
-        "group norm + SiLU + quantize", norms.group_norm_quantize_kernel, table, **bits, GROUPS=32, WIDTH=20, SILU=True,
-        BLOCK_M=8, BLOCK_C=512, shift_ptr=None,
+    yield _plain("group norm: chunks", norms.group_stats_kernel, GROUPS=32, WIDTH=20, BLOCK_P=64, BLOCK_W=32)
+    yield _plain("group norm: merge", norms.merge_stats_kernel, WIDTH=20, CHUNKS=64)
+    yield _plain(
+        "group norm + SiLU + quantize", norms.group_norm_quantize_kernel, _TABLE, **_CODES, GROUPS=32, WIDTH=20,
+        SILU=True, BLOCK_M=8, BLOCK_C=512, divisor_ptr=None,
     )  # fmt: skip
-    yield plain(
-        "layer norm + modulate + quantize tokens", norms.layer_norm_quantize_kernel, {"mod_scale_ptr": "*bf16"}, **bits,
-        SYMMETRIC=False, BLOCK_C=2048, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None, index_ptr=None,
+    yield _plain(
+        "layer norm + modulate + quantize tokens", norms.layer_norm_quantize_kernel, {"mod_scale_ptr": "*bf16"},
+        **_CODES, SYMMETRIC=False, BLOCK_C=2048, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None,
+        index_ptr=None,
     )  # fmt: skip
     if arch in ("sm_90", "sm_100"):
-        yield plain(
+        yield _plain(
             "quantize FP8", quantize_fp8_kernel, {"values_ptr": "*fp8e4nv"}, MAX=448.0, FLOOR=1e-12, BLOCK_K=2048
         )
         blocks = fp8_blocks(arch, 8192, 2560)

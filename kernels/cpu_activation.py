@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.activations import ActivationTable, QuantizedActivation, gather_steps, minmax_grid
+from kernels.activations import ActivationTable, QuantizedActivation, dynamic_grid, gather_steps
 
 # Elements that are quantized at a time: 256 KiB of float32, so that all passes but the first read from the cache.
 _BLOCK = 1 << 16
@@ -51,9 +51,7 @@ class CpuGrid:
 def cpu_grid(table: ActivationTable, index: Tensor | None = None) -> CpuGrid:
     """Look up the grids of steps `index`, shape () or (B,), dtype int64; None if the table has one entry."""
     scale, zero = gather_steps(table.scale, index), gather_steps(table.zero_point, index)
-    step = scale.view(-1, 1, 1)
-    if table.shift is not None:
-        step = step * torch.exp2(table.shift.float())
+    step = gather_steps(table.scale if table.divisor is None else table.divisor, index).view(len(scale), 1, -1)
     known = int(zero) if zero.numel() == 1 and not torch.compiler.is_compiling() else None
     shift = (scale * zero)[:, None]
     return CpuGrid(scale, zero.to(torch.int32), step, (zero - 128).view(-1, 1, 1), shift, known)
@@ -98,7 +96,7 @@ def quantize_cpu(
     CpuActivation
         uint8 codes, unsigned zero points, R is 1 or B.
     """
-    if grid.zero is not None and grid.step.numel() == 1 and not torch.compiler.is_compiling():
+    if grid.zero is not None and not torch.compiler.is_compiling():
         codes, sums = _codes_in_blocks(x.contiguous(), grid, bits, with_sums, padding)
         return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums, grid)
     if padding != (0, 0):
@@ -119,11 +117,13 @@ def quantize_cpu_by_table(x: Tensor, table: ActivationTable, index: Tensor | Non
     return quantize_cpu(x, cpu_grid(table, index), table.bits)
 
 
-def quantize_cpu_dynamic(x: Tensor, bits: int, *, symmetric: bool) -> QuantizedActivation:
-    """Quantize to uint8 codes with the range of each sample (first dimension)."""
-    runs = x.reshape(x.shape[0], -1)
-    scale, zero = minmax_grid(runs.amin(1).float(), runs.amax(1).float(), bits, symmetric)
-    codes = _unsigned_codes(runs, scale[:, None], zero[:, None] - 128, bits).view(x.shape)
+def quantize_cpu_dynamic(
+    x: Tensor, bits: int, *, symmetric: bool, channel_scale: Tensor | None = None
+) -> QuantizedActivation:
+    """Quantize to uint8 codes with the range of each sample (first dimension); else as `quantize_dynamic`."""
+    runs = x.reshape(x.shape[0], -1, x.shape[-1]).float()
+    scale, zero, divisor = dynamic_grid(runs, bits, symmetric, channel_scale)
+    codes = _unsigned_codes(runs, divisor, zero.view(-1, 1, 1) - 128, bits).view(x.shape)
     return QuantizedActivation(codes, scale, zero.to(torch.int32), symmetric=False)
 
 
@@ -178,7 +178,7 @@ def _codes_in_blocks(
 ) -> tuple[Tensor, Tensor | None]:
     """Return `_unsigned_codes` of contiguous `x`, padded, and the sums of positions, with one grid for all of it."""
     assert grid.zero is not None
-    step, offset, top = grid.step.view(1), grid.zero - 128, 2**bits - 129
+    step, offset, top = grid.step.view(-1), grid.zero - 128, 2**bits - 129
     sums: Tensor | None
     if padding == (0, 0):
         signed = target = torch.empty(x.shape, dtype=torch.int8)

@@ -26,7 +26,7 @@ from kernels.weights import PackedWeight, WeightLayout, weight_integers
 # next group, bias, rank and residual round once, in an order (and with a fused multiply-add) that is the backend's own.
 EPILOGUE_TOLERANCE = 2.0**-20
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TENSORS_PER_WEIGHT, _INTS_PER_WEIGHT = 6, 6
+_TENSORS_PER_WEIGHT, _INTS_PER_WEIGHT = 5, 6
 
 
 def linear_int(
@@ -176,8 +176,7 @@ def flatten_weights(weights: Sequence[PackedWeight]) -> tuple[list[Tensor], list
     for weight in weights:
         absent = weight.codes.new_empty(0)
         channel = absent if weight.channel is None else weight.channel
-        shift = absent if weight.shift is None else weight.shift
-        tensors += [weight.codes, weight.scale, weight.zero_point, weight.total, channel, shift]
+        tensors += [weight.codes, weight.scale, weight.zero_point, weight.total, channel]
         ints += weight.layout.to_ints()
     return tensors, ints
 
@@ -186,10 +185,9 @@ def unflatten_weights(tensors: Sequence[Tensor], ints: Sequence[int]) -> list[Pa
     """Undo `flatten_weights`."""
     weights = []
     for i in range(len(tensors) // _TENSORS_PER_WEIGHT):
-        codes, scale, zero, total, *optional = tensors[i * _TENSORS_PER_WEIGHT : (i + 1) * _TENSORS_PER_WEIGHT]
-        channel, shift = (tensor if tensor.numel() else None for tensor in optional)
+        codes, scale, zero, total, channel = tensors[i * _TENSORS_PER_WEIGHT : (i + 1) * _TENSORS_PER_WEIGHT]
         layout = WeightLayout.from_ints(ints[i * _INTS_PER_WEIGHT : (i + 1) * _INTS_PER_WEIGHT])
-        weights.append(PackedWeight(codes, scale, zero, total, channel, shift, layout))
+        weights.append(PackedWeight(codes, scale, zero, total, channel if channel.numel() else None, layout))
     return weights
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from kernels.activations import (
     ActivationTable,
     QuantizedActivation,
+    check_divisor,
     fake_quantized,
     quantize_by_table_reference,
     quantize_dynamic_reference,
@@ -91,7 +92,7 @@ def group_norm_quantize(
     steps = None if index is None or len(table.scale) == 1 else index.contiguous()
     codes, scale, zero = _group_norm_quantize(
         x, norm.groups, norm.weight, norm.bias, norm.eps, silu,
-        table.scale, table.zero_point, steps, table.shift, table.bits, str(backend),
+        table.scale, table.zero_point, steps, table.divisor, table.bits, str(backend),
     )  # fmt: skip
     return QuantizedActivation(codes, scale, zero, table.symmetric)
 
@@ -112,7 +113,7 @@ def layer_norm_quantize(
     x : Tensor, shape (B, ..., C), floating dtype, C at most 16384
     norm : LayerNorm
     grid : ActivationTable or int
-        An int: that many bits, on each token's own range. Tables with channel shifts are not fused.
+        An int: that many bits, on each token's own range. Tables with divisors of channels are not fused.
     index, backend
         As for `kernels.activations.quantize_by_table`.
     symmetric : bool
@@ -137,8 +138,8 @@ def layer_norm_quantize(
     if isinstance(grid, int):
         scale, zero_point, steps, bits = None, None, None, grid
     else:
-        if grid.shift is not None:
-            raise KernelError("layer norm: got a table with channel shifts, wanted one without")
+        if grid.divisor is not None:
+            raise KernelError("layer norm: got a table with divisors of channels, wanted one without")
         _check_table(x, grid, index)
         steps = None if index is None or len(grid.scale) == 1 else index.contiguous()
         scale, zero_point, bits, symmetric = grid.scale, grid.zero_point, grid.bits, grid.symmetric
@@ -173,6 +174,7 @@ def layer_norm_reference(
 
 def _check_table(x: Tensor, table: ActivationTable, index: Tensor | None) -> None:
     """Refuse a table that does not fit the samples."""
+    check_divisor(table, x.shape[-1])
     runs = 1 if index is None or len(table.scale) == 1 else index.numel()
     rows = math.prod(x.shape[:-1])
     if (index is None and len(table.scale) != 1) or runs == 0 or rows % runs:
@@ -190,16 +192,16 @@ def _group_norm_quantize(
     scale: Tensor,
     zero_point: Tensor,
     index: Tensor | None,
-    shift: Tensor | None,
+    divisor: Tensor | None,
     bits: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.norms import launch_group_norm
 
-        return launch_group_norm(x, groups, weight, bias, eps, silu, (scale, zero_point, index, shift, bits))
+        return launch_group_norm(x, groups, weight, bias, eps, silu, (scale, zero_point, index, divisor, bits))
     y = group_norm_reference(x, groups, weight, bias, eps, silu)
-    return quantize_by_table_reference(y, scale, zero_point, index, shift, bits)
+    return quantize_by_table_reference(y, scale, zero_point, index, divisor, bits)
 
 
 @_group_norm_quantize.register_fake
@@ -213,7 +215,7 @@ def _(
     scale: Tensor,
     zero_point: Tensor,
     index: Tensor | None,
-    shift: Tensor | None,
+    divisor: Tensor | None,
     bits: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,8 +27,6 @@ from kernels.packing import packed_size, unpack_codes
 
 # The least K of an int8 tensor-core instruction (mma.m16n8k32, wgmma k32): no dot may be shorter.
 MIN_LANE = 32
-# Exponents of DMQ's power-of-two steps: 15 << 3 is the largest shifted 4-bit weight that fits int8.
-MAX_SHIFT = 3
 _STORED_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
 # |sum| of K products of two 8-bit differences is at most K * 255 * 255, which int32 has to hold.
 MAX_COLUMNS = (2**31 - 1) // (255 * 255)
@@ -96,8 +94,6 @@ class PackedWeight:
         taps, since a tap that falls on padding has no part in it.
     channel : Tensor, shape (N,), dtype int32, or None
         The layer's output channel of each row; None if they are all of its channels, in order.
-    shift : Tensor, shape (C,), dtype int8, or None
-        Exponents of power-of-two steps: channel c of the input counts 2**shift[c] times. `total` includes them.
     layout : WeightLayout
     """
 
@@ -106,7 +102,6 @@ class PackedWeight:
     zero_point: Tensor
     total: Tensor
     channel: Tensor | None
-    shift: Tensor | None
     layout: WeightLayout
 
     @property
@@ -117,14 +112,14 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.codes, self.scale, self.zero_point, self.total, self.channel, self.shift)
+        tensors = (self.codes, self.scale, self.zero_point, self.total, self.channel)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the record on another device."""
-        channel, shift = (None if t is None else t.to(device) for t in (self.channel, self.shift))
+        channel = None if self.channel is None else self.channel.to(device)
         codes, scale, zero, total = (t.to(device) for t in (self.codes, self.scale, self.zero_point, self.total))
-        return PackedWeight(codes, scale, zero, total, channel, shift, self.layout)
+        return PackedWeight(codes, scale, zero, total, channel, self.layout)
 
 
 def pack_weight(
@@ -137,7 +132,6 @@ def pack_weight(
     taps: int = 1,
     group_size: int | None = None,
     channel: Tensor | None = None,
-    shift: Tensor | None = None,
 ) -> PackedWeight:
     """Lay out an artifact's packed weight for the kernels.
 
@@ -158,9 +152,6 @@ def pack_weight(
         shorter.
     channel : Tensor, shape (N,), optional
         Output channels of the rows, where they are not all of the layer's.
-    shift : Tensor, shape (channels,), whole numbers in [0, 3], optional
-        The exponents that the input was quantized with (`kernels.activations`); for at most 4 bits, so that a shifted
-        weight fits int8.
 
     Returns
     -------
@@ -170,7 +161,7 @@ def pack_weight(
     Raises
     ------
     KernelError
-        If shapes disagree, a group is not a multiple of 32, K is too long for an exact int32 sum, or shifts do not fit.
+        If shapes disagree, a group is not a multiple of 32, or K is too long for an exact int32 sum.
     """
     n = qweight.shape[0]
     _check_rows(qweight, bits, channels, taps)
@@ -189,15 +180,14 @@ def pack_weight(
     codes = unpack_codes(qweight, bits, taps * channels).view(n, taps, channels)
     if stored == 8:
         codes = (codes ^ 0x80).view(torch.int8)  # code - 128
-    exponents = None if shift is None else _check_shift(shift, stored, channels).to(qweight.device)
-    total = _totals(codes, zero, layout, exponents)
+    total = _totals(codes, zero, layout)
     index = None if channel is None else channel.to(qweight.device, torch.int32).contiguous()
     zero_codes = zero.to(torch.int8).contiguous()
-    return PackedWeight(_interleave(codes, layout), scale.contiguous(), zero_codes, total, index, exponents, layout)
+    return PackedWeight(_interleave(codes, layout), scale.contiguous(), zero_codes, total, index, layout)
 
 
 def weight_integers(weight: PackedWeight) -> Tensor:
-    """Return (code - zero_point) << shift of each column, shape (N, taps, channels), dtype int32."""
+    """Return code - zero_point of each column, shape (N, taps, channels), dtype int32."""
     layout = weight.layout
     n = weight.rows
     stored = weight.codes.view(n, layout.taps, layout.blocks, 1, layout.lane)
@@ -207,8 +197,7 @@ def weight_integers(weight: PackedWeight) -> Tensor:
         shifts = torch.arange(layout.per_byte, dtype=torch.int32, device=stored.device) * layout.bits
         codes = (stored.int() >> shifts[:, None]) & ((1 << layout.bits) - 1)
     codes = codes.reshape(n, layout.taps, -1)[..., : layout.channels]
-    values = codes - expand_weight_groups(weight.zero_point.int(), layout)
-    return values if weight.shift is None else values << weight.shift.int()
+    return codes - expand_weight_groups(weight.zero_point.int(), layout)
 
 
 def weight_values(weight: PackedWeight) -> Tensor:
@@ -266,28 +255,16 @@ def _interleave(codes: Tensor, layout: WeightLayout) -> Tensor:
     return packed.flatten(1)
 
 
-def _check_shift(shift: Tensor, bits: int, channels: int) -> Tensor:
-    """Refuse exponents that would push a weight out of int8."""
-    if bits > 4 or shift.shape != (channels,) or not bool(((shift >= 0) & (shift <= MAX_SHIFT)).all()):
-        raise KernelError(
-            f"shift: got shape {tuple(shift.shape)} with codes stored in {bits} bits, "
-            f"wanted ({channels},) exponents in [0, {MAX_SHIFT}] and at most 4 bits"
-        )
-    return shift.to(torch.int8).contiguous()
-
-
-def _totals(codes: Tensor, zero: Tensor, layout: WeightLayout, shift: Tensor | None) -> Tensor:
-    """Sum (code - zero_point) << shift over each group, in int16 where all fit."""
+def _totals(codes: Tensor, zero: Tensor, layout: WeightLayout) -> Tensor:
+    """Sum code - zero_point over each group, in int16 where all fit."""
     n, taps, channels = codes.shape
-    factor = torch.ones(channels, dtype=torch.int32, device=codes.device) if shift is None else 1 << shift.int()
     group, groups = layout.group_size or channels, layout.groups_per_tap
     runs = torch.zeros(n, taps, groups * group, dtype=codes.dtype, device=codes.device)
     runs[..., :channels] = codes
-    factors = factor.new_zeros(groups * group)
-    factors[:channels] = factor
-    # One tap at a time: the products are four times as large as the codes.
-    sums = [(runs[:, tap].view(n, groups, group).int() * factors.view(groups, group)).sum(-1) for tap in range(taps)]
-    counts = factors.view(groups, group).sum(-1)
+    # One tap at a time: the sums' operands are four times as large as the codes.
+    sums = [runs[:, tap].view(n, groups, group).sum(-1, dtype=torch.int32) for tap in range(taps)]
+    counts = torch.full((groups,), group, dtype=torch.int32, device=codes.device)
+    counts[-1] = channels - (groups - 1) * group
     totals = torch.cat(sums, dim=1) - zero * counts.repeat(taps)
-    most = group * ((1 << layout.bits) - 1) << (0 if shift is None else MAX_SHIFT)
+    most = group * ((1 << layout.bits) - 1)
     return totals.to(torch.int16 if layout.group_size and most < 2**15 else torch.int32)

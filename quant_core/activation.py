@@ -121,8 +121,11 @@ class ActivationQuantizer(nn.Module):
         """Return 2**shift of each channel, for each sample of `x` where they are of different steps."""
         if self.channels is None or not self.channels.shifted:
             return 1.0
-        index = self.clock.index.to(self.channel_shift.device)
-        rows = self.channel_shift[0 if len(self.channel_shift) == 1 else index]
+        rows = self.channel_shift[0]
+        if len(self.channel_shift) > 1:
+            index = self.clock.index.to(self.channel_shift.device)
+            rows = self.channel_shift.index_select(0, index.reshape(-1))  # a plain index would be read on the host
+            rows = rows if index.dim() else rows[0]
         if rows.dim() == 2 and x.shape[0] != len(rows):
             rows = rows.repeat_interleave(x.shape[0] // len(rows), dim=0)
         return torch.exp2(self.channels.shape(x, rows).float())

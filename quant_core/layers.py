@@ -187,10 +187,12 @@ class QuantLayer(nn.Module):
     def bit_groups(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (bits, output channels, their packed rows (n, bytes)) for each width in the mixture, rising."""
         start = 0
-        for bits, count in self.spec.weight.mixture:
+        counts = [count for _, count in self.spec.weight.mixture]
+        by_width = self.channel_bits.argsort(stable=True).split(counts)  # nonzero() would make the host wait
+        for (bits, count), channels in zip(self.spec.weight.mixture, by_width, strict=True):
             size = packed_size(self.columns, bits)
             rows = self.qweight[start : start + count * size].view(count, size)
-            yield bits, (self.channel_bits == bits).nonzero()[:, 0], rows
+            yield bits, channels, rows
             start += count * size
 
     @property

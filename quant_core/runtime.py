@@ -7,7 +7,6 @@ docs/adr/0006-runtime.md.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -15,27 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
-from kernels.affine import Granularity
 from kernels.backend import BackendUnavailableError, KernelBackend
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
-from kernels.cpu_activation import CpuGrid, cpu_grid, quantize_cpu, quantize_cpu_dynamic
-from kernels.cpu_weight import CpuWeight, pack_cpu_weight
+from kernels.cpu_activation import cpu_grid, quantize_cpu, quantize_cpu_dynamic
+from kernels.cpu_weight import CpuWeight
 from kernels.epilogue import Epilogue
 from kernels.errors import KernelError
 from kernels.gemm import linear_float, linear_int
-from kernels.packing import pack_codes
-from kernels.weights import PackedWeight, pack_weight
 from quant_core.activation import ActivationQuantizer
 from quant_core.errors import QuantizationError
+from quant_core.layer_parts import LayerPart, lay_out_parts
 from quant_core.layers import QuantLayer, replace_module
 from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, WeightSpec
 from quant_core.steps import StepClock
 
 # What this module knows of a layer's format. A layer with any other field set runs the reference.
 _KNOWN_FIELDS = {
-    LayerSpec: {"weight", "activation", "split"},
-    WeightSpec: {"bits", "symmetric", "granularity", "group_size"},
+    LayerSpec: {"weight", "activation", "split", "channel_scale", "channel_shift"},
+    WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture"},
     ActivationSpec: {"bits", "symmetric", "mode", "step_bits"},
 }
 
@@ -49,29 +46,6 @@ class LayerRun:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class LayerPart:
-    """Input channels `start` to `stop` of a layer: their weight, and the grids of their activations.
-
-    Attributes
-    ----------
-    weight : CpuWeight or PackedWeight
-    table : ActivationTable or None
-        None if grids are taken at run time, or the input is not quantized.
-    tops : Tensor, shape (S,), dtype int32, or None
-        Greatest code of each trajectory step, where their bits differ.
-    grids : tuple of CpuGrid
-        Those of `table`, one for each step; on the CPU only.
-    """
-
-    start: int
-    stop: int
-    weight: CpuWeight | PackedWeight
-    table: ActivationTable | None
-    tops: Tensor | None
-    grids: tuple[CpuGrid, ...] = ()
-
-
 class RuntimeLayer(nn.Module):
     """A quantized Conv2d or Linear that runs with integer arithmetic; made by `build_runtime`.
 
@@ -81,7 +55,7 @@ class RuntimeLayer(nn.Module):
     ----------
     run : LayerRun
     parts : list of LayerPart
-        Several if the input is split (`LayerSpec.split`).
+        Several if the input is split (`LayerSpec.split`) or its channels' steps differ (`LayerSpec.channel_shift`).
     """
 
     def __init__(self, layer: QuantLayer, name: str, backend: KernelBackend) -> None:
@@ -97,8 +71,8 @@ class RuntimeLayer(nn.Module):
         quantizers = _quantizers(layer)
         self.clock: StepClock | None = quantizers[0].clock if quantizers else None
         self.activation: ActivationSpec | None = quantizers[0].spec if quantizers else None
-        self.parts = [_part(layer, i, backend, self.geometry) for i in range(len(layer.spec.split or (0,)))]
-        self.run = LayerRun(name, backend, _how(self.parts, backend, self.activation))
+        self.parts = lay_out_parts(layer, backend, self.geometry)
+        self.run = LayerRun(name, backend, _how(self.parts, self.activation))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, in the dtype of `x`; an image (B, C, H, W) comes back in channels-last order."""
@@ -113,9 +87,8 @@ class RuntimeLayer(nn.Module):
         out: Tensor | None = None
         for i, part in enumerate(self.parts):
             is_last = i == len(self.parts) - 1
-            piece = rows if len(self.parts) == 1 else rows[..., part.start : part.stop]
             epilogue = Epilogue(x.dtype if is_last else torch.float32, self.bias if i == 0 else None, out)
-            out = self._multiply(piece, part, epilogue)
+            out = self._multiply(part.take(rows), part, epilogue)
         assert out is not None
         return out if self.geometry is None else out.permute(0, 3, 1, 2)
 
@@ -127,16 +100,17 @@ class RuntimeLayer(nn.Module):
             multiply = cpu_linear if self.geometry is None else cpu_conv2d
             return multiply(codes, weight, epilogue)
         if self.activation is None:
-            return linear_float(x, [weight], epilogue, self.run.backend)
+            return linear_float(x, weight, epilogue, self.run.backend)
         codes = self._codes(x, part, self.activation)
         if self.geometry is None:
-            return linear_int(codes, [weight], epilogue, self.run.backend)
-        return conv2d_int(codes, [weight], self.geometry, epilogue, self.run.backend)
+            return linear_int(codes, weight, epilogue, self.run.backend)
+        return conv2d_int(codes, weight, self.geometry, epilogue, self.run.backend)
 
     def _cpu_codes(self, x: Tensor, part: LayerPart) -> QuantizedActivation:
         if part.table is None:
             assert self.activation is not None
-            return quantize_cpu_dynamic(x, self.activation.bits, symmetric=self.activation.symmetric)
+            spec, factor = self.activation, part.channel_scale
+            return quantize_cpu_dynamic(x, spec.bits, symmetric=spec.symmetric, channel_scale=factor)
         step = 0 if len(part.grids) == 1 or self.clock is None else self.clock.step
         index = None if step is not None and part.tops is None else self._steps(x, part.table)
         grid = cpu_grid(part.table, index) if step is None or torch.compiler.is_compiling() else part.grids[step]
@@ -149,8 +123,14 @@ class RuntimeLayer(nn.Module):
     def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec) -> QuantizedActivation:
         if part.table is None:
             per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
-            bits, backend = spec.bits, self.run.backend
-            return quantize_dynamic(x, bits, symmetric=spec.symmetric, per_token=per_token, backend=backend)
+            return quantize_dynamic(
+                x,
+                spec.bits,
+                symmetric=spec.symmetric,
+                per_token=per_token,
+                channel_scale=part.channel_scale,
+                backend=self.run.backend,
+            )
         index = self._steps(x, part.table)
         codes = quantize_by_table(x, part.table, index, self.run.backend)
         return _limit_codes(codes, part, index, 2 ** (spec.bits - 1))
@@ -213,15 +193,23 @@ def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
                 replace_module(model, name, made)
                 runs.append(made.run)
                 continue
-        layer.group_index = layer.group_index.to(layer.qweight.device)
         runs.append(LayerRun(name, KernelBackend.REFERENCE, reason))
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     if device.type != "cpu":
-        for module in model.modules():
-            if isinstance(clock := getattr(module, "clock", None), StepClock):
-                clock.run_on(device)
+        _run_on(model, device)
     model.quantmill_runs = tuple(runs)  # type: ignore[assignment]
     return runs
+
+
+def _run_on(model: nn.Module, device: torch.device) -> None:
+    """Move what follows from the formats, and no state dict holds, to where the model runs without the host."""
+    for module in model.modules():
+        if isinstance(clock := getattr(module, "clock", None), StepClock):
+            clock.run_on(device)
+        if isinstance(module, ActivationQuantizer):
+            module.tops = module.tops.to(device)
+        if isinstance(module, QuantLayer):
+            module.group_index = module.group_index.to(device)
 
 
 def layer_runs(model: nn.Module) -> tuple[LayerRun, ...]:
@@ -278,39 +266,6 @@ def _geometry(layer: QuantLayer) -> ConvGeometry | None:
     return ConvGeometry((kh, kw), (sh, sw), (height, width), (dh, dw))
 
 
-def _part(layer: QuantLayer, number: int, backend: KernelBackend, geometry: ConvGeometry | None) -> LayerPart:
-    """Lay out one part of a layer."""
-    sizes = layer.spec.split or (layer.shape[1],)
-    start = sum(sizes[:number])
-    packed = _packed(layer, number, start, sizes)
-    weight = pack_cpu_weight([packed], geometry) if backend is KernelBackend.CPU else packed
-    table, tops = None, None
-    grids: tuple[CpuGrid, ...] = ()
-    quantizers = _quantizers(layer)
-    if quantizers and not quantizers[number].spec.is_dynamic:
-        quantizer = quantizers[number]
-        table = ActivationTable(quantizer.scale, quantizer.zero_point, quantizer.spec.bits, quantizer.spec.symmetric)
-        tops = quantizer.tops.to(layer.qweight.device, torch.int32) if quantizer.spec.step_bits else None
-        if backend is KernelBackend.CPU:
-            grids = tuple(cpu_grid(table, torch.tensor(step)) for step in range(quantizer.scale.numel()))
-    return LayerPart(start, start + sizes[number], weight, table, tops, grids)
-
-
-def _packed(layer: QuantLayer, number: int, start: int, sizes: tuple[int, ...]) -> PackedWeight:
-    """Give the kernels the columns of one part, (N, taps, channels of the part)."""
-    spec, channels, size = layer.spec.weight, layer.shape[1], sizes[number]
-    taps, qweight, scale, zero = layer.columns // channels, layer.qweight, layer.scale, layer.zero_point
-    if len(sizes) > 1:
-        codes = layer.codes().view(-1, taps, channels)[..., start : start + size]
-        qweight = pack_codes(codes.reshape(len(codes), -1), spec.bits)
-        if spec.granularity is not Granularity.PER_TENSOR:
-            counts = [1 if spec.group_size is None else math.ceil(each / spec.group_size) for each in sizes]
-            repeats = 1 if spec.group_size is None else taps
-            first, last = sum(counts[:number]), sum(counts[: number + 1])
-            scale, zero = (t.view(len(t), repeats, -1)[..., first:last].flatten(1) for t in (scale, zero))
-    return pack_weight(qweight, scale, zero, bits=spec.bits, channels=size, taps=taps, group_size=spec.group_size)
-
-
 def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | None, offset: int) -> QuantizedActivation:
     """Clamp codes to the greatest of their step, where bits differ; `offset` is what stored codes are less by."""
     if part.tops is None:
@@ -321,12 +276,12 @@ def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | No
     return replace(codes, codes=limited)
 
 
-def _how(parts: list[LayerPart], backend: KernelBackend, activation: ActivationSpec | None) -> str:
+def _how(parts: list[LayerPart], activation: ActivationSpec | None) -> str:
     """Say in a few words how a layer is computed."""
     weight = parts[0].weight
     if isinstance(weight, CpuWeight):
         how = "int8 products" if weight.digits == 1 else f"int8 products, weights in {weight.digits} digits"
     else:
-        bits = weight.layout.bits
-        how = f"{bits}-bit weights, {'float' if activation is None else 'int8'} products"
+        widths = " and ".join(str(each.layout.bits) for each in weight)
+        how = f"{widths}-bit weights, {'float' if activation is None else 'int8'} products"
     return how if len(parts) == 1 else f"{how}, {len(parts)} parts"

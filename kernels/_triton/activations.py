@@ -23,7 +23,7 @@ def by_table_kernel(
     scale_ptr,  # (S,) float32
     zero_ptr,  # (S,) float32, unsigned
     index_ptr,  # (R,) int64 or None
-    shift_ptr,  # (C,) int8 or None
+    divisor_ptr,  # (S, C) float32 or None
     codes_ptr,  # (M, C) int8
     run_scale_ptr,  # (R,) float32
     run_zero_ptr,  # (R,) int32
@@ -45,12 +45,13 @@ def by_table_kernel(
     step = tl.zeros((BLOCK_M,), dtype=tl.int64)
     if index_ptr is not None:
         step = tl.load(index_ptr + m // rows_per_run, mask=in_m, other=0)
-    scale = tl.load(scale_ptr + step, mask=in_m, other=1.0)[:, None]
     zero = tl.load(zero_ptr + step, mask=in_m, other=0.0)[:, None]
+    if divisor_ptr is not None:
+        divisor = tl.load(divisor_ptr + step[:, None] * C + c[None, :], mask=mask, other=1.0)
+    else:
+        divisor = tl.load(scale_ptr + step, mask=in_m, other=1.0)[:, None]
     x = tl.load(x_ptr + m[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    if shift_ptr is not None:
-        scale = scale * (1 << tl.load(shift_ptr + c, mask=c < C, other=0).to(tl.int32)).to(tl.float32)[None, :]
-    tl.store(codes_ptr + m[:, None] * C + c[None, :], code_of(x, scale, zero, TOP, HALF), mask=mask)
+    tl.store(codes_ptr + m[:, None] * C + c[None, :], code_of(x, divisor, zero, TOP, HALF), mask=mask)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         for run in range(runs):
             entry = tl.zeros((), dtype=tl.int64)
@@ -63,6 +64,7 @@ def by_table_kernel(
 @triton.jit
 def per_token_kernel(
     x_ptr,  # (M, C)
+    channel_scale_ptr,  # (C,) float32 or None
     codes_ptr,
     scale_ptr,  # (M,)
     zero_ptr,  # (M,)
@@ -81,13 +83,18 @@ def per_token_kernel(
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         x = tl.load(row + c, mask=c < C, other=0.0).to(tl.float32)
+        if channel_scale_ptr is not None:
+            x = tl.div_rn(x, tl.load(channel_scale_ptr + c, mask=c < C, other=1.0))
         low = tl.minimum(low, x)
         high = tl.maximum(high, x)
     scale, zero = grid_of(tl.min(low, axis=0), tl.max(high, axis=0), TOP, HALF, SYMMETRIC)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         x = tl.load(row + c, mask=c < C, other=0.0).to(tl.float32)
-        tl.store(codes_ptr + m * C + c, code_of(x, scale, zero, TOP, HALF), mask=c < C)
+        divisor = scale
+        if channel_scale_ptr is not None:
+            divisor = scale * tl.load(channel_scale_ptr + c, mask=c < C, other=1.0)
+        tl.store(codes_ptr + m * C + c, code_of(x, divisor, zero, TOP, HALF), mask=c < C)
     tl.store(scale_ptr + m, scale)
     tl.store(zero_ptr + m, zero.to(tl.int32) - HALF)
 
@@ -95,9 +102,11 @@ def per_token_kernel(
 @triton.jit
 def sample_range_kernel(
     x_ptr,  # (B, n), contiguous
+    channel_scale_ptr,  # (C,) float32 or None
     low_ptr,  # (B, chunks) float32
     high_ptr,
     n,
+    C,
     chunk,
     BLOCK_N: tl.constexpr,
 ):
@@ -110,6 +119,8 @@ def sample_range_kernel(
     for i0 in range(0, chunk, BLOCK_N):
         i = start + i0 + tl.arange(0, BLOCK_N)
         x = tl.load(base + i, mask=i < stop, other=0.0).to(tl.float32)
+        if channel_scale_ptr is not None:
+            x = tl.div_rn(x, tl.load(channel_scale_ptr + i % C, mask=i < stop, other=1.0))
         low = tl.minimum(low, x)
         high = tl.maximum(high, x)
     part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
@@ -120,12 +131,14 @@ def sample_range_kernel(
 @triton.jit
 def per_sample_kernel(
     x_ptr,
+    channel_scale_ptr,
     low_ptr,
     high_ptr,
     codes_ptr,
     scale_ptr,  # (B,)
     zero_ptr,  # (B,)
     n,
+    C,
     chunks,
     TOP: tl.constexpr,
     HALF: tl.constexpr,
@@ -141,14 +154,17 @@ def per_sample_kernel(
     scale, zero = grid_of(tl.min(low, axis=0), tl.max(high, axis=0), TOP, HALF, SYMMETRIC)
     i = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     x = tl.load(x_ptr + sample * n + i, mask=i < n, other=0.0).to(tl.float32)
-    tl.store(codes_ptr + sample * n + i, code_of(x, scale, zero, TOP, HALF), mask=i < n)
+    divisor = scale
+    if channel_scale_ptr is not None:
+        divisor = scale * tl.load(channel_scale_ptr + i % C, mask=i < n, other=1.0)
+    tl.store(codes_ptr + sample * n + i, code_of(x, divisor, zero, TOP, HALF), mask=i < n)
     if tl.program_id(1) == 0:
         tl.store(scale_ptr + sample, scale)
         tl.store(zero_ptr + sample, zero.to(tl.int32) - HALF)
 
 
 def launch_by_table(
-    x: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor | None, shift: Tensor | None, bits: int
+    x: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor | None, divisor: Tensor | None, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `by_table_kernel`."""
     rows = row_view(x)
@@ -157,16 +173,19 @@ def launch_by_table(
     codes, run_scale, run_zero = empty_quantized(x, runs)
     block_c = min(triton.next_power_of_2(max(columns, 1)), 512)
     block_m = max(1, BLOCK // block_c)
+    divisor = None if divisor is None else divisor.contiguous()
     grid = (max(1, triton.cdiv(m, block_m)), max(1, triton.cdiv(columns, block_c)))
     by_table_kernel[grid](
-        rows, scale.float().contiguous(), zero_point.float().contiguous(), index, shift, codes, run_scale, run_zero,
+        rows, scale.float().contiguous(), zero_point.float().contiguous(), index, divisor, codes, run_scale, run_zero,
         m, columns, runs, max(1, m // runs), rows.stride(0),
         TOP=2**bits - 1, HALF=2 ** (bits - 1), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, run_scale, run_zero
 
 
-def launch_dynamic(x: Tensor, runs: int, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def launch_dynamic(
+    x: Tensor, runs: int, bits: int, symmetric: bool, channel: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run `per_token_kernel`, or the two kernels of samples."""
     codes, scale, zero = empty_quantized(x, runs)
     top, half = 2**bits - 1, 2 ** (bits - 1)
@@ -174,7 +193,7 @@ def launch_dynamic(x: Tensor, runs: int, bits: int, symmetric: bool) -> tuple[Te
     if runs == rows.shape[0]:
         block_c = min(triton.next_power_of_2(rows.shape[1]), TOKEN_BLOCK)
         per_token_kernel[(runs,)](
-            rows, codes, scale, zero, rows.shape[1], rows.stride(0),
+            rows, channel, codes, scale, zero, rows.shape[1], rows.stride(0),
             TOP=top, HALF=half, SYMMETRIC=symmetric, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return codes, scale, zero
@@ -185,10 +204,10 @@ def launch_dynamic(x: Tensor, runs: int, bits: int, symmetric: bool) -> tuple[Te
     low = torch.empty(runs, chunks, dtype=torch.float32, device=x.device)
     high = torch.empty(runs, chunks, dtype=torch.float32, device=x.device)
     sample_range_kernel[(runs, chunks)](
-        dense, low, high, n, chunk, BLOCK_N=SAMPLE_BLOCK, num_warps=4, enable_fp_fusion=False
+        dense, channel, low, high, n, rows.shape[1], chunk, BLOCK_N=SAMPLE_BLOCK, num_warps=4, enable_fp_fusion=False
     )
     per_sample_kernel[(runs, triton.cdiv(n, SAMPLE_BLOCK))](
-        dense, low, high, codes, scale, zero, n, chunks,
+        dense, channel, low, high, codes, scale, zero, n, rows.shape[1], chunks,
         TOP=top, HALF=half, SYMMETRIC=symmetric, CHUNKS=triton.next_power_of_2(chunks), BLOCK_N=SAMPLE_BLOCK,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

@@ -27,7 +27,6 @@ def conv2d_int_kernel(
     scale_ptr,  # (N, G)
     zero_ptr,  # (N, G) int8
     total_ptr,  # (N, taps * groups of a tap)
-    shift_ptr,  # (C,) int8 or None
     channel_ptr,  # (N,) int32 or None
     bias_ptr,
     residual_ptr,
@@ -120,8 +119,6 @@ def conv2d_int_kernel(
                 zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
             if BITS < 8:
                 w = w - zero[None, :]
-                if shift_ptr is not None:
-                    w = w << tl.load(shift_ptr + c, mask=in_c, other=0)[:, None]
             elif not SYMMETRIC:
                 x_sum += tl.sum(x.to(tl.int32), axis=1)
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
@@ -185,13 +182,13 @@ def launch_conv2d_int(
     arch = architecture(out.device)
     for weight in weights:
         layout = weight.layout
-        heavy = rows.rank > 0 or weight.channel is not None or weight.shift is not None
+        heavy = rows.rank > 0 or weight.channel is not None
         heavy = heavy or (arch == "sm_80" and not x.symmetric)
         blocks = int_blocks(arch, m, weight.rows, layout, heavy=heavy)
         lane = blocks.k if layout.bits == 8 else layout.lane
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         conv2d_int_kernel[grid](
-            x.codes, x.scale, x.zero_point, weight.codes, weight.scale, weight.zero_point, weight.total, weight.shift,
+            x.codes, x.scale, x.zero_point, weight.codes, weight.scale, weight.zero_point, weight.total,
             weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
             m, weight.rows, channels, height, width, out_h, out_w, triton.cdiv(channels, lane * layout.per_byte),
             layout.groups_per_tap, m // len(x.scale), x.codes.stride(0), x.codes.stride(1), x.codes.stride(2),

@@ -25,7 +25,6 @@ def linear_int_kernel(
     scale_ptr,  # (N, G)
     zero_ptr,  # (N, G) int8
     total_ptr,  # (N, G)
-    shift_ptr,  # (K,) int8 or None
     channel_ptr,  # (N,) int32 or None
     bias_ptr,
     residual_ptr,
@@ -83,8 +82,6 @@ def linear_int_kernel(
                 zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
             if BITS < 8:
                 w = w - zero[None, :]
-                if shift_ptr is not None:
-                    w = w << tl.load(shift_ptr + k, mask=k < K, other=0)[:, None]
             elif not SYMMETRIC:
                 x_sum += tl.sum(x.to(tl.int32), axis=1)
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
@@ -127,7 +124,6 @@ def linear_float_kernel(
     w_ptr,
     scale_ptr,
     zero_ptr,
-    shift_ptr,
     channel_ptr,
     bias_ptr,
     residual_ptr,
@@ -180,8 +176,6 @@ def linear_float_kernel(
                 group = tl.minimum(first // GROUP_SIZE, groups - 1)  # beyond K, x is 0
                 zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32)
             w = lane_of(packed, i, BITS).to(tl.int32) - zero[None, :]
-            if shift_ptr is not None:
-                w = w << tl.load(shift_ptr + k, mask=k < K, other=0).to(tl.int32)[:, None]
             if GROUPED:
                 scale = tl.load(scale_ptr + n * groups + group, mask=in_n, other=0.0).to(tl.float32)
                 value += tl.dot(x, w.to(x.dtype), input_precision="ieee") * scale[None, :]
@@ -251,12 +245,12 @@ def launch_linear_int(
     arch = architecture(out.device)
     for weight in weights:
         layout = weight.layout
-        heavy = rows.rank > 0 or weight.channel is not None or weight.shift is not None
+        heavy = rows.rank > 0 or weight.channel is not None
         blocks = int_blocks(arch, m, weight.rows, layout, heavy=heavy)
         lane = blocks.k if layout.bits == 8 else layout.lane
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         linear_int_kernel[grid](
-            x.codes, x.scale, x.zero_point, weight.codes, weight.scale, weight.zero_point, weight.total, weight.shift,
+            x.codes, x.scale, x.zero_point, weight.codes, weight.scale, weight.zero_point, weight.total,
             weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
             m, weight.rows, columns, triton.cdiv(columns, lane * layout.per_byte), layout.groups, m // len(x.scale),
             x.codes.stride(0), weight.codes.shape[1], stride_of(rows.residual), n,
@@ -288,7 +282,7 @@ def launch_linear_float(
         if splits > 1:
             partial = torch.empty(splits, m, weight.rows, dtype=torch.float32, device=x.device)
         linear_float_kernel[(tiles, splits)](
-            x, weight.codes, weight.scale, weight.zero_point, weight.shift,
+            x, weight.codes, weight.scale, weight.zero_point,
             weight.channel, rows.bias, rows.residual, rows.down, rows.up, out, partial,
             m, weight.rows, columns, steps, layout.groups,
             x.stride(0), weight.codes.shape[1], stride_of(rows.residual), n,

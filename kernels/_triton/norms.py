@@ -89,7 +89,7 @@ def group_norm_quantize_kernel(
     scale_ptr,  # (S,)
     zero_ptr,
     index_ptr,
-    shift_ptr,
+    divisor_ptr,  # (S, C) or None
     codes_ptr,
     run_scale_ptr,
     run_zero_ptr,
@@ -125,11 +125,12 @@ def group_norm_quantize_kernel(
     step = tl.zeros((BLOCK_M,), dtype=tl.int64)
     if index_ptr is not None:
         step = tl.load(index_ptr + m // rows_per_run, mask=in_m, other=0)
-    scale = tl.load(scale_ptr + step, mask=in_m, other=1.0)[:, None]
     zero = tl.load(zero_ptr + step, mask=in_m, other=0.0)[:, None]
-    if shift_ptr is not None:
-        scale = scale * (1 << tl.load(shift_ptr + c, mask=in_c, other=0).to(tl.int32)).to(tl.float32)[None, :]
-    tl.store(codes_ptr + m[:, None] * C + c[None, :], code_of(x, scale, zero, TOP, HALF), mask=mask)
+    if divisor_ptr is not None:
+        divisor = tl.load(divisor_ptr + step[:, None] * C + c[None, :], mask=mask, other=1.0)
+    else:
+        divisor = tl.load(scale_ptr + step, mask=in_m, other=1.0)[:, None]
+    tl.store(codes_ptr + m[:, None] * C + c[None, :], code_of(x, divisor, zero, TOP, HALF), mask=mask)
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         for run in range(runs):
             entry = tl.zeros((), dtype=tl.int64)
@@ -205,8 +206,9 @@ def launch_group_norm(
     silu: bool,
     grid: tuple[Tensor, Tensor, Tensor | None, Tensor | None, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the three kernels of a group norm; `grid` is (scale, zero_point, index, shift, bits)."""
-    scale, zero_point, index, shift, bits = grid
+    """Run the three kernels of a group norm; `grid` is (scale, zero_point, index, divisor, bits)."""
+    scale, zero_point, index, divisor, bits = grid
+    divisor = None if divisor is None else divisor.contiguous()
     batch, channels = x.shape[0], x.shape[-1]
     rows = row_view(x)
     pixels, width = rows.shape[0] // batch, channels // groups
@@ -230,7 +232,7 @@ def launch_group_norm(
     block_m = max(1, BLOCK // block_c)
     group_norm_quantize_kernel[(triton.cdiv(rows.shape[0], block_m), triton.cdiv(channels, block_c))](
         rows, group_mean, group_rstd, weight, bias, scale.float().contiguous(), zero_point.float().contiguous(),
-        index, shift, codes, run_scale, run_zero,
+        index, divisor, codes, run_scale, run_zero,
         rows.shape[0], channels, pixels, runs, rows.shape[0] // runs, rows.stride(0),
         GROUPS=groups, WIDTH=width, SILU=silu, TOP=2**bits - 1, HALF=2 ** (bits - 1), BLOCK_M=block_m,
         BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,

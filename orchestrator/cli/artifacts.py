@@ -186,7 +186,7 @@ def _layer_table(found: dict[str, Any]) -> str:
         (
             each["layer"],
             _weight_text(each["weight"]) + (f" in {len(each['split'])} parts" if each["split"] else ""),
-            _activation_text(each["activation"]),
+            _activation_text(each["activation"]) + _channels_text(each),
             human_bytes(each["bytes"]),
             each["backend"],
             each["reason"],
@@ -199,7 +199,8 @@ def _layer_table(found: dict[str, Any]) -> str:
 
 def _weight_text(weight: dict[str, Any]) -> str:
     group = f" of {weight['group_size']}" if weight["group_size"] else ""
-    return f"{weight['bits']} {weight['granularity']}{group}"
+    widths = [bits for bits, _ in weight.get("mixture", [])] or [weight["bits"]]
+    return f"{'/'.join(map(str, widths))} {weight['granularity']}{group}"
 
 
 def _activation_text(activation: dict[str, Any] | None) -> str:
@@ -207,6 +208,12 @@ def _activation_text(activation: dict[str, Any] | None) -> str:
         return "float"
     bits = sorted(set(activation.get("step_bits") or [activation["bits"]]))
     return f"{'/'.join(map(str, bits))} {activation['mode']}"
+
+
+def _channels_text(layer: dict[str, Any]) -> str:
+    fields = {"channel_scale": "scaled", "channel_shift": "shifted"}
+    changed = [verb for field, verb in fields.items() if layer.get(field)]
+    return f", {' and '.join(changed)} channels" if changed else ""
 
 
 def _diff_text(difference: dict[str, Any]) -> str:

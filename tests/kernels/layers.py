@@ -38,7 +38,6 @@ def random_layer(
     symmetric: bool = False,
     unit_scale: bool = False,
     channel: Tensor | None = None,
-    shift: Tensor | None = None,
     device: str = "cpu",
 ) -> Layer:
     """Make a layer; with `unit_scale` every product of its kernels is a whole number."""
@@ -55,6 +54,6 @@ def random_layer(
         scale = scale.bfloat16()
     packed = pack_weight(
         pack_codes(codes, bits), scale, zero, bits=bits, channels=channels, taps=taps,
-        group_size=group_size, channel=channel, shift=shift,
+        group_size=group_size, channel=channel,
     )  # fmt: skip
     return Layer(codes, scale, zero, packed.to(device))

@@ -15,8 +15,8 @@ ONE = ActivationTable(torch.tensor([0.25]), torch.tensor([3.0]), 4)
 
 
 def moved(table: ActivationTable, device: str) -> ActivationTable:
-    shift = None if table.shift is None else table.shift.to(device)
-    return ActivationTable(table.scale.to(device), table.zero_point.to(device), table.bits, table.symmetric, shift)
+    divisor = None if table.divisor is None else table.divisor.to(device)
+    return ActivationTable(table.scale.to(device), table.zero_point.to(device), table.bits, table.symmetric, divisor)
 
 
 def same(got: QuantizedActivation, want: QuantizedActivation) -> None:
@@ -58,13 +58,40 @@ def test_by_table_equals_its_twin(shape: tuple[int, ...], dtype: torch.dtype, de
         same(quantize_by_table(x, table, steps, "triton"), quantize_by_table(x, table, steps, "reference"))
 
 
-def test_channel_shifts_are_powers_of_two(device: str) -> None:
-    x, shift = noise(4, 40), torch.arange(40, dtype=torch.int8) % 4
-    table = ActivationTable(torch.tensor([0.05]), torch.tensor([7.0]), 8, shift=shift)
-    want = quantize_affine(x, 0.05 * 2.0**shift, torch.tensor(7), 0, 255)
+def test_channels_have_divisors_of_their_own_and_infinity_leaves_one_out(device: str) -> None:
+    x, index = noise(4, 3, 600), torch.tensor([1, 0, 1, 1])
+    divisor = torch.rand(2, 600, generator=torch.Generator().manual_seed(0)) + 0.01
+    divisor[0, 5], divisor[1, 530:] = torch.inf, torch.inf
+    table = ActivationTable(torch.tensor([0.05, 0.2]), torch.tensor([7.0, 130.0]), 8, divisor=divisor)
     for backend in ("reference", "triton"):
-        got = quantize_by_table(x.to(device), moved(table, device), backend=backend)
-        assert torch.equal(got.codes.cpu().int() + 128, want.int())
+        got = quantize_by_table(x.to(device), moved(table, device), index.to(device), backend=backend)
+        codes = got.codes.cpu().int() + 128
+        for row, step in enumerate(index):
+            left_out = divisor[step].isinf()
+            want = quantize_affine(x[row], divisor[step].nan_to_num(posinf=1e38), table.zero_point[step], 0, 255)
+            assert torch.equal(codes[row], want.int())
+            assert bool((codes[row, :, left_out] == table.zero_point[step]).all())
+        assert torch.equal(got.scale.cpu(), table.scale[index])
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("shape", [(3, 63), (2, 3, 700)])
+def test_dynamic_ranges_of_scaled_channels_are_those_of_the_divided_input(
+    shape: tuple[int, ...], per_token: bool, device: str
+) -> None:
+    x, channels = noise(*shape), shape[-1]
+    factor = 2.0 ** (torch.arange(channels) % 7 - 3)  # powers of two, so that dividing twice rounds like once
+    want = quantize_dynamic(x / factor, 8, symmetric=False, per_token=per_token, backend="reference")
+    for factors in (factor, factor * 1.1):
+        twins = [
+            quantize_dynamic(
+                x.to(device), 8, symmetric=False, per_token=per_token, channel_scale=factors.to(device), backend=backend
+            )
+            for backend in ("triton", "reference")
+        ]
+        same(*twins)
+        if factors is factor:
+            same(twins[0], want)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 63), (2, 3, 2100), (2, 2, 3, 17)])
@@ -152,6 +179,8 @@ def test_bad_tables_are_refused() -> None:
         quantize_dynamic(x, 9, symmetric=True, per_token=True)
     with pytest.raises(KernelError, match="got an empty tensor"):
         quantize_dynamic(x[:0], 8, symmetric=True, per_token=True)
-    table = ActivationTable(torch.ones(1), torch.zeros(1), 8, shift=torch.zeros(3, dtype=torch.int8))
-    with pytest.raises(KernelError, match=r"shift: got shape \(3,\), wanted \(8,\)"):
+    table = ActivationTable(torch.ones(1), torch.zeros(1), 8, divisor=torch.ones(1, 3))
+    with pytest.raises(KernelError, match=r"divisor: got shape \(1, 3\), wanted \(1, 8\)"):
         quantize_by_table(x, table)
+    with pytest.raises(KernelError, match=r"channel_scale: got shape \(3,\), wanted \(8,\)"):
+        quantize_dynamic(x, 8, symmetric=True, per_token=True, channel_scale=torch.ones(3))

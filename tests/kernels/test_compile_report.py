@@ -13,7 +13,13 @@ import pytest
 from kernels.compile_report import ARCHITECTURES, SPILL_LIMIT, Usage, problems, table
 
 # A few kernels of each kind where registers are scarcest.
-QUICK = [("sm_90", "linear W8A8, 128"), ("sm_90", "conv 3x3/1 W4A8 g64"), ("gfx942", "linear W4A8, 128 x 128")]
+QUICK = [
+    ("sm_90", "linear W8A8, 128"),
+    ("sm_90", "conv 3x3/1 W4A8 g64"),
+    ("gfx942", "linear W4A8, 128 x 128"),
+    ("sm_100", "conv 3x3/1 W4A8, 128 x 32, of mixed bits"),
+    ("sm_80", "scaled channels"),
+]
 
 
 def compiled(*arguments: str) -> tuple[list[dict[str, Any]], str]:

@@ -47,7 +47,7 @@ def codes(*shape: int, runs: int) -> tuple[QuantizedActivation, QuantizedActivat
 
 
 @needs_vnni
-@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4, 6, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("shape", "runs"), [((1, 1), 1), ((6, 63), 3), ((2, 5, 128), 2)])
 def test_linear_sums_are_the_references_integers(bits: int, symmetric: bool, shape: tuple[int, ...], runs: int) -> None:
@@ -131,15 +131,21 @@ def test_scales_too_far_apart_are_refused() -> None:
 def test_codes_are_the_references(bits: int) -> None:
     x = torch.randn(3, 5, 17, generator=torch.Generator().manual_seed(0)) * 3
     half = 2 ** (bits - 1)
-    shift = torch.arange(17, dtype=torch.int8) % 4
-    table = ActivationTable(torch.tensor([0.03, 0.2]), torch.tensor([1.0, half]), bits, shift=shift)
+    divisor = torch.rand(2, 17, generator=torch.Generator().manual_seed(1)) + 0.02
+    divisor[1, 3] = torch.inf
+    factor = divisor[0]
+    table = ActivationTable(torch.tensor([0.03, 0.2]), torch.tensor([1.0, half]), bits, divisor=divisor)
     pairs = [
         (quantize_cpu_by_table(x, table, index), quantize_by_table(x, table, index))
         for index in (torch.tensor(1), torch.tensor([0, 1, 1]))
     ]
     pairs += [
-        (quantize_cpu_dynamic(x, bits, symmetric=s), quantize_dynamic(x, bits, symmetric=s, per_token=False))
+        (
+            quantize_cpu_dynamic(x, bits, symmetric=s, channel_scale=each),
+            quantize_dynamic(x, bits, symmetric=s, per_token=False, channel_scale=each),
+        )
         for s in (True, False)
+        for each in (None, factor)
     ]
     for got, want in pairs:
         assert got.codes.dtype == torch.uint8

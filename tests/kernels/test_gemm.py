@@ -34,7 +34,7 @@ def whole(x: QuantizedActivation) -> Tensor:
     return x.codes.long() - runs.long()[:, None]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("group_size", [None, 32, 64, 96])
 def test_sums_are_the_definitions_integers(bits: int, group_size: int | None, device: str) -> None:
     layer = random_layer(37, 200, bits=bits, group_size=group_size, unit_scale=True)
@@ -88,7 +88,7 @@ def test_channels_of_different_bits(device: str) -> None:
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     parts = [
         random_layer(rows.numel(), 130, bits=bits, unit_scale=True, channel=rows)
-        for rows, bits in zip(order.split((7, 30, 13)), (8, 4, 2), strict=True)
+        for rows, bits in zip(order.split((7, 20, 10, 13)), (8, 4, 2, 1), strict=True)
     ]
     x = activation(9, 130, 3, unit_scale=True)
     want = torch.zeros(9, 50, dtype=torch.long)
@@ -100,18 +100,6 @@ def test_channels_of_different_bits(device: str) -> None:
         weights = [part.packed.to(device) for part in parts]
         got = linear_int(to(x, device), weights, Epilogue(bias=bias.to(device)), backend)
         assert torch.equal(got.cpu(), want + bias), backend
-
-
-def test_shifted_activations_and_weights_cancel(device: str) -> None:
-    shift = torch.arange(70) % 4
-    layer = random_layer(20, 70, bits=4, unit_scale=True, shift=shift)
-    x = activation(5, 70, 1, unit_scale=True)
-    want = (whole(x) * 2**shift) @ layer.integers(70, None).t()
-    for backend in BACKENDS:
-        got = linear_int(to(x, device), [layer.packed.to(device)], Epilogue(), backend)
-        assert torch.equal(got.cpu().long(), want), backend
-        floats = linear_float(torch.ones(3, 70, device=device), [layer.packed.to(device)], Epilogue(), backend)
-        assert torch.equal(floats.cpu()[0].long(), (layer.integers(70, None) * 2**shift).sum(1))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])

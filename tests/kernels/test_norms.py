@@ -45,6 +45,17 @@ def test_group_norm(shape: tuple[int, ...], groups: int, silu: bool, affine: boo
         near(group_norm_quantize(x.to(device), norm, on(device), index.to(device), silu=silu, backend=backend), want)
 
 
+def test_group_norm_of_channels_with_divisors(device: str) -> None:
+    x, index = noise(2, 3, 4, 40) * 3, torch.tensor([1, 0])
+    divisor = torch.rand(2, 40, generator=torch.Generator().manual_seed(0)) * 0.1 + 0.01
+    divisor[1, 7] = torch.inf
+    table = ActivationTable(TABLE.scale, TABLE.zero_point, 8, divisor=divisor)
+    there = ActivationTable(TABLE.scale.to(device), TABLE.zero_point.to(device), 8, divisor=divisor.to(device))
+    want = quantize_by_table(F.silu(F.group_norm(x.movedim(-1, 1), 8)).movedim(1, -1), table, index, "reference")
+    for backend in BACKENDS:
+        near(group_norm_quantize(x.to(device), GroupNorm(8, 1e-5), there, index.to(device), backend=backend), want)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 5), (2, 7, 63), (3, 4, 1000)])
 @pytest.mark.parametrize("modulated", [True, False])
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -85,8 +96,8 @@ def test_what_does_not_fit_is_refused() -> None:
         group_norm_quantize(x, GroupNorm(3, 1e-5), TABLE)
     with pytest.raises(KernelError, match="modulation scale: got"):
         layer_norm_quantize(x, LayerNorm(1e-5, scale=torch.zeros(2, 6)), TABLE, index)
-    shifted = ActivationTable(torch.ones(1), torch.zeros(1), 8, shift=torch.zeros(6, dtype=torch.int8))
+    scaled = ActivationTable(torch.ones(1), torch.zeros(1), 8, divisor=torch.ones(1, 6))
     with pytest.raises(KernelError, match="wanted one without"):
-        layer_norm_quantize(x, LayerNorm(1e-5), shifted)
+        layer_norm_quantize(x, LayerNorm(1e-5), scaled)
     with pytest.raises(KernelError, match="wanted at most 16384"):
         layer_norm_quantize(torch.zeros(1, 16385), LayerNorm(1e-5), 8)

@@ -124,7 +124,7 @@ def submit_recipe(home: Path, recipe: str, settings: tuple[str, ...]) -> str:
 
 
 # Iterations enough for a checkpoint, of which the first comes after five seconds.
-DISTILL = ("passes.distill.iterations=400", "passes.distill.seeds=4", "passes.distill.shard_seeds=2")
+DISTILL = ("passes.distill.iterations=150", "passes.distill.seeds=4", "passes.distill.shard_seeds=2")
 SCENARIOS = {
     "noop": Scenario(
         submit=submit_noop,

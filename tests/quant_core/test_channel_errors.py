@@ -23,6 +23,7 @@ from quant_core.model import build_quantized
 from quant_core.qspec import SHIFT_DEPTH, ActivationSpec
 from quant_core.rounding import RoundingConfig, UnitRanges, round_units
 from quant_core.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from tests.quant_core.agreement import check_release
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
 PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]
@@ -153,6 +154,9 @@ def test_mixed_bits_are_packed_counted_and_loaded(
     with torch.no_grad():
         for batch in calibration.by_step(4):
             assert torch.equal(replay(loaded, batch), replay(denoiser.model, batch))
+    for backend in ("cpu", "auto"):
+        runs = check_release(folder, backend, lambda model: replay(model, batch))
+        assert set(runs.values()) <= {"cpu"}
 
 
 def test_channel_bits_that_do_not_fit_the_config_are_refused(folder: Path) -> None:

@@ -28,6 +28,7 @@ from quant_core.reconstruction import ReconstructionConfig, reconstruct_unit
 from quant_core.rounding import RoundingConfig, RoundingMethod, UnitRanges, round_units
 from quant_core.steps import StepClock
 from quant_core.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from tests.quant_core.agreement import check_release
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
 PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]
@@ -118,8 +119,9 @@ def test_the_codes_are_those_of_the_kernels() -> None:
     x = random(2, 50, 6)
     clock.set_timestep(torch.tensor([9.0, 5.0]))
     for row in range(2):
+        divisor = quantizer.scale[:, None] * 2.0 ** quantizer.channel_shift.float()
         codes, scale, zero = quantize_by_table_reference(
-            x[row], quantizer.scale, quantizer.zero_point, torch.tensor([row]), quantizer.channel_shift[row], 6
+            x[row], quantizer.scale, quantizer.zero_point, torch.tensor([row]), divisor, 6
         )
         steps = scale * 2.0 ** quantizer.channel_shift[row].float()
         assert torch.equal(quantizer(x)[row], (codes.float() - zero) * steps)
@@ -193,6 +195,9 @@ def test_rounding_learning_packing_and_loading_agree(
     loaded = quant_core.load_quantized(folder, backend="reference")
     batch = calibration.gather(torch.tensor([0, 5, 9]))
     assert torch.equal(replay(loaded, batch), replay(simulated, batch))
+    for backend in ("cpu", "auto"):
+        runs = check_release(folder, backend, lambda model: replay(model, batch))
+        assert set(runs.values()) <= {"cpu"}
     # as a plain model, the weight is what it was again
     for name in names:
         plain = dequantized_state(loaded)[f"{name}.weight"]

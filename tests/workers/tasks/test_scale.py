@@ -13,6 +13,7 @@ from quant_core.channel_factors import ChannelFactors
 from quant_core.denoiser import load_denoiser
 from quant_core.qspec import SHIFT_DEPTH
 from quant_core.unit_state import UnitState
+from tests.quant_core.agreement import check_release
 from workers.context import TaskOutput
 from workers.manifest import pull_tree
 from workers.store import NodeStore
@@ -81,6 +82,9 @@ def test_factors_go_through_rounding_into_the_packed_model(
         for batch in calibration.by_step(6):
             exact = replay(floats, batch)
             assert 0.001 < float((replay(loaded, batch) - exact).norm() / exact.norm()) < 0.5
+    for backend in ("cpu", "auto"):
+        runs = check_release(tmp_path / "packed", backend, lambda model: replay(model, batch))
+        assert not runs or runs[SKIP] == "cpu"
 
 
 def test_smooth_scales_need_no_second_moments(

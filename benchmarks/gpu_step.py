@@ -1,0 +1,249 @@
+"""One step of a UNet of SDXL's size with random weights on a GPU: packed against bfloat16.
+
+    python -m benchmarks.gpu_step [--batches 1 8] [--latents 128] [--repeats 20] [--formats W8A8 W4A8] [--out FILE]
+
+Each model is called in three ways: as it is, compiled (`torch.compile`, default mode), and compiled and captured once
+as a CUDA graph. All of one batch size take turns, `--repeats` times, timed by CUDA events; the median counts. Prints
+one JSON document: milliseconds, the ratio to compiled bfloat16, and what is in memory after loading. `speedup` is over
+bfloat16 in the same way of calling. Weights and codes are random, scaled so that activations keep their size, so times
+are those of a trained model and images mean nothing. All Linear and Conv2d layers but the first and the last
+convolution are packed; every input has a range for each of 20 steps; attention products are in bfloat16. The captured
+graph runs at two timesteps, and must then give what the model gives without it.
+
+Peak memory is some 30 GiB, of the bfloat16 model and one packed one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from kernels.affine import Granularity
+from kernels.backend import KernelBackend
+from quant_core.activation import ActivationQuantizer
+from quant_core.layers import QUANTIZABLE, QuantLayer
+from quant_core.model import build_quantized
+from quant_core.qspec import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_core.runtime import build_runtime
+
+Call = Callable[[], Tensor]
+HALF = torch.bfloat16
+STEPS = tuple(float(t) for t in range(951, 0, -50))
+# The UNet of stabilityai/stable-diffusion-xl-base-1.0.
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+FORMATS = {
+    "W8A8": WeightSpec(8),
+    "W4A8": WeightSpec(4),
+    "W4A8 g64": WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=64),
+}
+# Kernels are the same with and without a graph, but libraries may choose others for it; a wrong step is far beyond.
+GRAPH_TOLERANCE = 0.01
+_FLOAT_LAYERS = ("conv_in", "conv_out")
+
+
+def empty_unet(shapes: dict[str, Any]) -> nn.Module:
+    """Return the UNet without memory for its weights."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**shapes).eval().requires_grad_(False)
+
+
+def half_unet(shapes: dict[str, Any], device: str) -> nn.Module:
+    """Return the UNet in bfloat16, channels last."""
+    model = empty_unet(shapes).to(HALF).to_empty(device=device)
+    _fill_floats(model)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def packed_unet(shapes: dict[str, Any], weight: WeightSpec, device: str, backend: KernelBackend) -> nn.Module:
+    """Return the UNet with packed layers; what is not packed is in bfloat16."""
+    model = empty_unet(shapes)
+    named = ((name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZABLE))
+    names = [name for name, _ in named if name not in _FLOAT_LAYERS]
+    spec = LayerSpec(weight, ActivationSpec(8))
+    build_quantized(model, QuantizationPlan(dict.fromkeys(names, spec), {}, STEPS))
+    model = model.to_empty(device=device)
+    _fill_floats(model)
+    for module in model.modules():
+        if isinstance(module, QuantLayer):
+            _fill_codes(module)
+        elif isinstance(module, ActivationQuantizer):
+            module.scale.copy_(torch.linspace(8 / 255, 12 / 255, len(module.scale)))
+            module.zero_point.fill_(128)
+    build_runtime(model, backend)
+    return model.to(HALF).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _fill_floats(model: nn.Module) -> None:
+    """Give weights a spread of 1 / sqrt(inputs), norms 1, everything else 0."""
+    for name, tensor in model.named_parameters():
+        if tensor.dim() > 1:
+            tensor.data.normal_(std=tensor[0].numel() ** -0.5)
+        else:
+            tensor.data.fill_(1.0 if name.endswith("weight") else 0.0)
+
+
+def _fill_codes(layer: QuantLayer) -> None:
+    """Give random codes the same spread; uniform ones of n levels have n / sqrt(12)."""
+    levels = 2**layer.spec.weight.bits
+    layer.qweight.random_(0, 256)
+    layer.zero_point.fill_(levels // 2)
+    layer.scale.fill_(12**0.5 / levels * layer.columns**-0.5)
+    if layer.bias is not None:
+        layer.bias.zero_()
+
+
+def inputs(shapes: dict[str, Any], batch: int, latents: int, device: str) -> dict[str, Any]:
+    """Return what the UNet is called with; its timestep is a tensor on the device."""
+    draw = torch.Generator(device).manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, device=device, dtype=HALF)
+
+    pooled = shapes["projection_class_embeddings_input_dim"] - 6 * shapes["addition_time_embed_dim"]
+    image = noise(batch, shapes["in_channels"], latents, latents).contiguous(memory_format=torch.channels_last)
+    added = {"text_embeds": noise(batch, pooled), "time_ids": torch.zeros(batch, 6, device=device, dtype=HALF)}
+    return {
+        "sample": image,
+        "timestep": torch.tensor(STEPS[9], device=device),
+        "encoder_hidden_states": noise(batch, 77, shapes["cross_attention_dim"]),
+        "added_cond_kwargs": added,
+    }
+
+
+def captured(run: Call) -> Call:
+    """Return a call that replays `run` from a CUDA graph; its output is overwritten by the next."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+def ways(model: nn.Module, told: dict[str, Any]) -> Iterator[tuple[str, Call]]:
+    """Yield the ways in which a model is called, and check that its graph follows the timestep."""
+
+    def call(of: Callable[..., Any]) -> Call:
+        return lambda: of(**told, return_dict=False)[0]
+
+    yield "eager", call(model)
+    compiled = call(torch.compile(model, fullgraph=True))
+    yield "compiled", compiled
+    replay = captured(compiled)
+    for timestep in (STEPS[3], STEPS[9]):
+        told["timestep"].fill_(timestep)
+        want, got = compiled(), replay()
+        off = float((got.float() - want.float()).norm() / want.float().norm())
+        if not off <= GRAPH_TOLERANCE:
+            raise SystemExit(f"CUDA graph at timestep {timestep}: got a relative difference of {off:g}, wanted none")
+    yield "compiled, CUDA graph", replay
+
+
+def take_turns(calls: dict[str, Call], repeats: int) -> dict[str, float]:
+    """Return the median milliseconds of each call."""
+    seen: dict[str, list[float]] = {name: [] for name in calls}
+    for run in calls.values():
+        run()
+    for _ in range(repeats):
+        for name, run in calls.items():
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize()
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+            seen[name].append(start.elapsed_time(stop))
+    return {name: statistics.median(times) for name, times in seen.items()}
+
+
+def measure(formats: Sequence[str], batch: int, latents: int, repeats: int) -> dict[str, Any]:
+    """Measure the formats at one batch size, each beside bfloat16."""
+    told = inputs(SDXL, batch, latents, "cuda")
+    results: dict[str, Any] = {}
+    for name in formats:
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        packed = packed_unet(SDXL, FORMATS[name], "cuda", KernelBackend.TRITON)
+        packed_bytes = torch.cuda.memory_allocated() - before
+        plain = half_unet(SDXL, "cuda")
+        plain_bytes = torch.cuda.memory_allocated() - before - packed_bytes
+        models = {"bfloat16": plain, name: packed}
+        calls = {f"{model}, {way}": run for model, each in models.items() for way, run in ways(each, told)}
+        times = take_turns(calls, repeats)
+        results[name] = {
+            "ms": {key: round(ms, 3) for key, ms in times.items()},
+            "speedup": {
+                way: round(times[f"bfloat16, {way}"] / times[f"{name}, {way}"], 3)
+                for way in (key.removeprefix(f"{name}, ") for key in times if key.startswith(f"{name}, "))
+            },
+            "loaded_bytes": {"bfloat16": plain_bytes, name: packed_bytes},
+            "layers": dict(Counter(str(run.backend) for run in packed.quantmill_runs)),
+        }
+        del packed, plain, models, calls
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command of this module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--latents", type=int, default=SDXL["sample_size"])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("device: got no GPU, wanted one that Triton compiles for")
+    import triton
+
+    device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    with torch.no_grad():
+        measured = {
+            str(batch): measure(options.formats, batch, options.latents, options.repeats) for batch in options.batches
+        }
+    text = json.dumps({"device": device, "latents": options.latents, "batches": measured}, indent=1)
+    if options.out:
+        options.out.write_text(text + "\n")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

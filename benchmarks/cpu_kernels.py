@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from kernels.activations import ActivationTable
 from kernels.conv import ConvGeometry
-from kernels.cpu import cpu_conv2d, cpu_linear, quantize_cpu_by_table
+from kernels.cpu import cpu_conv2d, cpu_linear
+from kernels.cpu_activation import CpuActivation, cpu_grid, quantize_cpu
 from kernels.cpu_weight import pack_cpu_weight, sums_pairs_exactly
 from kernels.epilogue import Epilogue
 from kernels.packing import pack_codes
@@ -73,12 +74,13 @@ def candidates(shape: Shape) -> dict[str, Callable[[], Tensor]]:
     if shape.kernel == 0:
         x, w = torch.randn(shape.size, shape.channels), torch.randn(shape.outputs, shape.channels)
         half, w_half = x.bfloat16(), w.bfloat16()
-        codes, packed = quantize_cpu_by_table(x, TABLE), pack_cpu_weight([weight], None, x.shape)
+        grid = cpu_grid(TABLE)
+        codes, packed = quantize_cpu(x, grid, TABLE.bits), pack_cpu_weight([weight], None, x.shape)
         return {
             "float32": lambda: F.linear(x, w),
             "bfloat16": lambda: F.linear(half, w_half),
-            "quantize": lambda: quantize_cpu_by_table(x, TABLE).codes,
-            "quantize bfloat16": lambda: quantize_cpu_by_table(half, TABLE).codes,
+            "quantize": lambda: quantize_cpu(x, grid, TABLE.bits).codes,
+            "quantize bfloat16": lambda: quantize_cpu(half, grid, TABLE.bits).codes,
             "integer": lambda: cpu_linear(codes, packed, Epilogue()),
             "integer to bfloat16": lambda: cpu_linear(codes, packed, Epilogue(torch.bfloat16)),
         }
@@ -89,13 +91,18 @@ def candidates(shape: Shape) -> dict[str, Callable[[], Tensor]]:
     half, kernel_half = last.bfloat16(), kernel_last.bfloat16()
     rows, half_rows = last.permute(0, 2, 3, 1), half.permute(0, 2, 3, 1)
     geometry = ConvGeometry((shape.kernel, shape.kernel), padding=(pad, pad))
-    codes, packed = quantize_cpu_by_table(rows, TABLE), pack_cpu_weight([weight], geometry, image.shape)
+    grid, packed = cpu_grid(TABLE), pack_cpu_weight([weight], geometry)
+
+    def quantize(rows: Tensor) -> CpuActivation:
+        return quantize_cpu(rows, grid, TABLE.bits, padding=(pad, pad))
+
+    codes = quantize(rows)
     return {
         "float32": lambda: F.conv2d(image, kernel, padding=pad),
         "float32 channels last": lambda: F.conv2d(last, kernel_last, padding=pad),
         "bfloat16": lambda: F.conv2d(half, kernel_half, padding=pad),
-        "quantize": lambda: quantize_cpu_by_table(rows, TABLE).codes,
-        "quantize bfloat16": lambda: quantize_cpu_by_table(half_rows, TABLE).codes,
+        "quantize": lambda: quantize(rows).codes,
+        "quantize bfloat16": lambda: quantize(half_rows).codes,
         "integer": lambda: cpu_conv2d(codes, packed, Epilogue()),
         "integer to bfloat16": lambda: cpu_conv2d(codes, packed, Epilogue(torch.bfloat16)),
     }

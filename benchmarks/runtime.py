@@ -5,9 +5,13 @@
 
 All models run one step in turn, `--repeats` times, and each keeps its least time and its median: load of other
 processes falls on all alike. Seconds are the thread's CPU seconds, which do not count waiting for a processor, and
-wall seconds beside them. float32 and bfloat16 are measured in both memory layouts; ratios are to the better one. With
-releases, samples of the same seeds are drawn with the reference and with the integer backend, and compared.
-`--stable-diffusion N` measures a UNet of Stable Diffusion 1.5's shapes with random 8-bit codes on N x N latents.
+wall seconds beside them. float32 and bfloat16 are measured in both memory layouts; ratios are to the better one.
+`--compile` measures each also compiled by Inductor (minutes each). `--stable-diffusion N` measures a UNet of Stable
+Diffusion 1.5's shapes with random 8-bit codes on N x N latents, with float32 and with bfloat16 between its layers.
+
+    python -m benchmarks.runtime --images --release W8A8=FOLDER --seeds 64 --out FILE
+
+draws samples of the same seeds with the reference and the integer backend, and compares them.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +56,13 @@ def runtime(folder: Path) -> nn.Module:
     return model
 
 
-def class_step(model: nn.Module, batch: int, timestep: float, dtype: torch.dtype, layout: torch.memory_format) -> Step:
+def class_step(
+    model: Callable[..., Any], batch: int, timestep: float, dtype: torch.dtype, layout: torch.memory_format
+) -> Step:
     """Return one step of a class-conditional UNet that is in `dtype` and `layout`."""
-    x = torch.randn(batch, *sample_shape(model), generator=torch.Generator().manual_seed(0))
-    x, labels = x.to(dtype, memory_format=layout), torch.arange(batch)
+    plain = getattr(model, "_orig_mod", model)
+    x = torch.randn(batch, *sample_shape(plain), generator=torch.Generator().manual_seed(0))
+    x, labels = x.to(dtype, memory_format=layout), torch.arange(batch) % plain.config.num_class_embeds
     return lambda: model(x, torch.tensor(timestep), class_labels=labels).sample
 
 
@@ -81,33 +89,64 @@ def take_turns(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, floa
 
 def ratios(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Return each packed model's least and median CPU time over the better float32's and bfloat16's."""
-    result = {}
-    for name in [name for name in times if name not in _FLOATS]:
-        result[name] = {
-            f"{key} of {dtype}": times[name][key] / min(each[key] for other, each in times.items() if dtype in other)
-            for dtype in ("float32", "bfloat16")
-            for key in ("cpu_ms", "cpu_ms_median")
-        }
+    floats = {name for name in times if name.removesuffix(", compiled") in _FLOATS}
+    result: dict[str, dict[str, float]] = {}
+    for name in [name for name in times if name not in floats]:
+        result[name] = {}
+        for dtype in ("float32", "bfloat16"):
+            for compiled in (False, True):
+                base = [times[other] for other in floats if dtype in other and other.endswith("compiled") is compiled]
+                for key in ("cpu_ms", "cpu_ms_median") if base else ():
+                    of = f"{key} of {dtype}{', compiled' if compiled else ''}"
+                    result[name][of] = times[name][key] / min(each[key] for each in base)
     return result
 
 
-def image_psnr(folder: Path, seeds: int) -> list[float]:
-    """Return the PSNR, dB, of each seed's image on the integer backend against the reference's; peak 2 (-1 to 1)."""
+def image_psnr(folder: Path, seeds: int) -> dict[str, Any]:
+    """Return the PSNR, dB, of each seed's image against the reference's; peak 2 (-1 to 1)."""
     spec = SamplerSpec(num_inference_steps=20)
     scheduler = make_scheduler(spec, json.loads((folder / SCHEDULER_FILE).read_text()))
-    images = []
-    for model in (load_folder(folder), runtime(folder)):
+
+    def draw(model: nn.Module) -> Tensor:
         told = trajectory_conditioning(model, spec, range(seeds), None)
-        images.append(sample(model, scheduler, spec, range(seeds), told, batch_size=seeds).clamp(-1, 1))
-    error = (images[0] - images[1]).square().flatten(1).mean(1)
-    return [round(10 * float(torch.log10(4 / each)), 2) for each in error]
+        return sample(model, scheduler, spec, range(seeds), told, batch_size=min(seeds, 16)).clamp(-1, 1)
+
+    want = draw(load_folder(folder))
+    error = (want - draw(runtime(folder))).square().flatten(1).mean(1)
+    found = [round(10 * float(torch.log10(4 / each)), 2) for each in error]
+    above = sum(each >= 45 for each in found)
+    return {"mean": statistics.mean(found), "least": min(found), "above 45 dB": above, "seeds": seeds, "all": found}
 
 
 def stable_diffusion(size: int, repeats: int) -> dict[str, Any]:
     """Measure Stable Diffusion 1.5's shapes at batch 1."""
     shapes: dict[str, Any] = {"sample_size": size, "cross_attention_dim": 768}
     with torch.device("meta"):
-        packed, plain = UNet2DConditionModel(**shapes), UNet2DConditionModel(**shapes)
+        plain = UNet2DConditionModel(**shapes)
+    plain = plain.to_empty(device="cpu").eval().requires_grad_(False)
+    for tensor in plain.state_dict().values():
+        tensor.normal_(std=0.02)
+    text, x, t = torch.randn(1, 77, 768), torch.randn(1, 4, size, size), torch.tensor(500)
+
+    def step(model: nn.Module, dtype: torch.dtype) -> Step:
+        image = x.to(dtype, memory_format=torch.channels_last)
+        return lambda: model(image, t, encoder_hidden_states=text.to(dtype)).sample
+
+    plain = plain.to(memory_format=torch.channels_last)
+    steps = {
+        "float32, channels last": step(plain, torch.float32),
+        "bfloat16, channels last": step(_half_of(plain, shapes), torch.bfloat16),
+        "W8A8": step(_random_codes(shapes), torch.float32),
+        "W8A8, bfloat16 between layers": step(_random_codes(shapes).to(torch.bfloat16), torch.bfloat16),
+    }
+    times = take_turns(steps, repeats)
+    return {"latents": size, "batch": 1, "times": times, "ratios": ratios(times)}
+
+
+def _random_codes(shapes: dict[str, Any]) -> nn.Module:
+    """Return a packed UNet for the integer backend: symmetric 8-bit weights, one range for each layer."""
+    with torch.device("meta"):
+        packed = UNet2DConditionModel(**shapes)
     spec = LayerSpec(WeightSpec(8, symmetric=True), ActivationSpec(8, mode=ActivationMode.STATIC))
     names = [name for name, module in packed.named_modules() if isinstance(module, QUANTIZABLE)]
     build_quantized(packed, QuantizationPlan(dict.fromkeys(names, spec), {}))
@@ -120,24 +159,7 @@ def stable_diffusion(size: int, repeats: int) -> dict[str, Any]:
         else:
             tensor.random_(0, 256)
     build_runtime(packed, KernelBackend.CPU)
-    plain = plain.to_empty(device="cpu").eval().requires_grad_(False)
-    for tensor in plain.state_dict().values():
-        tensor.normal_(std=0.02)
-    text, x, t = torch.randn(1, 77, 768), torch.randn(1, 4, size, size), torch.tensor(500)
-
-    def step(model: nn.Module, dtype: torch.dtype) -> Step:
-        image = x.to(dtype, memory_format=torch.channels_last)
-        return lambda: model(image, t, encoder_hidden_states=text.to(dtype)).sample
-
-    plain = plain.to(memory_format=torch.channels_last)
-    half = _half_of(plain, shapes)
-    steps = {
-        "float32, channels last": step(plain, torch.float32),
-        "bfloat16, channels last": step(half, torch.bfloat16),
-        "W8A8": step(packed, torch.float32),
-    }
-    times = take_turns(steps, repeats)
-    return {"latents": size, "batch": 1, "times": times, "ratios": ratios(times)}
+    return packed
 
 
 def _half_of(model: nn.Module, shapes: dict[str, Any]) -> nn.Module:
@@ -149,7 +171,9 @@ def _half_of(model: nn.Module, shapes: dict[str, Any]) -> nn.Module:
     return half
 
 
-def emoji(model: Path, releases: dict[str, Path], batches: Sequence[int], repeats: int, seeds: int) -> dict[str, Any]:
+def emoji(
+    model: Path, releases: dict[str, Path], batches: Sequence[int], repeats: int, compiled: bool
+) -> dict[str, Any]:
     """Measure a class-conditional UNet's releases."""
     result: dict[str, Any] = {"batches": {}}
     for batch in batches:
@@ -159,15 +183,17 @@ def emoji(model: Path, releases: dict[str, Path], batches: Sequence[int], repeat
             packed = runtime(folder)
             timestep = packed.config.quantization_config.timesteps[7]  # type: ignore[union-attr]
             steps[name] = class_step(packed, batch, timestep, torch.float32, torch.channels_last)
+            if compiled:
+                steps[name]()  # orders the weights for these images
+                both = (batch, timestep, torch.float32, torch.channels_last)
+                steps[f"{name}, compiled"] = class_step(torch.compile(packed), *both)
         for name, (dtype, layout) in _FLOATS.items():
             plain = load_denoiser(model).model.to(dtype, memory_format=layout)  # type: ignore[call-overload]
             steps[name] = class_step(plain, batch, timestep, dtype, layout)
+            if compiled:
+                steps[f"{name}, compiled"] = class_step(torch.compile(plain), batch, timestep, dtype, layout)
         times = take_turns(steps, repeats)
         result["batches"][str(batch)] = {"times": times, "ratios": ratios(times)}
-    psnr = {name: image_psnr(folder, seeds) for name, folder in releases.items()}
-    result["psnr_db_against_reference"] = {
-        name: {"least": min(v), "seeds": seeds, "all": v} for name, v in psnr.items()
-    }
     return result
 
 
@@ -178,18 +204,23 @@ def main() -> None:
     parser.add_argument("--release", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--images", action="store_true")
+    parser.add_argument("--seeds", type=int, default=64)
     parser.add_argument("--stable-diffusion", type=int, metavar="SIZE")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
+        releases = {name: Path(folder) for name, _, folder in (each.partition("=") for each in args.release)}
         if args.stable_diffusion:
             measured = stable_diffusion(args.stable_diffusion, args.repeats)
+        elif args.images:
+            measured = {name: image_psnr(folder, args.seeds) for name, folder in releases.items()}
         else:
-            releases = {name: Path(folder) for name, _, folder in (each.partition("=") for each in args.release)}
-            measured = emoji(args.model, releases, args.batches, args.repeats, args.seeds)
-    text = json.dumps({"torch": torch.__version__, "threads": 1, "repeats": args.repeats, **measured}, indent=2)
+            measured = emoji(args.model, releases, args.batches, args.repeats, args.compile)
+    said = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "threads": 1}
+    text = json.dumps(said | ({} if args.images else {"repeats": args.repeats}) | measured, indent=2)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

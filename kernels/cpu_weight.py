@@ -10,14 +10,16 @@
     saturation  Without VNNI or AMX, oneDNN adds pairs of products in int16 (vpmaddubsw), which saturates above 32767:
                 exact only if 2 * 255 * max|w| fits. `pack_cpu_weight` measures this machine and refuses the rest.
 
-Weights are unpacked once: a byte a weight and digit.
+Weights are unpacked once: a byte a weight and digit. oneDNN's order of a convolution's weights depends on the size of
+the image, so it is chosen at the first call. Weights in another order would be rearranged at every call, which takes up
+to a hundred times as long as the convolution.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,15 +38,51 @@ _DIGIT = 256
 _LARGEST = 127 * (_DIGIT**DIGIT_LIMIT - 1) // (_DIGIT - 1)
 
 
+class ConvLayout:
+    """int8 weights (N, C, kh, kw) in the order that oneDNN wants for one size of (padded) images.
+
+    Attributes
+    ----------
+    packed : Tensor
+        Opaque.
+    unpadded : ConvGeometry
+        As the images come.
+    zeros : Tensor, shape (N,), dtype int32
+        Zero points, of which there are none.
+    """
+
+    __slots__ = ("_shape", "packed", "unpadded", "zeros")
+
+    def __init__(self, weight: Tensor, geometry: ConvGeometry, shape: Sequence[int] | None) -> None:
+        self.unpadded = replace(geometry, padding=(0, 0))
+        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self._shape = None if shape is None else tuple(shape)
+        self.packed = self._order(weight)
+
+    def for_images(self, shape: Sequence[int]) -> Tensor:
+        """Return the weights for images of `shape` (B, C, H, W), padded; while compiling, as they are."""
+        if not torch.compiler.is_compiling() and tuple(shape) != self._shape:
+            self._shape = tuple(shape)
+            self.packed = self._order(self.packed.to_dense())
+        return self.packed
+
+    def _order(self, weight: Tensor) -> Tensor:
+        g, shape = self.unpadded, None if self._shape is None else list(self._shape)
+        sizes = (list(g.stride), list(g.padding), list(g.dilation), 1)
+        return torch.ops.onednn.qconv_prepack(weight, torch.ones(len(weight)), 1.0, 0, *sizes, shape)
+
+
 @dataclass(frozen=True, slots=True)
 class CpuWeight:
     """A layer's weight as oneDNN lays it out.
 
     Attributes
     ----------
-    packed : Tensor
+    packed : Tensor or ConvLayout
         Opaque, int8; digits * N output channels, all of digit 0 first.
     scale : Tensor, shape (digits * N,), dtype float32
+    zero_term : Tensor, shape (digits * N,), dtype float32
+        scale * sum of the int8 weights: what each step of an input's zero point takes away.
     correction : Tensor, shape (N,), dtype float32, or None
         scale * (zero_point - 128), for asymmetric 8-bit weights.
     outputs : int
@@ -57,8 +95,9 @@ class CpuWeight:
         None for a Linear.
     """
 
-    packed: Tensor
+    packed: Tensor | ConvLayout
     scale: Tensor
+    zero_term: Tensor
     correction: Tensor | None
     outputs: int
     digits: int
@@ -78,8 +117,8 @@ def pack_cpu_weight(
     geometry : ConvGeometry, optional
         Of a Conv2d; without it, the layer is a Linear.
     input_shape : sequence of int, optional
-        (rows, channels), or (B, C, H, W): the shape that oneDNN chooses its layout for. Others work as well, perhaps
-        slower.
+        (rows, channels), or (B, C, H, W) with padding: the shape that oneDNN chooses its layout for. A Conv2d's is
+        chosen again when another comes.
 
     Raises
     ------
@@ -102,13 +141,16 @@ def pack_cpu_weight(
     _check_saturation(digits)
     matrix = torch.cat(digits)
     row_scale = torch.cat([scale * float(_DIGIT**power) for power in range(len(digits))])
+    zero_term = (matrix.sum((1, 2), dtype=torch.int64).double() * row_scale.double()).float()
     correction = scale * zero if bool(zero.any()) else None
+    packed: Tensor | ConvLayout
     if geometry is None:
         shape = None if input_shape is None else list(input_shape)
         packed = torch.ops.onednn.qlinear_prepack(matrix[:, 0], shape)
     else:
-        packed = _prepack_conv(matrix, geometry, row_scale, input_shape)
-    return CpuWeight(packed, row_scale, correction, n, len(digits), channels, geometry)
+        image = matrix.view(len(matrix), *geometry.kernel, channels).permute(0, 3, 1, 2).contiguous()
+        packed = ConvLayout(image, geometry, input_shape)
+    return CpuWeight(packed, row_scale, zero_term, correction, n, len(digits), channels, geometry)
 
 
 @functools.cache
@@ -173,12 +215,3 @@ def _check_saturation(digits: Sequence[Tensor]) -> None:
             f"backend: got 'cpu' for weights up to {largest} on a CPU without VNNI or AMX, whose int8 products "
             f"saturate; wanted weights up to {PAIR_LIMIT}, or reference"
         )
-
-
-def _prepack_conv(matrix: Tensor, geometry: ConvGeometry, scale: Tensor, input_shape: Sequence[int] | None) -> Tensor:
-    """Lay out int8 (N, taps, C) for a convolution."""
-    image = matrix.view(len(matrix), *geometry.kernel, matrix.shape[-1]).permute(0, 3, 1, 2).contiguous()
-    shape = None if input_shape is None else list(input_shape)
-    return torch.ops.onednn.qconv_prepack(
-        image, scale, 1.0, 0, list(geometry.stride), list(geometry.padding), list(geometry.dilation), 1, shape
-    )

@@ -103,7 +103,10 @@ def compare_releases(service: Service, ref_a: str, ref_b: str) -> dict[str, Any]
 
 def layer_bits(config: dict[str, Any]) -> dict[str, dict[str, int | None]]:
     """Return the bits of weights and activations of every quantized layer, from a release's config.json."""
-    layers = config["quantization_config"]["layers"]
+    known = config["quantization_config"]
+    layers, formats = known["layers"], known.get("formats")
+    if formats is not None:
+        layers = {name: formats[place] for name, place in layers.items()}
     return {
         name: {
             "weights": (spec.get("weight") or {}).get("bits"),

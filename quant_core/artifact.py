@@ -7,9 +7,10 @@
     manifest.json                          sha256 and bytes of every other file, once published
 
 Tensor names end in `.qweight` (uint8 codes, packed as `kernels.packing` draws; where output channels have bits of their
-own, also `.channel_bits`), `.scale` (float32, bfloat16 per group), `.zero_point` and `.bias`; those of activation
-quantizers lie below `act_quantizers.` and `attention_quantizer.`. Everything that is not quantized keeps its name and
-dtype. There is no pickle in it, and the same model gives the same bytes.
+own, also `.channel_bits`), `.scale` (float32, bfloat16 per group), `.zero_point` (uint8, or packed as codes are where
+that is smaller: `quant_core.compact`) and `.bias`; those of activation quantizers lie below `act_quantizers.` and
+`attention_quantizer.`. Everything that is not quantized keeps its name and dtype. There is no pickle in it, and the
+same model gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from quant_core.compact import pack_zero_points, share_formats, spell_formats, zero_point_bits
 from quant_core.errors import ArtifactError
 from quant_core.layers import QuantLayer
 from quant_core.qspec import QuantizationPlan
 
 QUANT_METHOD = "quantmill"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Version 1 has zero points and the formats of layers at length.
+READABLE_VERSIONS = (1, 2)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -41,7 +45,7 @@ _READ_BYTES = 1 << 20
 
 def quantization_config(plan: QuantizationPlan) -> dict[str, Any]:
     """Return the `quantization_config` of config.json that describes a model quantized by `plan`."""
-    return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **plan.to_json()}
+    return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **share_formats(plan.to_json())}
 
 
 def parse_quantization_config(data: Mapping[str, Any]) -> QuantizationPlan:
@@ -54,11 +58,12 @@ def parse_quantization_config(data: Mapping[str, Any]) -> QuantizationPlan:
     """
     if data.get("quant_method") != QUANT_METHOD:
         raise ArtifactError(f"quant_method: got {data.get('quant_method')!r}, wanted {QUANT_METHOD!r}")
-    if data.get("version") != FORMAT_VERSION:
-        raise ArtifactError(f"quantization_config version: got {data.get('version')!r}, wanted {FORMAT_VERSION}")
+    if data.get("version") not in READABLE_VERSIONS:
+        wanted = " or ".join(map(str, READABLE_VERSIONS))
+        raise ArtifactError(f"quantization_config version: got {data.get('version')!r}, wanted {wanted}")
     try:
-        return QuantizationPlan.from_json(data)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return QuantizationPlan.from_json(data if data["version"] == 1 else spell_formats(data))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"quantization_config: malformed: {type(error).__name__}: {error}") from error
 
 
@@ -106,6 +111,7 @@ def write_artifact(
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in model.state_dict().items()
     }
+    pack_zero_points(tensors, zero_point_bits(model))
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if scheduler_config is not None:
         (folder / SCHEDULER_FILE).parent.mkdir()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from quant_core.activation import ActivationQuantizer
 from quant_core.artifact import FORMAT_VERSION, QUANT_METHOD, parse_quantization_config
 from quant_core.attention import AttentionQuantizer
+from quant_core.compact import pack_zero_points, packed_shape, unpack_zero_points, zero_point_bits
 from quant_core.dequantize import dequantize
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.feature_table import FeatureTable
@@ -65,6 +66,7 @@ class QuantmillQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._loaded_keys: list[str] = []
         self._own_names: set[str] = set()
+        self._zero_bits: dict[str, int] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         plan = parse_quantization_config(self.quantization_config.to_dict())
@@ -75,6 +77,7 @@ class QuantmillQuantizer(DiffusersQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, _OWN_MODULES):
                 self._own_names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
+        self._zero_bits = zero_point_bits(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, module in model.named_modules():
@@ -113,7 +116,8 @@ class QuantmillQuantizer(DiffusersQuantizer):
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Refuse a tensor of another shape."""
         got, wanted = tuple(loaded_param.shape), tuple(current_param.shape)
-        if got != wanted:
+        bits = self._zero_bits.get(param_name)
+        if got != wanted and (bits is None or got != packed_shape(wanted, bits)):
             raise ArtifactError(f"packed tensor {param_name}: got shape {got}, wanted {wanted}")
         return True
 
@@ -135,7 +139,18 @@ class QuantmillQuantizer(DiffusersQuantizer):
             raise ArtifactError(f"packed tensor {param_name}: got dtype {stored.dtype}, wanted {wanted.dtype}")
         if leaf in ("scale", "channel_scale") and not bool(((stored > 0) & stored.isfinite()).all()):
             raise ArtifactError(f"packed tensor {param_name}: got a scale that is zero, negative or not finite")
+        if param_name in self._zero_bits:
+            stored = unpack_zero_points(stored, tuple(wanted.shape), self._zero_bits[param_name])
         setattr(module, leaf, stored.to(target_device))
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what `save_pretrained` writes: the tensors as `write_artifact` would, in the version loaded."""
+        tensors = dict(state_dict)
+        if self.quantization_config.version > 1:
+            pack_zero_points(tensors, self._zero_bits)
+        return tensors, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
         plain = dequantize(model, dict(model.config))  # type: ignore[arg-type]

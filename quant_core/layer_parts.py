@@ -25,7 +25,7 @@ from kernels.activations import ActivationTable
 from kernels.affine import Granularity
 from kernels.backend import KernelBackend
 from kernels.conv import ConvGeometry
-from kernels.cpu import CpuGrid, cpu_grid
+from kernels.cpu_activation import CpuGrid, cpu_grid
 from kernels.cpu_weight import CpuWeight, pack_cpu_weight
 from kernels.packing import pack_codes, unpack_codes
 from kernels.weights import PackedWeight, pack_weight

@@ -8,7 +8,7 @@ docs/adr/0006-runtime.md.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.backend import BackendUnavailableError, KernelBackend
 from kernels.conv import ConvGeometry, conv2d_int
-from kernels.cpu import cpu_conv2d, cpu_grid, cpu_linear, quantize_cpu, quantize_cpu_dynamic
+from kernels.cpu import cpu_conv2d, cpu_linear
+from kernels.cpu_activation import cpu_grid, quantize_cpu, quantize_cpu_dynamic
 from kernels.cpu_weight import CpuWeight
 from kernels.epilogue import Epilogue
 from kernels.errors import KernelError
@@ -110,12 +111,14 @@ class RuntimeLayer(nn.Module):
             assert self.activation is not None
             spec, factor = self.activation, part.channel_scale
             return quantize_cpu_dynamic(x, spec.bits, symmetric=spec.symmetric, channel_scale=factor)
-        index = self._steps(x, part.table)
-        step = 0 if index is None or self.clock is None else self.clock.step
-        grid = cpu_grid(part.table, index) if step is None else part.grids[step]
+        step = 0 if len(part.grids) == 1 or self.clock is None else self.clock.step
+        index = None if step is not None and part.tops is None else self._steps(x, part.table)
+        grid = cpu_grid(part.table, index) if step is None or torch.compiler.is_compiling() else part.grids[step]
         assert isinstance(part.weight, CpuWeight)
         needs_sums = part.weight.correction is not None and part.tops is None
-        return _limit_codes(quantize_cpu(x, grid, part.table.bits, with_sums=needs_sums), part, index, 0)
+        padding = (0, 0) if self.geometry is None or part.tops is not None else self.geometry.padding
+        codes = quantize_cpu(x, grid, part.table.bits, with_sums=needs_sums, padding=padding)
+        return _limit_codes(codes, part, index, 0)
 
     def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec) -> QuantizedActivation:
         if part.table is None:
@@ -270,7 +273,7 @@ def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | No
     top = part.tops if index is None else part.tops.index_select(0, index.reshape(-1))
     runs = codes.codes.reshape(len(top), -1)
     limited = torch.minimum(runs, (top - offset).to(runs.dtype)[:, None]).view(codes.codes.shape)
-    return QuantizedActivation(limited, codes.scale, codes.zero_point, codes.symmetric)
+    return replace(codes, codes=limited)
 
 
 def _how(parts: list[LayerPart], activation: ActivationSpec | None) -> str:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
-from kernels.cpu import cpu_conv2d, cpu_linear, quantize_cpu_by_table, quantize_cpu_dynamic
+from kernels.cpu import cpu_conv2d, cpu_linear
+from kernels.cpu_activation import (
+    cpu_grid,
+    pad_codes,
+    position_sums,
+    quantize_cpu,
+    quantize_cpu_by_table,
+    quantize_cpu_dynamic,
+)
 from kernels.cpu_weight import PAIR_LIMIT, pack_cpu_weight, sums_pairs_exactly
 from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
@@ -144,6 +152,40 @@ def test_codes_are_the_references(bits: int) -> None:
         assert torch.equal(got.codes.int() - half, want.codes.int())
         assert torch.equal(got.scale, want.scale)
         assert torch.equal(got.zero_point - half, want.zero_point)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 40, 40, 48), (1, 3, 300, 96)], ids=str)
+def test_images_are_padded_with_their_zero_point(shape: tuple[int, ...]) -> None:
+    """In one piece, by rows, and by parts of rows."""
+    table = ActivationTable(torch.tensor([0.03]), torch.tensor([37.0]), 8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    got = quantize_cpu(x, cpu_grid(table), 8, with_sums=True, padding=(2, 1))
+    plain = quantize_by_table(x, table)
+    inside = got.codes[:, 2:-2, 1:-1]
+    assert torch.equal(inside.int() - 128, plain.codes.int())
+    assert got.codes.sum() == inside.sum() + 37 * (got.codes.numel() - inside.numel())
+    assert bool((got.codes[:, :2] == 37).all())
+    assert torch.equal(got.codes, pad_codes(quantize_cpu(x, cpu_grid(table), 8), (2, 1)).codes)
+    sums, left_out = position_sums(got)
+    assert left_out == (2, 1)
+    assert torch.equal(sums, (inside.float() - 37).sum(-1))
+
+
+@needs_vnni
+def test_weights_are_ordered_anew_for_other_images(capfd: pytest.CaptureFixture[str]) -> None:
+    """oneDNN's own report says whether a call rearranges weights, which takes longer than to convolve."""
+    layer, geometry = random_layer(48, 48, bits=8, taps=9, unit_scale=True), GEOMETRIES[0]
+    weight = pack_cpu_weight([layer.packed], geometry)
+    for size in (8, 16, 8):
+        x, same = codes(1, size, size, 48, runs=1)
+        want = conv2d_int(same, [layer.packed], geometry, Epilogue())
+        assert torch.equal(cpu_conv2d(x, weight, Epilogue()), want)
+        capfd.readouterr()
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            cpu_conv2d(x, weight, Epilogue())
+        report = capfd.readouterr().out
+        assert ",convolution," in report
+        assert ",reorder," not in report
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kernels.activations import ActivationTable, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
-from kernels.cpu import cpu_conv2d, cpu_linear, quantize_cpu_by_table
+from kernels.cpu import cpu_conv2d, cpu_linear
+from kernels.cpu_activation import quantize_cpu_by_table
 from kernels.cpu_weight import pack_cpu_weight
 from kernels.epilogue import Epilogue, LowRank
 from kernels.fp8 import linear_fp8, quantize_fp8

@@ -141,10 +141,12 @@ def test_write_artifact_refuses_an_unfinished_rounding(
     ("change", "message"),
     [
         ({"quant_method": "gguf"}, "quant_method: got 'gguf', wanted 'quantmill'"),
-        ({"version": 2}, "version: got 2, wanted 1"),
+        ({"version": 3}, "version: got 3, wanted 1 or 2"),
         ({"layers": None}, "malformed"),
-        ({"layers": {"conv_in": {"weight": {"bits": 9}}}}, "got 9 bits, wanted one of"),
-        ({"layers": {"conv_in": {"weight": {"bits": 4, "color": 1}}}}, "unexpected keyword"),
+        ({"version": 1, "layers": {"conv_in": {"weight": {"bits": 9}}}}, "got 9 bits, wanted one of"),
+        ({"layers": {"conv_in": 0}, "formats": [{"weight": {"bits": 4, "color": 1}}]}, "unexpected keyword"),
+        ({"layers": {"conv_in": 1}, "formats": [{"weight": {"bits": 4}}]}, "got format 1 of 1"),
+        ({"layers": {"conv_in": -1}, "formats": [{"weight": {"bits": 4}}]}, "got format -1 of 1"),
         ({"unknown_timestep": "guess"}, "guess"),
     ],
 )

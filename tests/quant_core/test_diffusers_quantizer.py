@@ -93,7 +93,7 @@ def test_every_family_loads(any_model: nn.Module, quantize_model: Quantize, tmp_
 
 @pytest.mark.parametrize("argument", ["torch_dtype", "dtype"])
 def test_a_lower_dtype_leaves_the_packed_tensors_alone(packed: Path, argument: str) -> None:
-    stored = load_file(packed / WEIGHTS_FILE)
+    stored = UNet2DModel.from_pretrained(packed).state_dict()
     model = UNet2DModel.from_pretrained(packed, **{argument: torch.bfloat16})
     assert model.dtype == torch.bfloat16
     kinds = (QuantLayer, ActivationQuantizer)
@@ -200,7 +200,7 @@ def test_configs_that_do_not_fit_are_refused(packed: Path) -> None:
         UNet2DModel.from_pretrained(packed)
     (packed / "config.json").write_text(good)
     edit_config(packed, lambda c: c.update(version=7))
-    with pytest.raises(ArtifactError, match="version: got 7, wanted 1"):
+    with pytest.raises(ArtifactError, match="version: got 7, wanted 1 or 2"):
         UNet2DModel.from_pretrained(packed)
 
 
@@ -209,3 +209,20 @@ def test_quantizing_on_the_fly_is_refused(tiny_model: Make, tmp_path: Path) -> N
     config = QuantmillConfig(**quantization_config(QuantizationPlan({}, {})))
     with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
         UNet2DModel.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_zero_points_and_formats_are_stored_once_and_small_and_version_1_still_loads(
+    tiny_model: Make, quantize_model: Quantize, tmp_path: Path
+) -> None:
+    model = tiny_model("unet")
+    plan = quantize_model(model, granularity="per_group", group_size=8)
+    want, state, folder = predict(model), model.state_dict(), pack(model, plan, tmp_path / "packed")
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / WEIGHTS_FILE)
+    assert len(config["quantization_config"]["formats"]) == len(set(plan.layers.values()))
+    full, packed = state["mid_block.resnets.0.conv1.zero_point"], tensors["mid_block.resnets.0.conv1.zero_point"]
+    assert packed.shape == (len(full), -(-full.shape[1] // 2))
+    assert torch.equal(predict(UNet2DModel.from_pretrained(folder)), want)
+    config["quantization_config"] = {"quant_method": QUANT_METHOD, "version": 1, **plan.to_json()}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
+    assert torch.equal(predict(UNet2DModel.from_pretrained(folder)), want)

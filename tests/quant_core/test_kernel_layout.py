@@ -9,7 +9,8 @@ from torch import nn
 from kernels.activations import ActivationTable, quantize_by_table
 from kernels.affine import Granularity
 from kernels.conv import ConvGeometry, conv2d_int
-from kernels.cpu import cpu_conv2d, quantize_cpu_by_table
+from kernels.cpu import cpu_conv2d
+from kernels.cpu_activation import quantize_cpu_by_table
 from kernels.cpu_weight import pack_cpu_weight, sums_pairs_exactly
 from kernels.epilogue import Epilogue
 from kernels.gemm import linear_int

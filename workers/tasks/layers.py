@@ -9,7 +9,7 @@ outputs
 metrics
     device: its name; backend: what the choice comes to; layers: a list in the model's order, each with
     layer: its name; weight, activation, split: as in `quantization_config`
-    bytes: size of all its tensors in the file
+    bytes: size of all its tensors, loaded
     backend, reason: what it runs on, and how or why
 """
 

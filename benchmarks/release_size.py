@@ -1,0 +1,133 @@
+"""Bytes of 4-bit releases over those of their models in float16.
+
+    python -m benchmarks.release_size [--model FOLDER --release NAME=FOLDER ...] --out FILE
+
+Of a release's folder, all files count. Of SDXL's UNet, all tensors, the file's header and config.json, and nothing is
+computed: the UNet (random weights would have the same size) is built on the meta device with the formats of
+`fast-w4a8` (the layers that read the sample and write the prediction and the residual shortcuts in 8 bits, the rest in
+4 with a bfloat16 scale and a zero point per group), and the file is what `quant_core.artifact` would write of it, byte
+for byte but for the shards of a large one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+
+from kernels.affine import Granularity
+from quant_core.artifact import quantization_config
+from quant_core.compact import packed_shape, zero_point_bits
+from quant_core.denoiser import load_denoiser
+from quant_core.layers import QUANTIZABLE
+from quant_core.model import build_quantized
+from quant_core.qspec import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
+
+SDXL: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+STEPS = 20
+_DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def release_bytes(group_size: int) -> dict[str, Any]:
+    """Count the bytes of a release with `group_size`, in total and by kind of tensor."""
+    with torch.device("meta"):
+        model = UNet2DConditionModel(**SDXL).half()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    plan = _plan(model, group_size)
+    build_quantized(model, plan)
+    bits = zero_point_bits(model)
+    kinds: dict[str, int] = {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in model.state_dict().items():
+        shape = packed_shape(tuple(tensor.shape), bits[name]) if name in bits else tuple(tensor.shape)
+        size = torch.Size(shape).numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+        kind = "activation tables" if "quantizer" in name else name.rpartition(".")[2]
+        kinds[kind] = kinds.get(kind, 0) + size
+    kinds["header"] = len(json.dumps(header, separators=(",", ":")))
+    config = json.loads(model.to_json_string()) | {"quantization_config": quantization_config(plan)}
+    kinds["config.json"] = len(json.dumps(config, indent=2))
+    total = sum(kinds.values())
+    return {
+        "group_size": group_size,
+        "parameters": parameters,
+        "bytes": total,
+        "of_float16": total / (2 * parameters),
+        "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
+    }
+
+
+def folder_bytes(release: Path, model: Path) -> dict[str, Any]:
+    """Count the bytes of all files of a release, over the float16 size of the model's parameters."""
+    parameters = sum(parameter.numel() for parameter in load_denoiser(model).model.parameters())
+    files = {
+        str(path.relative_to(release)): path.stat().st_size for path in sorted(release.rglob("*")) if path.is_file()
+    }
+    total = sum(files.values())
+    return {"parameters": parameters, "bytes": total, "of_float16": total / (2 * parameters), "files": files}
+
+
+def _plan(model: UNet2DConditionModel, group_size: int) -> QuantizationPlan:
+    """Return the formats of `fast-w4a8`."""
+    activation = ActivationSpec(8)
+    small = LayerSpec(WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=group_size), activation)
+    large = LayerSpec(WeightSpec(8), activation)
+    layers = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, QUANTIZABLE):
+            continue
+        is_shortcut = name.endswith("conv_shortcut")
+        layers[name] = large if is_shortcut or name in ("conv_in", "conv_out") else small
+        if is_shortcut and name.startswith("up_blocks"):
+            # Any division of the channels costs the same: another scale and zero point of each output channel.
+            layers[name] = replace(large, split=(module.in_channels // 2, module.in_channels - module.in_channels // 2))
+    attentions = {name: AttentionSpec(activation) for name, module in model.named_modules() if hasattr(module, "to_q")}
+    return QuantizationPlan(layers, attentions, tuple(float(step) for step in range(STEPS)))
+
+
+def main() -> None:
+    """Count, print JSON and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--release", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    result = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "SDXL": [release_bytes(group_size) for group_size in (64, 128)],
+        "releases": {
+            name: folder_bytes(Path(folder), args.model)
+            for name, _, folder in (each.partition("=") for each in args.release)
+        },
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -148,7 +148,7 @@ class QuantmillQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what `save_pretrained` writes: the tensors as `write_artifact` would, in the version loaded."""
         tensors = dict(state_dict)
-        if self.quantization_config.version > 1:
+        if self.quantization_config.to_dict()["version"] > 1:
             pack_zero_points(tensors, self._zero_bits)
         return tensors, {}
 

@@ -36,7 +36,7 @@ _ALL = (
     TaskKind("channel_errors", 2, "workers.tasks.channel_errors:run"),
     TaskKind("allocate", 1, "workers.tasks.allocate:run"),
     TaskKind("distill", 1, "workers.tasks.distill:run", reports=True),
-    TaskKind("pack", 1, "workers.tasks.pack:run"),
+    TaskKind("pack", 2, "workers.tasks.pack:run"),
     TaskKind("noise", 1, "workers.tasks.noise:run"),
     TaskKind("correct", 1, "workers.tasks.correct:run"),
     TaskKind("evaluate", 1, "workers.tasks.evaluate:run"),

@@ -29,6 +29,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from benchmarks.cuda_graph import captured
+from benchmarks.sdxl import SDXL
 from kernels.affine import Granularity
 from kernels.backend import KernelBackend
 from quant_core.activation import ActivationQuantizer
@@ -40,23 +42,6 @@ from quant_core.runtime import build_runtime
 Call = Callable[[], Tensor]
 HALF = torch.bfloat16
 STEPS = tuple(float(t) for t in range(951, 0, -50))
-# The UNet of stabilityai/stable-diffusion-xl-base-1.0.
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 FORMATS = {
     "W8A8": WeightSpec(8),
     "W4A8": WeightSpec(4),
@@ -134,25 +119,6 @@ def inputs(shapes: dict[str, Any], batch: int, latents: int, device: str) -> dic
         "encoder_hidden_states": noise(batch, 77, shapes["cross_attention_dim"]),
         "added_cond_kwargs": added,
     }
-
-
-def captured(run: Call) -> Call:
-    """Return a call that replays `run` from a CUDA graph; its output is overwritten by the next."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
 
 
 def ways(model: nn.Module, told: dict[str, Any]) -> Iterator[tuple[str, Call]]:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.cuda_graph import captured
 from kernels.activations import ActivationTable, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.epilogue import Epilogue
@@ -199,21 +200,13 @@ def microseconds(run: Callable[[], Any], repeats: int, flush: Tensor) -> float:
 
     Clearing the cache keeps the device busy while the host enqueues the replay, so the host's time does not count.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(5):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    replay = captured(run)
     times = []
     for _ in range(repeats):
         flush.zero_()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        replay()
         stop.record()
         stop.synchronize()
         times.append(1000 * start.elapsed_time(stop))

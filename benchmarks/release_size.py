@@ -22,6 +22,7 @@ import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 
+from benchmarks.sdxl import SDXL
 from kernels.affine import Granularity
 from quant_core.artifact import quantization_config
 from quant_core.compact import packed_shape, zero_point_bits
@@ -30,19 +31,6 @@ from quant_core.layers import QUANTIZABLE
 from quant_core.model import build_quantized
 from quant_core.qspec import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
 
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 STEPS = 20
 _DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 

@@ -7,7 +7,8 @@ The layer is the sum of its parts, whose integers are scaled in float. They are
                       q_k w_k, with 2**d in the part's activation scale. The most frequent exponent's part takes all
                       channels and the weight as it is; the others take the channels that have theirs at some step.
                       What has another exponent at the step that runs is divided by infinity: its code is the zero
-                      point, which adds nothing to the sum.
+                      point, which adds nothing to the sum. (An infinite activation gives NaN there, where the
+                      reference saturates.)
 
 Factors of channels (`LayerSpec.channel_scale`) are in the vector that channels are divided by. Which channels a part
 takes never depends on the step, so nothing is chosen at run time but a row of a table, and a batch may mix steps.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels import native
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
 from kernels.cpu_activation import CpuActivation, pad_codes, position_sums
@@ -61,10 +62,7 @@ def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
         _padded_bias(weight, epilogue),
         epilogue.dtype if direct else torch.float32,
     )
-    if direct:
-        return out.view(shape)
-    sums = None if weight.correction is None else _row_sums(x)
-    return _finish(out, sums, weight, epilogue).view(shape)
+    return out.view(shape) if direct else _finish(out, x, weight, epilogue).view(shape)
 
 
 def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
@@ -105,8 +103,7 @@ def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
         out = _conv2d_image(x.codes, torch.ones(1), packed, weight, None, torch.float32)
         scale, bias = (t.repeat_interleave(batch // len(t), 0).view(batch, 1, 1, -1) for t in (x.scale, bias))
         out = torch.addcmul(bias, out, scale)
-    sums = None if weight.correction is None else _window_sums(x, geometry)
-    return _finish(out.view(-1, out.shape[-1]), sums, weight, epilogue).view(shape)
+    return _finish(out, x, weight, epilogue).view(shape)
 
 
 def _check_codes(x: QuantizedActivation, weight: CpuWeight) -> None:
@@ -142,41 +139,41 @@ def _zero_point_bias(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilog
     return shift * -weight.zero_term if bias is None else torch.addcmul(bias, shift, weight.zero_term, value=-1)
 
 
-def _finish(out: Tensor, sums: Tensor | None, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
-    """Add up the digits of float32 `out`, (M, digits * N), which is written to; correct for zero points, add the rest.
-
-    `sums`, (M, 1), are those of the inputs that each output sees; only needed for a weight with a correction.
-    """
-    n = weight.outputs
-    value = out if weight.digits == 1 else out[:, :n]
-    for digit in range(1, weight.digits):
-        value = value + out[:, digit * n : (digit + 1) * n]
-    if weight.correction is not None and sums is not None:
-        value = value.addcmul_(sums, weight.correction, value=-1)
-    if epilogue.residual is None and epilogue.low_rank is None:
-        return value.to(epilogue.dtype)
-    return add_epilogue(value, epilogue_rows(replace(epilogue, bias=None)), epilogue.dtype)
-
-
-def _row_sums(x: QuantizedActivation) -> Tensor:
-    """Return the sum of each row's inputs, (M, 1)."""
-    sums, _ = position_sums(x)
-    return (sums.view(x.scale.numel(), -1) * x.scale[:, None]).view(-1, 1)
-
-
-def _window_sums(x: QuantizedActivation, geometry: ConvGeometry) -> Tensor:
-    """Return the sum of the inputs that each output position sees, (M, 1), in channels and taps; `x` is padded.
+def _finish(out: Tensor, x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
+    """Add up the digits of float32 `out`, (..., digits * N), written to; correct for zero points, add the rest.
 
     Codes less their zero points are whole numbers, their sums below 2**24 (65793 inputs or fewer): exact in float32.
     """
-    sums, left_out = position_sums(x)
-    sums = sums.unsqueeze(1)
-    if geometry.dilation == (1, 1) and all(2 * p <= k for p, k in zip(left_out, geometry.kernel, strict=True)):
-        if geometry.taps > 1 or geometry.stride != (1, 1):
-            sums = F.avg_pool2d(sums, geometry.kernel, geometry.stride, left_out, divisor_override=1)
-    else:
-        sums = F.conv2d(sums, torch.ones(1, 1, *geometry.kernel), None, geometry.stride, left_out, geometry.dilation)
-    return (sums.reshape(x.scale.numel(), -1) * x.scale[:, None]).view(-1, 1)
+    n, sums, left_out = weight.outputs, None, (0, 0)
+    if weight.correction is not None:
+        sums, left_out = position_sums(x)
+    if native.is_built() and not torch.compiler.is_compiling() and epilogue.low_rank is None:
+        return native.finish(
+            out,
+            n,
+            epilogue.dtype,
+            sums=sums,
+            scale=x.scale,
+            correction=weight.correction,
+            residual=epilogue.residual,
+            geometry=weight.geometry or native.POINT,
+            padding=left_out,
+        )
+    out = out.view(-1, out.shape[-1])
+    value = out[:, :n]
+    for digit in range(1, weight.digits):
+        value = value + out[:, digit * n : (digit + 1) * n]
+    if weight.correction is not None and sums is not None:
+        seen = sums if weight.geometry is None else _window_sums(sums.unsqueeze(1), left_out, weight.geometry)
+        value = value - (seen.reshape(x.scale.numel(), -1) * x.scale[:, None]).view(-1, 1) * weight.correction
+    return add_epilogue(value, epilogue_rows(replace(epilogue, bias=None)), epilogue.dtype)
+
+
+def _window_sums(sums: Tensor, padding: tuple[int, int], geometry: ConvGeometry) -> Tensor:
+    """Return the sum of the inputs that each output position sees, in channels and taps, (B, 1, OH, OW)."""
+    if geometry.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, geometry.kernel, strict=True)):
+        return F.avg_pool2d(sums, geometry.kernel, geometry.stride, padding, divisor_override=1)
+    return F.conv2d(sums, torch.ones(1, 1, *geometry.kernel), None, geometry.stride, padding, geometry.dilation)
 
 
 def _qlinear(

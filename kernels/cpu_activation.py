@@ -8,18 +8,15 @@ bias.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels import native
 from kernels.activations import ActivationTable, QuantizedActivation, dynamic_grid, gather_steps
-
-# Elements that are quantized at a time: 256 KiB of float32, so that all passes but the first read from the cache.
-_BLOCK = 1 << 16
+from kernels.norms import GroupNorm, group_norm_reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +29,21 @@ class CpuGrid:
     zero_point : Tensor, shape (R,), dtype int32
     step : Tensor, shape (R, 1, 1) or (R, 1, C), dtype float32
         What a channel is divided by.
-    offset : Tensor, shape (R, 1, 1), dtype float32
-        zero_point - 128.
     shift : Tensor, shape (R, 1), dtype float32
         scale * zero_point.
-    zero : int or None
-        The zero point, if it is one and known to the host.
     """
 
     scale: Tensor
     zero_point: Tensor
     step: Tensor
-    offset: Tensor
     shift: Tensor
-    zero: int | None = None
 
 
 def cpu_grid(table: ActivationTable, index: Tensor | None = None) -> CpuGrid:
     """Look up the grids of steps `index`, shape () or (B,), dtype int64; None if the table has one entry."""
     scale, zero = gather_steps(table.scale, index), gather_steps(table.zero_point, index)
-    step = gather_steps(table.scale if table.divisor is None else table.divisor, index).view(len(scale), 1, -1)
-    known = int(zero) if zero.numel() == 1 and not torch.compiler.is_compiling() else None
-    shift = (scale * zero)[:, None]
-    return CpuGrid(scale, zero.to(torch.int32), step, (zero - 128).view(-1, 1, 1), shift, known)
+    step = gather_steps(table.scale if table.divisor is None else table.divisor, index)
+    return _grid(scale, zero, step.view(len(scale), 1, -1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +55,7 @@ class CpuActivation(QuantizedActivation):
     padding : tuple of int
         Rows and columns of zero points that `codes`, (B, H, W, C), have on each side.
     sums : Tensor, shape `codes.shape[:-1]`, perhaps less the padding, dtype float32, or None
-        Sum of code - 128 over the channels of each position; None: to be found where it is needed.
+        Sum of code - zero point over the channels of each position; None: to be found where it is needed.
     grid : CpuGrid or None
         What the codes were made with, if known.
     """
@@ -77,7 +66,14 @@ class CpuActivation(QuantizedActivation):
 
 
 def quantize_cpu(
-    x: Tensor, grid: CpuGrid, bits: int, *, with_sums: bool = False, padding: tuple[int, int] = (0, 0)
+    x: Tensor,
+    grid: CpuGrid,
+    bits: int,
+    *,
+    with_sums: bool = False,
+    padding: tuple[int, int] = (0, 0),
+    norm: GroupNorm | None = None,
+    silu: bool = False,
 ) -> CpuActivation:
     """Quantize to uint8 codes of `bits` bits.
 
@@ -90,25 +86,31 @@ def quantize_cpu(
         Sum the codes of each position, as `CpuWeight.correction` needs it, while they are in the cache.
     padding : tuple of int
         Rows and columns to put on each side of an image (B, H, W, C).
+    norm : GroupNorm, optional
+        To normalize an image with first, in float32.
+    silu : bool
+        Quantize the SiLU of the normalized image.
 
     Returns
     -------
     CpuActivation
         uint8 codes, unsigned zero points, R is 1 or B.
     """
-    if grid.zero is not None and not torch.compiler.is_compiling():
-        codes, sums = _codes_in_blocks(x.contiguous(), grid, bits, with_sums, padding)
+    if native.is_built() and not torch.compiler.is_compiling():
+        codes, sums = native.quantize(
+            x, grid.step, grid.zero_point, bits, with_sums=with_sums, padding=padding, norm=norm, silu=silu
+        )
         return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums, grid)
+    if norm is not None:
+        x = group_norm_reference(x, norm.groups, norm.weight, norm.bias, norm.eps, silu)
     if padding != (0, 0):
         x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     runs = x.reshape(grid.scale.numel(), -1, x.shape[-1])
-    if not torch.compiler.is_compiling():
-        codes = _unsigned_codes(runs, grid.step, grid.offset, bits).view(x.shape)
-        return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, None, grid)
-    # One loop, once compiled.
-    values = ((runs.float() / grid.step).round() + grid.offset).clamp(-128, 2**bits - 129)
-    sums = values.sum(-1).view(x.shape[:-1]) if with_sums else None
-    codes = (values + 128).to(torch.uint8).view(x.shape)
+    offset = (grid.zero_point - 128).view(-1, 1, 1)
+    # By way of int8: PyTorch converts floats to it with vector instructions, to uint8 one by one.
+    values = ((runs.float() / grid.step).round() + offset).clamp(-128, 2**bits - 129)
+    sums = (values - offset).sum(-1).view(x.shape[:-1]) if with_sums else None
+    codes = values.to(torch.int8).view(torch.uint8).bitwise_xor(0x80).view(x.shape)
     return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums, grid)
 
 
@@ -123,8 +125,7 @@ def quantize_cpu_dynamic(
     """Quantize to uint8 codes with the range of each sample (first dimension); else as `quantize_dynamic`."""
     runs = x.reshape(x.shape[0], -1, x.shape[-1]).float()
     scale, zero, divisor = dynamic_grid(runs, bits, symmetric, channel_scale)
-    codes = _unsigned_codes(runs, divisor, zero.view(-1, 1, 1) - 128, bits).view(x.shape)
-    return QuantizedActivation(codes, scale, zero.to(torch.int32), symmetric=False)
+    return quantize_cpu(x, _grid(scale, zero, divisor), bits)
 
 
 def pad_codes(x: QuantizedActivation, padding: tuple[int, int]) -> QuantizedActivation:
@@ -150,72 +151,16 @@ def position_sums(x: QuantizedActivation) -> tuple[Tensor, tuple[int, int]]:
     tuple of int
         Rows and columns on each side that were left out.
     """
-    known = x.sums if isinstance(x, CpuActivation) else None
-    if known is None:
-        known = x.codes.bitwise_xor(0x80).view(torch.int8).sum(-1, dtype=torch.float32)
-    left_out = (0, 0)
-    if isinstance(x, CpuActivation) and known.dim() > 1 and known.shape[1] != x.codes.shape[1]:
-        left_out = x.padding
-    if isinstance(x, CpuActivation) and x.grid is not None and x.grid.zero is not None:
-        return known - (x.grid.zero - 128) * x.codes.shape[-1], left_out
-    runs = known.view(x.scale.numel(), -1)
-    sums = torch.sub(runs, (x.zero_point - 128)[:, None], alpha=x.codes.shape[-1])
-    return sums.view(known.shape), left_out
+    if isinstance(x, CpuActivation) and x.sums is not None:
+        return x.sums, x.padding if x.sums.shape != x.codes.shape[:-1] else (0, 0)
+    signed = x.codes.bitwise_xor(0x80).view(torch.int8).sum(-1, dtype=torch.float32)
+    runs = signed.view(x.scale.numel(), -1)
+    return torch.sub(runs, (x.zero_point - 128)[:, None], alpha=x.codes.shape[-1]).view(signed.shape), (0, 0)
 
 
-def _unsigned_codes(x: Tensor, step: Tensor, offset: Tensor, bits: int) -> Tensor:
-    """Codes of `kernels.affine`, uint8, for a zero point less 128.
-
-    By way of int8: PyTorch converts floats to it with vector instructions, to uint8 one by one, which takes longer than
-    all the rest.
-    """
-    signed = (x.float() / step).round_().add_(offset).clamp_(-128, 2**bits - 129).to(torch.int8)
-    return signed.view(torch.uint8).bitwise_xor_(0x80)
-
-
-def _codes_in_blocks(
-    x: Tensor, grid: CpuGrid, bits: int, with_sums: bool, padding: tuple[int, int]
-) -> tuple[Tensor, Tensor | None]:
-    """Return `_unsigned_codes` of contiguous `x`, padded, and the sums of positions, with one grid for all of it."""
-    assert grid.zero is not None
-    step, offset, top = grid.step.view(-1), grid.zero - 128, 2**bits - 129
-    sums: Tensor | None
-    if padding == (0, 0):
-        signed = target = torch.empty(x.shape, dtype=torch.int8)
-    else:
-        batch, height, width, channels = x.shape
-        shape = (batch, height + 2 * padding[0], width + 2 * padding[1], channels)
-        signed = torch.full(shape, offset, dtype=torch.int8)
-        target = _interior(signed, padding)
-    if x.numel() <= _BLOCK:
-        values = torch.div(x, step).round_().add_(offset).clamp_(-128, top)
-        target.copy_(values)
-        sums = values.sum(-1) if with_sums else None
-        return signed.view(torch.uint8).bitwise_xor_(0x80), sums
-    sums = torch.empty(x.shape[:-1]) if with_sums else None
-    scratch = torch.empty(min(x.numel(), max(_BLOCK, x.shape[-1])))
-    for part in _blocks(x.shape):
-        source = x[part]
-        values = torch.div(source, step, out=scratch[: source.numel()].view(source.shape))
-        target[part].copy_(values.round_().add_(offset).clamp_(-128, top))
-        if sums is not None:
-            torch.sum(values, -1, out=sums[part])
-    return signed.view(torch.uint8).bitwise_xor_(0x80), sums
-
-
-def _blocks(shape: torch.Size) -> Iterator[tuple[int | slice, ...]]:
-    """Yield indices of parts of a tensor, in order, of `_BLOCK` elements at most (or one row of channels)."""
-    each = math.prod(shape[1:])
-    if len(shape) == 1:
-        yield (slice(None),)
-    elif each <= _BLOCK:
-        count = _BLOCK // each
-        for start in range(0, shape[0], count):
-            yield (slice(start, start + count),)
-    else:
-        for i in range(shape[0]):
-            for part in _blocks(shape[1:]):
-                yield (i, *part)
+def _grid(scale: Tensor, zero_point: Tensor, step: Tensor) -> CpuGrid:
+    """Prepare the grids of R runs, with `step` of shape (R, 1, 1) or (R, 1, C)."""
+    return CpuGrid(scale, zero_point.to(torch.int32), step, (scale * zero_point)[:, None])
 
 
 def _interior(padded: Tensor, padding: tuple[int, int]) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -81,7 +82,7 @@ def _torch() -> tuple[bool, str]:
     """Import torch and diffusers where the tasks will: in another process."""
     try:
         run = subprocess.run(
-            [sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False
+            [sys.executable, "-P", "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False
         )
     except subprocess.TimeoutExpired:
         return False, f"no answer from importing torch and diffusers for {_TORCH_SECONDS} s"
@@ -92,11 +93,13 @@ def _torch() -> tuple[bool, str]:
 
 
 def _kernels() -> tuple[bool, str]:
-    """Find Hugging Face's package of the same import name, which diffusers and transformers probe for."""
+    """Say if ours are compiled; find Hugging Face's package of that import name, which diffusers probes for."""
     try:
         version = metadata.version("kernels")
     except metadata.PackageNotFoundError:
-        return True, "no other package is called kernels"
+        built = find_spec("kernels._native") is not None
+        how = "compiled for this CPU" if built else "not compiled (no C compiler at installation): slower on a CPU"
+        return True, f"{how}; no other package is called kernels"
     return False, f"Hugging Face's package kernels {version} is installed, wanted none: pip uninstall kernels"
 
 

@@ -3,7 +3,8 @@
 from quant_core.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.diffusers_quantizer import register
 from quant_core.loader import load_quantized
-from quant_core.runtime import LayerRun, layer_runs
+from quant_core.runtime import layer_runs
+from quant_core.runtime_layer import LayerRun
 
 register()
 

@@ -7,26 +7,18 @@ docs/adr/0006-runtime.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.backend import BackendUnavailableError, KernelBackend
-from kernels.conv import ConvGeometry, conv2d_int
-from kernels.cpu import cpu_conv2d, cpu_linear
-from kernels.cpu_activation import cpu_grid, quantize_cpu, quantize_cpu_dynamic
-from kernels.cpu_weight import CpuWeight
-from kernels.epilogue import Epilogue
 from kernels.errors import KernelError
-from kernels.gemm import linear_float, linear_int
 from quant_core.activation import ActivationQuantizer
-from quant_core.errors import QuantizationError
-from quant_core.layer_parts import LayerPart, lay_out_parts
+from quant_core.fused_norms import fuse_norms
 from quant_core.layers import QuantLayer, replace_module
 from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, WeightSpec
+from quant_core.runtime_layer import LayerRun, RuntimeLayer, layer_quantizers
 from quant_core.steps import StepClock
 
 # What this module knows of a layer's format. A layer with any other field set runs the reference.
@@ -35,134 +27,6 @@ _KNOWN_FIELDS = {
     WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture"},
     ActivationSpec: {"bits", "symmetric", "mode", "step_bits"},
 }
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRun:
-    """How one quantized layer runs: its name in the model, the backend, and in a few words how or why."""
-
-    layer: str
-    backend: KernelBackend
-    reason: str
-
-
-class RuntimeLayer(nn.Module):
-    """A quantized Conv2d or Linear that runs with integer arithmetic; made by `build_runtime`.
-
-    It holds no parameters and no buffers: its tensors are laid out for one backend on one device.
-
-    Attributes
-    ----------
-    run : LayerRun
-    parts : list of LayerPart
-        Several if the input is split (`LayerSpec.split`) or its channels' steps differ (`LayerSpec.channel_shift`).
-    """
-
-    def __init__(self, layer: QuantLayer, name: str, backend: KernelBackend) -> None:
-        super().__init__()
-        self.spec = layer.spec
-        self.shape = layer.shape
-        self.device = layer.qweight.device
-        self.bias = layer.bias
-        for size in ("in_features", "out_features", "in_channels", "out_channels"):  # what models ask their layers for
-            if hasattr(layer, size):
-                setattr(self, size, getattr(layer, size))
-        self.geometry = _geometry(layer)
-        quantizers = _quantizers(layer)
-        self.clock: StepClock | None = quantizers[0].clock if quantizers else None
-        self.activation: ActivationSpec | None = quantizers[0].spec if quantizers else None
-        self.parts = lay_out_parts(layer, backend, self.geometry)
-        self.run = LayerRun(name, backend, _how(self.parts, self.activation))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output, in the dtype of `x`; an image (B, C, H, W) comes back in channels-last order."""
-        if torch.compiler.is_compiling():
-            return self._forward(x)
-        # Attentions run their layers inside a function mode, which would see each of some thirty calls in vain.
-        with torch._C.DisableTorchFunction():
-            return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        rows = x if self.geometry is None else x.permute(0, 2, 3, 1)
-        out: Tensor | None = None
-        for i, part in enumerate(self.parts):
-            is_last = i == len(self.parts) - 1
-            epilogue = Epilogue(x.dtype if is_last else torch.float32, self.bias if i == 0 else None, out)
-            out = self._multiply(part.take(rows), part, epilogue)
-        assert out is not None
-        return out if self.geometry is None else out.permute(0, 3, 1, 2)
-
-    def _multiply(self, x: Tensor, part: LayerPart, epilogue: Epilogue) -> Tensor:
-        """Quantize channels-last rows and multiply them with a part's weight."""
-        weight = part.weight
-        if isinstance(weight, CpuWeight):
-            codes = self._cpu_codes(x, part)
-            multiply = cpu_linear if self.geometry is None else cpu_conv2d
-            return multiply(codes, weight, epilogue)
-        if self.activation is None:
-            return linear_float(x, weight, epilogue, self.run.backend)
-        codes = self._codes(x, part, self.activation)
-        if self.geometry is None:
-            return linear_int(codes, weight, epilogue, self.run.backend)
-        return conv2d_int(codes, weight, self.geometry, epilogue, self.run.backend)
-
-    def _cpu_codes(self, x: Tensor, part: LayerPart) -> QuantizedActivation:
-        if part.table is None:
-            assert self.activation is not None
-            spec, factor = self.activation, part.channel_scale
-            return quantize_cpu_dynamic(x, spec.bits, symmetric=spec.symmetric, channel_scale=factor)
-        step = 0 if len(part.grids) == 1 or self.clock is None else self.clock.step
-        index = None if step is not None and part.tops is None else self._steps(x, part.table)
-        grid = cpu_grid(part.table, index) if step is None or torch.compiler.is_compiling() else part.grids[step]
-        assert isinstance(part.weight, CpuWeight)
-        needs_sums = part.weight.correction is not None and part.tops is None
-        padding = (0, 0) if self.geometry is None or part.tops is not None else self.geometry.padding
-        codes = quantize_cpu(x, grid, part.table.bits, with_sums=needs_sums, padding=padding)
-        return _limit_codes(codes, part, index, 0)
-
-    def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec) -> QuantizedActivation:
-        if part.table is None:
-            per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
-            return quantize_dynamic(
-                x,
-                spec.bits,
-                symmetric=spec.symmetric,
-                per_token=per_token,
-                channel_scale=part.channel_scale,
-                backend=self.run.backend,
-            )
-        index = self._steps(x, part.table)
-        codes = quantize_by_table(x, part.table, index, self.run.backend)
-        return _limit_codes(codes, part, index, 2 ** (spec.bits - 1))
-
-    def _steps(self, x: Tensor, table: ActivationTable) -> Tensor | None:
-        """Return the step of each row of `x`, shape () or (rows,), on its device; None if the table has one entry."""
-        if table.scale.numel() == 1 or self.clock is None:
-            return None
-        index = self.clock.index.to(x.device)
-        if index.dim() == 0 or index.shape[0] == x.shape[0]:
-            return index
-        return index[:, None].expand(-1, x.shape[0] // index.shape[0]).reshape(-1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RuntimeLayer:
-        """Refuse another device; casts leave scales and codes as they are."""
-        moved = fn(torch.empty(0, device=self.device)).device
-        if moved != self.device:
-            raise QuantizationError(
-                f"layer {self.run.layer}: got a move to {moved}, but its weights are laid out for the "
-                f"{self.run.backend} backend on {self.device}; wanted load_quantized(..., device='{moved}')"
-            )
-        return self
-
-    def _save_to_state_dict(self, *args: object, **kwargs: object) -> None:
-        raise QuantizationError(
-            f"layer {self.run.layer}: got a request for its tensors, which are laid out for this machine; wanted a "
-            "model loaded with backend='reference'"
-        )
-
-    def extra_repr(self) -> str:
-        """Describe the layer in one line."""
-        return f"{self.shape}, W{self.spec.weight.bits} {self.spec.weight.granularity}, {self.run.reason}"
 
 
 def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
@@ -181,7 +45,7 @@ def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
         One for each quantized layer, in the model's order; `layer_runs` gives them again.
     """
     model.requires_grad_(False)
-    runs = []
+    layers: list[LayerRun | RuntimeLayer] = []
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]:
         reason = "the reference was asked for" if backend is KernelBackend.REFERENCE else _unsuited(layer, backend)
         if reason is None:
@@ -191,9 +55,11 @@ def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
                 reason = str(error)
             else:
                 replace_module(model, name, made)
-                runs.append(made.run)
+                layers.append(made)
                 continue
-        runs.append(LayerRun(name, KernelBackend.REFERENCE, reason))
+        layers.append(LayerRun(name, KernelBackend.REFERENCE, reason))
+    fuse_norms(model)
+    runs = [layer.run if isinstance(layer, RuntimeLayer) else layer for layer in layers]
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     if device.type != "cpu":
         _run_on(model, device)
@@ -228,7 +94,7 @@ def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
         strange = [field.name for field in fields(record) if _is_strange(record, field.name)]
         if strange:
             return f"formats with {', '.join(strange)} have no kernel"
-    if layer.soft_weight is not None or any(q.soft_scale is not None or not q.enabled for q in _quantizers(layer)):
+    if layer.soft_weight is not None or any(q.soft_scale is not None or not q.enabled for q in layer_quantizers(layer)):
         return "its rounding or ranges are being learned"
     if layer.kind not in (nn.Linear, nn.Conv2d):
         return f"{layer.kind.__name__} has no kernel"
@@ -249,39 +115,3 @@ def _is_strange(record: LayerSpec | WeightSpec | ActivationSpec, name: str) -> b
     """Whether a field that this module does not know says something."""
     known = next(names for kind, names in _KNOWN_FIELDS.items() if isinstance(record, kind))
     return name not in known and bool(getattr(record, name))
-
-
-def _quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:
-    """Return the quantizers of a layer's input parts."""
-    return [module for module in layer.act_quantizers if isinstance(module, ActivationQuantizer)]
-
-
-def _geometry(layer: QuantLayer) -> ConvGeometry | None:
-    """Return the geometry of a Conv2d, None of a Linear."""
-    if layer.kind is nn.Linear:
-        return None
-    assert not isinstance(layer.padding, str)
-    height, width = layer.padding
-    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
-    return ConvGeometry((kh, kw), (sh, sw), (height, width), (dh, dw))
-
-
-def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | None, offset: int) -> QuantizedActivation:
-    """Clamp codes to the greatest of their step, where bits differ; `offset` is what stored codes are less by."""
-    if part.tops is None:
-        return codes
-    top = part.tops if index is None else part.tops.index_select(0, index.reshape(-1))
-    runs = codes.codes.reshape(len(top), -1)
-    limited = torch.minimum(runs, (top - offset).to(runs.dtype)[:, None]).view(codes.codes.shape)
-    return replace(codes, codes=limited)
-
-
-def _how(parts: list[LayerPart], activation: ActivationSpec | None) -> str:
-    """Say in a few words how a layer is computed."""
-    weight = parts[0].weight
-    if isinstance(weight, CpuWeight):
-        how = "int8 products" if weight.digits == 1 else f"int8 products, weights in {weight.digits} digits"
-    else:
-        widths = " and ".join(str(each.layout.bits) for each in weight)
-        how = f"{widths}-bit weights, {'float' if activation is None else 'int8'} products"
-    return how if len(parts) == 1 else f"{how}, {len(parts)} parts"

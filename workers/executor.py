@@ -158,7 +158,7 @@ class RayExecutor:
             environment |= _LOCAL_ENVIRONMENT
         with self._log.open("wb") as log:
             return subprocess.Popen(
-                [sys.executable, "-c", "from workers.remote import main; main()", json.dumps(config)],
+                [sys.executable, "-P", "-c", "from workers.remote import main; main()", json.dumps(config)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

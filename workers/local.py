@@ -48,7 +48,7 @@ def run_in_subprocess(call: TaskCall) -> TaskOutput:
     environment = os.environ | {"OMP_NUM_THREADS": str(call.threads), "PYTHONPATH": python_path()}
     # Safe: our own module, in the interpreter that is running.
     process = subprocess.run(
-        [sys.executable, "-m", "workers.local", call.kind],
+        [sys.executable, "-P", "-m", "workers.local", call.kind],
         input=json.dumps(call.to_json()),
         capture_output=True,
         text=True,

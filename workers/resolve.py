@@ -20,7 +20,7 @@ from workers.errors import NotFoundError, WorkerError
 from workers.manifest import MANIFEST_NAME, pull_tree
 from workers.store import open_store
 
-_PULL = (sys.executable, "-m", "orchestrator.cli", "artifacts", "pull")
+_PULL = (sys.executable, "-P", "-m", "orchestrator.cli", "artifacts", "pull")
 _NOT_FOUND = 102
 #: The address of an artifact: that of its manifest's blob in a store.
 _ADDRESS = re.compile(r"(?P<store>s3://.+)/sha256/[0-9a-f]{2}/(?P<digest>[0-9a-f]{64})")

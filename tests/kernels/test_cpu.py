@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import native
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
@@ -33,6 +34,15 @@ GEOMETRIES = (
     ConvGeometry((1, 1)),
     ConvGeometry((3, 2), (2, 1), (0, 2), (1, 2)),
 )
+
+
+@pytest.fixture(params=["compiled", "plain"], autouse=True)
+def compiled_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what an installation has compiled, and without."""
+    if request.param == "plain":
+        monkeypatch.setattr(native, "_native", None)
+    elif not native.is_built():
+        pytest.skip("this installation has no compiled part")
 
 
 def codes(*shape: int, runs: int) -> tuple[QuantizedActivation, QuantizedActivation]:
@@ -167,7 +177,9 @@ def test_images_are_padded_with_their_zero_point(shape: tuple[int, ...]) -> None
     assert bool((got.codes[:, :2] == 37).all())
     assert torch.equal(got.codes, pad_codes(quantize_cpu(x, cpu_grid(table), 8), (2, 1)).codes)
     sums, left_out = position_sums(got)
-    assert left_out == (2, 1)
+    if left_out == (0, 0):
+        assert sums.sum() == sums[:, 2:-2, 1:-1].sum()
+        sums = sums[:, 2:-2, 1:-1]
     assert torch.equal(sums, (inside.float() - 37).sum(-1))
 
 

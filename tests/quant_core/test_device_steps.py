@@ -18,7 +18,8 @@ from kernels.backend import KernelBackend
 from quant_core.activation import ActivationQuantizer
 from quant_core.layers import QuantLayer
 from quant_core.qspec import ActivationMode, QuantizationPlan
-from quant_core.runtime import RuntimeLayer, build_runtime
+from quant_core.runtime import build_runtime
+from quant_core.runtime_layer import RuntimeLayer
 from quant_core.steps import StepClock
 from tests.quant_core.test_layer_parts import FORMATS, made
 from tests.quant_core.test_runtime import LAYERS, noise
@@ -47,7 +48,7 @@ def move(model: nn.Module) -> None:
         for store in (module._parameters, module._buffers):
             store.update({name: on_device(tensor) for name, tensor in store.items()})
         if isinstance(module, RuntimeLayer):
-            module.parts, module.bias = on_device(module.parts), on_device(module.bias)
+            module.parts, module.bias, module.norm = map(on_device, (module.parts, module.bias, module.norm))
         if isinstance(module, ActivationQuantizer):
             module.tops = on_device(module.tops)
         if isinstance(module, QuantLayer):

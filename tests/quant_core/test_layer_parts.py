@@ -15,7 +15,8 @@ from quant_core.layer_parts import LayerPart
 from quant_core.layers import Quantizable, QuantLayer
 from quant_core.qspec import SHIFT_DEPTH, ActivationMode, ActivationSpec, LayerSpec, WeightSpec
 from quant_core.ranges import QParams
-from quant_core.runtime import RuntimeLayer, build_runtime
+from quant_core.runtime import build_runtime
+from quant_core.runtime_layer import RuntimeLayer
 from quant_core.steps import StepClock
 from tests.quant_core.test_runtime import BACKENDS, CPU, LAYERS, STEPS, TOLERANCE, HostReads, both, needs_vnni, noise
 

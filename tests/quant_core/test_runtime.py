@@ -17,7 +17,8 @@ from quant_core.errors import QuantizationError
 from quant_core.layers import Quantizable, QuantLayer
 from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
 from quant_core.ranges import QParams
-from quant_core.runtime import LayerRun, RuntimeLayer, build_runtime, layer_runs
+from quant_core.runtime import build_runtime, layer_runs
+from quant_core.runtime_layer import LayerRun, RuntimeLayer
 from quant_core.steps import StepClock
 
 Make = Callable[[str], nn.Module]

@@ -1,0 +1,386 @@
+/* What surrounds an integer product on the CPU, one pass each while the data is in the cache.
+ *
+ *     quantize    normalize (group norm), SiLU, divide by the step, round, clamp: uint8 codes, padded, and their sums
+ *     finish      add the digits of a product, correct for the weight's zero points, add the residual
+ *
+ * Images are channels last, (B, H, W, C), a matrix is an image of M rows of one position. Tensors come as addresses,
+ * which kernels/native.py checks. Codes are those of kernels/affine.py: division and rounding to even are IEEE's, and no
+ * option that would change them is on (no -ffast-math, no contraction), so all machines give the same.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* One function for each generation of x86-64, chosen when it is loaded. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* Positions whose float sums are added to the double ones at a time. */
+#define RUN 64
+/* Codes that are computed before they are narrowed to bytes. */
+#define BLOCK 2048
+
+typedef struct {
+    const void *x;
+    uint8_t *codes;
+    float *sums;            /* (B, H, W), or NULL */
+    const float *step;      /* (runs, 1) or (runs, C) */
+    const int32_t *zero;    /* (runs) */
+    int64_t batch, height, width, channels, pitch; /* of positions, in elements */
+    int64_t pad_h, pad_w, runs, rows_per_run, step_channels;
+    int top, bfloat16, silu;
+    int64_t groups;         /* 0: no norm */
+    double eps;
+    const float *weight, *bias;
+    int threads;
+} Quantize;
+
+typedef struct {
+    const float *product;   /* (M, digits * N) */
+    void *out;              /* (M, N) */
+    const void *residual;   /* (M, N), or NULL */
+    const float *sums;      /* (B, H, W), or NULL */
+    const float *scale;     /* (runs) */
+    const float *correction; /* (N) */
+    int64_t batch, out_height, out_width, outputs, digits, height, width, runs;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_h, pad_w;
+    int out_bfloat16, residual_bfloat16, threads;
+} Finish;
+
+INLINE float bits_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint32_t float_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE float load(const void *x, int64_t i, int bfloat16) {
+    return bfloat16 ? bits_float((uint32_t)((const uint16_t *)x)[i] << 16) : ((const float *)x)[i];
+}
+
+/* Round to even, as PyTorch does; a NaN stays one. */
+INLINE void store(void *x, int64_t i, float value, int bfloat16) {
+    if (bfloat16) {
+        uint32_t bits = float_bits(value);
+        uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        ((uint16_t *)x)[i] = (uint16_t)(value != value ? 0x7fc0 : rounded);
+    } else {
+        ((float *)x)[i] = value;
+    }
+}
+
+/* exp(x) for x <= 0 within 2 units in the last place (from -40 on: that of -40): 2**n times a polynomial on
+ * [-ln 2 / 2, ln 2 / 2]. */
+INLINE float exponential(float x) {
+    x = x > -40.0f ? x : -40.0f;
+    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;
+    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691e-4f;
+    p = p * r + 1.3981999e-3f;
+    p = p * r + 8.3334519e-3f;
+    p = p * r + 4.1665796e-2f;
+    p = p * r + 1.6666665e-1f;
+    p = p * r + 5.0000001e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * bits_float((uint32_t)((int32_t)n + 127) << 23);
+}
+
+/* x * sigmoid(x). One-sided, as e**88 has subnormal quotients, which take a hundred cycles. */
+INLINE float swish(float x) {
+    float e = exponential(-fabsf(x));
+    return (x < 0.0f ? x * e : x) / (1.0f + e);
+}
+
+/* Quantize `positions` runs of `channels` codes to integers, and add each run's to `sums`. Floats and integers of one
+ * width only, and no sum of floats: so compilers make vectors of it. What is constant where this is called makes loops
+ * of their own. */
+INLINE void quantize_block(
+    const void *x, int64_t first, int64_t stride, int32_t *codes, int32_t *sums, int64_t positions, int64_t channels,
+    const float *step, float zero, float top, const float *slope, const float *shift, int bfloat16, int norm, int silu
+) {
+    for (int64_t p = 0; p < positions; p++) {
+        int32_t sum = 0;
+        for (int64_t c = 0; c < channels; c++) {
+            float value = load(x, first + p * stride + c, bfloat16);
+            if (norm) value = value * slope[c] + shift[c];
+            if (silu) value = swish(value);
+            value = value / step[c];
+            value = value > -zero ? value : -zero; /* whole bounds: clamping and rounding commute; a NaN becomes one */
+            value = value < top - zero ? value : top - zero;
+            int32_t code = (int32_t)(((value + 12582912.0f) - 12582912.0f) + zero);
+            codes[p * channels + c] = code;
+            sum += code;
+        }
+        sums[p] += sum;
+    }
+}
+
+/* Quantize a row of positions, a few thousand codes at a time. */
+CLONES static void quantize_row(
+    const void *x, uint8_t *codes, float *sums, int64_t positions, int64_t channels, int64_t pitch, const float *step,
+    float zero, float top, const float *slope, const float *shift, int bfloat16, int silu
+) {
+    int32_t block[BLOCK], totals[BLOCK];
+    int64_t piece = channels < BLOCK ? channels : BLOCK, count = BLOCK / piece;
+    for (int64_t p = 0; p < positions; p += count) {
+        int64_t n = p + count < positions ? count : positions - p;
+        memset(totals, 0, n * sizeof *totals);
+        for (int64_t c = 0; c < channels; c += piece) {
+            int64_t width = c + piece < channels ? piece : channels - c;
+            const float *a = slope ? slope + c : NULL, *b = shift ? shift + c : NULL;
+#define QUANTIZE(bf16, norm, silu) \
+    quantize_block(x, p * pitch + c, pitch, block, totals, n, width, step + c, zero, top, a, b, bf16, norm, silu)
+            if (slope && silu && bfloat16) QUANTIZE(1, 1, 1);
+            else if (slope && silu) QUANTIZE(0, 1, 1);
+            else if (slope && bfloat16) QUANTIZE(1, 1, 0);
+            else if (slope) QUANTIZE(0, 1, 0);
+            else if (bfloat16) QUANTIZE(1, 0, 0);
+            else QUANTIZE(0, 0, 0);
+#undef QUANTIZE
+            for (int64_t i = 0; i < n * width; i++) codes[p * channels + c + i] = (uint8_t)block[i];
+        }
+        for (int64_t i = 0; sums && i < n; i++) sums[p + i] = (float)(totals[i] - (int32_t)zero * (int32_t)channels);
+    }
+}
+
+/* Add the sums and sums of squares of x - origin over some positions to `total`, (2, C); `part`, (2, C), is scratch. */
+INLINE void add_moments(
+    const void *x, int64_t positions, int64_t channels, int64_t pitch, const float *origin, float *part, double *total,
+    int bfloat16
+) {
+    for (int64_t first = 0; first < positions; first += RUN) {
+        int64_t last = first + RUN < positions ? first + RUN : positions;
+        memset(part, 0, 2 * channels * sizeof(float));
+        for (int64_t p = first; p < last; p++) {
+            for (int64_t c = 0; c < channels; c++) {
+                float value = load(x, p * pitch + c, bfloat16) - origin[c];
+                part[c] += value;
+                part[channels + c] += value * value;
+            }
+        }
+        for (int64_t c = 0; c < 2 * channels; c++) total[c] += part[c];
+    }
+}
+
+CLONES static void moments(
+    const void *x, int64_t positions, int64_t channels, int64_t pitch, const float *origin, float *part, double *total,
+    int bfloat16
+) {
+    if (bfloat16) add_moments(x, positions, channels, pitch, origin, part, total, 1);
+    else add_moments(x, positions, channels, pitch, origin, part, total, 0);
+}
+
+/* Turn the moments of each channel about `origin` into norm(x) = slope * x + shift, of its group. */
+static void norm_coefficients(
+    const Quantize *q, const double *total, const float *origin, int64_t positions, float *slope, float *shift
+) {
+    int64_t each = q->channels / q->groups;
+    for (int64_t g = 0; g < q->groups; g++) {
+        double mean = 0.0, square = 0.0, count = (double)positions * (double)each;
+        int64_t first = g * each;
+        for (int64_t c = first; c < first + each; c++) mean += total[c] + (double)positions * origin[c];
+        mean /= count;
+        for (int64_t c = first; c < first + each; c++) {
+            double off = origin[c] - mean;  /* sum (x - mean)**2 = sum (x - o)**2 + 2 (o - mean) sum (x - o) + ... */
+            square += total[q->channels + c] + off * (2.0 * total[c] + (double)positions * off);
+        }
+        double inverse = 1.0 / sqrt((square > 0.0 ? square : 0.0) / count + q->eps);
+        for (int64_t c = first; c < first + each; c++) {
+            double weight = q->weight ? q->weight[c] : 1.0, bias = q->bias ? q->bias[c] : 0.0;
+            slope[c] = (float)(weight * inverse);
+            shift[c] = (float)(bias - weight * inverse * mean);
+        }
+    }
+}
+
+/* Quantize sample b. `room` has space for (threads, 4, C) doubles. */
+static void quantize_sample(const Quantize *q, int64_t b, double *room, int threads) {
+    int64_t channels = q->channels, positions = q->height * q->width, pitch = q->pitch * (q->bfloat16 ? 2 : 4);
+    const char *x = (const char *)q->x + b * positions * pitch;
+    float *origin = (float *)(room + threads * 4 * channels), *slope = NULL, *shift = NULL;
+    if (q->groups) {
+        slope = origin + channels;
+        shift = slope + channels;
+        for (int64_t c = 0; c < channels; c++) origin[c] = load(x, c, q->bfloat16);
+        memset(room, 0, threads * 4 * channels * sizeof(double));
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (int t = 0; t < threads; t++) {
+            int64_t first = positions * t / threads, last = positions * (t + 1) / threads;
+            double *total = room + t * 4 * channels;
+            moments(x + first * pitch, last - first, channels, q->pitch, origin, (float *)(total + 2 * channels), total,
+                    q->bfloat16);
+        }
+        for (int t = 1; t < threads; t++) {
+            for (int64_t c = 0; c < 2 * channels; c++) room[c] += room[t * 4 * channels + c];
+        }
+        norm_coefficients(q, room, origin, positions, slope, shift);
+    }
+    int64_t wide = (q->width + 2 * q->pad_w) * channels, tall = q->height + 2 * q->pad_h;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t line = 0; line < tall; line++) {
+        int64_t h = line - q->pad_h, inside = h < 0 ? 0 : h < q->height ? h : q->height - 1;
+        int64_t run = (b * q->height + inside) / q->rows_per_run;
+        int32_t zero = q->zero[run];
+        uint8_t *codes = q->codes + (b * tall + line) * wide;
+        if (h < 0 || h >= q->height) {
+            memset(codes, zero, wide);
+            continue;
+        }
+        memset(codes, zero, q->pad_w * channels);
+        memset(codes + (q->pad_w + q->width) * channels, zero, q->pad_w * channels);
+        quantize_row(
+            x + h * q->width * pitch, codes + q->pad_w * channels,
+            q->sums ? q->sums + (b * q->height + h) * q->width : NULL, q->width, channels, q->pitch,
+            q->step + run * channels, (float)zero, (float)q->top, slope, shift, q->bfloat16, q->silu);
+    }
+}
+
+/* Quantize all samples; 0, or -1 without memory. */
+static int quantize_all(const Quantize *q, const float *step) {
+    int outer = q->batch > 1 ? q->threads : 1, inner = q->batch > 1 ? 1 : q->threads;
+    int64_t each = inner * 4 * q->channels + 2 * q->channels; /* doubles: moments, then three rows of floats */
+    double *room = malloc(outer * each * sizeof(double));
+    float *steps = NULL;
+    Quantize own = *q;
+    own.step = step;
+    if (q->step_channels == 1) {
+        steps = malloc(q->runs * q->channels * sizeof(float));
+        for (int64_t i = 0; steps && i < q->runs * q->channels; i++) steps[i] = step[i / q->channels];
+        own.step = steps;
+    }
+    int failed = room == NULL || own.step == NULL;
+    if (!failed) {
+#pragma omp parallel for num_threads(outer) if (outer > 1)
+        for (int t = 0; t < outer; t++) {
+            for (int64_t b = q->batch * t / outer; b < q->batch * (t + 1) / outer; b++) {
+                quantize_sample(&own, b, room + t * each, inner);
+            }
+        }
+    }
+    free(room);
+    free(steps);
+    return -failed;
+}
+
+/* The sum of the inputs that one output position sees; what is left out of `sums` is 0. */
+INLINE float window_sum(const Finish *f, int64_t b, int64_t i, int64_t j) {
+    float sum = 0.0f;
+    for (int64_t kh = 0; kh < f->kernel_h; kh++) {
+        int64_t h = i * f->stride_h - f->pad_h + kh * f->dilation_h;
+        if (h < 0 || h >= f->height) continue;
+        for (int64_t kw = 0; kw < f->kernel_w; kw++) {
+            int64_t w = j * f->stride_w - f->pad_w + kw * f->dilation_w;
+            if (w >= 0 && w < f->width) sum += f->sums[(b * f->height + h) * f->width + w];
+        }
+    }
+    return sum;
+}
+
+INLINE void finish_row(
+    const float *product, void *out, const void *residual, int64_t at, int64_t n, int64_t digits, float factor,
+    const float *correction, int out_bfloat16, int residual_bfloat16
+) {
+    for (int64_t c = 0; c < n; c++) {
+        float value = product[c];
+        for (int64_t d = 1; d < digits; d++) value += product[d * n + c];
+        if (correction) value -= factor * correction[c];
+        if (residual) value += load(residual, at + c, residual_bfloat16);
+        store(out, at + c, value, out_bfloat16);
+    }
+}
+
+CLONES static void finish_line(const Finish *f, int64_t line) {
+    int64_t b = line / f->out_height, i = line % f->out_height;
+    float scale = f->correction ? f->scale[line / (f->batch * f->out_height / f->runs)] : 0.0f;
+    for (int64_t j = 0; j < f->out_width; j++) {
+        int64_t m = line * f->out_width + j, at = m * f->outputs;
+        const float *product = f->product + m * f->digits * f->outputs;
+        float factor = f->correction ? scale * window_sum(f, b, i, j) : 0.0f;
+#define FINISH(digits, out_bf16, correction, residual) \
+    finish_row(product, f->out, residual, at, f->outputs, digits, factor, correction, out_bf16, f->residual_bfloat16)
+        if (f->digits == 1 && f->correction && !f->residual && !f->out_bfloat16) FINISH(1, 0, f->correction, NULL);
+        else if (f->digits == 2 && !f->correction && !f->residual && !f->out_bfloat16) FINISH(2, 0, NULL, NULL);
+        else FINISH(f->digits, f->out_bfloat16, f->correction, f->residual);
+#undef FINISH
+    }
+}
+
+static void finish_all(const Finish *f) {
+    int64_t lines = f->batch * f->out_height;
+    int threads = f->threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t line = 0; line < lines; line++) finish_line(f, line);
+}
+
+/* Read `count` integers (addresses too); 0 with an exception set if they are not. */
+static int integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, long long *out) {
+    if (given != count) {
+        PyErr_Format(PyExc_TypeError, "got %zd arguments, wanted %zd", given, count);
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        out[i] = PyLong_AsLongLong(args[i]);
+        if (out[i] == -1 && PyErr_Occurred()) return 0;
+    }
+    return 1;
+}
+
+#define ADDRESS(value) ((void *)(intptr_t)(value))
+
+static PyObject *py_quantize(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[21];
+    double eps = given == 22 ? PyFloat_AsDouble(args[21]) : 0.0;
+    if (PyErr_Occurred() || !integers(args, given - (given == 22), 21, a)) return NULL;
+    Quantize q = {
+        .x = ADDRESS(a[0]), .codes = ADDRESS(a[1]), .sums = ADDRESS(a[2]), .step = ADDRESS(a[3]), .zero = ADDRESS(a[4]),
+        .batch = a[5], .height = a[6], .width = a[7], .channels = a[8], .pitch = a[9], .pad_h = a[10], .pad_w = a[11],
+        .runs = a[12], .rows_per_run = a[5] * a[6] / (a[12] ? a[12] : 1), .step_channels = a[13], .top = (int)a[14],
+        .bfloat16 = (int)a[15], .silu = (int)a[16], .groups = a[17], .weight = ADDRESS(a[18]), .bias = ADDRESS(a[19]),
+        .threads = (int)a[20], .eps = eps,
+    };
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = quantize_all(&q, q.step);
+    Py_END_ALLOW_THREADS
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_finish(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[25];
+    if (!integers(args, given, 25, a)) return NULL;
+    Finish f = {
+        .product = ADDRESS(a[0]), .out = ADDRESS(a[1]), .residual = ADDRESS(a[2]), .sums = ADDRESS(a[3]),
+        .scale = ADDRESS(a[4]), .correction = ADDRESS(a[5]), .batch = a[6], .out_height = a[7], .out_width = a[8],
+        .outputs = a[9], .digits = a[10], .height = a[11], .width = a[12], .runs = a[13], .kernel_h = a[14],
+        .kernel_w = a[15], .stride_h = a[16], .stride_w = a[17], .dilation_h = a[18], .dilation_w = a[19],
+        .pad_h = a[20], .pad_w = a[21], .out_bfloat16 = (int)a[22], .residual_bfloat16 = (int)a[23],
+        .threads = (int)a[24],
+    };
+    Py_BEGIN_ALLOW_THREADS
+    finish_all(&f);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"quantize", (PyCFunction)(void (*)(void))py_quantize, METH_FASTCALL, "See kernels/native.py."},
+    {"finish", (PyCFunction)(void (*)(void))py_finish, METH_FASTCALL, "See kernels/native.py."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_native", NULL, 0, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&module); }

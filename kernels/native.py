@@ -1,0 +1,169 @@
+"""The compiled part of the CPU backend, `_native.c`: what surrounds an integer product, one pass each.
+
+Installing the package compiles it where there is a C compiler and Python's headers. Without it (`is_built`), and while
+`torch.compile` traces, `kernels.cpu` and `kernels.cpu_activation` do the same with tensor operations, each of which
+passes over memory once.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from kernels.conv import ConvGeometry
+from kernels.norms import GroupNorm
+
+_native: ModuleType | None
+try:
+    from kernels import _native
+except ImportError:
+    _native = None
+
+_FLOATS = (torch.float32, torch.bfloat16)
+# Elements below which a thread more costs more than it saves.
+_THREAD = 1 << 15
+# A Linear, as a convolution.
+POINT = ConvGeometry((1, 1))
+
+
+def is_built() -> bool:
+    """Whether the compiled part is there."""
+    return _native is not None
+
+
+def quantize(
+    x: Tensor,
+    step: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    *,
+    with_sums: bool,
+    padding: tuple[int, int],
+    norm: GroupNorm | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Quantize to codes round(y / step) + zero_point in [0, 2**bits), y being x, group_norm(x) or its SiLU.
+
+    Parameters
+    ----------
+    x : Tensor, shape (..., C), floating dtype
+        (B, H, W, C) if there is padding or a norm.
+    step : Tensor, shape (R, ..., 1) or (R, ..., C), dtype float32
+        Of each of R equal runs of rows.
+    zero_point : Tensor, shape (R,), dtype int32
+        Unsigned.
+    bits : int
+        8 at most.
+    with_sums : bool
+    padding : tuple of int
+        Rows and columns of zero points on each side.
+    norm : GroupNorm or None
+        Over the channels of each image, its tensors in float32; the result differs from PyTorch's by rounding.
+    silu : bool
+        Only with a norm.
+
+    Returns
+    -------
+    Tensor, dtype uint8
+        Codes, shape of `x` plus padding.
+    Tensor, shape `x.shape[:-1]`, dtype float32, or None
+        Sum of code - zero_point over the channels of each position.
+    """
+    assert _native is not None
+    x = x if x.dtype in _FLOATS else x.float()
+    pitch = _pitch(x)
+    if pitch == 0:
+        x, pitch = x.contiguous(), x.shape[-1]
+    step, runs, channels = step.contiguous(), zero_point.numel(), x.shape[-1]
+    codes_shape = list(x.shape)
+    if x.dim() == 4:
+        batch, height, width = x.shape[:3]
+        codes_shape[1:3] = height + 2 * padding[0], width + 2 * padding[1]
+    else:
+        batch, height, width = 1, math.prod(x.shape[:-1]), 1
+    codes = torch.empty(codes_shape, dtype=torch.uint8)
+    sums = torch.empty(x.shape[:-1], dtype=torch.float32) if with_sums else None
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    _native.quantize(
+        x.data_ptr(), codes.data_ptr(), _address(sums), step.data_ptr(), zero_point.data_ptr(),
+        batch, height, width, channels, pitch, *padding, runs, step.numel() // runs, 2**bits - 1,
+        x.dtype is torch.bfloat16, norm is not None and silu, 0 if norm is None else norm.groups,
+        _address(weight), _address(bias), _threads(x.numel()), 0.0 if norm is None else norm.eps,
+    )  # fmt: skip
+    return codes, sums
+
+
+def finish(
+    product: Tensor,
+    outputs: int,
+    dtype: torch.dtype,
+    *,
+    sums: Tensor | None = None,
+    scale: Tensor | None = None,
+    correction: Tensor | None = None,
+    residual: Tensor | None = None,
+    geometry: ConvGeometry = POINT,
+    padding: tuple[int, int] = (0, 0),
+) -> Tensor:
+    """Add the digits of a product, subtract scale * (sum of the inputs) * correction, add the residual.
+
+    Parameters
+    ----------
+    product : Tensor, shape (B, OH, OW, digits * N) or (M, digits * N), dtype float32
+        Contiguous; written to.
+    outputs : int
+        N.
+    dtype : torch.dtype
+    sums : Tensor, shape (B, H, W) or (M,), dtype float32, or None
+        Sums of each position's codes, less zero points; needed for a correction.
+    scale : Tensor, shape (R,), dtype float32, or None
+        Of each of R equal runs of rows.
+    correction : Tensor, shape (N,), dtype float32, or None
+    residual : Tensor, M * N elements, floating dtype, or None
+    geometry : ConvGeometry, optional
+        Of a convolution.
+    padding : tuple of int
+        Rows and columns on each side of a convolution's images that `sums` leaves out.
+
+    Returns
+    -------
+    Tensor, shape of `product` but for N, dtype `dtype`
+    """
+    assert _native is not None
+    batch, out_height, out_width = product.shape[:3] if product.dim() == 4 else (1, product.shape[0], 1)
+    height, width = (0, 0) if sums is None else sums.shape[1:] if sums.dim() == 3 else (sums.numel(), 1)
+    given = dtype if dtype in _FLOATS else torch.float32
+    if product.shape[-1] == outputs and given is torch.float32:
+        out = product
+    else:
+        out = torch.empty(*product.shape[:-1], outputs, dtype=given)
+    if residual is not None:
+        residual = (residual if residual.dtype in _FLOATS else residual.float()).contiguous()
+    sums = None if sums is None or correction is None else sums.contiguous()
+    _native.finish(
+        product.data_ptr(), out.data_ptr(), _address(residual), _address(sums), _address(scale), _address(correction),
+        batch, out_height, out_width, outputs, product.shape[-1] // max(outputs, 1), height, width,
+        1 if scale is None else scale.numel(), *geometry.kernel, *geometry.stride, *geometry.dilation, *padding,
+        given is torch.bfloat16, residual is not None and residual.dtype is torch.bfloat16, _threads(product.numel()),
+    )  # fmt: skip
+    return out.to(dtype)
+
+
+def _pitch(x: Tensor) -> int:
+    """Return the elements from one position's channels to the next one's, if they lie evenly; else 0."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    even = all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2))
+    return x.stride(-2) if x.dim() > 1 and x.stride(-1) == 1 and even else 0
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _threads(elements: int) -> int:
+    """Return how many threads to use."""
+    return max(1, min(torch.get_num_threads(), elements // _THREAD))

@@ -1,0 +1,128 @@
+"""Convolutions that compute the norm and SiLU in front of them, against diffusers' own blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from kernels.backend import KernelBackend
+from kernels.cpu_weight import sums_pairs_exactly
+from quant_core.layers import QUANTIZABLE, QuantLayer
+from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_core.ranges import QParams
+from quant_core.runtime import build_runtime
+from quant_core.runtime_layer import RuntimeLayer
+from quant_core.steps import StepClock
+from tests.quant_core.test_runtime import noise
+
+Make = Callable[[str], nn.Module]
+Quantize = Callable[..., QuantizationPlan]
+needs_vnni = pytest.mark.skipif(not sums_pairs_exactly(), reason="this CPU's int8 products saturate")
+BACKENDS = [pytest.param(KernelBackend.CPU, marks=needs_vnni), KernelBackend.TRITON]
+# Of the largest output: a few codes that fall to the other side of a middle, of 255 and in two layers.
+TOLERANCE = 0.02
+
+
+def block(spec: ActivationSpec | None = None, **options: object) -> ResnetBlock2D:
+    """A ResNet block, 32 to 48 channels, its layers quantized to 8 bits, at step 1 of 2."""
+    torch.manual_seed(0)
+    made = ResnetBlock2D(in_channels=32, out_channels=48, temb_channels=16, groups=8, **options).eval()
+    clock = StepClock([900.0, 100.0])
+    for name, layer in list(made.named_modules()):
+        if isinstance(layer, QUANTIZABLE):
+            quantized = QuantLayer(
+                layer.requires_grad_(False), LayerSpec(WeightSpec(8), spec or ActivationSpec(8)), clock
+            )
+            low, high = layer.weight.flatten(1).amin(1, keepdim=True), layer.weight.flatten(1).amax(1, keepdim=True)
+            scale = (high - low) / 255
+            zero = (-low / scale).round()
+            codes = (layer.weight.flatten(1) / scale + zero).round().clamp(0, 255)
+            quantized.set_codes(codes.to(torch.uint8), scale, zero.to(torch.uint8))
+            for quantizer in quantized.act_quantizers:
+                if not quantizer.spec.is_dynamic:
+                    rows = len(quantizer.scale)
+                    quantizer.set_qparams(QParams(torch.linspace(0.04, 0.03, rows), torch.full((rows,), 100.0)))
+            parent, _, last = name.rpartition(".")
+            setattr(made.get_submodule(parent), last, quantized)
+    clock.set_timestep(100.0)
+    return made
+
+
+def difference(model: nn.Module, backend: KernelBackend, x: Tensor, temb: Tensor) -> float:
+    """Largest difference between runtime and reference, in units of the largest output."""
+    with torch.no_grad():
+        want = model(x, temb)
+        build_runtime(model, backend)
+        got = model(x, temb)
+    return float((got - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_block_fuses_both_norms(backend: KernelBackend) -> None:
+    model = block()
+    norm = copy.deepcopy(model.norm1)
+    assert difference(model, backend, noise(2, 32, 6, 5) * 2, noise(2, 16)) < TOLERANCE
+    assert isinstance(model.norm1, nn.Identity)
+    assert isinstance(model.norm2, nn.Identity)
+    for layer in (model.conv1, model.conv2):
+        assert isinstance(layer, RuntimeLayer)
+        assert layer.norm is not None
+        assert "GroupNorm" in layer.run.reason
+    assert model.conv1.norm.groups == norm.num_groups
+    assert torch.equal(model.conv1.norm.weight, norm.weight)
+    assert {run.reason for run in model.quantmill_runs if run.layer == "conv1"} == {model.conv1.run.reason}
+
+
+@needs_vnni
+def test_a_large_time_embedding_still_passes_silu() -> None:
+    """A block's one SiLU acts on images and on the embedding, which has runtime layers of its own behind it."""
+    assert difference(block(), KernelBackend.CPU, noise(2, 32, 6, 5), noise(2, 16) * 30) < TOLERANCE
+
+
+@needs_vnni
+@pytest.mark.parametrize(
+    ("options", "spec"),
+    [
+        ({"time_embedding_norm": "scale_shift"}, None),
+        ({"down": True}, None),
+        ({"up": True}, None),
+        ({"non_linearity": "gelu"}, None),
+        ({}, ActivationSpec(8, mode=ActivationMode.DYNAMIC_SAMPLE)),
+    ],
+    ids=["modulated", "down", "up", "gelu", "dynamic"],
+)
+def test_other_blocks_keep_their_norms(options: dict[str, object], spec: ActivationSpec | None) -> None:
+    model = block(spec, **options)
+    assert difference(model, KernelBackend.CPU, noise(2, 32, 6, 6), noise(2, 16)) < TOLERANCE
+    assert isinstance(model.norm1, nn.GroupNorm)
+    assert model.conv1.norm is None
+
+
+@needs_vnni
+def test_a_cast_block_normalizes_in_float32() -> None:
+    model = block()
+    x, temb = noise(2, 32, 6, 5), noise(2, 16)
+    with torch.no_grad():
+        want = model(x, temb)
+        build_runtime(model, KernelBackend.CPU)
+        got = model.to(torch.bfloat16)(x.bfloat16(), temb.bfloat16())
+    assert got.dtype is torch.bfloat16
+    assert float((got.float() - want).abs().max() / want.abs().max()) < 2 * TOLERANCE
+
+
+@needs_vnni
+def test_a_whole_model_fuses_all_it_can(tiny_model: Make, quantize_model: Quantize) -> None:
+    model = tiny_model("unet")
+    quantize_model(model, bits=8)
+    build_runtime(model, KernelBackend.CPU)
+    blocks = [module for module in model.modules() if isinstance(module, ResnetBlock2D)]
+    assert all(block.conv2.norm is not None for block in blocks)
+    assert {block.conv1.norm is not None for block in blocks} == {True, False}, "inputs of some are split"
+    assert all(len(block.conv1.parts) > 1 for block in blocks if block.conv1.norm is None)
+    assert isinstance(model.conv_norm_out, nn.Identity)
+    assert model.conv_out.norm is not None

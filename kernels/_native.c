@@ -1,7 +1,8 @@
 /* What surrounds an integer product on the CPU, one pass each while the data is in the cache.
  *
- *     quantize    normalize (group norm), SiLU, divide by the step, round, clamp: uint8 codes, padded, and their sums
- *     finish      add the digits of a product, correct for the weight's zero points, add the residual
+ *     quantize         normalize (group norm), SiLU, divide by the step, round, clamp: uint8 codes, padded, their sums
+ *     finish           add the digits of a product, correct for the weight's zero points, add the residual
+ *     finish_matrix    the same of a matrix product's integers, with all scales
  *
  * Images are channels last, (B, H, W, C), a matrix is an image of M rows of one position. Tensors come as addresses,
  * which kernels/native.py checks. Codes are those of kernels/affine.py: division and rounding to even are IEEE's, and no
@@ -21,6 +22,15 @@
 #define CLONES
 #endif
 #define INLINE static inline __attribute__((always_inline))
+
+/* Iterations of the next loop touch nothing of each other's, though addresses may be equal. */
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define INDEPENDENT
+#endif
 
 /* Positions whose float sums are added to the double ones at a time. */
 #define RUN 64
@@ -53,6 +63,20 @@ typedef struct {
     int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_h, pad_w;
     int out_bfloat16, residual_bfloat16, threads;
 } Finish;
+
+typedef struct {
+    const int32_t *product; /* (M, digits * N) of codes - 128 */
+    void *out;              /* (M, N) */
+    const void *residual;   /* (M, N), or NULL */
+    const float *sums;      /* (M), or NULL */
+    const float *scale;     /* (runs) */
+    const int32_t *zero;    /* (runs) */
+    const float *weight_scale; /* (digits * N) */
+    const int32_t *weight_sums; /* (digits * N) */
+    const float *correction, *bias; /* (N), or NULL */
+    int64_t rows, outputs, digits, runs;
+    int out_bfloat16, residual_bfloat16, threads;
+} FinishMatrix;
 
 INLINE float bits_float(uint32_t bits) {
     float value;
@@ -97,10 +121,10 @@ INLINE float exponential(float x) {
     return p * bits_float((uint32_t)((int32_t)n + 127) << 23);
 }
 
-/* x * sigmoid(x). One-sided, as e**88 has subnormal quotients, which take a hundred cycles. */
-INLINE float swish(float x) {
+/* x * sigmoid(x) / step. One-sided, as e**88 has subnormal quotients, which take a hundred cycles. */
+INLINE float swish(float x, float step) {
     float e = exponential(-fabsf(x));
-    return (x < 0.0f ? x * e : x) / (1.0f + e);
+    return (x < 0.0f ? x * e : x) / ((1.0f + e) * step);
 }
 
 /* Quantize `positions` runs of `channels` codes to integers, and add each run's to `sums`. Floats and integers of one
@@ -112,11 +136,11 @@ INLINE void quantize_block(
 ) {
     for (int64_t p = 0; p < positions; p++) {
         int32_t sum = 0;
+        INDEPENDENT
         for (int64_t c = 0; c < channels; c++) {
             float value = load(x, first + p * stride + c, bfloat16);
             if (norm) value = value * slope[c] + shift[c];
-            if (silu) value = swish(value);
-            value = value / step[c];
+            value = silu ? swish(value, step[c]) : value / step[c];
             value = value > -zero ? value : -zero; /* whole bounds: clamping and rounding commute; a NaN becomes one */
             value = value < top - zero ? value : top - zero;
             int32_t code = (int32_t)(((value + 12582912.0f) - 12582912.0f) + zero);
@@ -164,6 +188,7 @@ INLINE void add_moments(
         int64_t last = first + RUN < positions ? first + RUN : positions;
         memset(part, 0, 2 * channels * sizeof(float));
         for (int64_t p = first; p < last; p++) {
+            INDEPENDENT
             for (int64_t c = 0; c < channels; c++) {
                 float value = load(x, p * pitch + c, bfloat16) - origin[c];
                 part[c] += value;
@@ -292,6 +317,7 @@ INLINE void finish_row(
     const float *product, void *out, const void *residual, int64_t at, int64_t n, int64_t digits, float factor,
     const float *correction, int out_bfloat16, int residual_bfloat16
 ) {
+    INDEPENDENT
     for (int64_t c = 0; c < n; c++) {
         float value = product[c];
         for (int64_t d = 1; d < digits; d++) value += product[d * n + c];
@@ -322,6 +348,30 @@ static void finish_all(const Finish *f) {
     int threads = f->threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t line = 0; line < lines; line++) finish_line(f, line);
+}
+
+CLONES static void finish_matrix_row(const FinishMatrix *f, int64_t row) {
+    int64_t n = f->outputs, run = row / (f->rows / f->runs), at = row * n;
+    int32_t zero = f->zero[run] - 128;
+    float scale = f->scale[run], sum = f->correction ? f->sums[row] : 0.0f;
+    const int32_t *product = f->product + row * f->digits * n;
+    for (int64_t c = 0; c < n; c++) {
+        float value = (float)(product[c] - zero * f->weight_sums[c]) * f->weight_scale[c];
+        for (int64_t i = c + n; i < f->digits * n; i += n) {
+            value += (float)(product[i] - zero * f->weight_sums[i]) * f->weight_scale[i];
+        }
+        if (f->correction) value -= sum * f->correction[c];
+        value *= scale;
+        if (f->bias) value += f->bias[c];
+        if (f->residual) value += load(f->residual, at + c, f->residual_bfloat16);
+        store(f->out, at + c, value, f->out_bfloat16);
+    }
+}
+
+static void finish_matrix(const FinishMatrix *f) {
+    int threads = f->threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < f->rows; row++) finish_matrix_row(f, row);
 }
 
 /* Read `count` integers (addresses too); 0 with an exception set if they are not. */
@@ -375,9 +425,25 @@ static PyObject *py_finish(PyObject *self, PyObject *const *args, Py_ssize_t giv
     Py_RETURN_NONE;
 }
 
+static PyObject *py_finish_matrix(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[17];
+    if (!integers(args, given, 17, a)) return NULL;
+    FinishMatrix f = {
+        .product = ADDRESS(a[0]), .out = ADDRESS(a[1]), .residual = ADDRESS(a[2]), .sums = ADDRESS(a[3]),
+        .scale = ADDRESS(a[4]), .zero = ADDRESS(a[5]), .weight_scale = ADDRESS(a[6]), .weight_sums = ADDRESS(a[7]),
+        .correction = ADDRESS(a[8]), .bias = ADDRESS(a[9]), .rows = a[10], .outputs = a[11], .digits = a[12],
+        .runs = a[13], .out_bfloat16 = (int)a[14], .residual_bfloat16 = (int)a[15], .threads = (int)a[16],
+    };
+    Py_BEGIN_ALLOW_THREADS
+    finish_matrix(&f);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
     {"quantize", (PyCFunction)(void (*)(void))py_quantize, METH_FASTCALL, "See kernels/native.py."},
     {"finish", (PyCFunction)(void (*)(void))py_finish, METH_FASTCALL, "See kernels/native.py."},
+    {"finish_matrix", (PyCFunction)(void (*)(void))py_finish_matrix, METH_FASTCALL, "See kernels/native.py."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -50,19 +50,11 @@ def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
     if isinstance(weight.packed, ConvLayout):
         raise KernelError("cpu linear: got the weight of a Conv2d, wanted a Linear's")
     epilogue.check(shape)
-    rows = x.codes.reshape(math.prod(x.codes.shape[:-1]), weight.channels)
-    direct = _is_direct(weight, epilogue)
-    multiply = torch.ops.quantmill.cpu_linear.default if torch.compiler.is_compiling() else _linear_rows
-    out = multiply(
-        rows,
-        x.scale,
-        x.zero_point,
-        weight.packed,
-        weight.scale,
-        _padded_bias(weight, epilogue),
-        epilogue.dtype if direct else torch.float32,
-    )
-    return out.view(shape) if direct else _finish(out, x, weight, epilogue).view(shape)
+    rows = x.codes.reshape(math.prod(shape[:-1]), weight.channels)
+    signed = rows.bitwise_xor(0x80).view(torch.int8)
+    # PyTorch 2.13 reads the rows of a matrix of one column wrongly.
+    product = signed.int() * weight.packed.int() if weight.channels == 1 else torch._int_mm(signed, weight.packed)
+    return _finish_matrix(product, x, weight, epilogue).view(shape)
 
 
 def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
@@ -169,65 +161,38 @@ def _finish(out: Tensor, x: QuantizedActivation, weight: CpuWeight, epilogue: Ep
     return add_epilogue(value, epilogue_rows(replace(epilogue, bias=None)), epilogue.dtype)
 
 
+def _finish_matrix(product: Tensor, x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
+    """Scale the sums (M, digits * N), int32, of code - 128; correct them for zero points, add the rest."""
+    sums = None if weight.correction is None else position_sums(x)[0].reshape(-1)
+    if native.is_built() and not torch.compiler.is_compiling() and epilogue.low_rank is None:
+        return native.finish_matrix(
+            product,
+            weight.outputs,
+            epilogue.dtype,
+            scale=x.scale,
+            zero_point=x.zero_point,
+            weight_scale=weight.scale,
+            weight_sums=weight.sums,
+            sums=sums,
+            correction=weight.correction,
+            bias=None if epilogue.bias is None else epilogue.bias.float(),
+            residual=epilogue.residual,
+        )
+    runs = product.view(x.scale.numel(), -1, weight.digits, weight.outputs)
+    zero = (x.zero_point - 128).view(-1, 1, 1, 1)
+    sizes = (weight.digits, weight.outputs)
+    value = ((runs - zero * weight.sums.view(sizes)) * weight.scale.view(sizes)).sum(2)
+    if weight.correction is not None and sums is not None:
+        value = value - sums.view(x.scale.numel(), -1, 1) * weight.correction
+    value = (value * x.scale.view(-1, 1, 1)).view(-1, weight.outputs)
+    return add_epilogue(value, epilogue_rows(epilogue), epilogue.dtype)
+
+
 def _window_sums(sums: Tensor, padding: tuple[int, int], geometry: ConvGeometry) -> Tensor:
     """Return the sum of the inputs that each output position sees, in channels and taps, (B, 1, OH, OW)."""
     if geometry.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, geometry.kernel, strict=True)):
         return F.avg_pool2d(sums, geometry.kernel, geometry.stride, padding, divisor_override=1)
     return F.conv2d(sums, torch.ones(1, 1, *geometry.kernel), None, geometry.stride, padding, geometry.dilation)
-
-
-def _qlinear(
-    codes: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    zero = torch.zeros(scale.numel(), dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise.tensor(
-        codes, x_scale, x_zero, packed, scale, zero, bias, 1.0, 0, dtype, "none", [], "none"
-    )
-
-
-def _linear_rows(
-    codes: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    codes = codes.contiguous()
-    if x_scale.numel() == 1:
-        return _qlinear(codes, x_scale, x_zero, packed, scale, bias, dtype)
-    runs = zip(codes.chunk(x_scale.numel()), x_scale.split(1), x_zero.split(1), strict=True)
-    return torch.cat([_qlinear(part, s, z, packed, scale, bias, dtype) for part, s, z in runs])
-
-
-# Inductor takes oneDNN's own operator for weights that it knows to be constant only. Not a `custom_op`, whose dispatch
-# takes some 20 us, as long as a small layer.
-_LIBRARY = torch.library.Library("quantmill", "FRAGMENT")
-_LIBRARY.define(
-    "cpu_linear(Tensor codes, Tensor x_scale, Tensor x_zero, Tensor packed, Tensor scale, Tensor? bias, "
-    "ScalarType dtype) -> Tensor"
-)
-_LIBRARY.impl("cpu_linear", _linear_rows, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("quantmill::cpu_linear")
-def _(
-    codes: Tensor,
-    x_scale: Tensor,
-    x_zero: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return codes.new_empty(codes.shape[0], scale.shape[0], dtype=dtype)
 
 
 def _conv2d_image(

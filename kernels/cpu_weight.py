@@ -79,10 +79,12 @@ class CpuWeight:
     Attributes
     ----------
     packed : Tensor or ConvLayout
-        Opaque, int8; digits * N output channels, all of digit 0 first.
+        int8; digits * N output channels, all of digit 0 first. A Linear's is (channels, digits * N).
     scale : Tensor, shape (digits * N,), dtype float32
+    sums : Tensor, shape (digits * N,), dtype int32
+        Of each output's int8 weights: what each step of an input's zero point takes away.
     zero_term : Tensor, shape (digits * N,), dtype float32
-        scale * sum of the int8 weights: what each step of an input's zero point takes away.
+        scale * sums.
     correction : Tensor, shape (N,), dtype float32, or None
         scale * (zero_point - 128), for asymmetric 8-bit weights.
     outputs : int
@@ -97,6 +99,7 @@ class CpuWeight:
 
     packed: Tensor | ConvLayout
     scale: Tensor
+    sums: Tensor
     zero_term: Tensor
     correction: Tensor | None
     outputs: int
@@ -141,16 +144,16 @@ def pack_cpu_weight(
     _check_saturation(digits)
     matrix = torch.cat(digits)
     row_scale = torch.cat([scale * float(_DIGIT**power) for power in range(len(digits))])
-    zero_term = (matrix.sum((1, 2), dtype=torch.int64).double() * row_scale.double()).float()
+    sums = matrix.sum((1, 2), dtype=torch.int64)
+    zero_term = (sums.double() * row_scale.double()).float()
     correction = scale * zero if bool(zero.any()) else None
     packed: Tensor | ConvLayout
     if geometry is None:
-        shape = None if input_shape is None else list(input_shape)
-        packed = torch.ops.onednn.qlinear_prepack(matrix[:, 0], shape)
+        packed = matrix[:, 0].t().contiguous()
     else:
         image = matrix.view(len(matrix), *geometry.kernel, channels).permute(0, 3, 1, 2).contiguous()
         packed = ConvLayout(image, geometry, input_shape)
-    return CpuWeight(packed, row_scale, zero_term, correction, n, len(digits), channels, geometry)
+    return CpuWeight(packed, row_scale, sums.int(), zero_term, correction, n, len(digits), channels, geometry)
 
 
 @functools.cache
@@ -158,14 +161,17 @@ def sums_pairs_exactly() -> bool:
     """Whether this machine's int8 products are summed without saturation. Measured: oneDNN may be told to use less."""
     if not torch.backends.mkldnn.is_available():
         return False
-    codes = torch.full((2, 64), 255, dtype=torch.uint8)
     weight = torch.full((16, 64), 127, dtype=torch.int8)
-    packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    zero, ones = torch.zeros(16, dtype=torch.int32), torch.ones(16)
-    got = torch.ops.onednn.qlinear_pointwise.tensor(
-        codes, ones[:1], zero[:1], packed, ones, zero, None, 1.0, 0, torch.float32, "none", [], "none"
-    )
-    return bool((got == 255 * 127 * 64).all())
+    image = torch.full((1, 64, 1, 1), 255, dtype=torch.uint8)
+    layout = ConvLayout(weight.view(16, 64, 1, 1), ConvGeometry((1, 1)), image.shape)
+    sizes = (layout.unpadded.stride, layout.unpadded.padding, layout.unpadded.dilation, 1)
+    ones = torch.ones(16)
+    convolved = torch.ops.onednn.qconv_pointwise.tensor(
+        image, ones[:1], layout.zeros[:1], layout.packed, ones, layout.zeros, None, *sizes, 1.0, 0, torch.float32,
+        "none", [], "",
+    )  # fmt: skip
+    product = torch._int_mm(weight, weight.t())
+    return bool((convolved == 255 * 127 * 64).all()) and bool((product == 127 * 127 * 64).all())
 
 
 def _whole_rows(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:

@@ -140,8 +140,7 @@ def finish(
         out = product
     else:
         out = torch.empty(*product.shape[:-1], outputs, dtype=given)
-    if residual is not None:
-        residual = (residual if residual.dtype in _FLOATS else residual.float()).contiguous()
+    residual = _readable(residual)
     sums = None if sums is None or correction is None else sums.contiguous()
     _native.finish(
         product.data_ptr(), out.data_ptr(), _address(residual), _address(sums), _address(scale), _address(correction),
@@ -150,6 +149,62 @@ def finish(
         given is torch.bfloat16, residual is not None and residual.dtype is torch.bfloat16, _threads(product.numel()),
     )  # fmt: skip
     return out.to(dtype)
+
+
+def finish_matrix(
+    product: Tensor,
+    outputs: int,
+    dtype: torch.dtype,
+    *,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    sums: Tensor | None = None,
+    correction: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Scale a matrix product of integers, add its digits, correct for zero points, add bias and residual.
+
+    Parameters
+    ----------
+    product : Tensor, shape (M, digits * N), dtype int32
+        Sums of (code - 128) * weight; contiguous.
+    outputs : int
+        N.
+    dtype : torch.dtype
+    scale, zero_point : Tensor, shape (R,), dtype float32 and int32
+        Of the codes, for each of R equal runs of rows.
+    weight_scale, weight_sums : Tensor, shape (digits * N,), dtype float32 and int32
+        The weights' scales, and sums of the weights of each output.
+    sums : Tensor, shape (M,), dtype float32, or None
+        Sums of each row's codes, less zero points; needed for a correction.
+    correction, bias : Tensor, shape (N,), dtype float32, or None
+    residual : Tensor, M * N elements, floating dtype, or None
+
+    Returns
+    -------
+    Tensor, shape (M, N), dtype `dtype`
+    """
+    assert _native is not None
+    given = dtype if dtype in _FLOATS else torch.float32
+    out = torch.empty(product.shape[0], outputs, dtype=given)
+    residual = _readable(residual)
+    _native.finish_matrix(
+        product.data_ptr(), out.data_ptr(), _address(residual), _address(sums), scale.data_ptr(),
+        zero_point.data_ptr(), weight_scale.data_ptr(), weight_sums.data_ptr(), _address(correction), _address(bias),
+        product.shape[0], outputs, product.shape[1] // max(outputs, 1), scale.numel(),
+        given is torch.bfloat16, residual is not None and residual.dtype is torch.bfloat16, _threads(product.numel()),
+    )  # fmt: skip
+    return out.to(dtype)
+
+
+def _readable(residual: Tensor | None) -> Tensor | None:
+    """Return a residual as the compiled part reads it."""
+    if residual is None:
+        return None
+    return (residual if residual.dtype in _FLOATS else residual.float()).contiguous()
 
 
 def _pitch(x: Tensor) -> int:

@@ -75,7 +75,7 @@ def candidates(shape: Shape) -> dict[str, Callable[[], Tensor]]:
         x, w = torch.randn(shape.size, shape.channels), torch.randn(shape.outputs, shape.channels)
         half, w_half = x.bfloat16(), w.bfloat16()
         grid = cpu_grid(TABLE)
-        codes, packed = quantize_cpu(x, grid, TABLE.bits), pack_cpu_weight([weight], None, x.shape)
+        codes, packed = quantize_cpu(x, grid, TABLE.bits), pack_cpu_weight([weight])
         return {
             "float32": lambda: F.linear(x, w),
             "bfloat16": lambda: F.linear(half, w_half),

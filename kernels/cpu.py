@@ -20,7 +20,7 @@ from kernels import native
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
 from kernels.cpu_activation import CpuActivation, pad_codes, position_sums
-from kernels.cpu_weight import ConvLayout, CpuWeight
+from kernels.cpu_weight import ConvLayout, CpuWeight, SmallMatrix
 from kernels.epilogue import Epilogue, add_epilogue
 from kernels.errors import KernelError
 from kernels.gemm import epilogue_rows
@@ -32,7 +32,7 @@ def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
     Parameters
     ----------
     x : QuantizedActivation
-        One grid, or one for each of R equal runs of rows (a call of oneDNN for each).
+        One grid, or one for each of R equal runs of rows.
     weight : CpuWeight
     epilogue : Epilogue
 
@@ -51,10 +51,13 @@ def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
         raise KernelError("cpu linear: got the weight of a Conv2d, wanted a Linear's")
     epilogue.check(shape)
     rows = x.codes.reshape(math.prod(shape[:-1]), weight.channels)
-    signed = rows.bitwise_xor(0x80).view(torch.int8)
-    # PyTorch 2.13 reads the rows of a matrix of one column wrongly.
-    product = signed.int() * weight.packed.int() if weight.channels == 1 else torch._int_mm(signed, weight.packed)
-    return _finish_matrix(product, x, weight, epilogue).view(shape)
+    if isinstance(weight.packed, SmallMatrix):
+        return _finish_matrix(_multiply_small(rows, weight.packed), x, weight, epilogue).view(shape)
+    direct = _is_direct(weight, epilogue)
+    multiply = torch.ops.quantmill.cpu_linear.default if torch.compiler.is_compiling() else _linear_rows
+    bias, dtype = _padded_bias(weight, epilogue), epilogue.dtype if direct else torch.float32
+    out = multiply(rows, x.scale, x.zero_point, weight.packed, weight.scale, bias, dtype)
+    return out.view(shape) if direct else _finish(out, x, weight, epilogue).view(shape)
 
 
 def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
@@ -161,6 +164,14 @@ def _finish(out: Tensor, x: QuantizedActivation, weight: CpuWeight, epilogue: Ep
     return add_epilogue(value, epilogue_rows(replace(epilogue, bias=None)), epilogue.dtype)
 
 
+def _multiply_small(rows: Tensor, matrix: SmallMatrix) -> Tensor:
+    """Return the sums (M, digits * N), int32, of code - 128."""
+    signed = rows.bitwise_xor(0x80).view(torch.int8)
+    if signed.shape[1] == 1:  # PyTorch 2.13 reads the rows of a matrix of one column wrongly
+        return signed.int() * matrix.values.int()
+    return torch._int_mm(signed, matrix.values)
+
+
 def _finish_matrix(product: Tensor, x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
     """Scale the sums (M, digits * N), int32, of code - 128; correct them for zero points, add the rest."""
     sums = None if weight.correction is None else position_sums(x)[0].reshape(-1)
@@ -193,6 +204,59 @@ def _window_sums(sums: Tensor, padding: tuple[int, int], geometry: ConvGeometry)
     if geometry.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, geometry.kernel, strict=True)):
         return F.avg_pool2d(sums, geometry.kernel, geometry.stride, padding, divisor_override=1)
     return F.conv2d(sums, torch.ones(1, 1, *geometry.kernel), None, geometry.stride, padding, geometry.dilation)
+
+
+def _qlinear(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    zero = torch.zeros(scale.numel(), dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise.tensor(
+        codes, x_scale, x_zero, packed, scale, zero, bias, 1.0, 0, dtype, "none", [], "none"
+    )
+
+
+def _linear_rows(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    codes = codes.contiguous()
+    if x_scale.numel() == 1:
+        return _qlinear(codes, x_scale, x_zero, packed, scale, bias, dtype)
+    runs = zip(codes.chunk(x_scale.numel()), x_scale.split(1), x_zero.split(1), strict=True)
+    return torch.cat([_qlinear(part, s, z, packed, scale, bias, dtype) for part, s, z in runs])
+
+
+# Inductor takes oneDNN's own operator for weights that it knows to be constant only.
+_LIBRARY = torch.library.Library("quantmill", "FRAGMENT")
+_LIBRARY.define(
+    "cpu_linear(Tensor codes, Tensor x_scale, Tensor x_zero, Tensor packed, Tensor scale, Tensor? bias, "
+    "ScalarType dtype) -> Tensor"
+)
+_LIBRARY.impl("cpu_linear", _linear_rows, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("quantmill::cpu_linear")
+def _(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(codes.shape[0], scale.shape[0], dtype=dtype)
 
 
 def _conv2d_image(

@@ -33,6 +33,8 @@ from kernels.weights import PackedWeight, expand_weight_groups, weight_integers
 # The largest |w| with which a pair of products can't saturate int16.
 PAIR_LIMIT = (2**15 - 1) // (2 * 255)
 DIGIT_LIMIT = 3
+# The most weights of a `SmallMatrix`.
+SMALL_MATRIX = 1 << 16
 _DIGIT = 256
 # The largest number that DIGIT_LIMIT digits of [-128, 127] hold on both sides of 0.
 _LARGEST = 127 * (_DIGIT**DIGIT_LIMIT - 1) // (_DIGIT - 1)
@@ -73,13 +75,24 @@ class ConvLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class SmallMatrix:
+    """int8 weights (channels, digits * N) of a Linear, as they are.
+
+    oneDNN's quantized Linear takes 16 us before it multiplies, `torch._int_mm` 2 us, and multiplies as fast; but it
+    leaves integers, which a pass of their own scales.
+    """
+
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class CpuWeight:
     """A layer's weight as oneDNN lays it out.
 
     Attributes
     ----------
-    packed : Tensor or ConvLayout
-        int8; digits * N output channels, all of digit 0 first. A Linear's is (channels, digits * N).
+    packed : Tensor, SmallMatrix or ConvLayout
+        int8; digits * N output channels, all of digit 0 first. A Tensor is in oneDNN's order.
     scale : Tensor, shape (digits * N,), dtype float32
     sums : Tensor, shape (digits * N,), dtype int32
         Of each output's int8 weights: what each step of an input's zero point takes away.
@@ -97,7 +110,7 @@ class CpuWeight:
         None for a Linear.
     """
 
-    packed: Tensor | ConvLayout
+    packed: Tensor | SmallMatrix | ConvLayout
     scale: Tensor
     sums: Tensor
     zero_term: Tensor
@@ -120,8 +133,7 @@ def pack_cpu_weight(
     geometry : ConvGeometry, optional
         Of a Conv2d; without it, the layer is a Linear.
     input_shape : sequence of int, optional
-        (rows, channels), or (B, C, H, W) with padding: the shape that oneDNN chooses its layout for. A Conv2d's is
-        chosen again when another comes.
+        A Conv2d's (B, C, H, W) with padding: the shape that oneDNN chooses its layout for, again when another comes.
 
     Raises
     ------
@@ -147,9 +159,11 @@ def pack_cpu_weight(
     sums = matrix.sum((1, 2), dtype=torch.int64)
     zero_term = (sums.double() * row_scale.double()).float()
     correction = scale * zero if bool(zero.any()) else None
-    packed: Tensor | ConvLayout
-    if geometry is None:
-        packed = matrix[:, 0].t().contiguous()
+    packed: Tensor | SmallMatrix | ConvLayout
+    if geometry is None and matrix.numel() <= SMALL_MATRIX:
+        packed = SmallMatrix(matrix[:, 0].t().contiguous())
+    elif geometry is None:
+        packed = torch.ops.onednn.qlinear_prepack(matrix[:, 0], None)
     else:
         image = matrix.view(len(matrix), *geometry.kernel, channels).permute(0, 3, 1, 2).contiguous()
         packed = ConvLayout(image, geometry, input_shape)

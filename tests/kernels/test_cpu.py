@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import native
+from kernels import cpu_weight, native
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
@@ -36,13 +36,15 @@ GEOMETRIES = (
 )
 
 
-@pytest.fixture(params=["compiled", "plain"], autouse=True)
-def compiled_or_not(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what an installation has compiled, and without."""
+@pytest.fixture(params=["compiled", "plain", "oneDNN's Linear"], autouse=True)
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what an installation has compiled and without, and with small matrices laid out as large ones are."""
     if request.param == "plain":
         monkeypatch.setattr(native, "_native", None)
     elif not native.is_built():
         pytest.skip("this installation has no compiled part")
+    if request.param == "oneDNN's Linear":
+        monkeypatch.setattr(cpu_weight, "SMALL_MATRIX", 0)
 
 
 def codes(*shape: int, runs: int) -> tuple[QuantizedActivation, QuantizedActivation]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import cpu_weight
 from kernels.activations import ActivationTable, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
@@ -58,12 +59,19 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
         (2, 5, 40),
         lambda x: cpu_linear(quantize_cpu_by_table(x, TABLE, step(x)), CPU_LINEAR, full(x)),
     ),
+    "cpu_linear, large": (
+        (2, 5, 40),
+        lambda x: cpu_linear(quantize_cpu_by_table(x, TABLE, step(x)), CPU_LARGE, full(x)),
+    ),
     "cpu_conv2d": (
         (2, 4, 5, 40),
         lambda x: cpu_conv2d(quantize_cpu_by_table(x, TABLE, step(x)), CPU_CONV, Epilogue(bias=BIAS)),
     ),
 }
 CPU_LINEAR, CPU_CONV = pack_cpu_weight([LINEAR]), pack_cpu_weight([CONV], SAME)
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(cpu_weight, "SMALL_MATRIX", 0)
+    CPU_LARGE = pack_cpu_weight([LINEAR])
 
 
 def noise(shape: tuple[int, ...]) -> Tensor:

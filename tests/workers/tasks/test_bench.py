@@ -13,6 +13,7 @@ from kernels.backend import resolve_backend
 RunTask = Callable[..., Any]
 
 
+@pytest.mark.filterwarnings("ignore")  # what torch and diffusers warn of while they compile
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_bench_measures_a_release_and_its_original(
     run_task: RunTask, digits: str, packed_digits: str, seeds: Callable[..., dict[str, Any]], compiles: bool

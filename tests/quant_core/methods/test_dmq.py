@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -241,6 +242,31 @@ def test_learned_scales_lower_the_error_on_held_out_samples(calibrated: Calibrat
     for name in names:
         assert reports[name].gain_db > 0.2
         assert made["learned"][name] < 0.96 * made["none"][name]
+
+
+@torch.no_grad()
+def test_scales_that_did_not_see_all_samples_leave_room_for_new_ones(
+    calibrated: Calibrated, plan_units: PlanUnits
+) -> None:
+    denoiser, calibration = calibrated("digits", 12)
+    units = [u for u in plan_units(denoiser, bits=8, activation=ActivationSpec(8)) if u[0].unit == UNIT]
+    names = [name for name in units[0][0].layers if "conv" in name]
+    errors = {}
+    for share in (0.0, 0.5):
+        config = ScaleConfig(positions=None, weighting=Weighting.UNIFORM, held_out=share)
+        with torch.enable_grad():
+            factors, _ = fit(denoiser.model, calibration, units, config)
+        state = round_units(calibrated("digits", 12)[0].model, calibration, units, ROUND, factors.scales)[0].state
+        errors[share] = held_out_error(calibrated, state, names)
+    assert math.prod(errors[0.5].values()) < 0.5 * math.prod(errors[0.0].values())
+
+
+def test_channel_stats_tell_early_rows_apart() -> None:
+    stats, x = ChannelStats(1, 2), torch.tensor([[[1.0, 2.0]], [[-3.0, 4.0]], [[5.0, -6.0]]])
+    stats.update(0, x[:2], torch.Generator(), early=1)
+    stats.update(0, x[2:], torch.Generator(), early=-1)
+    assert stats.early_high.tolist() == stats.early_low.tolist() == [[1.0, 2.0]]
+    assert (stats.low.tolist(), stats.high.tolist()) == ([[-3.0, -6.0]], [[5.0, 4.0]])
 
 
 @torch.no_grad()

@@ -275,10 +275,10 @@ def choose_shifts(
     spec_a = spec.activation
     assert spec_a is not None
     samples = [stats.samples(step) / tau for step in range(stats.steps)]
-    count = stats.count
+    least, most, count = low, high, stats.count
     if spec_a.mode is ActivationMode.STATIC:
         samples, count = [torch.cat(samples)], count.sum()[None]
-        low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+        least, most = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
     sizes = spec.split or (len(tau),)
     rows, first = [], 0
     for size in sizes:
@@ -286,7 +286,7 @@ def choose_shifts(
         parts = [x[..., own] for x in samples]
         grid = _base_grid(spec_a, ranges, low[:, own], high[:, own], parts)
         bits = spec_a.step_bits or (spec_a.bits,) * len(samples)
-        seen_of_steps = [Extremes(*each) for each in zip(low[:, own], high[:, own], count, strict=True)]
+        seen_of_steps = [Extremes(*each) for each in zip(least[:, own], most[:, own], count, strict=True)]
         rows.append(
             torch.stack(
                 [

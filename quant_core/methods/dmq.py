@@ -245,8 +245,7 @@ def learn_scale(
         schedule.step()
     with torch.no_grad():
         tau = (theta - theta.mean()).exp()
-        losses = (output_noise(deployed, each) for each in (torch.ones_like(tau), tau))
-        before, after = (float((weights * each).sum()) for each in losses)
+        before, after = (float((weights * output_noise(deployed, each)).sum()) for each in (torch.ones_like(tau), tau))
     if not 0 < after < before:
         return torch.ones(problem.channels), 0.0
     return tau, 10 * math.log10(before / after)

@@ -17,6 +17,8 @@ class ChannelStats:
     steps, positions : int
         Trajectory steps; positions kept of each sample, at most (0 keeps none).
     low, high : Tensor, shape (S, C), dtype float32
+    early_low, early_high : Tensor, shape (S, C), dtype float32
+        Of the rows that count as early; infinite if none do.
     square : Tensor, shape (S, C), dtype float32
         Sum of squares.
     count : Tensor, shape (S,), dtype float32
@@ -29,6 +31,8 @@ class ChannelStats:
     positions: int = 0
     low: Tensor = field(init=False)
     high: Tensor = field(init=False)
+    early_low: Tensor = field(init=False)
+    early_high: Tensor = field(init=False)
     square: Tensor = field(init=False)
     count: Tensor = field(init=False)
     drawn: list[list[Tensor]] = field(init=False)
@@ -36,15 +40,20 @@ class ChannelStats:
     def __post_init__(self) -> None:
         shape = (self.steps, self.channels)
         self.low, self.high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
+        self.early_low, self.early_high = self.low.clone(), self.high.clone()
         self.square, self.count = torch.zeros(shape), torch.zeros(self.steps)
         self.drawn = [[] for _ in range(self.steps)]
 
-    def update(self, step: int, x: Tensor, generator: torch.Generator) -> None:
-        """Add a batch of one step, shape (B, ..., C)."""
+    def update(self, step: int, x: Tensor, generator: torch.Generator, early: int | None = None) -> None:
+        """Add a batch of one step, shape (B, ..., C), of which the first `early` rows (all if None) count as early."""
         tokens = x.detach().reshape(len(x), -1, x.shape[-1])
         rows = tokens.flatten(0, 1).float().cpu()
         self.low[step] = torch.minimum(self.low[step], rows.amin(0))
         self.high[step] = torch.maximum(self.high[step], rows.amax(0))
+        first = rows if early is None else tokens[: max(early, 0)].flatten(0, 1).float().cpu()
+        if len(first):
+            self.early_low[step] = torch.minimum(self.early_low[step], first.amin(0))
+            self.early_high[step] = torch.maximum(self.early_high[step], first.amax(0))
         self.square[step] += rows.square().sum(0)
         self.count[step] += len(rows)
         if self.positions:

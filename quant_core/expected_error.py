@@ -71,7 +71,10 @@ class LayerProblem:
 
 
 def make_problem(spec: LayerSpec, weight: Tensor, ranges: RangeSpec, stats: ChannelStats, free: Tensor) -> LayerProblem:
-    """Collect what the expected error of a layer with `weight` (C_out, C_in, *kernel) depends on."""
+    """Collect what the expected error of a layer with `weight` (C_out, C_in, *kernel) depends on.
+
+    Extremes are those of all rows in `stats`, as of the ranges that are deployed.
+    """
     matrix = weight_matrix(weight.float()).cpu()
     index = weight_groups(tuple(weight.shape), spec)
     grid = weight_grid(matrix, spec, index, ranges)

@@ -68,7 +68,8 @@ class Watched:
     """What to watch: ranges of layers' inputs (by part) and of attention operands, second moments of layers' inputs.
 
     `channel_scales`: by layer, what its input's channels are divided by before they are looked at, shape (C_in,).
-    `channels`: by layer, positions to keep of each sample, for layers whose input channels are looked at one by one.
+    `channels`: by layer, positions to keep of each sample, for layers whose input channels are looked at one by one;
+    `early`: calibration rows that count as early in their statistics (all if None).
     """
 
     layers: Mapping[str, LayerSpec]
@@ -79,6 +80,7 @@ class Watched:
     keep_values: bool
     channel_scales: Mapping[str, Tensor] = field(default_factory=dict)
     channels: Mapping[str, int] = field(default_factory=dict)
+    early: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,8 @@ def _layer_hook(
         if name in watched.channels:
             if name not in found.channels:
                 found.channels[name] = ChannelStats(steps, x.shape[dim], watched.channels[name])
-            found.channels[name].update(current.step, x.movedim(dim, -1), for_channels)
+            early = None if watched.early is None else watched.early - current.first_row
+            found.channels[name].update(current.step, x.movedim(dim, -1), for_channels, early)
         if scale is not None:
             x = x / scale.to(x.device).reshape(-1, *(1,) * (x.dim() - 2 if dim == 1 else 0))
         if spec is not None:

@@ -28,7 +28,7 @@ _ALL = (
     TaskKind("calibrate", 1, "workers.tasks.calibrate:run"),
     TaskKind("reference", 1, "workers.tasks.reference:run"),
     TaskKind("temporal", 1, "workers.tasks.temporal:run"),
-    TaskKind("scale", 1, "workers.tasks.scale:run"),
+    TaskKind("scale", 2, "workers.tasks.scale:run"),
     TaskKind("round", 1, "workers.tasks.round:run"),
     TaskKind("reconstruct", 1, "workers.tasks.reconstruct:run"),
     TaskKind("step_effects", 1, "workers.tasks.step_effects:run"),

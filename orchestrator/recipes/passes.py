@@ -50,7 +50,7 @@ class Scale(Pass):
     """Choose what input channels are divided by and weights multiplied with (DMQ), before rounding."""
 
     _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
-        ("method", "learned"): frozenset({"iterations", "lr", "weighting", "samples", "positions"}),
+        ("method", "learned"): frozenset({"iterations", "lr", "weighting", "samples", "positions", "held_out"}),
         ("method", "smooth"): frozenset({"exponent"}),
         ("weighting", "adaptive"): frozenset({"alpha", "xi"}),
         ("weighting", "early"): frozenset({"half_life"}),
@@ -88,10 +88,17 @@ class Scale(Pass):
     least_spread: Positive = Field(
         default=0.5, description="For variance: least standard deviation of channels' ranges, over their mean."
     )
+    held_out: Share = Field(
+        default=0.0,
+        description="Share of the calibration seeds that scales are learned without, so that ranges, measured on all, "
+        "have room for what is new.",
+    )
 
     def parameters(self) -> dict[str, Any]:
-        """Return the fields that decide the result."""
+        """Return the fields that decide the result; `held_out` only if it is used."""
         fields = super().parameters()
+        if not self.held_out:
+            fields.pop("held_out", None)
         if self.method != "learned":
             fields = {name: value for name, value in fields.items() if name not in ("alpha", "xi", "half_life")}
         return {name: value for name, value in fields.items() if name != "consensus" or self.shift != "none"}

@@ -53,6 +53,9 @@ def test_scale_parameters_are_those_that_matter():
     assert not {"alpha", "xi", "iterations", "rounding"} & set(smooth)
     assert params("passes.scale.shift=skip")["consensus"] == 0.85
     assert params("passes.scale.shift=variance")["least_spread"] == 0.5
+    assert "held_out" not in params()  # off: the task is the one of recipes that do not know it
+    assert params("passes.scale.held_out=0.25")["held_out"] == 0.25
+    assert "held_out" not in params("passes.scale.held_out=0.25", "passes.scale.method=smooth")
 
 
 def test_scale_takes_the_bits_chosen_for_each_step():

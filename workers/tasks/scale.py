@@ -36,6 +36,7 @@ _PASS = (
     "shift",
     "consensus",
     "least_spread",
+    "held_out",
     "rounding",
     "damping",
     "seed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ from quant_core.expected_error import (
 )
 from quant_core.layers import weight_groups
 from quant_core.methods.dmq import (
+    Extremes,
     ScaleConfig,
     Scaling,
     Shift,
@@ -39,7 +41,7 @@ from quant_core.methods.dmq import (
 from quant_core.model import build_quantized
 from quant_core.observe import Watched, observe
 from quant_core.qspec import SHIFT_DEPTH, ActivationMode, ActivationSpec, LayerSpec, WeightSpec
-from quant_core.ranges import RangeSpec, qparams_from_range
+from quant_core.ranges import QParams, RangeSpec, qparams_from_range
 from quant_core.rounding import RoundingConfig, RoundingMethod, UnitRanges, round_units
 from quant_core.unit_state import UnitFormats, UnitState, load_states, merge_plans
 
@@ -243,6 +245,31 @@ def test_learned_scales_lower_the_error_on_held_out_samples(calibrated: Calibrat
 
 
 @torch.no_grad()
+def test_scales_that_did_not_see_all_samples_leave_room_for_new_ones(
+    calibrated: Calibrated, plan_units: PlanUnits
+) -> None:
+    denoiser, calibration = calibrated("digits", 12)
+    units = [u for u in plan_units(denoiser, bits=8, activation=ActivationSpec(8)) if u[0].unit == UNIT]
+    names = [name for name in units[0][0].layers if "conv" in name]
+    errors = {}
+    for share in (0.0, 0.5):
+        config = ScaleConfig(positions=None, weighting=Weighting.UNIFORM, held_out=share)
+        with torch.enable_grad():
+            factors, _ = fit(denoiser.model, calibration, units, config)
+        state = round_units(calibrated("digits", 12)[0].model, calibration, units, ROUND, factors.scales)[0].state
+        errors[share] = held_out_error(calibrated, state, names)
+    assert math.prod(errors[0.5].values()) < 0.5 * math.prod(errors[0.0].values())
+
+
+def test_channel_stats_tell_early_rows_apart() -> None:
+    stats, x = ChannelStats(1, 2), torch.tensor([[[1.0, 2.0]], [[-3.0, 4.0]], [[5.0, -6.0]]])
+    stats.update(0, x[:2], torch.Generator(), early=1)
+    stats.update(0, x[2:], torch.Generator(), early=-1)
+    assert stats.early_high.tolist() == stats.early_low.tolist() == [[1.0, 2.0]]
+    assert (stats.low.tolist(), stats.high.tolist()) == ([[-3.0, -6.0]], [[5.0, 4.0]])
+
+
+@torch.no_grad()
 def test_scales_are_learned_against_the_ranges_that_are_deployed(calibrated: Calibrated, plan_units: PlanUnits) -> None:
     denoiser, calibration = calibrated("digits", 4)
     units = [u for u in plan_units(denoiser, activation=ActivationSpec(6)) if u[0].unit == UNIT]
@@ -281,16 +308,26 @@ def test_the_same_seed_gives_the_same_factors(calibrated: Calibrated, plan_units
 
 def test_the_vote_gives_small_channels_finer_steps_where_samples_agree() -> None:
     # A grid of 16 codes, step 1, zero point 8. Channels: ten times finer, on the coarse grid, in disagreement, none.
-    grid = torch.arange(-7.0, 8.0)
+    grid, unit_grid = torch.arange(-7.0, 8.0), QParams(torch.tensor(1.0), torch.tensor(8.0))
     fine = 0.9 * draw(20, 15, seed=4).clamp(-1, 1)
     torn = torch.cat([grid.expand(14, -1), fine[:6]])  # 14 of 20 want the coarse step
     x = torch.stack([fine, grid.expand(20, -1), torn, torch.zeros(20, 15)], dim=2)
-    exponents = vote(x, torch.tensor(1.0), torch.tensor(8.0), 15, 0.85)
+    exponents = vote(x, unit_grid, 15, 0.85)
     assert exponents.dtype is torch.uint8
     assert exponents.tolist() == [0, SHIFT_DEPTH, SHIFT_DEPTH, SHIFT_DEPTH]
-    torn = torch.cat([fine[:14], grid.expand(6, -1)])[..., None]  # 70 % agree on a finer step
-    assert vote(torn, torch.tensor(1.0), torch.tensor(8.0), 15, 0.85).tolist() == [SHIFT_DEPTH]
-    assert vote(torn, torch.tensor(1.0), torch.tensor(8.0), 15, 0.7).tolist() == [0]
+    torn = torch.cat([fine[:14], 1.25 * fine[14:]])[..., None]  # 70 % agree on the finest step
+    assert vote(torn, unit_grid, 15, 0.85).tolist() == [SHIFT_DEPTH]
+    assert vote(torn, unit_grid, 15, 0.7).tolist() == [0]
+
+
+def test_the_vote_minds_what_the_others_lose() -> None:
+    unit_grid, fine = QParams(torch.tensor(1.0), torch.tensor(8.0)), 0.9 * draw(20, 15, seed=4).clamp(-1, 1)
+    torn = torch.cat([fine[:14], 5 * fine[14:]])[..., None]  # 70 % agree, at which 30 % are clipped
+    assert vote(torn, unit_grid, 15, 0.7).tolist() == [SHIFT_DEPTH]
+    # Values that did not vote: of 1000, one that is clipped by 6 does not matter; one that is clipped by 60 does.
+    x, low, count = fine[..., None].expand(-1, -1, 2), torch.full((2,), -0.9), torch.tensor(1000.0)
+    extremes = Extremes(low, torch.tensor([7.0, 61.0]), count)
+    assert vote(x, unit_grid, 15, 0.85, extremes).tolist() == [0, SHIFT_DEPTH]
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def _kernels() -> tuple[bool, str]:
         version = metadata.version("kernels")
     except metadata.PackageNotFoundError:
         built = find_spec("kernels._native") is not None
-        how = "compiled for this CPU" if built else "not compiled (no C compiler at installation): half as fast on a CPU"
+        how = "compiled for this CPU" if built else "not compiled (no C compiler found): half as fast on a CPU"
         return True, f"{how}; no other package is called kernels"
     return False, f"Hugging Face's package kernels {version} is installed, wanted none: pip uninstall kernels"
 

@@ -62,7 +62,7 @@ typedef struct {
     const float *correction; /* (N) */
     int64_t batch, out_height, out_width, outputs, digits, height, width, runs;
     int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_h, pad_w;
-    int out_bfloat16, residual_bfloat16, threads;
+    int bfloat16, threads; /* bfloat16: out and residual */
 } Finish;
 
 typedef struct {
@@ -74,9 +74,10 @@ typedef struct {
     const int32_t *zero;    /* (runs) */
     const float *weight_scale; /* (digits * N) */
     const int32_t *weight_sums; /* (digits * N) */
-    const float *correction, *bias; /* (N), or NULL */
+    const float *correction; /* (N), or NULL */
+    const float *bias;      /* (N) */
     int64_t rows, outputs, digits, runs;
-    int out_bfloat16, residual_bfloat16, threads;
+    int bfloat16, threads; /* bfloat16: out and residual */
 } FinishMatrix;
 
 INLINE float bits_float(uint32_t bits) {
@@ -316,32 +317,71 @@ INLINE float window_sum(const Finish *f, int64_t b, int64_t i, int64_t j) {
 
 INLINE void finish_row(
     const float *product, void *out, const void *residual, int64_t at, int64_t n, int64_t digits, float factor,
-    const float *correction, int out_bfloat16, int residual_bfloat16
+    const float *correction, int bfloat16
 ) {
     INDEPENDENT
     for (int64_t c = 0; c < n; c++) {
         float value = product[c];
         for (int64_t d = 1; d < digits; d++) value += product[d * n + c];
         if (correction) value -= factor * correction[c];
-        if (residual) value += load(residual, at + c, residual_bfloat16);
-        store(out, at + c, value, out_bfloat16);
+        if (residual) value += load(residual, at + c, bfloat16);
+        store(out, at + c, value, bfloat16);
     }
 }
 
+INLINE void finish_matrix_row(
+    const FinishMatrix *f, int64_t row, int64_t digits, int bfloat16, const float *correction, const void *residual
+) {
+    int64_t n = f->outputs, run = row / (f->rows / f->runs), at = row * n;
+    int32_t zero = f->zero[run] - 128;
+    float scale = f->scale[run], sum = correction ? f->sums[row] : 0.0f;
+    const int32_t *product = f->product + row * digits * n, *weight_sums = f->weight_sums;
+    const float *weight_scale = f->weight_scale, *bias = f->bias;
+    void *out = f->out;
+    INDEPENDENT
+    for (int64_t c = 0; c < n; c++) {
+        float value = (float)(product[c] - zero * weight_sums[c]) * weight_scale[c];
+        for (int64_t d = 1; d < digits; d++) {
+            value += (float)(product[d * n + c] - zero * weight_sums[d * n + c]) * weight_scale[d * n + c];
+        }
+        if (correction) value -= sum * correction[c];
+        value = value * scale + bias[c];
+        if (residual) value += load(residual, at + c, bfloat16);
+        store(out, at + c, value, bfloat16);
+    }
+}
+
+/* One loop for each kind of layer: what a CALL is given is constant in it, but for more than two digits. */
+#define BY_DIGITS(CALL, f, bf16, correction, residual) \
+    if ((f)->digits == 1) CALL(1, bf16, correction, residual); \
+    else if ((f)->digits == 2) CALL(2, bf16, correction, residual); \
+    else CALL((f)->digits, bf16, correction, residual)
+#define BY_TERMS(CALL, f, bf16) \
+    if ((f)->correction && (f)->residual) { BY_DIGITS(CALL, f, bf16, (f)->correction, (f)->residual); } \
+    else if ((f)->correction) { BY_DIGITS(CALL, f, bf16, (f)->correction, NULL); } \
+    else if ((f)->residual) { BY_DIGITS(CALL, f, bf16, NULL, (f)->residual); } \
+    else { BY_DIGITS(CALL, f, bf16, NULL, NULL); }
+#define BY_KIND(CALL, f) \
+    if ((f)->bfloat16) { BY_TERMS(CALL, f, 1) } else { BY_TERMS(CALL, f, 0) }
+
 CLONES static void finish_line(const Finish *f, int64_t line) {
-    int64_t b = line / f->out_height, i = line % f->out_height;
+    int64_t b = line / f->out_height, i = line % f->out_height, n = f->outputs;
     float scale = f->correction ? f->scale[line / (f->batch * f->out_height / f->runs)] : 0.0f;
     for (int64_t j = 0; j < f->out_width; j++) {
-        int64_t m = line * f->out_width + j, at = m * f->outputs;
-        const float *product = f->product + m * f->digits * f->outputs;
+        int64_t m = line * f->out_width + j;
+        const float *product = f->product + m * f->digits * n;
         float factor = f->correction ? scale * window_sum(f, b, i, j) : 0.0f;
-#define FINISH(digits, out_bf16, correction, residual) \
-    finish_row(product, f->out, residual, at, f->outputs, digits, factor, correction, out_bf16, f->residual_bfloat16)
-        if (f->digits == 1 && f->correction && !f->residual && !f->out_bfloat16) FINISH(1, 0, f->correction, NULL);
-        else if (f->digits == 2 && !f->correction && !f->residual && !f->out_bfloat16) FINISH(2, 0, NULL, NULL);
-        else FINISH(f->digits, f->out_bfloat16, f->correction, f->residual);
-#undef FINISH
+#define ROW(digits, bf16, correction, residual) \
+    finish_row(product, f->out, residual, m * n, n, digits, factor, correction, bf16)
+        BY_KIND(ROW, f)
+#undef ROW
     }
+}
+
+CLONES static void finish_matrix_any_row(const FinishMatrix *f, int64_t row) {
+#define ROW(digits, bf16, correction, residual) finish_matrix_row(f, row, digits, bf16, correction, residual)
+    BY_KIND(ROW, f)
+#undef ROW
 }
 
 static void finish_all(const Finish *f) {
@@ -351,28 +391,10 @@ static void finish_all(const Finish *f) {
     for (int64_t line = 0; line < lines; line++) finish_line(f, line);
 }
 
-CLONES static void finish_matrix_row(const FinishMatrix *f, int64_t row) {
-    int64_t n = f->outputs, run = row / (f->rows / f->runs), at = row * n;
-    int32_t zero = f->zero[run] - 128;
-    float scale = f->scale[run], sum = f->correction ? f->sums[row] : 0.0f;
-    const int32_t *product = f->product + row * f->digits * n;
-    for (int64_t c = 0; c < n; c++) {
-        float value = (float)(product[c] - zero * f->weight_sums[c]) * f->weight_scale[c];
-        for (int64_t i = c + n; i < f->digits * n; i += n) {
-            value += (float)(product[i] - zero * f->weight_sums[i]) * f->weight_scale[i];
-        }
-        if (f->correction) value -= sum * f->correction[c];
-        value *= scale;
-        if (f->bias) value += f->bias[c];
-        if (f->residual) value += load(f->residual, at + c, f->residual_bfloat16);
-        store(f->out, at + c, value, f->out_bfloat16);
-    }
-}
-
 static void finish_matrix(const FinishMatrix *f) {
     int threads = f->threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < f->rows; row++) finish_matrix_row(f, row);
+    for (int64_t row = 0; row < f->rows; row++) finish_matrix_any_row(f, row);
 }
 
 /* Read `count` integers (addresses too); 0 with an exception set if they are not. */
@@ -410,15 +432,14 @@ static PyObject *py_quantize(PyObject *self, PyObject *const *args, Py_ssize_t g
 }
 
 static PyObject *py_finish(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    long long a[25];
-    if (!integers(args, given, 25, a)) return NULL;
+    long long a[24];
+    if (!integers(args, given, 24, a)) return NULL;
     Finish f = {
         .product = ADDRESS(a[0]), .out = ADDRESS(a[1]), .residual = ADDRESS(a[2]), .sums = ADDRESS(a[3]),
         .scale = ADDRESS(a[4]), .correction = ADDRESS(a[5]), .batch = a[6], .out_height = a[7], .out_width = a[8],
         .outputs = a[9], .digits = a[10], .height = a[11], .width = a[12], .runs = a[13], .kernel_h = a[14],
         .kernel_w = a[15], .stride_h = a[16], .stride_w = a[17], .dilation_h = a[18], .dilation_w = a[19],
-        .pad_h = a[20], .pad_w = a[21], .out_bfloat16 = (int)a[22], .residual_bfloat16 = (int)a[23],
-        .threads = (int)a[24],
+        .pad_h = a[20], .pad_w = a[21], .bfloat16 = (int)a[22], .threads = (int)a[23],
     };
     Py_BEGIN_ALLOW_THREADS
     finish_all(&f);
@@ -427,13 +448,13 @@ static PyObject *py_finish(PyObject *self, PyObject *const *args, Py_ssize_t giv
 }
 
 static PyObject *py_finish_matrix(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    long long a[17];
-    if (!integers(args, given, 17, a)) return NULL;
+    long long a[16];
+    if (!integers(args, given, 16, a)) return NULL;
     FinishMatrix f = {
         .product = ADDRESS(a[0]), .out = ADDRESS(a[1]), .residual = ADDRESS(a[2]), .sums = ADDRESS(a[3]),
         .scale = ADDRESS(a[4]), .zero = ADDRESS(a[5]), .weight_scale = ADDRESS(a[6]), .weight_sums = ADDRESS(a[7]),
         .correction = ADDRESS(a[8]), .bias = ADDRESS(a[9]), .rows = a[10], .outputs = a[11], .digits = a[12],
-        .runs = a[13], .out_bfloat16 = (int)a[14], .residual_bfloat16 = (int)a[15], .threads = (int)a[16],
+        .runs = a[13], .bfloat16 = (int)a[14], .threads = (int)a[15],
     };
     Py_BEGIN_ALLOW_THREADS
     finish_matrix(&f);

@@ -186,7 +186,7 @@ def _finish_matrix(product: Tensor, x: QuantizedActivation, weight: CpuWeight, e
             weight_sums=weight.sums,
             sums=sums,
             correction=weight.correction,
-            bias=None if epilogue.bias is None else epilogue.bias.float(),
+            bias=torch.zeros(weight.outputs) if epilogue.bias is None else epilogue.bias.float(),
             residual=epilogue.residual,
         )
     runs = product.view(x.scale.numel(), -1, weight.digits, weight.outputs)

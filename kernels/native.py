@@ -140,13 +140,13 @@ def finish(
         out = product
     else:
         out = torch.empty(*product.shape[:-1], outputs, dtype=given)
-    residual = _readable(residual)
+    residual = None if residual is None else residual.to(given).contiguous()
     sums = None if sums is None or correction is None else sums.contiguous()
     _native.finish(
         product.data_ptr(), out.data_ptr(), _address(residual), _address(sums), _address(scale), _address(correction),
         batch, out_height, out_width, outputs, product.shape[-1] // max(outputs, 1), height, width,
         1 if scale is None else scale.numel(), *geometry.kernel, *geometry.stride, *geometry.dilation, *padding,
-        given is torch.bfloat16, residual is not None and residual.dtype is torch.bfloat16, _threads(product.numel()),
+        given is torch.bfloat16, _threads(product.numel()),
     )  # fmt: skip
     return out.to(dtype)
 
@@ -160,9 +160,9 @@ def finish_matrix(
     zero_point: Tensor,
     weight_scale: Tensor,
     weight_sums: Tensor,
+    bias: Tensor,
     sums: Tensor | None = None,
     correction: Tensor | None = None,
-    bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """Scale a matrix product of integers, add its digits, correct for zero points, add bias and residual.
@@ -180,7 +180,8 @@ def finish_matrix(
         The weights' scales, and sums of the weights of each output.
     sums : Tensor, shape (M,), dtype float32, or None
         Sums of each row's codes, less zero points; needed for a correction.
-    correction, bias : Tensor, shape (N,), dtype float32, or None
+    bias : Tensor, shape (N,), dtype float32
+    correction : Tensor, shape (N,), dtype float32, or None
     residual : Tensor, M * N elements, floating dtype, or None
 
     Returns
@@ -190,21 +191,14 @@ def finish_matrix(
     assert _native is not None
     given = dtype if dtype in _FLOATS else torch.float32
     out = torch.empty(product.shape[0], outputs, dtype=given)
-    residual = _readable(residual)
+    residual = None if residual is None else residual.to(given).contiguous()
     _native.finish_matrix(
         product.data_ptr(), out.data_ptr(), _address(residual), _address(sums), scale.data_ptr(),
-        zero_point.data_ptr(), weight_scale.data_ptr(), weight_sums.data_ptr(), _address(correction), _address(bias),
+        zero_point.data_ptr(), weight_scale.data_ptr(), weight_sums.data_ptr(), _address(correction), bias.data_ptr(),
         product.shape[0], outputs, product.shape[1] // max(outputs, 1), scale.numel(),
-        given is torch.bfloat16, residual is not None and residual.dtype is torch.bfloat16, _threads(product.numel()),
+        given is torch.bfloat16, _threads(product.numel()),
     )  # fmt: skip
     return out.to(dtype)
-
-
-def _readable(residual: Tensor | None) -> Tensor | None:
-    """Return a residual as the compiled part reads it."""
-    if residual is None:
-        return None
-    return (residual if residual.dtype in _FLOATS else residual.float()).contiguous()
 
 
 def _pitch(x: Tensor) -> int:

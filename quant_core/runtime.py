@@ -15,7 +15,7 @@ from torch import nn
 from kernels.backend import BackendUnavailableError, KernelBackend
 from kernels.errors import KernelError
 from quant_core.activation import ActivationQuantizer
-from quant_core.fused_norms import fuse_norms
+from quant_core.fused_blocks import fuse_blocks
 from quant_core.layers import QuantLayer, replace_module
 from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, WeightSpec
 from quant_core.runtime_layer import LayerRun, RuntimeLayer, layer_quantizers
@@ -58,7 +58,7 @@ def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
                 layers.append(made)
                 continue
         layers.append(LayerRun(name, KernelBackend.REFERENCE, reason))
-    fuse_norms(model)
+    fuse_blocks(model)
     runs = [layer.run if isinstance(layer, RuntimeLayer) else layer for layer in layers]
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     if device.type != "cpu":

@@ -75,17 +75,20 @@ class RuntimeLayer(nn.Module):
         self.norm = GroupNorm(norm.num_groups, norm.eps, weight, bias)
         self.run = replace(self.run, reason=f"{self.run.reason}, GroupNorm and SiLU with the quantization")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output, in the dtype of `x`; an image (B, C, H, W) comes back in channels-last order."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the layer's output plus `residual`, in the dtype of `x`.
+
+        An image (B, C, H, W) comes back in channels-last order.
+        """
         if torch.compiler.is_compiling():
-            return self._forward(x)
+            return self._forward(x, residual)
         # Attentions run their layers inside a function mode, which would see each of some thirty calls in vain.
         with torch._C.DisableTorchFunction():
-            return self._forward(x)
+            return self._forward(x, residual)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        rows = x if self.geometry is None else x.permute(0, 2, 3, 1)
-        out: Tensor | None = None
+    def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
+        assert rows is not None
         for i, part in enumerate(self.parts):
             is_last = i == len(self.parts) - 1
             epilogue = Epilogue(x.dtype if is_last else torch.float32, self.bias if i == 0 else None, out)

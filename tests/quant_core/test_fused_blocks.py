@@ -1,4 +1,4 @@
-"""Convolutions that compute the norm and SiLU in front of them, against diffusers' own blocks."""
+"""Blocks whose convolutions compute the norms in front of them and the sum behind, against diffusers' own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kernels.backend import KernelBackend
 from kernels.cpu_weight import sums_pairs_exactly
+from quant_core.fused_blocks import FusedResnetBlock
 from quant_core.layers import QUANTIZABLE, QuantLayer
 from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
 from quant_core.ranges import QParams
@@ -28,10 +29,21 @@ BACKENDS = [pytest.param(KernelBackend.CPU, marks=needs_vnni), KernelBackend.TRI
 TOLERANCE = 0.02
 
 
-def block(spec: ActivationSpec | None = None, **options: object) -> ResnetBlock2D:
-    """A ResNet block, 32 to 48 channels, its layers quantized to 8 bits, at step 1 of 2."""
+class Model(nn.Module):
+    """A model of one block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+        return self.block(x, temb)
+
+
+def model_of(spec: ActivationSpec | None = None, outputs: int = 48, **options: object) -> Model:
+    """A ResNet block of 32 channels, its layers quantized to 8 bits, at step 1 of 2."""
     torch.manual_seed(0)
-    made = ResnetBlock2D(in_channels=32, out_channels=48, temb_channels=16, groups=8, **options).eval()
+    made = ResnetBlock2D(in_channels=32, out_channels=outputs, temb_channels=16, groups=8, **options).eval()
     clock = StepClock([900.0, 100.0])
     for name, layer in list(made.named_modules()):
         if isinstance(layer, QUANTIZABLE):
@@ -50,7 +62,7 @@ def block(spec: ActivationSpec | None = None, **options: object) -> ResnetBlock2
             parent, _, last = name.rpartition(".")
             setattr(made.get_submodule(parent), last, quantized)
     clock.set_timestep(100.0)
-    return made
+    return Model(made)
 
 
 def difference(model: nn.Module, backend: KernelBackend, x: Tensor, temb: Tensor) -> float:
@@ -63,49 +75,51 @@ def difference(model: nn.Module, backend: KernelBackend, x: Tensor, temb: Tensor
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_block_fuses_both_norms(backend: KernelBackend) -> None:
-    model = block()
-    norm = copy.deepcopy(model.norm1)
-    assert difference(model, backend, noise(2, 32, 6, 5) * 2, noise(2, 16)) < TOLERANCE
-    assert isinstance(model.norm1, nn.Identity)
-    assert isinstance(model.norm2, nn.Identity)
-    for layer in (model.conv1, model.conv2):
+@pytest.mark.parametrize(
+    "options", [{}, {"outputs": 32}, {"output_scale_factor": 2.0}, {"skip_time_act": True}], ids=str
+)
+def test_a_block_is_fused(backend: KernelBackend, options: dict[str, object]) -> None:
+    model = model_of(**options)
+    norm = copy.deepcopy(model.block.norm1)
+    # A large embedding: whether it passes SiLU shows.
+    assert difference(model, backend, noise(2, 32, 6, 5) * 2, noise(2, 16) * 30) < TOLERANCE
+    block = model.block
+    assert isinstance(block, FusedResnetBlock)
+    assert (block.norm1, block.norm2) == (None, None)
+    for layer in (block.conv1, block.conv2):
         assert isinstance(layer, RuntimeLayer)
         assert layer.norm is not None
         assert "GroupNorm" in layer.run.reason
-    assert model.conv1.norm.groups == norm.num_groups
-    assert torch.equal(model.conv1.norm.weight, norm.weight)
-    assert {run.reason for run in model.quantmill_runs if run.layer == "conv1"} == {model.conv1.run.reason}
-
-
-@needs_vnni
-def test_a_large_time_embedding_still_passes_silu() -> None:
-    """A block's one SiLU acts on images and on the embedding, which has runtime layers of its own behind it."""
-    assert difference(block(), KernelBackend.CPU, noise(2, 32, 6, 5), noise(2, 16) * 30) < TOLERANCE
+    assert block.conv1.norm.groups == norm.num_groups
+    assert torch.equal(block.conv1.norm.weight, norm.weight)
+    assert {run.reason for run in model.quantmill_runs if run.layer == "block.conv1"} == {block.conv1.run.reason}
 
 
 @needs_vnni
 @pytest.mark.parametrize(
-    ("options", "spec"),
-    [
-        ({"time_embedding_norm": "scale_shift"}, None),
-        ({"down": True}, None),
-        ({"up": True}, None),
-        ({"non_linearity": "gelu"}, None),
-        ({}, ActivationSpec(8, mode=ActivationMode.DYNAMIC_SAMPLE)),
-    ],
-    ids=["modulated", "down", "up", "gelu", "dynamic"],
+    "options",
+    [{"time_embedding_norm": "scale_shift"}, {"down": True}, {"up": True}, {"non_linearity": "gelu"}],
+    ids=["modulated", "down", "up", "gelu"],
 )
-def test_other_blocks_keep_their_norms(options: dict[str, object], spec: ActivationSpec | None) -> None:
-    model = block(spec, **options)
+def test_other_blocks_stay(options: dict[str, object]) -> None:
+    model = model_of(**options)
     assert difference(model, KernelBackend.CPU, noise(2, 32, 6, 6), noise(2, 16)) < TOLERANCE
-    assert isinstance(model.norm1, nn.GroupNorm)
-    assert model.conv1.norm is None
+    assert isinstance(model.block, ResnetBlock2D)
+    assert model.block.conv1.norm is None
+
+
+@needs_vnni
+def test_a_layer_without_tables_leaves_the_norm_in_front() -> None:
+    model = model_of(ActivationSpec(8, mode=ActivationMode.DYNAMIC_SAMPLE))
+    assert difference(model, KernelBackend.CPU, noise(2, 32, 6, 6), noise(2, 16)) < TOLERANCE
+    assert isinstance(model.block, FusedResnetBlock)
+    assert isinstance(model.block.norm1, nn.GroupNorm)
+    assert model.block.conv1.norm is None
 
 
 @needs_vnni
 def test_a_cast_block_normalizes_in_float32() -> None:
-    model = block()
+    model = model_of()
     x, temb = noise(2, 32, 6, 5), noise(2, 16)
     with torch.no_grad():
         want = model(x, temb)
@@ -120,7 +134,9 @@ def test_a_whole_model_fuses_all_it_can(tiny_model: Make, quantize_model: Quanti
     model = tiny_model("unet")
     quantize_model(model, bits=8)
     build_runtime(model, KernelBackend.CPU)
-    blocks = [module for module in model.modules() if isinstance(module, ResnetBlock2D)]
+    blocks = [module for module in model.modules() if isinstance(module, FusedResnetBlock)]
+    assert len(blocks) > 3
+    assert not any(isinstance(module, ResnetBlock2D) for module in model.modules())
     assert all(block.conv2.norm is not None for block in blocks)
     assert {block.conv1.norm is not None for block in blocks} == {True, False}, "inputs of some are split"
     assert all(len(block.conv1.parts) > 1 for block in blocks if block.conv1.norm is None)

@@ -177,8 +177,10 @@ def test_a_postgres_database_is_upgraded_only_when_asked(
     assert cli("jobs", "ls", "--json").json == []
 
 
-def test_doctor_finds_nothing_wrong(cli: Cli) -> None:
+def test_doctor_finds_nothing_wrong(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("init")
+    (tmp_path / "queue.py").write_text("raise RuntimeError('imported from the current folder')\n")
+    monkeypatch.chdir(tmp_path)
     answer = cli("doctor", "--json")
     assert (answer.code, answer.json["ok"]) == (0, True), answer.out
     names = [check["name"] for check in answer.json["checks"]]

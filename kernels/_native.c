@@ -4,8 +4,8 @@
  *     finish           add the digits of a product, correct for the weight's zero points, add the residual
  *     finish_matrix    the same of a matrix product's integers, with all scales
  *
- * Images are channels last, (B, H, W, C); a matrix is an image of M rows of one position. Tensors come as addresses,
- * which kernels/native.py makes sure of. Codes are those of kernels/affine.py: division and rounding to even are IEEE's,
+ * Images are channels last, (B, H, W, C); a matrix is an image of M rows of one position. Tensors come as addresses:
+ * kernels/native.py checks their shapes and dtypes. Codes are those of kernels/affine.py: division and rounding to even are IEEE's,
  * and no option that would change them is on (no -ffast-math). Products and sums of norms, SiLU and finishing may be
  * contracted to fused ones, so there machines differ in the last place.
  */

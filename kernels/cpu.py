@@ -142,7 +142,7 @@ def _finish(out: Tensor, x: QuantizedActivation, weight: CpuWeight, epilogue: Ep
     n, sums, left_out = weight.outputs, None, (0, 0)
     if weight.correction is not None:
         sums, left_out = position_sums(x)
-    if native.is_built() and not torch.compiler.is_compiling() and epilogue.low_rank is None:
+    if native.is_usable() and epilogue.low_rank is None:
         return native.finish(
             out,
             n,
@@ -175,7 +175,7 @@ def _multiply_small(rows: Tensor, matrix: SmallMatrix) -> Tensor:
 def _finish_matrix(product: Tensor, x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
     """Scale the sums (M, digits * N), int32, of code - 128; correct them for zero points, add the rest."""
     sums = None if weight.correction is None else position_sums(x)[0].reshape(-1)
-    if native.is_built() and not torch.compiler.is_compiling() and epilogue.low_rank is None:
+    if native.is_usable() and epilogue.low_rank is None:
         return native.finish_matrix(
             product,
             weight.outputs,

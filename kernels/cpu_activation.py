@@ -96,7 +96,7 @@ def quantize_cpu(
     CpuActivation
         uint8 codes, unsigned zero points, R is 1 or B.
     """
-    if native.is_built() and not torch.compiler.is_compiling():
+    if native.is_usable():
         codes, sums = native.quantize(
             x, grid.step, grid.zero_point, bits, with_sums=with_sums, padding=padding, norm=norm, silu=silu
         )

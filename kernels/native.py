@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.conv import ConvGeometry
+from kernels.errors import KernelError
 from kernels.norms import GroupNorm
 
 _native: ModuleType | None
@@ -32,6 +33,11 @@ POINT = ConvGeometry((1, 1))
 def is_built() -> bool:
     """Whether the compiled part is there."""
     return _native is not None
+
+
+def is_usable() -> bool:
+    """Whether it is there, and no compiler traces."""
+    return is_built() and not torch.compiler.is_compiling()
 
 
 def quantize(
@@ -71,8 +77,16 @@ def quantize(
         Codes, shape of `x` plus padding.
     Tensor, shape `x.shape[:-1]`, dtype float32, or None
         Sum of code - zero_point over the channels of each position.
+
+    Raises
+    ------
+    KernelError
+        If grids or the norm do not fit `x`, or are of another dtype.
     """
     assert _native is not None
+    _check_grids(x, step, zero_point)
+    if norm is not None:
+        _check_norm(x, norm)
     x = x if x.dtype in _FLOATS else x.float()
     pitch = _pitch(x)
     if pitch == 0:
@@ -199,6 +213,30 @@ def finish_matrix(
         given is torch.bfloat16, _threads(product.numel()),
     )  # fmt: skip
     return out.to(dtype)
+
+
+def _check_grids(x: Tensor, step: Tensor, zero_point: Tensor) -> None:
+    """Refuse grids that would be read wrongly, or beyond their end."""
+    runs, channels, rows = zero_point.numel(), x.shape[-1], math.prod(x.shape[:-1])
+    # A run is whole lines of an image, or rows of a matrix.
+    lines = x.shape[0] * x.shape[1] if x.dim() == 4 else rows
+    if runs == 0 or lines % runs or step.numel() not in (runs, runs * channels):
+        raise KernelError(
+            f"activation grids: got {runs} zero points and {step.numel()} steps, wanted a number that divides {lines} "
+            f"rows, and as many steps or {channels} times as many"
+        )
+    if (step.dtype, zero_point.dtype) != (torch.float32, torch.int32):
+        raise KernelError(f"activation grids: got {step.dtype} and {zero_point.dtype}, wanted float32 and int32")
+
+
+def _check_norm(x: Tensor, norm: GroupNorm) -> None:
+    """Refuse a norm that would be read beyond its end."""
+    channels = x.shape[-1]
+    for tensor in (norm.weight, norm.bias):
+        if tensor is not None and (tensor.shape != (channels,) or tensor.dtype is not torch.float32):
+            raise KernelError(f"group norm: got {tensor.dtype} {tuple(tensor.shape)}, wanted float32 ({channels},)")
+    if x.dim() != 4 or channels % norm.groups:
+        raise KernelError(f"group norm: got {norm.groups} groups for {tuple(x.shape)}, wanted them to divide channels")
 
 
 def _pitch(x: Tensor) -> int:

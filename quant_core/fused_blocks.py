@@ -22,7 +22,7 @@ from quant_core.runtime_layer import RuntimeLayer
 
 
 class FusedResnetBlock(nn.Module):
-    """A plain `ResnetBlock2D` in evaluation mode, one of whose convolutions at least is a runtime layer.
+    """A plain `ResnetBlock2D` in evaluation mode, whose second convolution is a runtime layer.
 
     Attributes
     ----------
@@ -38,7 +38,18 @@ class FusedResnetBlock(nn.Module):
         self.conv_shortcut, self.output_scale_factor = block.conv_shortcut, block.output_scale_factor
 
     def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the block's output, as diffusers' forward; what it ignores is ignored here too."""
+        """Return the block's output, as diffusers' forward; what it ignores is ignored here too.
+
+        Parameters
+        ----------
+        input_tensor : Tensor, shape (B, C_in, H, W), floating dtype
+        temb : Tensor, shape (B, T), or None
+            Time embedding.
+
+        Returns
+        -------
+        Tensor, shape (B, C_out, H, W), dtype of `input_tensor`
+        """
         hidden = self.conv1(_activated(input_tensor, self.norm1))
         if self.time_emb_proj is not None:
             assert temb is not None
@@ -47,10 +58,7 @@ class FusedResnetBlock(nn.Module):
             hidden = hidden + temb
         hidden = _activated(hidden, self.norm2)
         skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
-        if isinstance(self.conv2, RuntimeLayer):
-            out: Tensor = self.conv2(hidden, residual=skip)
-        else:
-            out = skip + self.conv2(hidden)
+        out: Tensor = self.conv2(hidden, residual=skip)
         return out if self.output_scale_factor == 1.0 else out / self.output_scale_factor
 
 

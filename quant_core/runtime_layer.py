@@ -76,9 +76,21 @@ class RuntimeLayer(nn.Module):
         self.run = replace(self.run, reason=f"{self.run.reason}, GroupNorm and SiLU with the quantization")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Return the layer's output plus `residual`, in the dtype of `x`.
+        """Return the layer's output plus `residual`.
 
-        An image (B, C, H, W) comes back in channels-last order.
+        Parameters
+        ----------
+        x : Tensor, shape (B, C, H, W) for a Conv2d, (..., C) for a Linear, floating dtype
+        residual : Tensor, shape of the output, floating dtype, optional
+
+        Returns
+        -------
+        Tensor, shape (B, N, OH, OW) in channels-last order, or (..., N), dtype of `x`
+
+        Raises
+        ------
+        KernelError
+            If shapes disagree.
         """
         if torch.compiler.is_compiling():
             return self._forward(x, residual)

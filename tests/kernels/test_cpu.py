@@ -71,6 +71,13 @@ def test_linear_sums_are_the_references_integers(bits: int, symmetric: bool, sha
     assert torch.equal(cpu_linear(x, packed, Epilogue()), want)
 
 
+def test_small_matrices_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    small, large = (random_layer(256, channels, bits=4).packed for channels in (256, 257))
+    assert isinstance(pack_cpu_weight([small]).packed, cpu_weight.SmallMatrix)
+    assert isinstance(pack_cpu_weight([large]).packed, Tensor)
+
+
 @needs_vnni
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (8, True), (8, False)])

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels import native
 from kernels.activations import ActivationTable
 from kernels.cpu_activation import CpuActivation, cpu_grid, quantize_cpu
+from kernels.errors import KernelError
 from kernels.norms import NORM_CODE_SHARE, GroupNorm
 
 HEADERS = Path(sysconfig.get_paths()["include"], "Python.h")
@@ -121,6 +122,7 @@ def test_a_sigmoid_is_exact_far_from_zero(monkeypatch: pytest.MonkeyPatch) -> No
 @needs_native
 def test_slices_of_channels_are_read_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     x = noise(2, 5, 6, 80)
+    assert native._pitch(x[..., 16:64]) == 80
     for part in (x[..., 16:64], x[..., :48], x[:, 1:, :, :48], x.transpose(1, 2)[..., :48], x.movedim(-1, 1)):
         norm = GroupNorm(2, 1e-5)
         for given in (None, norm):
@@ -141,3 +143,23 @@ def test_threads_share_the_work(batch: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert float((got.codes != want.codes).float().mean()) <= NORM_CODE_SHARE
     assert got.sums is not None
     assert torch.equal(got.sums, (got.codes[:, 1:-1, 1:-1].float() - 131).sum(-1))
+
+
+@needs_native
+def test_what_would_be_read_beyond_its_end_is_refused() -> None:
+    x, step, zero = noise(2, 3, 4, 8), torch.ones(1), torch.zeros(1, dtype=torch.int32)
+
+    def run(step: Tensor = step, zero: Tensor = zero, norm: GroupNorm | None = None) -> None:
+        native.quantize(x, step, zero, 8, with_sums=False, padding=(1, 1), norm=norm, silu=False)
+
+    run()
+    with pytest.raises(KernelError, match="got 1 zero points and 5 steps"):
+        run(torch.ones(5))
+    with pytest.raises(KernelError, match="wanted a number that divides 6 rows"):
+        run(torch.ones(4), zero.repeat(4))
+    with pytest.raises(KernelError, match=r"got torch\.float64 and torch\.int32"):
+        run(step.double())
+    with pytest.raises(KernelError, match=r"wanted float32 \(8,\)"):
+        run(norm=GroupNorm(2, 1e-5, torch.ones(7), torch.ones(8)))
+    with pytest.raises(KernelError, match="got 3 groups"):
+        run(norm=GroupNorm(3, 1e-5))

@@ -29,7 +29,7 @@ def test_bench_measures_a_release_and_its_original(
     for side in sides + ["bf16_compiled_figures"] * compiles:
         figures = metrics[side]
         assert set(figures["step_ms"]) == {"1", "4"}
-        assert all(0 < value < 10_000 for value in figures["step_ms"].values())
+        assert all(value > 0 for value in figures["step_ms"].values())
         assert figures["images_per_second"] > 0
     for side in sides:
         # Loading alone takes the weights; a small model's call takes a few times as much.

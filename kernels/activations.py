@@ -93,18 +93,7 @@ def quantize_by_table(
     KernelError
         If shapes disagree or bits are not in 2..8.
     """
-    _check_bits(table.bits)
-    rows = math.prod(x.shape[:-1])
-    runs = 1 if index is None or len(table.scale) == 1 else index.numel()
-    if (index is None and len(table.scale) != 1) or table.scale.shape != table.zero_point.shape:
-        raise KernelError(
-            f"activation table: got {tuple(table.scale.shape)} scales, {tuple(table.zero_point.shape)} zero points and "
-            f"{'no' if index is None else 'an'} index, wanted equal shapes, and an index for several entries"
-        )
-    if runs == 0 or rows % runs:
-        raise KernelError(f"activation rows: got {rows}, wanted a multiple of {runs} samples")
-    check_divisor(table, x.shape[-1])
-    steps = None if index is None or len(table.scale) == 1 else index.contiguous()
+    steps = table_steps(x, table, index)
     codes, scale, zero = _quantize_by_table(
         x, table.scale, table.zero_point, steps, table.divisor, table.bits, str(backend)
     )
@@ -144,7 +133,7 @@ def quantize_dynamic(
     KernelError
         If bits are not in 2..8, `x` is empty, or `channel_scale` has another shape.
     """
-    _check_bits(bits)
+    check_bits(bits)
     if channel_scale is not None and channel_scale.shape != x.shape[-1:]:
         raise KernelError(f"channel_scale: got shape {tuple(channel_scale.shape)}, wanted {tuple(x.shape[-1:])}")
     if x.numel() == 0:
@@ -207,6 +196,22 @@ def gather_steps(table: Tensor, index: Tensor | None) -> Tensor:
     return table.float().clone() if index is None else table.float().index_select(0, index.reshape(-1))
 
 
+def table_steps(x: Tensor, table: ActivationTable, index: Tensor | None) -> Tensor | None:
+    """Return the entry of each run of rows of `x`, shape (R,); None if the table has one. Refuses what does not fit."""
+    check_bits(table.bits)
+    rows = math.prod(x.shape[:-1])
+    runs = 1 if index is None or len(table.scale) == 1 else index.numel()
+    if (index is None and len(table.scale) != 1) or table.scale.shape != table.zero_point.shape:
+        raise KernelError(
+            f"activation table: got {tuple(table.scale.shape)} scales, {tuple(table.zero_point.shape)} zero points and "
+            f"{'no' if index is None else 'an'} index, wanted equal shapes, and an index for several entries"
+        )
+    if runs == 0 or rows % runs:
+        raise KernelError(f"activation rows: got {rows}, wanted a multiple of {runs} samples")
+    check_divisor(table, x.shape[-1])
+    return None if index is None or len(table.scale) == 1 else index.contiguous()
+
+
 def check_divisor(table: ActivationTable, channels: int) -> None:
     """Refuse a table whose divisors are not those of `channels` channels."""
     wanted = (len(table.scale), channels)
@@ -214,7 +219,8 @@ def check_divisor(table: ActivationTable, channels: int) -> None:
         raise KernelError(f"divisor: got shape {tuple(table.divisor.shape)}, wanted {wanted}")
 
 
-def _check_bits(bits: int) -> None:
+def check_bits(bits: int) -> None:
+    """Refuse a width that codes do not have."""
     if not 2 <= bits <= 8:
         raise KernelError(f"activation bits: got {bits}, wanted 2 to 8")
 
@@ -232,7 +238,8 @@ def _quantize_by_table(
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.activations import launch_by_table
 
-        return launch_by_table(x, scale, zero_point, index, divisor, bits)
+        with torch.cuda.device_of(x):
+            return launch_by_table(x, scale, zero_point, index, divisor, bits)
     return quantize_by_table_reference(x, scale, zero_point, index, divisor, bits)
 
 
@@ -257,7 +264,8 @@ def _quantize_dynamic(
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.activations import launch_dynamic
 
-        return launch_dynamic(x, runs, bits, symmetric, channel_scale)
+        with torch.cuda.device_of(x):
+            return launch_dynamic(x, runs, bits, symmetric, channel_scale)
     return quantize_dynamic_reference(x, runs, bits, symmetric, channel_scale)
 
 

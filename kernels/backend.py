@@ -63,6 +63,15 @@ def resolve_backend(backend: KernelBackend | str, device: torch.device) -> Kerne
     return choice
 
 
+def why_reference(choice: KernelBackend | str, device: torch.device) -> str:
+    """Say why a model on `device` runs the reference, where `resolve_backend` made that of `choice`."""
+    if check_backend(choice) is KernelBackend.REFERENCE:
+        return "the reference was asked for"
+    if device.type == "cpu":
+        return "auto: this CPU has neither VNNI nor AMX, so int8 products would saturate"
+    return "auto: triton is not installed" if device.type == "cuda" else f"auto: no kernels for device {device.type}"
+
+
 def has_int8_cpu() -> bool:
     """Whether PyTorch's oneDNN multiplies int8 here without saturation; imports and measures."""
     from kernels.cpu_weight import sums_pairs_exactly

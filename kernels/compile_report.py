@@ -10,6 +10,7 @@ if a spill is over SPILL_LIMIT, shared memory over what the architecture has, or
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -174,25 +175,34 @@ def _conv_cases(arch: str) -> Iterator[Case]:
 
 
 def _float_cases(arch: str) -> Iterator[Case]:
-    from kernels._triton.blocks import float_blocks
+    import torch
+
+    from kernels._triton.blocks import float_blocks, float_precision
     from kernels._triton.gemm import linear_float_kernel, sum_splits_kernel
 
-    for m in (8192, 16):
-        for label, bits, lane, group in (("W4A16", 4, 64, 0), ("W4A16 g64", 4, 32, 64), ("W8A16", 8, 64, 0)):
-            blocks, splits = float_blocks(arch, m, 2560, group), 4 if m == 16 else 1
+    for (m, heavy), dtype in itertools.product(
+        ((8192, False), (8192, True), (16, False)), (torch.bfloat16, torch.float32)
+    ):
+        for bits, lane, group in ((4, 64, 0), (4, 32, 64), (8, 64, 0)):
+            blocks = float_blocks(arch, m, 2560, group, dtype=dtype, heavy=heavy)
+            splits = 4 if m <= 64 else 1
             constants = {
-                **_BIAS, "BITS": bits, "LANE": lane, "GROUP_SIZE": group, "RANK": 0,
-                "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16, "SPLITS": splits, "SWIZZLE": blocks.swizzle,
+                "BITS": bits, "LANE": lane, "GROUP_SIZE": group, "RANK": 32 if heavy else 0, "BLOCK_M": blocks.m,
+                "BLOCK_N": blocks.n, "BLOCK_R": 32 if heavy else 16, "SPLITS": splits, "SWIZZLE": blocks.swizzle,
+                "PRECISION": float_precision(arch, dtype),
+                **({} if heavy else _BIAS), **({"partial_ptr": None} if splits == 1 else {}),
             }  # fmt: skip
-            if splits == 1:
-                constants["partial_ptr"] = None
+            parts = [f"linear W{bits}A{32 if dtype is torch.float32 else 16}{f' g{group}' if group else ''}"]
+            parts += [f"{blocks.m} x {blocks.n}", *([f"K in {splits}"] if splits > 1 else [])]
+            types = {**_weight_types(bits, group), "x_ptr": "*fp32" if dtype is torch.float32 else "*bf16"}
             yield Case(
-                f"linear {label}, {blocks.m} x {blocks.n}" + (f", K in {splits}" if splits > 1 else ""),
-                linear_float_kernel, constants, {**_weight_types(bits, group), "x_ptr": "*bf16"},
-                blocks.warps, blocks.stages,
+                ", ".join([*parts, *(["all of the epilogue"] if heavy else [])]),
+                linear_float_kernel, constants, types, blocks.warps, blocks.stages,
             )  # fmt: skip
-    constants = {**_BIAS, "RANK": 0, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 16, "SPLITS": 4}
-    yield Case("sum of splits", sum_splits_kernel, constants, {}, 4, 1)
+    constants = {"RANK": 0, "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_R": 16, "SPLITS": 4}
+    yield Case("sum of splits", sum_splits_kernel, {**_BIAS, **constants}, {}, 4, 1)
+    constants |= {"RANK": 32, "BLOCK_R": 32}
+    yield Case("sum of splits, all of the epilogue", sum_splits_kernel, constants, {}, 4, 1)
 
 
 def _plain(label: str, kernel: Any, types: dict[str, str] | None = None, **constants: Any) -> Case:

@@ -103,7 +103,8 @@ def conv2d_int(
     shape = (batch, *geometry.output_size(height, width), n)
     epilogue.check(shape)
     rows = epilogue_rows(epilogue)
-    codes = x.codes if x.codes.stride(-1) == 1 else x.codes.contiguous()
+    span = sum((size - 1) * stride for size, stride in zip(x.codes.shape[1:], x.codes.stride()[1:], strict=True))
+    codes = x.codes if x.codes.stride(-1) == 1 and span <= MAX_IMAGE else x.codes.contiguous()
     return _conv2d_int(
         codes,
         x.scale.contiguous(),
@@ -173,7 +174,8 @@ def _conv2d_int(
     if backend_for(codes.device, backend) is KernelBackend.TRITON:
         from kernels._triton.conv import launch_conv2d_int
 
-        return launch_conv2d_int(x, weights, shape, rows, n, dtype)
+        with torch.cuda.device_of(codes):
+            return launch_conv2d_int(x, weights, shape, rows, n, dtype)
     return conv2d_int_reference(x, weights, shape, rows, n).to(dtype)
 
 

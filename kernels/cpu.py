@@ -1,7 +1,7 @@
 """Integer Linear and Conv2d on the CPU, by PyTorch's oneDNN operators: uint8 codes x int8 weights, summed in int32.
 
 Activations (`kernels.cpu_activation`) are uint8 with one grid, or one for each sample. `kernels.cpu_weight` lays
-weights out.
+weights out. A Linear's sums are the reference's integers; a convolution's differ by `CONV_TOLERANCE`.
 
 `torch.compile` traces all of this: oneDNN's operators are registered with PyTorch, and quantization and what follows
 the sums are plain tensor operations, which it fuses with what precedes and follows the layer.
@@ -24,6 +24,10 @@ from kernels.cpu_weight import ConvLayout, CpuWeight, SmallMatrix
 from kernels.epilogue import Epilogue, add_epilogue
 from kernels.errors import KernelError
 from kernels.gemm import epilogue_rows
+
+# Of a convolution's output, relative to scale * sum code * |w| with codes as they are stored: oneDNN is told of no zero
+# points, so the sum of unsigned codes and what zero points add to it are rounded to float32 apart, and then subtracted.
+CONV_TOLERANCE = 2.0**-21
 
 
 def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
@@ -142,6 +146,7 @@ def _finish(out: Tensor, x: QuantizedActivation, weight: CpuWeight, epilogue: Ep
     n, sums, left_out = weight.outputs, None, (0, 0)
     if weight.correction is not None:
         sums, left_out = position_sums(x)
+        sums = sums.reshape(-1) if weight.geometry is None else sums
     if native.is_usable() and epilogue.low_rank is None:
         return native.finish(
             out,

@@ -52,7 +52,8 @@ def quantize_fp8(x: Tensor, backend: KernelBackend | str = KernelBackend.AUTO) -
     Returns
     -------
     Fp8Matrix
-        The same bits on each backend: maxima are exact, divisions true, conversion to nearest even.
+        The same bits on each backend: maxima are exact, divisions true, conversion to nearest even. A row with an
+        infinity or NaN has no finite scale.
 
     Raises
     ------
@@ -111,7 +112,8 @@ def _quantize_fp8(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.fp8 import launch_quantize_fp8
 
-        return launch_quantize_fp8(x)
+        with torch.cuda.device_of(x):
+            return launch_quantize_fp8(x)
     return quantize_fp8_reference(x)
 
 
@@ -137,7 +139,8 @@ def _linear_fp8(
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.fp8 import launch_linear_fp8
 
-        return launch_linear_fp8(Fp8Matrix(x, x_scale), Fp8Matrix(weight, scale), rows, dtype)
+        with torch.cuda.device_of(x):
+            return launch_linear_fp8(Fp8Matrix(x, x_scale), Fp8Matrix(weight, scale), rows, dtype)
     return linear_fp8_reference(Fp8Matrix(x, x_scale), Fp8Matrix(weight, scale), rows, dtype)
 
 

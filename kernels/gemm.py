@@ -61,9 +61,11 @@ def linear_int(
     n = check_weights(weights, taps=1, channels=x.codes.shape[-1])
     shape = (*x.codes.shape[:-1], n)
     epilogue.check(shape)
-    rows = epilogue_rows(epilogue)
+    rows, codes = epilogue_rows(epilogue), as_rows(x.codes)
+    if not len(x.scale) or len(codes) % len(x.scale):
+        raise KernelError(f"linear: got {len(x.scale)} scales for {len(codes)} rows, wanted equal runs of rows")
     out = _linear_int(
-        as_rows(x.codes),
+        codes,
         x.scale.contiguous(),
         x.zero_point.contiguous(),
         x.symmetric,
@@ -227,7 +229,8 @@ def _linear_int(
     if backend_for(codes.device, backend) is KernelBackend.TRITON:
         from kernels._triton.gemm import launch_linear_int
 
-        return launch_linear_int(QuantizedActivation(codes, x_scale, x_zero, x_symmetric), weights, rows, n, dtype)
+        with torch.cuda.device_of(codes):
+            return launch_linear_int(QuantizedActivation(codes, x_scale, x_zero, x_symmetric), weights, rows, n, dtype)
     return linear_int_reference(codes, x_scale, x_zero, weights, rows, n).to(dtype)
 
 
@@ -267,7 +270,8 @@ def _linear_float(
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.gemm import launch_linear_float
 
-        return launch_linear_float(x, weights, rows, n, dtype)
+        with torch.cuda.device_of(x):
+            return launch_linear_float(x, weights, rows, n, dtype)
     return linear_float_reference(x, weights, rows, n).to(dtype)
 
 

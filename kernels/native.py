@@ -81,7 +81,7 @@ def quantize(
     Raises
     ------
     KernelError
-        If grids or the norm do not fit `x`, or are of another dtype.
+        If grids or the norm do not fit `x`, or are of another dtype, or an empty image is to be padded.
     """
     assert _native is not None
     _check_grids(x, step, zero_point)
@@ -100,6 +100,10 @@ def quantize(
         batch, height, width = 1, math.prod(x.shape[:-1]), 1
     codes = torch.empty(codes_shape, dtype=torch.uint8)
     sums = torch.empty(x.shape[:-1], dtype=torch.float32) if with_sums else None
+    if x.numel() == 0:
+        if codes.numel():
+            raise KernelError(f"image: got shape {tuple(x.shape)}, wanted pixels to put {padding} of padding around")
+        return codes, None if sums is None else sums.zero_()
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     _native.quantize(
         x.data_ptr(), codes.data_ptr(), _address(sums), step.data_ptr(), zero_point.data_ptr(),

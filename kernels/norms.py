@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from kernels.activations import (
     ActivationTable,
     QuantizedActivation,
-    check_divisor,
+    check_bits,
     fake_quantized,
     quantize_by_table_reference,
     quantize_dynamic_reference,
+    table_steps,
 )
 from kernels.backend import KernelBackend, backend_for
 from kernels.errors import KernelError
@@ -81,15 +82,15 @@ def group_norm_quantize(
     Raises
     ------
     KernelError
-        If shapes disagree.
+        If shapes disagree or bits are not in 2..8.
     """
     channels = x.shape[-1]
     if channels % norm.groups or (norm.weight is None) != (norm.bias is None):
         raise KernelError(
             f"group norm: got {channels} channels in {norm.groups} groups, wanted a multiple, and affine both or none"
         )
-    _check_table(x, table, index)
-    steps = None if index is None or len(table.scale) == 1 else index.contiguous()
+    _check_affine(channels, norm.weight, norm.bias)
+    steps = table_steps(x, table, index)
     codes, scale, zero = _group_norm_quantize(
         x, norm.groups, norm.weight, norm.bias, norm.eps, silu,
         table.scale, table.zero_point, steps, table.divisor, table.bits, str(backend),
@@ -126,22 +127,25 @@ def layer_norm_quantize(
     Raises
     ------
     KernelError
-        If shapes disagree.
+        If shapes disagree, bits are not in 2..8, or `x` is empty and its range is asked for.
     """
     batch, channels = x.shape[0], x.shape[-1]
     if channels > MAX_TOKEN:
         raise KernelError(f"layer norm: got {channels} channels, wanted at most {MAX_TOKEN}")
+    _check_affine(channels, norm.weight, norm.bias)
     for name, value in (("scale", norm.scale), ("shift", norm.shift)):
         if (norm.scale is None) != (norm.shift is None) or (value is not None and value.shape != (batch, channels)):
             shape = None if value is None else tuple(value.shape)
             raise KernelError(f"modulation {name}: got {shape}, wanted ({batch}, {channels}), both or neither")
     if isinstance(grid, int):
+        check_bits(grid)
+        if x.numel() == 0:
+            raise KernelError(f"layer norm: got an empty tensor of shape {tuple(x.shape)}, wanted values for a range")
         scale, zero_point, steps, bits = None, None, None, grid
     else:
         if grid.divisor is not None:
             raise KernelError("layer norm: got a table with divisors of channels, wanted one without")
-        _check_table(x, grid, index)
-        steps = None if index is None or len(grid.scale) == 1 else index.contiguous()
+        steps = table_steps(x, grid, index)
         scale, zero_point, bits, symmetric = grid.scale, grid.zero_point, grid.bits, grid.symmetric
     codes, run_scale, zero = _layer_norm_quantize(
         x, norm.weight, norm.bias, norm.eps, norm.scale, norm.shift,
@@ -172,13 +176,11 @@ def layer_norm_reference(
     return y * (1 + scale.float().view(per_sample)) + shift.float().view(per_sample)
 
 
-def _check_table(x: Tensor, table: ActivationTable, index: Tensor | None) -> None:
-    """Refuse a table that does not fit the samples."""
-    check_divisor(table, x.shape[-1])
-    runs = 1 if index is None or len(table.scale) == 1 else index.numel()
-    rows = math.prod(x.shape[:-1])
-    if (index is None and len(table.scale) != 1) or runs == 0 or rows % runs:
-        raise KernelError(f"activation table: got {len(table.scale)} entries for {rows} rows and {runs} samples")
+def _check_affine(channels: int, *vectors: Tensor | None) -> None:
+    """Refuse weights and biases that are not those of `channels` channels."""
+    for each in vectors:
+        if each is not None and each.shape != (channels,):
+            raise KernelError(f"norm: got weight or bias of shape {tuple(each.shape)}, wanted {(channels,)}")
 
 
 @torch.library.custom_op("quantmill::group_norm_quantize", mutates_args=())
@@ -199,7 +201,8 @@ def _group_norm_quantize(
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.norms import launch_group_norm
 
-        return launch_group_norm(x, groups, weight, bias, eps, silu, (scale, zero_point, index, divisor, bits))
+        with torch.cuda.device_of(x):
+            return launch_group_norm(x, groups, weight, bias, eps, silu, (scale, zero_point, index, divisor, bits))
     y = group_norm_reference(x, groups, weight, bias, eps, silu)
     return quantize_by_table_reference(y, scale, zero_point, index, divisor, bits)
 
@@ -241,7 +244,8 @@ def _layer_norm_quantize(
         from kernels._triton.norms import launch_layer_norm
 
         modulation = (mod_scale, mod_shift)
-        return launch_layer_norm(x, (weight, bias, eps), modulation, (scale, zero_point, index, bits), symmetric)
+        with torch.cuda.device_of(x):
+            return launch_layer_norm(x, (weight, bias, eps), modulation, (scale, zero_point, index, bits), symmetric)
     y = layer_norm_reference(x, weight, bias, eps, mod_scale, mod_shift)
     if scale is None or zero_point is None:
         return quantize_dynamic_reference(y, math.prod(x.shape[:-1]), bits, symmetric)

@@ -93,7 +93,8 @@ class PackedWeight:
         Sum of (code - zero_point) over each group of each tap: what an activation's zero point is multiplied with. By
         taps, since a tap that falls on padding has no part in it.
     channel : Tensor, shape (N,), dtype int32, or None
-        The layer's output channel of each row; None if they are all of its channels, in order.
+        The layer's output channel of each row; None if they are all of its channels, in order. Of all records of a
+        layer they are each channel once, for which the caller answers: looking would make the host wait.
     layout : WeightLayout
     """
 
@@ -171,7 +172,10 @@ def pack_weight(
         raise KernelError(f"group_size: got {group_size}, wanted a multiple of {MIN_LANE}")
     stored = _STORED_BITS[bits]
     group = group_size if group_size is not None and (group_size < channels or taps > 1) else 0
-    zero = _rows_of("zero_point", zero_point, n, taps, channels, group).int() - (128 if stored == 8 else 0)
+    zero = _rows_of("zero_point", zero_point, n, taps, channels, group).int()
+    if zero.numel() and not 0 <= int(zero.min()) <= int(zero.max()) < 2**bits:
+        raise KernelError(f"zero_point: got {int(zero.min())} to {int(zero.max())}, wanted codes of {bits} bits")
+    zero = zero - (128 if stored == 8 else 0)
     symmetric = stored == 8 and not bool(zero.any())
     layout = WeightLayout(stored, channels, taps, _lane(stored, channels, group), group, symmetric)
     scale = _rows_of("scale", scale, n, taps, channels, group)
@@ -181,6 +185,8 @@ def pack_weight(
     if stored == 8:
         codes = (codes ^ 0x80).view(torch.int8)  # code - 128
     total = _totals(codes, zero, layout)
+    if channel is not None and channel.shape != (n,):
+        raise KernelError(f"channel: got shape {tuple(channel.shape)}, wanted ({n},)")
     index = None if channel is None else channel.to(qweight.device, torch.int32).contiguous()
     zero_codes = zero.to(torch.int8).contiguous()
     return PackedWeight(_interleave(codes, layout), scale.contiguous(), zero_codes, total, index, layout)

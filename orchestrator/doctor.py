@@ -27,7 +27,15 @@ _PYTHON = (3, 11)
 _RAY = (2, 54)
 _FREE_BYTES = 2 * 10**9
 _TORCH_SECONDS = 120
-_TORCH = "import torch, diffusers; print(torch.__version__, diffusers.__version__, torch.cuda.device_count())"
+_TORCH = """
+import torch, diffusers
+try:
+    from kernels.backend import has_int8_cpu
+    exact = has_int8_cpu()
+except ImportError:  # another package of that name: the next check says so
+    exact = False
+print(torch.__version__, diffusers.__version__, torch.cuda.device_count(), int(exact))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +96,11 @@ def _torch() -> tuple[bool, str]:
         return False, f"no answer from importing torch and diffusers for {_TORCH_SECONDS} s"
     if run.returncode:
         return False, (run.stderr.strip().splitlines() or ["cannot be imported"])[-1]
-    torch_version, diffusers_version, devices = run.stdout.split()[-3:]
-    return True, f"torch {torch_version}, diffusers {diffusers_version}, {devices} CUDA devices"
+    torch_version, diffusers_version, devices, exact = run.stdout.split()[-4:]
+    cpu = (
+        "a CPU with int8 products" if int(exact) else "a CPU without VNNI or AMX: packed models run the reference on it"
+    )
+    return True, f"torch {torch_version}, diffusers {diffusers_version}, {devices} CUDA devices, {cpu}"
 
 
 def _kernels() -> tuple[bool, str]:

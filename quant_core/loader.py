@@ -66,7 +66,7 @@ def load_quantized(
     folder = _locate(source, resolve)
     verify_folder(folder)
     model = load_folder(folder).to(place)
-    build_runtime(model, choice)
+    build_runtime(model, choice, backend)
     return model
 
 

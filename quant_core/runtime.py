@@ -12,7 +12,7 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from kernels.backend import BackendUnavailableError, KernelBackend
+from kernels.backend import BackendUnavailableError, KernelBackend, why_reference
 from kernels.errors import KernelError
 from quant_core.activation import ActivationQuantizer
 from quant_core.fused_blocks import fuse_blocks
@@ -29,7 +29,9 @@ _KNOWN_FIELDS = {
 }
 
 
-def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
+def build_runtime(
+    model: nn.Module, backend: KernelBackend, asked: KernelBackend | str = KernelBackend.REFERENCE
+) -> list[LayerRun]:
     """Replace the quantized layers of `model`, in place and one by one, by runtime layers where `backend` has them.
 
     Parameters
@@ -38,6 +40,8 @@ def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
         Loaded, on the device where it will run; its parameters are frozen.
     backend : KernelBackend
         `AUTO` must have been resolved.
+    asked : KernelBackend or str
+        What it was resolved from, for the reason of layers that run the reference.
 
     Returns
     -------
@@ -45,9 +49,10 @@ def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
         One for each quantized layer, in the model's order; `layer_runs` gives them again.
     """
     model.requires_grad_(False)
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     layers: list[LayerRun | RuntimeLayer] = []
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]:
-        reason = "the reference was asked for" if backend is KernelBackend.REFERENCE else _unsuited(layer, backend)
+        reason = why_reference(asked, device) if backend is KernelBackend.REFERENCE else _unsuited(layer, backend)
         if reason is None:
             try:
                 made = RuntimeLayer(layer, name, backend)
@@ -60,7 +65,6 @@ def build_runtime(model: nn.Module, backend: KernelBackend) -> list[LayerRun]:
         layers.append(LayerRun(name, KernelBackend.REFERENCE, reason))
     fuse_blocks(model)
     runs = [layer.run if isinstance(layer, RuntimeLayer) else layer for layer in layers]
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     if device.type != "cpu":
         _run_on(model, device)
     model.quantmill_runs = tuple(runs)  # type: ignore[assignment]

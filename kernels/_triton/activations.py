@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.common import code_of, grid_of
+from kernels._triton.common import code_of, grid_of, nan_unless_finite
 
 BLOCK = 4096
 TOKEN_BLOCK = 2048
@@ -80,6 +80,7 @@ def per_token_kernel(
     row = x_ptr + m * stride_x
     low = tl.zeros((BLOCK_C,), dtype=tl.float32)
     high = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    odd = tl.zeros((), dtype=tl.float32)
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         x = tl.load(row + c, mask=c < C, other=0.0).to(tl.float32)
@@ -87,7 +88,9 @@ def per_token_kernel(
             x = tl.div_rn(x, tl.load(channel_scale_ptr + c, mask=c < C, other=1.0))
         low = tl.minimum(low, x)
         high = tl.maximum(high, x)
+        odd += nan_unless_finite(x)
     scale, zero = grid_of(tl.min(low, axis=0), tl.max(high, axis=0), TOP, HALF, SYMMETRIC)
+    scale += odd
     for c0 in range(0, C, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         x = tl.load(row + c, mask=c < C, other=0.0).to(tl.float32)
@@ -116,6 +119,7 @@ def sample_range_kernel(
     stop = tl.minimum(start + chunk, n)
     low = tl.zeros((BLOCK_N,), dtype=tl.float32)
     high = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    odd = tl.zeros((), dtype=tl.float32)
     for i0 in range(0, chunk, BLOCK_N):
         i = start + i0 + tl.arange(0, BLOCK_N)
         x = tl.load(base + i, mask=i < stop, other=0.0).to(tl.float32)
@@ -123,8 +127,9 @@ def sample_range_kernel(
             x = tl.div_rn(x, tl.load(channel_scale_ptr + i % C, mask=i < stop, other=1.0))
         low = tl.minimum(low, x)
         high = tl.maximum(high, x)
+        odd += nan_unless_finite(x)
     part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(low_ptr + part, tl.min(low, axis=0))
+    tl.store(low_ptr + part, tl.min(low, axis=0) + odd)
     tl.store(high_ptr + part, tl.max(high, axis=0))
 
 
@@ -152,6 +157,7 @@ def per_sample_kernel(
     low = tl.load(low_ptr + sample * chunks + part, mask=part < chunks, other=0.0)
     high = tl.load(high_ptr + sample * chunks + part, mask=part < chunks, other=0.0)
     scale, zero = grid_of(tl.min(low, axis=0), tl.max(high, axis=0), TOP, HALF, SYMMETRIC)
+    scale += nan_unless_finite(low)
     i = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     x = tl.load(x_ptr + sample * n + i, mask=i < n, other=0.0).to(tl.float32)
     divisor = scale
@@ -188,6 +194,7 @@ def launch_dynamic(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `per_token_kernel`, or the two kernels of samples."""
     codes, scale, zero = empty_quantized(x, runs)
+    channel = None if channel is None else channel.contiguous()
     top, half = 2**bits - 1, 2 ** (bits - 1)
     rows = row_view(x)
     if runs == rows.shape[0]:

@@ -59,17 +59,38 @@ def int_blocks(arch: str, m: int, n: int, layout: WeightLayout, *, heavy: bool =
     return Blocks(128, columns, k, 8, stages)
 
 
-def float_blocks(arch: str, m: int, n: int, group_size: int) -> Blocks:
-    """Blocks of a GEMM with float activations."""
+def float_blocks(
+    arch: str, m: int, n: int, group_size: int, *, dtype: torch.dtype = torch.bfloat16, heavy: bool = False
+) -> Blocks:
+    """Blocks of a GEMM with float activations of `dtype`; `heavy` as for `int_blocks`."""
     if arch == INTERPRETER:
         return Blocks(32, 32, 32, 4, 1, 2)
+    if dtype is torch.float32:
+        return _float32_blocks(arch, m)
     if m <= 64:
         rows = 16 if m <= 16 else 32 if m <= 32 else 64
         return Blocks(rows, 64, 64, 4, 2 if arch == "gfx942" else 4)
     columns = 128 if -(-m // 128) * -(-n // 128) >= PROCESSORS[arch] else 64
-    if group_size:
+    if group_size or heavy:
         columns = 32 if arch == "sm_100" else 64
     return Blocks(128, columns, 64, 8, 2 if arch == "gfx942" else 3)
+
+
+def _float32_blocks(arch: str, m: int) -> Blocks:
+    """Blocks of a GEMM with float32 activations, which take three times the registers (`float_precision`)."""
+    if m <= 64 or arch == "sm_80":
+        return Blocks(16 if m <= 16 else 32, 64, 64, 4, 1 if arch == "gfx942" else 2)
+    if arch == "gfx942":
+        return Blocks(64, 64, 64, 8, 1)
+    return Blocks(128, 32 if arch == "sm_100" else 64, 64, 8, 2)
+
+
+def float_precision(arch: str, dtype: torch.dtype) -> str:
+    """How Triton multiplies float activations: 'ieee', or 'tf32x3' for float32 on NVIDIA's tensor cores.
+
+    A code less its zero point is exact in TF32, and a float32 is the sum of two of its numbers but for 2**-22 of it.
+    """
+    return "tf32x3" if dtype is torch.float32 and arch.startswith("sm_") else "ieee"
 
 
 def fp8_blocks(arch: str, m: int, n: int) -> Blocks:

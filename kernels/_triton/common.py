@@ -26,12 +26,18 @@ def grid_of(low, high, TOP: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.cons
     low = tl.minimum(low, 0.0)
     high = tl.maximum(high, 0.0)
     if SYMMETRIC:
-        scale = tl.maximum(tl.div_rn(tl.maximum(-low, high), (TOP // 2) * 1.0 + low * 0.0), 1e-8)
-        zero = low * 0.0 + HALF
+        scale = tl.maximum(tl.div_rn(tl.maximum(-low, high), tl.full(low.shape, TOP // 2, tl.float32)), 1e-8)
+        zero = tl.full(low.shape, HALF, tl.float32)
     else:
-        scale = tl.maximum(tl.div_rn(high - low, TOP * 1.0 + low * 0.0), 1e-8)
+        scale = tl.maximum(tl.div_rn(high - low, tl.full(low.shape, TOP, tl.float32)), 1e-8)
         zero = tl.minimum(tl.maximum(round_half_even(tl.div_rn(-low, scale)), 0.0), TOP)
     return scale, zero
+
+
+@triton.jit
+def nan_unless_finite(x):
+    """0.0, or NaN if a value of `x` is infinite or NaN, which minima and maxima drop: added to a scale, it shows."""
+    return tl.sum(x - x, axis=0)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels._triton.activations import row_view
 from kernels._triton.blocks import architecture, fp8_blocks, rank_block
-from kernels._triton.common import finish_tile, tile_of
+from kernels._triton.common import finish_tile, nan_unless_finite, tile_of
 from kernels._triton.gemm import stride_of
 from kernels.epilogue import EpilogueRows
 from kernels.errors import KernelError
@@ -46,11 +46,14 @@ def quantize_fp8_kernel(
     m = tl.program_id(0).to(tl.int64)
     row = x_ptr + m * stride_x
     most = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    odd = tl.zeros((), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        most = tl.maximum(most, tl.abs(tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)))
+        x = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.abs(x))
+        odd += nan_unless_finite(x)
     top = tl.max(most, axis=0)
-    scale = tl.maximum(tl.div_rn(top, MAX + top * 0.0), FLOOR)
+    scale = tl.maximum(tl.div_rn(top, tl.full(top.shape, MAX, tl.float32)), FLOOR) + odd
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.div_rn(tl.load(row + k, mask=k < K, other=0.0).to(tl.float32), scale)

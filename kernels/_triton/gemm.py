@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.blocks import architecture, float_blocks, int_blocks, rank_block, splits_of_k
+from kernels._triton.blocks import architecture, float_blocks, float_precision, int_blocks, rank_block, splits_of_k
 from kernels._triton.common import finish_tile, lane_of, tile_of
 from kernels.activations import QuantizedActivation
 from kernels.epilogue import EpilogueRows
@@ -149,6 +149,7 @@ def linear_float_kernel(
     BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
     SWIZZLE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One tile of floats times codes: code - zero point is exact in the activation's dtype, scales follow the dot."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
@@ -178,9 +179,9 @@ def linear_float_kernel(
             w = lane_of(packed, i, BITS).to(tl.int32) - zero[None, :]
             if GROUPED:
                 scale = tl.load(scale_ptr + n * groups + group, mask=in_n, other=0.0).to(tl.float32)
-                value += tl.dot(x, w.to(x.dtype), input_precision="ieee") * scale[None, :]
+                value += tl.dot(x, w.to(x.dtype), input_precision=PRECISION) * scale[None, :]
             else:
-                value = tl.dot(x, w.to(x.dtype), value, input_precision="ieee")
+                value = tl.dot(x, w.to(x.dtype), value, input_precision=PRECISION)
     if not GROUPED:
         value *= tl.load(scale_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     mask = in_m[:, None] & in_n[None, :]
@@ -273,7 +274,8 @@ def launch_linear_float(
     arch = architecture(out.device)
     for weight in weights:
         layout = weight.layout
-        blocks = float_blocks(arch, m, weight.rows, layout.group_size)
+        heavy = rows.rank > 0 or weight.channel is not None
+        blocks = float_blocks(arch, m, weight.rows, layout.group_size, dtype=x.dtype, heavy=heavy)
         lane = blocks.k if layout.bits == 8 and layout.group_size % blocks.k == 0 else layout.lane
         steps = triton.cdiv(columns, lane * layout.per_byte)
         tiles = triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n)
@@ -288,7 +290,7 @@ def launch_linear_float(
             x.stride(0), weight.codes.shape[1], stride_of(rows.residual), n,
             BITS=layout.bits, LANE=lane, GROUP_SIZE=layout.group_size, RANK=rows.rank, BLOCK_M=blocks.m,
             BLOCK_N=blocks.n, BLOCK_R=rank_block(rows.rank), SPLITS=splits, SWIZZLE=blocks.swizzle,
-            num_warps=blocks.warps, num_stages=blocks.stages,
+            PRECISION=float_precision(arch, x.dtype), num_warps=blocks.warps, num_stages=blocks.stages,
             enable_fp_fusion=False,
         )  # fmt: skip
         if partial is not None:

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.activations import BLOCK, empty_quantized, row_view
-from kernels._triton.common import code_of, grid_of
+from kernels._triton.common import code_of, grid_of, nan_unless_finite
+from kernels.activations import quantize_by_table_reference
 
 STATS_ELEMENTS = 2048
 MAX_CHUNKS = 64
@@ -183,6 +184,7 @@ def layer_norm_quantize_kernel(
         x += tl.load(mod_shift_ptr + row, mask=in_c, other=0.0).to(tl.float32)
     if scale_ptr is None:
         scale, zero = grid_of(tl.min(x, axis=0), tl.max(x, axis=0), TOP, HALF, SYMMETRIC)
+        scale += nan_unless_finite(x)
         tl.store(run_scale_ptr + m, scale)
         tl.store(run_zero_ptr + m, zero.to(tl.int32) - HALF)
     else:
@@ -209,6 +211,9 @@ def launch_group_norm(
     """Run the three kernels of a group norm; `grid` is (scale, zero_point, index, divisor, bits)."""
     scale, zero_point, index, divisor, bits = grid
     divisor = None if divisor is None else divisor.contiguous()
+    if x.numel() == 0:
+        return quantize_by_table_reference(x, scale, zero_point, index, divisor, bits)
+    weight, bias = (None if each is None else each.contiguous() for each in (weight, bias))
     batch, channels = x.shape[0], x.shape[-1]
     rows = row_view(x)
     pixels, width = rows.shape[0] // batch, channels // groups
@@ -251,6 +256,9 @@ def launch_layer_norm(
     weight, bias, eps = affine
     mod_scale, mod_shift = modulation
     scale, zero_point, index, bits = grid
+    if x.numel() == 0 and scale is not None and zero_point is not None:
+        return quantize_by_table_reference(x, scale, zero_point, index, None, bits)
+    weight, bias = (None if each is None else each.contiguous() for each in (weight, bias))
     rows = row_view(x)
     m, channels = rows.shape
     runs = m if scale is None else 1 if index is None else index.numel()

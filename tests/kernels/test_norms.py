@@ -92,7 +92,7 @@ def test_what_does_not_fit_is_refused() -> None:
     x, index = torch.zeros(2, 4, 6), torch.tensor([0, 1])
     with pytest.raises(KernelError, match="got 6 channels in 4 groups"):
         group_norm_quantize(x, GroupNorm(4, 1e-5), TABLE, index)
-    with pytest.raises(KernelError, match="activation table: got 2 entries"):
+    with pytest.raises(KernelError, match=r"activation table: got \(2,\) scales"):
         group_norm_quantize(x, GroupNorm(3, 1e-5), TABLE)
     with pytest.raises(KernelError, match="modulation scale: got"):
         layer_norm_quantize(x, LayerNorm(1e-5, scale=torch.zeros(2, 6)), TABLE, index)

@@ -18,7 +18,7 @@ from quant_core.ranges import QParams
 from quant_core.runtime import build_runtime
 from quant_core.runtime_layer import RuntimeLayer
 from quant_core.steps import StepClock
-from tests.quant_core.test_runtime import BACKENDS, CPU, LAYERS, STEPS, TOLERANCE, HostReads, both, needs_vnni, noise
+from tests.quant_core.test_runtime import BACKENDS, CPU, CPU_BITS, LAYERS, STEPS, TOLERANCE, HostReads, both, noise
 
 MIXED = WeightSpec(4, mixture=((1, 2), (3, 5), (4, 5)))
 GROUPS = WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=32)
@@ -69,7 +69,6 @@ def made(layer: Quantizable, spec: LayerSpec) -> tuple[nn.Sequential, StepClock]
 
 @pytest.mark.parametrize("name", ["linear 3-D", "conv 3x3", "conv strided", "conv 1x1"])
 @pytest.mark.parametrize("spec", FORMATS.values(), ids=FORMATS)
-@needs_vnni
 def test_the_cpu_computes_what_the_reference_does(name: str, spec: LayerSpec) -> None:
     make, shape = LAYERS[name]
     model, clock = made(make(), spec)
@@ -113,9 +112,8 @@ def channels_of(part: LayerPart) -> list[int]:
     return list(range(part.start, part.stop)) if part.channels is None else part.channels.tolist()
 
 
-@needs_vnni
 def test_channels_are_multiplied_again_only_for_the_exponents_that_they_have() -> None:
-    model, _ = made(nn.Linear(40, 12), FORMATS["shifted W8"])
+    model, _ = made(nn.Linear(40, 12), FORMATS["shifted W8" if CPU_BITS == 8 else "shifted W6 per tensor"])
     shift = model[0].act_quantizers[0].channel_shift.clone()
     build_runtime(model, CPU)
     parts = model[0].parts
@@ -137,7 +135,6 @@ def test_scale_groups_stay_whole() -> None:
     assert channels_of(model[0].parts[1]) == list(range(64, 100))
 
 
-@needs_vnni
 @pytest.mark.parametrize("name", ["linear 3-D", pytest.param("conv 3x3", marks=pytest.mark.slow)])
 def test_such_layers_compile_whole(name: str) -> None:
     make, shape = LAYERS[name]

@@ -127,8 +127,8 @@ def test_forward_equals_dequantize_then_the_float_layer(
     with torch.no_grad():
         got = made(x)
     wanted = hand_written(layer, made, x)
-    # A grouped convolution sums in an order that depends on how its weight lies in memory.
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4 if kind == "grouped" else 0)
+    # A convolution sums in an order that depends on how its weight lies in memory, and on the CPU's generation.
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0 if kind.startswith("linear") else 1e-4)
     assert not torch.allclose(got, layer(x))  # its input was quantized too
 
 

@@ -38,7 +38,7 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     formats = {name: _format(module) for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     layers = [
         {"layer": run.layer, **formats[run.layer], "backend": str(run.backend), "reason": run.reason}
-        for run in build_runtime(model, backend)
+        for run in build_runtime(model, backend, params["backend"])
     ]
     return TaskOutput({}, {"device": device_name(device), "backend": str(backend), "layers": layers})
 

@@ -118,8 +118,8 @@ def _check_codes(x: QuantizedActivation, weight: CpuWeight) -> None:
 
 
 def _is_direct(weight: CpuWeight, epilogue: Epilogue) -> bool:
-    """Whether what oneDNN gives is the layer's output."""
-    plain = weight.digits == 1 and weight.correction is None
+    """Whether what oneDNN gives is the layer's output; not every CPU of it writes float16."""
+    plain = weight.digits == 1 and weight.correction is None and epilogue.dtype is not torch.float16
     return plain and epilogue.residual is None and epilogue.low_rank is None
 
 

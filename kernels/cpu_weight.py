@@ -17,8 +17,9 @@ to a hundred times as long as the convolution.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +29,7 @@ from kernels.backend import BackendUnavailableError
 from kernels.conv import ConvGeometry
 from kernels.errors import KernelError
 from kernels.gemm import check_weights
-from kernels.weights import PackedWeight, expand_weight_groups, weight_integers
+from kernels.weights import PackedWeight, expand_weight_groups, row_chunks, weight_integers
 
 # The largest |w| with which a pair of products can't saturate int16.
 PAIR_LIMIT = (2**15 - 1) // (2 * 255)
@@ -60,6 +61,12 @@ class ConvLayout:
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         self._shape = None if shape is None else tuple(shape)
         self.packed = self._order(weight)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ConvLayout:
+        """Share the weights, which nothing writes to, until images of another size come."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        return twin
 
     def for_images(self, shape: Sequence[int]) -> Tensor:
         """Return the weights for images of `shape` (B, C, H, W), padded; while compiling, as they are."""
@@ -120,6 +127,12 @@ class CpuWeight:
     channels: int
     geometry: ConvGeometry | None
 
+    def __deepcopy__(self, memo: dict[int, object]) -> CpuWeight:
+        """Share the tensors: nothing writes to them, and oneDNN's can't be copied."""
+        return replace(
+            self, packed=copy.deepcopy(self.packed, memo) if isinstance(self.packed, ConvLayout) else self.packed
+        )
+
 
 def pack_cpu_weight(
     weights: Sequence[PackedWeight], geometry: ConvGeometry | None = None, input_shape: Sequence[int] | None = None
@@ -146,17 +159,22 @@ def pack_cpu_weight(
         raise BackendUnavailableError("backend: got 'cpu', but this PyTorch has no oneDNN; wanted reference")
     channels, taps = weights[0].layout.channels, 1 if geometry is None else geometry.taps
     n = check_weights(weights, taps=taps, channels=channels)
-    integers = torch.empty(n, taps, channels, dtype=torch.int32)
+    matrix, sums = torch.empty(1, n, taps, channels, dtype=torch.int8), torch.zeros(1, n, dtype=torch.int64)
     scale = torch.empty(n, dtype=torch.float32)
     zero = torch.zeros(n, dtype=torch.float32)
-    for weight in weights:
-        rows = slice(None) if weight.channel is None else weight.channel.long()
-        integers[rows], scale[rows], zero[rows] = _whole_rows(weight)
-    digits = _int8_digits(integers)
-    _check_saturation(digits)
-    matrix = torch.cat(digits)
-    row_scale = torch.cat([scale * float(_DIGIT**power) for power in range(len(digits))])
-    sums = matrix.sum((1, 2), dtype=torch.int64)
+    for rows, chunk in _chunks(weights):
+        integers, scale[rows], zero[rows] = _whole_rows(chunk)
+        digits = _int8_digits(integers)
+        if len(digits) > len(matrix):  # rows before these have zeros there
+            more = (len(digits) - len(matrix), n)
+            matrix = torch.cat([matrix, torch.zeros(*more, taps, channels, dtype=torch.int8)])
+            sums = torch.cat([sums, torch.zeros(more, dtype=torch.int64)])
+        for place, digit in enumerate(digits):
+            matrix[place, rows], sums[place, rows] = digit, digit.sum((1, 2), dtype=torch.int64)
+    _check_saturation(matrix)
+    count = len(matrix)
+    matrix, sums = matrix.flatten(0, 1), sums.flatten()
+    row_scale = torch.cat([scale * float(_DIGIT**power) for power in range(count)])
     zero_term = (sums.double() * row_scale.double()).float()
     correction = scale * zero if bool(zero.any()) else None
     packed: Tensor | SmallMatrix | ConvLayout
@@ -167,7 +185,7 @@ def pack_cpu_weight(
     else:
         image = matrix.view(len(matrix), *geometry.kernel, channels).permute(0, 3, 1, 2).contiguous()
         packed = ConvLayout(image, geometry, input_shape)
-    return CpuWeight(packed, row_scale, sums.int(), zero_term, correction, n, len(digits), channels, geometry)
+    return CpuWeight(packed, row_scale, sums.int(), zero_term, correction, n, count, channels, geometry)
 
 
 @functools.cache
@@ -186,6 +204,15 @@ def sums_pairs_exactly() -> bool:
     )  # fmt: skip
     product = torch._int_mm(weight, weight.t())
     return bool((convolved == 255 * 127 * 64).all()) and bool((product == 127 * 127 * 64).all())
+
+
+def _chunks(weights: Sequence[PackedWeight]) -> Iterator[tuple[Tensor, PackedWeight]]:
+    """Yield some rows of a layer at a time: their output channels, int64, and their weight."""
+    for weight in weights:
+        outputs = torch.arange(weight.rows) if weight.channel is None else weight.channel.long()
+        for rows in row_chunks(weight.rows, weight.layout.taps * weight.layout.channels):
+            codes, scale, zero = weight.codes[rows], weight.scale[rows], weight.zero_point[rows]
+            yield outputs[rows], PackedWeight(codes, scale, zero, weight.total[rows], None, weight.layout)
 
 
 def _whole_rows(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,9 +254,9 @@ def _int8_digits(integers: Tensor) -> list[Tensor]:
     return [*digits, integers.to(torch.int8)]
 
 
-def _check_saturation(digits: Sequence[Tensor]) -> None:
-    """Refuse weights whose products would saturate on this machine."""
-    largest = max(int(digit.int().abs().max()) if digit.numel() else 0 for digit in digits)
+def _check_saturation(matrix: Tensor) -> None:
+    """Refuse int8 weights whose products would saturate on this machine."""
+    largest = max(-int(matrix.min()), int(matrix.max())) if matrix.numel() else 0
     if largest > PAIR_LIMIT and not sums_pairs_exactly():
         raise BackendUnavailableError(
             f"backend: got 'cpu' for weights up to {largest} on a CPU without VNNI or AMX, whose int8 products "

@@ -27,6 +27,8 @@ from kernels.packing import packed_size, unpack_codes
 
 # The least K of an int8 tensor-core instruction (mma.m16n8k32, wgmma k32): no dot may be shorter.
 MIN_LANE = 32
+# Weights that are unpacked at a time.
+CHUNK = 1 << 19
 _STORED_BITS = {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
 # |sum| of K products of two 8-bit differences is at most K * 255 * 255, which int32 has to hold.
 MAX_COLUMNS = (2**31 - 1) // (255 * 255)
@@ -181,15 +183,25 @@ def pack_weight(
     scale = _rows_of("scale", scale, n, taps, channels, group)
     if layout.groups == 1 or scale.dtype != torch.bfloat16:
         scale = scale.float()
-    codes = unpack_codes(qweight, bits, taps * channels).view(n, taps, channels)
-    if stored == 8:
-        codes = (codes ^ 0x80).view(torch.int8)  # code - 128
-    total = _totals(codes, zero, layout)
+    # Some rows at a time: unpacked, and summed in int32, they are several times as large.
+    packed, totals = [], []
+    for rows in row_chunks(n, taps * channels):
+        codes = unpack_codes(qweight[rows], bits, taps * channels).view(-1, taps, channels)
+        if stored == 8:
+            codes = (codes ^ 0x80).view(torch.int8)  # code - 128
+        packed.append(_interleave(codes, layout))
+        totals.append(_totals(codes, zero[rows], layout))
     if channel is not None and channel.shape != (n,):
         raise KernelError(f"channel: got shape {tuple(channel.shape)}, wanted ({n},)")
     index = None if channel is None else channel.to(qweight.device, torch.int32).contiguous()
     zero_codes = zero.to(torch.int8).contiguous()
-    return PackedWeight(_interleave(codes, layout), scale.contiguous(), zero_codes, total, index, layout)
+    return PackedWeight(torch.cat(packed), scale.contiguous(), zero_codes, torch.cat(totals), index, layout)
+
+
+def row_chunks(rows: int, columns: int) -> list[slice]:
+    """Return slices of rows (at least one, perhaps empty) of about CHUNK values each."""
+    size = max(1, CHUNK // max(columns, 1))
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)] or [slice(0, 0)]
 
 
 def weight_integers(weight: PackedWeight) -> Tensor:

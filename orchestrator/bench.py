@@ -48,7 +48,9 @@ def bench_release(service: Service, ref: str, options: BenchOptions, *, tell: Ca
     Returns
     -------
     dict
-        `release`, `digest`, `device`, `threads`, `backend`, `layers` (backend to number of layers); for each of `SIDES`
+        `release`, `digest`, `device`, `threads`, `dtype` (of the release, between its layers), `backend`, `layers`
+        (backend to number of layers), `compile_error` (why the compiled original was not measured, or null); for each
+        of `SIDES`
         `step_ms` by batch size, `images_per_second`, `peak_memory_bytes`, `bytes`, or null if not measured; `ratios`:
         original to release of times and sizes, release to original of images per second, so that above 1 the release is
         better; `ratios_bf16`, `ratios_bf16_compiled`: the same to those.
@@ -71,11 +73,14 @@ def bench_release(service: Service, ref: str, options: BenchOptions, *, tell: Ca
         device=options.device,
         threads=options.threads or worker_count(),
     ).metrics
+    if metrics["compile_error"] is not None:
+        tell(f"the compiled original was not measured: {metrics['compile_error']}")
     ours, original, half, compiled = (metrics[side] for side in SIDES)
+    said = ("device", "threads", "dtype", "backend", "layers", "compile_error")
     return {
         "release": release.ref,
         "digest": release.digest,
-        **{name: metrics[name] for name in ("device", "threads", "backend", "layers", *SIDES)},
+        **{name: metrics[name] for name in (*said, *SIDES)},
         "ratios": _ratios(ours, original),
         "ratios_bf16": _ratios(ours, half),
         "ratios_bf16_compiled": None if compiled is None else _ratios(ours, compiled),

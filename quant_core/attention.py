@@ -97,6 +97,29 @@ def _bind_attention(
     return query, key, value, attn_mask, 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
+class _Processor:
+    """A processor whose scaled dot product is replaced; its parts are attributes, so that copied models have theirs."""
+
+    def __init__(self, inner: Any, function: AttentionFunction) -> None:
+        self.inner, self.function = inner, function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _processor, (self.inner, self.function)
+
+
+def _processor(inner: Any, function: AttentionFunction) -> _Processor:
+    """Make a processor of a class of its own, named after `inner`'s."""
+
+    def call(self: _Processor, *args: Any, **kwargs: Any) -> Any:
+        with ReplacedAttention(self.function):
+            return self.inner(*args, **kwargs)
+
+    # diffusers reads the signature of a processor's __call__ to decide which keyword arguments to pass on.
+    call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
+    made: _Processor = type(f"Quantized{type(inner).__name__}", (_Processor,), {"__call__": call})(inner, function)
+    return made
+
+
 def wrap_processor(attention: nn.Module, function: AttentionFunction) -> Callable[[], None]:
     """Run `attention`'s processor with its scaled dot product replaced by `function`; returns what undoes it."""
     inner = getattr(attention, "processor", None)
@@ -105,13 +128,7 @@ def wrap_processor(attention: nn.Module, function: AttentionFunction) -> Callabl
             f"attention: got {type(attention).__name__} without a processor, wanted diffusers' attention"
         )
 
-    def call(self: object, *args: Any, **kwargs: Any) -> Any:
-        with ReplacedAttention(function):
-            return inner(*args, **kwargs)
-
-    # diffusers reads the signature of a processor's __call__ to decide which keyword arguments to pass on.
-    call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
-    attention.processor = type(f"Quantized{type(inner).__name__}", (), {"__call__": call})()
+    attention.processor = _processor(inner, function)  # type: ignore[assignment]
 
     def undo() -> None:
         attention.processor = inner

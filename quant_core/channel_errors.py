@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from safetensors.torch import load, save
@@ -91,8 +92,9 @@ def measure_units(
     watched = {n: _Watched(n, model.get_submodule(n), spec, ranges, seen, factors) for n, spec in specs.items()}
     noises = {n: seed_stream(config.seed, f"positions of {n}") for n in specs}
     with stop_after(model, [formats.unit for formats, _ in units]) as call:
-        for step in range(calibration.steps):
-            batch = calibration.rows(step, 0, min(config.samples, calibration.samples))
+        last = min(config.samples, calibration.samples)
+        for step, first in product(range(calibration.steps), range(0, last, config.batch_size)):
+            batch = calibration.rows(step, first, min(first + config.batch_size, last))
             with _hooks(watched, step, config.positions, noises):
                 call(lambda batch=batch: replay(model, batch))  # type: ignore[misc]
     rows = torch.arange(min(config.samples, EFFECT_SAMPLES, calibration.samples))
@@ -147,6 +149,8 @@ class _Watched:
         self.channel_scale, self.channel_steps = factors.scales.get(name), _channel_steps(factors, name)
         self.original = layer.get_parameter("weight").data
         self.weight = weight_matrix(self.original.float())
+        taps = self.weight.shape[1] // self.original.shape[1]
+        self.channel = torch.ones(()) if self.channel_scale is None else self.channel_scale.repeat(taps)
         self.tables: list[QParams] = []
         if spec.activation is not None and not spec.activation.is_dynamic:
             parts = range(len(spec.split or (0,)))
@@ -161,13 +165,10 @@ class _Watched:
         """Return the weight matrix rounded to nearest at some bits."""
         groups = weight_groups(tuple(self.original.shape), self.spec).to(self.weight.device)
         width = torch.full((len(self.weight),), bits, dtype=torch.uint8)
-        channel = (
-            1.0 if self.channel_scale is None else self.channel_scale.repeat(len(groups) // len(self.channel_scale))
-        )
-        scaled = self.weight * channel
+        scaled = self.weight * self.channel
         grid = weight_grid(scaled, self.spec, groups, ranges.weights[name], width)
         codes = nearest_codes(scaled, grid, width, groups).float()
-        return (codes - grid.zero_point[:, groups]) * grid.scale[:, groups] / channel
+        return (codes - grid.zero_point[:, groups]) * grid.scale[:, groups] / self.channel
 
     def quantize_input(self, x: Tensor, step: int) -> Tensor:
         """Return the input as the layer will get it; in full precision where ranges are taken at run time."""
@@ -208,7 +209,9 @@ class _Watched:
         """Return the measurement; `power` is the prediction's error with the weight at N bits."""
         own = max(self.weight_error / max(self.rows, 1), 1e-30)
         bits, columns = self.spec.weight.bits, self.weight.shape[1]
-        return LayerErrors(bits, columns, kurtosis(self.weight), self.errors / max(self.rows, 1), power / own)
+        return LayerErrors(
+            bits, columns, kurtosis(self.weight * self.channel), self.errors / max(self.rows, 1), power / own
+        )
 
 
 def _channel_steps(factors: ChannelFactors, name: str) -> Tensor | None:

@@ -15,7 +15,8 @@ Where we differ from the authors' code (EfficientDM@293e212, mpq-dm@2b05dd7), an
 - Rates are relative: of B A to the layer's mean step (theirs is 1 / 2500 of it for 16,000 updates), of scales as
   exponents. Biases are learned too; they are stored in full precision anyway.
 - With guidance each prediction counts by itself, not their combination.
-- A result that is not better than its start is not taken.
+- A result that is not better than its start is not taken (`Distilled.is_taken`).
+- Runs of steps begin anywhere, so the first and the last step of the trajectory are in half as many as the others.
 
 A run may stop after any iteration and go on from its checkpoint: the result is the same, bit for bit.
 """
@@ -35,6 +36,7 @@ from torch.utils import _pytree as pytree
 from quant_core.activation import ActivationQuantizer
 from quant_core.calibration import Batch, CalibrationSet, replay
 from quant_core.conditioning import seed_stream
+from quant_core.errors import QuantizationError
 from quant_core.low_rank import LowRankWeight
 from quant_core.model import build_quantized
 from quant_core.relation import relation_loss
@@ -108,11 +110,13 @@ class LearnedTable:
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """States of all units in the order given, and the mean loss of the prediction before and after."""
+    """States of all units in the order given, the mean loss of the prediction before and after, and whether the states
+    are what was learned: the start's otherwise, if learning made nothing better."""
 
     states: list[UnitState]
     loss_before: float
     loss_after: float
+    is_taken: bool
 
 
 class Distillation:
@@ -173,7 +177,13 @@ class Distillation:
                 yield {"params": [table.zero_point], "lr": config.zero_point_lr, "name": f"{name}.zero_point"}
 
     def step(self) -> float:
-        """Make one iteration; returns the loss of its batch."""
+        """Make one iteration; returns the loss of its batch.
+
+        Raises
+        ------
+        QuantizationError
+            If the loss is not finite.
+        """
         config = self.config
         generator = seed_stream(config.seed, f"batch {self.iteration}")
         batch, target = self._draw(generator)
@@ -187,6 +197,11 @@ class Distillation:
                     replay(self.teacher, batch)
                 drawn = self._positions(features[0], generator)
                 loss = loss + config.relation_weight * relation_loss(features[0], wanted[0], self.window, drawn)
+            if not bool(loss.isfinite()):
+                raise QuantizationError(
+                    f"distill: got a loss of {float(loss)} at iteration {self.iteration}, wanted a finite one; "
+                    "lower passes.distill.lr and the other rates"
+                )
             self.optimizer.zero_grad()
             loss.backward()
         self.optimizer.step()
@@ -275,9 +290,9 @@ class Distillation:
             table.commit()
         after = self._checked_loss()
         if not after < self.loss_before:
-            return Distilled(self.states, self.loss_before, self.loss_before)
+            return Distilled(self.states, self.loss_before, self.loss_before, is_taken=False)
         states = [_collected(self, state) for state in self.states]
-        return Distilled(states, self.loss_before, after)
+        return Distilled(states, self.loss_before, after, is_taken=True)
 
 
 def _collected(run: Distillation, state: UnitState) -> UnitState:

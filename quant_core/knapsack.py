@@ -11,7 +11,7 @@ import numpy as np
 from quant_core.errors import QuantizationError
 
 #: Sizes are counted in units; with more of them than this in the budget, larger units are taken.
-MOST_UNITS = 1 << 18
+MOST_UNITS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,12 @@ def choose(items: Sequence[Sequence[Choice]], budget: int, *, most_units: int = 
     smallest = sum(min(choice.size for choice in item) for item in items)
     if smallest > budget:
         raise QuantizationError(f"budget: got {budget}, wanted at least {smallest}, the smallest that fits all items")
-    unit = max(math.gcd(*(choice.size for item in items for choice in item)), -(-budget // most_units), 1)
-    sizes = [[-(-choice.size // unit) for choice in item] for item in items]
-    units = max(budget // unit, sum(min(item) for item in sizes))
+    # What every choice of an item takes is spent, so that rounding up can't exceed the budget.
+    extra = [[choice.size - min(each.size for each in item) for choice in item] for item in items]
+    budget -= smallest
+    unit = max(math.gcd(*(size for item in extra for size in item)), -(-budget // most_units), 1)
+    sizes = [[-(-size // unit) for size in item] for item in extra]
+    units = min(budget // unit, sum(max(item) for item in sizes))
     best = np.zeros(units + 1)
     taken = np.zeros((len(items), units + 1), dtype=np.uint16)
     for place, item in enumerate(items):

@@ -123,7 +123,7 @@ def _part(
     weight = pack_cpu_weight(weights, geometry) if backend is KernelBackend.CPU else weights
     channels = None if own is None else own + start
     if quantizer is None or quantizer.spec.is_dynamic:
-        factor = quantizer.channel_scale if quantizer is not None and layer.spec.channel_scale else None
+        factor = quantizer.channel_scale.clone() if quantizer is not None and layer.spec.channel_scale else None
         return LayerPart(start, stop, weight, channels, factor, None, None)
     table = _table(quantizer, own, shift)
     tops = quantizer.tops.to(layer.qweight.device, torch.int32) if quantizer.spec.step_bits else None
@@ -144,7 +144,11 @@ def _whole_groups(taken: Tensor, group_size: int | None) -> Tensor:
 def _table(quantizer: ActivationQuantizer, own: Tensor | None, shift: int | None) -> ActivationTable:
     """Return the grids of the channels `own` (of all), those of other exponents than `shift` left out."""
     spec = quantizer.spec
-    scale = quantizer.scale if shift is None else quantizer.scale * 2.0**shift
+    # Copies: a view would keep the file that it came from mapped.
+    scale, zero_point = (
+        quantizer.scale.clone() if shift is None else quantizer.scale * 2.0**shift,
+        quantizer.zero_point.clone(),
+    )
     divisor = None
     if quantizer.channels is not None and (quantizer.channels.scaled or shift is not None):
         divisor = scale[:, None].expand(-1, quantizer.channels.count)
@@ -153,7 +157,7 @@ def _table(quantizer: ActivationQuantizer, own: Tensor | None, shift: int | None
         if shift is not None:
             divisor = torch.where(quantizer.channel_shift == shift, divisor, torch.inf)
         divisor = (divisor if own is None else divisor[:, own]).contiguous()
-    return ActivationTable(scale, quantizer.zero_point, spec.bits, spec.symmetric, divisor)
+    return ActivationTable(scale, zero_point, spec.bits, spec.symmetric, divisor)
 
 
 def _pack(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[PackedWeight, ...]:

@@ -17,6 +17,7 @@ from kernels.errors import KernelError
 from quant_core.activation import ActivationQuantizer
 from quant_core.fused_blocks import fuse_blocks
 from quant_core.layers import QuantLayer, replace_module
+from quant_core.memory import return_free_memory
 from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, WeightSpec
 from quant_core.runtime_layer import LayerRun, RuntimeLayer, layer_quantizers
 from quant_core.steps import StepClock
@@ -27,6 +28,9 @@ _KNOWN_FIELDS = {
     WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture"},
     ActivationSpec: {"bits", "symmetric", "mode", "step_bits"},
 }
+# Packed bytes that are laid out before the allocator's free pages go back to the system: what a layer needs meanwhile
+# is a few times its size, in pieces of all sizes.
+TRIM_BYTES = 8 << 20
 
 
 def build_runtime(
@@ -49,8 +53,11 @@ def build_runtime(
         One for each quantized layer, in the model's order; `layer_runs` gives them again.
     """
     model.requires_grad_(False)
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    tensors = [*model.parameters(), *model.buffers()]
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     layers: list[LayerRun | RuntimeLayer] = []
+    laid_out = 0
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]:
         reason = why_reference(asked, device) if backend is KernelBackend.REFERENCE else _unsuited(layer, backend)
         if reason is None:
@@ -61,17 +68,24 @@ def build_runtime(
             else:
                 replace_module(model, name, made)
                 layers.append(made)
+                laid_out += layer.qweight.numel()
+                if device.type == "cpu" and laid_out > TRIM_BYTES:
+                    laid_out = 0
+                    return_free_memory()
                 continue
         layers.append(LayerRun(name, KernelBackend.REFERENCE, reason))
     fuse_blocks(model)
+    if not any(tensor.is_floating_point() for tensor in (*model.parameters(), *model.buffers())):
+        # Runtime layers took all tensors, from which diffusers tells a model's dtype and device.
+        model.register_buffer("quantmill_anchor", torch.empty(0, dtype=dtype, device=device), persistent=False)
     runs = [layer.run if isinstance(layer, RuntimeLayer) else layer for layer in layers]
     if device.type != "cpu":
-        _run_on(model, device)
+        run_on(model, device)
     model.quantmill_runs = tuple(runs)  # type: ignore[assignment]
     return runs
 
 
-def _run_on(model: nn.Module, device: torch.device) -> None:
+def run_on(model: nn.Module, device: torch.device) -> None:
     """Move what follows from the formats, and no state dict holds, to where the model runs without the host."""
     for module in model.modules():
         if isinstance(clock := getattr(module, "clock", None), StepClock):

@@ -57,7 +57,7 @@ class RuntimeLayer(nn.Module):
         self.spec = layer.spec
         self.shape = layer.shape
         self.device = layer.qweight.device
-        self.bias = layer.bias
+        self.bias = None if layer.bias is None else layer.bias.clone()  # not a part of the mapped file
         for size in ("in_features", "out_features", "in_channels", "out_channels"):  # what models ask their layers for
             if hasattr(layer, size):
                 setattr(self, size, getattr(layer, size))
@@ -71,7 +71,7 @@ class RuntimeLayer(nn.Module):
 
     def take_norm(self, norm: nn.GroupNorm) -> None:
         """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables."""
-        weight, bias = (None if t is None else t.detach().float() for t in (norm.weight, norm.bias))
+        weight, bias = (None if t is None else t.detach().float().clone() for t in (norm.weight, norm.bias))
         self.norm = GroupNorm(norm.num_groups, norm.eps, weight, bias)
         self.run = replace(self.run, reason=f"{self.run.reason}, GroupNorm and SiLU with the quantization")
 
@@ -128,8 +128,9 @@ class RuntimeLayer(nn.Module):
             spec, factor = self.activation, part.channel_scale
             return quantize_cpu_dynamic(x, spec.bits, symmetric=spec.symmetric, channel_scale=factor)
         step = 0 if len(part.grids) == 1 or self.clock is None else self.clock.step
-        index = None if step is not None and part.tops is None else self._steps(x, part.table)
-        grid = cpu_grid(part.table, index) if step is None or torch.compiler.is_compiling() else part.grids[step]
+        is_known = step is not None and not torch.compiler.is_compiling()
+        index = None if is_known and part.tops is None else self._steps(x, part.table)
+        grid = part.grids[step] if is_known and step is not None else cpu_grid(part.table, index)
         assert isinstance(part.weight, CpuWeight)
         needs_sums = part.weight.correction is not None and part.tops is None
         padding = (0, 0) if self.geometry is None or part.tops is not None else self.geometry.padding

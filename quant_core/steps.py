@@ -144,6 +144,22 @@ class StepClock:
         return rows.reshape(-1, *(1,) * (x.dim() - 1))
 
 
+class _SetClock:
+    """A hook before a model's forward; an object, so that a copied model sets its own clock."""
+
+    def __init__(self, clock: StepClock, parameters: list[str], timestep: str, labels: int) -> None:
+        self.clock, self.parameters, self.timestep, self.labels = clock, parameters, timestep, labels
+
+    def __call__(self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        self.clock.set_timestep(self._argument(self.timestep, args, kwargs))  # type: ignore[arg-type]
+        if self.labels > 1:
+            self.clock.set_label(self._argument(_LABEL_NAME, args, kwargs), self.labels)  # type: ignore[arg-type]
+
+    def _argument(self, called: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        position = self.parameters.index(called)
+        return args[position] if len(args) > position else kwargs.get(called)
+
+
 def attach_clock(model: nn.Module, clock: StepClock, labels: int = 1) -> None:
     """Make every forward of `model` set `clock` from its timestep argument and, for more labels than 1, its labels."""
     parameters = list(inspect.signature(model.forward).parameters)
@@ -154,14 +170,4 @@ def attach_clock(model: nn.Module, clock: StepClock, labels: int = 1) -> None:
                 f"{type(model).__name__}.forward takes no timestep, so it can't be quantized per step"
             )
         return
-
-    def argument(called: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
-        position = parameters.index(called)
-        return args[position] if len(args) > position else kwargs.get(called)
-
-    def set_clock(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        clock.set_timestep(argument(name, args, kwargs))  # type: ignore[arg-type]
-        if labels > 1:
-            clock.set_label(argument(_LABEL_NAME, args, kwargs), labels)  # type: ignore[arg-type]
-
-    model.register_forward_pre_hook(set_clock, with_kwargs=True)
+    model.register_forward_pre_hook(_SetClock(clock, parameters, name, labels), with_kwargs=True)

@@ -42,7 +42,7 @@ class AllocationMethod(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AllocationConfig:
-    """How to choose; `extra` is the share of a layer's channels that get one more bit without another losing one."""
+    """How to choose; `extra`: bits per weight above N, in each layer as channels that are promoted alone."""
 
     method: AllocationMethod = AllocationMethod.KURTOSIS
     extra: float = 0.0
@@ -96,10 +96,16 @@ class Split:
 
 
 def kurtosis(matrix: Tensor) -> Tensor:
-    """Return the kurtosis of each row, mean((w - mu)^4) / sigma^4 with the unbiased sigma, shape (C_out,), float64."""
+    """Return the kurtosis of each row, mean((w - mu)^4) / sigma^4 with the unbiased sigma, shape (C_out,), float64.
+
+    0 where all values are the same.
+    """
     rows = matrix.double()
-    centred = rows - rows.mean(dim=1, keepdim=True)
-    return centred.pow(4).mean(dim=1) / rows.var(dim=1).clamp(min=1e-300).square()
+    if rows.shape[1] < 2:
+        return torch.zeros(len(rows), dtype=torch.float64)
+    sigma = rows.std(dim=1, keepdim=True)
+    standard = (rows - rows.mean(dim=1, keepdim=True)) / torch.where(sigma > 0, sigma, 1.0)
+    return standard.pow(4).mean(dim=1)
 
 
 def channel_bits(layer: LayerErrors, split: Split) -> Tensor:
@@ -119,8 +125,8 @@ def output_error(layer: LayerErrors, split: Split) -> float:
 
 
 def extra_channels(layer: LayerErrors, config: AllocationConfig) -> int:
-    """Return how many channels of a layer are promoted without another being demoted."""
-    return round(config.extra * layer.channels)
+    """Return how many channels of one layer are promoted without another being demoted: at most `extra` of them."""
+    return int(config.extra * layer.channels)
 
 
 def choose_in_layer(layer: LayerErrors, config: AllocationConfig) -> Split:
@@ -131,7 +137,11 @@ def choose_in_layer(layer: LayerErrors, config: AllocationConfig) -> Split:
 
 
 def choose_over_layers(layers: Sequence[LayerErrors], config: AllocationConfig) -> list[Split]:
-    """Return the split of each layer with the least error power at the prediction, bits of all layers within budget."""
+    """Return the split of each layer with the least error power at the prediction.
+
+    All layers together have the bits that they would have at N, and `extra` more per weight: what the knapsack's splits
+    leave goes to single channels, until it is less than a row of any layer that can take a bit more.
+    """
     options = [_options(layer) for layer in layers]
     # Sizes count the bits over those of demoting as many as any choice does.
     least = [min(split.promoted - split.demoted for split, _ in own) for own in options]
@@ -139,9 +149,36 @@ def choose_over_layers(layers: Sequence[LayerErrors], config: AllocationConfig) 
         [Choice(cost, (split.promoted - split.demoted - low) * layer.columns) for split, cost in own]
         for layer, own, low in zip(layers, options, least, strict=True)
     ]
-    pairs = zip(layers, least, strict=True)
-    budget = sum((extra_channels(layer, config) - low) * layer.columns for layer, low in pairs)
-    return [own[place][0] for own, place in zip(options, choose(items, budget), strict=True)]
+    allowed = int(config.extra * sum(layer.channels * layer.columns for layer in layers))
+    spent = -sum(low * layer.columns for layer, low in zip(layers, least, strict=True))
+    splits = [own[place][0] for own, place in zip(options, choose(items, allowed + spent), strict=True)]
+    return _spend(layers, splits, allowed)
+
+
+def _spend(layers: Sequence[LayerErrors], splits: Sequence[Split], allowed: int) -> list[Split]:
+    """Give what splits leave of `allowed` weight-bits to single channels, those first that lower the error the most."""
+    found = list(splits)
+    left = allowed - sum((s.promoted - s.demoted) * layer.columns for layer, s in zip(layers, found, strict=True))
+    while True:
+        best, place, taken = 0.0, -1, Split(0, 0)
+        for number, (layer, split) in enumerate(zip(layers, found, strict=True)):
+            more = _one_more(layer, split)
+            if more is None or layer.columns > left:
+                continue
+            gain = layer.effect * (output_error(layer, split) - output_error(layer, more)) / layer.columns
+            if place < 0 or gain > best:
+                best, place, taken = gain, number, more
+        if place < 0:
+            return found
+        found[place] = taken
+        left -= layers[place].columns
+
+
+def _one_more(layer: LayerErrors, split: Split) -> Split | None:
+    """Return the split with one bit more in one channel; None if all are at N + 1."""
+    if split.demoted:
+        return Split(split.promoted, split.demoted - 1)
+    return Split(split.promoted + 1, 0) if split.promoted < layer.channels else None
 
 
 def _options(layer: LayerErrors) -> list[tuple[Split, float]]:

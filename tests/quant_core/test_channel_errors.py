@@ -79,6 +79,7 @@ def test_errors_of_scaled_channels_are_those_of_the_rounded_layer(
     plain, packed = denoiser.model, calibrated("unet")[0].model
     units = plan_units(denoiser, bits=3, activation=ActivationSpec(4))
     channels = plain.get_submodule(name).weight.shape[1]  # type: ignore[union-attr, index]
+    weight_dims = plain.get_submodule(name).weight.dim()  # type: ignore[union-attr, operator]
     draw = torch.Generator().manual_seed(1)
     factors = ChannelFactors({name: torch.rand(channels, generator=draw) * 3 + 0.3})
     if shifted:
@@ -99,6 +100,8 @@ def test_errors_of_scaled_channels_are_those_of_the_rounded_layer(
         layer.act_quantizers[0].clock.set_timestep(float(timestep))  # type: ignore[union-attr, operator]
         error = layer(inputs[-1]) - plain.get_submodule(name)(inputs[-1])
         powers.append(error.double().square().transpose(0, 1).flatten(1))
+    scaled = plain.get_submodule(name).weight * factors.scales[name].view(1, -1, *(1,) * (weight_dims - 2))
+    assert torch.allclose(found.kurtosis, kurtosis(weight_matrix(scaled)))
     assert torch.allclose(found.errors[:, 1], torch.cat(powers, dim=1).mean(dim=1), rtol=1e-3)
     assert not torch.allclose(
         found.errors[:, 1], measure_units(plain, calibration, units, [name], config)[name].errors[:, 1], rtol=1e-2

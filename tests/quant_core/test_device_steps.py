@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.backend import KernelBackend
-from quant_core.activation import ActivationQuantizer
-from quant_core.layers import QuantLayer
 from quant_core.qspec import ActivationMode, QuantizationPlan
-from quant_core.runtime import build_runtime
+from quant_core.runtime import build_runtime, run_on
 from quant_core.runtime_layer import RuntimeLayer
-from quant_core.steps import StepClock
 from tests.quant_core.test_layer_parts import FORMATS, made
 from tests.quant_core.test_runtime import LAYERS, noise
 
@@ -43,20 +40,12 @@ def on_device(value: Any) -> Any:
 
 def move(model: nn.Module) -> None:
     """Put a model, whose runtime was built on the CPU for Triton, on the device."""
-    clocks: set[StepClock] = set()
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             store.update({name: on_device(tensor) for name, tensor in store.items()})
         if isinstance(module, RuntimeLayer):
             module.parts, module.bias, module.norm = map(on_device, (module.parts, module.bias, module.norm))
-        if isinstance(module, ActivationQuantizer):
-            module.tops = on_device(module.tops)
-        if isinstance(module, QuantLayer):
-            module.group_index = on_device(module.group_index)
-        if isinstance(clock := getattr(module, "clock", None), StepClock):
-            clocks.add(clock)
-    for clock in clocks:
-        clock.run_on(DEVICE)
+    run_on(model, DEVICE)
 
 
 @pytest.mark.parametrize("family", ["unet", "sdxl_unet", "dit"])

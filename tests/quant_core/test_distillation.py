@@ -61,7 +61,8 @@ def test_the_prediction_gets_better_and_what_is_returned_is_what_is_deployed(
 ) -> None:
     made = start(replace(CONFIG, iterations=40))
     result = run(made)
-    assert result.loss_after < 0.9 * result.loss_before
+    assert result.is_taken
+    assert result.loss_after < 0.95 * result.loss_before
     config = json.loads(calibrated("unet")[0].model.to_json_string())
     write_artifact(made.model, config, quantization_config(merge_plans(result.states)), None, tmp_path / "packed")
     loaded = quant_core.load_quantized(tmp_path / "packed", device="cpu", backend="reference")

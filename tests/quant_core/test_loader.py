@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from kernels.backend import BackendUnavailableError, KernelBackend
 from kernels.cpu_weight import sums_pairs_exactly
 from kernels.errors import KernelError
 from quant_core.artifact import WEIGHTS_FILE, quantization_config, write_artifact
-from quant_core.errors import ArtifactError
+from quant_core.errors import ArtifactError, QuantizationError
 from quant_core.layers import QuantLayer
 from quant_core.loader import load_folder
 from quant_core.qspec import QuantizationPlan
@@ -25,10 +28,10 @@ Make = Callable[[str], nn.Module]
 Quantize = Callable[..., QuantizationPlan]
 
 
-def predict(model: nn.Module) -> Tensor:
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+def predict(model: nn.Module, timestep: int = 500, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
-        return model(x, 500, torch.tensor([0, 3])).sample
+        return model(x, timestep, torch.tensor([0, 3])).sample
 
 
 @pytest.fixture
@@ -183,3 +186,33 @@ def test_it_runs_on_the_gpu(simulated: nn.Module, packed: Path) -> None:
         want = simulated(x, torch.tensor([500, 100]), torch.tensor([0, 3])).sample
     # Sums run in another order there, and a code on the edge of its step may fall to the other side.
     assert (got - want).norm() < 0.02 * want.norm()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_may_compute_in_half_precision(
+    simulated: nn.Module, packed: Path, backend: str, dtype: torch.dtype
+) -> None:
+    model: Any = quant_core.load_quantized(packed, backend=backend, dtype=dtype)
+    assert model.dtype is dtype
+    got, want = predict(model, dtype=dtype), predict(simulated)
+    assert got.dtype is dtype
+    assert float((got.float() - want).norm()) < 0.05 * float(want.norm())
+    with pytest.raises(QuantizationError, match=r"dtype: got torch.int8, wanted one of torch.float32"):
+        quant_core.load_quantized(packed, dtype=torch.int8)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_copy_follows_its_own_timestep(packed: Path, backend: str) -> None:
+    model = quant_core.load_quantized(packed, backend=backend)
+    twin = copy.deepcopy(model)
+    for timestep in (900, 100):
+        assert torch.equal(predict(twin, timestep), predict(model, timestep))
+    if backend == "reference":
+        assert pickle.dumps(model)
+
+
+@pytest.mark.parametrize("device", ["meta", "tpu"])
+def test_devices_without_values_are_refused(packed: Path, device: str) -> None:
+    with pytest.raises(BackendUnavailableError, match=f"device: got '{device}'"):
+        quant_core.load_quantized(packed, device=device)

@@ -14,7 +14,7 @@ from kernels.affine import Granularity
 from kernels.backend import KernelBackend
 from kernels.cpu_weight import sums_pairs_exactly
 from quant_core.errors import QuantizationError
-from quant_core.layers import Quantizable, QuantLayer
+from quant_core.layers import Quantizable, QuantLayer, replace_module
 from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
 from quant_core.ranges import QParams
 from quant_core.runtime import build_runtime, layer_runs
@@ -29,6 +29,7 @@ BACKENDS = [CPU, TRITON]
 # Weights of the most bits that this CPU's int8 products hold.
 CPU_BITS = 8 if sums_pairs_exactly() else 6
 STEPS = [900.0, 500.0, 100.0]
+A8_STATIC = ActivationSpec(8, mode=ActivationMode.STATIC)
 # Of the largest output. The sum of integers is exact; the reference adds up K float32 products, the runtime rounds its
 # sum once and adds bias, digits and parts. K is at most 9 * 40 here: some 360 roundings of 2**-24 in the worst case.
 TOLERANCE = 2.0**-15
@@ -322,3 +323,43 @@ def test_a_runtime_model_compiles_whole(tiny_model: Make, quantize_model: Quanti
             want = model(*arguments, class_labels=torch.tensor([0, 3])).sample
             got = compiled(*arguments, class_labels=torch.tensor([0, 3])).sample
             assert torch.allclose(got, want, atol=1e-3 * float(want.abs().max()))
+
+
+def test_blocks_compiled_alone_follow_the_timestep(tiny_model: Make, quantize_model: Quantize) -> None:
+    """The model's own forward, which sets the step, is not traced then; a batch of as many samples as steps."""
+    model = tiny_model("unet")
+    quantize_model(model, bits=CPU_BITS)
+    build_runtime(model, CPU)
+    x = torch.randn(3, model.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([0, 3, 1])
+    with torch.no_grad():
+        wanted = {step: model(x, step, class_labels=labels).sample for step in (900, 100)}
+        model.mid_block.compile(backend="aot_eager")
+        for step, want in wanted.items():
+            got = model(x, step, class_labels=labels).sample
+            assert float((got - want).norm()) < 1e-3 * float(want.norm())
+
+
+def test_a_model_whose_layers_hold_everything_still_says_its_dtype() -> None:
+    from diffusers import UNet2DModel
+
+    model = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(32, 32),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1,
+        add_attention=False,
+    ).eval()
+    clock = StepClock(())
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
+        made = QuantLayer(layer.requires_grad_(False), LayerSpec(WeightSpec(CPU_BITS), A8_STATIC), clock)
+        replace_module(model, name, made)
+    x = noise(1, 3, 8, 8)
+    with torch.no_grad():
+        want = model(x, 500).sample
+        runs = build_runtime(model, CPU)
+        assert {run.backend for run in runs} == {CPU}
+        assert (model.dtype, model.device.type) == (torch.float32, "cpu")
+        assert torch.allclose(model(x, 500).sample, want, atol=1e-3)

@@ -8,23 +8,24 @@ inputs
 outputs
     none: what it measures is of this machine at this moment, so it is never queued or recorded
 metrics
-    device, threads, backend (what the release's choice comes to), layers: backend to number of layers
+    device, threads, dtype (what the release computes in between its layers), backend (what its choice comes to),
+    layers: backend to number of layers
     release_figures, original_figures (float32), bf16_figures, bf16_compiled_figures (null if not measured), each with
     step_ms: batch size (as text) to the median milliseconds of one denoiser call
     images_per_second: samples by the whole sampler, at the largest batch
     peak_memory_bytes: the most that loading and one call at the largest batch took; null of the compiled model, whose
     compiler runs in this process
-    bytes: size of the weights (of bfloat16, half of float32's)
+    bytes: size of the release's weights file; of all weights in float32, in bfloat16
+    compile_error: why the compiled original was not measured though it was asked for; else null
 
-The float models have their images in channels-last order, which is the faster one.
+The float models have their images in channels-last order, which is the faster one. On a GPU the release computes in
+bfloat16 between its layers, on a CPU in float32.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -36,10 +37,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.backend import KernelBackend, resolve_backend
+from quant_core.artifact import WEIGHTS_FILE
 from quant_core.conditioning import to_device
 from quant_core.denoiser import call_denoiser, load_denoiser, sample_shape
-from quant_core.loader import load_folder
-from quant_core.runtime import build_runtime, layer_runs
+from quant_core.loader import check_device, load_runtime
+from quant_core.memory import return_free_memory
+from quant_core.runtime import layer_runs
 from quant_core.sampler import SamplerSpec, make_scheduler, sample, start, token_count, trajectory_conditioning
 from workers.context import Inputs, Params, TaskContext, TaskOutput
 from workers.manifest import link_tree
@@ -66,9 +69,12 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     folders = {name: context.scratch / name for name in ("artifact", "model")}
     for name, folder in folders.items():
         link_tree(context.store, inputs[name][0], folder)
+    device = check_device(context.device)
+    backend = resolve_backend(params["backend"], device)
     original = load_denoiser(folders["model"])
+    weights = sum(parameter.numel() for parameter in original.model.parameters())
     bench = _Bench(
-        device=torch.device(context.device),
+        device=device,
         spec=SamplerSpec.from_json(params["sampler"]),
         scheduler_config=original.scheduler_config,
         conditioning=original.conditioning,
@@ -76,18 +82,22 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
         seconds=params["seconds"],
     )
     torch.set_num_threads(context.threads)
-    backend = resolve_backend(params["backend"], bench.device)
     del original
-    loaders = _loaders(folders, backend, bench.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    loaders = _loaders(folders, backend, device, dtype)
+    for load in loaders.values():
+        _call(bench, load(), max(bench.batches))()  # libraries are set up once, for whoever comes first
     peaks: dict[str, int | None] = {name: _peak_bytes(bench, load) for name, load in loaders.items()}
     models = {name: load() for name, load in loaders.items()}
+    problem = None
     if params["compile"]:
-        models[COMPILED] = _compiled(loaders["bf16_figures"]())
+        models[COMPILED], problem = _compiled(bench, loaders["bf16_figures"]())
         peaks[COMPILED] = None
+    if problem is not None:
+        del models[COMPILED]
     times, speeds = _step_ms(bench, models), _images_per_second(bench, models)
-    original_bytes = _weights_bytes(folders["model"])
-    sizes = {name: original_bytes if name == "original_figures" else original_bytes // 2 for name in models}
-    sizes["release_figures"] = _weights_bytes(folders["artifact"])
+    sizes = {name: weights * (4 if name == "original_figures" else 2) for name in models}
+    sizes["release_figures"] = (folders["artifact"] / WEIGHTS_FILE).stat().st_size
     figures = {
         name: {
             "step_ms": times[name],
@@ -98,19 +108,19 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
         for name in models
     }
     runs = Counter(str(run.backend) for run in layer_runs(models["release_figures"]))
-    where = {"device": device_name(bench.device), "threads": torch.get_num_threads()}
-    return TaskOutput({}, {**where, "backend": str(backend), "layers": dict(runs), COMPILED: None, **figures})
+    where = {"device": device_name(device), "threads": torch.get_num_threads(), "dtype": str(dtype).split(".")[-1]}
+    how = {"backend": str(backend), "layers": dict(runs), "compile_error": problem}
+    return TaskOutput({}, {**where, **how, COMPILED: None, **figures})
 
 
 def _loaders(
-    folders: Mapping[str, Path], backend: KernelBackend, device: torch.device
+    folders: Mapping[str, Path], backend: KernelBackend, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], nn.Module]]:
     """Return what loads each model, on the device and ready to run."""
 
     def release() -> nn.Module:
-        model = load_folder(folders["artifact"]).to(device)
-        build_runtime(model, backend)
-        return model
+        model = load_runtime(folders["artifact"], device, backend, dtype=dtype)
+        return model if dtype is torch.float32 else _with_float32_ends(model, dtype)
 
     def original() -> nn.Module:
         model: nn.Module = load_denoiser(folders["model"]).model
@@ -119,12 +129,12 @@ def _loaders(
     return {
         "release_figures": release,
         "original_figures": original,
-        "bf16_figures": lambda: _in_bfloat16(original()),
+        "bf16_figures": lambda: _with_float32_ends(original().to(torch.bfloat16), torch.bfloat16),
     }
 
 
-def _in_bfloat16(model: nn.Module) -> nn.Module:
-    """Let a model compute in bfloat16 and take and give float32."""
+def _with_float32_ends(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Let a model that computes in `dtype` take and give float32, as the samplers here do."""
 
     def cast(value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, dict):
@@ -133,19 +143,13 @@ def _in_bfloat16(model: nn.Module) -> nn.Module:
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         # bfloat16 has no 999
-        return args, {name: v if "timestep" in name else cast(v, torch.bfloat16) for name, v in kwargs.items()}
+        return args, {name: v if "timestep" in name else cast(v, dtype) for name, v in kwargs.items()}
 
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         return tuple(cast(item, torch.float32) for item in output) if isinstance(output, tuple) else output.float()
 
-    model = model.to(torch.bfloat16)
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after)
-    return model
-
-
-def _compiled(model: nn.Module) -> nn.Module:
-    model.compile()
     return model
 
 
@@ -167,6 +171,16 @@ def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
         return prediction
 
     return call
+
+
+def _compiled(bench: _Bench, model: nn.Module) -> tuple[nn.Module, str | None]:
+    """Compile a model by calling it; and why that can't be done here, if so."""
+    model.compile()
+    try:
+        _call(bench, model, min(bench.batches))()
+    except Exception as error:  # whatever the compiler that it finds here may raise
+        return model, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return model, None
 
 
 def _step_ms(bench: _Bench, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
@@ -209,19 +223,13 @@ def _peak_bytes(bench: _Bench, load: Callable[[], nn.Module]) -> int:
         torch.cuda.reset_peak_memory_stats(bench.device)
         before = torch.cuda.memory_allocated(bench.device)
     else:
-        _return_free_memory()
+        return_free_memory()  # so that the next model's pages count as new
         before = _reset_resident_peak()
     model = load()
     _call(bench, model, max(bench.batches))()
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated(bench.device) - before
     return _status_bytes("VmHWM") - before
-
-
-def _return_free_memory() -> None:
-    """Give what the allocator holds back to the system, so that the next model's pages count as new."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_resident_peak() -> int:
@@ -233,7 +241,3 @@ def _reset_resident_peak() -> int:
 def _status_bytes(key: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def _weights_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

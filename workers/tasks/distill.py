@@ -9,6 +9,7 @@ outputs
     state:<unit> for each unit, see `quant_core.unit_state`
 metrics
     loss_before, loss_after: |eps_q - eps|^2 per sample, summed over its elements, on samples of the trajectories
+    is_taken: whether the states are what was learned; the start's if that was not better
 
 The task saves a checkpoint now and then, and an attempt that finds one goes on from there, with the same result.
 """
@@ -55,8 +56,8 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
             notes.offer_checkpoint(made.checkpoint)
     result = made.finish()
     outputs = {f"state:{each.formats.unit}": context.store.put_bytes(each.to_bytes()) for each in result.states}
-    metrics = {"loss_before": round(result.loss_before, 4), "loss_after": round(result.loss_after, 4)}
-    return TaskOutput(outputs, metrics)
+    losses = {"loss_before": round(result.loss_before, 4), "loss_after": round(result.loss_after, 4)}
+    return TaskOutput(outputs, losses | {"is_taken": result.is_taken})
 
 
 def _config(params: dict[str, Any]) -> DistillConfig:

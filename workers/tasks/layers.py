@@ -17,11 +17,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from kernels.backend import resolve_backend
 from quant_core.layers import QuantLayer
-from quant_core.loader import load_folder
+from quant_core.loader import check_device, load_folder
 from quant_core.runtime import build_runtime
 from workers.context import Inputs, Params, TaskContext, TaskOutput
 from workers.manifest import link_tree
@@ -30,7 +28,7 @@ from workers.tasks.common import device_name
 
 def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     """Load the release for the device and describe it."""
-    device = torch.device(context.device)
+    device = check_device(context.device)
     backend = resolve_backend(params["backend"], device)
     folder = context.scratch / "artifact"
     link_tree(context.store, inputs["artifact"][0], folder)

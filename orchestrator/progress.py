@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
 
@@ -94,6 +94,22 @@ def remaining_seconds(kinds: Sequence[KindRow], rates: Mapping[str, Rate], worke
     return total / max(workers, 1)
 
 
+def seconds_left(
+    kinds: Sequence[KindRow], rates: Mapping[str, Rate], workers: int, steps: Sequence[RunningTask]
+) -> float:
+    """Estimate the time that is left, in seconds: what long tasks say themselves, then all that is not theirs."""
+    told = [each for each in steps if each.progress.seconds_left is not None]
+    others = []
+    for kind in kinds:
+        left = kind.total - kind.succeeded - kind.failed - kind.cancelled
+        own = min(left, sum(each.kind == kind.kind for each in told))
+        share = kind.work_left * (left - own) / max(left, 1)
+        others.append(replace(kind, total=kind.total - own, work_left=share))
+    return max((each.progress.seconds_left or 0.0 for each in told), default=0.0) + remaining_seconds(
+        others, rates, workers
+    )
+
+
 def recorded_rates(database: Database) -> dict[str, Rate]:
     """Return what tasks of each kind take, by those that were ever computed."""
     with database.session(read_only=True) as session:
@@ -110,8 +126,7 @@ def take_snapshot(database: Database, store: Store, job_id: str, rates: Mapping[
         rows = [task for kind in long for task in list_tasks(session, job_id, kind=kind)]
     steps = running_tasks(rows, store)
     seconds = (job.finished_at or now) - (job.started_at or job.created_at)
-    told = [each.progress.seconds_left or 0.0 for each in steps]
-    eta = max(remaining_seconds(kinds, rates, workers), *told, 0.0)
+    eta = seconds_left(kinds, rates, workers, steps)
     return Snapshot(job.id, job.state.value, job.model_name, job.recipe_name, kinds, max(seconds, 0.0), eta, steps)
 
 

@@ -44,19 +44,25 @@ class ChannelStats:
         self.square, self.count = torch.zeros(shape), torch.zeros(self.steps)
         self.drawn = [[] for _ in range(self.steps)]
 
-    def update(self, step: int, x: Tensor, generator: torch.Generator, early: int | None = None) -> None:
-        """Add a batch of one step, shape (B, ..., C), of which the first `early` rows (all if None) count as early."""
+    def update(
+        self, step: int, x: Tensor, generator: torch.Generator, early: int | None = None, voting: int | None = None
+    ) -> None:
+        """Add a batch of one step, shape (B, ..., C).
+
+        Of its rows, the first `early` (all if None) count as early, of the first `voting` positions are kept.
+        """
         tokens = x.detach().reshape(len(x), -1, x.shape[-1])
         rows = tokens.flatten(0, 1).float().cpu()
         self.low[step] = torch.minimum(self.low[step], rows.amin(0))
         self.high[step] = torch.maximum(self.high[step], rows.amax(0))
-        first = rows if early is None else tokens[: max(early, 0)].flatten(0, 1).float().cpu()
+        first = rows if early is None else tokens[:early].flatten(0, 1).float().cpu()
         if len(first):
             self.early_low[step] = torch.minimum(self.early_low[step], first.amin(0))
             self.early_high[step] = torch.maximum(self.early_high[step], first.amax(0))
         self.square[step] += rows.square().sum(0)
         self.count[step] += len(rows)
-        if self.positions:
+        tokens = tokens[:voting]
+        if self.positions and len(tokens):
             kept = torch.arange(tokens.shape[1])
             if len(kept) > self.positions:
                 kept = torch.randperm(len(kept), generator=generator)[: self.positions]

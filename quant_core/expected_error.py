@@ -4,12 +4,13 @@ Channel k of the input is divided by tau_k, its weight multiplied. At trajectory
 
     L_t(tau) = sum_k  s_t(tau)^2 / 12  tau_k^2 |W_k|^2   +   sum_jk  s_jk(tau)^2 / 12  d_k / tau_k^2  r_tk
 
-The first sum is the activation's rounding error, the second the weight's. s_t is the step of the activation grid that
-step t will have, min-max of x / tau over the calibration set at that step. As dividing commutes with a channel's
-minimum and maximum, it is the greatest of high_tk / tau_k less the least of low_tk / tau_k: differentiable and exact.
-s_jk is the step of the weight's grid. d_k is how much of column k is left for rounding to spoil: E[x_k^2] if weights
-are rounded to nearest; in closed form, the variance given the columns that are rounded after it, which can make up for
-it. r_tk is E[x_k^2] at step t, over its mean. Both tensors' rounding errors count as uniform and independent.
+The first sum is the activation's rounding error, the second the weight's. s_t is the step of the activation grid at
+step t, min-max of x / tau over the calibration set at that step (searched ranges are a little narrower). As dividing
+commutes with a channel's minimum and maximum, it is the greatest of high_tk / tau_k less the least of low_tk / tau_k:
+differentiable and exact. s_jk is the step of the weight's grid. d_k is how much of column k is left for rounding to
+spoil: E[x_k^2] if weights are rounded to nearest; in closed form, the variance given the columns that are rounded after
+it, which can make up for it. r_tk is E[x_k^2] at step t, over its mean. Both tensors' rounding errors count as uniform
+and independent.
 """
 
 from __future__ import annotations

@@ -192,8 +192,10 @@ def _layer_hook(
         if name in watched.channels:
             if name not in found.channels:
                 found.channels[name] = ChannelStats(steps, x.shape[dim], watched.channels[name])
-            early = None if watched.early is None else watched.early - current.first_row
-            found.channels[name].update(current.step, x.movedim(dim, -1), for_channels, early)
+            early, voting = (
+                None if last is None else max(last - current.first_row, 0) for last in (watched.early, watched.samples)
+            )
+            found.channels[name].update(current.step, x.movedim(dim, -1), for_channels, early, voting)
         if scale is not None:
             x = x / scale.to(x.device).reshape(-1, *(1,) * (x.dim() - 2 if dim == 1 else 0))
         if spec is not None:

@@ -52,6 +52,8 @@ def artifacts_ls(app: App, name: str | None) -> None:
 @pass_app
 def artifacts_show(app: App, ref: str, layers: bool, device: str, backend: str) -> None:
     """Show one release and its metrics, or its layers."""
+    if not layers and (device, backend) != ("cpu", "auto"):
+        raise click.UsageError("--device and --backend are of --layers, which is not given")
     if layers:
         with app.service() as service:
             found = release_layers(service, ref, device=device, backend=backend)

@@ -29,6 +29,7 @@ _SEARCH = 12_000.0  # one weight in the search of a range, 80 candidates: 0.4 µ
 _COLUMN = 1.6e6  # one column visited by closed-form rounding: 55 µs
 _COLUMN_WEIGHT = 5.0  # and each weight that a visit corrects
 _SCALED_WEIGHT = 900.0  # one weight in one iteration of learned scales, with its gradient: 30 ns
+_VOTE_POSITIONS = 64  # quant_core.methods.dmq.VOTE_POSITIONS
 _CHANNEL = 60.0  # one element looked at by channel: 2 ns
 _BACKWARD = 2.0  # of a forward
 _EFFECT_SAMPLES = 2  # rows of each step in a forward for each layer
@@ -98,7 +99,18 @@ class Costs:
                     work += _giga(rows * layer.columns**2 + layer.columns**3 / 3)
                     work += _giga(config.iterations * layer.weights * _SCALED_WEIGHT)
                 held += plan.unit.hessian_bytes
-        return Cost(work, self._memory(batch, self._cached(held)))
+        return Cost(work, self._memory(batch, self._cached(held) + self._votes(group, config)))
+
+    def _votes(self, group: Sequence[UnitPlan], config: Scale) -> float:
+        """Return the bytes of the positions that are kept for the vote on power-of-two steps."""
+        kept = min(config.samples, self.recipe.calibration.seeds) * self.recorded_per_seed * _VOTE_POSITIONS
+        channels = sum(
+            layer.shape[1]
+            for plan in group
+            for layer in plan.unit.layers
+            if config.shift == "variance" or (config.shift == "skip" and layer.split)
+        )
+        return 4.0 * kept * channels
 
     def channel_errors(self, group: Sequence[UnitPlan], config: Allocate) -> Cost:
         """Measuring layers at three widths: ranges over the calibration set, then forwards for each layer."""

@@ -50,7 +50,7 @@ class Scale(Pass):
     """Choose what input channels are divided by and weights multiplied with (DMQ), before rounding."""
 
     _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
-        ("method", "learned"): frozenset({"iterations", "lr", "weighting", "samples", "positions", "held_out"}),
+        ("method", "learned"): frozenset({"iterations", "lr", "weighting", "positions", "held_out"}),
         ("method", "smooth"): frozenset({"exponent"}),
         ("weighting", "adaptive"): frozenset({"alpha", "xi"}),
         ("weighting", "early"): frozenset({"half_life"}),
@@ -75,7 +75,10 @@ class Scale(Pass):
     half_life: Positive = Field(
         default=0.05, description="For early: share of the trajectory after which a step counts half."
     )
-    samples: Count = Field(default=32, description="Calibration seeds that second moments are taken over, at most.")
+    samples: Count = Field(
+        default=32,
+        description="Calibration seeds that second moments are taken over, and that vote on shifts, at most.",
+    )
     positions: Count = Field(default=16, description="Output positions per sample of the same, at most.")
     shift: Literal["none", "skip", "variance"] = Field(
         default="none",
@@ -187,7 +190,7 @@ class Allocate(Pass):
         "the same bits in all; uniform: none.",
     )
     extra: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        default=0.0, description="Share of a layer's channels that get one more bit without another losing one."
+        default=0.0, description="Bits per weight above weights.bits, at most: channels that go up alone."
     )
     samples: Count = Field(default=8, description="Calibration seeds that errors are measured on, at most.")
     positions: Count = Field(default=16, description="Output positions per sample, at most.")

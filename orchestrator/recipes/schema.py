@@ -121,6 +121,7 @@ class Recipe(Section):
         self._check_finite_set()
         if self.passes.scale is not None and self.activations.bits is None:
             raise ValueError("passes.scale: got activations.bits null, wanted quantized activations")
+        self._check_shift()
         self._check_allocation()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
@@ -149,6 +150,19 @@ class Recipe(Section):
                 f"calibration.steps: got {recorded} with passes.temporal, wanted null (each of the sampler's steps)"
             )
 
+    def _check_shift(self) -> None:
+        """Refuse power-of-two steps that no layer would have."""
+        scale = self.passes.scale
+        if scale is None or scale.shift == "none":
+            return
+        if self.activations.is_dynamic:
+            raise ValueError(
+                f"passes.scale.shift: got {scale.shift} with activations {self.activations.mode}, wanted static or "
+                "per_step ranges, or none"
+            )
+        if scale.shift == "skip" and not self.skip_split:
+            raise ValueError("passes.scale.shift: got skip with skip_split false, wanted skip_split true, or variance")
+
     def _check_allocation(self) -> None:
         """Refuse bits per output channel where formats have no room for them."""
         weights, allocate = self.weights, self.passes.allocate
@@ -158,6 +172,11 @@ class Recipe(Section):
             raise ValueError(
                 f"passes.allocate: got weights of {weights.bits} bits {weights.granularity}, wanted "
                 f"{', '.join(map(str, ALLOCATED_BITS))} bits per_channel"
+            )
+        if weights.symmetric and weights.bits == min(ALLOCATED_BITS):
+            raise ValueError(
+                f"passes.allocate: got symmetric weights of {weights.bits} bits, of which some channels would have 1, "
+                "wanted weights.symmetric false"
             )
 
     def _check_seeds(self) -> None:

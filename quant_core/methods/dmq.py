@@ -83,10 +83,10 @@ class ScaleConfig:
 
     `exponent`: SmoothQuant's, of the activations. `iterations` and `lr` of Adam, the latter falling to 0 by a cosine.
     `alpha` (20: Table 8 of the paper) and `xi` (0.95) are for ADAPTIVE, `half_life` for EARLY. `rounding` and
-    `damping` of the weights later; second moments are over `samples` calibration rows per step and `positions` output
-    positions per row. `consensus` (kappa, 0.85): share of samples that must agree. `least_spread`: what VARIANCE
-    takes, the standard deviation of the channels' ranges over their mean, averaged over steps. `held_out`: share of the
-    calibration rows, the last, whose extremes LEARNED does not see.
+    `damping` of the weights later; second moments are over `samples` calibration rows per step (which also vote) and
+    `positions` output positions per row. `consensus` (kappa, 0.85): share of rows that must agree. `least_spread`: what
+    VARIANCE takes, the standard deviation of the channels' ranges over their mean, averaged over steps. `held_out`:
+    share of the calibration rows, the last, whose extremes LEARNED does not see.
     """
 
     method: Scaling = Scaling.LEARNED

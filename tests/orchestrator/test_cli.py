@@ -23,7 +23,15 @@ from orchestrator.cli.main import cli as root_command
 from orchestrator.db.rows import KindRow
 from orchestrator.db.session import open_database
 from orchestrator.estimate import Rate
-from orchestrator.progress import LinePace, Pace, Progress, Snapshot, progress_line, remaining_seconds
+from orchestrator.progress import (
+    LinePace,
+    Pace,
+    Progress,
+    Snapshot,
+    progress_line,
+    remaining_seconds,
+    seconds_left,
+)
 from orchestrator.registration import default_model_name
 from orchestrator.running import RunningTask
 from orchestrator.settings import resolve_settings
@@ -333,6 +341,16 @@ def test_remaining_time_prefers_the_jobs_own_times_once_they_tell() -> None:
     rates = {name: Rate(0.5, 2.0) for name in ("calibrate", "round", "reconstruct")}
     own, first_was_small, none_yet = 10.0, 8 * 0.5 + 100.0, 2 * 0.5 + 16.0
     assert remaining_seconds(kinds, rates, 2) == pytest.approx((own + first_was_small + none_yet) / 2)
+
+
+def test_what_a_long_task_says_counts_instead_of_its_estimate() -> None:
+    kinds = [kind("distill", 1, 0, 0, 0.0, 0.0, 36_000.0), kind("evaluate", 8, 0, 0, 0.0, 0.0, 2_000.0)]
+    rates = {"distill": Rate(0.0, 0.03), "evaluate": Rate(1.0, 0.03)}
+    evaluations = (8 * 1.0 + 2_000 * 0.03) / 2
+    told = [RunningTask("distill", "", TaskProgress(1199, 1200, 0, 1199.0))]
+    assert seconds_left(kinds, rates, 2, told) == pytest.approx(1.0 + evaluations)
+    silent = [RunningTask("distill", "", TaskProgress(0, 1200, 0, 0.0))]
+    assert seconds_left(kinds, rates, 2, silent) == pytest.approx(36_000 * 0.03 / 2 + evaluations)
 
 
 def snapshot_of(done: int, total: int, state: str = "running") -> Snapshot:

@@ -381,6 +381,30 @@ PROBLEMS = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["passes.scale.shift=skip", "skip_split=false"],
+            "passes.scale.shift: got skip with skip_split false, wanted skip_split true, or variance",
+        ),
+        (
+            ["passes.scale.shift=variance", "activations.mode=dynamic_sample"],
+            "passes.scale.shift: got variance with activations dynamic_sample, wanted static or per_step ranges",
+        ),
+        (
+            ["passes.allocate.method=global", "weights={bits: 2, symmetric: true}"],
+            "passes.allocate: got symmetric weights of 2 bits, of which some channels would have 1",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_settings_without_effect_are_refused(overrides: list[str], message: str):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("base", overrides)
+    assert str(caught.value).startswith(message)
+
+
 @pytest.mark.parametrize(("override", "message"), PROBLEMS, ids=[override for override, _ in PROBLEMS])
 def test_problem_is_one_line_with_exit_code_2(override: str, message: str):
     with pytest.raises(RecipeError) as caught:

@@ -184,3 +184,29 @@ def test_bad_tables_are_refused() -> None:
         quantize_by_table(x, table)
     with pytest.raises(KernelError, match=r"channel_scale: got shape \(3,\), wanted \(8,\)"):
         quantize_dynamic(x, 8, symmetric=True, per_token=True, channel_scale=torch.ones(3))
+
+
+# The interpreter is numpy, which warns of what a GPU does silently.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("odd", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_what_is_not_finite_shows_in_the_scale(odd: float, per_token: bool, symmetric: bool, device: str) -> None:
+    x = torch.ones(3, 2, 2100, device=device)
+    x[1, 1, 2050] = odd
+    for backend in ("reference", "triton"):
+        got = quantize_dynamic(x, 8, symmetric=symmetric, per_token=per_token, backend=backend)
+        wanted = [True] * 3 + [False] + [True] * 2 if per_token else [True, False, True]
+        assert got.scale.isfinite().tolist() == wanted, backend
+
+
+def test_factors_of_channels_may_be_strided(device: str) -> None:
+    x, factor = noise(3, 4, 30).to(device), (torch.rand(60, generator=torch.Generator().manual_seed(0)) + 0.1)[::2]
+    for per_token in (True, False):
+        got, want = (
+            quantize_dynamic(
+                x, 8, symmetric=False, per_token=per_token, channel_scale=factor.to(device), backend=backend
+            )
+            for backend in ("triton", "reference")
+        )
+        same(got, want)

@@ -106,6 +106,8 @@ def test_images_may_be_strided_and_far_apart(device: str) -> None:
     if not torch.cuda.is_available():
         far = torch.frombuffer(mmap.mmap(-1, 3 * 2**30), dtype=torch.int8)
         views.append(far.as_strided((3, 4, 5, 16), (2**30, 80, 16, 1)).copy_(base.codes[:, :4, :5, :16]))
+        # One image that spans more than 32-bit offsets reach: it is copied.
+        views.append(far.as_strided((1, 3, 5, 16), (1, 2**30, 16, 1)).copy_(base.codes[:1, :3, :5, :16]))
     for codes in views:
         x = QuantizedActivation(codes, base.scale, base.zero_point, False)
         want = convolve(x, layer.integers(16, None), SAME)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.epilogue import Epilogue
+from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.fp8 import FP8, FP8_TOLERANCE, Fp8Matrix, linear_fp8, quantize_fp8
 
@@ -37,19 +37,34 @@ def test_conversion_equals_its_twin(shape: tuple[int, ...], dtype: torch.dtype, 
     assert torch.equal(left.scale, right.scale)
 
 
+# The interpreter is numpy, which warns of what a GPU does silently.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("odd", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_shows_in_the_scale(odd: float, device: str) -> None:
+    needs_e4m3()
+    x = torch.ones(3, 70, device=device)
+    x[1, 65] = odd
+    for backend in BACKENDS:
+        assert quantize_fp8(x, backend).scale.isfinite().tolist() == [True, False, True], backend
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (35, 33, 100)])
 def test_products_are_those_of_the_values(m: int, n: int, k: int, device: str) -> None:
     needs_e4m3()
     g = torch.Generator().manual_seed(m)
     x = quantize_fp8(torch.randn(m, k, generator=g))
     weight = quantize_fp8(torch.randn(n, k, generator=g))
-    bias = torch.randn(n, generator=g)
+    bias, residual = torch.randn(n, generator=g), torch.randn(m, n, generator=g)
+    hidden, up = torch.randn(m, 5, generator=g), torch.randn(n, 5, generator=g)
     left = x.values.double() * x.scale[:, None]
     right = weight.values.double() * weight.scale[:, None]
-    want, terms = left @ right.t() + bias, left.abs() @ right.abs().t() + bias.abs()
+    want = left @ right.t() + bias + residual + hidden @ up.t()
+    terms = left.abs() @ right.abs().t() + bias.abs() + residual.abs() + hidden.abs() @ up.abs().t()
+    low_rank = LowRank(hidden.to(device), up.to(device))
+    epilogue = Epilogue(torch.float32, bias.to(device), residual.to(device), low_rank)
     for backend in BACKENDS:
         there = [Fp8Matrix(a.values.to(device), a.scale.to(device)) for a in (x, weight)]
-        got = linear_fp8(*there, Epilogue(bias=bias.to(device)), backend)
+        got = linear_fp8(*there, epilogue, backend)
         assert bool(((got.cpu() - want).abs() <= FP8_TOLERANCE * terms).all()), backend
 
 

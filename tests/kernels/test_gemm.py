@@ -10,6 +10,7 @@ from kernels.activations import QuantizedActivation
 from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_float, linear_int
+from kernels.weights import weight_values
 from tests.kernels.layers import random_layer
 
 BACKENDS = ("reference", "triton")
@@ -116,6 +117,32 @@ def test_float_activations(bits: int, group_size: int | None, m: int, dtype: tor
         assert bool(((got.cpu() - want).abs() <= EPILOGUE_TOLERANCE * terms).all()), backend
 
 
+@pytest.mark.parametrize("k", [96, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_float_activations_of_mixed_bits_with_the_whole_epilogue(k: int, dtype: torch.dtype, device: str) -> None:
+    """In one piece, and with K split, whose pieces another kernel finishes."""
+    m, rank, draw = 18, 19, torch.Generator().manual_seed(1)
+    order = torch.randperm(40, generator=draw)
+    parts = [
+        random_layer(rows.numel(), k, bits=bits, channel=rows)
+        for rows, bits in zip(order.split((13, 27)), (8, 4), strict=True)
+    ]
+    x = torch.randn(m, k, generator=draw).to(dtype)
+    hidden, up = torch.randn(m, rank, generator=draw), torch.randn(40, rank, generator=draw)
+    bias, residual = torch.randn(40, generator=draw), torch.randn(m, 40, generator=draw)
+    weight = torch.zeros(40, k, dtype=torch.float64)
+    for part in parts:
+        assert part.packed.channel is not None
+        weight[part.packed.channel.long()] = part.integers(k, None).double() * part.scale.double()
+    want = x.double() @ weight.t() + bias + hidden.double() @ up.double().t() + residual
+    terms = x.double().abs() @ weight.t().abs() + bias.abs() + hidden.abs() @ up.abs().t() + residual.abs()
+    low_rank = LowRank(hidden.to(device), up.to(device))
+    epilogue = Epilogue(torch.float32, bias.to(device), residual.to(device), low_rank)
+    for backend in BACKENDS:
+        got = linear_float(x.to(device), [part.packed.to(device) for part in parts], epilogue, backend)
+        assert bool(((got.cpu() - want).abs() <= EPILOGUE_TOLERANCE * terms).all()), backend
+
+
 def test_inputs_may_be_strided(device: str) -> None:
     layer = random_layer(8, 40, bits=4, unit_scale=True)
     base = activation(80, 80, 1, unit_scale=True)
@@ -149,6 +176,8 @@ def test_what_does_not_fit_is_refused() -> None:
     layer, x = random_layer(8, 40, bits=4), activation(5, 40, 1)
     with pytest.raises(KernelError, match="got 1 taps of 40 channels, wanted 1 of 39"):
         linear_float(torch.zeros(2, 39), [layer.packed], Epilogue())
+    with pytest.raises(KernelError, match="linear: got 2 scales for 5 rows, wanted equal runs"):
+        linear_int(QuantizedActivation(x.codes, torch.ones(2), torch.zeros(2), False), [layer.packed], Epilogue())
     with pytest.raises(KernelError, match="got 2 parts, wanted one, or several that name"):
         linear_int(x, [layer.packed, layer.packed], Epilogue())
     with pytest.raises(KernelError, match=r"bias: got shape \(7,\), wanted \(8,\)"):
@@ -161,6 +190,20 @@ def test_what_does_not_fit_is_refused() -> None:
         linear_int(x, [layer.packed], Epilogue(torch.int8))
     with pytest.raises(KernelError, match=r"x: got dtype torch.int32"):
         linear_float(torch.zeros(2, 40, dtype=torch.int32), [layer.packed], Epilogue())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [3, 4096])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, None), (4, 64), (8, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_float_activations_of_real_sizes_on_a_gpu(
+    m: int, bits: int, group_size: int | None, dtype: torch.dtype
+) -> None:
+    layer = random_layer(2560, 640, bits=bits, group_size=group_size).packed.to("cuda")
+    x = torch.randn(m, 640, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    reference, triton = (linear_float(x, [layer], Epilogue(), backend) for backend in BACKENDS)
+    weight = weight_values(layer)[:, 0].abs()
+    assert bool(((reference - triton).abs() <= EPILOGUE_TOLERANCE * (x.float().abs() @ weight.t())).all())
 
 
 @pytest.mark.gpu

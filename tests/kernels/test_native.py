@@ -161,5 +161,13 @@ def test_what_would_be_read_beyond_its_end_is_refused() -> None:
         run(step.double())
     with pytest.raises(KernelError, match=r"wanted float32 \(8,\)"):
         run(norm=GroupNorm(2, 1e-5, torch.ones(7), torch.ones(8)))
+    with pytest.raises(KernelError, match=r"image: got shape \(2, 0, 4, 8\), wanted pixels"):
+        native.quantize(x[:, :0], step, zero, 8, with_sums=False, padding=(1, 1), norm=None, silu=False)
+    codes, sums = native.quantize(
+        torch.zeros(2, 0), step, zero, 8, with_sums=True, padding=(0, 0), norm=None, silu=False
+    )
+    assert codes.shape == (2, 0)
+    assert sums is not None
+    assert sums.tolist() == [0.0, 0.0]
     with pytest.raises(KernelError, match="got 3 groups"):
         run(norm=GroupNorm(3, 1e-5))

@@ -88,6 +88,40 @@ def test_an_affine_layer_norm_of_strided_rows(device: str) -> None:
         near(layer_norm_quantize(x.to(device), norm, on(device), torch.tensor(1, device=device), backend=backend), want)
 
 
+# The interpreter is numpy, which warns of what a GPU does silently.
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_tokens_own_grid_may_be_symmetric_and_shows_what_is_not_finite(symmetric: bool, device: str) -> None:
+    x = noise(2, 3, 40)
+    want = quantize_dynamic(F.layer_norm(x, (40,)), 8, symmetric=symmetric, per_token=True, backend="reference")
+    x[1, 2, 7] = torch.inf
+    for backend in BACKENDS:
+        got = layer_norm_quantize(x.to(device), LayerNorm(1e-5), 8, symmetric=symmetric, backend=backend)
+        assert got.scale.isfinite().tolist() == [True] * 5 + [False], backend
+        assert torch.allclose(got.scale.cpu()[:5], want.scale[:5], rtol=1e-5)
+        assert torch.equal(got.zero_point.cpu()[:5], want.zero_point[:5])
+        assert int((got.codes.cpu().int() - want.codes.int()).flatten(0, 1)[:5].abs().max()) <= 1
+
+
+def test_weights_of_norms_may_be_strided_and_batches_empty(device: str) -> None:
+    x, index = noise(2, 5, 40) * 3, torch.tensor([1, 0])
+    weight, bias = noise(80)[::2], noise(120)[::3]
+    group = quantize_by_table(
+        F.group_norm(x.movedim(-1, 1), 8, weight, bias).movedim(1, -1).contiguous(), TABLE, index, "reference"
+    )
+    layer = quantize_by_table(F.layer_norm(x, (40,), weight, bias), TABLE, index, "reference")
+    there = (weight.to(device), bias.to(device))
+    for backend in BACKENDS:
+        options = {"index": index.to(device), "backend": backend}
+        near(group_norm_quantize(x.to(device), GroupNorm(8, 1e-5, *there), on(device), silu=False, **options), group)
+        near(layer_norm_quantize(x.to(device), LayerNorm(1e-5, *there), on(device), **options), layer)
+        none = x[:0].to(device)
+        one = ActivationTable(TABLE.scale[:1].to(device), TABLE.zero_point[:1].to(device), 8)
+        assert group_norm_quantize(none, GroupNorm(8, 1e-5), one, backend=backend).codes.shape == (0, 5, 40)
+        assert layer_norm_quantize(none, LayerNorm(1e-5), one, backend=backend).codes.shape == (0, 5, 40)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, index = torch.zeros(2, 4, 6), torch.tensor([0, 1])
     with pytest.raises(KernelError, match="got 6 channels in 4 groups"):
@@ -99,5 +133,11 @@ def test_what_does_not_fit_is_refused() -> None:
     scaled = ActivationTable(torch.ones(1), torch.zeros(1), 8, divisor=torch.ones(1, 6))
     with pytest.raises(KernelError, match="wanted one without"):
         layer_norm_quantize(x, LayerNorm(1e-5), scaled)
+    with pytest.raises(KernelError, match=r"wanted \(6,\)"):
+        layer_norm_quantize(x, LayerNorm(1e-5, torch.ones(7)), 8)
+    with pytest.raises(KernelError, match="activation bits: got 9, wanted 2 to 8"):
+        layer_norm_quantize(x, LayerNorm(1e-5), 9)
+    with pytest.raises(KernelError, match="got an empty tensor"):
+        layer_norm_quantize(x[:0], LayerNorm(1e-5), 8)
     with pytest.raises(KernelError, match="wanted at most 16384"):
         layer_norm_quantize(torch.zeros(1, 16385), LayerNorm(1e-5), 8)

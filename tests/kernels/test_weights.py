@@ -63,6 +63,10 @@ def test_layers_that_kernels_cannot_multiply_exactly_are_refused() -> None:
         pack_weight(row, one, zero, bits=8, channels=64, group_size=16)
     with pytest.raises(KernelError, match=r"scale: got shape \(1, 2\), wanted \(1, 1\)"):
         pack_weight(row, torch.ones(1, 2), zero, bits=8, channels=64)
+    with pytest.raises(KernelError, match="zero_point: got 16 to 16, wanted codes of 4 bits"):
+        pack_weight(row[:, :32], one, zero + 16, bits=4, channels=64)
+    with pytest.raises(KernelError, match=r"channel: got shape \(2,\), wanted \(1,\)"):
+        pack_weight(row, one, zero, bits=8, channels=64, channel=torch.zeros(2))
     with pytest.raises(KernelError, match="bits: got 7"):
         pack_weight(row, one, zero, bits=7, channels=64)
     with pytest.raises(KernelError, match=r"got shape \(1, 64\), wanted \(N, 48\): 1 taps of 48 channels"):

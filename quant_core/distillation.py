@@ -199,7 +199,7 @@ class Distillation:
                 loss = loss + config.relation_weight * relation_loss(features[0], wanted[0], self.window, drawn)
             if not bool(loss.isfinite()):
                 raise QuantizationError(
-                    f"distill: got a loss of {float(loss)} at iteration {self.iteration}, wanted a finite one; "
+                    f"distill: got a loss of {float(loss.detach())} at iteration {self.iteration}, wanted a finite one; "
                     "lower passes.distill.lr and the other rates"
                 )
             self.optimizer.zero_grad()

@@ -74,6 +74,60 @@ def test_the_prediction_gets_better_and_what_is_returned_is_what_is_deployed(
     assert total / len(trajectories) == pytest.approx(result.loss_after, rel=1e-6)
 
 
+def test_a_batch_is_runs_of_consecutive_steps_of_one_trajectory(
+    start: Callable[..., Distillation], trajectories: CalibrationSet
+) -> None:
+    made = start(replace(CONFIG, batch_size=6))
+    seen = set()
+    for draw in range(20):
+        batch, target = made._draw(torch.Generator().manual_seed(draw))
+        assert len(batch) == 6
+        for first in range(0, 6, 2):
+            steps, rows = batch.step[first : first + 2].tolist(), []
+            for place, step in enumerate(steps):
+                all_rows = trajectories.rows(step, 0, trajectories.samples).x
+                (row,) = [r for r in range(len(all_rows)) if torch.equal(all_rows[r], batch.x[first + place])]
+                rows.append(row)
+                assert torch.equal(
+                    target[first + place],
+                    trajectories.predictions(torch.tensor([step * trajectories.samples + row]))[0],
+                )
+            assert steps[1] == steps[0] + 1
+            assert rows[0] == rows[1]
+            seen.add((steps[0], rows[0]))
+    assert len(seen) == 2 * trajectories.samples, "any run of two of the three steps, of any trajectory"
+
+
+def test_rates_fall_linearly_and_positions_are_drawn(start: Callable[..., Distillation]) -> None:
+    made = start(replace(CONFIG, positions=5))
+    feature = torch.zeros(4, 8, 3, 4)
+    drawn = [made._positions(feature, torch.Generator().manual_seed(seed)) for seed in range(3)]
+    assert all(each is not None and len(set(each.tolist())) == 5 for each in drawn)
+    assert len({tuple(each.tolist()) for each in drawn if each is not None}) == 3
+    assert made._positions(torch.zeros(4, 8, 1, 5), torch.Generator()) is None
+    first = None
+    for iteration in range(4):
+        made.step()
+        rates = [group["lr"] for group in made.optimizer.param_groups]
+        first = first or rates
+        assert rates == pytest.approx([rate * (1 - iteration / CONFIG.iterations) for rate in first])
+
+
+def test_a_loss_that_is_not_finite_is_refused(start: Callable[..., Distillation]) -> None:
+    made = start(replace(CONFIG, weight_lr=1e4))
+    with pytest.raises(QuantizationError, match=r"distill: got a loss of \S+ at iteration \d, wanted a finite one"):
+        run(made)
+
+
+def test_what_makes_nothing_better_is_not_taken(start: Callable[..., Distillation], states: list[UnitState]) -> None:
+    result = run(
+        start(replace(CONFIG, lr=1e-12, weight_lr=1e-12, activation_lr=1e-12, zero_point_lr=1e-12, bias_lr=1e-12))
+    )
+    assert not result.is_taken
+    assert result.states == states
+    assert result.loss_after == result.loss_before
+
+
 def test_what_is_trained_is_what_is_stored(start: Callable[..., Distillation], trajectories: CalibrationSet) -> None:
     made = start()
     for _ in range(4):

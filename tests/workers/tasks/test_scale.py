@@ -58,6 +58,11 @@ def test_factors_go_through_rounding_into_the_packed_model(
     alone = [unit for unit in digits_units if unit["unit"] == UNIT]
     assert run_task("scale", {"units": alone} | LEARNED | told, model).outputs.items() <= made.outputs.items()
 
+    # rounding and its damping are known to the loss
+    kinds = [{"rounding": "closed_form", "damping": 0.03}, {"rounding": "closed_form", "damping": 0.5}]
+    found = [run_task("scale", {"units": alone} | LEARNED | told | kind, model).outputs for kind in ({}, *kinds)]
+    assert len({each[f"factors:{UNIT}"] for each in found}) == 3
+
     inputs = model | {"factors": list(made.outputs.values())}
     rounded = run_task("round", {"units": digits_units, "method": "nearest"} | common, inputs).outputs
     params = {"sampler": seeds(0, 1)["sampler"], "units": [unit["unit"] for unit in digits_units]}

@@ -254,10 +254,12 @@ def measure(layer: Layer, batch: int, repeats: int, peak: dict[str, float], flus
 
     for name, run in (conv_candidates if layer.kernel else linear_candidates)(layer, batch):
         note(name, run)
+    stream = torch.cuda.current_stream()
     for name, build in () if layer.kernel else other_libraries(layer, batch):
         try:
             note(name, build())
         except Exception as error:  # of libraries whose versions and limits are not ours
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own
             timed[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     return timed
 
@@ -296,14 +298,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peak = peaks(options.repeats, flush)
     layers = [layer for layer in LAYERS if options.only in layer.name]
     results: dict[str, dict[str, Any]] = {}
+    device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    found = {"device": device, "peak_per_us": peak, "batches": results}
     for batch in options.batches:
         results[str(batch)] = {}
         for layer in layers:
             results[str(batch)][layer.name] = measure(layer, batch, options.repeats, peak, flush)
             print(f"batch {batch}, {layer.name}: done", file=sys.stderr)
-    device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    document = {"device": device, "peak_per_us": peak, "figures": figures(results), "batches": results}
-    text = json.dumps(document, indent=1)
+            if options.out:  # so that a device that fails later does not take it along
+                options.out.write_text(json.dumps(found, indent=1) + "\n")
+    text = json.dumps(found | {"figures": figures(results)}, indent=1)
     if options.out:
         options.out.write_text(text + "\n")
     print(text)

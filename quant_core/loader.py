@@ -50,8 +50,8 @@ def load_quantized(
         arithmetic if this CPU has it. Layers that a backend can't run exactly run the reference;
         `quant_core.layer_runs(model)` says which, and why.
     dtype : {torch.float32, torch.float16, torch.bfloat16}, optional
-        What the model computes in between its packed layers, and gives; by default what the original was stored in.
-        Scales stay in float32. Later casts are refused, as of any quantized model of diffusers.
+        What the model computes in between its packed layers, and gives; float32 by default. Scales stay in float32.
+        Later casts are refused, as of any quantized model of diffusers.
     resolve : callable, optional
         Turns a source that is not a folder into one. By default the installed Quantmill looks the name up in its
         registry.

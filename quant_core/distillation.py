@@ -199,8 +199,8 @@ class Distillation:
                 loss = loss + config.relation_weight * relation_loss(features[0], wanted[0], self.window, drawn)
             if not bool(loss.isfinite()):
                 raise QuantizationError(
-                    f"distill: got a loss of {float(loss.detach())} at iteration {self.iteration}, wanted a finite one; "
-                    "lower passes.distill.lr and the other rates"
+                    f"distill: got a loss of {float(loss.detach())} at iteration {self.iteration}, wanted a finite "
+                    "one; lower passes.distill.lr and the other rates"
                 )
             self.optimizer.zero_grad()
             loss.backward()

@@ -51,3 +51,25 @@ def test_layers_say_how_they_are_stored_and_run(run_task: RunTask, packed_digits
     assert linear["activation"] is None
     outputs, inputs = 64, 16
     assert (outputs * inputs // 2 + outputs * (4 + 1 + 4)) == linear["bytes"], "codes, scale, zero point, bias"
+
+
+@pytest.mark.filterwarnings("ignore")  # as above
+def test_a_compiler_that_is_not_there_costs_its_own_figures_only(
+    run_task: RunTask,
+    packed_digits: str,
+    digits: str,
+    seeds: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    monkeypatch.setattr(config, "fx_graph_cache", False)
+    torch.compiler.reset()
+    params = {"sampler": seeds(0, 1)["sampler"], "batches": [1], "seconds": 0.05}
+    params |= {"backend": "reference", "compile": True}
+    metrics = run_task("bench", params, {"artifact": [packed_digits], "model": [digits]}).metrics
+    torch.compiler.reset()
+    assert metrics["bf16_compiled_figures"] is None
+    assert "no-such-compiler" in metrics["compile_error"]
+    assert metrics["bf16_figures"]["images_per_second"] > 0

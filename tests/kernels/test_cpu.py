@@ -26,7 +26,7 @@ from kernels.cpu_weight import PAIR_LIMIT, CpuWeight, pack_cpu_weight, sums_pair
 from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_int
-from kernels.weights import weight_values
+from kernels.weights import PackedWeight, weight_integers, weight_values
 from tests.kernels.layers import Layer, random_layer
 
 GEOMETRIES = (
@@ -53,9 +53,14 @@ def packed(*arguments: Any) -> CpuWeight:
     try:
         return pack_cpu_weight(*arguments)
     except BackendUnavailableError as error:
-        if sums_pairs_exactly():
+        if sums_pairs_exactly() or all(is_small(weight) for weight in arguments[0]):
             raise
         pytest.skip(str(error))
+
+
+def is_small(weight: PackedWeight) -> bool:
+    """Whether no CPU's int8 products saturate with a weight, as it is stored."""
+    return weight.layout.groups == 1 and int(weight_integers(weight).abs().max()) <= PAIR_LIMIT
 
 
 def codes(*shape: int, runs: int) -> tuple[QuantizedActivation, QuantizedActivation]:

@@ -59,10 +59,10 @@ def run(made: Distillation, until: int | None = None) -> Distilled:
 def test_the_prediction_gets_better_and_what_is_returned_is_what_is_deployed(
     start: Callable[..., Distillation], calibrated: Calibrated, trajectories: CalibrationSet, tmp_path: Path
 ) -> None:
-    made = start(replace(CONFIG, iterations=40))
+    made = start(replace(CONFIG, iterations=120))
     result = run(made)
     assert result.is_taken
-    assert result.loss_after < 0.95 * result.loss_before
+    assert result.loss_after < 0.8 * result.loss_before
     config = json.loads(calibrated("unet")[0].model.to_json_string())
     write_artifact(made.model, config, quantization_config(merge_plans(result.states)), None, tmp_path / "packed")
     loaded = quant_core.load_quantized(tmp_path / "packed", device="cpu", backend="reference")

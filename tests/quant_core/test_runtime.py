@@ -79,7 +79,7 @@ def both(model: nn.Sequential, x: Tensor, backend: KernelBackend, runs_on: Kerne
     with torch.no_grad():
         want = model(x)
         (run,) = build_runtime(model, backend)
-        if "saturate" in run.reason and not sums_pairs_exactly():
+        if "saturate" in run.reason and not sums_pairs_exactly() and not is_small(model[0]):
             pytest.skip(run.reason)
         assert run.backend is (runs_on or backend), run.reason
         assert isinstance(model[0], RuntimeLayer) is (run.backend is not REFERENCE)
@@ -87,6 +87,12 @@ def both(model: nn.Sequential, x: Tensor, backend: KernelBackend, runs_on: Kerne
     assert got.shape == want.shape
     assert got.dtype == want.dtype
     return float((got.double() - want.double()).abs().max() / want.double().abs().max())
+
+
+def is_small(layer: nn.Module) -> bool:
+    """Whether no CPU's int8 products saturate with a layer's weight: up to 6 bits, no scales per group."""
+    assert isinstance(layer, QuantLayer)
+    return int(torch.as_tensor(layer.bits).max()) <= 6 and layer.spec.weight.group_size is None
 
 
 def noise(*shape: int) -> Tensor:

@@ -47,16 +47,16 @@ def artifacts_ls(app: App, name: str | None) -> None:
 @artifacts.command("show")
 @click.argument("ref")
 @click.option("--layers", is_flag=True, help="Each layer: format, bytes, and how it runs on the device at hand.")
-@click.option("--device", default="cpu", show_default=True, help="With --layers: cpu, cuda or cuda:N.")
-@click.option("--backend", default="auto", show_default=True, help="With --layers: auto, triton, cpu or reference.")
+@click.option("--device", show_default="cpu", help="With --layers: cpu, cuda or cuda:N.")
+@click.option("--backend", show_default="auto", help="With --layers: auto, triton, cpu or reference.")
 @pass_app
-def artifacts_show(app: App, ref: str, layers: bool, device: str, backend: str) -> None:
+def artifacts_show(app: App, ref: str, layers: bool, device: str | None, backend: str | None) -> None:
     """Show one release and its metrics, or its layers."""
-    if not layers and (device, backend) != ("cpu", "auto"):
-        raise click.UsageError("--device and --backend are of --layers, which is not given")
+    if not layers and (device or backend):
+        raise click.UsageError("--device, --backend: got one without --layers, wanted it too")
     if layers:
         with app.service() as service:
-            found = release_layers(service, ref, device=device, backend=backend)
+            found = release_layers(service, ref, device=device or "cpu", backend=backend or "auto")
         app.answer(found, lambda: _layer_table(found))
         return
     with app.service() as service:

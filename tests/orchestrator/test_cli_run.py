@@ -243,6 +243,13 @@ def test_show_layers(cli: Cli, done: dict[str, Any]) -> None:
     refused = cli("artifacts", "show", "small@1", "--layers", "--backend", "cuda")
     assert refused.code == 2
     assert "got 'cuda', wanted one of auto" in refused.err
+    for words in (["--backend", "reference"], ["--device", "cpu"]):
+        idle = cli("artifacts", "show", "small@1", *words)
+        assert (idle.code, idle.out) == (2, "")
+        assert "got one without --layers" in idle.err
+    unknown = cli("artifacts", "show", "small@1", "--layers", "--device", "tpu")
+    assert unknown.code == 2
+    assert "device: got 'tpu'" in unknown.err
 
 
 def test_report(cli: Cli, done: dict[str, Any], tmp_path: Path) -> None:

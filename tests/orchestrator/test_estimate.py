@@ -267,3 +267,23 @@ def test_estimate_of_ten_thousand_tasks():
     result: Any = estimate(nodes, {}, found, cpus=16)
     assert result.cached == len(found)
     assert math.isfinite(result.seconds)
+
+
+def test_scaling_counts_the_positions_that_vote():
+    """By as many bytes as there are: 4 for each channel, position, row and step of the layers that may be shifted."""
+
+    def most(*overrides: str) -> int:
+        nodes = planned("base", "passes.scale={}", *overrides)
+        return max(node.resources.memory_bytes for node in nodes if node.kind == "scale")
+
+    none, few, many = most(), *(most("passes.scale.shift=variance", f"passes.scale.samples={n}") for n in (8, 32))
+    assert none < few < many
+    assert many - most("passes.scale.samples=32") == 4 * (few - most("passes.scale.samples=8"))
+
+
+def test_costs_count_what_the_methods_take():
+    from orchestrator.planning.costs import _EFFECT_SAMPLES, _VOTE_POSITIONS
+    from quant_core.channel_errors import EFFECT_SAMPLES
+    from quant_core.methods.dmq import VOTE_POSITIONS
+
+    assert (_EFFECT_SAMPLES, _VOTE_POSITIONS) == (EFFECT_SAMPLES, VOTE_POSITIONS)

@@ -367,3 +367,13 @@ def test_variance_shifts_the_layers_whose_channels_are_unlike(calibrated: Calibr
     assert set(found[0].shifts) == set(units[0][0].layers)
     assert {len(shift) for shift in found[0].shifts.values()} == {1}  # static: one row
     assert not found[1].shifts
+
+
+def test_only_the_rows_that_vote_are_kept() -> None:
+    stats, draw = ChannelStats(1, 2, positions=3), torch.Generator().manual_seed(0)
+    x = torch.randn(4, 5, 2, generator=draw)
+    for voting in (2, 0):
+        stats.update(0, x, draw, voting=voting)
+    assert stats.samples(0).shape == (2, 3, 2)
+    assert all((row[None] == x[number][:, None]).all(-1).any(0).all() for number, row in enumerate(stats.samples(0)))
+    assert torch.equal(stats.high[0], x.flatten(0, 1).amax(0)), "extremes are of all rows"

@@ -32,8 +32,9 @@ def choose(items: Sequence[Sequence[Choice]], budget: int, *, most_units: int = 
     budget : int
         What all chosen sizes may add up to.
     most_units : int
-        Sizes are counted in their greatest common divisor as long as the budget has at most so many of it: then the
-        result is exact. Otherwise in larger units, sizes rounded up: still within the budget, best for those sizes.
+        What sizes exceed their item's smallest by is counted in its greatest common divisor, as long as the rest of the
+        budget has at most so many of it: then the result is exact. Otherwise in larger units, rounded up: still within
+        the budget, best for those sizes.
 
     Raises
     ------

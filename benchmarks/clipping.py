@@ -24,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.records import Records
-from quant_core.activation import ActivationQuantizer
-from quant_core.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
-from quant_core.denoiser import Denoiser, load_denoiser
-from quant_core.layers import QuantLayer
-from quant_core.model import build_quantized
-from quant_core.sampler import SamplerSpec
-from quant_core.unit_state import load_states, merge_plans
+from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
+from quant_core.diffusion.denoiser import Denoiser, load_denoiser
+from quant_core.diffusion.sampler import SamplerSpec
+from quant_core.fit.unit_state import load_states, merge_plans
+from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.layers import QuantLayer
+from quant_core.nn.model import build_quantized
 
 
 def clipped(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import quant_core
-from quant_core.conditioning import draw_conditioning
-from quant_core.denoiser import call_denoiser, sample_shape
+from quant_core.diffusion.conditioning import draw_conditioning
+from quant_core.diffusion.denoiser import call_denoiser, sample_shape
 
 BATCHES = (1, 8, 32)
 REPEATS = 5

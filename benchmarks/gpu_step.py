@@ -31,13 +31,12 @@ from torch import Tensor, nn
 
 from benchmarks.cuda_graph import captured
 from benchmarks.sdxl import SDXL
-from kernels.affine import Granularity
-from kernels.backend import KernelBackend
-from quant_core.activation import ActivationQuantizer
-from quant_core.layers import QUANTIZABLE, QuantLayer
-from quant_core.model import build_quantized
-from quant_core.qspec import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
-from quant_core.runtime import build_runtime
+from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.layers import QUANTIZABLE, QuantLayer
+from quant_core.nn.model import build_quantized
+from quant_core.runtime.build import build_runtime
+from quant_spec.enums import Granularity, KernelBackend
+from quant_spec.formats import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
 
 Call = Callable[[], Tensor]
 HALF = torch.bfloat16

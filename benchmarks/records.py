@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from quant_core.unit_state import UnitState
+from quant_core.fit.unit_state import UnitState
 
 
 class Records:

@@ -5,8 +5,8 @@
 Of a release's folder, all files count. Of SDXL's UNet, all tensors, the file's header and config.json, and nothing is
 computed: the UNet (random weights would have the same size) is built on the meta device with the formats of
 `fast-w4a8` (the layers that read the sample and write the prediction and the residual shortcuts in 8 bits, the rest in
-4 with a bfloat16 scale and a zero point per group), and the file is what `quant_core.artifact` would write of it, byte
-for byte but for the shards of a large one.
+4 with a bfloat16 scale and a zero point per group), and the file is what `quant_core.artifact.folder` would write of
+it, byte for byte but for the shards of a large one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks.sdxl import SDXL
-from kernels.affine import Granularity
-from quant_core.artifact import quantization_config
-from quant_core.compact import packed_shape, zero_point_bits
-from quant_core.denoiser import load_denoiser
-from quant_core.layers import QUANTIZABLE
-from quant_core.model import build_quantized
-from quant_core.qspec import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_core.artifact.compact import packed_shape, zero_point_bits
+from quant_core.artifact.folder import quantization_config
+from quant_core.diffusion.denoiser import load_denoiser
+from quant_core.nn.layers import QUANTIZABLE
+from quant_core.nn.model import build_quantized
+from quant_spec.enums import Granularity
+from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
 
 STEPS = 20
 _DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

@@ -30,15 +30,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from kernels.backend import KernelBackend
-from quant_core.artifact import SCHEDULER_FILE
-from quant_core.denoiser import load_denoiser, sample_shape
-from quant_core.layers import QUANTIZABLE
-from quant_core.loader import load_folder
-from quant_core.model import build_quantized
-from quant_core.qspec import ActivationMode, ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
-from quant_core.runtime import build_runtime
-from quant_core.sampler import SamplerSpec, make_scheduler, sample, trajectory_conditioning
+from quant_core.artifact.folder import SCHEDULER_FILE
+from quant_core.diffusion.denoiser import load_denoiser, sample_shape
+from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, sample, trajectory_conditioning
+from quant_core.nn.layers import QUANTIZABLE
+from quant_core.nn.model import build_quantized
+from quant_core.runtime.build import build_runtime
+from quant_core.runtime.loader import load_folder
+from quant_spec.enums import ActivationMode, KernelBackend
+from quant_spec.formats import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
 
 Step = Callable[[], Tensor]
 _FLOATS = {

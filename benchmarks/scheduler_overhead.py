@@ -26,9 +26,9 @@ from orchestrator.db.queries import add_model, create_job, enqueue_graph, find_j
 from orchestrator.db.rows import ModelRow
 from orchestrator.db.session import Database, open_database, upgrade
 from orchestrator.graph import TaskNode, TaskRef, task_node
-from orchestrator.scheduler import Scheduler, SchedulerConfig
+from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
 from orchestrator.states import JobState
-from workers.executor import RayExecutor
+from workers.execution.executor import RayExecutor
 
 LIMIT_MS = 25.0
 

@@ -22,17 +22,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 from benchmarks.records import Records
-from quant_core.calibration import CalibrationSet, read_conditioning
-from quant_core.denoiser import load_denoiser
-from quant_core.finite_set import enumerate_set, feature_error
-from quant_core.methods.tfmq import TemporalConfig, fit
+from quant_core.diffusion.calibration import CalibrationSet, read_conditioning
+from quant_core.diffusion.denoiser import load_denoiser
+from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, sample
+from quant_core.fit.rounding import UnitRanges
+from quant_core.fit.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from quant_core.methods.tfmq.finite_set import enumerate_set, feature_error
+from quant_core.methods.tfmq.temporal_block import TemporalConfig, fit
 from quant_core.metrics.psnr import mean_with_ci, psnr_per_sample
-from quant_core.model import build_quantized
-from quant_core.qspec import ActivationMode, ActivationSpec, AttentionSpec, LayerSpec
-from quant_core.ranges import RangeSpec, qparams_from_range
-from quant_core.rounding import UnitRanges
-from quant_core.sampler import SamplerSpec, make_scheduler, sample
-from quant_core.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from quant_core.nn.model import build_quantized
+from quant_core.nn.ranges import qparams_from_range
+from quant_spec.enums import ActivationMode
+from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec
+from quant_spec.ranges import RangeSpec
 
 BLOCK = "@temporal"
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import KernelBackend, backend_for
+from kernels.backend import backend_for
 from kernels.errors import KernelError
+from quant_spec.enums import KernelBackend
 
 SCALE_FLOOR = 1e-8
 

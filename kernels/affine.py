@@ -18,20 +18,12 @@ shapes of their parameters:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from kernels.errors import KernelError
-
-
-class Granularity(StrEnum):
-    """Which values of a tensor share one scale and zero point."""
-
-    PER_TENSOR = "per_tensor"
-    PER_CHANNEL = "per_channel"
-    PER_GROUP = "per_group"
+from quant_spec.enums import Granularity
 
 
 def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:

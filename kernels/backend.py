@@ -11,22 +11,13 @@ since its weights are laid out by oneDNN.
 from __future__ import annotations
 
 import importlib.util
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from kernels.errors import KernelError
+from quant_spec.enums import KernelBackend
 
 if TYPE_CHECKING:
     import torch
-
-
-class KernelBackend(StrEnum):
-    """Choice of implementation; `AUTO` resolves to one of the others."""
-
-    AUTO = "auto"
-    REFERENCE = "reference"
-    TRITON = "triton"
-    CPU = "cpu"
 
 
 class BackendUnavailableError(KernelError):

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.activations import QuantizedActivation
-from kernels.backend import KernelBackend, backend_for
+from kernels.backend import backend_for
 from kernels.epilogue import Epilogue, EpilogueRows, add_epilogue
 from kernels.errors import KernelError
 from kernels.gemm import check_weights, epilogue_rows, flatten_weights, unflatten_weights
 from kernels.weights import PackedWeight, weight_integers
+from quant_spec.enums import KernelBackend
 
 # Offsets within one image are 32-bit, between images 64-bit.
 MAX_IMAGE = 2**31 - 1

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import KernelBackend, backend_for
+from kernels.backend import backend_for
 from kernels.epilogue import Epilogue, EpilogueRows, add_epilogue
 from kernels.errors import KernelError
 from kernels.gemm import as_rows, epilogue_rows
+from quant_spec.enums import KernelBackend
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0

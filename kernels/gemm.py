@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from kernels.activations import QuantizedActivation
-from kernels.backend import KernelBackend, backend_for
+from kernels.backend import backend_for
 from kernels.epilogue import Epilogue, EpilogueRows, LowRank, add_epilogue
 from kernels.errors import KernelError
 from kernels.weights import PackedWeight, WeightLayout, weight_integers
+from quant_spec.enums import KernelBackend
 
 # Relative to the sum of |terms| of an output value. Float32 keeps 24 bits; a group's scaled sum, each addition of the
 # next group, bias, rank and residual round once, in an order (and with a fused multiply-add) that is the backend's own.

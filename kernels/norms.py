@@ -23,8 +23,9 @@ from kernels.activations import (
     quantize_dynamic_reference,
     table_steps,
 )
-from kernels.backend import KernelBackend, backend_for
+from kernels.backend import backend_for
 from kernels.errors import KernelError
+from quant_spec.enums import KernelBackend
 
 # Norms of a few thousand terms agree within some 2**-21; a code then flips for that share of the 2 * 256 half steps.
 NORM_CODE_SHARE = 2.0**-10

@@ -16,7 +16,7 @@ Other bad input from a user is `kernels.errors.InvalidInputError` itself.
 
 from __future__ import annotations
 
-from kernels.errors import InvalidInputError, QuantServiceError
+from quant_spec.errors import InvalidInputError, QuantServiceError
 
 
 class OrchestratorError(QuantServiceError):

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workers.keys import task_digest
-from workers.kinds import KINDS
+from quant_spec.keys import task_digest
+from quant_spec.kinds import KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def task_node(
     Parameters
     ----------
     kind
-        A key of `workers.kinds.KINDS`.
+        A key of `quant_spec.kinds.KINDS`.
     params
         JSON; canonical, so that 1 and 1.0 name different tasks.
     inputs

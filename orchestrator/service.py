@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.errors import InvalidInputError
 from orchestrator.db.session import Database, SchemaState, current, open_database, require_current, upgrade
 from orchestrator.settings import Settings
-from workers.store import Store, open_store
+from quant_spec.errors import InvalidInputError
+from workers.storage.store import Store, open_store
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernels.errors import InvalidInputError
-from workers.store import CACHE_LIMIT_BYTES
+from quant_spec.errors import InvalidInputError
+from workers.storage.store import CACHE_LIMIT_BYTES
 
 
 @dataclass(frozen=True, slots=True)

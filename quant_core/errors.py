@@ -2,7 +2,6 @@
 
 QuantServiceError
 └── QuantCoreError
-    ├── QuantizationError       a choice of bits, granularity or range that cannot be applied
     ├── UnknownTimestepError    a per-step model was called at a timestep that it was not calibrated for
     ├── ConditioningError       the denoiser wants conditioning that was not given
     ├── DenoiserError           a model folder that cannot be loaded or called
@@ -11,17 +10,11 @@ QuantServiceError
 
 from __future__ import annotations
 
-from kernels.errors import InvalidInputError, QuantServiceError
+from quant_spec.errors import InvalidInputError, QuantServiceError
 
 
 class QuantCoreError(QuantServiceError):
     """Base of this package's errors."""
-
-
-class QuantizationError(QuantCoreError, InvalidInputError):
-    """A choice of bits, granularity or range that cannot be applied."""
-
-    exit_code = 2
 
 
 class UnknownTimestepError(QuantCoreError, InvalidInputError):

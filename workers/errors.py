@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from kernels.errors import InvalidInputError, QuantServiceError
+from quant_spec.errors import InvalidInputError, QuantServiceError
 
 
 class WorkerError(QuantServiceError):

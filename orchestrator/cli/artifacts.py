@@ -9,12 +9,9 @@ from typing import Any
 
 import click
 
-from orchestrator.cli.app import App, Group, pass_app
-from orchestrator.cli.jobs import metric_lines
-from orchestrator.db.releases import list_releases, set_alias
-from orchestrator.exporting import DEQUANTIZED, DIFFUSERS, export_release
-from orchestrator.layers import release_layers
-from orchestrator.releases import (
+from orchestrator.actions.export import DEQUANTIZED, DIFFUSERS, export_release
+from orchestrator.actions.layer_table import release_layers
+from orchestrator.actions.releases import (
     GRACE_SECONDS,
     collect_garbage,
     compare_releases,
@@ -22,8 +19,11 @@ from orchestrator.releases import (
     pull_release,
     verify_release,
 )
+from orchestrator.actions.views import release_view
+from orchestrator.cli.app import App, Group, pass_app
+from orchestrator.cli.jobs import metric_lines
+from orchestrator.db.releases import list_releases, set_alias
 from orchestrator.text import human_bytes, table
-from orchestrator.views import release_view
 
 
 @click.group(cls=Group)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from orchestrator.bench import SIDES, BenchOptions, bench_release, publish_bench
+from orchestrator.actions.bench import SIDES, BenchOptions, bench_release, publish_bench
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.text import human_bytes, table
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import click
 
+from orchestrator.actions.doctor import examine
 from orchestrator.cli.app import App, Command, pass_app
-from orchestrator.doctor import examine
 
 
 @click.command(cls=Command)

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
+from orchestrator.actions.jobs import EXIT_CODES, NOT_FINISHED, job_events, show_job, show_jobs, wait_for_job
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.jobs import cancel_job, find_job, retry_job
-from orchestrator.jobs import EXIT_CODES, NOT_FINISHED, job_events, show_job, show_jobs, wait_for_job
-from orchestrator.running import step_text
+from orchestrator.scheduling.running import step_text
 from orchestrator.states import JobState
 from orchestrator.text import human_bytes, human_seconds, table
 

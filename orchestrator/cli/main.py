@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import click
 
-from kernels.errors import QuantServiceError
 from orchestrator.cli.app import LazyGroup, make_app
+from quant_spec.errors import QuantServiceError
 
 COMMANDS = {
     "init": ("orchestrator.cli.home:init", "Create the home, the database and the store."),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
+from orchestrator.actions.registration import add_model_from
+from orchestrator.actions.views import model_view
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.registry import find_model, list_models
-from orchestrator.registration import add_model_from
 from orchestrator.text import human_bytes, human_count, table
-from orchestrator.views import model_view
 
 
 @click.group(cls=Group)

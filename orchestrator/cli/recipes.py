@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 
+from orchestrator.actions.views import recipe_yaml
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.recipes.load import load_recipe, resolve, shipped_recipes
 from orchestrator.recipes.schema import Recipe
 from orchestrator.text import table
-from orchestrator.views import recipe_yaml
 
 
 @click.group(cls=Group)

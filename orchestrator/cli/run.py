@@ -7,18 +7,18 @@ from typing import Any
 
 import click
 
+from orchestrator.actions.execution import run_job
+from orchestrator.actions.jobs import EXIT_CODES, NOT_FINISHED, show_job
+from orchestrator.actions.releases import check_target, pull_release
+from orchestrator.actions.submission import Request, submit
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.cli.jobs import job_text
 from orchestrator.cli.submit import request_options, tell_next
-from orchestrator.execution import run_job
-from orchestrator.jobs import EXIT_CODES, NOT_FINISHED, show_job
 from orchestrator.logs import log_to_stderr
-from orchestrator.releases import check_target, pull_release
 from orchestrator.report.write import write_report
-from orchestrator.scheduler import stop_on_signals
+from orchestrator.scheduling.scheduler import stop_on_signals
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS, JobState
-from orchestrator.submission import Request, submit
 
 
 @click.command(cls=Command)

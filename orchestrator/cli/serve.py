@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
+from orchestrator.actions.execution import serve as serve_jobs
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.cli.home import shown_url
-from orchestrator.execution import serve as serve_jobs
 from orchestrator.logs import log_to_stderr
-from orchestrator.scheduler import stop_on_signals
+from orchestrator.scheduling.scheduler import stop_on_signals
 
 
 @click.command(cls=Command)

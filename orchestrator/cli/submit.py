@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 
 import click
 
+from orchestrator.actions.dry_run import DryRun, dry_run_job
+from orchestrator.actions.jobs import EXIT_CODES, NOT_FINISHED, show_job, wait_for_job
+from orchestrator.actions.submission import Request, Submitted
+from orchestrator.actions.submission import submit as submit_job
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.cli.jobs import job_text
-from orchestrator.dryrun import DryRun, dry_run_job
-from orchestrator.jobs import EXIT_CODES, NOT_FINISHED, show_job, wait_for_job
-from orchestrator.submission import Request, Submitted
-from orchestrator.submission import submit as submit_job
 from orchestrator.text import human_bytes, human_seconds, table
 
 F = TypeVar("F", bound=Callable[..., Any])

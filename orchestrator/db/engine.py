@@ -14,8 +14,8 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
-from kernels.errors import InvalidInputError
 from orchestrator.errors import DatabaseError, DatabaseFullError, DatabaseUnreachableError
+from quant_spec.errors import InvalidInputError
 
 #: How long a SQLite connection waits for another's transaction, in seconds; enqueueing a large graph takes a few.
 BUSY_SECONDS = 60.0

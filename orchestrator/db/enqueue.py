@@ -13,7 +13,6 @@ from typing import Any
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.orm import Session
 
-from kernels.errors import InvalidInputError
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
 from orchestrator.db.promote import complete, recount
@@ -23,6 +22,7 @@ from orchestrator.db.statements import batches, insert_or_ignore, move_job, move
 from orchestrator.errors import GraphError, NotFoundError
 from orchestrator.graph import TaskNode, inputs_json
 from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEvent, TaskState
+from quant_spec.errors import InvalidInputError
 
 
 def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], target: TaskNode) -> EnqueueCounts:

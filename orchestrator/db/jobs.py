@@ -10,7 +10,6 @@ from typing import Any
 from sqlalchemy import Row, Select, func, insert, or_, select
 from sqlalchemy.orm import Session
 
-from kernels.errors import InvalidInputError
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.enqueue import start_tasks
 from orchestrator.db.models import Event, Job, JobTask, Result, Task, in_states
@@ -21,7 +20,8 @@ from orchestrator.db.statements import move_job
 from orchestrator.errors import NotFoundError
 from orchestrator.graph import Resources
 from orchestrator.states import ACTIVE_JOBS, JOB_TRANSITIONS, JobEvent, JobState, TaskState
-from workers.names import check_name
+from quant_spec.errors import InvalidInputError
+from workers.storage.names import check_name
 
 #: Counts that `job_counts` returns.
 COUNTS = ("total", "cached", "succeeded", "failed", "running", "queued")

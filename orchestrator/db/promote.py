@@ -17,7 +17,7 @@ from orchestrator.db.session import record_event
 from orchestrator.db.settle import fail_jobs_that_need, settle_jobs
 from orchestrator.db.statements import batches, move_task
 from orchestrator.states import TASK_TRANSITIONS, TaskEvent, TaskState
-from workers.keys import task_key
+from quant_spec.keys import task_key
 
 
 def complete(session: Session, done: Sequence[str], ready: Sequence[str] = ()) -> None:

@@ -31,7 +31,7 @@ from orchestrator.db.statements import batches, held, insert_into, insert_or_ign
 from orchestrator.errors import ResultError
 from orchestrator.graph import Resources
 from orchestrator.states import JobEvent, JobState, TaskEvent, TaskState
-from workers.keys import canonical_json
+from quant_spec.keys import canonical_json
 
 #: Seconds to wait after the 1st, 2nd, ... fault of a task's own before it runs again; one more fault is final.
 TASK_BACKOFF = (2.0, 4.0)

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
-from kernels.errors import InvalidInputError
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.models import KindTiming, Model, Release, Result
 from orchestrator.db.rows import ModelRow, Timing
 from orchestrator.db.session import lock_enqueue
 from orchestrator.db.statements import batches
 from orchestrator.errors import NotFoundError
-from workers.names import check_name
+from quant_spec.errors import InvalidInputError
+from workers.storage.names import check_name
 
 _DIGEST_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 

@@ -9,13 +9,13 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, insert, select
 from sqlalchemy.orm import Session
 
-from kernels.errors import InvalidInputError
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.models import Alias, Release
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.db.statements import insert_into
 from orchestrator.errors import NotFoundError
-from workers.names import check_name
+from quant_spec.errors import InvalidInputError
+from workers.storage.names import check_name
 
 #: The alias that follows whatever was published last.
 LATEST = "latest"

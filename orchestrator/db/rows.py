@@ -46,7 +46,7 @@ class EnqueueCounts:
 
 @dataclass(frozen=True, slots=True)
 class ModelRow:
-    """A registered model; `inspection` is the JSON of `quant_core.inspection`."""
+    """A registered model; `inspection` is the JSON of `quant_core.inspect.inspection`."""
 
     name: str
     digest: str

@@ -2,7 +2,7 @@
 
 Work counts multiply-accumulates, and everything else that takes time as the MACs that would take as long. The factors
 were measured on one core of a current server CPU (AMD EPYC, float32, 30 GMAC/s in convolutions). Their ratios matter;
-the scale is fitted to recorded task times (`orchestrator.estimate`).
+the scale is fitted to recorded task times (`orchestrator.planning.estimate`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SEARCH = 12_000.0  # one weight in the search of a range, 80 candidates: 0.4 µ
 _COLUMN = 1.6e6  # one column visited by closed-form rounding: 55 µs
 _COLUMN_WEIGHT = 5.0  # and each weight that a visit corrects
 _SCALED_WEIGHT = 900.0  # one weight in one iteration of learned scales, with its gradient: 30 ns
-_VOTE_POSITIONS = 64  # quant_core.methods.dmq.VOTE_POSITIONS
+_VOTE_POSITIONS = 64  # quant_core.methods.dmq.scaling.VOTE_POSITIONS
 _CHANNEL = 60.0  # one element looked at by channel: 2 ns
 _BACKWARD = 2.0  # of a forward
 _EFFECT_SAMPLES = 2  # rows of each step in a forward for each layer

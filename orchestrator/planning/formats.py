@@ -1,6 +1,7 @@
 """Decide the format of every layer: the recipe's defaults, then the exceptions whose pattern matches, in order.
 
-The result is the JSON that task bodies read (`quant_core.qspec.LayerSpec` and `AttentionSpec`, with the ranges beside).
+The result is the JSON that task bodies read (`quant_spec.formats.LayerSpec` and `AttentionSpec`, with the ranges
+beside).
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import RecipeError
-from orchestrator.recipes.layers import Layer, assign, merge, read_layers, recipe_path, shipped_names
+from orchestrator.recipes.files import Layer, assign, merge, read_layers, recipe_path, shipped_names
 from orchestrator.recipes.messages import first_problem
 from orchestrator.recipes.schema import Recipe
-from workers.keys import canonical_json
+from quant_spec.keys import canonical_json
 
 #: What says nothing about the result.
 _UNDIGESTED = ("name", "description")

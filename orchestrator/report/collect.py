@@ -13,18 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from kernels.errors import InvalidInputError
+from orchestrator.actions.releases import layer_bits, read_release_json
+from orchestrator.actions.views import recipe_yaml
 from orchestrator.db.jobs import find_job, list_tasks
 from orchestrator.db.registry import find_model
 from orchestrator.db.rows import JobRow, ModelRow, TaskRow
-from orchestrator.releases import layer_bits, read_release_json
 from orchestrator.report.data import CorrectionRow, FeatureRow, KindTime, LayerRow, ReportData, UnitRow
 from orchestrator.report.images import Strips, make_strips
 from orchestrator.service import Service
 from orchestrator.states import JobState
 from orchestrator.text import utc_text
-from orchestrator.views import recipe_yaml
-from workers.store import Store
+from quant_spec.errors import InvalidInputError
+from workers.storage.store import Store
 
 #: A strip is this many pixels wide at most, and holds this many images at most.
 _STRIP_PIXELS, _STRIP_IMAGES = 640, 8

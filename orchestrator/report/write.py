@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kernels.errors import InvalidInputError
 from orchestrator.report.collect import collect
 from orchestrator.report.render import render_report
 from orchestrator.service import Service
-from workers.blobs import writing
+from quant_spec.errors import InvalidInputError
+from workers.storage.blobs import writing
 
 
 def write_report(service: Service, prefix: str, out: Path | None = None) -> Path:

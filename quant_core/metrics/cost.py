@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from quant_core.qspec import QuantizationPlan
+from quant_spec.formats import QuantizationPlan
 
 FLOAT_BITS = 32
 
@@ -42,7 +42,7 @@ def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
     Parameters
     ----------
     inspection : mapping
-        From `quant_core.inspection.inspect_model`.
+        From `quant_core.inspect.inspection.inspect_model`.
     """
     weights = macs = bops = saved = 0
     weight_bits = act_bits = 0.0

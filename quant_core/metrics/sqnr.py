@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quant_core.calibration import Batch, CalibrationSet, replay
+from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
 from quant_core.metrics.psnr import IDENTICAL_DB
 
 

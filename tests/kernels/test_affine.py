@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.affine import (
-    Granularity,
     dequantize_affine,
     expand_groups,
     fake_quantize_affine,
@@ -16,6 +15,7 @@ from kernels.affine import (
     quantize_affine,
 )
 from kernels.errors import KernelError
+from quant_spec.enums import Granularity
 
 ONE = torch.tensor(1.0)
 

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from kernels.backend import BackendUnavailableError, KernelBackend, backend_for, resolve_backend
+from kernels.backend import BackendUnavailableError, backend_for, resolve_backend
 from kernels.cpu_weight import sums_pairs_exactly
 from kernels.errors import KernelError
+from quant_spec.enums import KernelBackend
 
 
 def test_auto_takes_the_fastest_that_a_device_has() -> None:

@@ -12,7 +12,7 @@ from kernels.conv import ConvGeometry, conv2d_int
 from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE
-from tests.kernels.layers import random_layer
+from tests.kernels.example_layers import random_layer
 
 BACKENDS = ("reference", "triton")
 SAME = ConvGeometry((3, 3), padding=(1, 1))

@@ -28,7 +28,7 @@ from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_int
 from kernels.packing import pack_codes
 from kernels.weights import PackedWeight, pack_weight, weight_integers, weight_values
-from tests.kernels.layers import Layer, random_layer
+from tests.kernels.example_layers import Layer, random_layer
 
 GEOMETRIES = (
     ConvGeometry((3, 3), padding=(1, 1)),

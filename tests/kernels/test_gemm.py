@@ -11,7 +11,7 @@ from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_float, linear_int
 from kernels.weights import weight_values
-from tests.kernels.layers import random_layer
+from tests.kernels.example_layers import random_layer
 
 BACKENDS = ("reference", "triton")
 

@@ -19,7 +19,7 @@ from kernels.epilogue import Epilogue, LowRank
 from kernels.fp8 import linear_fp8, quantize_fp8
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, LayerNorm, group_norm_quantize, layer_norm_quantize
-from tests.kernels.layers import random_layer
+from tests.kernels.example_layers import random_layer
 
 TABLE = ActivationTable(torch.tensor([0.02, 0.05]), torch.tensor([60.0, 128.0]), 8)
 LINEAR = random_layer(12, 40, bits=4).packed

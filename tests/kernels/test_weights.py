@@ -6,7 +6,7 @@ import torch
 from kernels.errors import KernelError
 from kernels.packing import pack_codes
 from kernels.weights import MAX_COLUMNS, pack_weight, weight_integers, weight_values
-from tests.kernels.layers import random_layer
+from tests.kernels.example_layers import random_layer
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])

@@ -1,4 +1,4 @@
-"""Models for planning: inspections, made up in the format of `quant_core.inspection`; and what tests ask of plans."""
+"""Models for planning: inspections as `quant_core.inspect.inspection` writes them; and what tests ask of plans."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import TaskNode
-from orchestrator.planner import plan
+from orchestrator.planning.planner import plan
 from orchestrator.recipes.load import load_recipe
 from orchestrator.recipes.schema import Recipe
 

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.graph import Resources, TaskRef, task_node
-from workers.keys import canonical_json, task_key
-from workers.kinds import KINDS
+from quant_spec.keys import canonical_json, task_key
+from quant_spec.kinds import KINDS
 
 DIGEST = "ab" * 32
 JSON = st.recursive(

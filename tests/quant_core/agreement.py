@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import quant_core
-from kernels.backend import KernelBackend
 from kernels.cpu_weight import sums_pairs_exactly
-from quant_core.layers import QuantLayer
-from quant_core.runtime_layer import RuntimeLayer
+from quant_core.nn.layers import QuantLayer
+from quant_core.runtime.layer import RuntimeLayer
+from quant_spec.enums import KernelBackend
 
 
 def check_release(folder: Path, backend: str, predict: Callable[[nn.Module], Tensor]) -> dict[str, str]:

@@ -12,19 +12,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 from kernels.affine import quantize_affine
-from quant_core.activation import ActivationQuantizer
-from quant_core.calibration import CalibrationSet, RecordSpec, record_trajectories
-from quant_core.conditioning import TEXT_TOKENS, conditioning_fields
-from quant_core.denoiser import Denoiser, load_denoiser
-from quant_core.inspection import trace_model
-from quant_core.layers import QUANTIZABLE, weight_matrix
-from quant_core.model import build_quantized
-from quant_core.qspec import ActivationMode, ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
-from quant_core.ranges import QParams, RangeSpec, qparams_from_range
-from quant_core.rounding import UnitRanges
-from quant_core.sampler import SamplerSpec
-from quant_core.unit_state import UnitFormats
-from quant_core.units import find_units
+from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories
+from quant_core.diffusion.conditioning import TEXT_TOKENS, conditioning_fields
+from quant_core.diffusion.denoiser import Denoiser, load_denoiser
+from quant_core.diffusion.sampler import SamplerSpec
+from quant_core.fit.rounding import UnitRanges
+from quant_core.fit.unit_state import UnitFormats
+from quant_core.inspect.inspection import trace_model
+from quant_core.inspect.units import find_units
+from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.layers import QUANTIZABLE, weight_matrix
+from quant_core.nn.model import build_quantized
+from quant_core.nn.ranges import QParams, qparams_from_range
+from quant_spec.enums import ActivationMode
+from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.ranges import RangeSpec
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 EMOJI32 = MODELS / "emoji32"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.store import NodeStore, Store, open_cached, open_store
+from workers.storage.store import NodeStore, Store, open_cached, open_store
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -1,7 +1,7 @@
 """Allocate: choose the bits of the output channels of all layers from their measured errors.
 
 params
-    method, extra: see `quant_core.methods.mpqdm.AllocationConfig`
+    method, extra: see `quant_core.methods.mpqdm.allocation.AllocationConfig`
 inputs
     errors: of groups of units, in order
 outputs
@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from safetensors.torch import save
 
-from quant_core.channel_errors import from_bytes
-from quant_core.methods.mpqdm import AllocationConfig, LayerErrors, allocate
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.methods.mpqdm.allocation import AllocationConfig, LayerErrors, allocate
+from quant_core.methods.mpqdm.channel_errors import from_bytes
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 
 
 def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:

@@ -36,16 +36,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.backend import KernelBackend, resolve_backend
-from quant_core.artifact import WEIGHTS_FILE
-from quant_core.conditioning import to_device
-from quant_core.denoiser import call_denoiser, load_denoiser, sample_shape
-from quant_core.loader import check_device, load_runtime
-from quant_core.memory import return_free_memory
-from quant_core.runtime import layer_runs
-from quant_core.sampler import SamplerSpec, make_scheduler, sample, start, token_count, trajectory_conditioning
-from workers.context import Inputs, Params, TaskContext, TaskOutput
-from workers.manifest import link_tree
+from kernels.backend import resolve_backend
+from quant_core.artifact.folder import WEIGHTS_FILE
+from quant_core.diffusion.conditioning import to_device
+from quant_core.diffusion.denoiser import call_denoiser, load_denoiser, sample_shape
+from quant_core.diffusion.sampler import (
+    SamplerSpec,
+    make_scheduler,
+    sample,
+    start,
+    token_count,
+    trajectory_conditioning,
+)
+from quant_core.runtime.build import layer_runs
+from quant_core.runtime.loader import check_device, load_runtime
+from quant_core.runtime.memory import return_free_memory
+from quant_spec.enums import KernelBackend
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from workers.storage.manifest import link_tree
 from workers.tasks.common import device_name
 
 COMPILED = "bf16_compiled_figures"

@@ -6,14 +6,14 @@ params
 inputs
     model: tree
 outputs
-    calibration: a shard, see `quant_core.calibration`
+    calibration: a shard, see `quant_core.diffusion.calibration`
 """
 
 from __future__ import annotations
 
-from quant_core.calibration import RecordSpec, record_trajectories
-from quant_core.sampler import SamplerSpec
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.calibration import RecordSpec, record_trajectories
+from quant_core.diffusion.sampler import SamplerSpec
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_model, seed_range
 
 

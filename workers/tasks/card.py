@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 
-from quant_core.card import add_speed
-from workers.context import Inputs, Params, TaskContext, TaskOutput
-from workers.manifest import put_manifest, read_manifest
+from quant_core.artifact.card import add_speed
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from workers.storage.manifest import put_manifest, read_manifest
 from workers.tasks.common import only
 from workers.tasks.release import CARD_FILE
 

@@ -2,22 +2,22 @@
 
 params
     units: formats and ranges of each unit, see `orchestrator.planning.formats`; layers: names of those to measure;
-    seed; forward_batch_size; samples, positions: see `quant_core.channel_errors.MeasureConfig`
+    seed; forward_batch_size; samples, positions: see `quant_core.methods.mpqdm.channel_errors.MeasureConfig`
 inputs
     model: tree; calibration: shards; factors: what `scale` chose for each unit, if channels are scaled
 outputs
-    errors: see `quant_core.channel_errors`
+    errors: see `quant_core.methods.mpqdm.channel_errors`
 metrics
     effects: {layer: error power at the prediction per error power at its output}
 """
 
 from __future__ import annotations
 
-from quant_core.calibration import CalibrationSet
-from quant_core.channel_errors import MeasureConfig, measure_units, to_bytes
-from quant_core.channel_factors import ChannelFactors
-from quant_core.rounding import read_unit
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.calibration import CalibrationSet
+from quant_core.fit.channel_factors import ChannelFactors
+from quant_core.fit.rounding import read_unit
+from quant_core.methods.mpqdm.channel_errors import MeasureConfig, measure_units, to_bytes
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_model, local_files
 
 

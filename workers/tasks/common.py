@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from quant_core.artifact import SCHEDULER_FILE
-from quant_core.denoiser import Denoiser, load_denoiser
-from workers.context import Inputs, TaskContext
+from quant_core.artifact.folder import SCHEDULER_FILE
+from quant_core.diffusion.denoiser import Denoiser, load_denoiser
 from workers.errors import TaskError
-from workers.manifest import link_tree, pull_tree
+from workers.execution.context import Inputs, TaskContext
+from workers.storage.manifest import link_tree, pull_tree
 
 
 def only(inputs: Inputs, name: str) -> str:

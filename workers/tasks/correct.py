@@ -1,8 +1,8 @@
 """Correct: fit PTQD's correction to the noise of a packed model, and pack it with a sampler that applies it.
 
 params
-    scale, bias, variance, least_r2, held_out: see `quant_core.methods.ptqd.PTQDConfig`; unknown_timestep: "error" or
-    "nearest"; channel_dim: of the predictions
+    scale, bias, variance, least_r2, held_out: see `quant_core.methods.ptqd.correction.PTQDConfig`; unknown_timestep:
+    "error" or "nearest"; channel_dim: of the predictions
 inputs
     packed: tree; noise: shards of moments to fit; held_out: shards of other seeds, which decide what is used
 outputs
@@ -18,14 +18,14 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from quant_core.artifact import SCHEDULER_FILE, scheduler_json
-from quant_core.corrected_scheduler import QuantmillCorrectedScheduler
-from quant_core.methods.ptqd import NoiseMoments, PTQDConfig, fit, merge
-from quant_core.sampler import SamplerSpec, make_scheduler
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.artifact.folder import SCHEDULER_FILE, scheduler_json
+from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
+from quant_core.diffusion.sampler import SamplerSpec, make_scheduler
+from quant_core.methods.ptqd.correction import NoiseMoments, PTQDConfig, fit, merge
 from workers.errors import TaskError
-from workers.manifest import put_manifest, read_manifest
-from workers.store import Store
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from workers.storage.manifest import put_manifest, read_manifest
+from workers.storage.store import Store
 from workers.tasks.common import only
 
 _DIGITS = 9

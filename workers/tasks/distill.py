@@ -6,7 +6,7 @@ params
 inputs
     model: tree; trajectories: reference shards with predictions; states: one for each unit
 outputs
-    state:<unit> for each unit, see `quant_core.unit_state`
+    state:<unit> for each unit, see `quant_core.fit.unit_state`
 metrics
     loss_before, loss_after: |eps_q - eps|^2 per sample, summed over its elements, on samples of the trajectories
     is_taken: whether the states are what was learned; the start's if that was not better
@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from quant_core.calibration import CalibrationSet
-from quant_core.distillation import Distillation, DistillConfig
-from quant_core.unit_state import UnitState
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.calibration import CalibrationSet
+from quant_core.fit.unit_state import UnitState
+from quant_core.methods.mpqdm.distillation import Distillation, DistillConfig
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_model, local_files
 
 _PASS = (

@@ -6,7 +6,7 @@ params
 inputs
     packed: tree; reference: the shard of the same seeds
 outputs
-    evaluation: safetensors with `sample`, `psnr_db` per seed and `power` per step, see `quant_core.evaluation`
+    evaluation: safetensors with `sample`, `psnr_db` per seed and `power` per step, see `quant_core.metrics.evaluation`
 metrics
     psnr_db: mean of the shard; n
 """
@@ -16,9 +16,9 @@ from __future__ import annotations
 from safetensors.torch import load_file
 
 from quant_core import load_quantized
-from quant_core.evaluation import evaluate_shard
-from quant_core.sampler import SamplerSpec
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.sampler import SamplerSpec
+from quant_core.metrics.evaluation import evaluate_shard
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_packed, local_files, only, scheduler_config, seed_range
 
 

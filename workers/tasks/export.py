@@ -21,11 +21,11 @@ import json
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core.artifact import CONFIG_FILE, SCHEDULER_FILE, WEIGHTS_FILE
-from quant_core.dequantize import dequantized_state
-from quant_core.loader import load_folder
-from workers.context import Inputs, Params, TaskContext, TaskOutput
-from workers.manifest import link_tree, put_tree
+from quant_core.artifact.dequantize import dequantized_state
+from quant_core.artifact.folder import CONFIG_FILE, SCHEDULER_FILE, WEIGHTS_FILE
+from quant_core.runtime.loader import load_folder
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from workers.storage.manifest import link_tree, put_tree
 
 
 def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:

@@ -3,15 +3,15 @@
 inputs
     model: tree
 outputs
-    inspection: JSON, see `quant_core.inspection`
+    inspection: JSON, see `quant_core.inspect.inspection`
 metrics
     inspection: the same
 """
 
 from __future__ import annotations
 
-from quant_core.inspection import inspect_model
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.inspect.inspection import inspect_model
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_model, to_json
 
 

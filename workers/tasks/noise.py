@@ -5,15 +5,15 @@ params
 inputs
     packed: tree; reference: a shard with the trajectory of all its seeds
 outputs
-    noise: JSON, see `quant_core.methods.ptqd.NoiseMoments`
+    noise: JSON, see `quant_core.methods.ptqd.correction.NoiseMoments`
 """
 
 from __future__ import annotations
 
 from quant_core import load_quantized
-from quant_core.noise import measure_noise
-from quant_core.sampler import SamplerSpec
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.sampler import SamplerSpec
+from quant_core.methods.ptqd.noise import measure_noise
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_packed, local_files, only, scheduler_config, to_json
 
 

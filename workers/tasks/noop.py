@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 
 
 def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:

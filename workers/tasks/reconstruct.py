@@ -8,7 +8,7 @@ inputs
     inputs are quantized; temporal: what `temporal` gave, if the unit has layers of that block inside or its inputs are
     quantized
 outputs
-    state: see `quant_core.unit_state`
+    state: see `quant_core.fit.unit_state`
 metrics
     unit; sqnr_db_before, sqnr_db_after: of the unit's output, on calibration samples
 """
@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from quant_core.calibration import CalibrationSet
-from quant_core.reconstruction import ReconstructionConfig, reconstruct_unit
-from quant_core.unit_state import UnitState
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.calibration import CalibrationSet
+from quant_core.fit.reconstruction import ReconstructionConfig, reconstruct_unit
+from quant_core.fit.unit_state import UnitState
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_model, local_files, only
 
 _PASS = (

@@ -11,10 +11,10 @@ outputs
 
 from __future__ import annotations
 
-from quant_core.calibration import RecordSpec
-from quant_core.evaluation import record_reference
-from quant_core.sampler import SamplerSpec
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.calibration import RecordSpec
+from quant_core.diffusion.sampler import SamplerSpec
+from quant_core.metrics.evaluation import record_reference
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_model, seed_range
 
 

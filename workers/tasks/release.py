@@ -21,14 +21,14 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from quant_core.artifact import CONFIG_FILE, RECIPE_FILE, SCHEDULER_FILE
-from quant_core.card import CardContent, check_metrics, render_card
-from quant_core.corrected_scheduler import is_corrected
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.artifact.card import CardContent, check_metrics, render_card
+from quant_core.artifact.folder import CONFIG_FILE, RECIPE_FILE, SCHEDULER_FILE
+from quant_core.diffusion.corrected_scheduler import is_corrected
+from quant_spec.kinds import KINDS
 from workers.errors import TaskError
-from workers.kinds import KINDS
-from workers.manifest import put_manifest, read_manifest
-from workers.store import Store
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from workers.storage.manifest import put_manifest, read_manifest
+from workers.storage.store import Store
 
 METRICS_FILE = "metrics.json"
 PROVENANCE_FILE = "provenance.json"

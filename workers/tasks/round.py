@@ -8,7 +8,7 @@ inputs
     factors: what `scale` chose for each unit, if channels are scaled; allocation: what `allocate` chose, if layers are
     marked as allocated
 outputs
-    state:<unit> for each unit, see `quant_core.unit_state`
+    state:<unit> for each unit, see `quant_core.fit.unit_state`
 metrics
     layers: {layer: {"sqnr_db": of its output, or of its weight if rounded to nearest}}
 """
@@ -20,10 +20,10 @@ from typing import Any
 from safetensors.torch import load
 from torch import Tensor
 
-from quant_core.calibration import CalibrationSet
-from quant_core.channel_factors import ChannelFactors
-from quant_core.rounding import RoundingConfig, read_unit, round_units
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.calibration import CalibrationSet
+from quant_core.fit.channel_factors import ChannelFactors
+from quant_core.fit.rounding import RoundingConfig, read_unit, round_units
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import chosen_step_bits, fetch_model, local_files, only
 
 

@@ -6,9 +6,9 @@ params
 inputs
     model: tree; calibration: shards; step_bits: what `step_bits` chose, if activation bits in the formats are null
 outputs
-    factors:<unit> for each unit, see `quant_core.channel_factors`
+    factors:<unit> for each unit, see `quant_core.fit.channel_factors`
 metrics
-    layers: {layer: {"gain_db", "least", "greatest", "shifted"}}, see `quant_core.methods.dmq.ScaleReport`
+    layers: {layer: {"gain_db", "least", "greatest", "shifted"}}, see `quant_core.methods.dmq.scaling.ScaleReport`
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from quant_core.calibration import CalibrationSet
-from quant_core.methods.dmq import ScaleConfig, fit
-from quant_core.rounding import read_unit
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.calibration import CalibrationSet
+from quant_core.fit.rounding import read_unit
+from quant_core.methods.dmq.scaling import ScaleConfig, fit
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import chosen_step_bits, fetch_model, local_files
 
 _PASS = (

@@ -23,15 +23,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from quant_core.artifact import CONFIG_FILE, parse_quantization_config
-from quant_core.evaluation import Quality, summarize
-from quant_core.inspection import inspect_model
+from quant_core.artifact.folder import CONFIG_FILE, parse_quantization_config
+from quant_core.inspect.inspection import inspect_model
 from quant_core.metrics.cost import model_cost
+from quant_core.metrics.evaluation import Quality, summarize
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, inception_v3
 from quant_core.metrics.images import difference, grid
-from workers.context import Inputs, Params, TaskContext, TaskOutput
 from workers.errors import TaskError
-from workers.manifest import read_manifest
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from workers.storage.manifest import read_manifest
 from workers.tasks.common import fetch_model, local_files, only, to_json
 
 _GRID_PIXELS = 64  # smaller samples are enlarged to about this

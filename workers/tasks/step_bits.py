@@ -1,7 +1,7 @@
 """Step bits: choose the activation bits of each trajectory step from their measured effects.
 
 params
-    method, target_mean, threshold, least_last: see `quant_core.step_bits.StepBitsConfig`
+    method, target_mean, threshold, least_last: see `quant_core.methods.ptqd.step_bits.StepBitsConfig`
 inputs
     effects: shards
 outputs
@@ -12,9 +12,9 @@ metrics
 
 from __future__ import annotations
 
-from quant_core.step_bits import StepBitsConfig, choose_step_bits
-from quant_core.step_effects import StepEffects, merge_effects
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.methods.ptqd.step_bits import StepBitsConfig, choose_step_bits
+from quant_core.methods.ptqd.step_effects import StepEffects, merge_effects
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import to_json
 
 

@@ -6,15 +6,15 @@ params
 inputs
     model: tree; calibration: shards that ranges are measured on
 outputs
-    effects: see `quant_core.step_effects.StepEffects`
+    effects: see `quant_core.methods.ptqd.step_effects.StepEffects`
 """
 
 from __future__ import annotations
 
-from quant_core.calibration import CalibrationSet
-from quant_core.sampler import SamplerSpec
-from quant_core.step_effects import VariedLayer, measure_effects
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.calibration import CalibrationSet
+from quant_core.diffusion.sampler import SamplerSpec
+from quant_core.methods.ptqd.step_effects import VariedLayer, measure_effects
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_model, local_files, seed_range
 
 

@@ -6,9 +6,9 @@ params
 inputs
     model: tree; calibration: shards
 outputs
-    state: see `quant_core.unit_state`
+    state: see `quant_core.fit.unit_state`
 metrics
-    rows, features, table_bytes, replaced_bytes, unserved: see `quant_core.methods.tfmq.TemporalReport`
+    rows, features, table_bytes, replaced_bytes, unserved: see `quant_core.methods.tfmq.temporal_block.TemporalReport`
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from quant_core.calibration import CalibrationSet
-from quant_core.methods.tfmq import TemporalConfig, fit
-from quant_core.rounding import read_unit
-from workers.context import Inputs, Params, TaskContext, TaskOutput
+from quant_core.diffusion.calibration import CalibrationSet
+from quant_core.fit.rounding import read_unit
+from quant_core.methods.tfmq.temporal_block import TemporalConfig, fit
+from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_model, local_files
 
 _PASS = ("damping", "iterations", "lr", "trust", "rounding_weight", "warmup", "cache", "cache_ratio")

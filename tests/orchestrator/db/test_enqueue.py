@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from kernels.errors import InvalidInputError
 from orchestrator.db.queries import cancel_job, create_job, enqueue_graph, find_model
 from orchestrator.db.rows import EnqueueCounts
 from orchestrator.errors import GraphError, NotFoundError
 from orchestrator.graph import TaskNode, TaskRef, task_node
+from quant_spec.errors import InvalidInputError
 
 Driver = Any  # the fixture's class lives in conftest.py
 

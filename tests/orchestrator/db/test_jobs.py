@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from kernels.errors import InvalidInputError
 from orchestrator.db.queries import (
     cancel_job,
     claim_tasks,
@@ -28,6 +27,7 @@ from orchestrator.db.queries import (
 from orchestrator.db.rows import EventRow, KindRow
 from orchestrator.errors import NotFoundError
 from orchestrator.states import JobState, TaskState
+from quant_spec.errors import InvalidInputError
 
 Driver = Any  # the fixture's class lives in conftest.py
 

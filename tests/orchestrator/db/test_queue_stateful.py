@@ -27,7 +27,7 @@ from orchestrator.db.models import Base
 from orchestrator.db.queries import cancel_job, finish_task, reap_expired, release_task, renew_leases, retry_job
 from orchestrator.db.rows import ClaimedTask
 from orchestrator.graph import TaskNode, TaskRef, task_node
-from workers.keys import task_key
+from quant_spec.keys import task_key
 
 Driver = Any  # the fixture's class lives in conftest.py
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from kernels.errors import InvalidInputError
 from orchestrator.db.queries import (
     add_model,
     cancel_job,
@@ -26,7 +25,8 @@ from orchestrator.db.queries import (
 from orchestrator.db.rows import ModelRow, ReleaseRow, Timing
 from orchestrator.errors import NotFoundError
 from orchestrator.graph import TaskNode
-from workers.keys import task_key
+from quant_spec.errors import InvalidInputError
+from quant_spec.keys import task_key
 
 Driver = Any  # the fixture's class lives in conftest.py
 

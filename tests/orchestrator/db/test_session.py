@@ -12,10 +12,10 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from kernels.errors import InvalidInputError
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.session import Database, current, open_database, upgrade
 from orchestrator.errors import DatabaseError, DatabaseFullError, DatabaseUnreachableError
+from quant_spec.errors import InvalidInputError
 
 Driver = Any  # the fixture's class lives in conftest.py
 ON_SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 
 from kernels.affine import quantize_affine
-from quant_core.artifact import quantization_config, write_artifact
-from quant_core.denoiser import load_denoiser
-from quant_core.inspection import inspect_model
-from quant_core.layers import QUANTIZABLE, weight_matrix
-from quant_core.model import build_quantized
-from quant_core.qspec import LayerSpec, QuantizationPlan, WeightSpec
-from quant_core.ranges import qparams_from_range
-from quant_core.sampler import SamplerSpec, make_scheduler
-from workers.context import TaskOutput
-from workers.execute import TaskCall, execute_call
-from workers.manifest import put_tree
-from workers.modelfolder import import_model
-from workers.store import NodeStore, open_cached
+from quant_core.artifact.folder import quantization_config, write_artifact
+from quant_core.diffusion.denoiser import load_denoiser
+from quant_core.diffusion.sampler import SamplerSpec, make_scheduler
+from quant_core.inspect.inspection import inspect_model
+from quant_core.nn.layers import QUANTIZABLE, weight_matrix
+from quant_core.nn.model import build_quantized
+from quant_core.nn.ranges import qparams_from_range
+from quant_spec.formats import LayerSpec, QuantizationPlan, WeightSpec
+from workers.execution.context import TaskOutput
+from workers.execution.execute import TaskCall, execute_call
+from workers.storage.manifest import put_tree
+from workers.storage.model_folder import import_model
+from workers.storage.store import NodeStore, open_cached
 
 MODELS = Path(__file__).parents[3] / "examples" / "models"
 SAMPLER: dict[str, Any] = {"scheduler": "DDIMScheduler", "num_inference_steps": 3}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from quant_core.channel_errors import from_bytes
-from quant_core.unit_state import UnitState
-from workers.context import TaskOutput
-from workers.store import NodeStore
+from quant_core.fit.unit_state import UnitState
+from quant_core.methods.mpqdm.channel_errors import from_bytes
+from workers.execution.context import TaskOutput
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from quant_core.calibration import CalibrationSet
-from workers.context import TaskOutput
-from workers.store import NodeStore
+from quant_core.diffusion.calibration import CalibrationSet
+from workers.execution.context import TaskOutput
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 Seeds = Callable[..., dict[str, Any]]

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from quant_core.distillation import Distillation
-from quant_core.unit_state import UnitState
-from workers.execute import TaskCall, execute_call
-from workers.keys import task_key
-from workers.kinds import KINDS
-from workers.notes import CHECKPOINT, PROGRESS, read_progress
-from workers.store import NodeStore
+from quant_core.fit.unit_state import UnitState
+from quant_core.methods.mpqdm.distillation import Distillation
+from quant_spec.keys import task_key
+from quant_spec.kinds import KINDS
+from workers.execution.execute import TaskCall, execute_call
+from workers.execution.notes import CHECKPOINT, PROGRESS, read_progress
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., Any]
 PASS: dict[str, Any] = {
@@ -76,7 +76,7 @@ def test_a_task_that_died_goes_on_from_its_checkpoint_to_the_same_bytes(
 ) -> None:
     task = call(seed=1)
     key = key_of(task)
-    monkeypatch.setattr("workers.notes.CHECKPOINT_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr("workers.execution.notes.CHECKPOINT_SECONDS", (0.0, 0.0))
     step, made = Distillation.step, []
 
     def dies(run: Distillation) -> float:
@@ -111,7 +111,7 @@ def test_progress_is_there_while_it_runs(
     call: Callable[..., TaskCall], task_store: NodeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = call(seed=3, iterations=3)
-    monkeypatch.setattr("workers.notes.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("workers.execution.notes.PROGRESS_SECONDS", 0.0)
     step, seen = Distillation.step, []
 
     def looks(run: Distillation) -> float:

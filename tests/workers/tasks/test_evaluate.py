@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quant_core.errors import QuantizationError
 from quant_core.metrics.psnr import psnr_per_sample
 from quant_core.metrics.sqnr import sqnr_db
-from workers.context import TaskOutput
-from workers.store import NodeStore
+from quant_spec.errors import QuantizationError
+from workers.execution.context import TaskOutput
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 Seeds = Callable[..., dict[str, Any]]

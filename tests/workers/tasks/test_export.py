@@ -12,9 +12,9 @@ from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
 from quant_core import load_quantized
-from quant_core.layers import QuantLayer
-from workers.manifest import pull_tree
-from workers.store import NodeStore
+from quant_core.nn.layers import QuantLayer
+from workers.storage.manifest import pull_tree
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., Any]
 

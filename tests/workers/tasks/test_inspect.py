@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import pytest
 
-from workers.context import TaskOutput
 from workers.errors import TaskError
-from workers.store import NodeStore
+from workers.execution.context import TaskOutput
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import quant_core
-from quant_core.artifact import SCHEDULER_FILE, WEIGHTS_FILE
-from quant_core.calibration import CalibrationSet, replay
-from quant_core.denoiser import load_denoiser
-from quant_core.model import build_quantized
-from quant_core.sampler import SamplerSpec, make_scheduler, start
-from quant_core.unit_state import UnitState, load_states, merge_plans
-from workers.context import TaskOutput
-from workers.manifest import pull_tree
-from workers.store import NodeStore
+from quant_core.artifact.folder import SCHEDULER_FILE, WEIGHTS_FILE
+from quant_core.diffusion.calibration import CalibrationSet, replay
+from quant_core.diffusion.denoiser import load_denoiser
+from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, start
+from quant_core.fit.unit_state import UnitState, load_states, merge_plans
+from quant_core.nn.model import build_quantized
+from workers.execution.context import TaskOutput
+from workers.storage.manifest import pull_tree
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 DIGITS = Path(__file__).parents[3] / "examples" / "models" / "digits"

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import quant_core
-from quant_core.artifact import SCHEDULER_FILE
-from quant_core.conditioning import draw_conditioning
-from quant_core.denoiser import call_denoiser
-from quant_core.layers import QuantLayer
+from quant_core.artifact.folder import SCHEDULER_FILE
+from quant_core.diffusion.conditioning import draw_conditioning
+from quant_core.diffusion.denoiser import call_denoiser
 from quant_core.metrics.sqnr import sqnr_db
-from workers.context import TaskOutput
-from workers.manifest import pull_tree
-from workers.store import NodeStore
+from quant_core.nn.layers import QuantLayer
+from workers.execution.context import TaskOutput
+from workers.storage.manifest import pull_tree
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 Seeds = Callable[..., dict[str, Any]]

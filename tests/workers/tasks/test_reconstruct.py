@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from quant_core.unit_state import UnitState
-from workers.context import TaskOutput
+from quant_core.fit.unit_state import UnitState
 from workers.errors import TaskError
-from workers.store import NodeStore
+from workers.execution.context import TaskOutput
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 UNIT = "mid_block.resnets.0"

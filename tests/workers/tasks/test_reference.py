@@ -5,8 +5,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from workers.context import TaskOutput
-from workers.store import NodeStore
+from workers.execution.context import TaskOutput
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from quant_core.errors import QuantizationError
-from quant_core.unit_state import UnitState
-from workers.context import TaskOutput
-from workers.store import NodeStore
+from quant_core.fit.unit_state import UnitState
+from quant_spec.errors import QuantizationError
+from workers.execution.context import TaskOutput
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 

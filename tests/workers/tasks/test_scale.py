@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 import quant_core
-from quant_core.calibration import CalibrationSet, replay
-from quant_core.channel_factors import ChannelFactors
-from quant_core.denoiser import load_denoiser
-from quant_core.qspec import SHIFT_DEPTH
-from quant_core.unit_state import UnitState
+from quant_core.diffusion.calibration import CalibrationSet, replay
+from quant_core.diffusion.denoiser import load_denoiser
+from quant_core.fit.channel_factors import ChannelFactors
+from quant_core.fit.unit_state import UnitState
+from quant_spec.formats import SHIFT_DEPTH
 from tests.quant_core.agreement import check_release
-from workers.context import TaskOutput
-from workers.manifest import pull_tree
-from workers.store import NodeStore
+from workers.execution.context import TaskOutput
+from workers.storage.manifest import pull_tree
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 DIGITS = Path(__file__).parents[3] / "examples" / "models" / "digits"

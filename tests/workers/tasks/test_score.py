@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load, load_file
 
-from quant_core.card import check_metrics
+from quant_core.artifact.card import check_metrics
 from quant_core.metrics.psnr import mean_with_ci
-from workers.context import TaskOutput
 from workers.errors import TaskError
-from workers.manifest import read_manifest
-from workers.store import NodeStore
+from workers.execution.context import TaskOutput
+from workers.storage.manifest import read_manifest
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import quant_core
-from quant_core.calibration import CalibrationSet, replay
-from quant_core.denoiser import load_denoiser
-from quant_core.inspection import inspect_model
-from quant_core.qspec import UnknownTimestep
-from quant_core.unit_state import UnitState
-from workers.context import TaskOutput
-from workers.manifest import pull_tree
-from workers.store import NodeStore
+from quant_core.diffusion.calibration import CalibrationSet, replay
+from quant_core.diffusion.denoiser import load_denoiser
+from quant_core.fit.unit_state import UnitState
+from quant_core.inspect.inspection import inspect_model
+from quant_spec.enums import UnknownTimestep
+from workers.execution.context import TaskOutput
+from workers.storage.manifest import pull_tree
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
 DIGITS = Path(__file__).parents[3] / "examples" / "models" / "digits"

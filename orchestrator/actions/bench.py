@@ -1,0 +1,112 @@
+"""Measuring a release on the device at hand, against its original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.actions.dry_run import worker_count
+from orchestrator.actions.local import run_task
+from orchestrator.db.jobs import find_job
+from orchestrator.db.releases import find_release, publish
+from orchestrator.db.session import lock_graph
+from orchestrator.service import Service
+
+#: Of a release and of its original: as it is (float32), in bfloat16, and that compiled.
+SIDES = ("release_figures", "original_figures", "bf16_figures", "bf16_compiled_figures")
+#: Batch sizes whose step is timed, and for how long each at least, in seconds.
+BATCHES, SECONDS = (1, 8), 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """How to measure: torch's name of the device, CPU threads (None: all that this process may use), the release's
+    backend, and whether the compiled original is measured too.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    backend: str = "auto"
+    compiled: bool = True
+
+
+def bench_release(service: Service, ref: str, options: BenchOptions, *, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Measure a release and its full-precision original in one process.
+
+    Parameters
+    ----------
+    service
+        Knows the release and holds both models' bytes.
+    ref
+        name@3, name@alias, name, or a digest's beginning.
+    options
+        Where and how.
+    tell
+        Called with a line for a person before it starts.
+
+    Returns
+    -------
+    dict
+        `release`, `digest`, `device`, `threads`, `dtype` (of the release, between its layers), `backend`, `layers`
+        (backend to number of layers), `compile_error` (why the compiled original was not measured, or null); for each
+        of `SIDES`
+        `step_ms` by batch size, `images_per_second`, `peak_memory_bytes`, `bytes`, or null if not measured; `ratios`:
+        original to release of times and sizes, release to original of images per second, so that above 1 the release is
+        better; `ratios_bf16`, `ratios_bf16_compiled`: the same to those.
+    """
+    with service.database.session(read_only=True) as session:
+        release = find_release(session, ref)
+        job = find_job(session, release.job)
+    tell(f"measuring {release.ref} and its original on {options.device}")
+    metrics = run_task(
+        service.settings,
+        "bench",
+        {
+            "sampler": job.recipe["sampler"],
+            "batches": list(BATCHES),
+            "seconds": SECONDS,
+            "backend": options.backend,
+            "compile": options.compiled,
+        },
+        {"artifact": [release.digest], "model": [job.model_digest]},
+        device=options.device,
+        threads=options.threads or worker_count(),
+    ).metrics
+    if metrics["compile_error"] is not None:
+        tell(f"the compiled original was not measured: {metrics['compile_error']}")
+    ours, original, half, compiled = (metrics[side] for side in SIDES)
+    said = ("device", "threads", "dtype", "backend", "layers", "compile_error")
+    return {
+        "release": release.ref,
+        "digest": release.digest,
+        **{name: metrics[name] for name in (*said, *SIDES)},
+        "ratios": _ratios(ours, original),
+        "ratios_bf16": _ratios(ours, half),
+        "ratios_bf16_compiled": None if compiled is None else _ratios(ours, compiled),
+    }
+
+
+def publish_bench(service: Service, found: dict[str, Any]) -> str:
+    """Publish the measured release's next version, with the measurement in its model card; return "name@N".
+
+    Its tensors and metrics are the same; a release's own card never changes, since its digest names it.
+    """
+    with service.database.session(read_only=True) as session:
+        release = find_release(session, found["release"])
+    output = run_task(service.settings, "card", {"bench": found}, {"artifact": [release.digest]})
+    digest, size = output.outputs["artifact"], output.metrics["artifact_bytes"]
+    with service.database.session() as session:
+        lock_graph(session)
+        return publish(session, release.name, digest, size, job=release.job, metrics=release.metrics)
+
+
+def _ratios(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return how much better the release is, by figure."""
+    peak = other["peak_memory_bytes"]
+    return {
+        "step_ms": {batch: other["step_ms"][batch] / ours["step_ms"][batch] for batch in ours["step_ms"]},
+        "images_per_second": ours["images_per_second"] / other["images_per_second"],
+        "peak_memory_bytes": None if peak is None else peak / ours["peak_memory_bytes"],
+        "bytes": other["bytes"] / ours["bytes"],
+    }

@@ -1,0 +1,169 @@
+"""Is this machine fit to run Quantmill? One check a function; none of them changes anything that stays."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from orchestrator.db.session import current, open_database
+from orchestrator.service import open_store_of
+from orchestrator.settings import Settings
+from orchestrator.text import human_bytes
+from quant_spec.errors import QuantServiceError
+from workers.errors import StoreError
+
+_PYTHON = (3, 11)
+#: Before this version anyone's browser could delete jobs through Ray's dashboard (CVE-2026-27482).
+_RAY = (2, 54)
+_FREE_BYTES = 2 * 10**9
+_TORCH_SECONDS = 120
+_TORCH = """
+import torch, diffusers
+try:
+    from kernels.backend import has_int8_cpu
+    exact = has_int8_cpu()
+except ImportError:  # another package of that name: the next check says so
+    exact = False
+print(torch.__version__, diffusers.__version__, torch.cuda.device_count(), int(exact))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What was looked at, whether it is as it must be, and what was found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def examine(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[Check]:
+    """Run every check.
+
+    Parameters
+    ----------
+    settings
+        Where the database and the store are.
+    environ
+        Read for Ray's `RAY_AUTH_MODE`.
+
+    Returns
+    -------
+    list of Check
+        In a fixed order; a check that fails says what was found and what is wanted.
+    """
+    checks: dict[str, Callable[[], tuple[bool, str]]] = {
+        "python": _python,
+        "torch": _torch,
+        "kernels": _kernels,
+        "ray": lambda: _ray(settings.ray_address, environ),
+        "database": lambda: _database(settings),
+        "store": lambda: _store(settings),
+        "disk": lambda: _disk(settings.home),
+    }
+    return [_run(name, check) for name, check in checks.items()]
+
+
+def _run(name: str, check: Callable[[], tuple[bool, str]]) -> Check:
+    try:
+        ok, detail = check()
+    except (QuantServiceError, OSError, ValueError, metadata.PackageNotFoundError) as error:
+        ok, detail = False, " ".join(str(error).split())
+    return Check(name, ok, detail)
+
+
+def _python() -> tuple[bool, str]:
+    return sys.version_info >= _PYTHON, f"{sys.version.split()[0]}, wanted at least {_PYTHON[0]}.{_PYTHON[1]}"
+
+
+def _torch() -> tuple[bool, str]:
+    """Import torch and diffusers where the tasks will: in another process."""
+    try:
+        run = subprocess.run(
+            [sys.executable, "-P", "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no answer from importing torch and diffusers for {_TORCH_SECONDS} s"
+    if run.returncode:
+        return False, (run.stderr.strip().splitlines() or ["cannot be imported"])[-1]
+    torch_version, diffusers_version, devices, exact = run.stdout.split()[-4:]
+    cpu = (
+        "a CPU with int8 products" if int(exact) else "a CPU without VNNI or AMX: packed models run the reference on it"
+    )
+    return True, f"torch {torch_version}, diffusers {diffusers_version}, {devices} CUDA devices, {cpu}"
+
+
+def _kernels() -> tuple[bool, str]:
+    """Say if ours are compiled; find Hugging Face's package of that import name, which diffusers probes for."""
+    try:
+        version = metadata.version("kernels")
+    except metadata.PackageNotFoundError:
+        built = find_spec("kernels._native") is not None
+        how = "compiled for this CPU" if built else "not compiled (no C compiler found): half as fast on a CPU"
+        return True, f"{how}; no other package is called kernels"
+    return False, f"Hugging Face's package kernels {version} is installed, wanted none: pip uninstall kernels"
+
+
+def _ray(address: str | None, environ: Mapping[str, str]) -> tuple[bool, str]:
+    version = metadata.version("ray")
+    if tuple(int(part) for part in version.split(".")[:2]) < _RAY:
+        return False, f"ray {version}, wanted at least {_RAY[0]}.{_RAY[1]}"
+    if address is None or address == "local" or _is_loopback(address):
+        return True, f"ray {version}, local, reachable from this machine only"
+    if environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return True, f"ray {version} at {address}, RAY_AUTH_MODE=token"
+    return False, f"ray {version} at {address} without RAY_AUTH_MODE=token: whoever reaches it runs commands there"
+
+
+def _is_loopback(address: str) -> bool:
+    host = urlsplit(address if "://" in address else f"ray://{address}").hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _database(settings: Settings) -> tuple[bool, str]:
+    state = current(settings.database_url)
+    if state.revision is None and settings.embedded_database:
+        return True, f"{settings.database_path} will be made on first use"
+    if state.revision != state.head:
+        return False, f"schema {state.revision or 'none'}, wanted {state.head}: quantmill db upgrade"
+    database = open_database(settings.database_url)
+    try:
+        # Takes the write lock on SQLite, which a file system without locks or rights refuses.
+        with database.session():
+            return True, f"{database.location.render_as_string(hide_password=True)}, schema {state.revision}"
+    finally:
+        database.close()
+
+
+def _store(settings: Settings) -> tuple[bool, str]:
+    """Write, read and remove a blob that nobody else can have."""
+    if settings.embedded_store and not Path(settings.store_url).is_dir():
+        return True, f"{settings.store_url} will be made on first use"
+    store = open_store_of(settings)
+    data = b"quantmill doctor " + secrets.token_bytes(32)
+    digest = store.put_bytes(data)
+    try:
+        if store.get_bytes(digest) != data:
+            raise StoreError(f"{store.url}: got other bytes back than were written")
+    finally:
+        store.delete(digest)
+    return True, f"{store.url}: writes, reads and deletes"
+
+
+def _disk(home: Path) -> tuple[bool, str]:
+    folder = next(path for path in (home, *home.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    return free >= _FREE_BYTES, f"{human_bytes(free)} free at {folder}, wanted at least {human_bytes(_FREE_BYTES)}"

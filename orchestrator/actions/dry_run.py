@@ -1,0 +1,65 @@
+"""What a job would take, before anything is queued."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.actions.registration import resolve_model
+from orchestrator.actions.submission import Request
+from orchestrator.db.registry import kind_timings, known_results
+from orchestrator.planning.estimate import Estimate, estimate, settled
+from orchestrator.planning.planner import plan
+from orchestrator.recipes.load import load_recipe
+from orchestrator.service import Service
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a job would take on this machine, with `workers` tasks at once."""
+
+    model: str
+    recipe: str
+    workers: int
+    estimate: Estimate
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        found = self.estimate
+        return {
+            "model": self.model,
+            "recipe": self.recipe,
+            "tasks": {"total": found.tasks, "cached": found.cached, "queued": found.tasks - found.cached},
+            "workers": self.workers,
+            "estimated_seconds": round(found.seconds, 1),
+            "peak_memory_bytes": found.peak_memory_bytes,
+            "kinds": {
+                name: {"total": kind.tasks, "cached": kind.cached, "estimated_cpu_seconds": round(kind.seconds, 1)}
+                for name, kind in found.per_kind.items()
+            },
+        }
+
+
+def dry_run_job(service: Service, request: Request, *, tell: Callable[[str], None]) -> DryRun:
+    """Estimate a job without queueing it, registering its model, or keeping anything of it in the store.
+
+    Raises
+    ------
+    RecipeError, ModelError, NotFoundError
+        As `orchestrator.actions.submission.submit` would.
+    """
+    loaded = load_recipe(request.recipe, request.overrides)
+    model = resolve_model(service, request.model, tell=tell, dry_run=True)
+    workers = worker_count()
+    with service.database.session(read_only=True) as session:
+        cached = settled(plan(model, loaded.recipe)[0], lambda keys: known_results(session, keys))
+        timings = kind_timings(session)
+    found = estimate(plan(model, loaded.recipe)[0], timings, cached, cpus=workers)
+    return DryRun(model.name, loaded.recipe.name, workers, found)
+
+
+def worker_count() -> int:
+    """Return how many tasks this machine runs at once: the CPUs that this process may use."""
+    return len(os.sched_getaffinity(0))

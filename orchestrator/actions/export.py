@@ -1,0 +1,81 @@
+"""Releases in other layouts: a diffusers pipeline, or a plain float16 model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from orchestrator.actions.local import run_task
+from orchestrator.actions.releases import check_target, get_release
+from orchestrator.db.rows import ReleaseRow
+from orchestrator.service import Service
+from workers.storage.manifest import MANIFEST_NAME, pull_tree
+
+#: Names of the layouts.
+DIFFUSERS, DEQUANTIZED = "diffusers", "dequantized"
+#: The export task's code version is that of its kind; its output is named so.
+_OUTPUT = "model"
+
+
+def export_release(service: Service, ref: str, layout: str, folder: Path) -> ReleaseRow:
+    """Write a release into a new folder in the layout of a pipeline: the denoiser and the scheduler each in its own.
+
+    Parameters
+    ----------
+    service
+        Knows the release and holds its bytes.
+    ref
+        name@3, name@alias, name, or a digest's beginning.
+    layout
+        `diffusers` keeps the packed weights (needs `import quant_core` to load); `dequantized` writes the weights that
+        they stand for as plain float16, which any diffusers loads, without quantized activations.
+    folder
+        Must not exist, or be empty; on any failure nothing is left there.
+
+    Notes
+    -----
+    A `model_index.json` is added where diffusers has a pipeline that needs nothing else (an unconditional UNet2DModel).
+    """
+    folder = check_target(folder)
+    release = get_release(service, ref)
+    digest = release.digest
+    if layout == DEQUANTIZED:
+        digest = run_task(service.settings, "export", {}, {"artifact": [digest]}).outputs[_OUTPUT]
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-partial-", dir=folder.parent) as scratch:
+        pulled, laid_out = Path(scratch, "pulled"), Path(scratch, "out")
+        pull_tree(service.store, digest, pulled)
+        (pulled / MANIFEST_NAME).unlink()
+        _lay_out(pulled, laid_out)
+        laid_out.chmod(0o755)
+        laid_out.replace(folder)
+    return release
+
+
+def _lay_out(pulled: Path, target: Path) -> None:
+    """Move the denoiser, the scheduler and the card of a flat folder to where a pipeline has them."""
+    config = json.loads((pulled / "config.json").read_text(encoding="utf-8"))
+    target.mkdir()
+    for name in ("scheduler", "README.md"):
+        if (pulled / name).exists():
+            (pulled / name).rename(target / name)
+    part = "unet" if str(config["_class_name"]).startswith("UNet") else "transformer"
+    pulled.rename(target / part)
+    index = _model_index(config, target / "scheduler" / "scheduler_config.json")
+    if index is not None:
+        (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _model_index(config: dict[str, Any], scheduler: Path) -> dict[str, Any] | None:
+    """Return what makes the folder a pipeline, None if diffusers has none for just these two parts."""
+    conditional = config.get("num_class_embeds") or config.get("class_embed_type")
+    if config["_class_name"] != "UNet2DModel" or conditional or not scheduler.is_file():
+        return None
+    scheduler_class = json.loads(scheduler.read_text(encoding="utf-8"))["_class_name"]
+    return {
+        "_class_name": "DDIMPipeline",
+        "_diffusers_version": config.get("_diffusers_version"),
+        "scheduler": ["diffusers", scheduler_class],
+        "unet": ["diffusers", "UNet2DModel"],
+    }

@@ -1,0 +1,85 @@
+"""Looking at jobs: one now, one until it ends, and what happened to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from orchestrator.actions.views import event_view, job_view
+from orchestrator.db.clock import database_time
+from orchestrator.db.jobs import events, find_job, job_counts, list_jobs, list_tasks
+from orchestrator.db.rows import JobRow
+from orchestrator.scheduling.running import REPORTING, running_tasks
+from orchestrator.service import Service
+from orchestrator.states import ACTIVE_JOBS, JobState
+
+#: How often a job that is waited for is looked at, in seconds.
+POLL_SECONDS = 0.5
+_EVENTS_PER_READ = 500
+
+#: What the shell is told about a job; of one that has not ended: not finished in time.
+EXIT_CODES = {JobState.SUCCEEDED: 0, JobState.FAILED: 100, JobState.CANCELLED: 103}
+NOT_FINISHED = 101
+
+
+def show_job(service: Service, prefix: str) -> dict[str, Any]:
+    """Return a job's view by a unique prefix of its id."""
+    with service.database.session(read_only=True) as session:
+        job = find_job(session, prefix)
+        view = job_view(job, job_counts(session, job.id), database_time(session))
+        rows = [task for kind in REPORTING for task in list_tasks(session, job.id, kind=kind)]
+    steps = running_tasks(rows, service.store)
+    return view | {"steps": [each.document() for each in steps]}
+
+
+def show_jobs(service: Service, *, state: JobState | None = None, limit: int = 50) -> list[dict[str, Any]]:
+    """Return the views of the newest jobs, newest first."""
+    with service.database.session(read_only=True) as session:
+        now = database_time(session)
+        rows = list_jobs(session, states=[state] if state else [], limit=limit)
+        return [job_view(job, job_counts(session, job.id), now) for job in rows]
+
+
+def wait_for_job(service: Service, prefix: str, timeout_seconds: float | None = None) -> JobRow:
+    """Return a job once it has ended, or as it is when the time is over.
+
+    Parameters
+    ----------
+    service
+        Where it is queued; something else must execute it.
+    prefix
+        Of its id.
+    timeout_seconds
+        None waits for ever.
+    """
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    while True:
+        with service.database.session(read_only=True) as session:
+            job = find_job(session, prefix)
+        left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
+        if job.state not in ACTIVE_JOBS or left <= 0:
+            return job
+        time.sleep(min(POLL_SECONDS, left))
+
+
+def job_events(service: Service, prefix: str, *, follow: bool) -> Iterator[dict[str, Any]]:
+    """Yield what happened to a job and its tasks, oldest first, as JSON; with `follow`, until the job has ended."""
+    seen = 0
+    tasks: dict[str, tuple[str, str]] | None = None
+    while True:
+        with service.database.session(read_only=True) as session:
+            job = find_job(session, prefix)
+            rows = events(session, job.id, after_id=seen, limit=_EVENTS_PER_READ)
+            if rows and tasks is None:
+                # A job has all its tasks from the transaction that made it.
+                tasks = {task.id: (task.kind, task.label) for task in list_tasks(session, job.id)}
+        for row in rows:
+            kind, label = (tasks or {}).get(row.task or "", (None, None))
+            yield event_view(row, kind, label)
+        if rows:
+            seen = rows[-1].id
+        elif not follow or job.state not in ACTIVE_JOBS:
+            return
+        else:
+            time.sleep(POLL_SECONDS)

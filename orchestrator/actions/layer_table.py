@@ -1,0 +1,30 @@
+"""How the layers of a release run on the device at hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.actions.local import run_task
+from orchestrator.actions.releases import get_release
+from orchestrator.service import Service
+
+
+def release_layers(service: Service, ref: str, *, device: str, backend: str) -> dict[str, Any]:
+    """Return `release`, `digest`, `device`, `backend` and `layers` of a release, as the task `layers` describes them.
+
+    Parameters
+    ----------
+    service
+        Knows the release and holds its bytes.
+    ref
+        name@3, name@alias, name, or a digest's beginning.
+    device
+        Torch's name of the device.
+    backend
+        As `load_quantized` takes it.
+    """
+    release = get_release(service, ref)
+    metrics = run_task(
+        service.settings, "layers", {"backend": backend}, {"artifact": [release.digest]}, device=device
+    ).metrics
+    return {"release": release.ref, "digest": release.digest, **metrics}

@@ -1,0 +1,275 @@
+"""A job's progress while it runs: a live table on a terminal, a line now and then anywhere else; always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from orchestrator.db.clock import database_time
+from orchestrator.db.jobs import find_job, job_kinds, list_tasks
+from orchestrator.db.registry import kind_timings
+from orchestrator.db.rows import KindRow
+from orchestrator.db.session import Database
+from orchestrator.errors import DatabaseError
+from orchestrator.planning.estimate import Rate, fitted_rates
+from orchestrator.scheduling.running import REPORTING, RunningTask, running_tasks, step_text
+from orchestrator.text import human_seconds
+from workers.storage.store import Store
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Seconds between two looks at the database: on a terminal, and elsewhere.
+LIVE_SECONDS, PLAIN_SECONDS = 0.5, 1.0
+#: Elsewhere a line is due after a hundredth of the tasks, or after so many seconds if anything changed.
+LINE_SECONDS = 10.0
+_RATE_WINDOW_SECONDS = 60.0
+_TELLING_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A job at one moment; `eta_seconds` is what is left of it by recorded times and what long tasks say themselves."""
+
+    job: str
+    state: str
+    model: str
+    recipe: str
+    kinds: tuple[KindRow, ...]
+    seconds: float
+    eta_seconds: float
+    steps: tuple[RunningTask, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """Tasks in all."""
+        return sum(kind.total for kind in self.kinds)
+
+    @property
+    def done(self) -> int:
+        """Tasks that need nothing more, the cached ones included."""
+        return sum(kind.succeeded for kind in self.kinds)
+
+    @property
+    def computed(self) -> int:
+        """Tasks that were computed for this job."""
+        return sum(kind.succeeded - kind.cached for kind in self.kinds)
+
+    @property
+    def running(self) -> int:
+        """Tasks that run now."""
+        return sum(kind.running for kind in self.kinds)
+
+
+def remaining_seconds(kinds: Sequence[KindRow], rates: Mapping[str, Rate], workers: int) -> float:
+    """Estimate the time that is left, in seconds.
+
+    Parameters
+    ----------
+    kinds
+        The job's tasks. A kind is judged by its own times once the job has computed a tenth of its work: the first
+        tasks to end are the small ones, which say little about the others.
+    rates
+        What tasks of the other kinds take (`orchestrator.planning.estimate.fitted_rates`).
+    workers
+        How many tasks run at once.
+    """
+    total = 0.0
+    for kind in kinds:
+        left = kind.total - kind.succeeded - kind.failed - kind.cancelled
+        computed = kind.succeeded - kind.cached
+        if computed and kind.work > 0 and kind.work >= _TELLING_SHARE * kind.work_left:
+            total += kind.seconds / kind.work * kind.work_left
+        elif kind.kind in rates:
+            total += rates[kind.kind].fixed * left + rates[kind.kind].per_gmac * kind.work_left
+        elif computed:
+            total += kind.seconds / computed * left
+    return total / max(workers, 1)
+
+
+def seconds_left(
+    kinds: Sequence[KindRow], rates: Mapping[str, Rate], workers: int, steps: Sequence[RunningTask]
+) -> float:
+    """Estimate the time that is left, in seconds: what long tasks say themselves, then all that is not theirs."""
+    told = [each for each in steps if each.progress.seconds_left is not None]
+    others = []
+    for kind in kinds:
+        left = kind.total - kind.succeeded - kind.failed - kind.cancelled
+        own = min(left, sum(each.kind == kind.kind for each in told))
+        share = kind.work_left * (left - own) / max(left, 1)
+        others.append(replace(kind, total=kind.total - own, work_left=share))
+    return max((each.progress.seconds_left or 0.0 for each in told), default=0.0) + remaining_seconds(
+        others, rates, workers
+    )
+
+
+def recorded_rates(database: Database) -> dict[str, Rate]:
+    """Return what tasks of each kind take, by those that were ever computed."""
+    with database.session(read_only=True) as session:
+        return fitted_rates(kind_timings(session))
+
+
+def take_snapshot(database: Database, store: Store, job_id: str, rates: Mapping[str, Rate], workers: int) -> Snapshot:
+    """Read a job's progress."""
+    with database.session(read_only=True) as session:
+        job = find_job(session, job_id)
+        kinds = tuple(job_kinds(session, job_id))
+        now = database_time(session)
+        long = [kind.kind for kind in kinds if kind.running and kind.kind in REPORTING]
+        rows = [task for kind in long for task in list_tasks(session, job_id, kind=kind)]
+    steps = running_tasks(rows, store)
+    seconds = (job.finished_at or now) - (job.started_at or job.created_at)
+    eta = seconds_left(kinds, rates, workers, steps)
+    return Snapshot(job.id, job.state.value, job.model_name, job.recipe_name, kinds, max(seconds, 0.0), eta, steps)
+
+
+class Progress:
+    """Shows a job's progress from a thread of its own, while the block runs."""
+
+    def __init__(
+        self, database: Database, store: Store, job_id: str, *, workers: int, stream: TextIO | None = None
+    ) -> None:
+        rates = recorded_rates(database)
+        self._take: Callable[[], Snapshot] = lambda: take_snapshot(database, store, job_id, rates, workers)
+        self._stream = stream if stream is not None else sys.stderr
+        self._stop = threading.Event()
+        show = self._show_live if self._stream.isatty() else self._show_lines
+        self._thread = threading.Thread(target=show, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _show_lines(self) -> None:
+        pace = LinePace()
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(PLAIN_SECONDS)
+            # A look that fails costs one line of progress; the job itself meets the fault where it matters.
+            with suppress(DatabaseError):
+                snapshot = self._take()
+                if pace.is_due(snapshot, time.monotonic(), last=stopped):
+                    self._stream.write(progress_line(snapshot) + "\n")
+                    self._stream.flush()
+
+    def _show_live(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        pace = Pace()
+        with Live(console=Console(file=self._stream), auto_refresh=False) as live:
+            stopped = False
+            while not stopped:
+                with suppress(DatabaseError):
+                    snapshot = self._take()
+                    pace.add(time.monotonic(), snapshot.computed)
+                    live.update(progress_table(snapshot, pace.per_second()), refresh=True)
+                stopped = self._stop.wait(LIVE_SECONDS)
+            with suppress(DatabaseError):
+                live.update(progress_table(self._take(), pace.per_second()), refresh=True)
+
+
+class LinePace:
+    """Decides when another line is worth writing."""
+
+    def __init__(self) -> None:
+        self._shown: tuple[object, ...] | None = None
+        self._done = 0
+        self._at = 0.0
+
+    def is_due(self, snapshot: Snapshot, now: float, *, last: bool) -> bool:
+        """Say whether to write a line now; True also notes that it was written.
+
+        Parameters
+        ----------
+        now
+            Seconds of any clock.
+        last
+            The block is over: whatever changed is worth a line.
+        """
+        content = (snapshot.state, snapshot.done, snapshot.running, snapshot.total, snapshot.steps)
+        if content == self._shown:
+            return False
+        step = max(1, snapshot.total // 100)
+        due = self._shown is None or snapshot.done >= self._done + step or now >= self._at + LINE_SECONDS
+        if due or last:
+            self._shown, self._done, self._at = content, snapshot.done, now
+        return due or last
+
+
+class Pace:
+    """Tasks per second over the last minute."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def add(self, now: float, computed: int) -> None:
+        """Note how many tasks were computed by now."""
+        self._seen.append((now, computed))
+        while now - self._seen[0][0] > _RATE_WINDOW_SECONDS:
+            self._seen.popleft()
+
+    def per_second(self) -> float:
+        """Return the rate; 0 while nothing is known."""
+        if len(self._seen) < 2 or self._seen[-1][0] <= self._seen[0][0]:
+            return 0.0
+        (start, first), (end, last) = self._seen[0], self._seen[-1]
+        return (last - first) / (end - start)
+
+
+def progress_line(snapshot: Snapshot) -> str:
+    """Return a snapshot as one line of text."""
+    parts = [f"{snapshot.state} {snapshot.done}/{snapshot.total} tasks"]
+    busy = [f"{kind.kind} {kind.succeeded}/{kind.total}" for kind in snapshot.kinds if kind.running]
+    parts += [f"running {', '.join(busy)}"] if busy else []
+    parts += [step_text(each.document()) for each in snapshot.steps]
+    parts.append(human_seconds(snapshot.seconds))
+    if snapshot.state in ("queued", "running"):
+        parts.append(f"about {human_seconds(snapshot.eta_seconds)} left")
+    return f"job {snapshot.job}: " + "; ".join(parts)
+
+
+def progress_table(snapshot: Snapshot, per_second: float) -> Table:
+    """Return a snapshot as a table for a terminal."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    caption = f"{snapshot.done}/{snapshot.total} tasks, {human_seconds(snapshot.seconds)}"
+    if snapshot.state in ("queued", "running"):
+        caption += f", {per_second:.2f} tasks/s, about {human_seconds(snapshot.eta_seconds)} left"
+    caption += "".join(f"; {step_text(each.document())}" for each in snapshot.steps)
+    table = Table(
+        title=f"job {snapshot.job}  {snapshot.recipe} on {snapshot.model}  {snapshot.state}",
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("kind")
+    table.add_column("")
+    for name in ("done", "cached", "running", "queued", "failed", "s/task"):
+        table.add_column(name, justify="right")
+    for kind in snapshot.kinds:
+        computed = kind.succeeded - kind.cached
+        table.add_row(
+            kind.kind,
+            ProgressBar(total=max(kind.total, 1), completed=kind.succeeded, width=24),
+            f"{kind.succeeded}/{kind.total}",
+            *(str(count) if count else "" for count in (kind.cached, kind.running, kind.queued, kind.failed)),
+            f"{kind.seconds / computed:.1f}" if computed else "",
+        )
+    return table

@@ -1,0 +1,99 @@
+"""From what a user asks for to a job in the queue."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orchestrator.actions.registration import resolve_model
+from orchestrator.db.enqueue import enqueue_graph
+from orchestrator.db.jobs import create_job, find_job
+from orchestrator.db.rows import EnqueueCounts, JobRow, ModelRow
+from orchestrator.planning.planner import plan
+from orchestrator.recipes.load import LoadedRecipe, load_recipe, resolve
+from orchestrator.service import Service
+from workers.storage.names import check_name
+
+#: Release names are this long at most.
+_NAME_LENGTH = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to do to which model: a recipe's name or file, assignments on top, a model's name, folder or hf:ID."""
+
+    recipe: str
+    model: str
+    overrides: tuple[str, ...] = ()
+    release_name: str | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """A job that was queued, and how many of its tasks were known already."""
+
+    job: JobRow
+    counts: EnqueueCounts
+
+
+def submit(service: Service, request: Request, *, tell: Callable[[str], None]) -> Submitted:
+    """Queue a job; its model is registered first if it is a folder or hf:ID that is not.
+
+    Parameters
+    ----------
+    service
+        Where to.
+    request
+        What.
+    tell
+        Called with a line for a person when something takes a while.
+
+    Returns
+    -------
+    Submitted
+        The job ends here if every task's result is recorded.
+
+    Raises
+    ------
+    RecipeError
+        If the recipe is not valid or does not fit the model.
+    ModelError
+        If the model folder cannot be used.
+    NotFoundError
+        If the model is neither registered nor there.
+    """
+    loaded = load_recipe(request.recipe, request.overrides)
+    if request.release_name is not None:
+        check_name(request.release_name)
+    model = resolve_model(service, request.model, tell=tell)
+    return enqueue(service, model, loaded, release_name=request.release_name, priority=request.priority)
+
+
+def enqueue(
+    service: Service, model: ModelRow, loaded: LoadedRecipe, *, release_name: str | None = None, priority: int = 0
+) -> Submitted:
+    """Plan a job for a registered model and queue it, in one transaction."""
+    nodes, target = plan(model, loaded.recipe)
+    for path in loaded.files.values():
+        service.store.put_file(path)
+    resolved = resolve(loaded.recipe)
+    with service.database.session() as session:
+        job_id = create_job(
+            session,
+            model=model,
+            recipe_name=loaded.recipe.name,
+            recipe=json.loads(resolved.json),
+            recipe_digest=resolved.digest,
+            release_name=release_name or default_release_name(model.name, loaded.recipe.name),
+            priority=priority,
+        )
+        counts = enqueue_graph(session, job_id, nodes, target)
+        job = find_job(session, job_id)
+    return Submitted(job, counts)
+
+
+def default_release_name(model: str, recipe: str) -> str:
+    """Return "model-recipe", cut to the length of a name."""
+    return f"{model}-{recipe}"[:_NAME_LENGTH].rstrip("-._")

@@ -1,0 +1,1 @@
+"""Executing queued tasks: leases, placement, progress."""

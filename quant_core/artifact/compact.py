@@ -1,0 +1,75 @@
+"""What makes an artifact smaller than its plain tensors and records (docs/adr/0009-artifact-version-2.md).
+
+zero points    of a layer with less than 8 bits are packed as its codes are (`kernels.packing`), row by row, where
+               that saves bytes: (C_out, ceil(G * bits / 8)) instead of (C_out, G). The shape says which it is.
+formats        `quantization_config` has each different format of a layer once, in the list `formats`; `layers`
+               then has each layer's place in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from kernels.packing import pack_codes, packed_size, unpack_codes
+from quant_core.nn.layers import QuantLayer
+
+
+def share_formats(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Name each layer format of a plan's JSON once."""
+    formats: list[Any] = []
+    layers = {}
+    for name, spec in plan["layers"].items():
+        if spec not in formats:
+            formats.append(spec)
+        layers[name] = formats.index(spec)
+    return {**plan, "layers": layers, "formats": formats}
+
+
+def spell_formats(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `share_formats`.
+
+    Raises
+    ------
+    IndexError, TypeError
+        If a layer's entry is not a place in the list.
+    """
+    formats = data["formats"]
+    for place in data["layers"].values():
+        if not 0 <= place < len(formats):
+            raise IndexError(f"got format {place} of {len(formats)}")
+    layers = {name: formats[place] for name, place in data["layers"].items()}
+    return {name: value for name, value in data.items() if name != "formats"} | {"layers": layers}
+
+
+def zero_point_bits(model: nn.Module) -> dict[str, int]:
+    """Return the bits of each zero-point tensor of `model` that gets smaller when packed, by name."""
+    bits = {
+        name: layer.spec.weight.bits
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantLayer) and not layer.spec.weight.mixture
+    }
+    return {
+        f"{name}.zero_point": width
+        for name, width in bits.items()
+        if packed_size(groups := model.get_buffer(f"{name}.zero_point").shape[1], width) < groups
+    }
+
+
+def pack_zero_points(tensors: dict[str, Tensor], bits: Mapping[str, int]) -> None:
+    """Pack the zero points that `zero_point_bits` names, in place; ones that do not fit their bits stay."""
+    for name, width in bits.items():
+        if int(tensors[name].max()) < 1 << width:
+            tensors[name] = pack_codes(tensors[name], width)
+
+
+def unpack_zero_points(stored: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
+    """Return zero points of `shape`, packed or not in the file."""
+    return stored if tuple(stored.shape) == shape else unpack_codes(stored, bits, shape[1])
+
+
+def packed_shape(shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
+    """Return the shape of packed zero points."""
+    return shape[0], packed_size(shape[1], bits)

@@ -1,0 +1,236 @@
+"""The artifact folder: what a packed model looks like on disk, and the checks before it is believed.
+
+    config.json                            diffusers' own, plus `quantization_config`
+    diffusion_pytorch_model.safetensors    packed weights and activation parameters; names as in the model's state dict
+    scheduler/scheduler_config.json        the sampler that per-step parameters belong to
+    recipe.json                            the resolved recipe
+    manifest.json                          sha256 and bytes of every other file, once published
+
+Tensor names end in `.qweight` (uint8 codes, packed as `kernels.packing` draws; where output channels have bits of their
+own, also `.channel_bits`), `.scale` (float32, bfloat16 per group), `.zero_point` (uint8, or packed as codes are where
+that is smaller: `quant_core.artifact.compact`) and `.bias`; those of activation quantizers lie below `act_quantizers.`
+and `attention_quantizer.`. Everything that is not quantized keeps its name and dtype. There is no pickle in it, and the
+same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from quant_core.artifact.compact import pack_zero_points, share_formats, spell_formats, zero_point_bits
+from quant_core.errors import ArtifactError
+from quant_core.nn.layers import QuantLayer
+from quant_spec.formats import QuantizationPlan
+
+QUANT_METHOD = "quantmill"
+FORMAT_VERSION = 2
+#: Version 1 has zero points and the formats of layers at length.
+READABLE_VERSIONS = (1, 2)
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
+RECIPE_FILE = "recipe.json"
+MANIFEST_FILE = "manifest.json"
+_READ_BYTES = 1 << 20
+
+
+def quantization_config(plan: QuantizationPlan) -> dict[str, Any]:
+    """Return the `quantization_config` of config.json that describes a model quantized by `plan`."""
+    return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **share_formats(plan.to_json())}
+
+
+def parse_quantization_config(data: Mapping[str, Any]) -> QuantizationPlan:
+    """Read back what `quantization_config` wrote.
+
+    Raises
+    ------
+    ArtifactError
+        If it is another tool's, of another version, or malformed.
+    """
+    if data.get("quant_method") != QUANT_METHOD:
+        raise ArtifactError(f"quant_method: got {data.get('quant_method')!r}, wanted {QUANT_METHOD!r}")
+    if data.get("version") not in READABLE_VERSIONS:
+        wanted = " or ".join(map(str, READABLE_VERSIONS))
+        raise ArtifactError(f"quantization_config version: got {data.get('version')!r}, wanted {wanted}")
+    try:
+        return QuantizationPlan.from_json(data if data["version"] == 1 else spell_formats(data))
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ArtifactError(f"quantization_config: malformed: {type(error).__name__}: {error}") from error
+
+
+def write_artifact(
+    model: nn.Module,
+    base_config: Mapping[str, Any],
+    config: Mapping[str, Any],
+    scheduler_config: Mapping[str, Any] | None,
+    folder: Path,
+    *,
+    recipe: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a quantized model as a folder that diffusers loads.
+
+    Parameters
+    ----------
+    model : Module
+        Quantized in place by `build_quantized`, codes and ranges set.
+    base_config : mapping
+        config.json of the full-precision model.
+    config : mapping
+        As from `quantization_config`.
+    scheduler_config : mapping or None
+        Of the sampler that was calibrated for.
+    folder : Path
+        Absent or empty; created.
+    recipe : mapping or None
+        The resolved recipe.
+
+    Raises
+    ------
+    ArtifactError
+        If the folder holds something, or a layer's rounding is still being learned.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError(f"artifact folder: got {folder} that exists and is not empty, wanted a new or empty folder")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer) and module.soft_weight is not None:
+            raise ArtifactError(f"layer {name}: got a rounding that is still being learned, wanted packed codes")
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {key: value for key, value in base_config.items() if key != "_name_or_path"}
+    _write_json(folder / CONFIG_FILE, {**kept, "quantization_config": dict(config)})
+    # Copies, because safetensors refuses tensors that share memory.
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
+    pack_zero_points(tensors, zero_point_bits(model))
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if scheduler_config is not None:
+        (folder / SCHEDULER_FILE).parent.mkdir()
+        _write_json(folder / SCHEDULER_FILE, scheduler_config)
+    if recipe is not None:
+        _write_json(folder / RECIPE_FILE, recipe)
+
+
+def scheduler_json(scheduler: Any) -> bytes:
+    """Return scheduler_config.json of a diffusers scheduler, as `write_artifact` writes it."""
+    return _json_bytes(json.loads(scheduler.to_json_string()))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of an artifact folder, its `quantization_config` checked.
+
+    Raises
+    ------
+    ArtifactError
+        If there is none, or the folder does not hold a model that we quantized.
+    """
+    config = _read_json(folder / CONFIG_FILE)
+    if not isinstance(config.get("quantization_config"), dict):
+        raise ArtifactError(
+            f"{folder / CONFIG_FILE}: got no quantization_config, wanted a model quantized by Quantmill"
+        )
+    parse_quantization_config(config["quantization_config"])
+    return config
+
+
+def verify_folder(folder: Path) -> None:
+    """Check the files of an artifact folder before any is loaded.
+
+    Every file that manifest.json names must be there, inside the folder, with its size and sha256; the files that
+    loading reads must be among them. A folder without a manifest, as one that `save_pretrained` wrote, is checked for
+    whole safetensors files only.
+
+    Raises
+    ------
+    ArtifactError
+        Naming the first file that is missing, escapes, is linked, or differs.
+    """
+    if (folder / MANIFEST_FILE).exists():
+        _verify_manifest(folder)
+    check_weights(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """Refuse a folder without safetensors files, or with one that is not whole."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ArtifactError(f"{folder}: got no safetensors file, wanted {WEIGHTS_FILE}")
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{path}: got a truncated or damaged safetensors file ({error})") from error
+
+
+def _verify_manifest(folder: Path) -> None:
+    """Compare the folder with its manifest.json."""
+    path = folder / MANIFEST_FILE
+    manifest = _read_json(path)
+    files = manifest.get("files")
+    if manifest.get("format") != 1 or not isinstance(files, dict):
+        raise ArtifactError(f"{path}: got format {manifest.get('format')!r}, wanted 1 with a table of files")
+    for name in (CONFIG_FILE, *sorted(path.name for path in folder.glob("*.safetensors*"))):
+        if name not in files:
+            raise ArtifactError(f"{folder / name}: got a file that manifest.json does not list")
+    for name, entry in files.items():
+        file = _inside(folder, name)
+        if not isinstance(entry, dict) or not file.is_file():
+            raise ArtifactError(f"{file}: listed in manifest.json, but missing")
+        if file.stat().st_size != entry.get("bytes"):
+            raise ArtifactError(
+                f"{file}: got {file.stat().st_size} bytes, wanted {entry.get('bytes')} by manifest.json"
+            )
+        digest = _sha256(file)
+        if digest != entry.get("sha256"):
+            raise ArtifactError(f"{file}: got sha256 {digest}, wanted {entry.get('sha256')} by manifest.json")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Return the file `name` below `folder`, refusing absolute, climbing and linked paths."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or "\\" in name or ".." in parts:
+        raise ArtifactError(f"{folder / MANIFEST_FILE}: got the path {name!r}, wanted one inside the folder")
+    file = folder
+    for part in parts:
+        file = file / part
+        if file.is_symlink():
+            raise ArtifactError(f"{file}: got a link, wanted a plain file")
+    return file
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: got what is not JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ArtifactError(f"{path}: got a JSON {type(data).__name__}, wanted an object")
+    return data
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_bytes(_json_bytes(data))
+
+
+def _json_bytes(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,281 @@
+"""Quantize units without gradients: weight grids, nearest or closed-form rounding, measured activation ranges.
+
+Inputs come from the full-precision model, so units do not depend on each other: any group of them takes one pass over
+the calibration set, and groups run in parallel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.diffusion.calibration import CalibrationSet
+from quant_core.fit.closed_form import round_closed_form
+from quant_core.fit.observe import Observation, Watched, observe
+from quant_core.fit.unit_state import UnitFormats, UnitState, collect_state, merge_plans
+from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.attention import OPERANDS
+from quant_core.nn.layers import QuantLayer, greatest_code, scale_dtype, weight_matrix
+from quant_core.nn.model import QuantizedParts, build_quantized
+from quant_core.nn.ranges import QParams, choose_qparams
+from quant_spec.enums import ActivationMode, Granularity, RangeMethod, RoundingMethod
+from quant_spec.errors import QuantizationError
+from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, AttentionSpec, LayerSpec
+from quant_spec.ranges import RangeSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RoundingConfig:
+    """How to round.
+
+    `damping`: see `round_closed_form`. `samples` calibration rows per step and `positions` output positions per row
+    enter the second moments (all if None); `batch_size` rows go through the model at once.
+    """
+
+    method: RoundingMethod = RoundingMethod.NEAREST
+    damping: float = 0.03
+    samples: int | None = None
+    positions: int | None = 16
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", RoundingMethod(self.method))
+
+
+@dataclass(frozen=True, slots=True)
+class UnitRanges:
+    """How the ranges of a unit's weights and activations are found, by layer or attention name."""
+
+    weights: Mapping[str, RangeSpec]
+    activations: Mapping[str, RangeSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedUnit:
+    """A unit's state and, by layer, the signal-to-noise ratio in dB that rounding its weight leaves at its output."""
+
+    state: UnitState
+    layer_sqnr_db: dict[str, float]
+
+
+def round_units(
+    model: nn.Module,
+    calibration: CalibrationSet,
+    units: Sequence[tuple[UnitFormats, UnitRanges]],
+    config: RoundingConfig,
+    channel_scales: Mapping[str, Tensor] | None = None,
+    channel_shifts: Mapping[str, Tensor] | None = None,
+    channel_bits: Mapping[str, Tensor] | None = None,
+) -> list[RoundedUnit]:
+    """Quantize a group of units.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The full-precision denoiser; its layers are replaced in place.
+    units : sequence of (UnitFormats, UnitRanges)
+        In the order in which they run.
+    channel_scales : mapping of str to Tensor, shape (C_in,), optional
+        What the input channels of some layers are divided by, and their weights multiplied with.
+    channel_shifts : mapping of str to Tensor, shape (S, C_in) or (1, C_in), dtype uint8, optional
+        Exponents of the channels' activation steps: SHIFT_DEPTH stands for the measured range, less for a finer step.
+    channel_bits : mapping of str to Tensor, shape (C_out,), dtype uint8, optional
+        Bits of the output channels of some layers, in place of the format's.
+
+    Returns
+    -------
+    list of RoundedUnit, one for each unit
+    """
+    timesteps = tuple(float(t) for t in calibration.timesteps)
+    scales, shifts, mixed = channel_scales or {}, channel_shifts or {}, channel_bits or {}
+    units = [(mix_channels(mark_channels(formats, scales, shifts), mixed), ranges) for formats, ranges in units]
+    watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config, scales)
+    names = [formats.unit for formats, _ in units]
+    seen = observe(model, calibration, names, watched, batch_size=config.batch_size, seed=config.seed)
+    weights = {name: model.get_parameter(f"{name}.weight").detach() for formats, _ in units for name in formats.layers}
+    blank = [UnitState(formats, _trajectory(formats, timesteps), {}) for formats, _ in units]
+    parts = build_quantized(model, merge_plans(blank))
+    results = []
+    for (formats, ranges), state in zip(units, blank, strict=True):
+        sqnr = {}
+        for name in formats.layers:
+            layer = parts.layers[name]
+            if name in scales:
+                layer.set_channel_scale(scales[name])
+            if layer.spec.weight.mixture:
+                layer.set_channel_bits(mixed[name])
+            moment = seen.moments[name].mean() if name in seen.moments else None
+            sqnr[name] = round_layer(layer, layer.scaled(weights[name]), moment, ranges.weights[name], config)
+        _set_ranges(parts, formats, ranges, seen, shifts)
+        results.append(RoundedUnit(collect_state(parts, formats, state.timesteps), sqnr))
+    return results
+
+
+def mark_channels(formats: UnitFormats, scaled: Container[str], shifted: Container[str]) -> UnitFormats:
+    """Return the formats with `channel_scale` and `channel_shift` for those layers."""
+    layers = {
+        name: replace(spec, channel_scale=name in scaled, channel_shift=name in shifted)
+        for name, spec in formats.layers.items()
+    }
+    return replace(formats, layers=layers)
+
+
+def _trajectory(formats: UnitFormats, timesteps: tuple[float, ...]) -> tuple[float, ...]:
+    """Return the timesteps if any table of the unit is per step."""
+    modes = [spec.activation.mode for spec in formats.layers.values() if spec.activation is not None]
+    modes += [spec.activation.mode for spec in formats.attentions.values()]
+    return timesteps if ActivationMode.PER_STEP in modes else ()
+
+
+def mix_channels(formats: UnitFormats, channel_bits: Mapping[str, Tensor]) -> UnitFormats:
+    """Return the formats with the bits of `channel_bits`: a `mixture` where a layer's channels differ."""
+    layers = dict(formats.layers)
+    for name in layers.keys() & channel_bits.keys():
+        widths, counts = torch.unique(channel_bits[name], return_counts=True)
+        mixture = tuple(zip(widths.tolist(), counts.tolist(), strict=True))
+        weight = replace(layers[name].weight, bits=mixture[-1][0], mixture=mixture if len(mixture) > 1 else ())
+        layers[name] = replace(layers[name], weight=weight)
+    return replace(formats, layers=layers)
+
+
+def _watch(
+    units: Sequence[UnitFormats], ranges: Sequence[UnitRanges], config: RoundingConfig, scales: Mapping[str, Tensor]
+) -> Watched:
+    """Say what has to be seen of these units."""
+    layers = {name: spec for unit in units for name, spec in unit.layers.items()}
+    needs_range = {name: spec for name, spec in layers.items() if _is_measured(spec.activation)}
+    attentions = [name for unit in units for name, spec in unit.attentions.items() if _is_measured(spec.activation)]
+    # Second moments weigh errors in the report too, but only closed-form rounding pays for all of them.
+    moments = list(layers) if config.method is RoundingMethod.CLOSED_FORM else []
+    methods = {spec.method for each in ranges for spec in each.activations.values()}
+    keep_values = methods != {RangeMethod.MINMAX}
+    return Watched(needs_range, attentions, moments, config.positions, config.samples, keep_values, scales)
+
+
+def _is_measured(spec: ActivationSpec | None) -> bool:
+    return spec is not None and not spec.is_dynamic
+
+
+def weight_grid(
+    matrix: Tensor, spec: LayerSpec, group_index: Tensor, ranges: RangeSpec, bits: int | Tensor | None = None
+) -> QParams:
+    """Choose scales and zero points of a weight matrix (C_out, K), both of shape (C_out, G) or (1, 1).
+
+    Scales are what their stored dtype can hold, so that codes are chosen for the grid that is used. `bits`, shape
+    (C_out,), where output channels have bits of their own.
+    """
+    bits = spec.weight.bits if bits is None else bits
+    if spec.weight.granularity is Granularity.PER_TENSOR:
+        whole = choose_qparams(matrix.reshape(1, -1), spec.weight.bits, symmetric=spec.weight.symmetric, spec=ranges)
+        return QParams(whole.scale[:, None], whole.zero_point[:, None])
+    grids = [
+        _row_grids(matrix[:, group_index == group], bits, spec.weight.symmetric, ranges)
+        for group in range(int(group_index.max()) + 1)
+    ]
+    scale = torch.stack([grid.scale for grid in grids], dim=1).to(scale_dtype(spec)).float()
+    return QParams(scale, torch.stack([grid.zero_point for grid in grids], dim=1))
+
+
+def _row_grids(rows: Tensor, bits: int | Tensor, symmetric: bool, ranges: RangeSpec) -> QParams:
+    """Choose one grid for each row, of the same or of its own bits."""
+    if isinstance(bits, int):
+        return choose_qparams(rows, bits, symmetric=symmetric, spec=ranges)
+    scale, zero_point = torch.empty(len(rows)), torch.empty(len(rows))
+    for width in torch.unique(bits).tolist():
+        own = bits == width
+        grid = choose_qparams(rows[own], width, symmetric=symmetric, spec=ranges)
+        scale[own], zero_point[own] = grid.scale.cpu(), grid.zero_point.cpu()
+    return QParams(scale.to(rows.device), zero_point.to(rows.device))
+
+
+def nearest_codes(matrix: Tensor, grid: QParams, bits: int | Tensor, group_index: Tensor) -> Tensor:
+    """Return the nearest codes of a weight matrix, shape (C_out, K), dtype uint8; `bits` may be of each row."""
+    scale, zero_point = grid.scale[:, group_index], grid.zero_point[:, group_index]
+    codes = (torch.round(matrix / scale) + zero_point).clamp_(min=0)
+    return torch.minimum(codes, torch.as_tensor(greatest_code(bits)).to(codes)).to(torch.uint8)
+
+
+def round_layer(
+    layer: QuantLayer, weight: Tensor, moment: Tensor | None, ranges: RangeSpec, config: RoundingConfig
+) -> float:
+    """Set a layer's codes; returns the output's signal-to-noise ratio in dB (the weight's, without second moments)."""
+    matrix, bits, groups = weight_matrix(weight.float()), layer.bits, layer.group_index.to(weight.device)
+    grid = weight_grid(matrix, layer.spec, groups, ranges, bits)
+    # A grouped convolution has one Hessian for each group of channels; such layers are small and rounded to nearest.
+    if moment is None or len(moment) != matrix.shape[1]:
+        codes = nearest_codes(matrix, grid, bits, groups)
+    else:
+        codes = round_closed_form(matrix, moment, grid, bits, groups, damping=config.damping)
+    layer.set_codes(codes, grid.scale, grid.zero_point)
+    error = matrix - weight_matrix(layer.weight.float())
+    return _sqnr_db(matrix, error, moment if moment is not None and len(moment) == matrix.shape[1] else None)
+
+
+def _sqnr_db(matrix: Tensor, error: Tensor, moment: Tensor | None) -> float:
+    if moment is None:
+        signal, noise = matrix.square().sum(), error.square().sum()
+    else:
+        signal, noise = ((matrix @ moment) * matrix).sum(), ((error @ moment) * error).sum()
+    return 10 * math.log10(float(signal.clamp(min=1e-30)) / float(noise.clamp(min=1e-30)))
+
+
+def _set_ranges(
+    parts: QuantizedParts,
+    formats: UnitFormats,
+    ranges: UnitRanges,
+    seen: Observation,
+    shifts: Mapping[str, Tensor],
+) -> None:
+    """Fill the activation tables of a unit from what was observed."""
+    for name, spec in formats.layers.items():
+        if spec.activation is None or not _is_measured(spec.activation):
+            continue
+        for part, quantizer in enumerate(parts.layers[name].act_quantizers):
+            assert isinstance(quantizer, ActivationQuantizer)
+            grid = seen.ranges[name, part].qparams(spec.activation, ranges.activations[name])
+            quantizer.set_qparams(QParams(grid.scale / 2**SHIFT_DEPTH, grid.zero_point) if name in shifts else grid)
+        if name in shifts:
+            parts.layers[name].set_channel_shift(shifts[name])
+    for name, attention in formats.attentions.items():
+        if not _is_measured(attention.activation):
+            continue
+        for operand in OPERANDS:
+            quantizer = getattr(parts.attentions[name], operand)
+            quantizer.set_qparams(seen.ranges[name, operand].qparams(quantizer.spec, ranges.activations[name]))
+
+
+def read_unit(data: Mapping[str, Any], step_bits: Sequence[int] | None = None) -> tuple[UnitFormats, UnitRanges]:
+    """Read one unit's formats and ranges from task parameters (`orchestrator.planning.formats` writes them).
+
+    `step_bits`: the bits of each trajectory step, for activations whose bits are null there.
+    """
+    layers = {name: _with_step_bits(spec, step_bits) for name, spec in data["layers"].items()}
+    attentions = data["attentions"]
+    formats = UnitFormats(
+        data["unit"],
+        {name: LayerSpec.from_json(spec) for name, spec in layers.items()},
+        {name: AttentionSpec.from_json(spec) for name, spec in attentions.items()},
+    )
+    activations = {
+        name: RangeSpec(**spec["activation_range"])
+        for name, spec in {**layers, **attentions}.items()
+        if spec["activation_range"] is not None
+    }
+    weights = {name: RangeSpec(**spec["weight_range"]) for name, spec in layers.items()}
+    return formats, UnitRanges(weights, activations)
+
+
+def _with_step_bits(layer: Mapping[str, Any], step_bits: Sequence[int] | None) -> Mapping[str, Any]:
+    """Fill in the activation bits that a layer leaves to a choice by step."""
+    activation = layer["activation"]
+    if activation is None or activation["bits"] is not None:
+        return layer
+    if step_bits is None:
+        raise QuantizationError("activation: got null bits, wanted a number, or bits chosen for each step")
+    return {**layer, "activation": {**activation, "bits": max(step_bits), "step_bits": tuple(step_bits)}}

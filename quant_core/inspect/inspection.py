@@ -1,0 +1,142 @@
+"""What the planner needs to know of a model, as JSON: units, layers, multiplications, bytes; nothing of its weights'
+values."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.diffusion.conditioning import (
+    UNBATCHED,
+    Conditioning,
+    conditioning_fields,
+    draw_conditioning,
+    dummy_conditioning,
+)
+from quant_core.diffusion.denoiser import Denoiser, sample_shape
+from quant_core.inspect.temporal import trace_temporal
+from quant_core.inspect.trace import Trace, trace_denoiser
+from quant_core.inspect.units import Unit, find_units
+from quant_core.nn.layers import QUANTIZABLE
+
+GIGA = 1e9
+_FLOAT_BYTES = 4
+
+
+def trace_model(denoiser: Denoiser) -> Trace:
+    """Trace one forward at batch 1, with the folder's first drawn conditioning or zeros where there is none."""
+    model = denoiser.model
+    x, told = _first_call(denoiser)
+    return trace_denoiser(model, x, torch.tensor(0), told)
+
+
+def _first_call(denoiser: Denoiser) -> tuple[Tensor, Conditioning]:
+    """Return a sample and conditioning to look at a forward with, one row."""
+    model = denoiser.model
+    told = (
+        dummy_conditioning(model)
+        if denoiser.conditioning is None
+        else draw_conditioning(model, [0], denoiser.conditioning)
+    )
+    tokens = len(told["img_ids"]) if "img_ids" in told else None
+    return torch.zeros(1, *sample_shape(model, tokens)), told
+
+
+def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
+    """Describe a denoiser for planning.
+
+    Returns
+    -------
+    dict
+        JSON. Per unit in execution order: its layers, attentions, giga-MACs (attention matmuls included), weights,
+        float32 bytes of its inputs and outputs per sample, bytes of its layers' Hessians (float32, per convolution
+        group), and `depth`, the share of the forward's MACs done when it has first finished. Per layer: type, weight
+        shape, MACs, split of its input. Per attention: MACs of its two matmuls. All at batch 1. `temporal`: the layers
+        of the temporal information block, see `quant_core.inspect.temporal.TemporalLayer`.
+    """
+    model = denoiser.model
+    trace = trace_model(denoiser)
+    found = find_units(model, trace)
+    done = _finished(trace)
+    units = [_describe_unit(model, unit, trace, done) for unit in found.units]
+    layers = {name: _describe_layer(model, name, trace) for unit in found.units for name in unit.layers}
+    return {
+        "class_name": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "sample_shape": list(trace.output_shape[1:]),
+        "forward_gmacs": trace.macs / GIGA,
+        "activation_bytes": sum(layer.input_bytes for layer in trace.layers.values()),
+        "conditioning": _describe_conditioning(denoiser),
+        "units": units,
+        "layers": layers,
+        "attentions": {name: {"macs": macs} for name, macs in trace.attentions.items()},
+        "unused": list(found.unused),
+        "temporal": _describe_temporal(denoiser),
+    }
+
+
+def _finished(trace: Trace) -> dict[str, float]:
+    """Return, for each layer and attention, the share of the forward's MACs done after its first call."""
+    done, total = 0, max(trace.macs, 1)
+    shares: dict[str, float] = {}
+    for event in trace.events:
+        done += event.macs
+        shares.setdefault(event.name, done / total)
+    return shares
+
+
+def _describe_unit(model: nn.Module, unit: Unit, trace: Trace, done: dict[str, float]) -> dict[str, Any]:
+    parts = (*unit.layers, *unit.attentions)
+    macs = sum(trace.layers[name].macs for name in unit.layers) + sum(
+        trace.attentions[name] for name in unit.attentions
+    )
+    bytes_in, bytes_out = trace.spans[unit.name]
+    weights = [model.get_submodule(name).get_parameter("weight") for name in unit.layers]
+    return {
+        "name": unit.name,
+        "layers": list(unit.layers),
+        "attention": list(unit.attentions),
+        "gmacs": macs / GIGA,
+        "weights": sum(weight.numel() for weight in weights),
+        "input_bytes": bytes_in,
+        "output_bytes": bytes_out,
+        "hessian_bytes": sum(_hessian_bytes(model.get_submodule(name)) for name in unit.layers),
+        "depth": round(max(done[name] for name in parts), 6),
+    }
+
+
+def _hessian_bytes(layer: nn.Module) -> int:
+    """Return the float32 bytes of the Gram matrix of a layer's inputs, one per convolution group."""
+    columns = math.prod(layer.get_parameter("weight").shape[1:])
+    return _FLOAT_BYTES * columns**2 * int(getattr(layer, "groups", 1))
+
+
+def _describe_layer(model: nn.Module, name: str, trace: Trace) -> dict[str, Any]:
+    layer, traced = model.get_submodule(name), trace.layers[name]
+    kind = next(kind for kind in QUANTIZABLE if isinstance(layer, kind))
+    return {
+        "type": kind.__name__,
+        "shape": list(layer.get_parameter("weight").shape),
+        "macs": traced.macs,
+        "split": None if traced.split is None else list(traced.split),
+    }
+
+
+def _describe_temporal(denoiser: Denoiser) -> dict[str, Any]:
+    x, told = _first_call(denoiser)
+    found = trace_temporal(denoiser.model, x, torch.zeros(1), told)
+    return {name: layer.to_json() for name, layer in found.layers.items()}
+
+
+def _describe_conditioning(denoiser: Denoiser) -> dict[str, Any]:
+    """Return what the model must be told: the number of classes of a label, or the shape of a row."""
+    fields = conditioning_fields(denoiser.model)
+    return {
+        key: field.classes if field.classes is not None else list(field.shape)
+        for key, field in fields.items()
+        if key not in UNBATCHED
+    }

@@ -1,0 +1,1 @@
+"""DMQ: equivalent scaling of input channels, power-of-two channel steps."""

@@ -1,0 +1,1 @@
+"""MPQ-DM: bits of output channels, and distillation of the whole model."""

@@ -1,0 +1,244 @@
+"""What the bits of each output channel do: to the layer's output, and a layer's error to the model's prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from kernels.affine import fake_quantize_affine
+from quant_core.diffusion.calibration import CalibrationSet, replay
+from quant_core.diffusion.conditioning import seed_stream
+from quant_core.fit.channel_factors import ChannelFactors
+from quant_core.fit.hessian import input_rows
+from quant_core.fit.observe import Observation, Watched, observe, stop_after
+from quant_core.fit.rounding import UnitRanges, nearest_codes, weight_grid
+from quant_core.fit.unit_state import UnitFormats
+from quant_core.methods.mpqdm.allocation import LayerErrors, kurtosis
+from quant_core.nn.layers import greatest_code, weight_from_matrix, weight_groups, weight_matrix
+from quant_core.nn.ranges import QParams
+from quant_spec.enums import ActivationMode, RangeMethod
+from quant_spec.formats import SHIFT_DEPTH, LayerSpec
+
+#: Calibration rows of each step on which a layer's effect is measured: that takes a whole forward for each layer.
+EFFECT_SAMPLES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureConfig:
+    """How much to measure on: `samples` calibration rows of each step, `positions` output positions of each."""
+
+    samples: int = 8
+    positions: int = 16
+    batch_size: int = 32
+    seed: int = 0
+
+
+def to_bytes(layers: Mapping[str, LayerErrors]) -> bytes:
+    """Serialise the measurements of some layers."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors[f"{name}:kurtosis"], tensors[f"{name}:errors"] = layer.kurtosis, layer.errors.contiguous()
+        numbers = [float(layer.bits), float(layer.columns), layer.effect]
+        tensors[f"{name}:numbers"] = torch.tensor(numbers, dtype=torch.float64)
+    return save(tensors)
+
+
+def from_bytes(data: bytes) -> dict[str, LayerErrors]:
+    """Read what `to_bytes` wrote, in alphabetical order of the layers."""
+    tensors = load(data)
+    layers = {}
+    for name in sorted({key.rpartition(":")[0] for key in tensors}):
+        bits, columns, effect = tensors[f"{name}:numbers"].tolist()
+        errors, tails = tensors[f"{name}:errors"], tensors[f"{name}:kurtosis"]
+        layers[name] = LayerErrors(int(bits), int(columns), tails, errors, effect)
+    return layers
+
+
+@torch.no_grad()
+def measure_units(
+    model: nn.Module,
+    calibration: CalibrationSet,
+    units: Sequence[tuple[UnitFormats, UnitRanges]],
+    names: Sequence[str],
+    config: MeasureConfig,
+    factors: ChannelFactors | None = None,
+) -> dict[str, LayerErrors]:
+    """Measure the layers `names` of a group of units.
+
+    A grouped convolution is passed over: its channels read different inputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The full-precision denoiser; left as it is.
+    units : sequence of (UnitFormats, UnitRanges)
+        Formats with uniform bits N.
+    factors : ChannelFactors, optional
+        Of layers whose input channels are scaled.
+    """
+    factors = ChannelFactors() if factors is None else factors
+    specs = {n: spec for formats, _ in units for n, spec in formats.layers.items() if n in names}
+    specs = {n: spec for n, spec in specs.items() if getattr(model.get_submodule(n), "groups", 1) == 1}
+    ranges = UnitRanges(
+        {n: spec for _, own in units for n, spec in own.weights.items()},
+        {n: spec for _, own in units for n, spec in own.activations.items()},
+    )
+    seen = _input_ranges(model, calibration, specs, ranges, config, factors.scales)
+    watched = {n: _Watched(n, model.get_submodule(n), spec, ranges, seen, factors) for n, spec in specs.items()}
+    noises = {n: seed_stream(config.seed, f"positions of {n}") for n in specs}
+    with stop_after(model, [formats.unit for formats, _ in units]) as call:
+        last = min(config.samples, calibration.samples)
+        for step, first in product(range(calibration.steps), range(0, last, config.batch_size)):
+            batch = calibration.rows(step, first, min(first + config.batch_size, last))
+            with _hooks(watched, step, config.positions, noises):
+                call(lambda batch=batch: replay(model, batch))  # type: ignore[misc]
+    rows = torch.arange(min(config.samples, EFFECT_SAMPLES, calibration.samples))
+    index = (torch.arange(calibration.steps)[:, None] * calibration.samples + rows).flatten()
+    batches = [calibration.gather(chunk) for chunk in index.split(config.batch_size)]
+    wanted = [replay(model, batch) for batch in batches]
+    found = {}
+    for name, layer in watched.items():
+        with layer.replaced():
+            pairs = zip(batches, wanted, strict=True)
+            powers = [(replay(model, batch) - target).double().square().flatten(1).mean(1) for batch, target in pairs]
+        found[name] = layer.result(float(torch.cat(powers).mean()))
+    return found
+
+
+def _input_ranges(
+    model: nn.Module,
+    calibration: CalibrationSet,
+    specs: Mapping[str, LayerSpec],
+    ranges: UnitRanges,
+    config: MeasureConfig,
+    scales: Mapping[str, Tensor],
+) -> Observation:
+    """Measure the ranges of the layers' inputs."""
+    static = {n: s for n, s in specs.items() if s.activation is not None and not s.activation.is_dynamic}
+    if not static:
+        return Observation({}, {})
+    draws = any(ranges.activations[n].method is not RangeMethod.MINMAX for n in static)
+    watched = Watched(
+        static, attentions=(), moments=(), positions=None, samples=None, keep_values=draws, channel_scales=scales
+    )
+    return observe(model, calibration, list(static), watched, batch_size=config.batch_size, seed=config.seed)
+
+
+class _Watched:
+    """One layer: its weight at three widths, and the errors that they make, as rows of its input come by.
+
+    Where channels are scaled, what is quantized is x / channel_scale and weight * channel_scale; both are kept in the
+    units of x and weight, so that products are the same.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: nn.Module,
+        spec: LayerSpec,
+        ranges: UnitRanges,
+        seen: Observation,
+        factors: ChannelFactors,
+    ) -> None:
+        self.layer, self.spec = layer, spec
+        self.channel_scale, self.channel_steps = factors.scales.get(name), _channel_steps(factors, name)
+        self.original = layer.get_parameter("weight").data
+        self.weight = weight_matrix(self.original.float())
+        taps = self.weight.shape[1] // self.original.shape[1]
+        self.channel = torch.ones(()) if self.channel_scale is None else self.channel_scale.repeat(taps)
+        self.tables: list[QParams] = []
+        if spec.activation is not None and not spec.activation.is_dynamic:
+            parts = range(len(spec.split or (0,)))
+            own = ranges.activations[name]
+            self.tables = [seen.ranges[name, part].qparams(spec.activation, own) for part in parts]
+        bits = spec.weight.bits
+        self.quantized = [self._quantized(width, ranges, name) for width in (bits - 1, bits, bits + 1)]
+        self.errors = torch.zeros(len(self.weight), 3, dtype=torch.float64)
+        self.weight_error, self.rows = 0.0, 0
+
+    def _quantized(self, bits: int, ranges: UnitRanges, name: str) -> Tensor:
+        """Return the weight matrix rounded to nearest at some bits."""
+        groups = weight_groups(tuple(self.original.shape), self.spec).to(self.weight.device)
+        width = torch.full((len(self.weight),), bits, dtype=torch.uint8)
+        scaled = self.weight * self.channel
+        grid = weight_grid(scaled, self.spec, groups, ranges.weights[name], width)
+        codes = nearest_codes(scaled, grid, width, groups).float()
+        return (codes - grid.zero_point[:, groups]) * grid.scale[:, groups] / self.channel
+
+    def quantize_input(self, x: Tensor, step: int) -> Tensor:
+        """Return the input as the layer will get it; in full precision where ranges are taken at run time."""
+        if not self.tables or self.spec.activation is None:
+            return x
+        activation = self.spec.activation
+        dim = -1 if isinstance(self.layer, nn.Linear) else 1
+        at = step if activation.mode is ActivationMode.PER_STEP else 0
+        bits = activation.step_bits[step] if activation.step_bits else activation.bits
+        shape = (-1, *[1] * (x.dim() - 2)) if dim == 1 else (-1,)
+        sizes, top = self.spec.split or (x.shape[dim],), int(greatest_code(bits))
+        steps = None if self.channel_steps is None else self.channel_steps[at if len(self.channel_steps) > 1 else 0]
+        own = [1.0] * len(sizes) if steps is None else [s.view(shape) for s in steps.split(sizes)]
+        parts = zip(x.split(sizes, dim=dim), self.tables, own, strict=True)
+        return torch.cat([fake_quantize_affine(p, t.scale[at] * c, t.zero_point[at], 0, top) for p, t, c in parts], dim)
+
+    def add(self, x: Tensor, step: int, positions: int, generator: torch.Generator) -> None:
+        """Add a batch of inputs."""
+        rows = input_rows(self.layer, torch.cat([x.float(), self.quantize_input(x, step)]), positions, generator)
+        exact, given = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        target = exact @ self.weight.T
+        for place, weight in enumerate(self.quantized):
+            self.errors[:, place] += (given @ weight.T - target).double().square().sum(dim=0)
+        self.weight_error += float((exact @ self.quantized[1].T - target).double().square().sum())
+        self.rows += len(exact)
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Let the layer multiply with its weight at N bits."""
+        parameter = self.layer.get_parameter("weight")
+        parameter.data = weight_from_matrix(self.quantized[1], tuple(self.original.shape)).to(self.original)
+        try:
+            yield
+        finally:
+            parameter.data = self.original
+
+    def result(self, power: float) -> LayerErrors:
+        """Return the measurement; `power` is the prediction's error with the weight at N bits."""
+        own = max(self.weight_error / max(self.rows, 1), 1e-30)
+        bits, columns = self.spec.weight.bits, self.weight.shape[1]
+        return LayerErrors(
+            bits, columns, kurtosis(self.weight * self.channel), self.errors / max(self.rows, 1), power / own
+        )
+
+
+def _channel_steps(factors: ChannelFactors, name: str) -> Tensor | None:
+    """Return the step of each input channel in units of its tensor's, (S, C_in) or (1, C_in); None if all have that."""
+    scale, shift = factors.scales.get(name), factors.shifts.get(name)
+    if scale is None and shift is None:
+        return None
+    steps = torch.ones(1, 1) if shift is None else torch.exp2(shift.float() - SHIFT_DEPTH)
+    return steps if scale is None else steps * scale
+
+
+@contextmanager
+def _hooks(
+    watched: Mapping[str, _Watched], step: int, positions: int, noises: Mapping[str, torch.Generator]
+) -> Iterator[None]:
+    """Show the layers' inputs of one batch of a step to those that watch."""
+
+    def hook(name: str) -> object:
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            watched[name].add(args[0], step, positions, noises[name])
+
+        return see
+
+    handles = [layer.layer.register_forward_pre_hook(hook(name)) for name, layer in watched.items()]  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

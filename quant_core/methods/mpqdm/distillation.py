@@ -1,0 +1,324 @@
+"""Distil a quantized model from its full-precision one, end to end: low-rank tuning of weights, grids learned too.
+
+What is learned, per layer: B A and the weight's grid (`quant_core.methods.mpqdm.low_rank`), the bias, and the scale and
+zero point of each activation at each trajectory step (TALSQ: He et al., "EfficientDM", arXiv:2310.03270, Sec. 3.3). The
+loss is EfficientDM's, plus MPQ-DM's time-smoothed relations (`quant_core.methods.mpqdm.relation`):
+
+    L = |eps_q(x_t, t) - eps(x_t, t)|^2 + weight * L_TRD        per sample, features of the last block before the output
+
+Data-free: inputs are the full-precision sampler's own trajectories from noise, with its predictions, recorded once.
+Where we differ from the authors' code (EfficientDM@293e212, mpq-dm@2b05dd7), and why:
+
+- The step index comes from the timestep of each sample (`quant_core.nn.steps`), not from a counter of forwards, so a
+batch
+  mixes steps: an iteration sees several, where the authors walk through the trajectory one step at a time.
+- The relation loss has a gradient, through both steps of a pair, which are in the same batch.
+- Rates are relative: of B A to the layer's mean step (theirs is 1 / 2500 of it for 16,000 updates), of scales as
+  exponents. Biases are learned too; they are stored in full precision anyway.
+- With guidance each prediction counts by itself, not their combination.
+- A result that is not better than its start is not taken (`Distilled.is_taken`).
+- Runs of steps begin anywhere, so the first and the last step of the trajectory are in half as many as the others.
+
+A run may stop after any iteration and go on from its checkpoint: the result is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
+from quant_core.diffusion.conditioning import seed_stream
+from quant_core.fit.unit_state import UnitState, collect_state, load_states, merge_plans
+from quant_core.methods.mpqdm.low_rank import LowRankWeight
+from quant_core.methods.mpqdm.relation import relation_loss
+from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.model import build_quantized
+from quant_core.nn.straight_through import round_through
+from quant_spec.errors import QuantizationError
+
+#: Trajectory samples on which a result is compared with its start.
+CHECKED_SAMPLES = 160
+
+
+@dataclass(frozen=True, slots=True)
+class DistillConfig:
+    """How to distil.
+
+    `batch_size` samples per iteration, in runs of `window` consecutive steps of one trajectory; `rank` of B A; `lr` of
+    B A per mean step of the layer; `weight_lr`, `activation_lr` of logarithms of scales, `zero_point_lr` of codes of
+    zero, `bias_lr` of biases; all fall linearly to 0. `relation_weight`: 0 for plain distillation. `positions`: at most
+    so many of the feature's positions are related, drawn anew for each iteration.
+    """
+
+    iterations: int = 1200
+    batch_size: int = 8
+    rank: int = 32
+    lr: float = 1 / 300
+    weight_lr: float = 3e-4
+    activation_lr: float = 1e-3
+    zero_point_lr: float = 1e-3
+    bias_lr: float = 1e-4
+    relation_weight: float = 100.0
+    window: int = 2
+    positions: int = 1024
+    seed: int = 0
+
+
+class LearnedTable:
+    """The scales and zero points of one activation, while they are learned.
+
+    Attributes
+    ----------
+    log_scale, zero_point : Tensor, shape (S,), require grad (the latter unless the grid is symmetric)
+    """
+
+    def __init__(self, quantizer: ActivationQuantizer) -> None:
+        self.quantizer = quantizer
+        self.start_scale = quantizer.scale.clone()
+        self.log_scale = torch.zeros_like(self.start_scale, requires_grad=True)
+        self.zero_point = quantizer.zero_point.clone().requires_grad_(not quantizer.spec.symmetric)
+        bits = quantizer.spec.step_bits or (quantizer.spec.bits,)
+        self.top = torch.tensor([2.0**b - 1 for b in bits], device=self.start_scale.device)
+
+    def apply(self) -> None:
+        """Let the quantizer use what has been learned so far, as it would be stored."""
+        self.quantizer.soft_scale = self.start_scale * self.log_scale.exp()
+        zero_point = round_through(self.zero_point).clamp(min=0)
+        self.quantizer.soft_zero_point = torch.minimum(zero_point, self.top)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Store what was learned."""
+        self.apply()
+        assert self.quantizer.soft_scale is not None
+        assert self.quantizer.soft_zero_point is not None
+        self.quantizer.scale.copy_(self.quantizer.soft_scale)
+        self.quantizer.zero_point.copy_(self.quantizer.soft_zero_point)
+        self.release()
+
+    def release(self) -> None:
+        """Let the quantizer use what is stored."""
+        self.quantizer.soft_scale = self.quantizer.soft_zero_point = None
+
+
+@dataclass(frozen=True, slots=True)
+class Distilled:
+    """States of all units in the order given, the mean loss of the prediction before and after, and whether the states
+    are what was learned: the start's otherwise, if learning made nothing better."""
+
+    states: list[UnitState]
+    loss_before: float
+    loss_after: float
+    is_taken: bool
+
+
+class Distillation:
+    """One run: `step` until `iteration` reaches the config's, then `finish`.
+
+    Parameters
+    ----------
+    teacher, model : nn.Module
+        The full-precision denoiser, twice; the layers of the second are replaced in place.
+    states : sequence of UnitState
+        Of all units, in the order in which they run.
+    trajectories : CalibrationSet
+        With predictions.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        model: nn.Module,
+        states: Sequence[UnitState],
+        trajectories: CalibrationSet,
+        config: DistillConfig,
+    ) -> None:
+        self.teacher, self.model = teacher, model.requires_grad_(False)
+        self.trajectories, self.config = trajectories, config
+        self.states = list(states)
+        self.window = min(config.window, trajectories.steps)
+        weights = {name: model.get_parameter(f"{name}.weight").detach() for s in states for name in s.formats.layers}
+        self.parts = build_quantized(model, merge_plans(self.states))
+        load_states(model, self.states)
+        self.feature = feature_unit(self.states)
+        self.loss_before = self._checked_loss()
+        self.tuned = {
+            name: LowRankWeight(layer, weights[name], config.rank, seed_stream(config.seed, f"low rank of {name}"))
+            for name, layer in self.parts.layers.items()
+        }
+        self.tables = {
+            name: LearnedTable(module)
+            for name, module in model.named_modules()
+            if isinstance(module, ActivationQuantizer) and not module.spec.is_dynamic
+        }
+        groups = list(self._groups())
+        self._rates = [group["lr"] for group in groups]
+        self.optimizer = torch.optim.Adam(groups)
+        self.iteration = 0
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        """Yield the optimiser's groups."""
+        config = self.config
+        rates = {"log_scale": config.weight_lr, "zero_point": config.zero_point_lr, "bias": config.bias_lr}
+        for name, tuned in self.tuned.items():
+            own = config.lr * float(tuned.start_scale.mean())
+            for what, parameter in tuned.parameters().items():
+                yield {"params": [parameter], "lr": rates.get(what, own), "name": f"{name}.{what}"}
+        for name, table in self.tables.items():
+            yield {"params": [table.log_scale], "lr": config.activation_lr, "name": f"{name}.log_scale"}
+            if table.zero_point.requires_grad:
+                yield {"params": [table.zero_point], "lr": config.zero_point_lr, "name": f"{name}.zero_point"}
+
+    def step(self) -> float:
+        """Make one iteration; returns the loss of its batch.
+
+        Raises
+        ------
+        QuantizationError
+            If the loss is not finite.
+        """
+        config = self.config
+        generator = seed_stream(config.seed, f"batch {self.iteration}")
+        batch, target = self._draw(generator)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * (1 - self.iteration / config.iterations)
+        with self._soft(), _outputs(self.model, self.feature) as features:
+            prediction = replay(self.model, batch)
+            loss = (prediction - target).square().sum() / len(batch)
+            if config.relation_weight:
+                with torch.no_grad(), _outputs(self.teacher, self.feature) as wanted:
+                    replay(self.teacher, batch)
+                drawn = self._positions(features[0], generator)
+                loss = loss + config.relation_weight * relation_loss(features[0], wanted[0], self.window, drawn)
+            if not bool(loss.isfinite()):
+                raise QuantizationError(
+                    f"distill: got a loss of {float(loss.detach())} at iteration {self.iteration}, wanted a finite "
+                    "one; lower passes.distill.lr and the other rates"
+                )
+            self.optimizer.zero_grad()
+            loss.backward()
+        self.optimizer.step()
+        self.iteration += 1
+        return float(loss.detach())
+
+    def _draw(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """Draw runs of consecutive steps; return the batch and the full-precision predictions."""
+        runs, of = max(1, self.config.batch_size // self.window), self.trajectories
+        row = torch.randint(of.samples, (runs,), generator=generator)
+        first = torch.randint(of.steps - self.window + 1, (runs,), generator=generator)
+        index = ((first[:, None] + torch.arange(self.window)) * of.samples + row[:, None]).flatten()
+        return of.gather(index), of.predictions(index).to(self._device)
+
+    def _positions(self, feature: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Draw the positions of a feature that are related; None for all."""
+        count = feature.shape[1] if feature.dim() == 3 else feature[0, 0].numel()
+        if count <= self.config.positions:
+            return None
+        return torch.randperm(count, generator=generator)[: self.config.positions].to(feature.device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.parts.layers.values())).qweight.device
+
+    @contextmanager
+    def _soft(self) -> Iterator[None]:
+        """Let the model run with what has been learned so far, exactly as it would be stored."""
+        stored = {name: layer.bias for name, layer in self.parts.layers.items()}
+        for tuned in self.tuned.values():
+            tuned.layer.soft_weight = tuned.weight()
+            if tuned.bias is not None:
+                tuned.layer.bias = tuned.bias
+        for table in self.tables.values():
+            table.apply()
+        try:
+            yield
+        finally:
+            for name, layer in self.parts.layers.items():
+                layer.soft_weight, layer.bias = None, stored[name]
+            for table in self.tables.values():
+                table.release()
+
+    @torch.no_grad()
+    def _checked_loss(self) -> float:
+        """Return the mean loss of the predictions of the model as it is stored."""
+        count = len(self.trajectories)
+        total, index = 0.0, torch.linspace(0, count - 1, min(CHECKED_SAMPLES, count)).long()
+        for chunk in index.split(self.config.batch_size):
+            difference = replay(self.model, self.trajectories.gather(chunk)).cpu() - self.trajectories.predictions(
+                chunk
+            )
+            total += float(difference.double().square().sum())
+        return total / len(index)
+
+    def checkpoint(self) -> bytes:
+        """Return all that the next iterations depend on."""
+        tensors = {"iteration": torch.tensor(self.iteration)}
+        for group in self.optimizer.param_groups:
+            (parameter,) = group["params"]
+            tensors[f"{group['name']}:value"] = parameter.detach()
+            for what, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{group['name']}:{what}"] = value
+        return save({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()})
+
+    @torch.no_grad()
+    def restore(self, data: bytes) -> None:
+        """Go on from a checkpoint of a run with the same arguments."""
+        tensors = load(data)
+        self.iteration = int(tensors.pop("iteration"))
+        for group in self.optimizer.param_groups:
+            (parameter,) = group["params"]
+            parameter.copy_(tensors[f"{group['name']}:value"])
+            names = ("step", "exp_avg", "exp_avg_sq") if f"{group['name']}:step" in tensors else ()
+            # torch counts steps on the CPU, whatever the device
+            own = {what: tensors[f"{group['name']}:{what}"] for what in names}
+            if own:
+                moments = {what: own[what].to(parameter.device) for what in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": own["step"], **moments}
+
+    def finish(self) -> Distilled:
+        """Store what was learned, and return the units' states; the start's if they are not worse."""
+        for tuned in self.tuned.values():
+            tuned.commit()
+        for table in self.tables.values():
+            table.commit()
+        after = self._checked_loss()
+        if not after < self.loss_before:
+            return Distilled(self.states, self.loss_before, self.loss_before, is_taken=False)
+        states = [_collected(self, state) for state in self.states]
+        return Distilled(states, self.loss_before, after, is_taken=True)
+
+
+def _collected(run: Distillation, state: UnitState) -> UnitState:
+    """Take a unit's tensors out of the model."""
+    found = collect_state(run.parts, state.formats, state.timesteps)
+    return UnitState(found.formats, found.timesteps, {name: t.detach().clone() for name, t in found.tensors.items()})
+
+
+def feature_unit(states: Sequence[UnitState]) -> str:
+    """Return the unit whose output is the feature: the last with two layers or more, the block before the output."""
+    units = [s.formats.unit for s in states if not s.formats.unit.startswith("@")]
+    blocks = [s.formats.unit for s in states if len(s.formats.layers) > 1 and not s.formats.unit.startswith("@")]
+    return (blocks or units)[-1]
+
+
+@contextmanager
+def _outputs(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """Yield a list that takes the first tensor of what a module gives, at each forward."""
+    found: list[Tensor] = []
+
+    def see(_: nn.Module, __: object, output: object) -> None:
+        found.append(next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)))
+
+    handle = model.get_submodule(name).register_forward_hook(see)
+    try:
+        yield found
+    finally:
+        handle.remove()

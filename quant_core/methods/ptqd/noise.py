@@ -1,0 +1,107 @@
+"""Measure what quantization adds to a denoiser's predictions, along full-precision trajectories and after guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from quant_core.diffusion.calibration import CalibrationSet, replay
+from quant_core.diffusion.sampler import SamplerSpec, guide, make_scheduler, start
+from quant_core.methods.ptqd.correction import NoiseMoments, pair_sums
+from quant_spec.errors import QuantizationError
+
+
+def channel_dim(sample_shape: tuple[int, ...]) -> int:
+    """Return the dimension of a batch of predictions that holds the channels: the last of packed tokens, else 1."""
+    return -1 if len(sample_shape) == 2 else 1
+
+
+@torch.no_grad()
+def measure_noise(
+    model: nn.Module,
+    scheduler_config: Mapping[str, Any] | None,
+    sampler: SamplerSpec,
+    reference: Path,
+    *,
+    batch_size: int,
+) -> NoiseMoments:
+    """Add up the moments of a quantized model's errors on a shard of full-precision trajectories.
+
+    Parameters
+    ----------
+    model : Module
+        Quantized.
+    scheduler_config : mapping or None
+        Of the packed model.
+    reference : Path
+        A shard with `x` and `prediction` of every step.
+    batch_size : int
+        Seeds per denoiser call.
+
+    Raises
+    ------
+    QuantizationError
+        If the shard is of another trajectory.
+    """
+    trajectory = CalibrationSet([reference])
+    timesteps = start(make_scheduler(sampler, scheduler_config), sampler, trajectory.sample_shape)
+    if not torch.equal(sampler.tell(timesteps), trajectory.timesteps):
+        raise QuantizationError(
+            f"reference {reference}: got {trajectory.steps} steps, wanted the trajectory of the model's scheduler, "
+            f"{len(timesteps)} steps"
+        )
+    dim = channel_dim(trajectory.sample_shape)
+    # (B, *sample): the batch comes first, so a channel dimension counted from the front is one less without it
+    channels = trajectory.sample_shape[dim if dim < 0 else dim - 1]
+    moments = NoiseMoments.of(timesteps.double().tolist(), channels)
+    elements = 0
+    with safe_open(reference, framework="pt") as handle:
+        expected = handle.get_slice("prediction")
+        for step in range(trajectory.steps):
+            elements = 0
+            for first, stop in row_ranges(trajectory.samples, sampler, batch_size):
+                exact = guide(expected[step, first:stop], sampler)
+                found = guide(replay(model, trajectory.rows(step, first, stop)).to("cpu", torch.float32), sampler)
+                moments.sums[:, step] += pair_sums(exact, found - exact, dim)
+                elements += exact.numel() // channels
+    return NoiseMoments(moments.timesteps, elements, moments.sums)
+
+
+def row_ranges(rows: int, sampler: SamplerSpec, batch_size: int) -> list[tuple[int, int]]:
+    """Split rows of a trajectory into batches of seeds, which have two rows each with guidance."""
+    size = batch_size * (2 if sampler.is_guided else 1)
+    return [(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def corrected_power(model: nn.Module, scheduler: Any, sampler: SamplerSpec, reference: Path, batch_size: int) -> Tensor:
+    """Sum the power of the full-precision predictions and of what a corrected sampler makes of a model's, per step.
+
+    As `quant_core.metrics.sqnr.error_power`, but of predictions as the sampler uses them: guided and corrected.
+
+    Parameters
+    ----------
+    scheduler : QuantmillCorrectedScheduler
+        With its timesteps set.
+
+    Returns
+    -------
+    Tensor, shape (2, S), dtype float64
+    """
+    trajectory = CalibrationSet([reference])
+    dim = channel_dim(trajectory.sample_shape)
+    sums = torch.zeros(2, trajectory.steps, dtype=torch.float64)
+    with safe_open(reference, framework="pt") as handle, torch.no_grad():
+        expected = handle.get_slice("prediction")
+        for step in range(trajectory.steps):
+            for first, stop in row_ranges(trajectory.samples, sampler, batch_size):
+                exact = guide(expected[step, first:stop], sampler)
+                found = guide(replay(model, trajectory.rows(step, first, stop)), sampler)
+                found = scheduler.correct(found, scheduler.timesteps[step], exact.shape[dim]).cpu()
+                sums[0, step] += exact.double().square().sum()
+                sums[1, step] += (found.double() - exact.double()).square().sum()
+    return sums

@@ -1,0 +1,1 @@
+"""TFMQ-DM: the temporal information block over the sampler's finite set of timesteps."""

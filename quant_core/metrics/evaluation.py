@@ -1,0 +1,142 @@
+"""Compare a quantized model with the full-precision reference samples of the same seeds, and sum up shards of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, read_conditioning, record_trajectories
+from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
+from quant_core.diffusion.denoiser import Denoiser
+from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, sample, start
+from quant_core.methods.ptqd.noise import corrected_power
+from quant_core.metrics.frechet import ResizedFeatures, frechet_distance
+from quant_core.metrics.images import to_rgb
+from quant_core.metrics.psnr import mean_with_ci, psnr_per_sample
+from quant_core.metrics.sqnr import error_power, sqnr_db
+from quant_spec.errors import QuantizationError
+
+_DECIMALS = 6  # beyond this, the figures are noise of the summation order
+
+
+def record_reference(
+    denoiser: Denoiser, seeds: Sequence[int], spec: RecordSpec, path: Path, *, device: str = "cpu"
+) -> None:
+    """Write the samples of `seeds` in full precision, and the trajectory of the first `spec.recorded_seeds`."""
+    whole = replace(spec, steps=None, predictions=True, samples=True)
+    record_trajectories(denoiser, seeds, whole, path, device=device)
+
+
+def evaluate_shard(
+    model: nn.Module,
+    scheduler_config: Mapping[str, Any] | None,
+    sampler: SamplerSpec,
+    seeds: Sequence[int],
+    reference: Path,
+    path: Path,
+    *,
+    batch_size: int,
+) -> None:
+    """Sample the seeds of a reference shard with a quantized model and write what came out to `path`.
+
+    The file holds `sample` (n, ...) float32, `psnr_db` (n,) float64 and, where the reference has a trajectory, `power`
+    (2, S) float64: per step, the sums of |eps|^2 and of |eps_hat - eps|^2 on the full-precision inputs; with a
+    corrected scheduler, of the predictions after guidance and correction.
+
+    Raises
+    ------
+    QuantizationError
+        If the reference is of other seeds, or of another trajectory.
+    """
+    expected = _read(reference)
+    if len(expected["sample"]) != len(seeds):
+        raise QuantizationError(f"reference: got samples of {len(expected['sample'])} seeds, wanted {len(seeds)}")
+    scheduler = make_scheduler(sampler, scheduler_config)
+    shape = tuple(expected["sample"].shape[1:])
+    timesteps = sampler.tell(start(make_scheduler(sampler, scheduler_config), sampler, shape))
+    if not torch.equal(timesteps, expected["timesteps"]):
+        raise QuantizationError(
+            f"reference: got timesteps {_ends(expected['timesteps'])}, wanted those of the packed model's scheduler, "
+            f"{_ends(timesteps)}"
+        )
+    samples = sample(model, scheduler, sampler, seeds, read_conditioning(expected), batch_size=batch_size)
+    results = {"sample": samples, "psnr_db": psnr_per_sample(expected["sample"], samples)}
+    with safe_open(reference, framework="pt") as handle:
+        if "x" in handle.keys():  # noqa: SIM118 - not a mapping
+            results["power"] = _power(model, scheduler, sampler, reference, handle, batch_size)
+    save_file({name: tensor.contiguous() for name, tensor in results.items()}, path)
+
+
+def _power(
+    model: nn.Module, scheduler: Any, sampler: SamplerSpec, reference: Path, handle: Any, batch_size: int
+) -> Tensor:
+    """Sum the powers of prediction and error at each step: of the denoiser, or of what a correction makes of it."""
+    trajectory = CalibrationSet([reference])
+    if isinstance(scheduler, QuantmillCorrectedScheduler):
+        start(scheduler, sampler, trajectory.sample_shape)
+        return corrected_power(model, scheduler, sampler, reference, batch_size)
+    rows = batch_size * (2 if sampler.is_guided else 1)
+    return error_power(model, trajectory, handle.get_slice("prediction"), rows)
+
+
+def _read(shard: Path) -> dict[str, Tensor]:
+    """Read a shard without its trajectories, which may be large."""
+    with safe_open(shard, framework="pt") as handle:
+        names = [name for name in handle.keys() if name not in ("x", "prediction")]  # noqa: SIM118 - not a mapping
+        return {name: handle.get_tensor(name) for name in names}
+
+
+def _ends(timesteps: Tensor) -> str:
+    return f"{float(timesteps[0]):g} to {float(timesteps[-1]):g} in {len(timesteps)} steps"
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Figures over all shards, and the first samples of both models as RGB images (k, 3, H, W) in [-1, 1]."""
+
+    metrics: dict[str, Any]
+    reference_rgb: Tensor
+    quantized_rgb: Tensor
+
+
+def summarize(
+    references: Sequence[Path], evaluations: Sequence[Path], extractor: ResizedFeatures, shown: int
+) -> Quality:
+    """Join shards into the figures of a release.
+
+    Parameters
+    ----------
+    references, evaluations : sequences of Path
+        Shards of the same seeds, in the same order.
+    shown : int
+        How many samples are returned as images.
+
+    Returns
+    -------
+    Quality
+        `metrics` holds psnr_db, psnr_db_ci95, n, fd, fd_extractor, sqnr_db_per_step and timesteps.
+    """
+    expected, measured = [_read(path) for path in references], [_read(path) for path in evaluations]
+    truth = torch.cat([shard["sample"] for shard in expected])
+    samples = torch.cat([shard["sample"] for shard in measured])
+    reference_rgb, quantized_rgb = to_rgb(truth, truth), to_rgb(samples, truth)
+    psnr = mean_with_ci(torch.cat([shard["psnr_db"] for shard in measured]).tolist())
+    powers = [shard["power"] for shard in measured if "power" in shard]
+    power = torch.stack(powers).sum(0).tolist() if powers else [[], []]
+    metrics = {
+        "psnr_db": round(psnr.value, _DECIMALS),
+        "psnr_db_ci95": round(psnr.ci95, _DECIMALS),
+        "n": psnr.n,
+        "fd": round(frechet_distance(reference_rgb, quantized_rgb, extractor), _DECIMALS),
+        "fd_extractor": extractor.name,
+        "sqnr_db_per_step": [round(value, _DECIMALS) for value in sqnr_db(*power)],
+        "timesteps": expected[0]["timesteps"].tolist(),
+    }
+    return Quality(metrics, reference_rgb[:shown], quantized_rgb[:shown])

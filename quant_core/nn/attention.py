@@ -1,0 +1,150 @@
+"""Quantized attention matmuls: QK^T and softmax(.)V of any attention that runs through a processor.
+
+diffusers' attention modules hand their work to a `processor`, which calls `scaled_dot_product_attention`. The processor
+is wrapped so that this one call is replaced, for the duration of the processor, by one whose operands are quantized; no
+model or processor class is named.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.steps import StepClock
+from quant_spec.errors import QuantizationError
+from quant_spec.formats import ActivationSpec, AttentionSpec
+
+OPERANDS = ("query", "key", "value", "probabilities")
+
+
+class AttentionQuantizer(nn.Module):
+    """Quantizers of the four operands of an attention's two matmuls."""
+
+    query: ActivationQuantizer
+    key: ActivationQuantizer
+    value: ActivationQuantizer
+    probabilities: ActivationQuantizer
+
+    def __init__(self, spec: AttentionSpec, clock: StepClock, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        probabilities = ActivationSpec(spec.softmax_bits, mode=spec.activation.mode)
+        for operand in OPERANDS:
+            chosen = probabilities if operand == "probabilities" else spec.activation
+            self.add_module(operand, ActivationQuantizer(chosen, clock, device))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """Return softmax(Q K^T * scale + mask) V with quantized operands; tensors (..., tokens, head width)."""
+        probabilities = softmax_scores(self.query(query), self.key(key), mask, scale)
+        return self.probabilities(probabilities) @ self.value(value)
+
+
+def softmax_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return softmax(Q K^T * scale + mask), shape (..., query tokens, key tokens); a boolean mask says what to keep."""
+    scores = query @ key.transpose(-1, -2) * scale
+    if mask is None:
+        return scores.softmax(dim=-1)
+    if mask.dtype is torch.bool:
+        return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return (scores + mask).softmax(dim=-1)
+
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor | None]
+
+
+class ReplacedAttention(TorchFunctionMode):
+    """While active, `scaled_dot_product_attention` is `function(query, key, value, mask, scale)`.
+
+    Where `function` returns None, the call goes its own way.
+    """
+
+    def __init__(self, function: AttentionFunction) -> None:
+        super().__init__()
+        self.function = function
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        result = self.function(*_bind_attention(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {})) if result is None else result
+
+
+def _bind_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """Bring `scaled_dot_product_attention`'s arguments to those of `AttentionFunction`, without dropout."""
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    if enable_gqa:
+        repeat = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(repeat, -3), value.repeat_interleave(repeat, -3)
+    return query, key, value, attn_mask, 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
+class _Processor:
+    """A processor whose scaled dot product is replaced; its parts are attributes, so that copied models have theirs."""
+
+    def __init__(self, inner: Any, function: AttentionFunction) -> None:
+        self.inner, self.function = inner, function
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _processor, (self.inner, self.function)
+
+
+def _processor(inner: Any, function: AttentionFunction) -> _Processor:
+    """Make a processor of a class of its own, named after `inner`'s."""
+
+    def call(self: _Processor, *args: Any, **kwargs: Any) -> Any:
+        with ReplacedAttention(self.function):
+            return self.inner(*args, **kwargs)
+
+    # diffusers reads the signature of a processor's __call__ to decide which keyword arguments to pass on.
+    call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
+    made: _Processor = type(f"Quantized{type(inner).__name__}", (_Processor,), {"__call__": call})(inner, function)
+    return made
+
+
+def wrap_processor(attention: nn.Module, function: AttentionFunction) -> Callable[[], None]:
+    """Run `attention`'s processor with its scaled dot product replaced by `function`; returns what undoes it."""
+    inner = getattr(attention, "processor", None)
+    if inner is None:
+        raise QuantizationError(
+            f"attention: got {type(attention).__name__} without a processor, wanted diffusers' attention"
+        )
+
+    attention.processor = _processor(inner, function)  # type: ignore[assignment]
+
+    def undo() -> None:
+        attention.processor = inner
+
+    return undo
+
+
+def quantize_attentions(
+    model: nn.Module, specs: Mapping[str, AttentionSpec], clock: StepClock
+) -> dict[str, AttentionQuantizer]:
+    """Quantize the matmuls of the named attention modules in place, with ranges still to be set."""
+    device = next(model.parameters(), torch.empty(0)).device
+    made = {}
+    for name, spec in specs.items():
+        attention = model.get_submodule(name)
+        made[name] = AttentionQuantizer(spec, clock, device)
+        wrap_processor(attention, made[name])
+        attention.add_module("attention_quantizer", made[name])
+    return made

@@ -1,0 +1,50 @@
+"""A quantized denoiser: the plan applied to a float model, in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from quant_core.nn.attention import AttentionQuantizer, quantize_attentions
+from quant_core.nn.feature_table import FeatureTable, replace_features
+from quant_core.nn.layers import QuantLayer, quantize_layers
+from quant_core.nn.steps import StepClock, attach_clock
+from quant_spec.formats import QuantizationPlan
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedParts:
+    """Handles to what `build_quantized` put into a model, by module name."""
+
+    clock: StepClock
+    layers: dict[str, QuantLayer]
+    attentions: dict[str, AttentionQuantizer]
+    features: dict[str, FeatureTable] = field(default_factory=dict)
+
+    def tell(self, timestep: Tensor, label: Tensor | None) -> None:
+        """Say for which samples parts of the model run next, outside of a forward of the whole.
+
+        Parameters
+        ----------
+        timestep : Tensor, shape (B,)
+        label : Tensor, shape (B,), or None
+            Class labels, which only tables of features need.
+        """
+        self.clock.set_timestep(timestep)
+        labels = max((table.spec.labels for table in self.features.values()), default=1)
+        if labels > 1:
+            self.clock.set_label(label, labels)
+
+
+def build_quantized(model: nn.Module, plan: QuantizationPlan) -> QuantizedParts:
+    """Replace the layers and wrap the attentions that `plan` names; codes, ranges and tables are still to be set.
+
+    Works on a model on the meta device, whose buffers a state dict then fills.
+    """
+    clock = StepClock(plan.timesteps, plan.unknown_timestep)
+    layers = quantize_layers(model, plan.layers, clock)
+    attentions = quantize_attentions(model, plan.attentions, clock)
+    features = replace_features(model, plan.features, plan.unserved, clock)
+    attach_clock(model, clock, max((spec.labels for spec in plan.features.values()), default=1))
+    return QuantizedParts(clock, layers, attentions, features)

@@ -1,0 +1,173 @@
+"""The trajectory step of the forward pass that is running.
+
+A per-step table has one entry per trajectory step. `StepClock` turns the timestep that the denoiser is called with into
+indices of such tables, once per forward, so that a batch may mix timesteps.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from quant_core.errors import ConditioningError, UnknownTimestepError
+from quant_spec.enums import UnknownTimestep
+
+_TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+_LABEL_NAME = "class_labels"
+
+
+class StepClock:
+    """Holds the trajectory-step index of the samples that are in flight.
+
+    `index` is that on a device, shape () or (B,); `step` is the same number, where the host knows it and it is one.
+
+    Parameters
+    ----------
+    timesteps : sequence of float
+        The sampler's timesteps in the order of sampling; empty for a model without per-step tables.
+    unknown : UnknownTimestep
+        What to do at any other timestep.
+    """
+
+    def __init__(self, timesteps: Sequence[float], unknown: UnknownTimestep = UnknownTimestep.ERROR) -> None:
+        self.timesteps = torch.tensor(tuple(timesteps), dtype=torch.float64)
+        self.unknown = unknown
+        self.waits = True
+        self.step: int | None = 0
+        self.index: Tensor = torch.zeros((), dtype=torch.long)
+        self.label: Tensor = torch.zeros((), dtype=torch.long)
+
+    @property
+    def steps(self) -> int:
+        """Number of trajectory steps, at least 1 (tables of a model without steps have one entry)."""
+        return max(1, len(self.timesteps))
+
+    def run_on(self, device: torch.device) -> None:
+        """Look up on `device` from now on, without the host waiting for it.
+
+        What would be an error is a failed assertion of the device then, and there are no warnings.
+        """
+        self.timesteps = self.timesteps.to(device)
+        self.waits = False
+
+    def set_timestep(self, timestep: Tensor | float) -> None:
+        """Look up `timestep` (scalar or shape (B,)); sets `index`, shape () if all are at one step, else (B,), int64.
+
+        Raises
+        ------
+        UnknownTimestepError
+            If a timestep is not one of the trajectory's and `unknown` is ERROR.
+        """
+        if len(self.timesteps) == 0:
+            return
+        if not self._may_wait():
+            self.index, self.step = self._look_up(timestep), None
+            return
+        wanted = torch.as_tensor(timestep).detach().to("cpu", torch.float64)
+        wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
+        distance, index = (wanted[..., None] - self.timesteps).abs().min(dim=-1)
+        if bool((distance > 1e-3).any()):
+            self._handle_unknown(wanted, distance)
+        # One step for all, which is the rule, is one grid for the whole batch: backends then need no run per sample.
+        self.index = index[0] if index.dim() and bool((index == index[0]).all()) else index
+        self.step = int(self.index) if self.index.dim() == 0 else None
+
+    def set_label(self, label: Tensor | None, labels: int) -> None:
+        """Remember the class labels, shape () or (B,), for tables that have a row for each of `labels` of them.
+
+        Raises
+        ------
+        ConditioningError
+            If there are none, or one is outside 0 to `labels` - 1.
+        """
+        if label is None:
+            raise ConditioningError(f"class_labels: got none, wanted labels 0 to {labels - 1}")
+        if not self._may_wait():
+            wanted = (
+                torch.as_tensor(label).detach().to(self.timesteps.device, torch.long, non_blocking=True).reshape(-1)
+            )
+            torch._assert_async(((wanted >= 0) & (wanted < labels)).all(), f"class_labels: wanted 0 to {labels - 1}")
+            self.label = wanted.reshape(()) if wanted.numel() == 1 else wanted
+            return
+        wanted = torch.as_tensor(label).detach().to("cpu", torch.long).reshape(-1)
+        if bool(((wanted < 0) | (wanted >= labels)).any()):
+            raise ConditioningError(f"class_labels: got {wanted.tolist()}, wanted labels 0 to {labels - 1}")
+        self.label = wanted.reshape(()) if wanted.numel() == 1 else wanted
+
+    def rows(self, labels: int) -> Tensor:
+        """Return each sample's row, shape () or (B,), of a table with a row for each step and each of `labels`."""
+        return self.index if labels == 1 else self.index * labels + self.label
+
+    def _may_wait(self) -> bool:
+        """Whether values may be looked at from Python: not while compiling, and not if they are on a GPU."""
+        return self.waits and not torch.compiler.is_compiling()
+
+    def _look_up(self, timestep: Tensor | float) -> Tensor:
+        """Find steps where `timesteps` are."""
+        device = self.timesteps.device
+        wanted = torch.as_tensor(timestep).detach().to(device, torch.float64, non_blocking=True)
+        wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
+        distance, index = (wanted[..., None] - self.timesteps).abs().min(dim=-1)
+        if self.unknown is UnknownTimestep.ERROR:
+            torch._assert_async((distance <= 1e-3).all(), "timestep: wanted one of the calibrated trajectory")
+        return index
+
+    def _handle_unknown(self, wanted: Tensor, distance: Tensor) -> None:
+        first = wanted.reshape(-1)[distance.reshape(-1) > 1e-3][0].item()
+        grid = f"{len(self.timesteps)} steps, {self.timesteps.max().item():g} to {self.timesteps.min().item():g}"
+        if self.unknown is UnknownTimestep.ERROR:
+            raise UnknownTimestepError(
+                f"timestep: got {first:g}, wanted one of the trajectory that this model was calibrated on ({grid}); "
+                "sample with the scheduler and number of steps in its scheduler/ folder"
+            )
+        warnings.warn(
+            f"timestep {first:g} is not in the calibrated trajectory ({grid}); using the nearest step", stacklevel=3
+        )
+
+    def gather(self, table: Tensor, x: Tensor) -> Tensor:
+        """Return the entries of `table`, shape (S,), for the samples of `x`, shaped to broadcast against it.
+
+        Rows of `x` that belong to one sample (heads, frames) must be adjacent: dim 0 is a multiple of the batch.
+        """
+        if len(table) == 1:
+            return table[0]
+        index = self.index.to(table.device)
+        rows = table.index_select(0, index.reshape(-1))  # table[index] would read a single index on the host
+        if index.dim() == 0:
+            return rows[0]
+        if x.shape[0] != len(rows):
+            rows = rows[:, None].expand(-1, x.shape[0] // len(rows)).reshape(-1)
+        return rows.reshape(-1, *(1,) * (x.dim() - 1))
+
+
+class _SetClock:
+    """A hook before a model's forward; an object, so that a copied model sets its own clock."""
+
+    def __init__(self, clock: StepClock, parameters: list[str], timestep: str, labels: int) -> None:
+        self.clock, self.parameters, self.timestep, self.labels = clock, parameters, timestep, labels
+
+    def __call__(self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        self.clock.set_timestep(self._argument(self.timestep, args, kwargs))  # type: ignore[arg-type]
+        if self.labels > 1:
+            self.clock.set_label(self._argument(_LABEL_NAME, args, kwargs), self.labels)  # type: ignore[arg-type]
+
+    def _argument(self, called: str, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        position = self.parameters.index(called)
+        return args[position] if len(args) > position else kwargs.get(called)
+
+
+def attach_clock(model: nn.Module, clock: StepClock, labels: int = 1) -> None:
+    """Make every forward of `model` set `clock` from its timestep argument and, for more labels than 1, its labels."""
+    parameters = list(inspect.signature(model.forward).parameters)
+    name = next((n for n in _TIMESTEP_NAMES if n in parameters), None)
+    if name is None:
+        if len(clock.timesteps):
+            raise UnknownTimestepError(
+                f"{type(model).__name__}.forward takes no timestep, so it can't be quantized per step"
+            )
+        return
+    model.register_forward_pre_hook(_SetClock(clock, parameters, name, labels), with_kwargs=True)

@@ -1,0 +1,1 @@
+"""Loaded models that run on a backend's integer kernels."""

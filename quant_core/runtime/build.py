@@ -1,0 +1,136 @@
+"""The packed runtime: quantized layers replaced by ones that multiply integers on the device at hand.
+
+A `RuntimeLayer` computes what its `QuantLayer` simulates: the same codes, the same integer sums, scaled in float32. So
+it differs from the reference by float rounding only; what a backend can't run so stays a `QuantLayer`. See
+docs/adr/0006-runtime.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import nn
+
+from kernels.backend import BackendUnavailableError, why_reference
+from kernels.errors import KernelError
+from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.layers import QuantLayer, replace_module
+from quant_core.nn.steps import StepClock
+from quant_core.runtime.fused_blocks import fuse_blocks
+from quant_core.runtime.layer import LayerRun, RuntimeLayer, layer_quantizers
+from quant_core.runtime.memory import return_free_memory
+from quant_spec.enums import ActivationMode, KernelBackend
+from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
+
+# What this module knows of a layer's format. A layer with any other field set runs the reference.
+_KNOWN_FIELDS = {
+    LayerSpec: {"weight", "activation", "split", "channel_scale", "channel_shift"},
+    WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture"},
+    ActivationSpec: {"bits", "symmetric", "mode", "step_bits"},
+}
+# Packed bytes that are laid out before the allocator's free pages go back to the system: what a layer needs meanwhile
+# is a few times its size, in pieces of all sizes.
+TRIM_BYTES = 8 << 20
+
+
+def build_runtime(
+    model: nn.Module, backend: KernelBackend, asked: KernelBackend | str = KernelBackend.REFERENCE
+) -> list[LayerRun]:
+    """Replace the quantized layers of `model`, in place and one by one, by runtime layers where `backend` has them.
+
+    Parameters
+    ----------
+    model : Module
+        Loaded, on the device where it will run; its parameters are frozen.
+    backend : KernelBackend
+        `AUTO` must have been resolved.
+    asked : KernelBackend or str
+        What it was resolved from, for the reason of layers that run the reference.
+
+    Returns
+    -------
+    list of LayerRun
+        One for each quantized layer, in the model's order; `layer_runs` gives them again.
+    """
+    model.requires_grad_(False)
+    tensors = [*model.parameters(), *model.buffers()]
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    layers: list[LayerRun | RuntimeLayer] = []
+    laid_out = 0
+    for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]:
+        reason = why_reference(asked, device) if backend is KernelBackend.REFERENCE else _unsuited(layer, backend)
+        if reason is None:
+            try:
+                made = RuntimeLayer(layer, name, backend)
+            except (KernelError, BackendUnavailableError) as error:
+                reason = str(error)
+            else:
+                replace_module(model, name, made)
+                layers.append(made)
+                laid_out += layer.qweight.numel()
+                if device.type == "cpu" and laid_out > TRIM_BYTES:
+                    laid_out = 0
+                    return_free_memory()
+                continue
+        layers.append(LayerRun(name, KernelBackend.REFERENCE, reason))
+    fuse_blocks(model)
+    if not any(tensor.is_floating_point() for tensor in (*model.parameters(), *model.buffers())):
+        # Runtime layers took all tensors, from which diffusers tells a model's dtype and device.
+        model.register_buffer("quantmill_anchor", torch.empty(0, dtype=dtype, device=device), persistent=False)
+    runs = [layer.run if isinstance(layer, RuntimeLayer) else layer for layer in layers]
+    if device.type != "cpu":
+        run_on(model, device)
+    model.quantmill_runs = tuple(runs)  # type: ignore[assignment]
+    return runs
+
+
+def run_on(model: nn.Module, device: torch.device) -> None:
+    """Move what follows from the formats, and no state dict holds, to where the model runs without the host."""
+    for module in model.modules():
+        if isinstance(clock := getattr(module, "clock", None), StepClock):
+            clock.run_on(device)
+        if isinstance(module, ActivationQuantizer):
+            module.tops = module.tops.to(device)
+        if isinstance(module, QuantLayer):
+            module.group_index = module.group_index.to(device)
+
+
+def layer_runs(model: nn.Module) -> tuple[LayerRun, ...]:
+    """Return how each quantized layer of a model runs; a model that plain diffusers loaded runs the reference."""
+    known = getattr(model, "quantmill_runs", None)
+    if known is not None:
+        return tuple(known)
+    names = [name for name, module in model.named_modules() if isinstance(module, QuantLayer)]
+    return tuple(LayerRun(name, KernelBackend.REFERENCE, "no runtime was built") for name in names)
+
+
+def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
+    """Say why `backend` can't run a layer exactly; None if nothing is known against it."""
+    spec, activation = layer.spec, layer.spec.activation
+    for record in (spec, spec.weight, *(() if activation is None else (activation,))):
+        strange = [field.name for field in fields(record) if _is_strange(record, field.name)]
+        if strange:
+            return f"formats with {', '.join(strange)} have no kernel"
+    if layer.soft_weight is not None or any(q.soft_scale is not None or not q.enabled for q in layer_quantizers(layer)):
+        return "its rounding or ranges are being learned"
+    if layer.kind not in (nn.Linear, nn.Conv2d):
+        return f"{layer.kind.__name__} has no kernel"
+    if layer.kind is nn.Conv2d:
+        if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            return f"got a convolution of {layer.groups} groups, padding {layer.padding!r} {layer.padding_mode}"
+        if activation is None:
+            return "its input is not quantized, and convolutions multiply integers"
+    elif backend is KernelBackend.CPU:
+        if activation is None:
+            return "its input is not quantized, and oneDNN multiplies integers"
+        if activation.mode is ActivationMode.DYNAMIC_TOKEN:
+            return "ranges per token: oneDNN takes one for each call"
+    return None
+
+
+def _is_strange(record: LayerSpec | WeightSpec | ActivationSpec, name: str) -> bool:
+    """Whether a field that this module does not know says something."""
+    known = next(names for kind, names in _KNOWN_FIELDS.items() if isinstance(record, kind))
+    return name not in known and bool(getattr(record, name))

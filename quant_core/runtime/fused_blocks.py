@@ -1,0 +1,112 @@
+"""ResNet blocks whose norms, SiLU and sums are part of their convolutions.
+
+A ResNet block normalizes, applies SiLU, convolves, twice, and adds its input: apart, that writes and reads the image
+nine times. A `RuntimeLayer` computes the norm and SiLU in front of it where it quantizes its input, and adds a residual
+where it scales its sums (`kernels.native`, `kernels.norms`, `kernels.epilogue`).
+
+Blocks stay diffusers' where something comes between norm and convolution: another scale (`up`, `down`), a modulation by
+the time embedding (`scale_shift`). A norm stays in front of a layer that is not one product with tables, such as one
+whose input is split.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant_core.nn.layers import replace_module
+from quant_core.runtime.layer import RuntimeLayer
+
+
+class FusedResnetBlock(nn.Module):
+    """A plain `ResnetBlock2D` in evaluation mode, whose second convolution is a runtime layer.
+
+    Attributes
+    ----------
+    norm1, norm2 : GroupNorm or None
+        Those that the convolutions did not take.
+    """
+
+    def __init__(self, block: ResnetBlock2D) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = block.conv1, _give(block.norm1, block.conv1)
+        self.conv2, self.norm2 = block.conv2, _give(block.norm2, block.conv2)
+        self.time_emb_proj, self.skip_time_act = block.time_emb_proj, block.skip_time_act
+        self.conv_shortcut, self.output_scale_factor = block.conv_shortcut, block.output_scale_factor
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the block's output, as diffusers' forward; what it ignores is ignored here too.
+
+        Parameters
+        ----------
+        input_tensor : Tensor, shape (B, C_in, H, W), floating dtype
+        temb : Tensor, shape (B, T), or None
+            Time embedding.
+
+        Returns
+        -------
+        Tensor, shape (B, C_out, H, W), dtype of `input_tensor`
+        """
+        hidden = self.conv1(_activated(input_tensor, self.norm1))
+        if self.time_emb_proj is not None:
+            assert temb is not None
+            temb = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))[:, :, None, None]
+        if temb is not None:
+            hidden = hidden + temb
+        hidden = _activated(hidden, self.norm2)
+        skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
+        out: Tensor = self.conv2(hidden, residual=skip)
+        return out if self.output_scale_factor == 1.0 else out / self.output_scale_factor
+
+
+def fuse_blocks(model: nn.Module) -> None:
+    """Let convolutions of a runtime model compute what is in front of them and behind, in place.
+
+    Parameters
+    ----------
+    model : Module
+        In evaluation mode, its quantized layers replaced by runtime layers where they run so.
+    """
+    for name, block in [(name, module) for name, module in model.named_modules() if isinstance(module, ResnetBlock2D)]:
+        if name and _is_plain(block) and isinstance(block.conv2, RuntimeLayer):
+            replace_module(model, name, FusedResnetBlock(block))
+    norm, act, conv = (getattr(model, name, None) for name in ("conv_norm_out", "conv_act", "conv_out"))
+    if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU) and _takes_norm(conv):
+        conv.take_norm(norm)
+        replace_module(model, "conv_norm_out", nn.Identity())
+        replace_module(model, "conv_act", nn.Identity())
+
+
+def _is_plain(block: ResnetBlock2D) -> bool:
+    """Whether each of a block's convolutions follows its norm and SiLU at once."""
+    return (
+        block.upsample is None
+        and block.downsample is None
+        and block.time_embedding_norm == "default"
+        and isinstance(block.nonlinearity, nn.SiLU)
+        and isinstance(block.norm1, nn.GroupNorm)
+        and isinstance(block.norm2, nn.GroupNorm)
+    )
+
+
+def _give(norm: nn.GroupNorm, conv: nn.Module) -> nn.GroupNorm | None:
+    """Give a convolution the norm in front of it; return the norm if it can't take it."""
+    if not _takes_norm(conv):
+        return norm
+    conv.take_norm(norm)
+    return None
+
+
+def _activated(x: Tensor, norm: nn.GroupNorm | None) -> Tensor:
+    """Normalize and apply SiLU, unless the convolution behind does."""
+    return x if norm is None else F.silu(norm(x))
+
+
+def _takes_norm(layer: object) -> TypeGuard[RuntimeLayer]:
+    """Whether a layer is a convolution of one product, whose grids are in a table."""
+    if not isinstance(layer, RuntimeLayer) or layer.geometry is None or len(layer.parts) != 1:
+        return False
+    return layer.parts[0].table is not None and layer.parts[0].channels is None

@@ -1,0 +1,222 @@
+"""A quantized layer that runs on integers: quantize, multiply, scale.
+
+It computes what its `QuantLayer` simulates: the same codes, the same integer sums, scaled in float32. See
+docs/adr/0006-runtime.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
+from kernels.conv import ConvGeometry, conv2d_int
+from kernels.cpu import cpu_conv2d, cpu_linear
+from kernels.cpu_activation import cpu_grid, quantize_cpu, quantize_cpu_dynamic
+from kernels.cpu_weight import CpuWeight
+from kernels.epilogue import Epilogue
+from kernels.gemm import linear_float, linear_int
+from kernels.norms import GroupNorm, group_norm_quantize
+from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.layers import QuantLayer
+from quant_core.nn.steps import StepClock
+from quant_core.runtime.parts import LayerPart, lay_out_parts
+from quant_spec.enums import ActivationMode, KernelBackend
+from quant_spec.errors import QuantizationError
+from quant_spec.formats import ActivationSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """How one quantized layer runs: its name in the model, the backend, and in a few words how or why."""
+
+    layer: str
+    backend: KernelBackend
+    reason: str
+
+
+class RuntimeLayer(nn.Module):
+    """A quantized Conv2d or Linear that runs with integer arithmetic; made by `build_runtime`.
+
+    It holds no parameters and no buffers: its tensors are laid out for one backend on one device.
+
+    Attributes
+    ----------
+    run : LayerRun
+    parts : list of LayerPart
+        Several if the input is split (`LayerSpec.split`) or its channels' steps differ (`LayerSpec.channel_shift`).
+    norm : GroupNorm or None
+        To normalize the input with, before SiLU, before it is quantized; see `take_norm`.
+    """
+
+    def __init__(self, layer: QuantLayer, name: str, backend: KernelBackend) -> None:
+        super().__init__()
+        self.spec = layer.spec
+        self.shape = layer.shape
+        self.device = layer.qweight.device
+        self.bias = None if layer.bias is None else layer.bias.clone()  # not a part of the mapped file
+        for size in ("in_features", "out_features", "in_channels", "out_channels"):  # what models ask their layers for
+            if hasattr(layer, size):
+                setattr(self, size, getattr(layer, size))
+        self.geometry = _geometry(layer)
+        quantizers = layer_quantizers(layer)
+        self.clock: StepClock | None = quantizers[0].clock if quantizers else None
+        self.activation: ActivationSpec | None = quantizers[0].spec if quantizers else None
+        self.parts = lay_out_parts(layer, backend, self.geometry)
+        self.run = LayerRun(name, backend, _how(self.parts, self.activation))
+        self.norm: GroupNorm | None = None
+
+    def take_norm(self, norm: nn.GroupNorm) -> None:
+        """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables."""
+        weight, bias = (None if t is None else t.detach().float().clone() for t in (norm.weight, norm.bias))
+        self.norm = GroupNorm(norm.num_groups, norm.eps, weight, bias)
+        self.run = replace(self.run, reason=f"{self.run.reason}, GroupNorm and SiLU with the quantization")
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Return the layer's output plus `residual`.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, C, H, W) for a Conv2d, (..., C) for a Linear, floating dtype
+        residual : Tensor, shape of the output, floating dtype, optional
+
+        Returns
+        -------
+        Tensor, shape (B, N, OH, OW) in channels-last order, or (..., N), dtype of `x`
+
+        Raises
+        ------
+        KernelError
+            If shapes disagree.
+        """
+        if torch.compiler.is_compiling():
+            return self._forward(x, residual)
+        # Attentions run their layers inside a function mode, which would see each of some thirty calls in vain.
+        with torch._C.DisableTorchFunction():
+            return self._forward(x, residual)
+
+    def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
+        assert rows is not None
+        for i, part in enumerate(self.parts):
+            is_last = i == len(self.parts) - 1
+            epilogue = Epilogue(x.dtype if is_last else torch.float32, self.bias if i == 0 else None, out)
+            out = self._multiply(part.take(rows), part, epilogue)
+        assert out is not None
+        return out if self.geometry is None else out.permute(0, 3, 1, 2)
+
+    def _multiply(self, x: Tensor, part: LayerPart, epilogue: Epilogue) -> Tensor:
+        """Quantize channels-last rows and multiply them with a part's weight."""
+        weight = part.weight
+        if isinstance(weight, CpuWeight):
+            codes = self._cpu_codes(x, part)
+            multiply = cpu_linear if self.geometry is None else cpu_conv2d
+            return multiply(codes, weight, epilogue)
+        if self.activation is None:
+            return linear_float(x, weight, epilogue, self.run.backend)
+        codes = self._codes(x, part, self.activation)
+        if self.geometry is None:
+            return linear_int(codes, weight, epilogue, self.run.backend)
+        return conv2d_int(codes, weight, self.geometry, epilogue, self.run.backend)
+
+    def _cpu_codes(self, x: Tensor, part: LayerPart) -> QuantizedActivation:
+        if part.table is None:
+            assert self.activation is not None
+            spec, factor = self.activation, part.channel_scale
+            return quantize_cpu_dynamic(x, spec.bits, symmetric=spec.symmetric, channel_scale=factor)
+        step = 0 if len(part.grids) == 1 or self.clock is None else self.clock.step
+        is_known = step is not None and not torch.compiler.is_compiling()
+        index = None if is_known and part.tops is None else self._steps(x, part.table)
+        grid = part.grids[step] if is_known and step is not None else cpu_grid(part.table, index)
+        assert isinstance(part.weight, CpuWeight)
+        needs_sums = part.weight.correction is not None and part.tops is None
+        padding = (0, 0) if self.geometry is None or part.tops is not None else self.geometry.padding
+        bits, norm = part.table.bits, self.norm
+        codes = quantize_cpu(x, grid, bits, with_sums=needs_sums, padding=padding, norm=norm, silu=norm is not None)
+        return _limit_codes(codes, part, index, 0)
+
+    def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec) -> QuantizedActivation:
+        if part.table is None:
+            per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
+            return quantize_dynamic(
+                x,
+                spec.bits,
+                symmetric=spec.symmetric,
+                per_token=per_token,
+                channel_scale=part.channel_scale,
+                backend=self.run.backend,
+            )
+        index = self._steps(x, part.table)
+        if self.norm is None:
+            codes = quantize_by_table(x, part.table, index, self.run.backend)
+        else:
+            codes = group_norm_quantize(x, self.norm, part.table, index, silu=True, backend=self.run.backend)
+        return _limit_codes(codes, part, index, 2 ** (spec.bits - 1))
+
+    def _steps(self, x: Tensor, table: ActivationTable) -> Tensor | None:
+        """Return the step of each row of `x`, shape () or (rows,), on its device; None if the table has one entry."""
+        if table.scale.numel() == 1 or self.clock is None:
+            return None
+        index = self.clock.index.to(x.device)
+        if index.dim() == 0 or index.shape[0] == x.shape[0]:
+            return index
+        return index[:, None].expand(-1, x.shape[0] // index.shape[0]).reshape(-1)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RuntimeLayer:
+        """Refuse another device; casts leave scales and codes as they are."""
+        moved = fn(torch.empty(0, device=self.device)).device
+        if moved != self.device:
+            raise QuantizationError(
+                f"layer {self.run.layer}: got a move to {moved}, but its weights are laid out for the "
+                f"{self.run.backend} backend on {self.device}; wanted load_quantized(..., device='{moved}')"
+            )
+        return self
+
+    def _save_to_state_dict(self, *args: object, **kwargs: object) -> None:
+        raise QuantizationError(
+            f"layer {self.run.layer}: got a request for its tensors, which are laid out for this machine; wanted a "
+            "model loaded with backend='reference'"
+        )
+
+    def extra_repr(self) -> str:
+        """Describe the layer in one line."""
+        return f"{self.shape}, W{self.spec.weight.bits} {self.spec.weight.granularity}, {self.run.reason}"
+
+
+def layer_quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:
+    """Return the quantizers of a layer's input parts."""
+    return [module for module in layer.act_quantizers if isinstance(module, ActivationQuantizer)]
+
+
+def _geometry(layer: QuantLayer) -> ConvGeometry | None:
+    """Return the geometry of a Conv2d, None of a Linear."""
+    if layer.kind is nn.Linear:
+        return None
+    assert not isinstance(layer.padding, str)
+    height, width = layer.padding
+    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
+    return ConvGeometry((kh, kw), (sh, sw), (height, width), (dh, dw))
+
+
+def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | None, offset: int) -> QuantizedActivation:
+    """Clamp codes to the greatest of their step, where bits differ; `offset` is what stored codes are less by."""
+    if part.tops is None:
+        return codes
+    top = part.tops if index is None else part.tops.index_select(0, index.reshape(-1))
+    runs = codes.codes.reshape(len(top), -1)
+    limited = torch.minimum(runs, (top - offset).to(runs.dtype)[:, None]).view(codes.codes.shape)
+    return replace(codes, codes=limited)
+
+
+def _how(parts: list[LayerPart], activation: ActivationSpec | None) -> str:
+    """Say in a few words how a layer is computed."""
+    weight = parts[0].weight
+    if isinstance(weight, CpuWeight):
+        how = "int8 products" if weight.digits == 1 else f"int8 products, weights in {weight.digits} digits"
+    else:
+        widths = " and ".join(str(each.layout.bits) for each in weight)
+        how = f"{widths}-bit weights, {'float' if activation is None else 'int8'} products"
+    return how if len(parts) == 1 else f"{how}, {len(parts)} parts"

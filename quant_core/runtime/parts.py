@@ -1,0 +1,200 @@
+"""A quantized layer laid out for one backend: parts of its input channels, each an integer product of its own.
+
+The layer is the sum of its parts, whose integers are scaled in float. They are
+
+    split inputs      the tensors that are concatenated to form the input, with grids and weight scales of their own;
+    channel shifts    one part for each exponent that occurs: sum_k 2**shift_k q_k w_k = sum_d 2**d sum_{k: shift_k = d}
+                      q_k w_k, with 2**d in the part's activation scale. The most frequent exponent's part takes all
+                      channels and the weight as it is; the others take the channels that have theirs at some step.
+                      What has another exponent at the step that runs is divided by infinity: its code is the zero
+                      point, which adds nothing to the sum. (An infinite activation gives NaN there, where the
+                      reference saturates.)
+
+Factors of channels (`LayerSpec.channel_scale`) are in the vector that channels are divided by. Which channels a part
+takes never depends on the step, so nothing is chosen at run time but a row of a table, and a batch may mix steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.activations import ActivationTable
+from kernels.conv import ConvGeometry
+from kernels.cpu_activation import CpuGrid, cpu_grid
+from kernels.cpu_weight import CpuWeight, pack_cpu_weight
+from kernels.packing import pack_codes, unpack_codes
+from kernels.weights import PackedWeight, pack_weight
+from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.layers import QuantLayer
+from quant_spec.enums import Granularity, KernelBackend
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPart:
+    """Some input channels of a layer: their weight, and the grids of their activations.
+
+    Attributes
+    ----------
+    start, stop : int
+        The channels, or where they lie if `channels` names them.
+    weight : CpuWeight or tuple of PackedWeight
+        One record for each width of weight codes.
+    channels : Tensor, shape (n,), dtype int64, or None
+        The layer's input channels, where they are not all from `start` to `stop`.
+    channel_scale : Tensor, shape (stop - start,), dtype float32, or None
+        What channels are divided by before grids are taken at run time; `table` holds it otherwise.
+    table : ActivationTable or None
+        None if grids are taken at run time, or the input is not quantized.
+    tops : Tensor, shape (S,), dtype int32, or None
+        Greatest code of each trajectory step, where their bits differ.
+    grids : tuple of CpuGrid
+        Those of `table`, one for each step; on the CPU only.
+    """
+
+    start: int
+    stop: int
+    weight: CpuWeight | tuple[PackedWeight, ...]
+    channels: Tensor | None
+    channel_scale: Tensor | None
+    table: ActivationTable | None
+    tops: Tensor | None
+    grids: tuple[CpuGrid, ...] = ()
+
+    def take(self, rows: Tensor) -> Tensor:
+        """Return the part's channels of rows (..., C)."""
+        if self.channels is not None:
+            return rows.index_select(-1, self.channels)
+        return rows if self.stop - self.start == rows.shape[-1] else rows[..., self.start : self.stop]
+
+
+def lay_out_parts(layer: QuantLayer, backend: KernelBackend, geometry: ConvGeometry | None) -> list[LayerPart]:
+    """Lay out a layer for the Triton or the CPU backend.
+
+    Parameters
+    ----------
+    layer : QuantLayer
+        A Linear or an ungrouped Conv2d, with hard codes.
+    backend : KernelBackend
+    geometry : ConvGeometry or None
+        None for a Linear.
+
+    Raises
+    ------
+    KernelError, BackendUnavailableError
+        If the backend can't multiply these weights exactly.
+    """
+    parts = []
+    for number in range(len(layer.spec.split or (0,))):
+        quantizer = layer.act_quantizers[number] if layer.spec.activation is not None else None
+        assert quantizer is None or isinstance(quantizer, ActivationQuantizer)
+        parts += [
+            _part(layer, number, backend, geometry, quantizer, shift)
+            for shift in (_shifts(quantizer) if quantizer is not None and layer.spec.channel_shift else (None,))
+        ]
+    return parts
+
+
+def _shifts(quantizer: ActivationQuantizer) -> tuple[int, ...]:
+    """Return the exponents that occur in a table, the most frequent one first."""
+    values, counts = torch.unique(quantizer.channel_shift, return_counts=True)
+    return tuple(values[counts.argsort(descending=True, stable=True)].tolist())
+
+
+def _part(
+    layer: QuantLayer,
+    number: int,
+    backend: KernelBackend,
+    geometry: ConvGeometry | None,
+    quantizer: ActivationQuantizer | None,
+    shift: int | None,
+) -> LayerPart:
+    """Lay out part `number` of the input, or its channels of exponent `shift`."""
+    sizes = layer.spec.split or (layer.shape[1],)
+    start, stop = sum(sizes[:number]), sum(sizes[: number + 1])
+    own = None
+    if quantizer is not None and shift is not None and shift != _shifts(quantizer)[0]:
+        own = _whole_groups((quantizer.channel_shift == shift).any(0), layer.spec.weight.group_size)
+    weights = _pack(layer, number, own)
+    weight = pack_cpu_weight(weights, geometry) if backend is KernelBackend.CPU else weights
+    channels = None if own is None else own + start
+    if quantizer is None or quantizer.spec.is_dynamic:
+        factor = quantizer.channel_scale.clone() if quantizer is not None and layer.spec.channel_scale else None
+        return LayerPart(start, stop, weight, channels, factor, None, None)
+    table = _table(quantizer, own, shift)
+    tops = quantizer.tops.to(layer.qweight.device, torch.int32) if quantizer.spec.step_bits else None
+    grids: tuple[CpuGrid, ...] = ()
+    if backend is KernelBackend.CPU:
+        grids = tuple(cpu_grid(table, torch.tensor(step)) for step in range(table.scale.numel()))
+    return LayerPart(start, stop, weight, channels, None, table, tops, grids)
+
+
+def _whole_groups(taken: Tensor, group_size: int | None) -> Tensor:
+    """Return the channels that are `taken`, shape (C,) bool, with all others of their scale groups, rising."""
+    if group_size is not None:
+        group = torch.arange(len(taken), device=taken.device) // group_size
+        taken = torch.isin(group, group[taken])
+    return taken.nonzero()[:, 0]
+
+
+def _table(quantizer: ActivationQuantizer, own: Tensor | None, shift: int | None) -> ActivationTable:
+    """Return the grids of the channels `own` (of all), those of other exponents than `shift` left out."""
+    spec = quantizer.spec
+    # Copies: a view would keep the file that it came from mapped.
+    scale, zero_point = (
+        quantizer.scale.clone() if shift is None else quantizer.scale * 2.0**shift,
+        quantizer.zero_point.clone(),
+    )
+    divisor = None
+    if quantizer.channels is not None and (quantizer.channels.scaled or shift is not None):
+        divisor = scale[:, None].expand(-1, quantizer.channels.count)
+        if quantizer.channels.scaled:
+            divisor = divisor * quantizer.channel_scale
+        if shift is not None:
+            divisor = torch.where(quantizer.channel_shift == shift, divisor, torch.inf)
+        divisor = (divisor if own is None else divisor[:, own]).contiguous()
+    return ActivationTable(scale, zero_point, spec.bits, spec.symmetric, divisor)
+
+
+def _pack(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[PackedWeight, ...]:
+    """Give the kernels some columns of a layer, (N, taps, channels), a record for each width of codes.
+
+    They are the channels of part `number` of the input, or of those the channels `own`, which are whole scale groups.
+    """
+    spec, sizes = layer.spec.weight, layer.spec.split or (layer.shape[1],)
+    taps, start = layer.columns // layer.shape[1], sum(sizes[:number])
+    size = sizes[number] if own is None else len(own)
+    is_whole = len(sizes) == 1 and own is None
+    columns = torch.arange(start, start + size) if own is None else own + start
+    scale, zero = _scales(layer, number, own)
+    rows = list(layer.bit_groups()) if spec.mixture else [(spec.bits, None, layer.qweight)]
+    made = []
+    for bits, outputs, qweight in rows:
+        if not is_whole:
+            codes = unpack_codes(qweight, bits, layer.columns).view(-1, taps, layer.shape[1])
+            qweight = pack_codes(codes[..., columns.to(codes.device)].flatten(1), bits)
+        grid = (scale, zero) if outputs is None else (scale[outputs], zero[outputs])
+        made.append(
+            pack_weight(
+                qweight, *grid, bits=bits, channels=size, taps=taps, group_size=spec.group_size, channel=outputs
+            )
+        )
+    return tuple(made)
+
+
+def _scales(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points, (N, G) or (1, 1), of the columns that `_pack` takes."""
+    spec, sizes = layer.spec.weight, layer.spec.split or (layer.shape[1],)
+    if spec.granularity is Granularity.PER_TENSOR:
+        return layer.scale, layer.zero_point
+    counts = [1 if spec.group_size is None else math.ceil(each / spec.group_size) for each in sizes]
+    taps = 1 if spec.group_size is None else layer.columns // layer.shape[1]
+    first, last = sum(counts[:number]), sum(counts[: number + 1])
+    groups = torch.arange(first, last, device=layer.scale.device)
+    if own is not None and spec.group_size is not None:
+        groups = groups[torch.unique(own // spec.group_size)]
+    scale, zero = (t.view(len(t), taps, -1)[..., groups].flatten(1) for t in (layer.scale, layer.zero_point))
+    return scale, zero

@@ -1,0 +1,1 @@
+"""What every package is told, as typed records without torch."""

@@ -1,0 +1,103 @@
+"""Every choice that has a name."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Granularity(StrEnum):
+    """Which values of a tensor share one scale and zero point."""
+
+    PER_TENSOR = "per_tensor"
+    PER_CHANNEL = "per_channel"
+    PER_GROUP = "per_group"
+
+
+class ActivationMode(StrEnum):
+    """When the range of an activation is fixed."""
+
+    STATIC = "static"  # once, for all trajectory steps
+    PER_STEP = "per_step"  # once for each trajectory step (TFMQ-DM's finite set)
+    DYNAMIC_SAMPLE = "dynamic_sample"  # at run time, min-max of each sample
+    # at run time, min-max of each token (last dimension); convolutions take each sample
+    DYNAMIC_TOKEN = "dynamic_token"
+
+
+class RangeMethod(StrEnum):
+    """How a range is found."""
+
+    MINMAX = "minmax"
+    MSE = "mse"  # BRECQ's search: 80 shrunken ranges, |x - Q(x)|^2.4
+    PERCENTILE = "percentile"
+
+
+class UnknownTimestep(StrEnum):
+    """What a per-step model does at a timestep that it was not calibrated for."""
+
+    ERROR = "error"
+    NEAREST = "nearest"
+
+
+class RoundingMethod(StrEnum):
+    """How a weight becomes a code."""
+
+    NEAREST = "nearest"
+    CLOSED_FORM = "closed_form"
+
+
+class Scaling(StrEnum):
+    """How tau is found."""
+
+    NONE = "none"
+    LEARNED = "learned"
+    SMOOTH = "smooth"  # SmoothQuant's closed form
+
+
+class Weighting(StrEnum):
+    """How the errors of trajectory steps add up."""
+
+    UNIFORM = "uniform"
+    ADAPTIVE = "adaptive"  # DMQ's: steps of small error count more
+    EARLY = "early"  # the noisiest steps, whose errors go through all that follows, count more
+
+
+class Shift(StrEnum):
+    """Which layers get power-of-two steps."""
+
+    NONE = "none"
+    SKIP = "skip"  # that read a concatenation whose parts are quantized apart
+    VARIANCE = "variance"  # whose channels' ranges differ much
+
+
+class TemporalRounding(StrEnum):
+    """How the block's weights become codes."""
+
+    NEAREST = "nearest"
+    CLOSED_FORM = "closed_form"
+    RECONSTRUCT = "reconstruct"
+
+
+class AllocationMethod(StrEnum):
+    """How the bits of output channels are chosen."""
+
+    KURTOSIS = "kurtosis"  # the paper's: in each layer as many up as down
+    GLOBAL = "global"  # over all layers, the same number of bits in all
+
+
+class StepBitsMethod(StrEnum):
+    """How bits are given to steps."""
+
+    SNR = "snr"  # the paper's: the least bits whose prediction is cleaner than the schedule's sample, times a threshold
+    EARLY_LOW = "early_low"  # least bits at the noisiest steps, greatest at the others
+    LATE_LOW = "late_low"  # the reverse
+    EFFECT = "effect"  # least error power of the final samples, steps taken as independent
+    JOINT = "joint"  # the same, counting that errors of different steps add up or cancel
+
+
+class KernelBackend(StrEnum):
+    """Choice of implementation; `AUTO` resolves to one of the others."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    TRITON = "triton"
+    CPU = "cpu"

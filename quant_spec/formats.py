@@ -1,0 +1,257 @@
+"""What is chosen for one quantized layer: frozen, validated, JSON-able records.
+
+These records are the `layers` and `attentions` entries of an artifact's `quantization_config` and of task parameters.
+They say how numbers are stored, not how their ranges were found (that is `quant_core.nn.ranges.RangeSpec`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from quant_spec.enums import ActivationMode, Granularity, UnknownTimestep
+from quant_spec.errors import QuantizationError
+
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
+#: Greatest exponent of power-of-two channel steps (DMQ's D); kernels shift weight codes by that much at most.
+SHIFT_DEPTH = 3
+#: Bits of single output channels where they differ within a layer.
+CHANNEL_BITS = (1, *SUPPORTED_BITS)
+
+
+def check_bits(bits: int, what: str) -> None:
+    """Raise QuantizationError unless `bits` is a width that packing supports."""
+    if bits not in SUPPORTED_BITS:
+        raise QuantizationError(f"{what}: got {bits} bits, wanted one of {', '.join(map(str, SUPPORTED_BITS))}")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """Format of a layer's weight codes.
+
+    The weight is the matrix (C_out, K), K = kernel taps x C_in. One scale and zero point is shared per_tensor by all of
+    it, per_channel by one output channel (within one part of a split input), per_group by `group_size` consecutive
+    input channels of one tap.
+
+    `mixture` has (bits, number of output channels) in rising order, where channels have bits of their own; `bits` is
+    then the greatest. Which channel has which is stored with the layer's codes.
+    """
+
+    bits: int
+    symmetric: bool = False
+    granularity: Granularity = Granularity.PER_CHANNEL
+    group_size: int | None = None
+    mixture: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, "weight")
+        object.__setattr__(self, "granularity", Granularity(self.granularity))
+        object.__setattr__(self, "mixture", tuple((int(bits), int(count)) for bits, count in self.mixture))
+        self._check_mixture()
+        if (self.granularity is Granularity.PER_GROUP) != (self.group_size is not None):
+            raise QuantizationError(
+                f"group_size: got {self.group_size} with granularity {self.granularity}, "
+                "wanted a size exactly for per_group"
+            )
+
+    def _check_mixture(self) -> None:
+        """Refuse bits of channels that do not fit the rest."""
+        widths = [bits for bits, _ in self.mixture]
+        if not widths:
+            return
+        if widths != sorted(set(widths) & set(CHANNEL_BITS)) or min(count for _, count in self.mixture) < 1:
+            raise QuantizationError(
+                f"mixture: got {self.mixture}, wanted (bits, channels) with bits rising, each one of "
+                f"{', '.join(map(str, CHANNEL_BITS))}, for at least 1 channel"
+            )
+        if widths[-1] != self.bits or self.granularity is not Granularity.PER_CHANNEL:
+            raise QuantizationError(
+                f"mixture: got a greatest of {widths[-1]} bits with {self.bits} bits {self.granularity}, wanted that "
+                "as bits, and per_channel"
+            )
+
+    @property
+    def bits_mean(self) -> float:
+        """Bits, averaged over the weights: all output channels have as many."""
+        if not self.mixture:
+            return float(self.bits)
+        return sum(bits * count for bits, count in self.mixture) / sum(count for _, count in self.mixture)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping; it says nothing of a mixture where there is none."""
+        entries = asdict(self)
+        mixture = [list(entry) for entry in entries.pop("mixture")]
+        return entries | ({"mixture": mixture} if mixture else {})
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationSpec:
+    """Format of a layer's input codes; one scale and zero point per tensor (per part, step, sample or token).
+
+    `step_bits` has the bits of each trajectory step, where they differ; `bits` is then the greatest.
+    """
+
+    bits: int
+    symmetric: bool = False
+    mode: ActivationMode = ActivationMode.PER_STEP
+    step_bits: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits, "activation")
+        object.__setattr__(self, "mode", ActivationMode(self.mode))
+        object.__setattr__(self, "step_bits", tuple(self.step_bits))
+        for bits in self.step_bits:
+            check_bits(bits, "activation step")
+        if self.step_bits and (self.mode is not ActivationMode.PER_STEP or self.bits != max(self.step_bits)):
+            raise QuantizationError(
+                f"step_bits: got a greatest of {max(self.step_bits)} with {self.bits} bits {self.mode}, "
+                "wanted that as bits, and per_step"
+            )
+
+    @property
+    def bits_mean(self) -> float:
+        """Bits, averaged over the trajectory."""
+        return sum(self.step_bits) / len(self.step_bits) if self.step_bits else float(self.bits)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping; bits that do not differ between steps are not repeated."""
+        entries = asdict(self)
+        step_bits = list(entries.pop("step_bits"))
+        return entries | {"step_bits": step_bits} if step_bits else entries
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether ranges are taken at run time."""
+        return self.mode in (ActivationMode.DYNAMIC_SAMPLE, ActivationMode.DYNAMIC_TOKEN)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One quantized Conv or Linear layer.
+
+    `split` gives the channel counts of the tensors that are concatenated to form its input (Q-Diffusion's shortcut
+    split, Sec. 4.3): each part has its own activation range and its own weight scales.
+
+    `channel_scale`: input channel k is divided by a factor tau_k, within the activation quantizer's own division, and
+    the codes are those of tau_k * weight (equivalent scaling). `channel_shift`: at each trajectory step, channel k has
+    the activation step scale * 2**shift_k (power-of-two scaling).
+    """
+
+    weight: WeightSpec
+    activation: ActivationSpec | None = None
+    split: tuple[int, ...] | None = None
+    channel_scale: bool = False
+    channel_shift: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activation is None and (self.channel_scale or self.channel_shift):
+            raise QuantizationError("channel_scale: got a layer whose input is not quantized, wanted one that is")
+        if self.channel_shift and self.activation is not None and self.activation.is_dynamic:
+            raise QuantizationError(f"channel_shift: got mode {self.activation.mode}, wanted static or per_step")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        activation, split = data.get("activation"), data.get("split")
+        return cls(
+            weight=WeightSpec(**data["weight"]),
+            activation=None if activation is None else ActivationSpec(**activation),
+            split=None if split is None else tuple(split),
+            channel_scale=data.get("channel_scale", False),
+            channel_shift=data.get("channel_shift", False),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping; it says nothing of scaled channels where there are none."""
+        channels = {"channel_scale": self.channel_scale, "channel_shift": self.channel_shift}
+        return {
+            "weight": self.weight.to_json(),
+            "activation": None if self.activation is None else self.activation.to_json(),
+            "split": None if self.split is None else list(self.split),
+            **{name: True for name, has in channels.items() if has},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """Operands of one attention's two matmuls.
+
+    Query, key and value have the format `activation`; probabilities have `softmax_bits`, from zero up.
+    """
+
+    activation: ActivationSpec
+    softmax_bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_bits(self.softmax_bits, "softmax")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(ActivationSpec(**data["activation"]), data["softmax_bits"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping."""
+        return {"activation": self.activation.to_json(), "softmax_bits": self.softmax_bits}
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """A layer's outputs kept as a table, one row for each trajectory step and label, instead of the layer.
+
+    `bits` is 8 (codes, with a scale and an offset per channel) or 16 (bfloat16); `labels` counts the class labels that
+    the outputs depend on, 1 if on none. Row step * labels + label belongs to a sample.
+    """
+
+    bits: int
+    labels: int = 1
+
+    def __post_init__(self) -> None:
+        if self.bits not in (8, 16) or self.labels < 1:
+            raise QuantizationError(
+                f"feature table: got {self.bits} bits for {self.labels} labels, wanted 8 or 16 bits, at least 1 label"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationPlan:
+    """Every layer and attention that is quantized, and the trajectory that per-step tables are indexed by.
+
+    `timesteps` are the sampler's, in the order of sampling (noisiest first); empty if nothing is per step. `features`
+    are layers whose outputs are looked up; `unserved` are layers whose outputs nothing needs since then.
+    """
+
+    layers: Mapping[str, LayerSpec]
+    attentions: Mapping[str, AttentionSpec]
+    timesteps: tuple[float, ...] = ()
+    unknown_timestep: UnknownTimestep = UnknownTimestep.ERROR
+    features: Mapping[str, FeatureSpec] = field(default_factory=dict)
+    unserved: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote (also a whole `quantization_config`)."""
+        return cls(
+            layers={name: LayerSpec.from_json(spec) for name, spec in data["layers"].items()},
+            attentions={name: AttentionSpec.from_json(spec) for name, spec in data["attentions"].items()},
+            timesteps=tuple(data["timesteps"]),
+            unknown_timestep=UnknownTimestep(data["unknown_timestep"]),
+            features={name: FeatureSpec(**spec) for name, spec in data.get("features", {}).items()},
+            unserved=tuple(data.get("unserved", ())),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping; it says nothing of features where there are none."""
+        cached: dict[str, Any] = {}
+        if self.features:
+            cached = {
+                "features": {name: asdict(spec) for name, spec in self.features.items()},
+                "unserved": list(self.unserved),
+            }
+        return cached | {
+            "layers": {name: spec.to_json() for name, spec in self.layers.items()},
+            "attentions": {name: spec.to_json() for name, spec in self.attentions.items()},
+            "timesteps": list(self.timesteps),
+            "unknown_timestep": str(self.unknown_timestep),
+        }

@@ -1,0 +1,21 @@
+"""How the range of a weight or an activation is found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quant_spec.enums import RangeMethod
+from quant_spec.errors import QuantizationError
+
+
+@dataclass(frozen=True, slots=True)
+class RangeSpec:
+    """A range estimator and its parameter: `percentile` is the share of values kept inside, two-sided, in (0.5, 1]."""
+
+    method: RangeMethod = RangeMethod.MINMAX
+    percentile: float = 0.9999
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "method", RangeMethod(self.method))
+        if not 0.5 < self.percentile <= 1:
+            raise QuantizationError(f"percentile: got {self.percentile}, wanted more than 0.5 and at most 1")

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.packing import unpack_codes
+from quant_core.diffusion.calibration import CalibrationSet, replay
+from quant_core.diffusion.denoiser import Denoiser
+from quant_core.fit.hessian import input_rows
+from quant_core.fit.rounding import (
+    RoundedUnit,
+    RoundingConfig,
+    UnitRanges,
+    nearest_codes,
+    read_unit,
+    round_units,
+    weight_grid,
+)
+from quant_core.fit.unit_state import UnitFormats, load_states, merge_plans
+from quant_core.nn.layers import weight_groups, weight_matrix
+from quant_core.nn.model import build_quantized
+from quant_core.nn.ranges import choose_qparams
+from quant_spec.enums import ActivationMode, RoundingMethod
+from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
+from quant_spec.ranges import RangeSpec
+
+Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
+Units = list[tuple[UnitFormats, UnitRanges]]
+PlanUnits = Callable[..., Units]
+
+CLOSED = RoundingConfig(RoundingMethod.CLOSED_FORM)
+NEAREST = RoundingConfig()
+
+
+def rounded(
+    calibrated: Calibrated, plan_units: PlanUnits, config: RoundingConfig, pick: slice = slice(None), **formats: object
+) -> list[RoundedUnit]:
+    denoiser, calibration = calibrated("digits")
+    units = plan_units(denoiser, **formats)[pick]
+    return round_units(denoiser.model, calibration, units, config)
+
+
+def weight_of(unit: RoundedUnit, name: str) -> Tensor:
+    """A layer's weight matrix, from the tensors of its state."""
+    spec = unit.state.formats.layers[name]
+    packed, scale, zero = (unit.state.tensors[f"{name}.{key}"] for key in ("qweight", "scale", "zero_point"))
+    columns = packed.shape[1] * 8 // spec.weight.bits
+    groups = torch.zeros(columns, dtype=torch.long)
+    if spec.split is not None:
+        groups = weight_groups((1, sum(spec.split), columns // sum(spec.split)), spec)
+    codes = unpack_codes(packed, spec.weight.bits, columns).float()
+    return (codes - zero.float()[:, groups]) * scale.float()[:, groups]
+
+
+def test_every_unit_gets_a_state(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+    denoiser, calibration = calibrated("digits")
+    units = plan_units(denoiser)
+    made = round_units(denoiser.model, calibration, units, NEAREST)
+    assert [each.state.formats for each in made] == [formats for formats, _ in units]
+    for each in made:
+        assert each.state.timesteps == tuple(calibration.timesteps.tolist())
+        assert each.layer_sqnr_db.keys() == each.state.formats.layers.keys()
+        # 4 bits per channel
+        assert all(10 < db < 35 for db in each.layer_sqnr_db.values())
+
+
+def test_nearest_codes_are_the_nearest(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+    float_model = calibrated("digits")[0].model
+    first = rounded(calibrated, plan_units, NEAREST, slice(1))[0]
+    for layer in first.state.formats.layers:
+        matrix = weight_matrix(float_model.get_parameter(f"{layer}.weight").detach())
+        grid = choose_qparams(matrix, 4, symmetric=False, spec=RangeSpec())
+        assert torch.equal(first.state.tensors[f"{layer}.scale"][:, 0], grid.scale)
+        steps = (weight_of(first, layer) - matrix).abs() / grid.scale[:, None]
+        assert float(steps.max()) <= 1.0  # half a step, and as much where the zero point was rounded
+        assert float(steps.mean()) < 0.3
+
+
+@pytest.mark.parametrize("config", [NEAREST, CLOSED], ids=["nearest", "closed_form"])
+def test_a_units_state_does_not_depend_on_its_group(
+    calibrated: Calibrated, plan_units: PlanUnits, config: RoundingConfig
+) -> None:
+    config = replace(config, positions=6, samples=3, batch_size=2)
+    formats = {"activation_range": "mse", "weight_range": "mse", "bits": 3}
+    together = rounded(calibrated, plan_units, config, slice(4, 9), **formats)
+    alone = [rounded(calibrated, plan_units, config, slice(i, i + 1), **formats)[0] for i in range(4, 9)]
+    assert any(each.state.formats.attentions for each in together)
+    for one, two in zip(together, alone, strict=True):
+        assert one.state.to_bytes() == two.state.to_bytes(), one.state.formats.unit
+        assert one.layer_sqnr_db == two.layer_sqnr_db
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+    config = replace(CLOSED, positions=4)
+    one, two, other = (
+        rounded(calibrated, plan_units, replace(config, seed=seed), slice(3, 4))[0].state.to_bytes()
+        for seed in (0, 0, 1)
+    )
+    assert one == two
+    assert one != other
+
+
+def test_closed_form_beats_nearest_at_every_layers_output(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+    denoiser, calibration = calibrated("digits")
+    units = plan_units(denoiser, bits=4)
+    picked = units[2:7]
+    states = {
+        config.method: round_units(calibrated("digits")[0].model, calibration, picked, config)
+        for config in (NEAREST, replace(CLOSED, positions=None))
+    }
+    inputs: dict[str, list[Tensor]] = {}
+    for formats, _ in picked:
+        for name in formats.layers:
+            inputs[name] = []
+            denoiser.model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: inputs[name].append(args[0])
+            )
+    with torch.no_grad():
+        for batch in calibration.by_step(4):
+            replay(denoiser.model, batch)
+    gains = []
+    for near, closed in zip(*states.values(), strict=True):
+        for name in near.state.formats.layers:
+            layer = denoiser.model.get_submodule(name)
+            rows = input_rows(layer, torch.cat(inputs[name]), None, torch.Generator())
+            matrix = weight_matrix(layer.get_parameter("weight").detach())
+            errors = [float((rows @ (matrix - weight_of(unit, name)).T).square().sum()) for unit in (near, closed)]
+            gains.append(10 * torch.log10(torch.tensor(errors[0] / errors[1])).item())
+            # the figure that is reported is the one at the output
+            signal = float((rows @ matrix.T).square().sum())
+            reported = 10 ** (closed.layer_sqnr_db[name] / 10)
+            assert reported == pytest.approx(signal / errors[1], rel=0.02)
+    assert min(gains) > 0.5
+    assert sum(gains) / len(gains) > 3
+
+
+@pytest.mark.parametrize("mode", list(ActivationMode))
+def test_activation_tables_by_mode(calibrated: Calibrated, plan_units: PlanUnits, mode: ActivationMode) -> None:
+    denoiser, calibration = calibrated("digits")
+    spec = ActivationSpec(8, mode=mode)
+    unit = next(unit for unit in plan_units(denoiser, activation=spec) if unit[0].attentions)
+    (made,) = round_units(denoiser.model, calibration, [unit], NEAREST)
+    tables = {name: t for name, t in made.state.tensors.items() if "quantizer" in name}
+    assert made.state.timesteps == ((*calibration.timesteps.tolist(),) if mode is ActivationMode.PER_STEP else ())
+    if spec.is_dynamic:
+        assert not tables
+        return
+    assert {len(table) for table in tables.values()} == {3 if mode is ActivationMode.PER_STEP else 1}
+    assert len(tables) == 2 * (len(made.state.formats.layers) + 4 * len(made.state.formats.attentions))
+    assert all(bool((t != 1).all()) for name, t in tables.items() if name.endswith("scale"))
+
+
+def test_a_split_input_has_a_range_and_scales_for_each_part(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+    denoiser, calibration = calibrated("digits")
+    formats, ranges = next(u for u in plan_units(denoiser) if any(s.split for s in u[0].layers.values()))
+    (made,) = round_units(denoiser.model, calibration, [(formats, ranges)], NEAREST)
+    name = next(name for name, spec in formats.layers.items() if spec.split)
+    one, two = (made.state.tensors[f"{name}.act_quantizers.{part}.scale"] for part in range(2))
+    assert not torch.equal(one, two)
+    assert made.state.tensors[f"{name}.scale"].shape[1] == 2
+
+
+@pytest.mark.parametrize("config", [NEAREST, CLOSED], ids=["nearest", "closed_form"])
+def test_eight_bits_leave_the_model_nearly_as_it_was(
+    calibrated: Calibrated, plan_units: PlanUnits, config: RoundingConfig
+) -> None:
+    denoiser, calibration = calibrated("digits")
+    batch = calibration.rows(1, 0, 4)
+    with torch.no_grad():
+        wanted = replay(denoiser.model, batch)
+    states = [each.state for each in round_units(denoiser.model, calibration, plan_units(denoiser, bits=8), config)]
+    fresh = calibrated("digits")[0].model
+    build_quantized(fresh, merge_plans(states))
+    load_states(fresh, states)
+    with torch.no_grad():
+        got = replay(fresh, batch)
+        left = replay(denoiser.model, batch)
+    assert torch.equal(got, left)  # the model that was rounded has the same numbers
+    assert 0 < float((got - wanted).norm()) < 0.05 * float(wanted.norm())
+
+
+@pytest.mark.parametrize(
+    ("weight", "shape"),
+    [({"granularity": "per_tensor"}, (1, 1)), ({}, (6, 1)), ({"granularity": "per_group", "group_size": 4}, (6, 3))],
+)
+def test_weight_grids(weight: dict[str, object], shape: tuple[int, int]) -> None:
+    matrix = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    spec = LayerSpec(WeightSpec(4, **weight))  # type: ignore[arg-type]
+    groups = weight_groups((6, 10), spec)
+    grid = weight_grid(matrix, spec, groups, RangeSpec())
+    assert grid.scale.shape == grid.zero_point.shape == shape
+    for row in range(6):
+        for group in range(shape[1]):
+            own = matrix if shape == (1, 1) else matrix[row, groups == group]
+            wanted = (own.max().clamp(min=0) - own.min().clamp(max=0)) / 15
+            # scales per group are kept in half the bytes
+            tolerance = 2**-8 if shape[1] == 3 else 1e-6
+            assert grid.scale[min(row, shape[0] - 1), group].item() == pytest.approx(wanted.item(), rel=tolerance)
+    codes = nearest_codes(matrix, grid, 4, groups)
+    back = (codes.float() - grid.zero_point[:, groups]) * grid.scale[:, groups]
+    assert float(((back - matrix).abs() / grid.scale[:, groups]).max()) <= 1.05
+
+
+def test_read_unit_reads_task_parameters() -> None:
+    data = {
+        "unit": "block",
+        "layers": {
+            "block.a": {
+                "weight": {"bits": 4, "symmetric": False, "granularity": "per_channel", "group_size": None},
+                "weight_range": {"method": "mse"},
+                "activation": {"bits": 8, "symmetric": False, "mode": "per_step"},
+                "activation_range": {"method": "percentile", "percentile": 0.99},
+                "split": [3, 5],
+            },
+            "block.b": {
+                "weight": {"bits": 8},
+                "weight_range": {"method": "minmax"},
+                "activation": None,
+                "activation_range": None,
+                "split": None,
+            },
+        },
+        "attentions": {
+            "block.c": {
+                "activation": {"bits": 8, "mode": "static"},
+                "activation_range": {"method": "minmax"},
+                "softmax_bits": 6,
+            }
+        },
+    }
+    formats, ranges = read_unit(data)
+    assert (formats.unit, list(formats.layers), list(formats.attentions)) == (
+        "block",
+        ["block.a", "block.b"],
+        ["block.c"],
+    )
+    assert formats.layers["block.a"].split == (3, 5)
+    assert formats.layers["block.b"].activation is None
+    assert formats.attentions["block.c"].softmax_bits == 6
+    assert ranges.weights["block.a"].method == "mse"
+    assert ranges.activations == {"block.a": RangeSpec("percentile", 0.99), "block.c": RangeSpec()}  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from quant_spec.enums import ActivationMode, Granularity, UnknownTimestep
+from quant_spec.errors import QuantizationError
+from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
+
+
+def test_a_plan_survives_json() -> None:
+    plan = QuantizationPlan(
+        layers={
+            "a": LayerSpec(WeightSpec(4, True, Granularity.PER_GROUP, 8), ActivationSpec(6), (3, 5)),
+            "b": LayerSpec(WeightSpec(3, granularity=Granularity.PER_TENSOR)),
+        },
+        attentions={"c": AttentionSpec(ActivationSpec(8, True, ActivationMode.DYNAMIC_TOKEN), 5)},
+        timesteps=(900.0, 0.25),
+        unknown_timestep=UnknownTimestep.NEAREST,
+    )
+    assert QuantizationPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@pytest.mark.parametrize("bits", [0, 1, 7, 16])
+def test_widths_that_packing_lacks_are_refused(bits: int) -> None:
+    for make in (WeightSpec, ActivationSpec, lambda b: AttentionSpec(ActivationSpec(8), b)):
+        with pytest.raises(QuantizationError, match=f"got {bits} bits, wanted one of 2, 3, 4, 5, 6, 8"):
+            make(bits)
+
+
+@pytest.mark.parametrize("more", [{"group_size": 8}, {"granularity": "per_group"}])
+def test_a_group_size_belongs_to_per_group(more: dict[str, Any]) -> None:
+    with pytest.raises(QuantizationError, match="wanted a size exactly for per_group"):
+        WeightSpec(4, **more)
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_dynamic"), [("static", False), ("per_step", False), ("dynamic_sample", True), ("dynamic_token", True)]
+)
+def test_which_modes_are_dynamic(mode: str, is_dynamic: bool) -> None:
+    assert ActivationSpec(8, mode=mode).is_dynamic is is_dynamic  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="often"):
+        ActivationSpec(8, mode="often")  # type: ignore[arg-type]
+
+
+def test_bits_of_each_step_survive_json_and_are_written_only_where_they_differ() -> None:
+    spec = ActivationSpec(8, step_bits=(4, 6, 8))
+    layer = LayerSpec(WeightSpec(4), spec)
+    assert LayerSpec.from_json(json.loads(json.dumps(layer.to_json()))) == layer
+    assert spec.bits_mean == 6
+    assert ActivationSpec(8).bits_mean == 8
+    assert "step_bits" not in LayerSpec(WeightSpec(4), ActivationSpec(8)).to_json()["activation"]
+    assert "step_bits" not in AttentionSpec(ActivationSpec(8)).to_json()["activation"]
+
+
+def test_bits_of_each_step_must_fit_the_rest() -> None:
+    with pytest.raises(QuantizationError, match="got 7 bits"):
+        ActivationSpec(8, step_bits=(7, 8))
+    with pytest.raises(QuantizationError, match="got a greatest of 6 with 8 bits per_step"):
+        ActivationSpec(8, step_bits=(4, 6))
+    with pytest.raises(QuantizationError, match="got a greatest of 8 with 8 bits static"):
+        ActivationSpec(8, mode=ActivationMode.STATIC, step_bits=(4, 8))

@@ -1,0 +1,1 @@
+"""Running task bodies: in this process, in a child, on Ray."""

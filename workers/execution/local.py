@@ -1,0 +1,91 @@
+"""Run one task in a process of its own: `python -m workers.execution.local KIND`, JSON in, one line of JSON out.
+
+Standard input: `{"params":…, "inputs":…, "store_url":…, "cache_dir":…, "device":…, "threads":…}`. Standard output: the
+output and metrics, or `{"error":…, "fault":…, "exit_code":…}`; everything else that is printed goes to standard error.
+The orchestrator, which never imports torch, inspects models this way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from quant_spec.errors import QuantServiceError
+from workers.errors import Fault, TaskError, TaskFailedError, describe, fault_of
+from workers.execution.context import TaskOutput
+from workers.execution.execute import TaskCall, execute_call
+
+#: The folder that Python must search to import this package.
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def answer_call(call: TaskCall) -> dict[str, Any]:
+    """Run a call in this process and return its output, or its error, as JSON."""
+    try:
+        output = execute_call(call)
+        answer = {"outputs": output.outputs, "metrics": output.metrics}
+        json.dumps(answer, allow_nan=False)
+    except Exception as error:
+        exit_code = error.exit_code if isinstance(error, QuantServiceError) else 1
+        return {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code}
+    return answer
+
+
+def run_in_subprocess(call: TaskCall) -> TaskOutput:
+    """Run a call in a new Python process.
+
+    Raises
+    ------
+    TaskError
+        If the task found its input to be bad; the message is the task's own.
+    TaskFailedError
+        If it failed otherwise, or the process died; `exit_code` is that of the task's own error.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(call.threads), "PYTHONPATH": python_path()}
+    # Safe: our own module, in the interpreter that is running.
+    process = subprocess.run(
+        [sys.executable, "-P", "-m", "workers.execution.local", call.kind],
+        input=json.dumps(call.to_json()),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    try:
+        answer = json.loads(process.stdout)
+    except ValueError:
+        last = (process.stderr.strip().splitlines() or [""])[-1]
+        raise TaskFailedError(
+            f"task {call.kind}: got exit status {process.returncode} ({last}), wanted an answer"
+        ) from None
+    if "error" in answer:
+        error = (TaskError if answer["fault"] == Fault.INVALID else TaskFailedError)(answer["error"])
+        error.exit_code = answer["exit_code"]
+        raise error
+    return TaskOutput(answer["outputs"], answer["metrics"])
+
+
+def python_path() -> str:
+    """Return PYTHONPATH for a child process, so that it finds this package wherever it is started."""
+    inherited = os.environ.get("PYTHONPATH")
+    return f"{ROOT}{os.pathsep}{inherited}" if inherited else str(ROOT)
+
+
+def main(argv: list[str]) -> int:
+    """Run the call on standard input; return 0, or the error's exit code."""
+    answers = os.fdopen(os.dup(1), "w")
+    # Whatever libraries print, from Python or below it, must not mix with the answer.
+    os.dup2(2, 1)
+    request = json.load(sys.stdin)
+    answer = answer_call(TaskCall(**{**request, "kind": argv[0]}))
+    answers.write(json.dumps(answer) + "\n")
+    answers.close()
+    return int(answer.get("exit_code", 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,188 @@
+"""The process that drives Ray, and what runs on Ray; the only module that imports it. `executor.py` starts it.
+
+Standard input: `{"submit": id, "call": {…}}` or `{"cancel": id}`, one a line. Standard output: `{"capacity": {…}}` when
+Ray is there and whenever it changes, and for each call `{"id":…, "outputs":…, "metrics":…}` or `{"id":…, "error":…,
+"fault":…}`. The process ends, with every process of a local Ray, when its input closes or Ray is lost.
+
+Ray retries nothing (the queue does, and counts), keeps no results of ours (they are in the store), and keeps its worker
+processes, as importing torch takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+import ray
+from ray.exceptions import RayError, TaskCancelledError
+
+from workers.errors import Fault, describe
+from workers.execution.execute import TaskCall
+from workers.execution.local import answer_call
+
+# Ray's object store holds calls and answers only; this is about the least it accepts.
+_OBJECT_STORE_BYTES = 80 << 20
+_MEMORY_SHARE = 0.9
+# Tasks that ask for the same share a worker's lease, so memory is asked for in these steps.
+_MEMORY_STEP = 256 << 20
+_LOOK_SECONDS = 0.5
+_PROBE_SECONDS = 5.0
+_SILENCE_SECONDS = 60.0
+
+
+def run_call(text: str) -> str:
+    """Run a call in a Ray worker; JSON in and out, so that no pickle of ours crosses the cluster."""
+    return json.dumps(answer_call(TaskCall(**json.loads(text))))
+
+
+class Driver:
+    """Takes orders from standard input and reports to standard output."""
+
+    def __init__(self, answers: BinaryIO, *, local: bool) -> None:
+        """Drive the Ray that this process is connected to."""
+        self._answers = answers
+        self._local = local
+        self._writing = threading.Lock()
+        self._running: dict[int, Any] = {}
+        self._remote = ray.remote(max_retries=0, max_calls=0)(run_call)
+        self._capacity: dict[str, float] = {}
+        self._node_cpus = self._node_memory = 0.0
+        self._last_probe = time.monotonic()
+
+    def run(self) -> None:
+        """Serve until the input closes or Ray is lost."""
+        self._probe()
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._probe_for_ever, daemon=True).start()
+        # This thread started Ray's processes, which the kernel kills when it ends.
+        while self._ray_is_there():
+            time.sleep(_LOOK_SECONDS)
+        end(self._local)
+
+    def _read(self) -> None:
+        for line in sys.stdin:
+            order = json.loads(line)
+            if "submit" in order:
+                self._submit(order["submit"], order["call"])
+            elif order["cancel"] in self._running:
+                ray.cancel(self._running[order["cancel"]], force=True)
+        end(self._local)
+
+    def _submit(self, number: int, call: dict[str, Any]) -> None:
+        # A task that asks for more than any machine has would wait for ever; it gets a whole machine instead.
+        cpus = min(call["cpus"], self._node_cpus)
+        memory = min(math.ceil(call["memory_bytes"] / _MEMORY_STEP) * _MEMORY_STEP, int(self._node_memory))
+        options = {"num_cpus": cpus, "num_gpus": call["gpus"], "memory": memory or None, "name": call["kind"]}
+        try:
+            reference = self._remote.options(**options).remote(json.dumps(call))
+        except (RayError, ValueError) as error:
+            self._send({"id": number, "error": f"ray: {describe(error)}", "fault": Fault.INFRASTRUCTURE})
+            return
+        self._running[number] = reference
+        reference.future().add_done_callback(lambda future: self._report(number, future))
+
+    def _report(self, number: int, future: Future[str]) -> None:
+        """Send the end of a call; runs in a thread of Ray's."""
+        self._running.pop(number, None)
+        error = future.exception()
+        if error is None:
+            self._send({"id": number, **json.loads(future.result())})
+        else:
+            # A body's own exceptions are answers, so what comes this way is a worker, node or Ray that was lost.
+            what = "cancelled" if isinstance(error, TaskCancelledError) else _first_line(error)
+            self._send({"id": number, "error": f"ray: {what}", "fault": Fault.INFRASTRUCTURE})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._writing:
+            try:
+                self._answers.write(json.dumps(message).encode() + b"\n")
+                self._answers.flush()
+            except OSError:
+                end(self._local)
+
+    def _probe_for_ever(self) -> None:
+        while True:
+            time.sleep(_PROBE_SECONDS)
+            try:
+                self._probe()
+            except RayError:
+                end(self._local)
+
+    def _probe(self) -> None:
+        """Ask the cluster what it has, and report it if that changed."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self._node_cpus = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
+        self._node_memory = max((node.get("memory", 0.0) for node in nodes), default=0.0)
+        capacity = {
+            "cpus": sum(node.get("CPU", 0.0) for node in nodes),
+            "gpus": sum(node.get("GPU", 0.0) for node in nodes),
+            "memory_bytes": int(sum(node.get("memory", 0.0) for node in nodes)),
+        }
+        self._last_probe = time.monotonic()
+        if capacity != self._capacity:
+            self._capacity = capacity
+            self._send({"capacity": capacity})
+
+    def _ray_is_there(self) -> bool:
+        """Say whether the cluster answered lately; a local Ray must also have its two processes."""
+        if time.monotonic() - self._last_probe > _SILENCE_SECONDS:
+            return False
+        if not self._local:
+            return True
+        alive = {child.name() for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+        return {"gcs_server", "raylet"} <= alive
+
+
+def end(local: bool) -> None:
+    """End this process at once, and all processes of a local Ray, which share its process group."""
+    if local:
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def start_ray(address: str | None, cpus: int | None, memory_bytes: int | None, temporary: Path) -> None:
+    """Start a local Ray on the loopback address, or connect to the cluster at `address`."""
+    if address is not None:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        return
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _memory=memory_bytes or int(psutil.virtual_memory().available * _MEMORY_SHARE),
+        _temp_dir=str(temporary),
+    )
+
+
+def main() -> None:
+    """Start or find Ray as the first argument (JSON) says, and serve."""
+    answers = os.fdopen(os.dup(1), "wb")
+    # Whatever Ray prints must not mix with the answers.
+    os.dup2(2, 1)
+    config = json.loads(sys.argv[1])
+    try:
+        start_ray(config["address"], config["cpus"], config["memory_bytes"], Path(config["temporary"]))
+        driver = Driver(answers, local=config["address"] is None)
+    except Exception as error:
+        # Ray raises whatever it likes here; all of it means that there is no Ray.
+        answers.write(json.dumps({"failed": describe(error)}).encode() + b"\n")
+        answers.flush()
+        raise
+    driver.run()

@@ -1,0 +1,1 @@
+"""The object store, the node's cache, manifests and model folders."""

@@ -1,0 +1,252 @@
+"""Trees: a folder as an artifact. Its manifest lists every file's digest and size; the manifest's digest names it.
+
+The manifest is canonical JSON (sorted keys, no spaces, UTF-8):
+`{"files":{"unet/config.json":{"bytes":123,"sha256":"…"}},"format":1}`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from workers.errors import ManifestError, NotFoundError, StoreError
+from workers.storage.blobs import check_digest, digest_of, disk_error
+from workers.storage.names import check_path, check_paths
+from workers.storage.store import NodeStore, Store
+
+FORMAT = 1
+#: The file that a pulled folder has besides those that the manifest lists.
+MANIFEST_NAME = "manifest.json"
+
+
+def put_manifest(store: Store, files: Mapping[str, tuple[str, int]]) -> str:
+    """Store the manifest of blobs that are in the store already.
+
+    Parameters
+    ----------
+    store
+        Holds the blobs.
+    files
+        Path in the tree to (digest, bytes).
+
+    Returns
+    -------
+    str
+        The manifest's digest, which names the tree.
+
+    Raises
+    ------
+    ManifestError
+        If a path is not acceptable.
+    """
+    entries = {path: {"sha256": digest, "bytes": size} for path, (digest, size) in files.items()}
+    manifest = {"format": FORMAT, "files": entries}
+    _check(manifest, "manifest")
+    return store.put_bytes(manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """Return the one serialised form of a manifest."""
+    return json.dumps(manifest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def put_tree(store: Store, folder: Path) -> str:
+    """Store every file of a folder, and its manifest.
+
+    Parameters
+    ----------
+    store
+        Where to.
+    folder
+        Its `manifest.json`, if any, is left out: it is made anew when the tree is pulled.
+
+    Returns
+    -------
+    str
+        The manifest's digest, which names the tree.
+
+    Raises
+    ------
+    ManifestError
+        If the folder has a link, anything that is neither file nor folder, or a path that is not acceptable.
+    """
+    paths = []
+    for root, names, leaves in os.walk(folder):
+        for name in sorted(names + leaves):
+            path = Path(root, name)
+            relative = path.relative_to(folder).as_posix()
+            if path.is_symlink() or not (path.is_file() or path.is_dir()):
+                raise ManifestError(f"{folder}: got {relative!r} that is a link or special, wanted files and folders")
+            if path.is_file() and relative != MANIFEST_NAME:
+                check_path(relative)
+                paths.append(relative)
+    check_paths(paths)
+    return put_manifest(
+        store, {path: (store.put_file(folder / path), (folder / path).stat().st_size) for path in paths}
+    )
+
+
+def read_manifest(store: Store, digest: str) -> dict[str, Any]:
+    """Return a tree's manifest, checked.
+
+    Raises
+    ------
+    NotFoundError, DigestMismatchError
+        If the store has no such blob, or other bytes under its name.
+    ManifestError
+        If the blob is no manifest, or has a path that is not acceptable.
+    """
+    data = store.get_bytes(digest)
+    where = f"manifest {digest[:12]}"
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise ManifestError(f"{where}: got bytes that are not JSON, wanted a manifest") from error
+    return _check(manifest, where)
+
+
+def _check(manifest: Any, where: str) -> dict[str, Any]:
+    """Return the manifest if it has the right form; else ManifestError."""
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("files"), dict)
+    ):
+        raise ManifestError(f"{where}: got no manifest of format {FORMAT}, wanted one")
+    for path, entry in manifest["files"].items():
+        if not _is_entry(entry):
+            raise ManifestError(f"{where}: got a bad entry for {path[:200]!r}, wanted its sha256 and bytes")
+    if MANIFEST_NAME in {path.casefold() for path in manifest["files"]}:
+        raise ManifestError(f"{where}: got a file named {MANIFEST_NAME}, wanted that name free for the manifest itself")
+    check_paths(manifest["files"])
+    return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    """Say whether a manifest's entry has a digest and a size."""
+    if not isinstance(entry, dict) or set(entry) != {"sha256", "bytes"}:
+        return False
+    size, digest = entry["bytes"], entry["sha256"]
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0 or not isinstance(digest, str):
+        return False
+    try:
+        check_digest(digest)
+    except StoreError:
+        return False
+    return True
+
+
+def pull_tree(store: Store, digest: str, target: Path) -> dict[str, Any]:
+    """Write a tree into a new folder, verified, with its `manifest.json`; on any failure nothing is left behind.
+
+    Parameters
+    ----------
+    store
+        Where from.
+    digest
+        Of the tree's manifest.
+    target
+        Must not exist, or be an empty folder; its parent must exist.
+
+    Returns
+    -------
+    dict
+        The manifest.
+
+    Raises
+    ------
+    NotFoundError, DigestMismatchError
+        If a blob is missing or is not what its digest says.
+    ManifestError
+        If the manifest is not acceptable, or the target is not free.
+    DiskFullError
+        If there is no room.
+    """
+    manifest = read_manifest(store, digest)
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+        raise ManifestError(f"{target}: got something there already, wanted a new or empty folder")
+    if not target.parent.is_dir():
+        raise ManifestError(f"{target}: got no folder {target.parent}, wanted one to write into")
+    try:
+        _pull(store, manifest, target)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    return manifest
+
+
+def _pull(store: Store, manifest: Mapping[str, Any], target: Path) -> None:
+    """Write a tree beside its target, then rename it."""
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-partial-", dir=target.parent))
+    try:
+        for path, entry in manifest["files"].items():
+            place = partial / check_path(path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            store.get_file(entry["sha256"], place)
+            place.chmod(0o644)
+        (partial / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+        partial.chmod(0o755)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def link_tree(store: NodeStore, digest: str, target: Path) -> dict[str, Any]:
+    """Make a folder of symbolic links to a tree's local files: what a task reads, without copying.
+
+    As `pull_tree`, but the files may only be read and are there until the store's `release`.
+    """
+    manifest = read_manifest(store, digest)
+    target.mkdir(parents=True, exist_ok=True)
+    for path, entry in manifest["files"].items():
+        place = target / check_path(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(store.local_path(entry["sha256"]))
+    (target / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+    return manifest
+
+
+def verify_tree(store: Store, digest: str) -> list[str]:
+    """Return what is wrong with a tree in the store, one line each; none if every byte is there and right."""
+    try:
+        manifest = read_manifest(store, digest)
+    except (StoreError, ManifestError) as error:
+        return [str(error)]
+    problems = []
+    with tempfile.TemporaryDirectory(prefix="quantmill-verify-") as folder:
+        for path, entry in sorted(manifest["files"].items()):
+            try:
+                size = _check_blob(store, entry["sha256"], Path(folder))
+            except NotFoundError:
+                problems.append(f"{path}: got no blob {entry['sha256']}, wanted it in the store")
+                continue
+            except StoreError as error:
+                problems.append(f"{path}: {error}")
+                continue
+            if size != entry["bytes"]:
+                problems.append(f"{path}: got {size} bytes, wanted {entry['bytes']}")
+    return problems
+
+
+def _check_blob(store: Store, digest: str, folder: Path) -> int:
+    """Read a blob, which verifies it, and return its size in bytes."""
+    place = folder / "blob"
+    try:
+        store.get_file(digest, place)
+        return place.stat().st_size
+    finally:
+        place.unlink(missing_ok=True)
+
+
+def tree_bytes(manifest: Mapping[str, Any]) -> int:
+    """Return the size of a tree's files in bytes, without the manifest itself."""
+    return sum(int(entry["bytes"]) for entry in manifest["files"].values())
+
+
+def tree_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the digest that names a tree with this manifest."""
+    return digest_of(manifest_bytes(manifest))

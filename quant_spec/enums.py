@@ -82,6 +82,7 @@ class AllocationMethod(StrEnum):
 
     KURTOSIS = "kurtosis"  # the paper's: in each layer as many up as down
     GLOBAL = "global"  # over all layers, the same number of bits in all
+    UNIFORM = "uniform"  # all channels the same
 
 
 class StepBitsMethod(StrEnum):
@@ -101,3 +102,24 @@ class KernelBackend(StrEnum):
     REFERENCE = "reference"
     TRITON = "triton"
     CPU = "cpu"
+
+
+class UnitInputs(StrEnum):
+    """Which model a unit's inputs come from while it is reconstructed."""
+
+    FP = "fp"  # the full-precision one: all units at once
+    QUANTIZED = "quantized"  # the one whose earlier units are quantized: in order, the papers' way
+
+
+class StartCodes(StrEnum):
+    """Which codes reconstruction starts from."""
+
+    NEAREST = "nearest"
+    ROUND = "round"  # those that the round pass gave
+
+
+class Extractor(StrEnum):
+    """Features that the Fréchet distance is taken of."""
+
+    EFFICIENTNET_LITE0 = "efficientnet-lite0"
+    INCEPTION_V3 = "inception-v3"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from quant_spec.enums import RangeMethod
 from quant_spec.errors import QuantizationError
@@ -19,3 +21,13 @@ class RangeSpec:
         object.__setattr__(self, "method", RangeMethod(self.method))
         if not 0.5 < self.percentile <= 1:
             raise QuantizationError(f"percentile: got {self.percentile}, wanted more than 0.5 and at most 1")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(**data)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping, without what the method does not use."""
+        percentile = {"percentile": self.percentile} if self.method is RangeMethod.PERCENTILE else {}
+        return {"method": self.method.value, **percentile}

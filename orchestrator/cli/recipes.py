@@ -10,8 +10,8 @@ import click
 from orchestrator.actions.views import recipe_yaml
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.recipes.load import load_recipe, resolve, shipped_recipes
-from orchestrator.recipes.schema import Recipe
 from orchestrator.text import table
+from quant_spec.recipe import Recipe
 
 
 @click.group(cls=Group)

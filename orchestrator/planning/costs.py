@@ -13,8 +13,13 @@ from typing import Any
 
 from orchestrator.planning.formats import UnitPlan
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
-from orchestrator.recipes.passes import Allocate, Distill, Reconstruct, Round, Scale, Temporal
-from orchestrator.recipes.schema import Recipe
+from quant_spec.passes.allocate import Allocate
+from quant_spec.passes.distill import Distill
+from quant_spec.passes.reconstruct import Reconstruct
+from quant_spec.passes.round import Round
+from quant_spec.passes.scale import Scale
+from quant_spec.passes.temporal import Temporal
+from quant_spec.recipe import Recipe
 
 GIB = 2**30
 #: A worker process with torch and diffusers loaded and nothing to do.

@@ -15,9 +15,9 @@ from typing import Any
 
 from orchestrator.errors import RecipeError
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
-from orchestrator.recipes.formats import Activations, LayerException, Weights, activations_for, weights_for
-from orchestrator.recipes.messages import nearest
-from orchestrator.recipes.schema import Recipe
+from quant_spec.messages import nearest
+from quant_spec.recipe import Recipe
+from quant_spec.recipe_formats import Activations, LayerException, Weights, activations_for, weights_for
 
 FLOAT_BITS = 32
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from orchestrator.planning.costs import hessian_bytes
 from orchestrator.planning.formats import UnitPlan
-from orchestrator.recipes.passes import Round
+from quant_spec.passes.round import Round
 
 #: Units that are rounded by one task at most: one pass over the calibration set serves them all.
 UNITS_PER_ROUND = 8

@@ -10,8 +10,9 @@ from orchestrator.planning.costs import Costs
 from orchestrator.planning.formats import UnitPlan, allocated_layers
 from orchestrator.planning.groups import group_label
 from orchestrator.planning.shards import shards
-from orchestrator.recipes.passes import Allocate, Distill
-from orchestrator.recipes.schema import Recipe
+from quant_spec.passes.allocate import Allocate
+from quant_spec.passes.distill import Distill
+from quant_spec.recipe import Recipe
 
 #: (kind, parameters, inputs, cost, label) -> a task
 Make = Callable[..., TaskNode]

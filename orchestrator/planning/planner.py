@@ -67,8 +67,8 @@ from orchestrator.planning.shards import shards
 from orchestrator.planning.step_bits import step_bits_tasks
 from orchestrator.planning.temporal import TEMPORAL_UNIT, holds, take_out
 from orchestrator.recipes.load import resolve
-from orchestrator.recipes.passes import Round
-from orchestrator.recipes.schema import Recipe
+from quant_spec.passes.round import Round
+from quant_spec.recipe import Recipe
 
 
 def plan(model: ModelRow, recipe: Recipe, *, gpus_per_task: float = 0.0) -> tuple[Iterator[TaskNode], TaskNode]:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.planning.formats import UnitPlan
-from orchestrator.recipes.passes import Round, Scale
-from orchestrator.recipes.schema import Recipe
+from quant_spec.passes.round import Round
+from quant_spec.passes.scale import Scale
+from quant_spec.recipe import Recipe
 
 
 def scale_parameters(group: Sequence[UnitPlan], config: Scale, rounding: Round, recipe: Recipe) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import Costs
 from orchestrator.planning.mpqdm import Inputs, Make
 from orchestrator.planning.shards import shards
-from orchestrator.recipes.formats import StepBits
+from quant_spec.passes.step_bits import StepBits
 
 
 def step_bits_tasks(

@@ -9,8 +9,8 @@ from typing import Any
 from orchestrator.errors import RecipeError
 from orchestrator.planning.formats import UnitPlan
 from orchestrator.planning.model import ModelInfo, UnitInfo
-from orchestrator.recipes.passes import Temporal
-from orchestrator.recipes.schema import Recipe
+from quant_spec.passes.temporal import Temporal
+from quant_spec.recipe import Recipe
 
 #: Name of the block among the units; no module can have it.
 TEMPORAL_UNIT = "@temporal"

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from orchestrator.errors import RecipeError
-from orchestrator.recipes.messages import nearest, shown
+from quant_spec.messages import nearest, shown
 
 _SHIPPED = Path(__file__).parent / "shipped"
 _SUFFIXES = (".yaml", ".yml")

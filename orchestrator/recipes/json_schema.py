@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from orchestrator.recipes.schema import Recipe
+from quant_spec.recipe import Recipe
 
 #: Sections where null is a value or an error, never the removal of what was inherited.
 _EXACT = {"LayerException", "WeightsException", "ActivationsException"}

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from orchestrator.errors import RecipeError
 from orchestrator.recipes.files import Layer, assign, merge, read_layers, recipe_path, shipped_names
-from orchestrator.recipes.messages import first_problem
-from orchestrator.recipes.schema import Recipe
 from quant_spec.keys import canonical_json
+from quant_spec.messages import first_problem
+from quant_spec.recipe import Recipe
 
 #: What says nothing about the result.
 _UNDIGESTED = ("name", "description")

@@ -8,7 +8,7 @@ from orchestrator.db.rows import ModelRow
 from orchestrator.graph import TaskNode
 from orchestrator.planning.planner import plan
 from orchestrator.recipes.load import load_recipe
-from orchestrator.recipes.schema import Recipe
+from quant_spec.recipe import Recipe
 
 #: Of `inspection()`.
 UNITS = ["time_embedding", "conv_in", *(f"blocks.{i}" for i in range(4)), "mid.attn", "up", "conv_out"]

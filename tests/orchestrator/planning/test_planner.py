@@ -20,9 +20,9 @@ from orchestrator.planning.model import ModelInfo
 from orchestrator.planning.planner import plan
 from orchestrator.recipes.files import shipped_names
 from orchestrator.recipes.load import resolve
-from orchestrator.recipes.passes import Round
 from quant_spec.keys import canonical_json
 from quant_spec.kinds import KINDS
+from quant_spec.passes.round import Round
 from tests.orchestrator.planning_models import (
     AFTER_ROUND,
     UNITS,

@@ -17,9 +17,10 @@ from orchestrator.recipes import files as recipe_layers
 from orchestrator.recipes.files import merge, recipe_path, shipped_names
 from orchestrator.recipes.json_schema import json_schema
 from orchestrator.recipes.load import load_recipe, recipe_from_json, resolve, shipped_recipes
-from orchestrator.recipes.passes import Reconstruct, Round
-from orchestrator.recipes.schema import Recipe
 from quant_spec.errors import InvalidInputError
+from quant_spec.passes.reconstruct import Reconstruct
+from quant_spec.passes.round import Round
+from quant_spec.recipe import Recipe
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))

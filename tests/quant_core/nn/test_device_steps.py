@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.quant_core.test_layer_parts import FORMATS, made
 from torch import Tensor, nn
 
 from quant_core.runtime.build import build_runtime, run_on
@@ -20,6 +19,7 @@ from quant_core.runtime.layer import RuntimeLayer
 from quant_spec.enums import ActivationMode, KernelBackend
 from quant_spec.formats import QuantizationPlan
 from tests.quant_core.runtime.test_build import LAYERS, noise
+from tests.quant_core.runtime.test_parts import FORMATS, made
 
 Make = Callable[[str], nn.Module]
 Quantize = Callable[..., QuantizationPlan]

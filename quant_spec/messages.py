@@ -87,7 +87,7 @@ def _sentence(problem: ErrorDetails, model: type[BaseModel]) -> str:
 
 def _wanted(problem: ErrorDetails) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
-    if kind == "literal_error":
+    if kind in ("literal_error", "enum"):
         return "one of " + context["expected"].replace(" or ", ", ").replace("'", "")
     if kind in _BOUNDS:
         key, phrase = _BOUNDS[kind]

@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from orchestrator.recipes.formats import Activations, Attention, LayerException, Weights, activations_for, weights_for
-from orchestrator.recipes.passes import Passes
-from orchestrator.recipes.sections import Count, Positive, Section, Seed
-
-#: Bits around which channels can have one more or one less.
-ALLOCATED_BITS = (2, 3, 4, 5)
-
-
-class Sampler(Section):
-    """How samples are drawn: for calibration, for the references and for the evaluation alike."""
-
-    scheduler: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9]*$")] | None = Field(
-        default=None, description="Scheduler class of diffusers; null takes the model's own."
-    )
-    num_inference_steps: Count = 20
-    eta: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.0, description="Share of DDPM's noise in DDIM-like schedulers."
-    )
-    guidance_scale: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="Classifier-free guidance; 1 is none."
-    )
-    null_class: Annotated[int, Field(ge=0)] | None = Field(
-        default=None, description='Label that means "no class", if it is not the embedding\'s extra row.'
-    )
-    timestep_scale: Positive = Field(
-        default=1.0, description="What the denoiser gets per unit of the scheduler's timestep."
-    )
-    mu: float | None = Field(
-        default=None, description="Resolution shift of schedulers that take one; null computes it."
-    )
-    options: dict[str, Any] = Field(default={}, description="Overrides of the scheduler's config.")
-
-    @property
-    def calls_per_step(self) -> int:
-        """How often the denoiser is called for one step of one sample."""
-        return 1 if self.guidance_scale == 1.0 else 2
+from quant_spec.enums import Extractor, Shift
+from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
+from quant_spec.passes.correct import Correct
+from quant_spec.passes.distill import Distill
+from quant_spec.passes.reconstruct import Reconstruct
+from quant_spec.passes.round import Round
+from quant_spec.passes.scale import Scale
+from quant_spec.passes.temporal import Temporal
+from quant_spec.recipe_formats import (
+    Activations,
+    Attention,
+    LayerException,
+    Weights,
+    activations_for,
+    weights_for,
+)
+from quant_spec.record import Count, Positive, Record, Seed
+from quant_spec.sampler import Sampler
 
 
-class Calibration(Section):
+class Passes(Record):
+    """The steps of the method, in the planner's order."""
+
+    temporal: Temporal | None = None
+    scale: Scale | None = None
+    allocate: Allocate | None = None
+    round: Round = Round()
+    reconstruct: Reconstruct | None = None
+    distill: Distill | None = None
+    correct: Correct | None = None
+
+
+class Calibration(Record):
     """The denoiser inputs that ranges and roundings are fitted on, recorded from the sampler."""
 
     seeds: Count = 32
@@ -54,7 +48,7 @@ class Calibration(Section):
     shard_seeds: Count = Field(default=16, description="Seeds per task.")
 
 
-class Memory(Section):
+class Memory(Record):
     """Bounds on memory."""
 
     budget_gib: Positive = Field(
@@ -62,7 +56,7 @@ class Memory(Section):
     )
 
 
-class Budget(Section):
+class Budget(Record):
     """What a release may cost at most; refused before anything runs if the recipe's bits do not fit."""
 
     weight_bits_mean: Annotated[float, Field(gt=0, le=32)] | None = Field(
@@ -71,7 +65,7 @@ class Budget(Section):
     )
 
 
-class Evaluation(Section):
+class Evaluation(Record):
     """How the packed model is compared with the original, on seeds that calibration did not see."""
 
     seeds: Annotated[int, Field(ge=2)] = 256
@@ -79,7 +73,7 @@ class Evaluation(Section):
     batch_size: Count = 32
     shard_seeds: Count = Field(default=64, description="Seeds per task.")
     sqnr_seeds: Count = Field(default=32, description="Seeds that the per-step SQNR is taken over, at most.")
-    extractor: Literal["efficientnet-lite0", "inception-v3"] = "efficientnet-lite0"
+    extractor: Extractor = Extractor.EFFICIENTNET_LITE0
     extractor_weights: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="File with the extractor's weights (resolved: its SHA-256); inception-v3 needs one."
     )
@@ -87,7 +81,7 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _has_weights(self) -> Self:
-        needs = self.extractor == "inception-v3"
+        needs = self.extractor is Extractor.INCEPTION_V3
         if needs != (self.extractor_weights is not None):
             got = "a file" if self.extractor_weights else "null"
             wanted = "a file" if needs else "null (its weights come with its package)"
@@ -95,7 +89,7 @@ class Evaluation(Section):
         return self
 
 
-class Recipe(Section):
+class Recipe(Record):
     """A whole recipe, with every field set."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")] = "recipe"
@@ -153,20 +147,20 @@ class Recipe(Section):
     def _check_shift(self) -> None:
         """Refuse power-of-two steps that no layer would have."""
         scale = self.passes.scale
-        if scale is None or scale.shift == "none":
+        if scale is None or scale.shift is Shift.NONE:
             return
         if self.activations.is_dynamic:
             raise ValueError(
                 f"passes.scale.shift: got {scale.shift} with activations {self.activations.mode}, wanted static or "
                 "per_step ranges, or none"
             )
-        if scale.shift == "skip" and not self.skip_split:
+        if scale.shift is Shift.SKIP and not self.skip_split:
             raise ValueError("passes.scale.shift: got skip with skip_split false, wanted skip_split true, or variance")
 
     def _check_allocation(self) -> None:
         """Refuse bits per output channel where formats have no room for them."""
         weights, allocate = self.weights, self.passes.allocate
-        if allocate is None or allocate.method == "uniform":
+        if allocate is None or allocate.is_uniform:
             return
         if weights.granularity != "per_channel" or weights.bits not in ALLOCATED_BITS:
             raise ValueError(

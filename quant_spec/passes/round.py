@@ -1,0 +1,32 @@
+"""Round: fix weight grids, round the weights, measure activation ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from quant_spec.enums import RoundingMethod
+from quant_spec.record import Count, NotNegative, Record
+
+
+class RoundFit(Record):
+    """How weights are rounded."""
+
+    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
+        ("method", RoundingMethod.CLOSED_FORM): frozenset({"samples", "positions", "damping"}),
+    }
+
+    method: RoundingMethod = RoundingMethod.NEAREST
+    samples: Count = Field(default=32, description="Calibration seeds that the Hessian is taken over, at most.")
+    positions: Count = Field(
+        default=16, description="Output positions per sample that the Hessian is taken over, at most."
+    )
+    damping: NotNegative = Field(default=0.03, description="Share of the mean diagonal added to the Hessian.")
+
+
+class Round(RoundFit):
+    """Fix weight grids, round the weights, measure activation ranges."""
+
+    inputs: Literal["fp"] = Field(default="fp", description="Layers' inputs: from the full-precision model.")

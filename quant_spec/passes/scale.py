@@ -1,0 +1,76 @@
+"""Scale: choose what input channels are divided by and weights multiplied with (DMQ), before rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from quant_spec.enums import Scaling, Shift, Weighting
+from quant_spec.record import Count, Fraction, Positive, Record, Share
+
+
+class Scale(Record):
+    """Choose what input channels are divided by and weights multiplied with (DMQ), before rounding."""
+
+    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
+        ("method", Scaling.LEARNED): frozenset(
+            {"iterations", "lr", "weighting", "positions", "held_out", "alpha", "xi", "half_life"}
+        ),
+        ("method", Scaling.SMOOTH): frozenset({"exponent"}),
+        ("weighting", Weighting.ADAPTIVE): frozenset({"alpha", "xi"}),
+        ("weighting", Weighting.EARLY): frozenset({"half_life"}),
+        ("shift", Shift.VARIANCE): frozenset({"least_spread"}),
+    }
+    _omitted: ClassVar[frozenset[str]] = frozenset({"held_out"})
+
+    method: Scaling = Field(
+        default=Scaling.LEARNED,
+        description="Learned for the expected error of each layer's output, SmoothQuant's closed form, or no scales.",
+    )
+    exponent: Fraction = Field(
+        default=0.5, description="Of the activations' range, for smooth; the weights' has 1 less that."
+    )
+    iterations: Count = 200
+    lr: Positive = 2e-2
+    weighting: Weighting = Field(
+        default=Weighting.ADAPTIVE,
+        description="How errors of trajectory steps add up: adaptive favours those of small error, early the noisiest.",
+    )
+    alpha: Positive = Field(default=20.0, description="Exponent of the adaptive weights.")
+    xi: Share = Field(default=0.95, description="Momentum of the errors that adaptive weights are made from.")
+    half_life: Positive = Field(
+        default=0.05, description="For early: share of the trajectory after which a step counts half."
+    )
+    samples: Count = Field(
+        default=32,
+        description="Calibration seeds that second moments are taken over, and that vote on shifts, at most.",
+    )
+    positions: Count = Field(default=16, description="Output positions per sample of the same, at most.")
+    shift: Shift = Field(
+        default=Shift.NONE,
+        description="Layers with power-of-two steps for each channel: those that read a concatenation (skip_split), "
+        "or whose channels' ranges differ much.",
+    )
+    consensus: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.85, description="Share of the samples that must agree on a channel's power of two."
+    )
+    least_spread: Positive = Field(
+        default=0.5, description="For variance: least standard deviation of channels' ranges, over their mean."
+    )
+    held_out: Share = Field(
+        default=0.0,
+        description="Share of the calibration seeds that scales are learned without, so that ranges, measured on all, "
+        "have room for what is new.",
+    )
+
+    def idle_fields(self) -> set[str]:
+        """Return the fields that cannot matter; a consensus is sought only on shifts."""
+        return super().idle_fields() | ({"consensus"} if self.shift is Shift.NONE else set())
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        if self.method is Scaling.NONE and self.shift is Shift.NONE:
+            raise ValueError("method: got none with shift none, wanted one of them to do something")
+        return self

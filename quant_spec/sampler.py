@@ -1,0 +1,39 @@
+"""How samples are drawn: for calibration, for references and for the evaluation alike."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from quant_spec.record import Count, Positive, Record
+
+
+class Sampler(Record):
+    """How samples are drawn: for calibration, for the references and for the evaluation alike."""
+
+    scheduler: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9]*$")] | None = Field(
+        default=None, description="Scheduler class of diffusers; null takes the model's own."
+    )
+    num_inference_steps: Count = 20
+    eta: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="Share of DDPM's noise in DDIM-like schedulers."
+    )
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Classifier-free guidance; 1 is none."
+    )
+    null_class: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description='Label that means "no class", if it is not the embedding\'s extra row.'
+    )
+    timestep_scale: Positive = Field(
+        default=1.0, description="What the denoiser gets per unit of the scheduler's timestep."
+    )
+    mu: float | None = Field(
+        default=None, description="Resolution shift of schedulers that take one; null computes it."
+    )
+    options: dict[str, Any] = Field(default={}, description="Overrides of the scheduler's config.")
+
+    @property
+    def calls_per_step(self) -> int:
+        """How often the denoiser is called for one step of one sample."""
+        return 1 if self.guidance_scale == 1.0 else 2

@@ -1,0 +1,24 @@
+"""Allocate: choose the bits of the output channels of all layers from their measured errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quant_spec.passes.allocate import AllocateChoice
+from quant_spec.task import Source, TaskInputs, TaskKind, TaskParams
+
+ALLOCATION = "allocation"
+
+
+class Params(AllocateChoice, TaskParams):
+    """How bits are chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs(TaskInputs[Source]):
+    """Errors of groups of units, in order."""
+
+    errors: tuple[Source, ...]
+
+
+KIND = TaskKind("allocate", 2, "workers.tasks.allocate:run", Params, Inputs, (ALLOCATION,))

@@ -1,0 +1,32 @@
+"""Calibrate: record the exact denoiser inputs along the trajectories of a shard of seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from quant_spec.record import Count
+from quant_spec.sampler import Sampler
+from quant_spec.task import Seeds, Source, TaskInputs, TaskKind, TaskParams
+
+CALIBRATION = "calibration"
+
+
+class Params(TaskParams):
+    """How to sample, and what of it to record."""
+
+    sampler: Sampler
+    seeds: Seeds
+    batch_size: Count = Field(description="Seeds per denoiser call.")
+    steps: Count | None = Field(description="Trajectory steps recorded, evenly spread; null is all.")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs(TaskInputs[Source]):
+    """The model's tree."""
+
+    model: Source
+
+
+KIND = TaskKind("calibrate", 1, "workers.tasks.calibrate:run", Params, Inputs, (CALIBRATION,))

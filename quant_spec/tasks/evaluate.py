@@ -1,0 +1,32 @@
+"""Evaluate: sample a shard of seeds with the packed model, loaded from its files as a user loads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from quant_spec.record import Count
+from quant_spec.sampler import Sampler
+from quant_spec.task import Seeds, Source, TaskInputs, TaskKind, TaskParams
+
+EVALUATION = "evaluation"
+
+
+class Params(TaskParams):
+    """How to sample."""
+
+    sampler: Sampler
+    seeds: Seeds
+    batch_size: Count = Field(description="Seeds per denoiser call.")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs(TaskInputs[Source]):
+    """The packed tree, and the reference of the same seeds."""
+
+    packed: Source
+    reference: Source
+
+
+KIND = TaskKind("evaluate", 2, "workers.tasks.evaluate:run", Params, Inputs, (EVALUATION,))

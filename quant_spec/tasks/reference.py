@@ -1,0 +1,33 @@
+"""Reference: what the full-precision model samples for a shard of seeds; shared by every recipe with this sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from quant_spec.record import Count
+from quant_spec.sampler import Sampler
+from quant_spec.task import Seeds, Source, TaskInputs, TaskKind, TaskParams
+
+REFERENCE = "reference"
+
+
+class Params(TaskParams):
+    """How to sample, and for how many seeds the trajectory is recorded."""
+
+    sampler: Sampler
+    seeds: Seeds
+    batch_size: Count = Field(description="Seeds per denoiser call.")
+    sqnr_seeds: Annotated[int, Field(ge=0, description="First seeds whose trajectory is recorded.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs(TaskInputs[Source]):
+    """The model's tree."""
+
+    model: Source
+
+
+KIND = TaskKind("reference", 1, "workers.tasks.reference:run", Params, Inputs, (REFERENCE,))

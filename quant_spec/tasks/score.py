@@ -1,0 +1,38 @@
+"""Score: the figures of a packed model over all its evaluation shards, and pictures to look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from quant_spec.enums import Extractor
+from quant_spec.record import Count
+from quant_spec.sampler import Sampler
+from quant_spec.task import Seeds, Source, TaskInputs, TaskKind, TaskParams
+
+SCORE, GRID, SAMPLES = "score", "grid", "samples"
+
+
+class Params(TaskParams):
+    """The protocol, which the figures repeat; the feature extractor; how many seeds are shown."""
+
+    sampler: Sampler
+    seeds: Seeds
+    sqnr_seeds: Count = Field(description="Seeds that the per-step SQNR was taken over.")
+    extractor: Extractor
+    grid: Count = Field(description="Images in the sample grid.")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs(TaskInputs[Source]):
+    """Packed and original trees; shards in the order of their seeds; one file of weights, for inception-v3."""
+
+    packed: Source
+    references: tuple[Source, ...]
+    evaluations: tuple[Source, ...]
+    model: Source
+    extractor_weights: Source | None = None
+
+
+KIND = TaskKind("score", 1, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow check fmt clean
+.PHONY: install demo test test-slow check fmt reference clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ check: install
 fmt: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Writes what docs/ says of recipes from the records in quant_spec/.
+reference: install
+	$(BIN)/python -m orchestrator.recipes.reference
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

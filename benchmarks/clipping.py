@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from benchmarks.records import Records
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
-from quant_core.diffusion.sampler import SamplerSpec
-from quant_core.fit.unit_state import load_states, merge_plans
+from quant_core.fit.unit_state import load_states, merge_formats
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer
 from quant_core.nn.model import build_quantized
+from quant_spec.sampler import Sampler
 
 
 def clipped(quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
-    """Return `x` clamped to what the grid of its step reaches, divided by the channels' factors as `quantizer` does."""
+    """Return `x` clamped to what the grid of its step reaches, divided by the channel scales as `quantizer` does."""
     channels, clock = quantizer.channels, quantizer.clock
     scale, zero_point = clock.gather(quantizer.scale, x), clock.gather(quantizer.zero_point, x)
     if channels is not None and channels.shifted:
@@ -57,7 +57,7 @@ class Watched:
         self.powers: dict[int, Tensor] = {}
 
     def _undone(self, quantizer: nn.Module, x: Tensor) -> Tensor:
-        """Return a quantizer's output multiplied by the channels' factors, which else the weight holds."""
+        """Return a quantizer's output multiplied by the channel scales, which else the weight holds."""
         channels = quantizer.channels
         return x * channels.shape(x, quantizer.channel_scale) if channels is not None and channels.scaled else x
 
@@ -83,7 +83,7 @@ def measure(folder: str, records: Records, trajectories: CalibrationSet) -> dict
     """Return the figures of one job's tables."""
     model, quantized = (load_denoiser(folder).model.eval() for _ in range(2))
     states = records.states()
-    parts = build_quantized(quantized, merge_plans(states))
+    parts = build_quantized(quantized, merge_formats(states))
     load_states(quantized, states)
     static = {n: q for n, q in parts.layers.items() if q.spec.activation and not q.spec.activation.is_dynamic}
     watched = {name: Watched(model.get_submodule(name), layer) for name, layer in static.items()}
@@ -114,7 +114,7 @@ def measure(folder: str, records: Records, trajectories: CalibrationSet) -> dict
     }
 
 
-def new_trajectories(denoiser: Denoiser, sampler: SamplerSpec, seeds: Sequence[int], folder: Path) -> CalibrationSet:
+def new_trajectories(denoiser: Denoiser, sampler: Sampler, seeds: Sequence[int], folder: Path) -> CalibrationSet:
     """Record full-precision trajectories."""
     path = folder / "trajectories.safetensors"
     record_trajectories(denoiser, seeds, RecordSpec(sampler), path)
@@ -132,7 +132,7 @@ def main() -> None:
     arguments = parser.parse_args()
     jobs = {name: Records(arguments.home, job) for name, _, job in (each.rpartition("=") for each in arguments.jobs)}
     calibrate, _ = next(next(iter(jobs.values())).of("calibrate"))
-    sampler = SamplerSpec.from_json(calibrate["sampler"])
+    sampler = Sampler.from_json(calibrate["sampler"])
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:

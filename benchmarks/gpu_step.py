@@ -36,7 +36,7 @@ from quant_core.nn.layers import QUANTIZABLE, QuantLayer
 from quant_core.nn.model import build_quantized
 from quant_core.runtime.build import build_runtime
 from quant_spec.enums import Granularity, KernelBackend
-from quant_spec.formats import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
 
 Call = Callable[[], Tensor]
 HALF = torch.bfloat16
@@ -70,7 +70,7 @@ def packed_unet(shapes: dict[str, Any], weight: WeightSpec, device: str, backend
     named = ((name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZABLE))
     names = [name for name, _ in named if name not in _FLOAT_LAYERS]
     spec = LayerSpec(weight, ActivationSpec(8))
-    build_quantized(model, QuantizationPlan(dict.fromkeys(names, spec), {}, STEPS))
+    build_quantized(model, ModelFormat(dict.fromkeys(names, spec), {}, STEPS))
     model = model.to_empty(device=device)
     _fill_floats(model)
     for module in model.modules():

@@ -41,7 +41,7 @@ def plan(tasks: int, seed: int) -> Iterator[TaskNode]:
     before: list[TaskNode] = []
     row: list[TaskNode] = []
     for number in range(tasks - 1):
-        params = {"seed": seed, "number": number, "bits": 4, "pattern": "blocks.*.attention"}
+        params = {"payload": {"seed": seed, "number": number, "bits": 4, "pattern": "blocks.*.attention"}}
         column = number % WIDTH
         inputs: dict[str, list[str | TaskRef]] = {"model": [digest("model")]}
         if before:
@@ -51,7 +51,9 @@ def plan(tasks: int, seed: int) -> Iterator[TaskNode]:
         if len(row) == WIDTH:
             before, row = row, []
     ends = before if len(row) < 2 else row
-    yield task_node("noop", {"seed": seed, "last": True}, {"states": [TaskRef(node.id, "state") for node in ends]})
+    yield task_node(
+        "noop", {"payload": {"seed": seed, "last": True}}, {"states": [TaskRef(node.id, "state") for node in ends]}
+    )
 
 
 def submit(database: Database, tasks: int, seed: int) -> tuple[float, EnqueueCounts]:

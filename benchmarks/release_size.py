@@ -29,7 +29,7 @@ from quant_core.diffusion.denoiser import load_denoiser
 from quant_core.nn.layers import QUANTIZABLE
 from quant_core.nn.model import build_quantized
 from quant_spec.enums import Granularity
-from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, ModelFormat, WeightSpec
 
 STEPS = 20
 _DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -40,8 +40,8 @@ def release_bytes(group_size: int) -> dict[str, Any]:
     with torch.device("meta"):
         model = UNet2DConditionModel(**SDXL).half()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    plan = _plan(model, group_size)
-    build_quantized(model, plan)
+    model_format = _model_format(model, group_size)
+    build_quantized(model, model_format)
     bits = zero_point_bits(model)
     kinds: dict[str, int] = {}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -54,7 +54,7 @@ def release_bytes(group_size: int) -> dict[str, Any]:
         kind = "activation tables" if "quantizer" in name else name.rpartition(".")[2]
         kinds[kind] = kinds.get(kind, 0) + size
     kinds["header"] = len(json.dumps(header, separators=(",", ":")))
-    config = json.loads(model.to_json_string()) | {"quantization_config": quantization_config(plan)}
+    config = json.loads(model.to_json_string()) | {"quantization_config": quantization_config(model_format)}
     kinds["config.json"] = len(json.dumps(config, indent=2))
     total = sum(kinds.values())
     return {
@@ -76,7 +76,7 @@ def folder_bytes(release: Path, model: Path) -> dict[str, Any]:
     return {"parameters": parameters, "bytes": total, "of_float16": total / (2 * parameters), "files": files}
 
 
-def _plan(model: UNet2DConditionModel, group_size: int) -> QuantizationPlan:
+def _model_format(model: UNet2DConditionModel, group_size: int) -> ModelFormat:
     """Return the formats of `fast-w4a8`."""
     activation = ActivationSpec(8)
     small = LayerSpec(WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=group_size), activation)
@@ -91,7 +91,7 @@ def _plan(model: UNet2DConditionModel, group_size: int) -> QuantizationPlan:
             # Any division of the channels costs the same: another scale and zero point of each output channel.
             layers[name] = replace(large, split=(module.in_channels // 2, module.in_channels - module.in_channels // 2))
     attentions = {name: AttentionSpec(activation) for name, module in model.named_modules() if hasattr(module, "to_q")}
-    return QuantizationPlan(layers, attentions, tuple(float(step) for step in range(STEPS)))
+    return ModelFormat(layers, attentions, tuple(float(step) for step in range(STEPS)))
 
 
 def main() -> None:

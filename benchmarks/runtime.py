@@ -32,13 +32,14 @@ from torch import Tensor, nn
 
 from quant_core.artifact.folder import SCHEDULER_FILE
 from quant_core.diffusion.denoiser import load_denoiser, sample_shape
-from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, sample, trajectory_conditioning
+from quant_core.diffusion.sampler import make_scheduler, sample, trajectory_conditioning
 from quant_core.nn.layers import QUANTIZABLE
 from quant_core.nn.model import build_quantized
 from quant_core.runtime.build import build_runtime
 from quant_core.runtime.loader import load_folder
 from quant_spec.enums import ActivationMode, KernelBackend
-from quant_spec.formats import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
+from quant_spec.sampler import Sampler
 
 Step = Callable[[], Tensor]
 _FLOATS = {
@@ -104,7 +105,7 @@ def ratios(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def image_psnr(folder: Path, seeds: int) -> dict[str, Any]:
     """Return the PSNR, dB, of each seed's image against the reference's; peak 2 (-1 to 1)."""
-    spec = SamplerSpec(num_inference_steps=20)
+    spec = Sampler(num_inference_steps=20)
     scheduler = make_scheduler(spec, json.loads((folder / SCHEDULER_FILE).read_text()))
 
     def draw(model: nn.Module) -> Tensor:
@@ -149,7 +150,7 @@ def _random_codes(shapes: dict[str, Any]) -> nn.Module:
         packed = UNet2DConditionModel(**shapes)
     spec = LayerSpec(WeightSpec(8, symmetric=True), ActivationSpec(8, mode=ActivationMode.STATIC))
     names = [name for name, module in packed.named_modules() if isinstance(module, QUANTIZABLE)]
-    build_quantized(packed, QuantizationPlan(dict.fromkeys(names, spec), {}))
+    build_quantized(packed, ModelFormat(dict.fromkeys(names, spec), {}))
     packed = packed.to_empty(device="cpu").eval()
     for name, tensor in packed.state_dict().items():
         if name.endswith("zero_point"):

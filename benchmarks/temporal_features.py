@@ -24,17 +24,19 @@ from torch import Tensor
 from benchmarks.records import Records
 from quant_core.diffusion.calibration import CalibrationSet, read_conditioning
 from quant_core.diffusion.denoiser import load_denoiser
-from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, sample
+from quant_core.diffusion.sampler import make_scheduler, sample
 from quant_core.fit.rounding import UnitRanges
-from quant_core.fit.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.methods.tfmq.finite_set import enumerate_set, feature_error
-from quant_core.methods.tfmq.temporal_block import TemporalConfig, fit
+from quant_core.methods.tfmq.temporal_block import fit
 from quant_core.metrics.psnr import mean_with_ci, psnr_per_sample
 from quant_core.nn.model import build_quantized
 from quant_core.nn.ranges import qparams_from_range
 from quant_spec.enums import ActivationMode
-from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec
+from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, UnitFormat
+from quant_spec.passes.temporal import TemporalFit
 from quant_spec.ranges import RangeSpec
+from quant_spec.sampler import Sampler
 
 BLOCK = "@temporal"
 
@@ -96,7 +98,7 @@ def take_out(states: list[UnitState], names: set[str]) -> tuple[UnitState, list[
     layers = {name: spec for state in inside for name, spec in state.formats.layers.items()}
     tensors = {name: tensor for state in inside for name, tensor in state.tensors.items()}
     timesteps = next(state.timesteps for state in states if state.timesteps)
-    return UnitState(UnitFormats(BLOCK, layers, {}), timesteps, tensors), [some(state, False) for state in states]
+    return UnitState(UnitFormat(BLOCK, layers, {}), timesteps, tensors), [some(state, False) for state in states]
 
 
 def main() -> None:
@@ -116,7 +118,7 @@ def main() -> None:
         layers = block.formats.layers
         ranges = UnitRanges(dict.fromkeys(layers, RangeSpec("mse")), dict.fromkeys(layers, RangeSpec()))
         model = load_denoiser(arguments.model).model
-        return fit(model, calibration, block.formats, ranges, TemporalConfig(cache=cache))[0]
+        return fit(model, calibration, block.formats, ranges, TemporalFit(cache=cache))[0]
 
     learned, tables = fitted(before, cache=False), fitted(before, cache=True)
     still = made_static(before)
@@ -140,7 +142,7 @@ def print_cosines(folder: str, calibration: CalibrationSet, blocks: dict[str, Un
     for label, block in blocks.items():
         model = load_denoiser(folder).model
         finite = enumerate_set(model, calibration)
-        parts = build_quantized(model, merge_plans([block]))
+        parts = build_quantized(model, merge_formats([block]))
         load_states(model, [block])
         with torch.no_grad():
             outputs = finite.run(model, parts)
@@ -158,13 +160,13 @@ def print_images(folder: str, records: Records, rest: list[UnitState], variants:
     with safe_open(records.path(outputs["reference"]), framework="pt") as shard:
         names = [name for name in shard.keys() if name not in ("x", "prediction")]  # noqa: SIM118 - not a mapping
         expected = {name: shard.get_tensor(name) for name in names}
-    sampler, first = SamplerSpec.from_json(params["sampler"]), params["seeds"]["first"]
+    sampler, first = Sampler.from_json(params["sampler"]), params["seeds"]["first"]
     print(f"\n| variant (n = {seeds}) | PSNR dB | paired difference dB |\n|---|---|---|")
     base: Tensor | None = None
     for variant in variants:
         states = [variant.block, *(rest if variant.network_per_step else map(made_static, rest))]
         denoiser = load_denoiser(folder)
-        build_quantized(denoiser.model, merge_plans(states))
+        build_quantized(denoiser.model, merge_formats(states))
         load_states(denoiser.model, states)
         scheduler = make_scheduler(sampler, denoiser.scheduler_config)
         told = read_conditioning(expected, seeds * (2 if sampler.is_guided else 1))

@@ -46,19 +46,19 @@ class RoundingMethod(StrEnum):
 
 
 class Scaling(StrEnum):
-    """How tau is found."""
+    """How what input channels are divided by is found."""
 
-    NONE = "none"
     LEARNED = "learned"
     SMOOTH = "smooth"  # SmoothQuant's closed form
+    NONE = "none"
 
 
 class Weighting(StrEnum):
     """How the errors of trajectory steps add up."""
 
-    UNIFORM = "uniform"
     ADAPTIVE = "adaptive"  # DMQ's: steps of small error count more
     EARLY = "early"  # the noisiest steps, whose errors go through all that follows, count more
+    UNIFORM = "uniform"
 
 
 class Shift(StrEnum):
@@ -80,19 +80,19 @@ class TemporalRounding(StrEnum):
 class AllocationMethod(StrEnum):
     """How the bits of output channels are chosen."""
 
+    UNIFORM = "uniform"  # all channels the same
     KURTOSIS = "kurtosis"  # the paper's: in each layer as many up as down
     GLOBAL = "global"  # over all layers, the same number of bits in all
-    UNIFORM = "uniform"  # all channels the same
 
 
 class StepBitsMethod(StrEnum):
     """How bits are given to steps."""
 
+    JOINT = "joint"  # least error power of the final samples; errors of different steps may add up or cancel
+    EFFECT = "effect"  # the same, steps taken as independent
     SNR = "snr"  # the paper's: the least bits whose prediction is cleaner than the schedule's sample, times a threshold
     EARLY_LOW = "early_low"  # least bits at the noisiest steps, greatest at the others
     LATE_LOW = "late_low"  # the reverse
-    EFFECT = "effect"  # least error power of the final samples, steps taken as independent
-    JOINT = "joint"  # the same, counting that errors of different steps add up or cancel
 
 
 class KernelBackend(StrEnum):

@@ -1,7 +1,8 @@
-"""What is chosen for one quantized layer: frozen, validated, JSON-able records.
+"""How numbers are stored: formats of a weight, an activation, a layer, an attention, a unit and a whole model.
 
-These records are the `layers` and `attentions` entries of an artifact's `quantization_config` and of task parameters.
-They say how numbers are stored, not how their ranges were found (that is `quant_core.nn.ranges.RangeSpec`).
+All are frozen, validated records that become JSON. `ModelFormat` is the `quantization_config` of a packed model. None
+says how the range of a number was found (that is `quant_spec.ranges.RangeSpec`), nor leaves anything to be chosen (that
+is `quant_spec.planned`).
 """
 
 from __future__ import annotations
@@ -133,9 +134,10 @@ class LayerSpec:
     `split` gives the channel counts of the tensors that are concatenated to form its input (Q-Diffusion's shortcut
     split, Sec. 4.3): each part has its own activation range and its own weight scales.
 
-    `channel_scale`: input channel k is divided by a factor tau_k, within the activation quantizer's own division, and
-    the codes are those of tau_k * weight (equivalent scaling). `channel_shift`: at each trajectory step, channel k has
-    the activation step scale * 2**shift_k (power-of-two scaling).
+    `channel_scale`: whether each input channel k is divided by a number of its own, channel_scale_k, within the
+    activation quantizer's own division; the codes are then those of channel_scale_k * weight (equivalent scaling).
+    `channel_shift`: whether, at each trajectory step, channel k has the quantization step scale * 2**shift_k
+    (power-of-two scaling).
     """
 
     weight: WeightSpec
@@ -215,11 +217,35 @@ class FeatureSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizationPlan:
-    """Every layer and attention that is quantized, and the trajectory that per-step tables are indexed by.
+class UnitFormat:
+    """Format of one unit: its quantized layers and attentions, by module name.
+
+    `features` are layers that a table of their outputs replaces. `unserved` are layers that are dropped, because only
+    layers that tables replace read their outputs.
+    """
+
+    unit: str
+    layers: Mapping[str, LayerSpec]
+    attentions: Mapping[str, AttentionSpec]
+    features: Mapping[str, FeatureSpec] = field(default_factory=dict)
+    unserved: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(data["unit"], **_read_parts(data))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-able mapping; it says nothing of features where there are none."""
+        return {"unit": self.unit, **_write_parts(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFormat:
+    """Format of a quantized model: its layers and attentions, and the trajectory that per-step tables are indexed by.
 
     `timesteps` are the sampler's, in the order of sampling (noisiest first); empty if nothing is per step. `features`
-    are layers whose outputs are looked up; `unserved` are layers whose outputs nothing needs since then.
+    and `unserved` as in `UnitFormat`.
     """
 
     layers: Mapping[str, LayerSpec]
@@ -233,25 +259,39 @@ class QuantizationPlan:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read what `to_json` wrote (also a whole `quantization_config`)."""
         return cls(
-            layers={name: LayerSpec.from_json(spec) for name, spec in data["layers"].items()},
-            attentions={name: AttentionSpec.from_json(spec) for name, spec in data["attentions"].items()},
             timesteps=tuple(data["timesteps"]),
             unknown_timestep=UnknownTimestep(data["unknown_timestep"]),
-            features={name: FeatureSpec(**spec) for name, spec in data.get("features", {}).items()},
-            unserved=tuple(data.get("unserved", ())),
+            **_read_parts(data),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able mapping; it says nothing of features where there are none."""
-        cached: dict[str, Any] = {}
-        if self.features:
-            cached = {
-                "features": {name: asdict(spec) for name, spec in self.features.items()},
-                "unserved": list(self.unserved),
-            }
-        return cached | {
-            "layers": {name: spec.to_json() for name, spec in self.layers.items()},
-            "attentions": {name: spec.to_json() for name, spec in self.attentions.items()},
+        return {
+            **_write_parts(self),
             "timesteps": list(self.timesteps),
             "unknown_timestep": str(self.unknown_timestep),
         }
+
+
+def _read_parts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the fields that a unit's and a model's format share."""
+    return {
+        "layers": {name: LayerSpec.from_json(spec) for name, spec in data["layers"].items()},
+        "attentions": {name: AttentionSpec.from_json(spec) for name, spec in data["attentions"].items()},
+        "features": {name: FeatureSpec(**spec) for name, spec in data.get("features", {}).items()},
+        "unserved": tuple(data.get("unserved", ())),
+    }
+
+
+def _write_parts(parts: UnitFormat | ModelFormat) -> dict[str, Any]:
+    """Return the fields that a unit's and a model's format share as JSON."""
+    cached: dict[str, Any] = {}
+    if parts.features:
+        cached = {
+            "features": {name: asdict(spec) for name, spec in parts.features.items()},
+            "unserved": list(parts.unserved),
+        }
+    return cached | {
+        "layers": {name: spec.to_json() for name, spec in parts.layers.items()},
+        "attentions": {name: spec.to_json() for name, spec in parts.attentions.items()},
+    }

@@ -15,6 +15,7 @@ from pydantic import PlainValidator
 from quant_spec.enums import ActivationMode
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, WeightSpec, check_bits
+from quant_spec.messages import shown
 from quant_spec.ranges import RangeSpec
 
 
@@ -31,7 +32,7 @@ class PlannedActivation:
             check_bits(self.bits, "activation")
         object.__setattr__(self, "mode", ActivationMode(self.mode))
 
-    def settled(self, step_bits: Sequence[int] | None = None) -> ActivationSpec:
+    def spec(self, step_bits: Sequence[int] | None = None) -> ActivationSpec:
         """Return the format with its bits, those of each step if they were open.
 
         Raises
@@ -79,7 +80,7 @@ class PlannedLayer:
 
     def spec(self, step_bits: Sequence[int] | None = None) -> LayerSpec:
         """Return the format, with the bits of each step where activation bits are open."""
-        activation = None if self.activation is None else self.activation.settled(step_bits)
+        activation = None if self.activation is None else self.activation.spec(step_bits)
         return LayerSpec(self.weight, activation, self.split)
 
     @classmethod
@@ -117,7 +118,7 @@ class PlannedAttention:
 
     def spec(self) -> AttentionSpec:
         """Return the format."""
-        return AttentionSpec(self.activation.settled(), self.softmax_bits)
+        return AttentionSpec(self.activation.spec(), self.softmax_bits)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -190,7 +191,18 @@ class VariedLayer:
 
 def _reader(cls: type[Any]) -> PlainValidator:
     """Read a field of a record from the JSON that the class itself reads."""
-    return PlainValidator(lambda value: value if isinstance(value, cls) else cls.from_json(value))
+
+    def read(value: Any) -> Any:
+        if isinstance(value, cls):
+            return value
+        try:
+            return cls.from_json(value)
+        except KeyError as error:
+            raise QuantizationError(f"{error.args[0]}: got none, wanted one") from None
+        except (TypeError, AttributeError) as error:
+            raise QuantizationError(f"format: got {shown(value)}, wanted that of a {cls.__name__} ({error})") from None
+
+    return PlainValidator(read)
 
 
 #: For fields of records.

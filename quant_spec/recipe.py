@@ -29,22 +29,41 @@ from quant_spec.sampler import Sampler
 class Passes(Record):
     """The steps of the method, in the planner's order."""
 
-    temporal: Temporal | None = None
-    scale: Scale | None = None
-    allocate: Allocate | None = None
-    round: Round = Round()
-    reconstruct: Reconstruct | None = None
-    distill: Distill | None = None
-    correct: Correct | None = None
+    temporal: Temporal | None = Field(
+        default=None,
+        description="The layers that compute features of the timestep, as a unit of their own; null leaves them in "
+        "their units.",
+    )
+    scale: Scale | None = Field(
+        default=None, description="Input channels divided, and weights multiplied, before rounding; null scales none."
+    )
+    allocate: Allocate | None = Field(
+        default=None, description="Bits for each output channel; null gives all channels of a layer the same."
+    )
+    round: Round = Field(default=Round(), description="How weights are rounded; always runs.")
+    reconstruct: Reconstruct | None = Field(
+        default=None, description="The rounding of each unit learned; null leaves it as round gives it."
+    )
+    distill: Distill | None = Field(
+        default=None, description="The whole quantized model tuned; null leaves it as it is."
+    )
+    correct: Correct | None = Field(
+        default=None, description="Predictions corrected in the sampler; null corrects none."
+    )
 
 
 class Calibration(Record):
     """The denoiser inputs that ranges and roundings are fitted on, recorded from the sampler."""
 
-    seeds: Count = 32
-    first_seed: Seed = 1_000_000
-    batch_size: Count = 32
-    steps: Count | None = Field(default=None, description="Trajectory steps recorded, evenly spread; null is all.")
+    seeds: Count = Field(
+        default=32, description="Trajectories that are recorded; they must not overlap the evaluation's."
+    )
+    first_seed: Seed = Field(default=1_000_000, description="First of their seeds.")
+    batch_size: Count = Field(default=32, description="Seeds per denoiser call.")
+    steps: Count | None = Field(
+        default=None,
+        description="Trajectory steps recorded, evenly spread; null is all, which per-step activations need.",
+    )
     shard_seeds: Count = Field(default=16, description="Seeds per task.")
 
 
@@ -52,7 +71,7 @@ class Memory(Record):
     """Bounds on memory."""
 
     budget_gib: Positive = Field(
-        default=2.0, description="Activation cache of one task, GiB; what is more goes to disk."
+        default=2.0, description="Activation cache of one task, GiB; what does not fit goes to disk."
     )
 
 
@@ -61,21 +80,29 @@ class Budget(Record):
 
     weight_bits_mean: Annotated[float, Field(gt=0, le=32)] | None = Field(
         default=None,
-        description="Mean bits of a weight of a Conv or Linear layer, scales and tables not counted; null is no limit.",
+        description="Mean bits of a weight that a release may have, over all Conv and Linear layers; scales and "
+        "tables of temporal features are not counted; null is no limit.",
     )
 
 
 class Evaluation(Record):
     """How the packed model is compared with the original, on seeds that calibration did not see."""
 
-    seeds: Annotated[int, Field(ge=2)] = 256
-    first_seed: Seed = 0
-    batch_size: Count = 32
+    seeds: Annotated[int, Field(ge=2)] = Field(
+        default=256, description="Samples that are compared with full precision, seed by seed."
+    )
+    first_seed: Seed = Field(default=0, description="First of their seeds.")
+    batch_size: Count = Field(default=32, description="Seeds per denoiser call.")
     shard_seeds: Count = Field(default=64, description="Seeds per task.")
     sqnr_seeds: Count = Field(default=32, description="Seeds that the per-step SQNR is taken over, at most.")
-    extractor: Extractor = Extractor.EFFICIENTNET_LITE0
+    extractor: Extractor = Field(
+        default=Extractor.EFFICIENTNET_LITE0,
+        description="Features that the Fréchet distance is taken of; inception-v3 needs a file in extractor_weights.",
+    )
     extractor_weights: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="File with the extractor's weights (resolved: its SHA-256); inception-v3 needs one."
+        default=None,
+        description="File with the extractor's weights, relative to the recipe (resolved: its SHA-256); only for "
+        "inception-v3.",
     )
     grid: Count = Field(default=16, description="Images in the sample grid, at most.")
 
@@ -92,22 +119,28 @@ class Evaluation(Record):
 class Recipe(Record):
     """A whole recipe, with every field set."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")] = "recipe"
-    description: str = ""
-    sampler: Sampler = Sampler()
-    calibration: Calibration = Calibration()
-    weights: Weights = Weights()
-    activations: Activations = Activations()
-    attention: Attention = Attention()
-    skip_split: bool = Field(
-        default=True, description="Split layers that read a concatenation, each part with its own range."
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")] = Field(
+        default="recipe", description="Names the release, together with the model's; by default that of the file."
     )
-    layers: tuple[LayerException, ...] = ()
-    passes: Passes = Passes()
-    memory: Memory = Memory()
-    budget: Budget = Budget()
-    evaluation: Evaluation = Evaluation()
-    seed: Seed = 0
+    description: str = Field(default="", description="What the recipe is, in one line.")
+    sampler: Sampler = Field(default=Sampler(), description="How samples are drawn.")
+    calibration: Calibration = Field(default=Calibration(), description="What ranges and roundings are fitted on.")
+    weights: Weights = Field(default=Weights(), description="Format of the weights.")
+    activations: Activations = Field(default=Activations(), description="Format of the layers' inputs.")
+    attention: Attention = Field(default=Attention(), description="Format of the matmuls of attention.")
+    skip_split: bool = Field(
+        default=True, description="Split layers that read a concatenation: each part has its own ranges and scales."
+    )
+    layers: tuple[LayerException, ...] = Field(
+        default=(), description="Exceptions, in order; of several that match a layer, later ones win, field by field."
+    )
+    passes: Passes = Field(default=Passes(), description="The steps of the method.")
+    memory: Memory = Field(default=Memory(), description="Bounds on memory.")
+    budget: Budget = Field(default=Budget(), description="What a release may cost at most.")
+    evaluation: Evaluation = Field(
+        default=Evaluation(), description="How the packed model is compared with the original."
+    )
+    seed: Seed = Field(default=0, description="Of every random choice while fitting.")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import Field, ValidationError, model_validator
 
 from quant_spec.enums import ActivationMode, Granularity, RangeMethod, UnknownTimestep
+from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
 from quant_spec.passes.step_bits import StepBits
 from quant_spec.record import Bits, Count, Partial, Percentile, Record
@@ -15,11 +16,21 @@ from quant_spec.record import Bits, Count, Partial, Percentile, Record
 class Weights(Record):
     """Format of the weights."""
 
-    bits: Bits = 8
-    symmetric: bool = False
-    granularity: Granularity = Granularity.PER_CHANNEL
+    bits: Bits = Field(
+        default=8, description="Bits of a code (single output channels may have 1, see passes.allocate)."
+    )
+    symmetric: bool = Field(default=False, description="Whether the zero point is fixed in the middle of the codes.")
+    granularity: Granularity = Field(
+        default=Granularity.PER_CHANNEL,
+        description="Weights that share one scale: all, those of one output channel, or of group_size input channels "
+        "in it.",
+    )
     group_size: Count | None = Field(default=None, description="Input channels per scale; only for per_group.")
-    range: RangeMethod = RangeMethod.MINMAX
+    range: RangeMethod = Field(
+        default=RangeMethod.MINMAX,
+        description="How the range is found: mse searches the one with the smallest error, percentile leaves outliers "
+        "out.",
+    )
     percentile: Percentile = Field(default=0.9999, description="Share of values inside the range; only for percentile.")
 
     @model_validator(mode="after")
@@ -34,14 +45,25 @@ class Weights(Record):
 class Activations(Record):
     """Format of the layers' inputs; `bits` null keeps all of them, and attention, in full precision."""
 
-    bits: Bits | None = None
-    symmetric: bool = False
-    mode: ActivationMode = ActivationMode.PER_STEP
-    range: RangeMethod = RangeMethod.MINMAX
+    bits: Bits | None = Field(
+        default=None,
+        description="Bits of a code; null keeps all inputs, and attention, in full precision: weights only.",
+    )
+    symmetric: bool = Field(default=False, description="Whether the zero point is fixed in the middle of the codes.")
+    mode: ActivationMode = Field(
+        default=ActivationMode.PER_STEP,
+        description="Whether one range holds for each trajectory step, one in all (static), or they are taken at run "
+        "time of each sample or token (dynamic).",
+    )
+    range: RangeMethod = Field(
+        default=RangeMethod.MINMAX,
+        description="How a range is found: mse searches the one with the smallest error, percentile leaves outliers "
+        "out.",
+    )
     percentile: Percentile = Field(default=0.9999, description="Share of values inside the range; only for percentile.")
     step_bits: StepBits | None = Field(
         default=None,
-        description="Bits for each trajectory step, in place of `bits`, where no exception says other bits.",
+        description="Bits for each trajectory step, in place of bits, in layers whose bits no exception states.",
     )
     unknown_timestep: UnknownTimestep = Field(
         default=UnknownTimestep.ERROR,
@@ -57,42 +79,47 @@ class Activations(Record):
 class Attention(Record):
     """The matmuls of attention: query, key and value at `bits`, probabilities at `softmax_bits`."""
 
-    enabled: bool = True
-    bits: Bits = 8
-    softmax_bits: Bits = 8
+    enabled: bool = Field(
+        default=True, description="Whether the matmuls are quantized, with the mode, symmetry and range of activations."
+    )
+    bits: Bits = Field(default=8, description="Bits of query, key and value.")
+    softmax_bits: Bits = Field(default=8, description="Bits of the probabilities.")
 
 
 class WeightsException(Partial):
     """What differs from `weights` in some layers."""
 
-    bits: Bits | None = None
-    symmetric: bool | None = None
-    granularity: Granularity | None = None
-    group_size: Count | None = None
-    range: RangeMethod | None = None
-    percentile: Percentile | None = None
+    bits: Bits | None = Field(default=None, description="As in weights.")
+    symmetric: bool | None = Field(default=None, description="As in weights.")
+    granularity: Granularity | None = Field(default=None, description="As in weights.")
+    group_size: Count | None = Field(default=None, description="As in weights.")
+    range: RangeMethod | None = Field(default=None, description="As in weights.")
+    percentile: Percentile | None = Field(default=None, description="As in weights.")
 
 
 class ActivationsException(Partial):
     """What differs from `activations` in some layers; `bits: null` keeps their inputs in full precision."""
 
-    bits: Bits | None = None
-    symmetric: bool | None = None
-    mode: ActivationMode | None = None
-    range: RangeMethod | None = None
-    percentile: Percentile | None = None
+    bits: Bits | None = Field(default=None, description="As in activations; null keeps these inputs in full precision.")
+    symmetric: bool | None = Field(default=None, description="As in activations.")
+    mode: ActivationMode | None = Field(default=None, description="As in activations.")
+    range: RangeMethod | None = Field(default=None, description="As in activations.")
+    percentile: Percentile | None = Field(default=None, description="As in activations.")
 
 
 class LayerException(Record):
     """Layers that are treated differently; of several entries that match a layer, later ones win."""
 
     match: Annotated[str, Field(pattern=r"^(@first|@last|[^@].*)$")] = Field(
-        description="Glob over layer and attention names, or @first or @last."
+        description="Glob over the names of layers and attentions (* also matches dots); @first is the layer that "
+        "reads the sample, @last the one that writes the prediction."
     )
-    weights: WeightsException = WeightsException()
-    activations: ActivationsException = ActivationsException()
-    keep: bool = Field(default=False, description="Keep in full precision.")
-    required: bool = Field(default=True, description="Whether it is an error if a model has no such layer.")
+    weights: WeightsException = Field(default=WeightsException(), description="What differs from weights.")
+    activations: ActivationsException = Field(
+        default=ActivationsException(), description="What differs from activations."
+    )
+    keep: bool = Field(default=False, description="Keep in full precision; a later entry that matches quantizes again.")
+    required: bool = Field(default=True, description="Whether it is an error if the model has no such layer.")
 
 
 def weights_for(weights: Weights, entries: list[LayerException], path: str = "weights") -> Weights:
@@ -115,10 +142,10 @@ _S = TypeVar("_S", bound=Record)
 
 def _merged(section: _S, partials: list[Any], path: str) -> _S:
     """Lay partial records over a whole one."""
-    values = section.model_dump()
+    values = section.model_dump(mode="json")
     for partial in partials:
-        values |= partial.model_dump()
+        values |= partial.model_dump(mode="json")
     try:
-        return type(section).model_validate(values)
+        return type(section).model_validate_json(canonical_json(values))
     except ValidationError as error:
         raise ValueError(first_problem(error, type(section), path)) from None

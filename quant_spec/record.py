@@ -17,6 +17,7 @@ from pydantic import (
 
 from quant_spec.errors import InvalidInputError
 from quant_spec.keys import canonical_json
+from quant_spec.messages import first_problem, shown
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 Count = Annotated[int, Field(ge=1)]
@@ -65,16 +66,10 @@ class Record(BaseModel):
         try:
             record = cls.model_validate_json(canonical_json(data))
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            place = ".".join(str(part) for part in problem["loc"])
-            raise InvalidInputError(f"{cls.__module__}: {place}: {problem['msg']}, got {problem['input']!r}") from None
+            raise InvalidInputError(first_problem(error, cls)) from None
         told, wanted = dict(data), record.to_json()
         if told != wanted:
-            names = sorted(name for name in told.keys() | wanted.keys() if told.get(name) != wanted.get(name))
-            raise InvalidInputError(
-                f"{cls.__module__}: got {', '.join(names)} other than these parameters have them, wanted exactly "
-                f"{', '.join(sorted(wanted))}"
-            )
+            raise InvalidInputError(f"got {', '.join(_differences(told, wanted))}, wanted {', '.join(sorted(wanted))}")
         return record
 
     def replaced(self, **changes: Any) -> Self:
@@ -88,6 +83,14 @@ class Partial(Record):
     @model_serializer(mode="wrap")
     def _only_stated(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+
+
+def _differences(told: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Say what makes a mapping, whose fields are right one by one, other than what a record writes."""
+    missing = [f"no {name}" for name in sorted(wanted.keys() - told.keys())]
+    idle = [f"{name}, which cannot matter beside the others" for name in sorted(told.keys() - wanted.keys())]
+    both = sorted(name for name in told.keys() & wanted.keys() if told[name] != wanted[name])
+    return missing + idle + [f"{name} {shown(told[name])}, of which not all is known" for name in both]
 
 
 def to_json(value: Any) -> Any:

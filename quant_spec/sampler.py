@@ -15,12 +15,13 @@ class Sampler(Record):
     scheduler: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9]*$")] | None = Field(
         default=None, description="Scheduler class of diffusers; null takes the model's own."
     )
-    num_inference_steps: Count = 20
+    num_inference_steps: Count = Field(default=20, description="Steps of a trajectory.")
     eta: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="Share of DDPM's noise in DDIM-like schedulers."
     )
     guidance_scale: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="Classifier-free guidance; 1 is none."
+        default=1.0,
+        description="Classifier-free guidance; 1 is none and calls the denoiser once per step, anything else twice.",
     )
     null_class: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description='Label that means "no class", if it is not the embedding\'s extra row.'
@@ -31,9 +32,16 @@ class Sampler(Record):
     mu: float | None = Field(
         default=None, description="Resolution shift of schedulers that take one; null computes it."
     )
-    options: dict[str, Any] = Field(default={}, description="Overrides of the scheduler's config.")
+    options: dict[str, Any] = Field(
+        default={}, description="Overrides of the scheduler's config, such as timestep_spacing."
+    )
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether each step calls the denoiser with and without the condition."""
+        return self.guidance_scale != 1.0
 
     @property
     def calls_per_step(self) -> int:
         """How often the denoiser is called for one step of one sample."""
-        return 1 if self.guidance_scale == 1.0 else 2
+        return 2 if self.is_guided else 1

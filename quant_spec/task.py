@@ -38,11 +38,11 @@ class TaskInputs(Generic[Source]):
         Raises
         ------
         InvalidInputError
-            If a name is unknown or missing, or has not one digest where one is wanted.
+            If a name is unknown or missing, or has not as many digests as are wanted.
         """
         several = _several(cls)  # type: ignore[arg-type]  # mypy: type[Self] is not Hashable
         if unknown := sorted(data.keys() - several.keys()):
-            raise InvalidInputError(f"{cls.__module__}: got inputs {', '.join(unknown)}, wanted {', '.join(several)}")
+            raise InvalidInputError(f"inputs: got {', '.join(unknown)}, wanted {', '.join(several)}")
         values: dict[str, Any] = {}
         for field in fields(cls):
             if field.name not in data:
@@ -52,6 +52,8 @@ class TaskInputs(Generic[Source]):
             found = tuple(data[field.name])
             if not several[field.name] and len(found) != 1:
                 raise InvalidInputError(f"input {field.name}: got {len(found)} digests, wanted 1")
+            if not found and field.default == ():
+                raise InvalidInputError(f"input {field.name}: got 0 digests, wanted some, or no such input")
             values[field.name] = found if several[field.name] else found[0]
         return cls(**values)
 

@@ -12,6 +12,9 @@ from orchestrator.db.jobs import find_job
 from orchestrator.db.releases import find_release, publish
 from orchestrator.db.session import lock_graph
 from orchestrator.service import Service
+from quant_spec.enums import KernelBackend
+from quant_spec.sampler import Sampler
+from quant_spec.tasks import bench, card
 
 #: Of a release and of its original: as it is (float32), in bfloat16, and that compiled.
 SIDES = ("release_figures", "original_figures", "bf16_figures", "bf16_compiled_figures")
@@ -27,7 +30,7 @@ class BenchOptions:
 
     device: str = "cpu"
     threads: int | None = None
-    backend: str = "auto"
+    backend: KernelBackend = KernelBackend.AUTO
     compiled: bool = True
 
 
@@ -61,15 +64,15 @@ def bench_release(service: Service, ref: str, options: BenchOptions, *, tell: Ca
     tell(f"measuring {release.ref} and its original on {options.device}")
     metrics = run_task(
         service.settings,
-        "bench",
-        {
-            "sampler": job.recipe["sampler"],
-            "batches": list(BATCHES),
-            "seconds": SECONDS,
-            "backend": options.backend,
-            "compile": options.compiled,
-        },
-        {"artifact": [release.digest], "model": [job.model_digest]},
+        bench.KIND,
+        bench.Params(
+            sampler=Sampler(**job.recipe["sampler"]),
+            batches=BATCHES,
+            seconds=SECONDS,
+            backend=options.backend,
+            compile=options.compiled,
+        ),
+        bench.Inputs(artifact=release.digest, model=job.model_digest),
         device=options.device,
         threads=options.threads or worker_count(),
     ).metrics
@@ -94,8 +97,8 @@ def publish_bench(service: Service, found: dict[str, Any]) -> str:
     """
     with service.database.session(read_only=True) as session:
         release = find_release(session, found["release"])
-    output = run_task(service.settings, "card", {"bench": found}, {"artifact": [release.digest]})
-    digest, size = output.outputs["artifact"], output.metrics["artifact_bytes"]
+    output = run_task(service.settings, card.KIND, card.Params(bench=found), card.Inputs(artifact=release.digest))
+    digest, size = output.outputs[card.ARTIFACT], output.metrics["artifact_bytes"]
     with service.database.session() as session:
         lock_graph(session)
         return publish(session, release.name, digest, size, job=release.job, metrics=release.metrics)

@@ -11,12 +11,11 @@ from orchestrator.actions.local import run_task
 from orchestrator.actions.releases import check_target, get_release
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.service import Service
+from quant_spec.tasks import export
 from workers.storage.manifest import MANIFEST_NAME, pull_tree
 
 #: Names of the layouts.
 DIFFUSERS, DEQUANTIZED = "diffusers", "dequantized"
-#: The export task's code version is that of its kind; its output is named so.
-_OUTPUT = "model"
 
 
 def export_release(service: Service, ref: str, layout: str, folder: Path) -> ReleaseRow:
@@ -42,7 +41,8 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
     release = get_release(service, ref)
     digest = release.digest
     if layout == DEQUANTIZED:
-        digest = run_task(service.settings, "export", {}, {"artifact": [digest]}).outputs[_OUTPUT]
+        output = run_task(service.settings, export.KIND, export.Params(), export.Inputs(artifact=digest))
+        digest = output.outputs[export.MODEL]
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-partial-", dir=folder.parent) as scratch:
         pulled, laid_out = Path(scratch, "pulled"), Path(scratch, "out")
         pull_tree(service.store, digest, pulled)

@@ -7,9 +7,11 @@ from typing import Any
 from orchestrator.actions.local import run_task
 from orchestrator.actions.releases import get_release
 from orchestrator.service import Service
+from quant_spec.enums import KernelBackend
+from quant_spec.tasks import layer_table
 
 
-def release_layers(service: Service, ref: str, *, device: str, backend: str) -> dict[str, Any]:
+def release_layers(service: Service, ref: str, *, device: str, backend: KernelBackend) -> dict[str, Any]:
     """Return `release`, `digest`, `device`, `backend` and `layers` of a release, as the task `layers` describes them.
 
     Parameters
@@ -25,6 +27,10 @@ def release_layers(service: Service, ref: str, *, device: str, backend: str) -> 
     """
     release = get_release(service, ref)
     metrics = run_task(
-        service.settings, "layers", {"backend": backend}, {"artifact": [release.digest]}, device=device
+        service.settings,
+        layer_table.KIND,
+        layer_table.Params(backend=backend),
+        layer_table.Inputs(artifact=release.digest),
+        device=device,
     ).metrics
     return {"release": release.ref, "digest": release.digest, **metrics}

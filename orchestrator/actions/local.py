@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from orchestrator.settings import Settings
+from quant_spec.task import TaskInputs, TaskKind, TaskParams
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall
 from workers.execution.local import run_in_subprocess
@@ -13,9 +11,9 @@ from workers.execution.local import run_in_subprocess
 
 def run_task(
     settings: Settings,
-    kind: str,
-    params: Mapping[str, Any],
-    inputs: Mapping[str, Sequence[str]],
+    kind: TaskKind,
+    params: TaskParams,
+    inputs: TaskInputs[str],
     *,
     store_url: str | None = None,
     device: str = "cpu",
@@ -27,8 +25,10 @@ def run_task(
     ----------
     settings
         Their store is used unless another is given.
-    kind, params, inputs
-        As in a graph, every input a digest.
+    kind
+        From one of the files of `quant_spec.tasks`.
+    params, inputs
+        Of that kind; every input is a digest.
     store_url
         Where inputs are and outputs go.
     device, threads
@@ -43,9 +43,9 @@ def run_task(
     """
     return run_in_subprocess(
         TaskCall(
-            kind=kind,
-            params=dict(params),
-            inputs={name: list(digests) for name, digests in inputs.items()},
+            kind=kind.name,
+            params=params.to_json(),
+            inputs={name: list(digests) for name, digests in inputs.to_json().items()},
             store_url=store_url or settings.store_url,
             cache_dir=str(settings.cache_dir),
             cache_bytes=settings.cache_bytes,

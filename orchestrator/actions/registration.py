@@ -13,6 +13,7 @@ from orchestrator.db.registry import add_model, find_model
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import NotFoundError
 from orchestrator.service import Service
+from quant_spec.tasks import inspect
 from workers.storage.model_folder import import_model, resolve_source
 from workers.storage.names import check_name
 from workers.storage.store import Store, open_store
@@ -114,7 +115,8 @@ def look_at(service: Service, source: str, store: Store, *, tell: Callable[[str]
         inspection = known.inspection
     else:
         tell(f"inspecting {source}")
-        task = run_task(service.settings, "inspect", {}, {"model": [record.digest]}, store_url=store.url)
+        model = inspect.Inputs(model=record.digest)
+        task = run_task(service.settings, inspect.KIND, inspect.Params(), model, store_url=store.url)
         inspection = task.metrics["inspection"]
     return ModelRow(
         name=default_model_name(source),

@@ -24,6 +24,7 @@ from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.cli.jobs import metric_lines
 from orchestrator.db.releases import list_releases, set_alias
 from orchestrator.text import human_bytes, table
+from quant_spec.enums import KernelBackend
 
 
 @click.group(cls=Group)
@@ -48,7 +49,9 @@ def artifacts_ls(app: App, name: str | None) -> None:
 @click.argument("ref")
 @click.option("--layers", is_flag=True, help="Each layer: format, bytes, and how it runs on the device at hand.")
 @click.option("--device", show_default="cpu", help="With --layers: cpu, cuda or cuda:N.")
-@click.option("--backend", show_default="auto", help="With --layers: auto, triton, cpu or reference.")
+@click.option(
+    "--backend", type=click.Choice([each.value for each in KernelBackend]), show_default="auto", help="With --layers."
+)
 @pass_app
 def artifacts_show(app: App, ref: str, layers: bool, device: str | None, backend: str | None) -> None:
     """Show one release and its metrics, or its layers."""
@@ -56,7 +59,7 @@ def artifacts_show(app: App, ref: str, layers: bool, device: str | None, backend
         raise click.UsageError("--device, --backend: got one without --layers, wanted it too")
     if layers:
         with app.service() as service:
-            found = release_layers(service, ref, device=device or "cpu", backend=backend or "auto")
+            found = release_layers(service, ref, device=device or "cpu", backend=KernelBackend(backend or "auto"))
         app.answer(found, lambda: _layer_table(found))
         return
     with app.service() as service:

@@ -9,6 +9,7 @@ import click
 from orchestrator.actions.bench import SIDES, BenchOptions, bench_release, publish_bench
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.text import human_bytes, table
+from quant_spec.enums import KernelBackend
 
 _HEADS = ("RELEASE", "FP32", "BF16", "BF16 COMPILED")
 
@@ -17,14 +18,22 @@ _HEADS = ("RELEASE", "FP32", "BF16", "BF16 COMPILED")
 @click.argument("ref")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; all that this process may use by default.")
-@click.option("--backend", default="auto", show_default=True, help="auto, triton, cpu or reference, for the release.")
+@click.option(
+    "--backend",
+    type=click.Choice([each.value for each in KernelBackend]),
+    default="auto",
+    show_default=True,
+    help="The release's.",
+)
 @click.option("--compile/--no-compile", "compiled", default=True, help="Measure the compiled original too (minutes).")
 @click.option("--publish", "publishes", is_flag=True, help="Publish the next version, with the result in its card.")
 @pass_app
 def bench(app: App, ref: str, device: str, threads: int | None, backend: str, compiled: bool, publishes: bool) -> None:
     """Measure a release and its original (float32, bfloat16, compiled), in one run on the device at hand."""
     with app.service() as service:
-        found = bench_release(service, ref, BenchOptions(device, threads, backend, compiled), tell=app.tell)
+        found = bench_release(
+            service, ref, BenchOptions(device, threads, KernelBackend(backend), compiled), tell=app.tell
+        )
         if publishes:
             found["published"] = publish_bench(service, found)
     app.answer(found, lambda: _text(found))

@@ -1,1 +1,1 @@
-"""What the planner computes before it draws the graph: the model's shape, formats of its layers, costs of tasks."""
+"""From a recipe and a model to a graph of tasks: the model's shape, formats of its layers, passes, costs."""

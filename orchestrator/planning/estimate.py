@@ -18,6 +18,7 @@ from orchestrator.db.rows import Timing
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import GIB, WORKER_BYTES
 from quant_spec.keys import task_key
+from quant_spec.kinds import KINDS
 
 #: Processes beside the workers: the orchestrator, Ray's own.
 SERVICE_BYTES = int(0.6 * GIB)
@@ -40,29 +41,16 @@ class Rate:
         return self.fixed + self.per_gmac * work
 
 
-#: For a home without recorded tasks; measured on one core of a current server CPU (AMD EPYC, float32).
-DEFAULT_RATES: Mapping[str, Rate] = {
-    "inspect": Rate(3.0, 0.03),
-    "calibrate": Rate(0.5, 0.03),
-    "reference": Rate(0.5, 0.03),
-    "temporal": Rate(0.5, 0.03),
-    "scale": Rate(0.5, 0.03),
-    "round": Rate(0.5, 0.03),
-    "reconstruct": Rate(0.5, 0.03),
-    "step_effects": Rate(0.5, 0.03),
-    "step_bits": Rate(0.2, 0.03),
-    "channel_errors": Rate(0.5, 0.03),
-    "allocate": Rate(0.2, 0.03),
-    "distill": Rate(0.5, 0.03),
-    "pack": Rate(0.5, 0.03),
-    "noise": Rate(0.5, 0.03),
-    "correct": Rate(0.2, 0.03),
-    "evaluate": Rate(0.5, 0.03),
-    "score": Rate(2.5, 0.03),
-    "release": Rate(0.2, 0.03),
-    "noop": Rate(0.01, 0.03),
+_PER_GMAC = 0.03
+_FIXED = 0.5
+#: Fixed seconds of kinds that load more than others, and of those that hardly compute.
+_OTHER_FIXED = {
+    **{"inspect": 3.0, "score": 2.5},
+    **{"step_bits": 0.2, "allocate": 0.2, "correct": 0.2, "release": 0.2, "noop": 0.01},
 }
-_UNKNOWN = Rate(0.5, 0.03)
+#: For a home without recorded tasks; measured on one core of a current server CPU (AMD EPYC, float32).
+DEFAULT_RATES: Mapping[str, Rate] = {kind: Rate(_OTHER_FIXED.get(kind, _FIXED), _PER_GMAC) for kind in KINDS}
+_UNKNOWN = Rate(_FIXED, _PER_GMAC)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,20 @@
-"""Decide the format of every layer: the recipe's defaults, then the exceptions whose pattern matches, in order.
-
-The result is the JSON that task bodies read (`quant_spec.formats.LayerSpec` and `AttentionSpec`, with the ranges
-beside).
-"""
+"""Decide the format of every layer: the recipe's defaults, then the exceptions whose pattern matches, in order."""
 
 from __future__ import annotations
 
 import fnmatch
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from orchestrator.errors import RecipeError
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
+from quant_spec.enums import Granularity, RangeMethod
+from quant_spec.formats import WeightSpec
 from quant_spec.messages import nearest
+from quant_spec.planned import PlannedActivation, PlannedAttention, PlannedLayer, PlannedUnit, VariedLayer
+from quant_spec.ranges import RangeSpec
 from quant_spec.recipe import Recipe
 from quant_spec.recipe_formats import Activations, LayerException, Weights, activations_for, weights_for
 
@@ -23,38 +22,39 @@ FLOAT_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class UnitPlan:
-    """A unit of which something is quantized; `layers` and `attentions` map names to their format as JSON."""
+class QuantizedUnit:
+    """A unit of which something is quantized: what the model says of it, and what its tasks are told."""
 
-    unit: UnitInfo
-    layers: Mapping[str, Any]
-    attentions: Mapping[str, Any]
+    info: UnitInfo
+    planned: PlannedUnit
 
-    def parameters(self) -> dict[str, Any]:
-        """Return what task bodies are told about the unit."""
-        return {"unit": self.unit.name, "layers": dict(self.layers), "attentions": dict(self.attentions)}
+    @property
+    def name(self) -> str:
+        """Name of the unit."""
+        return self.info.name
+
+    def without(self, layers: Collection[str]) -> QuantizedUnit:
+        """Return the unit with some of its layers left in full precision; it still runs them."""
+        left = {name: layer for name, layer in self.planned.layers.items() if name not in layers}
+        return replace(self, planned=replace(self.planned, layers=left))
 
 
-def varied_layers(plans: Sequence[UnitPlan]) -> dict[str, dict[str, Any]]:
-    """Return what is known of each layer whose activation bits are chosen for each step (null in its format)."""
+def varied_layers(units: Iterable[QuantizedUnit]) -> dict[str, VariedLayer]:
+    """Return the layers whose activation bits are chosen for each trajectory step."""
     return {
-        name: {
-            "symmetric": layer["activation"]["symmetric"],
-            "range": layer["activation_range"],
-            "split": layer["split"],
-        }
-        for plan in plans
-        for name, layer in plan.layers.items()
-        if layer["activation"] is not None and layer["activation"]["bits"] is None
+        name: VariedLayer(layer.activation.symmetric, layer.activation_range, layer.split)
+        for unit in units
+        for name, layer in unit.planned.layers.items()
+        if layer.has_open_bits and layer.activation is not None and layer.activation_range is not None
     }
 
 
-def allocated_layers(plans: Sequence[UnitPlan]) -> list[str]:
+def allocated_layers(units: Iterable[QuantizedUnit]) -> tuple[str, ...]:
     """Return the layers whose output channels have bits of their own."""
-    return [name for plan in plans for name, layer in plan.layers.items() if "allocated" in layer]
+    return tuple(name for unit in units for name, layer in unit.planned.layers.items() if layer.allocated)
 
 
-def plan_formats(model: ModelInfo, recipe: Recipe) -> list[UnitPlan]:
+def choose_formats(model: ModelInfo, recipe: Recipe) -> list[QuantizedUnit]:
     """Return the units to quantize, in the order in which they run; what is kept in full precision is not in them.
 
     Raises
@@ -64,34 +64,35 @@ def plan_formats(model: ModelInfo, recipe: Recipe) -> list[UnitPlan]:
         bits exceed the recipe's budget.
     """
     rules = _Rules(model, recipe)
-    plans = [plan for unit in model.units if (plan := rules.unit(unit)).layers or plan.attentions]
+    planned = [(unit, rules.unit(unit)) for unit in model.units]
+    units = [QuantizedUnit(unit, formats) for unit, formats in planned if formats.layers or formats.attentions]
     rules.check_used()
-    if not plans:
+    if not units:
         raise RecipeError("layers: got every layer kept in full precision, wanted at least one to quantize")
     extra = recipe.passes.allocate.extra if recipe.passes.allocate is not None else 0.0
-    _check_budget(model, plans, recipe.budget.weight_bits_mean, extra)
-    return plans
+    _check_budget(model, units, recipe.budget.weight_bits_mean, extra)
+    return units
 
 
-def weight_bits_mean(model: ModelInfo, plans: Sequence[UnitPlan], extra: float = 0.0) -> float:
-    """Return the mean bits of a weight over all Conv and Linear layers; what no plan names has 32.
+def weight_bits_mean(model: ModelInfo, units: Sequence[QuantizedUnit], extra: float = 0.0) -> float:
+    """Return the mean bits of a weight over all Conv and Linear layers; a layer that is not quantized has 32.
 
     `extra`: the share of the channels of allocated layers that get one more bit.
     """
     bits = {
-        name: layer["weight"]["bits"] + (extra if "allocated" in layer else 0.0)
-        for plan in plans
-        for name, layer in plan.layers.items()
+        name: layer.weight.bits + (extra if layer.allocated else 0.0)
+        for unit in units
+        for name, layer in unit.planned.layers.items()
     }
     total = sum(layer.weights * bits.get(layer.name, FLOAT_BITS) for layer in model.layers)
     return float(total / sum(layer.weights for layer in model.layers))
 
 
-def _check_budget(model: ModelInfo, plans: Sequence[UnitPlan], budget: float | None, extra: float) -> None:
+def _check_budget(model: ModelInfo, units: Sequence[QuantizedUnit], budget: float | None, extra: float) -> None:
     """Refuse bits that cost more than allowed; a recipe fixes each layer's, so theirs is the smallest budget."""
     if budget is None:
         return
-    smallest = weight_bits_mean(model, plans, extra)
+    smallest = weight_bits_mean(model, units, extra)
     if smallest > budget:
         raise RecipeError(
             f"budget.weight_bits_mean: got {budget:g}, wanted at least {math.ceil(smallest * 1000) / 1000:g} (the "
@@ -123,14 +124,17 @@ class _Rules:
         """Return what the last of these exceptions says about full precision."""
         return bool(places) and self.recipe.layers[max(places)].keep
 
-    def unit(self, unit: UnitInfo) -> UnitPlan:
+    def unit(self, unit: UnitInfo) -> PlannedUnit:
         """Decide the formats of one unit."""
         layers = {layer.name: self.layer(layer) for layer in unit.layers}
-        quantized = {name: data for name, data in layers.items() if data is not None}
         attentions = {name: self.attention(name, layers) for name in unit.attentions}
-        return UnitPlan(unit, quantized, {name: data for name, data in attentions.items() if data is not None})
+        return PlannedUnit(
+            unit.name,
+            {name: layer for name, layer in layers.items() if layer is not None},
+            {name: attention for name, attention in attentions.items() if attention is not None},
+        )
 
-    def layer(self, layer: LayerInfo) -> dict[str, Any] | None:
+    def layer(self, layer: LayerInfo) -> PlannedLayer | None:
         """Decide the format of one layer; None keeps it."""
         places = self.matches(layer.name)
         if self.keeps(places):
@@ -138,14 +142,14 @@ class _Rules:
         weights, activations = self.format(places, layer.name)
         quantized = activations.bits is not None
         bits = None if self.varies(places, activations) else activations.bits
-        allocated = {"allocated": True} if self.allocates(places, weights) else {}
-        return allocated | {
-            "weight": weights.model_dump(include={"bits", "symmetric", "granularity", "group_size"}),
-            "weight_range": _range(weights),
-            "activation": _activation(activations, bits) if quantized else None,
-            "activation_range": _range(activations) if quantized and not activations.is_dynamic else None,
-            "split": list(layer.split) if layer.split and self.recipe.skip_split else None,
-        }
+        return PlannedLayer(
+            weight=WeightSpec(weights.bits, weights.symmetric, weights.granularity, weights.group_size),
+            weight_range=_range(weights),
+            activation=_activation(activations, bits) if quantized else None,
+            activation_range=_range(activations) if quantized and not activations.is_dynamic else None,
+            split=layer.split if layer.split and self.recipe.skip_split else None,
+            allocated=self.allocates(places, weights),
+        )
 
     def varies(self, places: Collection[int], activations: Activations) -> bool:
         """Whether the activation bits are those chosen for each trajectory step: unless an exception gives others."""
@@ -156,21 +160,21 @@ class _Rules:
         """Whether the layer's channels have bits of their own: unless an exception gives bits, or shared scales."""
         allocate = self.recipe.passes.allocate
         stated = any("bits" in self.recipe.layers[place].weights.model_fields_set for place in places)
-        chosen = allocate is not None and allocate.method != "uniform"
-        return chosen and weights.granularity == "per_channel" and not stated
+        chosen = allocate is not None and not allocate.is_uniform
+        return chosen and weights.granularity is Granularity.PER_CHANNEL and not stated
 
-    def attention(self, name: str, layers: Mapping[str, Any]) -> dict[str, Any] | None:
+    def attention(self, name: str, layers: Mapping[str, PlannedLayer | None]) -> PlannedAttention | None:
         """Decide the format of one attention's matmuls; None keeps them, as where all its own layers are kept."""
         attention, activations = self.recipe.attention, self.recipe.activations
-        own = [data for layer, data in layers.items() if layer.startswith(f"{name}.")]
-        kept = self.keeps(self.matches(name)) or (own and not any(own))
+        own = [planned for layer, planned in layers.items() if layer.startswith(f"{name}.")]
+        kept = self.keeps(self.matches(name)) or (own and all(planned is None for planned in own))
         if kept or not attention.enabled or activations.bits is None:
             return None
-        return {
-            "activation": _activation(activations, attention.bits),
-            "activation_range": None if activations.is_dynamic else _range(activations),
-            "softmax_bits": attention.softmax_bits,
-        }
+        return PlannedAttention(
+            _activation(activations, attention.bits),
+            None if activations.is_dynamic else _range(activations),
+            attention.softmax_bits,
+        )
 
     def format(self, places: tuple[int, ...], name: str) -> tuple[Weights, Activations]:
         """Return the formats of the layers that these exceptions match."""
@@ -194,12 +198,12 @@ class _Rules:
                 )
 
 
-def _range(section: Weights | Activations) -> dict[str, Any]:
-    """Return how a range is found, without what that method does not use."""
-    if section.range == "percentile":
-        return {"method": section.range, "percentile": section.percentile}
-    return {"method": section.range}
+def _range(section: Weights | Activations) -> RangeSpec:
+    """Return how a range is found; a percentile stays the default where it is not used."""
+    if section.range is RangeMethod.PERCENTILE:
+        return RangeSpec(section.range, section.percentile)
+    return RangeSpec(section.range)
 
 
-def _activation(activations: Activations, bits: int | None) -> dict[str, Any]:
-    return {"bits": bits, "symmetric": activations.symmetric, "mode": activations.mode}
+def _activation(activations: Activations, bits: int | None) -> PlannedActivation:
+    return PlannedActivation(bits, activations.symmetric, activations.mode)

@@ -90,6 +90,11 @@ class ModelInfo:
         )
 
     @property
+    def is_tokens(self) -> bool:
+        """Whether samples are packed tokens, (tokens, channels)."""
+        return len(self.sample_shape) == 2
+
+    @property
     def layers(self) -> tuple[LayerInfo, ...]:
         """All layers in the order of their units."""
         return tuple(layer for unit in self.units for layer in unit.layers)
@@ -102,7 +107,7 @@ class ModelInfo:
         """
         layers = self.layers
         readers = [layer for layer in layers if layer.type != "Linear" and layer.shape[1] == self.sample_shape[0]]
-        if not readers and len(self.sample_shape) == 2:  # tokens, channels
+        if not readers and self.is_tokens:
             readers = [layer for layer in layers if layer.shape[1] == self.sample_shape[1]]
         return (readers or layers)[0].name
 

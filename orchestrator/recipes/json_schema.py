@@ -1,12 +1,7 @@
-"""The JSON schema of recipe files, for editors and other tools.
-
-`python -m orchestrator.recipes.json_schema > docs/recipe.schema.json` publishes it.
-"""
+"""The JSON schema of recipe files, for editors and other tools; `make reference` publishes it."""
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any
 
 from quant_spec.recipe import Recipe
@@ -21,8 +16,8 @@ def json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Quantmill recipe"
     for definition in (schema, *(d for name, d in schema["$defs"].items() if name not in _EXACT)):
-        properties = definition["properties"]
-        definition["properties"] = {name: _nullable(value) for name, value in properties.items()}
+        if "properties" in definition:  # a choice has none
+            definition["properties"] = {name: _nullable(value) for name, value in definition["properties"].items()}
     extends = {"type": ["string", "null"], "description": "A shipped recipe, or a file relative to this one."}
     schema["properties"] = {"extends": extends, **schema["properties"]}
     return schema
@@ -36,7 +31,3 @@ def _nullable(value: dict[str, Any]) -> dict[str, Any]:
     if {"type": "null"} not in options:
         options = [*options, {"type": "null"}]
     return {"anyOf": options, **notes}
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(json_schema(), indent=2) + "\n")

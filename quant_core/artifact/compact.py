@@ -17,15 +17,15 @@ from kernels.packing import pack_codes, packed_size, unpack_codes
 from quant_core.nn.layers import QuantLayer
 
 
-def share_formats(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Name each layer format of a plan's JSON once."""
+def share_formats(model_format: Mapping[str, Any]) -> dict[str, Any]:
+    """Name each layer format of a model format's JSON once."""
     formats: list[Any] = []
     layers = {}
-    for name, spec in plan["layers"].items():
+    for name, spec in model_format["layers"].items():
         if spec not in formats:
             formats.append(spec)
         layers[name] = formats.index(spec)
-    return {**plan, "layers": layers, "formats": formats}
+    return {**model_format, "layers": layers, "formats": formats}
 
 
 def spell_formats(data: Mapping[str, Any]) -> dict[str, Any]:

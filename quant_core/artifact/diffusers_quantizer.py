@@ -25,6 +25,7 @@ from quant_core.nn.attention import AttentionQuantizer
 from quant_core.nn.feature_table import FeatureTable
 from quant_core.nn.layers import QuantLayer, check_channel_bits, weight_groups
 from quant_core.nn.model import build_quantized
+from quant_spec.errors import QuantizationError
 
 _OWN_MODULES = (QuantLayer, ActivationQuantizer, AttentionQuantizer, FeatureTable)
 
@@ -38,11 +39,11 @@ class QuantmillMethod(StrEnum):
 class QuantmillConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json: which layers are quantized, and how (`quant_spec.formats`)."""
 
-    def __init__(self, version: int = FORMAT_VERSION, quant_method: str = QUANT_METHOD, **plan: Any) -> None:
-        parse_quantization_config({"quant_method": str(quant_method), "version": version, **plan})
+    def __init__(self, version: int = FORMAT_VERSION, quant_method: str = QUANT_METHOD, **model_format: Any) -> None:
+        parse_quantization_config({"quant_method": str(quant_method), "version": version, **model_format})
         self.quant_method = QuantmillMethod(quant_method)  # type: ignore[assignment]  # annotated as diffusers' own enum
         self.version = version
-        self.__dict__.update(plan)
+        self.__dict__.update(model_format)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-able content."""
@@ -53,8 +54,8 @@ class QuantmillConfig(QuantizationConfigMixin):
         return self.to_dict()
 
     def __repr__(self) -> str:
-        plan = parse_quantization_config(self.to_dict())
-        return f"{type(self).__name__}({len(plan.layers)} layers, {len(plan.attentions)} attentions)"
+        model_format = parse_quantization_config(self.to_dict())
+        return f"{type(self).__name__}({len(model_format.layers)} layers, {len(model_format.attentions)} attentions)"
 
 
 class QuantmillQuantizer(DiffusersQuantizer):
@@ -69,10 +70,10 @@ class QuantmillQuantizer(DiffusersQuantizer):
         self._zero_bits: dict[str, int] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        plan = parse_quantization_config(self.quantization_config.to_dict())
+        model_format = parse_quantization_config(self.quantization_config.to_dict())
         try:
-            build_quantized(model, plan)
-        except (AttributeError, QuantCoreError) as error:
+            build_quantized(model, model_format)
+        except (AttributeError, QuantCoreError, QuantizationError) as error:
             raise ArtifactError(f"quantization_config does not fit {type(model).__name__}: {error}") from error
         for name, module in model.named_modules():
             if isinstance(module, _OWN_MODULES):
@@ -84,7 +85,7 @@ class QuantmillQuantizer(DiffusersQuantizer):
             if isinstance(module, QuantLayer) and module.spec.weight.mixture:
                 try:
                     check_channel_bits(module.channel_bits, module.spec)
-                except QuantCoreError as error:
+                except QuantizationError as error:
                     raise ArtifactError(f"packed tensor {name}.channel_bits: {error}") from error
             # Not part of the file; on the meta device it was built without values.
             if isinstance(module, QuantLayer) and module.group_index.is_meta:

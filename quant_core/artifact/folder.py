@@ -3,7 +3,7 @@
     config.json                            diffusers' own, plus `quantization_config`
     diffusion_pytorch_model.safetensors    packed weights and activation parameters; names as in the model's state dict
     scheduler/scheduler_config.json        the sampler that per-step parameters belong to
-    recipe.json                            the resolved recipe
+    recipe.json                            the resolved recipe, once published
     manifest.json                          sha256 and bytes of every other file, once published
 
 Tensor names end in `.qweight` (uint8 codes, packed as `kernels.packing` draws; where output channels have bits of their
@@ -29,7 +29,7 @@ from torch import nn
 from quant_core.artifact.compact import pack_zero_points, share_formats, spell_formats, zero_point_bits
 from quant_core.errors import ArtifactError
 from quant_core.nn.layers import QuantLayer
-from quant_spec.formats import QuantizationPlan
+from quant_spec.formats import ModelFormat
 
 QUANT_METHOD = "quantmill"
 FORMAT_VERSION = 2
@@ -43,12 +43,12 @@ MANIFEST_FILE = "manifest.json"
 _READ_BYTES = 1 << 20
 
 
-def quantization_config(plan: QuantizationPlan) -> dict[str, Any]:
-    """Return the `quantization_config` of config.json that describes a model quantized by `plan`."""
-    return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **share_formats(plan.to_json())}
+def quantization_config(model_format: ModelFormat) -> dict[str, Any]:
+    """Return the `quantization_config` of config.json that describes a model quantized by `model_format`."""
+    return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **share_formats(model_format.to_json())}
 
 
-def parse_quantization_config(data: Mapping[str, Any]) -> QuantizationPlan:
+def parse_quantization_config(data: Mapping[str, Any]) -> ModelFormat:
     """Read back what `quantization_config` wrote.
 
     Raises
@@ -62,7 +62,7 @@ def parse_quantization_config(data: Mapping[str, Any]) -> QuantizationPlan:
         wanted = " or ".join(map(str, READABLE_VERSIONS))
         raise ArtifactError(f"quantization_config version: got {data.get('version')!r}, wanted {wanted}")
     try:
-        return QuantizationPlan.from_json(data if data["version"] == 1 else spell_formats(data))
+        return ModelFormat.from_json(data if data["version"] == 1 else spell_formats(data))
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(f"quantization_config: malformed: {type(error).__name__}: {error}") from error
 
@@ -73,8 +73,6 @@ def write_artifact(
     config: Mapping[str, Any],
     scheduler_config: Mapping[str, Any] | None,
     folder: Path,
-    *,
-    recipe: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a quantized model as a folder that diffusers loads.
 
@@ -90,8 +88,6 @@ def write_artifact(
         Of the sampler that was calibrated for.
     folder : Path
         Absent or empty; created.
-    recipe : mapping or None
-        The resolved recipe.
 
     Raises
     ------
@@ -116,8 +112,6 @@ def write_artifact(
     if scheduler_config is not None:
         (folder / SCHEDULER_FILE).parent.mkdir()
         _write_json(folder / SCHEDULER_FILE, scheduler_config)
-    if recipe is not None:
-        _write_json(folder / RECIPE_FILE, recipe)
 
 
 def scheduler_json(scheduler: Any) -> bytes:

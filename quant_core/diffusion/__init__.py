@@ -1,1 +1,1 @@
-"""Denoisers, what they are told, the samplers that run them, and recordings of their inputs."""
+"""Denoisers, their conditioning, the samplers that run them, and recordings of their inputs."""

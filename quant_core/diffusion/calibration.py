@@ -2,12 +2,12 @@
 
 A shard covers a range of seeds and is one safetensors file:
 
-    x                    (S, n, *sample) float32   denoiser inputs at each recorded step; n rows, two per seed with
-    guidance prediction           (S, n, *sample) float32   what the denoiser gave (only where it was asked for)
-    timesteps            (S,)                      as the denoiser got them, noisiest first step_index           (S,)
-    int64                position of each recorded step in the sampler's trajectory conditioning.<key>   (n, ...)
-    rows of the conditioning, the same at every step sample               (seeds, *sample) float32  what the sampler
-    ended with (only where it was asked for)
+    x                   (S, n, *sample) float32   denoiser inputs at each recorded step; n rows, two per seed if guided
+    prediction          (S, n, *sample) float32   what the denoiser gave (only where it was asked for)
+    timesteps           (S,)                      as the denoiser got them, noisiest first
+    step_index          (S,) int64                position of each recorded step in the sampler's trajectory
+    conditioning.<key>  (n, ...)                  rows of the conditioning, the same at every step
+    sample              (seeds, *sample) float32  what the sampler ended with (only where it was asked for)
 
 Shards over consecutive seeds concatenate to the set of all of them. Tensors are read lazily through the file's memory
 map.
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from quant_core.diffusion.conditioning import UNBATCHED, Conditioning, concatenate, take, to_device
 from quant_core.diffusion.denoiser import Denoiser, call_denoiser, sample_shape
 from quant_core.diffusion.sampler import (
-    SamplerSpec,
     Step,
     make_scheduler,
+    model_timestep,
     sample,
     start,
     token_count,
@@ -39,6 +39,7 @@ from quant_core.diffusion.sampler import (
 )
 from quant_core.diffusion.tensorfile import TensorInfo, create_tensor_file
 from quant_spec.errors import QuantizationError
+from quant_spec.sampler import Sampler
 
 CONDITIONING = "conditioning."
 _FLOAT = np.dtype(np.float32)
@@ -68,7 +69,7 @@ class RecordSpec:
 
     Attributes
     ----------
-    sampler : SamplerSpec
+    sampler : Sampler
     steps : int | None
         How many of the trajectory's steps, evenly; None records all.
     batch_size : int
@@ -79,7 +80,7 @@ class RecordSpec:
         Also write the denoiser's outputs, the final samples.
     """
 
-    sampler: SamplerSpec
+    sampler: Sampler
     steps: int | None = None
     batch_size: int = 16
     recorded_seeds: int | None = None
@@ -112,10 +113,10 @@ def record_trajectories(
     timesteps = start(make_scheduler(sampler, denoiser.scheduler_config), sampler, shape)
     chosen = select_steps(len(timesteps), spec.steps)
     recorded = len(seeds) if spec.recorded_seeds is None else min(spec.recorded_seeds, len(seeds))
-    rows = recorded * (2 if sampler.is_guided else 1)
-    told = sampler.tell(timesteps)[list(chosen)]
+    rows = recorded * sampler.calls_per_step
+    recorded_timesteps = model_timestep(timesteps, sampler)[list(chosen)]
     parts: dict[str, TensorInfo] = {
-        "timesteps": TensorInfo.of(told),
+        "timesteps": TensorInfo.of(recorded_timesteps),
         "step_index": TensorInfo((len(chosen),), _LONG),
         **{CONDITIONING + key: TensorInfo.of(value) for key, value in conditioning.items()},
     }
@@ -126,7 +127,7 @@ def record_trajectories(
     if spec.samples:
         parts["sample"] = TensorInfo((len(seeds), *shape), _FLOAT)
     maps = create_tensor_file(path, parts, {"sampler": json.dumps(sampler.to_json(), sort_keys=True)})
-    maps["timesteps"][:] = told.numpy()
+    maps["timesteps"][:] = recorded_timesteps.numpy()
     maps["step_index"][:] = chosen
     for key, value in conditioning.items():
         maps[CONDITIONING + key][:] = value.numpy()
@@ -262,12 +263,6 @@ class CalibrationSet:
         for step in range(self.steps):
             for first in range(0, self.samples, batch_size):
                 yield self.rows(step, first, min(first + batch_size, self.samples))
-
-    def mixed(self, batch_size: int, generator: torch.Generator, count: int | None = None) -> Iterator[Batch]:
-        """Yield `count` rows (all if None) in a random order that mixes steps."""
-        order = torch.randperm(len(self), generator=generator)[:count]
-        for chunk in order.split(batch_size):
-            yield self.gather(chunk)
 
     def _batch(self, x: Tensor, step: Tensor, row: Tensor) -> Batch:
         return Batch(x, self.timesteps[step], step, take(self.conditioning, row))

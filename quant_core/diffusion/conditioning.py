@@ -1,4 +1,4 @@
-"""What a denoiser is told besides the sample and the timestep, drawn per seed.
+"""Conditioning: what a denoiser is called with besides the sample and the timestep, drawn per seed.
 
 A *conditioning* is a flat mapping from forward keyword (dotted for entries of a dictionary argument) to a tensor whose
 rows are samples. Class labels are drawn from the seed. Everything else comes from a `conditioning.safetensors` beside
@@ -77,11 +77,11 @@ def _added_fields(model: nn.Module) -> dict[str, Field]:
     return {}
 
 
-def dummy_conditioning(model: nn.Module, batch: int = 1) -> dict[str, Tensor]:
-    """Return zeros of the right shapes, for looking at a forward and not at its values."""
+def dummy_conditioning(model: nn.Module) -> dict[str, Tensor]:
+    """Return one row of zeros of the right shapes, to look at a forward and not at its values."""
     return {
         key: torch.zeros(
-            field.shape if key in UNBATCHED else (batch, *field.shape),
+            field.shape if key in UNBATCHED else (1, *field.shape),
             dtype=torch.int64 if field.classes else torch.float32,
         )
         for key, field in conditioning_fields(model).items()
@@ -145,7 +145,7 @@ def null_conditioning(
     Raises
     ------
     ConditioningError
-        If nothing at all tells the unconditional call from the conditional one.
+        If the unconditional call would be the same as the conditional one.
     """
     nulls: dict[str, Tensor] = {}
     if file is not None:

@@ -20,9 +20,8 @@ from quant_core.errors import DenoiserError
 DENOISER_FOLDERS = ("denoiser", "unet", "transformer")
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 CONDITIONING_FILE = "conditioning.safetensors"
-PACKED_TOKENS = (
-    1024  # stands in for the length of a sequence of packed latents where neither config nor conditioning tell
-)
+#: Stands in for the length of a sequence of packed latents where neither config nor conditioning gives it.
+PACKED_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a sampler does about noise that quantization added: tables by step; how an error reaches the next sample.
+"""How a sampler corrects the noise that quantization adds: tables by step, gains from a prediction to the next sample.
 
 He et al., "PTQD", arXiv:2305.10657, Sec. 3.2 and 3.3; `quant_core.methods.ptqd.correction` fits the tables.
 """

@@ -1,4 +1,4 @@
-"""Run a sampler once, from seeds to samples, and show every denoiser call to whoever asks.
+"""Run a sampler once, from seeds to samples; a callback can see every denoiser call.
 
 Each seed has its own generator, for its initial noise and for the noise that stochastic samplers add, so a sample does
 not depend on which others are in its batch (beyond the rounding of batched arithmetic).
@@ -10,9 +10,9 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,80 +28,29 @@ from quant_core.diffusion.conditioning import (
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler, is_corrected, unwrap_config
 from quant_core.diffusion.denoiser import call_denoiser, sample_shape
 from quant_spec.errors import QuantizationError
+from quant_spec.sampler import Sampler
 
 
-@dataclass(frozen=True, slots=True)
-class SamplerSpec:
-    """How samples are drawn; JSON-able, part of every metric's protocol.
-
-    Attributes
-    ----------
-    scheduler : str | None
-        Class name in diffusers; None is the model's own.
-    num_inference_steps : int
-    eta : float
-        Share of DDPM's noise in DDIM-like schedulers, 0 to 1; others ignore it.
-    guidance_scale : float
-        Classifier-free guidance; 1 calls the denoiser once per step.
-    null_class : int | None
-        Label that means "no class", if it is not the embedding's extra row.
-    timestep_scale : float
-        What the denoiser gets per unit of the scheduler's timestep (0.001 for networks that take it in [0, 1]).
-    mu : float | None
-        Resolution shift for schedulers with dynamic shifting; None computes it from the number of tokens.
-    options : mapping
-        Overrides of the scheduler's config (`timestep_spacing`, `use_karras_sigmas`, …).
-    """
-
-    scheduler: str | None = None
-    num_inference_steps: int = 20
-    eta: float = 0.0
-    guidance_scale: float = 1.0
-    null_class: int | None = None
-    timestep_scale: float = 1.0
-    mu: float | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise QuantizationError(f"num_inference_steps: got {self.num_inference_steps}, wanted at least 1")
-        if not 0 <= self.eta <= 1:
-            raise QuantizationError(f"eta: got {self.eta}, wanted 0 to 1")
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote; missing entries take their defaults."""
-        return cls(**data)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-able mapping."""
-        return asdict(self) | {"options": dict(self.options)}
-
-    def tell(self, timestep: Tensor) -> Tensor:
-        """Return what the denoiser is told for a timestep of the scheduler."""
-        return timestep if self.timestep_scale == 1.0 else timestep * self.timestep_scale
-
-    @property
-    def is_guided(self) -> bool:
-        """Whether each step calls the denoiser with and without the condition."""
-        return self.guidance_scale != 1.0
+def model_timestep(timestep: Tensor, sampler: Sampler) -> Tensor:
+    """Return the timestep that the denoiser is called with, in units of its own, for one of the scheduler's."""
+    return timestep if sampler.timestep_scale == 1.0 else timestep * sampler.timestep_scale
 
 
-def make_scheduler(spec: SamplerSpec, scheduler_config: Mapping[str, Any] | None) -> Any:
-    """Build the diffusers scheduler that `spec` names from the model's scheduler config.
+def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any] | None) -> Any:
+    """Build the diffusers scheduler that `sampler` names from the model's scheduler config.
 
     Raises
     ------
     QuantizationError
-        If diffusers has no such scheduler, neither the spec nor the model names one, or the config holds a correction
-        for another scheduler.
+        If diffusers has no such scheduler, neither the sampler nor the model names one, or the config holds a
+        correction for another scheduler.
     """
     import diffusers
 
     config = dict(scheduler_config or {})
     if is_corrected(config):
-        return _corrected(spec, config)
-    name = spec.scheduler or config.get("_class_name")
+        return _corrected(sampler, config)
+    name = sampler.scheduler or config.get("_class_name")
     if name is None:
         raise QuantizationError("sampler: the model has no scheduler config, wanted sampler.scheduler")
     cls = getattr(diffusers, name, None)
@@ -111,28 +60,28 @@ def make_scheduler(spec: SamplerSpec, scheduler_config: Mapping[str, Any] | None
         )
     if str(config.get("variance_type", "")).startswith("learned"):
         config["variance_type"] = "fixed_small"  # call_denoiser drops the learned variance's channels
-    scheduler: Any = cls.from_config(config | dict(spec.options))  # type: ignore[attr-defined]
+    scheduler: Any = cls.from_config(config | dict(sampler.options))  # type: ignore[attr-defined]
     return scheduler
 
 
-def _corrected(spec: SamplerSpec, config: Mapping[str, Any]) -> QuantmillCorrectedScheduler:
-    """Build a corrected scheduler, of the wrapped class that the spec must not contradict."""
+def _corrected(sampler: Sampler, config: Mapping[str, Any]) -> QuantmillCorrectedScheduler:
+    """Build a corrected scheduler, of the wrapped class, which the sampler must not contradict."""
     wrapped, tables = unwrap_config(config)
-    if spec.scheduler not in (None, wrapped["_class_name"]):
+    if sampler.scheduler not in (None, wrapped["_class_name"]):
         raise QuantizationError(
-            f"sampler.scheduler: got {spec.scheduler}, wanted {wrapped['_class_name']}, which the model's predictions "
-            "are corrected for"
+            f"sampler.scheduler: got {sampler.scheduler}, wanted {wrapped['_class_name']}, which the model's "
+            "predictions are corrected for"
         )
-    scheduler = make_scheduler(spec, wrapped)
+    scheduler = make_scheduler(sampler, wrapped)
     return QuantmillCorrectedScheduler.around(scheduler, tables)
 
 
-def start(scheduler: Any, spec: SamplerSpec, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+def start(scheduler: Any, sampler: Sampler, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Set a scheduler's timesteps for samples of `shape` and return them, shape (S,), in the order of sampling."""
     arguments: dict[str, Any] = {}
     if scheduler.config.get("use_dynamic_shifting"):
-        arguments["mu"] = _shift(scheduler.config, shape) if spec.mu is None else spec.mu
-    scheduler.set_timesteps(spec.num_inference_steps, device=device, **arguments)
+        arguments["mu"] = _shift(scheduler.config, shape) if sampler.mu is None else sampler.mu
+    scheduler.set_timesteps(sampler.num_inference_steps, device=device, **arguments)
     return scheduler.timesteps
 
 
@@ -181,24 +130,24 @@ class OnStep(Protocol):
 class Predict(Protocol):
     """Gives the prediction of a step for a batch of seeds instead of the denoiser."""
 
-    def __call__(self, index: int, row: int, x: Tensor, told: Tensor, conditioning: Conditioning, /) -> Tensor:
+    def __call__(self, index: int, row: int, x: Tensor, timestep: Tensor, conditioning: Conditioning, /) -> Tensor:
         """Return what the denoiser would; the arguments are as in `Step`."""
 
 
 def trajectory_conditioning(
-    model: nn.Module, spec: SamplerSpec, seeds: Sequence[int], file: Path | None
+    model: nn.Module, sampler: Sampler, seeds: Sequence[int], file: Path | None
 ) -> dict[str, Tensor]:
     """Draw what the denoiser is called with for each seed, with guidance's unconditional rows in between."""
     conditioning = draw_conditioning(model, seeds, file)
-    if not spec.is_guided:
+    if not sampler.is_guided:
         return conditioning
-    return interleave(conditioning, null_conditioning(model, conditioning, file, spec.null_class))
+    return interleave(conditioning, null_conditioning(model, conditioning, file, sampler.null_class))
 
 
 def sample(
     model: nn.Module,
     scheduler: Any,
-    spec: SamplerSpec,
+    sampler: Sampler,
     seeds: Sequence[int],
     conditioning: Conditioning,
     *,
@@ -226,13 +175,13 @@ def sample(
     Tensor, shape (len(seeds), ...), dtype float32, on the CPU
         Images in [-1, 1] or latents.
     """
-    rows = 2 if spec.is_guided else 1
+    rows = sampler.calls_per_step
     results = []
     for first in range(0, len(seeds), batch_size):
         batch = seeds[first : first + batch_size]
         part = take(conditioning, slice(rows * first, rows * (first + len(batch))))
         own = copy.deepcopy(scheduler)
-        results.append(_sample_batch(model, own, spec, batch, part, rows * first, on_step, predict))
+        results.append(_sample_batch(model, own, sampler, batch, part, rows * first, on_step, predict))
     return torch.cat(results)
 
 
@@ -240,7 +189,7 @@ def sample(
 def _sample_batch(
     model: nn.Module,
     scheduler: Any,
-    spec: SamplerSpec,
+    sampler: Sampler,
     seeds: Sequence[int],
     conditioning: Conditioning,
     row: int,
@@ -250,31 +199,31 @@ def _sample_batch(
     device = next(model.parameters(), next(model.buffers(), torch.empty(0))).device
     conditioning = to_device(conditioning, device)
     shape = sample_shape(model, token_count(conditioning))
-    timesteps = start(scheduler, spec, shape, device)
+    timesteps = start(scheduler, sampler, shape, device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     x = x * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else x
-    extra = _step_arguments(scheduler, spec, generators)
+    extra = _step_arguments(scheduler, sampler, generators)
     for index, timestep in enumerate(timesteps):
         x_in = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-        x_in = x_in.repeat_interleave(2, dim=0) if spec.is_guided else x_in
-        told = spec.tell(timestep)
+        x_in = x_in.repeat_interleave(2, dim=0) if sampler.is_guided else x_in
+        t = model_timestep(timestep, sampler)
         if predict is None:
-            prediction = call_denoiser(model, x_in, told, conditioning)
+            prediction = call_denoiser(model, x_in, t, conditioning)
         else:
-            prediction = predict(index, row, x_in, told, conditioning)
+            prediction = predict(index, row, x_in, t, conditioning)
         if on_step is not None:
-            on_step(Step(index, told, row, x_in, conditioning, prediction))
-        x = scheduler.step(guide(prediction, spec), timestep, x, return_dict=False, **extra)[0]
+            on_step(Step(index, t, row, x_in, conditioning, prediction))
+        x = scheduler.step(guide(prediction, sampler), timestep, x, return_dict=False, **extra)[0]
     return x.to("cpu", torch.float32)
 
 
-def guide(prediction: Tensor, spec: SamplerSpec) -> Tensor:
+def guide(prediction: Tensor, sampler: Sampler) -> Tensor:
     """Combine the rows of a prediction by classifier-free guidance: uncond + scale * (cond - uncond)."""
-    if not spec.is_guided:
+    if not sampler.is_guided:
         return prediction
     conditional, unconditional = prediction[0::2], prediction[1::2]
-    return unconditional + spec.guidance_scale * (conditional - unconditional)
+    return unconditional + sampler.guidance_scale * (conditional - unconditional)
 
 
 def token_count(conditioning: Conditioning) -> int | None:
@@ -282,8 +231,8 @@ def token_count(conditioning: Conditioning) -> int | None:
     return len(conditioning["img_ids"]) if "img_ids" in conditioning else None
 
 
-def _step_arguments(scheduler: Any, spec: SamplerSpec, generators: list[torch.Generator]) -> dict[str, Any]:
+def _step_arguments(scheduler: Any, sampler: Sampler, generators: list[torch.Generator]) -> dict[str, Any]:
     """Return the optional arguments that this scheduler's `step` takes."""
     takes = inspect.signature(scheduler.step).parameters
-    offered: dict[str, Any] = {"eta": spec.eta, "generator": generators}
+    offered: dict[str, Any] = {"eta": sampler.eta, "generator": generators}
     return {name: value for name, value in offered.items() if name in takes}

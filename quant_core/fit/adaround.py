@@ -6,11 +6,16 @@ Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ar
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant_core.nn.layers import QuantLayer, weight_from_matrix, weight_matrix
+from quant_spec.passes.reconstruct import Reconstruct
+from quant_spec.passes.temporal import TemporalFit
 
 GAMMA, ZETA = -0.1, 1.1
 
@@ -64,6 +69,63 @@ class SoftRounding:
         """Give the layer the codes that were chosen."""
         codes = (self.lower + (self.alpha.detach() >= 0)).clamp(min=0).minimum(self.top).to(torch.uint8)
         self.layer.set_codes(codes, self.layer.scale, self.layer.zero_point)
+
+
+def learn_rounding(
+    layers: Mapping[str, QuantLayer],
+    weights: Mapping[str, Tensor],
+    loss: Callable[[], Tensor],
+    start_loss: float,
+    config: Reconstruct | TemporalFit,
+    others: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Learn the rounding of some layers with Adam, and give the layers the codes that were chosen.
+
+    Minimised is loss / start_loss + rounding_weight * (mean of the regulariser over the weights). The loss is relative
+    to its start, because an absolute balance (the papers' 0.01 per weight) lets the regulariser drown a loss that a
+    closed-form start made small.
+
+    Parameters
+    ----------
+    layers : mapping of str to QuantLayer
+        With the grids and codes to start from.
+    weights : mapping of str to Tensor
+        Full-precision weights of the layers that are learned.
+    loss : callable
+        Returns the error of one batch, shape (), while the layers multiply with their soft-rounded weights.
+    start_loss : float
+        What `loss` gives at the start, > 0.
+    config : Reconstruct or TemporalFit
+        `iterations`, `lr`, `trust`, `rounding_weight`, `warmup`, `beta`.
+    others : sequence of mapping
+        More groups of Adam's parameters, which are learned beside the rounding.
+    """
+    roundings = [SoftRounding(layers[name], weight, trust=config.trust) for name, weight in weights.items()]
+    count = sum(rounding.alpha.numel() for rounding in roundings)
+    optimizer = torch.optim.Adam([{"params": [r.alpha for r in roundings], "lr": config.lr}, *map(dict, others)])
+    for iteration in range(config.iterations):
+        with _soft_weights(roundings):
+            total = loss() / start_loss
+        beta = anneal(iteration, config.iterations, config.warmup, config.beta)
+        if beta is not None:
+            total = total + config.rounding_weight * sum(r.regulariser(beta) for r in roundings) / count
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+    for rounding in roundings:
+        rounding.commit()
+
+
+@contextmanager
+def _soft_weights(roundings: Sequence[SoftRounding]) -> Iterator[None]:
+    """Let the layers multiply with their soft-rounded weights."""
+    for rounding in roundings:
+        rounding.layer.soft_weight = rounding.weight()
+    try:
+        yield
+    finally:
+        for rounding in roundings:
+            rounding.layer.soft_weight = None
 
 
 def _inverse_sigmoid(h: Tensor) -> Tensor:

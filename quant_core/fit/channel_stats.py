@@ -17,8 +17,8 @@ class ChannelStats:
     steps, positions : int
         Trajectory steps; positions kept of each sample, at most (0 keeps none).
     low, high : Tensor, shape (S, C), dtype float32
-    early_low, early_high : Tensor, shape (S, C), dtype float32
-        Of the rows that count as early; infinite if none do.
+    fit_low, fit_high : Tensor, shape (S, C), dtype float32
+        Extremes over the rows that scales are fitted to; infinite if there are none.
     square : Tensor, shape (S, C), dtype float32
         Sum of squares.
     count : Tensor, shape (S,), dtype float32
@@ -31,8 +31,8 @@ class ChannelStats:
     positions: int = 0
     low: Tensor = field(init=False)
     high: Tensor = field(init=False)
-    early_low: Tensor = field(init=False)
-    early_high: Tensor = field(init=False)
+    fit_low: Tensor = field(init=False)
+    fit_high: Tensor = field(init=False)
     square: Tensor = field(init=False)
     count: Tensor = field(init=False)
     drawn: list[list[Tensor]] = field(init=False)
@@ -40,28 +40,34 @@ class ChannelStats:
     def __post_init__(self) -> None:
         shape = (self.steps, self.channels)
         self.low, self.high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
-        self.early_low, self.early_high = self.low.clone(), self.high.clone()
+        self.fit_low, self.fit_high = self.low.clone(), self.high.clone()
         self.square, self.count = torch.zeros(shape), torch.zeros(self.steps)
         self.drawn = [[] for _ in range(self.steps)]
 
     def update(
-        self, step: int, x: Tensor, generator: torch.Generator, early: int | None = None, voting: int | None = None
+        self,
+        step: int,
+        x: Tensor,
+        generator: torch.Generator,
+        fit_rows: int | None = None,
+        drawn_rows: int | None = None,
     ) -> None:
         """Add a batch of one step, shape (B, ..., C).
 
-        Of its rows, the first `early` (all if None) count as early, of the first `voting` positions are kept.
+        The first `fit_rows` of the batch (all if None) are rows that scales are fitted to. Positions are drawn and kept
+        of the first `drawn_rows` (all if None).
         """
         tokens = x.detach().reshape(len(x), -1, x.shape[-1])
         rows = tokens.flatten(0, 1).float().cpu()
         self.low[step] = torch.minimum(self.low[step], rows.amin(0))
         self.high[step] = torch.maximum(self.high[step], rows.amax(0))
-        first = rows if early is None else tokens[:early].flatten(0, 1).float().cpu()
+        first = rows if fit_rows is None else tokens[:fit_rows].flatten(0, 1).float().cpu()
         if len(first):
-            self.early_low[step] = torch.minimum(self.early_low[step], first.amin(0))
-            self.early_high[step] = torch.maximum(self.early_high[step], first.amax(0))
+            self.fit_low[step] = torch.minimum(self.fit_low[step], first.amin(0))
+            self.fit_high[step] = torch.maximum(self.fit_high[step], first.amax(0))
         self.square[step] += rows.square().sum(0)
         self.count[step] += len(rows)
-        tokens = tokens[:voting]
+        tokens = tokens[:drawn_rows]
         if self.positions and len(tokens):
             kept = torch.arange(tokens.shape[1])
             if len(kept) > self.positions:

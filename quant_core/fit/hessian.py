@@ -1,4 +1,4 @@
-"""Second moments of a layer's input: the Hessian of its output error, and what an input that changed adds to it."""
+"""Second moments of a layer's input, which are the Hessian of its output error by its weight."""
 
 from __future__ import annotations
 

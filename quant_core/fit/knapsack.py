@@ -10,7 +10,7 @@ import numpy as np
 
 from quant_spec.errors import QuantizationError
 
-#: Sizes are counted in units; with more of them than this in the budget, larger units are taken.
+#: Most units that a budget is counted in; see `choose`.
 MOST_UNITS = 1 << 20
 
 
@@ -22,7 +22,7 @@ class Choice:
     size: int
 
 
-def choose(items: Sequence[Sequence[Choice]], budget: int, *, most_units: int = MOST_UNITS) -> list[int]:
+def choose(items: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     """Return the place of each item's choice with the least sum of costs, sizes within the budget.
 
     Parameters
@@ -31,10 +31,6 @@ def choose(items: Sequence[Sequence[Choice]], budget: int, *, most_units: int = 
         The choices of each item.
     budget : int
         What all chosen sizes may add up to.
-    most_units : int
-        What sizes exceed their item's smallest by is counted in its greatest common divisor, as long as the rest of the
-        budget has at most so many of it: then the result is exact. Otherwise in larger units, rounded up: still within
-        the budget, best for those sizes.
 
     Raises
     ------
@@ -43,6 +39,10 @@ def choose(items: Sequence[Sequence[Choice]], budget: int, *, most_units: int = 
 
     Notes
     -----
+    Counted is by how much a size exceeds the smallest of its item, in units of the greatest common divisor of all these
+    differences. If the budget, less all smallest sizes, has at most MOST_UNITS of them, the result is exact. Otherwise
+    sizes are rounded up to larger units: the result is within the budget, and best for the rounded sizes.
+
     Dynamic programming over items and units spent: O(choices * units) time, O(items * units) bytes.
     """
     smallest = sum(min(choice.size for choice in item) for item in items)
@@ -51,7 +51,7 @@ def choose(items: Sequence[Sequence[Choice]], budget: int, *, most_units: int = 
     # What every choice of an item takes is spent, so that rounding up can't exceed the budget.
     extra = [[choice.size - min(each.size for each in item) for choice in item] for item in items]
     budget -= smallest
-    unit = max(math.gcd(*(size for item in extra for size in item)), -(-budget // most_units), 1)
+    unit = max(math.gcd(*(size for item in extra for size in item)), -(-budget // MOST_UNITS), 1)
     sizes = [[-(-size // unit) for size in item] for item in extra]
     units = min(budget // unit, sum(max(item) for item in sizes))
     best = np.zeros(units + 1)

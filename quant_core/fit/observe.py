@@ -67,11 +67,26 @@ class StepRanges:
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """What to watch: ranges of layers' inputs (by part) and of attention operands, second moments of layers' inputs.
+    """What to watch in the forwards of a model.
 
-    `channel_scales`: by layer, what its input's channels are divided by before they are looked at, shape (C_in,).
-    `channels`: by layer, positions to keep of each sample, for layers whose input channels are looked at one by one;
-    `early`: calibration rows that count as early in their statistics (all if None).
+    Attributes
+    ----------
+    layers : mapping of str to LayerSpec
+        Layers whose input's range is taken, of each part where the format splits it.
+    attentions : sequence of str
+        Attentions whose operands' ranges are taken.
+    moments : sequence of str
+        Layers whose input's second moment is taken, over the first `samples` rows of the calibration set (all if None)
+        and `positions` output positions of each (all if None).
+    keep_values : bool
+        Whether values are drawn and kept beside the extremes of a range.
+    channel_scales : mapping of str to Tensor, shape (C_in,)
+        What the channels of a layer's input are divided by before its range and second moment are taken.
+    channels : mapping of str to int
+        Layers whose input channels are looked at one by one, and how many positions are kept of each of the first
+        `samples` rows.
+    fit_rows : int or None
+        Rows of the calibration set, the first, that scales are fitted to (`ChannelStats.fit_low`); all if None.
     """
 
     layers: Mapping[str, LayerSpec]
@@ -82,14 +97,15 @@ class Watched:
     keep_values: bool
     channel_scales: Mapping[str, Tensor] = field(default_factory=dict)
     channels: Mapping[str, int] = field(default_factory=dict)
-    early: int | None = None
+    fit_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """`ranges`: by layer name and part number, or attention name and operand. `moments`: E[x x^T] of layers' inputs.
+    """What was seen.
 
-    `channels`: of layers' inputs, undivided.
+    `ranges`: by layer name and part number, or attention name and operand. `moments`: of layers' inputs, by layer.
+    `channels`: statistics of the channels of layers' inputs, before they are divided by channel scales.
     """
 
     ranges: dict[tuple[str, int | str], StepRanges]
@@ -184,7 +200,7 @@ def _draw(calibration: CalibrationSet, batch_size: int) -> int:
 def _layer_hook(
     name: str, watched: Watched, found: Observation, current: _Current, steps: int, seed: int
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    spec, scale = watched.layers.get(name), watched.channel_scales.get(name)
+    spec, channel_scale = watched.layers.get(name), watched.channel_scales.get(name)
     for_values, for_rows = seed_stream(seed, f"values of {name}"), seed_stream(seed, f"rows of {name}")
     for_channels = seed_stream(seed, f"channels of {name}")
 
@@ -194,12 +210,13 @@ def _layer_hook(
         if name in watched.channels:
             if name not in found.channels:
                 found.channels[name] = ChannelStats(steps, x.shape[dim], watched.channels[name])
-            early, voting = (
-                None if last is None else max(last - current.first_row, 0) for last in (watched.early, watched.samples)
+            fit_rows, drawn_rows = (
+                None if last is None else max(last - current.first_row, 0)
+                for last in (watched.fit_rows, watched.samples)
             )
-            found.channels[name].update(current.step, x.movedim(dim, -1), for_channels, early, voting)
-        if scale is not None:
-            x = x / scale.to(x.device).reshape(-1, *(1,) * (x.dim() - 2 if dim == 1 else 0))
+            found.channels[name].update(current.step, x.movedim(dim, -1), for_channels, fit_rows, drawn_rows)
+        if channel_scale is not None:
+            x = x / channel_scale.to(x.device).reshape(-1, *(1,) * (x.dim() - 2 if dim == 1 else 0))
         if spec is not None:
             for part, values in enumerate(x.split(spec.split, dim=dim) if spec.split else (x,)):
                 ranges = found.ranges.setdefault((name, part), StepRanges(steps, watched.keep_values))

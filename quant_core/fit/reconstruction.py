@@ -6,8 +6,8 @@ rounding is learned on the unit's inputs over the whole trajectory. Where we dif
 
 - The unit runs as it is deployed, its activations quantized, while its rounding is learned, and activation scales may
   be learned in the same pass instead of a second one.
-- The reconstruction loss is taken relative to the start's and the regulariser relative to the number of weights.
-  Their absolute balance (0.01 per weight) lets the regulariser drown a loss that a closed-form start made small.
+- The reconstruction loss is taken relative to the start's and the regulariser relative to the number of weights
+  (`quant_core.fit.adaround.learn_rounding`).
 - No warm-up and a flat regulariser (exponent 4 to 2 instead of 20 to 2). Theirs leaves weights between codes until the
   end of 20,000 iterations; in a few hundred, that ended 1 dB below a closed-form start, and this ends above it.
 - A result that is not better than its start is not taken.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,44 +25,20 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quant_core.diffusion.calibration import CalibrationSet
-from quant_core.fit.adaround import SoftRounding, anneal
+from quant_core.fit.adaround import learn_rounding
 from quant_core.fit.rounding import nearest_codes
 from quant_core.fit.unit_cache import Recording, Side, record_unit
-from quant_core.fit.unit_state import UnitState, collect_state, load_states, merge_plans
+from quant_core.fit.unit_state import UnitState, collect_state, load_states, merge_formats
 from quant_core.inspect.temporal import LABEL
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer, weight_matrix
 from quant_core.nn.model import QuantizedParts, build_quantized
 from quant_core.nn.ranges import QParams
+from quant_spec.enums import StartCodes, UnitInputs
+from quant_spec.tasks.reconstruct import Params
 
 #: Calibration samples on which a result is compared with its start.
 CHECKED_SAMPLES = 128
-
-
-@dataclass(frozen=True, slots=True)
-class ReconstructionConfig:
-    """How a unit is reconstructed.
-
-    `use_quantized_inputs`: inputs from the model whose earlier units are quantized (the papers' way) instead of full
-    precision. `start_nearest`: start from the nearest codes on the start's grids, not from its own codes. `trust`: see
-    `SoftRounding`; 0 for a nearest start. `rounding_weight`, `warmup`, `beta`: the regulariser. `batch_size` samples
-    per iteration; `forward_batch_size` through the model; `cache_bytes` bounds what stays in memory.
-    """
-
-    use_quantized_inputs: bool = False
-    start_nearest: bool = False
-    iterations: int = 200
-    batch_size: int = 32
-    lr: float = 1e-2
-    trust: float = 0.5
-    learn_activation_scales: bool = False
-    activation_lr: float = 4e-4
-    rounding_weight: float = 100.0
-    warmup: float = 0.0
-    beta: tuple[float, float] = (4.0, 2.0)
-    forward_batch_size: int = 32
-    cache_bytes: int = 2 * 2**30
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +55,7 @@ def reconstruct_unit(
     calibration: CalibrationSet,
     start: UnitState,
     earlier: list[UnitState],
-    config: ReconstructionConfig,
+    config: Params,
     scratch: Path,
     temporal: UnitState | None = None,
 ) -> ReconstructedUnit:
@@ -93,7 +68,11 @@ def reconstruct_unit(
     start : UnitState
         Grids, codes and activation tables to start from.
     earlier : list of UnitState
-        Units that run before; used only with `use_quantized_inputs`.
+        Units that run before; used only if inputs are quantized.
+    config : Params
+        `inputs`: from the full-precision model, or from that whose earlier units are quantized (the papers' way).
+    scratch : Path
+        Folder for recorded activations that exceed `cache_bytes`.
     temporal : UnitState, optional
         The temporal information block (`quant_core.methods.tfmq.temporal_block`): its layers run as quantized, inside
         this unit too, and are not learned again.
@@ -103,17 +82,18 @@ def reconstruct_unit(
     room = {"batch_size": config.forward_batch_size, "budget": config.cache_bytes // 2, "scratch": scratch}
     weights = {layer: model.get_parameter(f"{layer}.weight").detach() for layer in unit.layers}
     recording = record_unit(model, name, calibration, label="fp", **room)  # type: ignore[arg-type]
-    fixed = ([] if temporal is None else [temporal]) + (earlier if config.use_quantized_inputs else [])
+    has_quantized_inputs = config.inputs is UnitInputs.QUANTIZED
+    fixed = ([] if temporal is None else [temporal]) + (earlier if has_quantized_inputs else [])
     quantized = [*fixed, start]
-    parts = build_quantized(model, merge_plans(quantized))
+    parts = build_quantized(model, merge_formats(quantized))
     load_states(model, quantized)
     weights = {layer: parts.layers[layer].scaled(weight) for layer, weight in weights.items()}
-    if config.start_nearest:
+    if config.start is StartCodes.NEAREST:
         for layer in unit.layers:
             _set_nearest(parts.layers[layer], weights[layer])
         held = collect_state(parts, unit, start.timesteps)
         start = replace(held, tensors={key: tensor.clone() for key, tensor in held.tensors.items()})
-    if config.use_quantized_inputs and fixed:
+    if has_quantized_inputs and fixed:
         inputs = record_unit(model, name, calibration, label="quantized", **room).inputs  # type: ignore[arg-type]
         recording = Recording(inputs, recording.outputs)
     learner = _Learner(model.get_submodule(name), parts, recording, calibration, config)
@@ -143,7 +123,7 @@ class _Learner:
         parts: QuantizedParts,
         recording: Recording,
         calibration: CalibrationSet,
-        config: ReconstructionConfig,
+        config: Params,
     ) -> None:
         self.unit, self.parts, self.recording, self.config = unit, parts, recording, config
         self.rows, self.samples = len(calibration), calibration.samples
@@ -157,7 +137,7 @@ class _Learner:
     def outputs(self, index: Tensor) -> list[Tensor]:
         """Run the quantized unit on the recorded inputs of some samples."""
         label = None if self.labels is None else self.labels[index % self.samples]
-        self.parts.tell(self.timesteps[index // self.samples], label)
+        self.parts.set_timestep(self.timesteps[index // self.samples], label)
         args, kwargs = self.recording.inputs.batch(index, self.device)
         return _tensors(self.unit(*args, **kwargs))
 
@@ -195,52 +175,23 @@ class _Learner:
 
     def learn(self, weights: dict[str, Tensor], start: UnitState) -> None:
         """Fit the rounding variables and, if asked for, the activation scales; the unit then has the result."""
-        config = self.config
-        roundings = [SoftRounding(self.parts.layers[name], weights[name], trust=config.trust) for name in weights]
-        own = [
-            *(self.parts.layers[name] for name in weights),
-            *(self.parts.attentions[name] for name in start.formats.attentions),
-        ]
-        tables = list(_tables(own)) if config.learn_activation_scales else []
-        groups = [{"params": [r.alpha for r in roundings], "lr": config.lr}]
-        if tables:
-            for table in tables:
-                table.soft_scale = table.scale.detach().clone().requires_grad_()
-            groups.append({"params": [t.soft_scale for t in tables], "lr": config.activation_lr})
-        optimizer = torch.optim.Adam(groups)
-        scale, count = self._start_loss(), sum(r.alpha.numel() for r in roundings)
-        for iteration in range(config.iterations):
-            index = torch.randint(self.rows, (config.batch_size,), generator=self.generator)
-            with _soft_weights(roundings):
-                loss = sum(
-                    (_loss(a, b) for a, b in zip(self.outputs(index), self.targets(index), strict=True)),
-                    start=torch.zeros(()),
-                )
-            beta = anneal(iteration, config.iterations, config.warmup, config.beta)
-            loss = loss / scale
-            if beta is not None:
-                loss = loss + config.rounding_weight * sum(r.regulariser(beta) for r in roundings) / count
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        for rounding in roundings:
-            rounding.commit()
+        layers = {name: self.parts.layers[name] for name in weights}
+        own = [*layers.values(), *(self.parts.attentions[name] for name in start.formats.attentions)]
+        tables = list(_tables(own)) if self.config.learn_activation_scales else []
+        for table in tables:
+            table.soft_scale = table.scale.detach().clone().requires_grad_()
+        scales = [{"params": [table.soft_scale for table in tables], "lr": self.config.activation_lr}] if tables else []
+        learn_rounding(layers, weights, self._batch_loss, self._start_loss(), self.config, scales)
         for table in tables:
             assert table.soft_scale is not None
             table.scale.copy_(table.soft_scale.detach().clamp(min=1e-8))
             table.soft_scale = None
 
-
-@contextmanager
-def _soft_weights(roundings: list[SoftRounding]) -> Iterator[None]:
-    """Let the layers multiply with their soft-rounded weights."""
-    for rounding in roundings:
-        rounding.layer.soft_weight = rounding.weight()
-    try:
-        yield
-    finally:
-        for rounding in roundings:
-            rounding.layer.soft_weight = None
+    def _batch_loss(self) -> Tensor:
+        """Return the reconstruction loss of a batch of drawn samples, shape ()."""
+        index = torch.randint(self.rows, (self.config.batch_size,), generator=self.generator)
+        pairs = zip(self.outputs(index), self.targets(index), strict=True)
+        return sum((_loss(a, b) for a, b in pairs), start=torch.zeros(()))
 
 
 def _loss(output: Tensor, target: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,35 +16,18 @@ from torch import Tensor, nn
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.fit.closed_form import round_closed_form
 from quant_core.fit.observe import Observation, Watched, observe
-from quant_core.fit.unit_state import UnitFormats, UnitState, collect_state, merge_plans
+from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.attention import OPERANDS
 from quant_core.nn.layers import QuantLayer, greatest_code, scale_dtype, weight_matrix
 from quant_core.nn.model import QuantizedParts, build_quantized
 from quant_core.nn.ranges import QParams, choose_qparams
 from quant_spec.enums import ActivationMode, Granularity, RangeMethod, RoundingMethod
-from quant_spec.errors import QuantizationError
-from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, AttentionSpec, LayerSpec
+from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, LayerSpec, UnitFormat
+from quant_spec.passes.round import RoundFit
+from quant_spec.planned import PlannedAttention, PlannedLayer, PlannedUnit
 from quant_spec.ranges import RangeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class RoundingConfig:
-    """How to round.
-
-    `damping`: see `round_closed_form`. `samples` calibration rows per step and `positions` output positions per row
-    enter the second moments (all if None); `batch_size` rows go through the model at once.
-    """
-
-    method: RoundingMethod = RoundingMethod.NEAREST
-    damping: float = 0.03
-    samples: int | None = None
-    positions: int | None = 16
-    batch_size: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "method", RoundingMethod(self.method))
+from quant_spec.tasks.round import Params
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +49,8 @@ class RoundedUnit:
 def round_units(
     model: nn.Module,
     calibration: CalibrationSet,
-    units: Sequence[tuple[UnitFormats, UnitRanges]],
-    config: RoundingConfig,
+    units: Sequence[tuple[UnitFormat, UnitRanges]],
+    config: Params,
     channel_scales: Mapping[str, Tensor] | None = None,
     channel_shifts: Mapping[str, Tensor] | None = None,
     channel_bits: Mapping[str, Tensor] | None = None,
@@ -79,7 +61,7 @@ def round_units(
     ----------
     model : nn.Module
         The full-precision denoiser; its layers are replaced in place.
-    units : sequence of (UnitFormats, UnitRanges)
+    units : sequence of (UnitFormat, UnitRanges)
         In the order in which they run.
     channel_scales : mapping of str to Tensor, shape (C_in,), optional
         What the input channels of some layers are divided by, and their weights multiplied with.
@@ -97,10 +79,10 @@ def round_units(
     units = [(mix_channels(mark_channels(formats, scales, shifts), mixed), ranges) for formats, ranges in units]
     watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config, scales)
     names = [formats.unit for formats, _ in units]
-    seen = observe(model, calibration, names, watched, batch_size=config.batch_size, seed=config.seed)
+    seen = observe(model, calibration, names, watched, batch_size=config.forward_batch_size, seed=config.seed)
     weights = {name: model.get_parameter(f"{name}.weight").detach() for formats, _ in units for name in formats.layers}
     blank = [UnitState(formats, _trajectory(formats, timesteps), {}) for formats, _ in units]
-    parts = build_quantized(model, merge_plans(blank))
+    parts = build_quantized(model, merge_formats(blank))
     results = []
     for (formats, ranges), state in zip(units, blank, strict=True):
         sqnr = {}
@@ -111,13 +93,13 @@ def round_units(
             if layer.spec.weight.mixture:
                 layer.set_channel_bits(mixed[name])
             moment = seen.moments[name].mean() if name in seen.moments else None
-            sqnr[name] = round_layer(layer, layer.scaled(weights[name]), moment, ranges.weights[name], config)
+            sqnr[name] = round_layer(layer, layer.scaled(weights[name]), moment, ranges.weights[name], config.damping)
         _set_ranges(parts, formats, ranges, seen, shifts)
         results.append(RoundedUnit(collect_state(parts, formats, state.timesteps), sqnr))
     return results
 
 
-def mark_channels(formats: UnitFormats, scaled: Container[str], shifted: Container[str]) -> UnitFormats:
+def mark_channels(formats: UnitFormat, scaled: Container[str], shifted: Container[str]) -> UnitFormat:
     """Return the formats with `channel_scale` and `channel_shift` for those layers."""
     layers = {
         name: replace(spec, channel_scale=name in scaled, channel_shift=name in shifted)
@@ -126,14 +108,14 @@ def mark_channels(formats: UnitFormats, scaled: Container[str], shifted: Contain
     return replace(formats, layers=layers)
 
 
-def _trajectory(formats: UnitFormats, timesteps: tuple[float, ...]) -> tuple[float, ...]:
+def _trajectory(formats: UnitFormat, timesteps: tuple[float, ...]) -> tuple[float, ...]:
     """Return the timesteps if any table of the unit is per step."""
     modes = [spec.activation.mode for spec in formats.layers.values() if spec.activation is not None]
     modes += [spec.activation.mode for spec in formats.attentions.values()]
     return timesteps if ActivationMode.PER_STEP in modes else ()
 
 
-def mix_channels(formats: UnitFormats, channel_bits: Mapping[str, Tensor]) -> UnitFormats:
+def mix_channels(formats: UnitFormat, channel_bits: Mapping[str, Tensor]) -> UnitFormat:
     """Return the formats with the bits of `channel_bits`: a `mixture` where a layer's channels differ."""
     layers = dict(formats.layers)
     for name in layers.keys() & channel_bits.keys():
@@ -145,7 +127,7 @@ def mix_channels(formats: UnitFormats, channel_bits: Mapping[str, Tensor]) -> Un
 
 
 def _watch(
-    units: Sequence[UnitFormats], ranges: Sequence[UnitRanges], config: RoundingConfig, scales: Mapping[str, Tensor]
+    units: Sequence[UnitFormat], ranges: Sequence[UnitRanges], config: RoundFit, scales: Mapping[str, Tensor]
 ) -> Watched:
     """Say what has to be seen of these units."""
     layers = {name: spec for unit in units for name, spec in unit.layers.items()}
@@ -201,17 +183,30 @@ def nearest_codes(matrix: Tensor, grid: QParams, bits: int | Tensor, group_index
     return torch.minimum(codes, torch.as_tensor(greatest_code(bits)).to(codes)).to(torch.uint8)
 
 
-def round_layer(
-    layer: QuantLayer, weight: Tensor, moment: Tensor | None, ranges: RangeSpec, config: RoundingConfig
-) -> float:
-    """Set a layer's codes; returns the output's signal-to-noise ratio in dB (the weight's, without second moments)."""
+def round_layer(layer: QuantLayer, weight: Tensor, moment: Tensor | None, ranges: RangeSpec, damping: float) -> float:
+    """Set a layer's codes: the nearest, or those in closed form if second moments are given.
+
+    Parameters
+    ----------
+    weight : Tensor, shape of the weight, float32
+        In full precision, its input channels scaled where the layer scales them.
+    moment : Tensor, shape (K, K), float32, or None
+        E[x x^T] of the layer's input.
+    damping : float
+        See `round_closed_form`.
+
+    Returns
+    -------
+    float
+        Signal-to-noise ratio in dB: of the output, or of the weight without second moments.
+    """
     matrix, bits, groups = weight_matrix(weight.float()), layer.bits, layer.group_index.to(weight.device)
     grid = weight_grid(matrix, layer.spec, groups, ranges, bits)
     # A grouped convolution has one Hessian for each group of channels; such layers are small and rounded to nearest.
     if moment is None or len(moment) != matrix.shape[1]:
         codes = nearest_codes(matrix, grid, bits, groups)
     else:
-        codes = round_closed_form(matrix, moment, grid, bits, groups, damping=config.damping)
+        codes = round_closed_form(matrix, moment, grid, bits, groups, damping=damping)
     layer.set_codes(codes, grid.scale, grid.zero_point)
     error = matrix - weight_matrix(layer.weight.float())
     return _sqnr_db(matrix, error, moment if moment is not None and len(moment) == matrix.shape[1] else None)
@@ -227,7 +222,7 @@ def _sqnr_db(matrix: Tensor, error: Tensor, moment: Tensor | None) -> float:
 
 def _set_ranges(
     parts: QuantizedParts,
-    formats: UnitFormats,
+    formats: UnitFormat,
     ranges: UnitRanges,
     seen: Observation,
     shifts: Mapping[str, Tensor],
@@ -250,32 +245,16 @@ def _set_ranges(
             quantizer.set_qparams(seen.ranges[name, operand].qparams(quantizer.spec, ranges.activations[name]))
 
 
-def read_unit(data: Mapping[str, Any], step_bits: Sequence[int] | None = None) -> tuple[UnitFormats, UnitRanges]:
-    """Read one unit's formats and ranges from task parameters (`orchestrator.planning.formats` writes them).
+def read_unit(planned: PlannedUnit, step_bits: Sequence[int] | None = None) -> tuple[UnitFormat, UnitRanges]:
+    """Return the format of a planned unit, and how its ranges are found.
 
-    `step_bits`: the bits of each trajectory step, for activations whose bits are null there.
+    `step_bits`: the bits of each trajectory step, for activations whose bits are open.
     """
-    layers = {name: _with_step_bits(spec, step_bits) for name, spec in data["layers"].items()}
-    attentions = data["attentions"]
-    formats = UnitFormats(
-        data["unit"],
-        {name: LayerSpec.from_json(spec) for name, spec in layers.items()},
-        {name: AttentionSpec.from_json(spec) for name, spec in attentions.items()},
+    formats = UnitFormat(
+        planned.unit,
+        {name: layer.spec(step_bits) for name, layer in planned.layers.items()},
+        {name: attention.spec() for name, attention in planned.attentions.items()},
     )
-    activations = {
-        name: RangeSpec(**spec["activation_range"])
-        for name, spec in {**layers, **attentions}.items()
-        if spec["activation_range"] is not None
-    }
-    weights = {name: RangeSpec(**spec["weight_range"]) for name, spec in layers.items()}
-    return formats, UnitRanges(weights, activations)
-
-
-def _with_step_bits(layer: Mapping[str, Any], step_bits: Sequence[int] | None) -> Mapping[str, Any]:
-    """Fill in the activation bits that a layer leaves to a choice by step."""
-    activation = layer["activation"]
-    if activation is None or activation["bits"] is not None:
-        return layer
-    if step_bits is None:
-        raise QuantizationError("activation: got null bits, wanted a number, or bits chosen for each step")
-    return {**layer, "activation": {**activation, "bits": max(step_bits), "step_bits": tuple(step_bits)}}
+    parts: list[tuple[str, PlannedLayer | PlannedAttention]] = [*planned.layers.items(), *planned.attentions.items()]
+    activations = {name: part.activation_range for name, part in parts if part.activation_range is not None}
+    return formats, UnitRanges({name: layer.weight_range for name, layer in planned.layers.items()}, activations)

@@ -7,46 +7,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from quant_core.nn.model import QuantizedParts
 from quant_spec.enums import UnknownTimestep
-from quant_spec.formats import AttentionSpec, FeatureSpec, LayerSpec, QuantizationPlan
-
-
-@dataclass(frozen=True, slots=True)
-class UnitFormats:
-    """The layers and attentions of one unit that are quantized, by module name; the rest as in the plan."""
-
-    unit: str
-    layers: Mapping[str, LayerSpec]
-    attentions: Mapping[str, AttentionSpec]
-    features: Mapping[str, FeatureSpec] = field(default_factory=dict)
-    unserved: tuple[str, ...] = ()
+from quant_spec.formats import ModelFormat, UnitFormat
 
 
 @dataclass(frozen=True, slots=True)
 class UnitState:
-    """A unit's formats, the trajectory of its per-step tables, its tensors by their names in the model's state dict."""
+    """A unit's format, the trajectory of its per-step tables, its tensors by their names in the model's state dict."""
 
-    formats: UnitFormats
+    formats: UnitFormat
     timesteps: tuple[float, ...]
     tensors: Mapping[str, Tensor]
 
     def to_bytes(self) -> bytes:
         """Serialise."""
-        head: dict[str, object] = {
-            "unit": self.formats.unit,
-            "layers": {name: spec.to_json() for name, spec in self.formats.layers.items()},
-            "attentions": {name: spec.to_json() for name, spec in self.formats.attentions.items()},
-            "timesteps": list(self.timesteps),
-        }
-        if self.formats.features:
-            head["features"] = {name: asdict(spec) for name, spec in self.formats.features.items()}
-            head["unserved"] = list(self.formats.unserved)
+        head = {**self.formats.to_json(), "timesteps": list(self.timesteps)}
         tensors = {name: self.tensors[name].detach().cpu().contiguous() for name in sorted(self.tensors)}
         return save(tensors, {"unit_state": json.dumps(head, sort_keys=True)})
 
@@ -55,18 +36,11 @@ class UnitState:
         """Read what `to_bytes` wrote."""
         size = int.from_bytes(data[:8], "little")
         head = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["unit_state"])
-        formats = UnitFormats(
-            head["unit"],
-            {name: LayerSpec.from_json(spec) for name, spec in head["layers"].items()},
-            {name: AttentionSpec.from_json(spec) for name, spec in head["attentions"].items()},
-            {name: FeatureSpec(**spec) for name, spec in head.get("features", {}).items()},
-            tuple(head.get("unserved", ())),
-        )
-        return cls(formats, tuple(head["timesteps"]), load(data))
+        return cls(UnitFormat.from_json(head), tuple(head["timesteps"]), load(data))
 
 
-def merge_plans(states: list[UnitState], unknown_timestep: UnknownTimestep = UnknownTimestep.ERROR) -> QuantizationPlan:
-    """Return the plan of a model in which all of these units are quantized.
+def merge_formats(states: list[UnitState], unknown_timestep: UnknownTimestep = UnknownTimestep.ERROR) -> ModelFormat:
+    """Return the format of a model in which all of these units are quantized.
 
     Timesteps are stored only if some table is per step.
     """
@@ -76,10 +50,10 @@ def merge_plans(states: list[UnitState], unknown_timestep: UnknownTimestep = Unk
     assert len(trajectories) <= 1, f"states of one job come from one trajectory, got {len(trajectories)}"
     features = {name: spec for state in states for name, spec in state.formats.features.items()}
     unserved = tuple(name for state in states for name in state.formats.unserved)
-    return QuantizationPlan(layers, attentions, next(iter(trajectories), ()), unknown_timestep, features, unserved)
+    return ModelFormat(layers, attentions, next(iter(trajectories), ()), unknown_timestep, features, unserved)
 
 
-def collect_state(parts: QuantizedParts, formats: UnitFormats, timesteps: tuple[float, ...]) -> UnitState:
+def collect_state(parts: QuantizedParts, formats: UnitFormat, timesteps: tuple[float, ...]) -> UnitState:
     """Take a unit's tensors out of a quantized model."""
     tensors: dict[str, Tensor] = {}
     for name in formats.layers:
@@ -92,7 +66,7 @@ def collect_state(parts: QuantizedParts, formats: UnitFormats, timesteps: tuple[
 
 
 def load_states(model: nn.Module, states: list[UnitState]) -> None:
-    """Copy the tensors of `states` into a model that `build_quantized` prepared with their plans."""
+    """Copy the tensors of `states` into a model that `build_quantized` prepared with their formats."""
     own = model.state_dict(keep_vars=True)
     for state in states:
         for name, tensor in state.tensors.items():

@@ -29,20 +29,20 @@ _FLOAT_BYTES = 4
 def trace_model(denoiser: Denoiser) -> Trace:
     """Trace one forward at batch 1, with the folder's first drawn conditioning or zeros where there is none."""
     model = denoiser.model
-    x, told = _first_call(denoiser)
-    return trace_denoiser(model, x, torch.tensor(0), told)
+    x, conditioning = _first_call(denoiser)
+    return trace_denoiser(model, x, torch.tensor(0), conditioning)
 
 
 def _first_call(denoiser: Denoiser) -> tuple[Tensor, Conditioning]:
     """Return a sample and conditioning to look at a forward with, one row."""
     model = denoiser.model
-    told = (
+    conditioning = (
         dummy_conditioning(model)
         if denoiser.conditioning is None
         else draw_conditioning(model, [0], denoiser.conditioning)
     )
-    tokens = len(told["img_ids"]) if "img_ids" in told else None
-    return torch.zeros(1, *sample_shape(model, tokens)), told
+    tokens = len(conditioning["img_ids"]) if "img_ids" in conditioning else None
+    return torch.zeros(1, *sample_shape(model, tokens)), conditioning
 
 
 def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
@@ -127,13 +127,13 @@ def _describe_layer(model: nn.Module, name: str, trace: Trace) -> dict[str, Any]
 
 
 def _describe_temporal(denoiser: Denoiser) -> dict[str, Any]:
-    x, told = _first_call(denoiser)
-    found = trace_temporal(denoiser.model, x, torch.zeros(1), told)
+    x, conditioning = _first_call(denoiser)
+    found = trace_temporal(denoiser.model, x, torch.zeros(1), conditioning)
     return {name: layer.to_json() for name, layer in found.layers.items()}
 
 
 def _describe_conditioning(denoiser: Denoiser) -> dict[str, Any]:
-    """Return what the model must be told: the number of classes of a label, or the shape of a row."""
+    """Return the conditioning that the model needs: the number of classes of a label, or the shape of a row."""
     fields = conditioning_fields(denoiser.model)
     return {
         key: field.classes if field.classes is not None else list(field.shape)

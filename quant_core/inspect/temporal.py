@@ -256,8 +256,9 @@ def _watch(
     model: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning, recorder: _Recorder, *, shapes_only: bool
 ) -> None:
     # Views of their own: the caller's tensors may be one object, or be used elsewhere.
-    x, t, told = x.view_as(x), t.view_as(t), {key: value.view_as(value) for key, value in conditioning.items()}
-    for name, tensor in {SAMPLE: x, TIME: t, **told}.items():
+    x, t = x.view_as(x), t.view_as(t)
+    conditioning = {key: value.view_as(value) for key, value in conditioning.items()}
+    for name, tensor in {SAMPLE: x, TIME: t, **conditioning}.items():
         recorder.origins[tensor] = frozenset({name})
 
     def leave(name: str) -> Callable[..., None]:
@@ -271,7 +272,7 @@ def _watch(
             if isinstance(module, QUANTIZABLE):
                 cleanup.callback(module.register_forward_hook(leave(name), with_kwargs=True).remove)
         cleanup.enter_context(_Follow(recorder, x.device, shapes_only=shapes_only))
-        call_denoiser(model, x, t, told)
+        call_denoiser(model, x, t, conditioning)
 
 
 def _tensors(value: Any) -> tuple[Tensor, ...]:

@@ -1,1 +1,1 @@
-"""Published methods, one file each: what they fit, and how it is applied."""
+"""Published methods, one folder each: what they fit, and how it is applied."""

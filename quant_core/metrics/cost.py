@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from quant_spec.formats import QuantizationPlan
+from quant_spec.formats import ModelFormat
 
 FLOAT_BITS = 32
 
@@ -20,7 +20,7 @@ class Cost:
     ----------
     weight_bits_mean : float
         Over the weights of all Conv and Linear layers; a layer whose outputs are looked up counts the bits of its table
-        and, like one that nothing needs, no multiplications.
+        and no multiplications; a layer that was dropped counts neither.
     act_bits_mean : float
         Over the multiplications of all Conv and Linear layers.
     bops, bops_fp32 : int
@@ -36,8 +36,8 @@ class Cost:
     bops_per_step: tuple[int, ...] = ()
 
 
-def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
-    """Add up the cost of a model quantized by `plan`; whatever it does not name is float32 (32 x 32 bits).
+def model_cost(inspection: Mapping[str, Any], model_format: ModelFormat) -> Cost:
+    """Add up the cost of a model quantized by `model_format`; whatever it does not name is float32 (32 x 32 bits).
 
     Parameters
     ----------
@@ -47,11 +47,11 @@ def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
     weights = macs = bops = saved = 0
     weight_bits = act_bits = 0.0
     for name, layer in inspection["layers"].items():
-        if name in plan.features or name in plan.unserved:
-            weights, weight_bits = weights + prod(layer["shape"]), weight_bits + _table_bits(name, layer, plan)
+        if name in model_format.features or name in model_format.unserved:
+            weights, weight_bits = weights + prod(layer["shape"]), weight_bits + _table_bits(name, layer, model_format)
             saved += layer["macs"]
             continue
-        spec = plan.layers.get(name)
+        spec = model_format.layers.get(name)
         bits_w = FLOAT_BITS if spec is None else spec.weight.bits_mean
         bits_a = FLOAT_BITS if spec is None or spec.activation is None else spec.activation.bits_mean
         count = prod(layer["shape"])
@@ -59,15 +59,15 @@ def model_cost(inspection: Mapping[str, Any], plan: QuantizationPlan) -> Cost:
         macs, act_bits = macs + layer["macs"], act_bits + layer["macs"] * bits_a
         bops += round(layer["macs"] * bits_w * bits_a)
     attention_macs = sum(attention["macs"] for attention in inspection["attentions"].values())
-    bops += sum(_attention_bops(item["macs"], plan, name) for name, item in inspection["attentions"].items())
-    per_step = tuple(bops + change for change in _step_changes(inspection, plan))
+    bops += sum(_attention_bops(item["macs"], model_format, name) for name, item in inspection["attentions"].items())
+    per_step = tuple(bops + change for change in _step_changes(inspection, model_format))
     return Cost(weight_bits / weights, act_bits / macs, bops, (macs + saved + attention_macs) * FLOAT_BITS**2, per_step)
 
 
-def _step_changes(inspection: Mapping[str, Any], plan: QuantizationPlan) -> list[int]:
+def _step_changes(inspection: Mapping[str, Any], model_format: ModelFormat) -> list[int]:
     """Return how the bit operations of each step differ from their mean; nothing if no bits do."""
     changes: list[float] = []
-    for name, spec in plan.layers.items():
+    for name, spec in model_format.layers.items():
         if spec.activation is None or not spec.activation.step_bits:
             continue
         macs = inspection["layers"][name]["macs"] * spec.weight.bits_mean
@@ -76,15 +76,15 @@ def _step_changes(inspection: Mapping[str, Any], plan: QuantizationPlan) -> list
     return [round(change) for change in changes]
 
 
-def _table_bits(name: str, layer: Mapping[str, Any], plan: QuantizationPlan) -> int:
-    """Return the bits of the table that stands for a layer; 0 for a layer that nothing needs."""
-    spec = plan.features.get(name)
-    return 0 if spec is None else len(plan.timesteps) * spec.labels * layer["shape"][0] * spec.bits
+def _table_bits(name: str, layer: Mapping[str, Any], model_format: ModelFormat) -> int:
+    """Return the bits of the table that stands for a layer; 0 for a layer that was dropped."""
+    spec = model_format.features.get(name)
+    return 0 if spec is None else len(model_format.timesteps) * spec.labels * layer["shape"][0] * spec.bits
 
 
-def _attention_bops(macs: int, plan: QuantizationPlan, name: str) -> int:
+def _attention_bops(macs: int, model_format: ModelFormat, name: str) -> int:
     """Return the bit operations of an attention: half its MACs are query x key, half probabilities x value."""
-    spec = plan.attentions.get(name)
+    spec = model_format.attentions.get(name)
     if spec is None:
         return macs * FLOAT_BITS**2
     bits = spec.activation.bits

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, read_conditioning, record_trajectories
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.diffusion.denoiser import Denoiser
-from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, sample, start
+from quant_core.diffusion.sampler import make_scheduler, model_timestep, sample, start
 from quant_core.methods.ptqd.noise import corrected_power
 from quant_core.metrics.frechet import ResizedFeatures, frechet_distance
 from quant_core.metrics.images import to_rgb
 from quant_core.metrics.psnr import mean_with_ci, psnr_per_sample
 from quant_core.metrics.sqnr import error_power, sqnr_db
 from quant_spec.errors import QuantizationError
+from quant_spec.sampler import Sampler
 
 _DECIMALS = 6  # beyond this, the figures are noise of the summation order
 
@@ -37,7 +38,7 @@ def record_reference(
 def evaluate_shard(
     model: nn.Module,
     scheduler_config: Mapping[str, Any] | None,
-    sampler: SamplerSpec,
+    sampler: Sampler,
     seeds: Sequence[int],
     reference: Path,
     path: Path,
@@ -60,7 +61,7 @@ def evaluate_shard(
         raise QuantizationError(f"reference: got samples of {len(expected['sample'])} seeds, wanted {len(seeds)}")
     scheduler = make_scheduler(sampler, scheduler_config)
     shape = tuple(expected["sample"].shape[1:])
-    timesteps = sampler.tell(start(make_scheduler(sampler, scheduler_config), sampler, shape))
+    timesteps = model_timestep(start(make_scheduler(sampler, scheduler_config), sampler, shape), sampler)
     if not torch.equal(timesteps, expected["timesteps"]):
         raise QuantizationError(
             f"reference: got timesteps {_ends(expected['timesteps'])}, wanted those of the packed model's scheduler, "
@@ -74,15 +75,13 @@ def evaluate_shard(
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, path)
 
 
-def _power(
-    model: nn.Module, scheduler: Any, sampler: SamplerSpec, reference: Path, handle: Any, batch_size: int
-) -> Tensor:
+def _power(model: nn.Module, scheduler: Any, sampler: Sampler, reference: Path, handle: Any, batch_size: int) -> Tensor:
     """Sum the powers of prediction and error at each step: of the denoiser, or of what a correction makes of it."""
     trajectory = CalibrationSet([reference])
     if isinstance(scheduler, QuantmillCorrectedScheduler):
         start(scheduler, sampler, trajectory.sample_shape)
         return corrected_power(model, scheduler, sampler, reference, batch_size)
-    rows = batch_size * (2 if sampler.is_guided else 1)
+    rows = batch_size * sampler.calls_per_step
     return error_power(model, trajectory, handle.get_slice("prediction"), rows)
 
 

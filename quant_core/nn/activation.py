@@ -39,7 +39,7 @@ class ActivationQuantizer(nn.Module):
         code  = clamp(round(x / (scale * 2**shift[c] * channel_scale[c])) + zero_point, 0, top)
         x_hat = (code - zero_point) * scale * 2**shift[c]
 
-    So what comes out stands for x / channel_scale: the weight behind holds the factor.
+    So what comes out stands for x / channel_scale: the weight behind is multiplied by it.
 
     Attributes
     ----------
@@ -96,11 +96,11 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the dequantized codes of `x`; dim 0 of `x` is the batch (or a multiple of it)."""
-        channel = self._channel_scale(x)
+        channel_scale = self._channel_scale(x)
         if not self.enabled:
-            return x if channel is None else (x / channel).to(x.dtype)
+            return x if channel_scale is None else (x / channel_scale).to(x.dtype)
         if self.spec.is_dynamic:
-            qparams = dynamic_qparams(x if channel is None else x / channel, self.spec)
+            qparams = dynamic_qparams(x if channel_scale is None else x / channel_scale, self.spec)
             scale, zero_point = qparams.scale, qparams.zero_point
         else:
             table = self.scale if self.soft_scale is None else self.soft_scale
@@ -109,9 +109,9 @@ class ActivationQuantizer(nn.Module):
             scale = scale * self._channel_steps(x)
         top = self._top(x)
         if torch.is_grad_enabled():
-            return FakeQuantize.apply(x, scale, zero_point, top, channel).to(x.dtype)
-        divisor = scale if channel is None else scale * channel
-        return fake_quantize_affine(x, divisor, zero_point, 0, top, output_scale=scale).to(x.dtype)
+            return FakeQuantize.apply(x, scale, zero_point, top, channel_scale).to(x.dtype)
+        input_scale = scale if channel_scale is None else scale * channel_scale
+        return fake_quantize_affine(x, input_scale, zero_point, 0, top, output_scale=scale).to(x.dtype)
 
     def _channel_scale(self, x: Tensor) -> Tensor | None:
         if self.channels is None or not self.channels.scaled:

@@ -58,7 +58,7 @@ class FeatureTable(nn.Module):
 
 
 class Unserved(nn.Module):
-    """Stands for a Linear layer whose outputs nothing needs: gives zeros of their shape."""
+    """Stands for a Linear layer that was dropped, as only replaced layers read its outputs: returns zeros."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def decode_features(table: Mapping[str, Tensor]) -> Tensor:
 def replace_features(
     model: nn.Module, features: Mapping[str, FeatureSpec], unserved: Sequence[str], clock: StepClock
 ) -> dict[str, FeatureTable]:
-    """Replace the named layers of `model` in place; the tables are still zero.
+    """Replace the layers `features` of `model` by tables, still zero, and drop the layers `unserved`, in place.
 
     Raises
     ------

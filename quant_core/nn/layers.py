@@ -206,9 +206,10 @@ class QuantLayer(nn.Module):
         """Greatest code of the weight, or of each output channel, shape (C_out, 1)."""
         return greatest_code(self.bits)
 
-    def set_channel_scale(self, scale: Tensor) -> None:
-        """Divide the input's channels by `scale`, shape (C_in,); codes are then to be those of `scaled` weights."""
-        for quantizer, part in zip(self.act_quantizers, scale.split(self.spec.split or (len(scale),)), strict=True):
+    def set_channel_scale(self, channel_scale: Tensor) -> None:
+        """Divide the input's channels by `channel_scale`, shape (C_in,); codes must be those of `scaled` weights."""
+        sizes = self.spec.split or (len(channel_scale),)
+        for quantizer, part in zip(self.act_quantizers, channel_scale.split(sizes), strict=True):
             assert isinstance(quantizer, ActivationQuantizer)
             quantizer.channel_scale.copy_(part)
 
@@ -221,20 +222,20 @@ class QuantLayer(nn.Module):
 
     def scaled(self, weight: Tensor) -> Tensor:
         """Return the weight that codes stand for: `weight` (C_out, C_in, *kernel), times the channels' scales."""
-        scale = self._channel_scale()
-        return weight if scale is None else weight * scale
+        channel_scale = self._channel_scale()
+        return weight if channel_scale is None else weight * channel_scale
 
     def unscaled(self, weight: Tensor) -> Tensor:
         """Undo `scaled`, for an input whose channels are not divided."""
-        scale = self._channel_scale()
-        return weight if scale is None else (weight / scale).to(weight.dtype)
+        channel_scale = self._channel_scale()
+        return weight if channel_scale is None else (weight / channel_scale).to(weight.dtype)
 
     def _channel_scale(self) -> Tensor | None:
         """Return the channels' scales, shaped to broadcast against the weight."""
         if not self.spec.channel_scale:
             return None
-        scale = torch.cat([part.get_buffer("channel_scale") for part in self.act_quantizers])
-        return scale.reshape(1, -1, *(1,) * (len(self.shape) - 2))
+        channel_scale = torch.cat([part.get_buffer("channel_scale") for part in self.act_quantizers])
+        return channel_scale.reshape(1, -1, *(1,) * (len(self.shape) - 2))
 
     def codes(self) -> Tensor:
         """Return the unpacked codes, shape (C_out, K), dtype uint8."""

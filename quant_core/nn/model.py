@@ -1,4 +1,4 @@
-"""A quantized denoiser: the plan applied to a float model, in place."""
+"""A quantized denoiser: a model in floating point whose layers are replaced, in place, by those of a format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quant_core.nn.attention import AttentionQuantizer, quantize_attentions
 from quant_core.nn.feature_table import FeatureTable, replace_features
 from quant_core.nn.layers import QuantLayer, quantize_layers
 from quant_core.nn.steps import StepClock, attach_clock
-from quant_spec.formats import QuantizationPlan
+from quant_spec.formats import ModelFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,8 @@ class QuantizedParts:
     attentions: dict[str, AttentionQuantizer]
     features: dict[str, FeatureTable] = field(default_factory=dict)
 
-    def tell(self, timestep: Tensor, label: Tensor | None) -> None:
-        """Say for which samples parts of the model run next, outside of a forward of the whole.
+    def set_timestep(self, timestep: Tensor, label: Tensor | None) -> None:
+        """Set the timestep of the samples that parts of the model run on next, outside of a forward of the whole.
 
         Parameters
         ----------
@@ -37,14 +37,14 @@ class QuantizedParts:
             self.clock.set_label(label, labels)
 
 
-def build_quantized(model: nn.Module, plan: QuantizationPlan) -> QuantizedParts:
-    """Replace the layers and wrap the attentions that `plan` names; codes, ranges and tables are still to be set.
+def build_quantized(model: nn.Module, model_format: ModelFormat) -> QuantizedParts:
+    """Replace the layers and wrap the attentions that the format names; codes, ranges and tables are still to be set.
 
-    Works on a model on the meta device, whose buffers a state dict then fills.
+    Works on a model on the meta device too, whose buffers a state dict then fills.
     """
-    clock = StepClock(plan.timesteps, plan.unknown_timestep)
-    layers = quantize_layers(model, plan.layers, clock)
-    attentions = quantize_attentions(model, plan.attentions, clock)
-    features = replace_features(model, plan.features, plan.unserved, clock)
-    attach_clock(model, clock, max((spec.labels for spec in plan.features.values()), default=1))
+    clock = StepClock(model_format.timesteps, model_format.unknown_timestep)
+    layers = quantize_layers(model, model_format.layers, clock)
+    attentions = quantize_attentions(model, model_format.attentions, clock)
+    features = replace_features(model, model_format.features, model_format.unserved, clock)
+    attach_clock(model, clock, max((spec.labels for spec in model_format.features.values()), default=1))
     return QuantizedParts(clock, layers, attentions, features)

@@ -48,17 +48,13 @@ def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool)
     return QParams(scale, torch.round(-low / scale).clamp(0, levels))
 
 
-def choose_qparams(
-    rows: Tensor, bits: int, *, symmetric: bool, spec: RangeSpec, importance: Tensor | None = None
-) -> QParams:
+def choose_qparams(rows: Tensor, bits: int, *, symmetric: bool, spec: RangeSpec) -> QParams:
     """Return one grid per row.
 
     Parameters
     ----------
     rows : Tensor, shape (..., n), dtype float32
         What shares one range lies along the last dimension.
-    importance : Tensor, shape broadcastable to `rows`, optional
-        Weight of each element's error in the MSE search (the diagonal of the Hessian for weights).
 
     Returns
     -------
@@ -68,8 +64,7 @@ def choose_qparams(
     Notes
     -----
     MSE is BRECQ's search (Li et al., arXiv:2102.05426): both ends of the min-max range shrink by 1 - 0.01 i, i = 0..79,
-    and the candidate with the smallest mean |x - Q(x)|^2.4 wins; here for all rows at once. With `importance`, the
-    power is 2.
+    and the candidate with the smallest mean |x - Q(x)|^2.4 wins; here for all rows at once.
     """
     low, high = rows.amin(dim=-1), rows.amax(dim=-1)
     if spec.method is RangeMethod.PERCENTILE:
@@ -77,7 +72,7 @@ def choose_qparams(
         low, high = _quantile(rows, tail), _quantile(rows, 1 - tail)
     if spec.method is not RangeMethod.MSE:
         return qparams_from_range(low, high, bits, symmetric=symmetric)
-    return _search(rows, low, high, bits, symmetric=symmetric, importance=importance)
+    return _search(rows, low, high, bits, symmetric=symmetric)
 
 
 def _quantile(rows: Tensor, q: float) -> Tensor:
@@ -87,9 +82,7 @@ def _quantile(rows: Tensor, q: float) -> Tensor:
     return rows.kthvalue(k, dim=-1).values
 
 
-def _search(
-    rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool, importance: Tensor | None
-) -> QParams:
+def _search(rows: Tensor, low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> QParams:
     best = qparams_from_range(low, high, bits, symmetric=symmetric)
     scale, zero_point = best.scale.clone(), best.zero_point.clone()
     best_score = torch.full_like(scale, torch.inf)
@@ -99,8 +92,7 @@ def _search(
         error = rows - fake_quantize_affine(
             rows, candidate.scale[..., None], candidate.zero_point[..., None], 0, 2**bits - 1
         )
-        powered = error.abs() ** SEARCH_POWER if importance is None else error.square() * importance
-        score = powered.mean(dim=-1)
+        score = (error.abs() ** SEARCH_POWER).mean(dim=-1)
         better = score < best_score
         best_score = torch.where(better, score, best_score)
         scale = torch.where(better, candidate.scale, scale)

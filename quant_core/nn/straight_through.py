@@ -18,33 +18,33 @@ class FakeQuantize(torch.autograd.Function):
 
     dx_hat/dx is 1 inside the range and 0 outside; dx_hat/ds is round(x / s) - x / s inside and code - z outside
     (Esser et al., "Learned Step Size Quantization", arXiv:1902.08153, Eq. 3); dx_hat/dz is 0 inside and -s outside
-    (Bhalgat et al., "LSQ+", arXiv:2004.09576, Eq. 5). With a scale for each channel, x is divided by s * channel and
-    multiplied by s: dx_hat/dx is 1 / channel inside the range.
+    (Bhalgat et al., "LSQ+", arXiv:2004.09576, Eq. 5). With a `channel_scale`, x is
+    divided by s * channel_scale and multiplied by s: dx_hat/dx is 1 / channel_scale inside the range.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int | Tensor, channel: Tensor | None = None
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, top: int | Tensor, channel_scale: Tensor | None = None
     ) -> Tensor:
         """Return the dequantized codes, shape of `x`, float32; the others broadcast against `x`."""
-        divisor = scale if channel is None else scale * channel
+        input_scale = scale if channel_scale is None else scale * channel_scale
         ctx.save_for_backward(x, scale, zero_point)
-        ctx.top, ctx.channel = torch.as_tensor(top, dtype=torch.float32, device=x.device), channel
-        return fake_quantize_affine(x, divisor, zero_point, 0, top, output_scale=scale)
+        ctx.top, ctx.channel_scale = torch.as_tensor(top, dtype=torch.float32, device=x.device), channel_scale
+        return fake_quantize_affine(x, input_scale, zero_point, 0, top, output_scale=scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         """Return the gradients of `x`, `scale` and `zero_point`."""
         (gradient,) = gradients
         x, scale, zero_point = ctx.saved_tensors
-        steps = x / (scale if ctx.channel is None else scale * ctx.channel)
+        steps = x / (scale if ctx.channel_scale is None else scale * ctx.channel_scale)
         rounded = torch.round(steps)
         codes = rounded + zero_point
         inside = (codes >= 0) & (codes <= ctx.top)
         grad_inside = gradient * inside
         grad_x = grad_scale = grad_zero = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_inside if ctx.channel is None else grad_inside / ctx.channel).to(x.dtype)
+            grad_x = (grad_inside if ctx.channel_scale is None else grad_inside / ctx.channel_scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
             slope = torch.where(inside, rounded - steps, codes.clamp(min=0).minimum(ctx.top) - zero_point)
             grad_scale = (gradient * slope).sum_to_size(scale.shape)

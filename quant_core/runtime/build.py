@@ -77,7 +77,7 @@ def build_runtime(
         layers.append(LayerRun(name, KernelBackend.REFERENCE, reason))
     fuse_blocks(model)
     if not any(tensor.is_floating_point() for tensor in (*model.parameters(), *model.buffers())):
-        # Runtime layers took all tensors, from which diffusers tells a model's dtype and device.
+        # Runtime layers took all tensors, from which diffusers takes a model's dtype and device.
         model.register_buffer("quantmill_anchor", torch.empty(0, dtype=dtype, device=device), persistent=False)
     runs = [layer.run if isinstance(layer, RuntimeLayer) else layer for layer in layers]
     if device.type != "cpu":
@@ -87,7 +87,7 @@ def build_runtime(
 
 
 def run_on(model: nn.Module, device: torch.device) -> None:
-    """Move what follows from the formats, and no state dict holds, to where the model runs without the host."""
+    """Move to the device what is derived from formats and in no state dict; a forward then never waits for the host."""
     for module in model.modules():
         if isinstance(clock := getattr(module, "clock", None), StepClock):
             clock.run_on(device)
@@ -110,9 +110,9 @@ def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
     """Say why `backend` can't run a layer exactly; None if nothing is known against it."""
     spec, activation = layer.spec, layer.spec.activation
     for record in (spec, spec.weight, *(() if activation is None else (activation,))):
-        strange = [field.name for field in fields(record) if _is_strange(record, field.name)]
-        if strange:
-            return f"formats with {', '.join(strange)} have no kernel"
+        unknown = [field.name for field in fields(record) if _is_unknown(record, field.name)]
+        if unknown:
+            return f"formats with {', '.join(unknown)} have no kernel"
     if layer.soft_weight is not None or any(q.soft_scale is not None or not q.enabled for q in layer_quantizers(layer)):
         return "its rounding or ranges are being learned"
     if layer.kind not in (nn.Linear, nn.Conv2d):
@@ -130,7 +130,7 @@ def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
     return None
 
 
-def _is_strange(record: LayerSpec | WeightSpec | ActivationSpec, name: str) -> bool:
-    """Whether a field that this module does not know says something."""
+def _is_unknown(record: LayerSpec | WeightSpec | ActivationSpec, name: str) -> bool:
+    """Whether a record sets a field that this module does not know."""
     known = next(names for kind, names in _KNOWN_FIELDS.items() if isinstance(record, kind))
     return name not in known and bool(getattr(record, name))

@@ -125,8 +125,8 @@ class RuntimeLayer(nn.Module):
     def _cpu_codes(self, x: Tensor, part: LayerPart) -> QuantizedActivation:
         if part.table is None:
             assert self.activation is not None
-            spec, factor = self.activation, part.channel_scale
-            return quantize_cpu_dynamic(x, spec.bits, symmetric=spec.symmetric, channel_scale=factor)
+            spec = self.activation
+            return quantize_cpu_dynamic(x, spec.bits, symmetric=spec.symmetric, channel_scale=part.channel_scale)
         step = 0 if len(part.grids) == 1 or self.clock is None else self.clock.step
         is_known = step is not None and not torch.compiler.is_compiling()
         index = None if is_known and part.tops is None else self._steps(x, part.table)

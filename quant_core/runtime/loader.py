@@ -115,7 +115,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
         model: nn.Module = cls.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, **({} if dtype is None else {"torch_dtype": dtype})
         )
-    except QuantCoreError:
+    except (QuantCoreError, QuantizationError):
         raise
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

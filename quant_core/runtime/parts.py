@@ -10,8 +10,8 @@ The layer is the sum of its parts, whose integers are scaled in float. They are
                       point, which adds nothing to the sum. (An infinite activation gives NaN there, where the
                       reference saturates.)
 
-Factors of channels (`LayerSpec.channel_scale`) are in the vector that channels are divided by. Which channels a part
-takes never depends on the step, so nothing is chosen at run time but a row of a table, and a batch may mix steps.
+The layer's `channel_scale` is part of the vector that channels are divided by. Which channels a part takes never
+depends on the step, so nothing is chosen at run time but a row of a table, and a batch may mix steps.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def _part(
     weight = pack_cpu_weight(weights, geometry) if backend is KernelBackend.CPU else weights
     channels = None if own is None else own + start
     if quantizer is None or quantizer.spec.is_dynamic:
-        factor = quantizer.channel_scale.clone() if quantizer is not None and layer.spec.channel_scale else None
-        return LayerPart(start, stop, weight, channels, factor, None, None)
+        channel_scale = quantizer.channel_scale.clone() if quantizer is not None and layer.spec.channel_scale else None
+        return LayerPart(start, stop, weight, channels, channel_scale, None, None)
     table = _table(quantizer, own, shift)
     tops = quantizer.tops.to(layer.qweight.device, torch.int32) if quantizer.spec.step_bits else None
     grids: tuple[CpuGrid, ...] = ()
@@ -148,15 +148,15 @@ def _table(quantizer: ActivationQuantizer, own: Tensor | None, shift: int | None
         quantizer.scale.clone() if shift is None else quantizer.scale * 2.0**shift,
         quantizer.zero_point.clone(),
     )
-    divisor = None
+    input_scale = None
     if quantizer.channels is not None and (quantizer.channels.scaled or shift is not None):
-        divisor = scale[:, None].expand(-1, quantizer.channels.count)
+        input_scale = scale[:, None].expand(-1, quantizer.channels.count)
         if quantizer.channels.scaled:
-            divisor = divisor * quantizer.channel_scale
+            input_scale = input_scale * quantizer.channel_scale
         if shift is not None:
-            divisor = torch.where(quantizer.channel_shift == shift, divisor, torch.inf)
-        divisor = (divisor if own is None else divisor[:, own]).contiguous()
-    return ActivationTable(scale, zero_point, spec.bits, spec.symmetric, divisor)
+            input_scale = torch.where(quantizer.channel_shift == shift, input_scale, torch.inf)
+        input_scale = (input_scale if own is None else input_scale[:, own]).contiguous()
+    return ActivationTable(scale, zero_point, spec.bits, spec.symmetric, input_scale)
 
 
 def _pack(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[PackedWeight, ...]:

@@ -17,7 +17,9 @@ class AllocateMeasure(Record):
     """How much errors are measured on."""
 
     samples: Count = Field(default=8, description="Calibration seeds that errors are measured on, at most.")
-    positions: Count = Field(default=16, description="Output positions per sample, at most.")
+    positions: Count = Field(
+        default=16, description="Output positions per sample that errors are measured on, at most."
+    )
 
 
 class AllocateChoice(Record):
@@ -25,11 +27,14 @@ class AllocateChoice(Record):
 
     method: AllocationMethod = Field(
         default=AllocationMethod.KURTOSIS,
-        description="kurtosis: in each layer as many channels up as down, heavy tails first; global: over all layers, "
-        "the same bits in all; uniform: none.",
+        description="In each layer the channels of heaviest tails get a bit more, as many of lightest tails one less "
+        "(kurtosis); the same over all layers at once, by an exact knapsack over the error that each makes at the "
+        "prediction (global); or none (uniform).",
     )
     extra: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        default=0.0, description="Bits per weight above weights.bits, at most: channels that go up alone."
+        default=0.0,
+        description="Bits per weight above weights.bits, at most, as channels that get one more bit without another "
+        "losing one.",
     )
 
 

@@ -17,20 +17,28 @@ class DistillFit(Record):
         ("relations", True): frozenset({"relation_weight", "positions"})
     }
 
-    iterations: Count = 1200
+    iterations: Count = Field(default=1200, description="Iterations of Adam; all rates fall linearly to 0.")
     batch_size: Annotated[int, Field(ge=2)] = Field(
         default=8, description="Samples per iteration, in pairs of consecutive steps."
     )
-    rank: Count = 32
-    lr: Positive = Field(default=1e-2, description="Rate of the low-rank factors, per mean step of the layer.")
+    rank: Count = Field(default=32, description="Rank of the update of the weights, merged before they are quantized.")
+    lr: Positive = Field(default=1e-2, description="Rate of the low-rank factors, per mean step size of the layer.")
     weight_lr: Positive = Field(default=1e-3, description="Rate of the weights' step sizes, as logarithms.")
-    activation_lr: Positive = Field(default=2e-3, description="Rate of the activations' step sizes, as logarithms.")
+    activation_lr: Positive = Field(
+        default=2e-3,
+        description="Rate of the activations' step sizes (at each trajectory step, where they are per step), as "
+        "logarithms.",
+    )
     zero_point_lr: Positive = Field(default=2e-3, description="Rate of all zero points, in codes.")
-    bias_lr: Positive = 3e-4
-    relations: bool = Field(default=True, description="Distil time-smoothed relations too, not predictions alone.")
-    relation_weight: Positive = 100.0
+    bias_lr: Positive = Field(default=3e-4, description="Rate of the biases.")
+    relations: bool = Field(
+        default=True,
+        description="Distil, besides the prediction, how positions of the last block's output relate, averaged over "
+        "the pair of steps.",
+    )
+    relation_weight: Positive = Field(default=100.0, description="Weight of the relations in the loss.")
     positions: Count = Field(
-        default=256, description="Positions of the feature that are related, drawn if it has more."
+        default=256, description="Positions that are related, drawn anew in each iteration if there are more."
     )
 
 
@@ -38,5 +46,5 @@ class Distill(DistillFit):
     """Tune weights (low rank, merged before they are quantized), grids and activation steps, end to end (MPQ-DM)."""
 
     seeds: Count = Field(default=64, description="Full-precision trajectories that are distilled from.")
-    first_seed: Seed = 4_000_000
+    first_seed: Seed = Field(default=4_000_000, description="First of their seeds.")
     shard_seeds: Count = Field(default=16, description="Seeds per task.")

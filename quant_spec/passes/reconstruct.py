@@ -23,16 +23,18 @@ class Reconstruct(Record):
         description="Unit inputs: from the full-precision model (all units at once) or the quantized one (in order).",
     )
     start: StartCodes = Field(
-        default=StartCodes.NEAREST, description="Codes to start from: nearest, or those of round."
+        default=StartCodes.NEAREST, description="Codes that the learning starts from: nearest, or those of round."
     )
-    iterations: Count = 200
-    batch_size: Count = 32
-    lr: Positive = 1e-2
+    iterations: Count = Field(default=200, description="Iterations of Adam.")
+    batch_size: Count = Field(default=32, description="Samples per iteration.")
+    lr: Positive = Field(default=1e-2, description="Rate of Adam at the start.")
     trust: Share = Field(
         default=0.5, description="How far the start leans to the given code: 0, AdaRound's own start, to 1."
     )
-    learn_activation_scales: bool = False
-    activation_lr: Positive = 4e-4
+    learn_activation_scales: bool = Field(
+        default=False, description="Learn static or per-step activation scales with the rounding."
+    )
+    activation_lr: Positive = Field(default=4e-4, description="Rate of the activation scales.")
     rounding_weight: NotNegative = Field(
         default=100.0, description="Weight of the rounding regulariser, against a loss of 1 at the start."
     )

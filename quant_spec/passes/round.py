@@ -18,7 +18,9 @@ class RoundFit(Record):
         ("method", RoundingMethod.CLOSED_FORM): frozenset({"samples", "positions", "damping"}),
     }
 
-    method: RoundingMethod = RoundingMethod.NEAREST
+    method: RoundingMethod = Field(
+        default=RoundingMethod.NEAREST, description="To the nearest code, or by second-order rounding (GPTQ)."
+    )
     samples: Count = Field(default=32, description="Calibration seeds that the Hessian is taken over, at most.")
     positions: Count = Field(
         default=16, description="Output positions per sample that the Hessian is taken over, at most."

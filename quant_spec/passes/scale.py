@@ -27,19 +27,21 @@ class Scale(Record):
 
     method: Scaling = Field(
         default=Scaling.LEARNED,
-        description="Learned for the expected error of each layer's output, SmoothQuant's closed form, or no scales.",
+        description="Learned for the error that quantizing both tensors is expected to leave at the layer's output; "
+        "smooth, SmoothQuant's closed form; or no scales.",
     )
     exponent: Fraction = Field(
-        default=0.5, description="Of the activations' range, for smooth; the weights' has 1 less that."
+        default=0.5, description="For smooth: exponent of the activations' range; the weights' has 1 less that."
     )
-    iterations: Count = 200
-    lr: Positive = 2e-2
+    iterations: Count = Field(default=200, description="Iterations of Adam.")
+    lr: Positive = Field(default=2e-2, description="Rate of Adam, falling to 0.")
     weighting: Weighting = Field(
         default=Weighting.ADAPTIVE,
-        description="How errors of trajectory steps add up: adaptive favours those of small error, early the noisiest.",
+        description="How errors of trajectory steps add up: adaptive favours steps of small error (DMQ), early the "
+        "noisiest, whose errors all that follows works on.",
     )
     alpha: Positive = Field(default=20.0, description="Exponent of the adaptive weights.")
-    xi: Share = Field(default=0.95, description="Momentum of the errors that adaptive weights are made from.")
+    xi: Share = Field(default=0.95, description="Momentum of the errors that the adaptive weights are made from.")
     half_life: Positive = Field(
         default=0.05, description="For early: share of the trajectory after which a step counts half."
     )
@@ -47,22 +49,26 @@ class Scale(Record):
         default=32,
         description="Calibration seeds that second moments are taken over, and that vote on shifts, at most.",
     )
-    positions: Count = Field(default=16, description="Output positions per sample of the same, at most.")
+    positions: Count = Field(
+        default=16, description="Output positions per sample that second moments are taken over, at most."
+    )
     shift: Shift = Field(
         default=Shift.NONE,
-        description="Layers with power-of-two steps for each channel: those that read a concatenation (skip_split), "
-        "or whose channels' ranges differ much.",
+        description="Layers with a power-of-two step for each channel and trajectory step: those that read a "
+        "concatenation (with skip_split), or whose channels' ranges differ much.",
     )
     consensus: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.85, description="Share of the samples that must agree on a channel's power of two."
+        default=0.85,
+        description="Share of the samples that must agree on a channel's power of two; else, and where the error of "
+        "all samples would not fall, it has the step of the measured range.",
     )
     least_spread: Positive = Field(
-        default=0.5, description="For variance: least standard deviation of channels' ranges, over their mean."
+        default=0.5, description="For variance: least standard deviation of the channels' ranges, over their mean."
     )
     held_out: Share = Field(
         default=0.0,
-        description="Share of the calibration seeds that scales are learned without, so that ranges, measured on all, "
-        "have room for what is new.",
+        description="Share of the calibration seeds that learned scales do not see, so that ranges, measured on all, "
+        "have room for what is new; at 8 bits, clipping costs more than scales gain without it.",
     )
 
     def idle_fields(self) -> set[str]:

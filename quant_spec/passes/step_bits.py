@@ -17,19 +17,22 @@ class StepBitsChoice(Record):
 
     method: StepBitsMethod = Field(
         default=StepBitsMethod.JOINT,
-        description="By the error of the final samples (joint counts that errors of steps add up, effect does not), by "
-        "the signal-to-noise ratio of the prediction (PTQD), or simply in order.",
+        description="By the error of the final samples when each step alone is quantized (joint counts that errors of "
+        "different steps add up, effect does not); by the prediction's signal-to-noise ratio (snr, PTQD's rule); or "
+        "least bits at the noisiest steps, or at the others.",
     )
     target_mean: Annotated[float, Field(ge=2, le=8)] = Field(
         default=6.0, description="Mean bits over the steps, at most."
     )
     threshold: Positive | None = Field(
         default=None,
-        description="For snr, in place of target_mean: least ratio of the prediction's SNR to the noise schedule's.",
+        description="For snr, in place of target_mean: a step takes the least bits whose prediction has so many times "
+        "the signal-to-noise ratio (of powers) of the noise schedule.",
     )
     least_last: Bits | None = Field(
         default=None,
-        description="For joint and effect: least bits of the last step, whose error nothing smooths; null is any.",
+        description="For joint and effect: least bits of the last step, whose error is small but goes into the image "
+        "unsmoothed; null is any.",
     )
 
     def idle_fields(self) -> set[str]:
@@ -42,9 +45,9 @@ class StepBitsChoice(Record):
 class StepBits(StepBitsChoice):
     """Activation bits chosen for each trajectory step, in place of one number for all."""
 
-    choices: list[Bits] = Field(default=[4, 6, 8], min_length=2)
+    choices: list[Bits] = Field(default=[4, 6, 8], min_length=2, description="Bits to choose from.")
     seeds: Count = Field(default=16, description="Seeds that effects are measured on.")
-    first_seed: Seed = 3_000_000
+    first_seed: Seed = Field(default=3_000_000, description="First of their seeds.")
     shard_seeds: Count = Field(default=8, description="Seeds per task.")
 
     @model_validator(mode="after")

@@ -25,17 +25,35 @@ class TemporalFit(Record):
         default=TemporalRounding.RECONSTRUCT,
         description="Rounding of its weights; reconstruct learns it for the features alone.",
     )
-    cache: bool = Field(default=False, description="Look features up in tables instead of computing them.")
-    cache_ratio: Positive = Field(
-        default=2.0, description="Bytes that tables may take, per byte of the layers that they replace."
+    cache: bool = Field(
+        default=False,
+        description="Look features up in tables (a row for each step and label); layers that are then not needed are "
+        "not stored.",
     )
-    damping: NotNegative = Field(default=0.001, description="Share of the mean diagonal added to the Hessian.")
-    iterations: Count = 300
-    lr: Positive = 2e-2
-    trust: Share = Field(default=0.9, description="As in reconstruct; closed form over the whole finite set is close.")
-    rounding_weight: NotNegative = 100.0
-    warmup: Share = 0.0
-    beta: tuple[Positive, Positive] = (4.0, 2.0)
+    cache_ratio: Positive = Field(
+        default=2.0,
+        description="Bytes that tables may take, per byte of the layers that they replace: 16 bits if that fits, else "
+        "8, else only what depends on the timestep alone, else none.",
+    )
+    damping: NotNegative = Field(
+        default=0.001,
+        description="For closed_form and the start of reconstruct: share of the mean diagonal added to the Hessian.",
+    )
+    iterations: Count = Field(default=300, description="Iterations of Adam, in full batches.")
+    lr: Positive = Field(default=2e-2, description="Rate of Adam at the start.")
+    trust: Share = Field(
+        default=0.9,
+        description="How far the start leans to the closed form's codes; over the whole finite set these are close.",
+    )
+    rounding_weight: NotNegative = Field(
+        default=100.0, description="Weight of the rounding regulariser, against a loss of 1 at the start."
+    )
+    warmup: Share = Field(default=0.0, description="Share of the iterations without the rounding regulariser.")
+    beta: tuple[Positive, Positive] = Field(default=(4.0, 2.0), description="Sharpness of the regulariser: start, end.")
+
+    def idle_fields(self) -> set[str]:
+        """Return the fields that cannot matter; nearest codes need no Hessian."""
+        return super().idle_fields() | ({"damping"} if self.method is TemporalRounding.NEAREST else set())
 
 
 class Temporal(TemporalFit):

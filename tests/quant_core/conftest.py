@@ -15,9 +15,7 @@ from kernels.affine import quantize_affine
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories
 from quant_core.diffusion.conditioning import TEXT_TOKENS, conditioning_fields
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
-from quant_core.diffusion.sampler import SamplerSpec
 from quant_core.fit.rounding import UnitRanges
-from quant_core.fit.unit_state import UnitFormats
 from quant_core.inspect.inspection import trace_model
 from quant_core.inspect.units import find_units
 from quant_core.nn.activation import ActivationQuantizer
@@ -25,8 +23,9 @@ from quant_core.nn.layers import QUANTIZABLE, weight_matrix
 from quant_core.nn.model import build_quantized
 from quant_core.nn.ranges import QParams, qparams_from_range
 from quant_spec.enums import ActivationMode
-from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, ModelFormat, UnitFormat, WeightSpec
 from quant_spec.ranges import RangeSpec
+from quant_spec.sampler import Sampler
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 EMOJI32 = MODELS / "emoji32"
@@ -200,20 +199,20 @@ def emoji32() -> Path:
 
 
 @pytest.fixture(scope="session")
-def quantize_model() -> Callable[..., QuantizationPlan]:
+def quantize_model() -> Callable[..., ModelFormat]:
     """Return what packs every Conv and Linear of a model in place: min-max weights, made-up input ranges."""
 
-    def quantize(model: nn.Module, mode: ActivationMode = ActivationMode.PER_STEP, **weight: Any) -> QuantizationPlan:
+    def quantize(model: nn.Module, mode: ActivationMode = ActivationMode.PER_STEP, **weight: Any) -> ModelFormat:
         weight_spec = WeightSpec(**{"bits": 4} | weight)
         weights = {n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, QUANTIZABLE)}
         split = {n: (8, w.shape[1] - 8) for n, w in weights.items() if "up_blocks" in n and n.endswith("conv1")}
         activation = ActivationSpec(8, mode=mode)
-        plan = QuantizationPlan(
+        model_format = ModelFormat(
             layers={n: LayerSpec(weight_spec, activation, split.get(n)) for n in weights},
             attentions={n: AttentionSpec(activation) for n, m in model.named_modules() if hasattr(m, "to_q")},
             timesteps=(900, 500, 100) if mode is ActivationMode.PER_STEP else (),
         )
-        parts = build_quantized(model, plan)
+        parts = build_quantized(model, model_format)
         for name, layer in parts.layers.items():
             matrix, groups = weight_matrix(weights[name]), layer.group_index
             columns = [matrix[:, groups == g] for g in range(int(groups.max()) + 1)]
@@ -227,7 +226,7 @@ def quantize_model() -> Callable[..., QuantizationPlan]:
             if isinstance(module, ActivationQuantizer) and not module.spec.is_dynamic:
                 steps = len(module.scale)
                 module.set_qparams(QParams(torch.linspace(0.02, 0.05, steps), torch.linspace(100, 140, steps).round()))
-        return plan
+        return model_format
 
     return quantize
 
@@ -244,7 +243,7 @@ def calibrated(
         denoiser = _denoiser(family, tiny_model, folder)
         if (family, seeds) not in shards:
             scale = 0.001 if family == "flux" else 1.0
-            spec = RecordSpec(SamplerSpec(num_inference_steps=3, timestep_scale=scale), batch_size=seeds)
+            spec = RecordSpec(Sampler(num_inference_steps=3, timestep_scale=scale), batch_size=seeds)
             record_trajectories(denoiser, range(seeds), spec, folder / "shard")
             shards[family, seeds] = folder / "shard"
         return denoiser, CalibrationSet([shards[family, seeds]])
@@ -273,17 +272,17 @@ def _denoiser(family: str, tiny_model: Callable[[str], nn.Module], folder: Path)
 
 
 @pytest.fixture(scope="session")
-def plan_units() -> Callable[..., list[tuple[UnitFormats, UnitRanges]]]:
+def unit_formats() -> Callable[..., list[tuple[UnitFormat, UnitRanges]]]:
     """Return what chooses formats and ranges of every unit of a denoiser, in the order in which they run."""
 
-    def plan(
+    def choose(
         denoiser: Denoiser,
         bits: int = 4,
         activation: ActivationSpec | None = ActivationSpec(8),  # noqa: B008 - frozen
         weight_range: str = "minmax",
         activation_range: str = "minmax",
         **weight: Any,
-    ) -> list[tuple[UnitFormats, UnitRanges]]:
+    ) -> list[tuple[UnitFormat, UnitRanges]]:
         trace = trace_model(denoiser)
         units = []
         for unit in find_units(denoiser.model, trace).units:
@@ -293,7 +292,7 @@ def plan_units() -> Callable[..., list[tuple[UnitFormats, UnitRanges]]]:
                 {name: RangeSpec(weight_range) for name in layers},
                 {name: RangeSpec(activation_range) for name in (*layers, *attentions)} if activation else {},
             )
-            units.append((UnitFormats(unit.name, layers, attentions), ranges))
+            units.append((UnitFormat(unit.name, layers, attentions), ranges))
         return units
 
-    return plan
+    return choose

@@ -7,11 +7,19 @@ import pytest
 
 from quant_spec.enums import ActivationMode, Granularity, UnknownTimestep
 from quant_spec.errors import QuantizationError
-from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import (
+    ActivationSpec,
+    AttentionSpec,
+    FeatureSpec,
+    LayerSpec,
+    ModelFormat,
+    UnitFormat,
+    WeightSpec,
+)
 
 
-def test_a_plan_survives_json() -> None:
-    plan = QuantizationPlan(
+def test_a_model_format_survives_json() -> None:
+    model_format = ModelFormat(
         layers={
             "a": LayerSpec(WeightSpec(4, True, Granularity.PER_GROUP, 8), ActivationSpec(6), (3, 5)),
             "b": LayerSpec(WeightSpec(3, granularity=Granularity.PER_TENSOR)),
@@ -20,7 +28,16 @@ def test_a_plan_survives_json() -> None:
         timesteps=(900.0, 0.25),
         unknown_timestep=UnknownTimestep.NEAREST,
     )
-    assert QuantizationPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert ModelFormat.from_json(json.loads(json.dumps(model_format.to_json()))) == model_format
+
+
+def test_a_unit_format_survives_json_and_says_nothing_of_features_without_them() -> None:
+    layers = {"a": LayerSpec(WeightSpec(4), ActivationSpec(8))}
+    plain = UnitFormat("block", layers, {"b": AttentionSpec(ActivationSpec(8))})
+    assert plain.to_json().keys() == {"unit", "layers", "attentions"}
+    cached = UnitFormat("@temporal", layers, {}, {"c": FeatureSpec(8, 5)}, ("d",))
+    for unit in (plain, cached):
+        assert UnitFormat.from_json(json.loads(json.dumps(unit.to_json()))) == unit
 
 
 @pytest.mark.parametrize("bits", [0, 1, 7, 16])

@@ -1,6 +1,7 @@
-"""What a task body is given, and what it returns.
+"""Where a task body runs, and what it returns.
 
-A body is `def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput`.
+A body is `def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput`, with the records of its
+kind from `quant_spec.tasks`; an input is the digest of the bytes read.
 """
 
 from __future__ import annotations
@@ -11,11 +12,6 @@ from typing import Any
 
 from workers.execution.notes import TaskNotes
 from workers.storage.store import NodeStore
-
-#: A task's parameters: JSON.
-Params = dict[str, Any]
-#: A task's inputs: name to the digests of the bytes read, in order.
-Inputs = dict[str, list[str]]
 
 
 @dataclass(frozen=True, slots=True)

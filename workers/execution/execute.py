@@ -13,10 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from quant_spec.errors import InvalidInputError
 from quant_spec.keys import task_key
 from quant_spec.kinds import KINDS
+from quant_spec.task import TaskInputs, TaskKind, TaskParams
 from workers.errors import TaskError
-from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from workers.execution.context import TaskContext, TaskOutput
 from workers.execution.notes import TaskNotes
 from workers.storage.locks import own_folder
 from workers.storage.store import CACHE_LIMIT_BYTES, NodeStore, open_cached
@@ -26,14 +28,15 @@ from workers.storage.store import CACHE_LIMIT_BYTES, NodeStore, open_cached
 class TaskCall:
     """Everything that a worker needs to run a task; JSON.
 
-    `store_url` is as for `workers.storage.store.open_store`; `cache_dir` is the node's cache of at most `cache_bytes`,
-    and scratch folders lie in it too. `device` is torch's name of what to compute on. `cpus`, `gpus` and `memory_bytes`
-    are what the task occupies; `threads` is how many it may use.
+    `params` and `inputs` (name to digests, in order) are as the kind's records write them. `store_url` is as for
+    `workers.storage.store.open_store`; `cache_dir` is the node's cache of at most `cache_bytes`, and scratch folders
+    lie in it too. `device` is torch's name of what to compute on. `cpus`, `gpus` and `memory_bytes` are what the task
+    occupies; `threads` is how many it may use.
     """
 
     kind: str
-    params: Params
-    inputs: Inputs
+    params: dict[str, Any]
+    inputs: dict[str, list[str]]
     store_url: str
     cache_dir: str
     cache_bytes: int = CACHE_LIMIT_BYTES
@@ -61,34 +64,53 @@ def execute_call(call: TaskCall) -> TaskOutput:
     Raises
     ------
     TaskError
-        If the kind is unknown, its body returned something else, or this worker's code has another version of the
-        kind: its result must not be filed under that name.
+        If the kind is unknown, this worker's code has another version of it (its result must not be filed under that
+        name), parameters or inputs are not those that the kind has, or its body returned something else.
     Exception
         Whatever the body raises.
     """
-    kind = KINDS.get(call.kind)
-    if kind is not None and call.version not in (None, kind.version):
-        raise TaskError(f"task {call.kind}: got version {call.version}, wanted {kind.version}, which this code has")
-    body = _body(call.kind)
+    kind = _kind(call)
+    params, inputs = _records(kind, call)
+    body = load_body(kind)
     _set_threads(call.threads)
     with _store(call) as store, own_folder(Path(call.cache_dir) / "scratch") as scratch:
         started = time.perf_counter()
-        notes = TaskNotes(store, task_key(call.kind, KINDS[call.kind].version, call.params, call.inputs))
-        output = body(call.params, call.inputs, TaskContext(store, call.device, scratch, call.threads, notes))
+        notes = TaskNotes(store, task_key(kind.name, kind.version, call.params, call.inputs))
+        output = body(params, inputs, TaskContext(store, call.device, scratch, call.threads, notes))
         seconds = time.perf_counter() - started
         notes.clear()
     _free_gpu()
     if not isinstance(output, TaskOutput):
-        raise TaskError(f"task {call.kind}: got {type(output).__name__} from its body, wanted TaskOutput")
+        raise TaskError(f"task {kind.name}: got {type(output).__name__} from its body, wanted TaskOutput")
+    try:
+        kind.check_outputs(list(output.outputs))
+    except InvalidInputError as error:
+        raise TaskError(str(error)) from error
     return TaskOutput(output.outputs, {**output.metrics, "seconds": seconds, "peak_rss_bytes": _peak_rss_bytes()})
 
 
-def _body(kind: str) -> Callable[[Params, Inputs, TaskContext], TaskOutput]:
-    """Import the body of a kind."""
-    if kind not in KINDS:
-        raise TaskError(f"task: got kind {kind!r}, wanted one of {', '.join(sorted(KINDS))}")
-    module, _, name = KINDS[kind].entry.partition(":")
-    body: Callable[[Params, Inputs, TaskContext], TaskOutput] = getattr(importlib.import_module(module), name)
+def _kind(call: TaskCall) -> TaskKind:
+    """Return what is called, in the version that this code has."""
+    if call.kind not in KINDS:
+        raise TaskError(f"task: got kind {call.kind!r}, wanted one of {', '.join(sorted(KINDS))}")
+    kind = KINDS[call.kind]
+    if call.version not in (None, kind.version):
+        raise TaskError(f"task {kind.name}: got version {call.version}, wanted {kind.version}, which this code has")
+    return kind
+
+
+def _records(kind: TaskKind, call: TaskCall) -> tuple[TaskParams, TaskInputs[str]]:
+    """Read parameters and inputs: whatever the kind does not have, or not under these parameters, is refused."""
+    try:
+        return kind.params.from_json(call.params), kind.inputs.from_json(call.inputs)
+    except InvalidInputError as error:
+        raise TaskError(f"task {kind.name}: {error}") from error
+
+
+def load_body(kind: TaskKind) -> Callable[[Any, Any, TaskContext], TaskOutput]:
+    """Import the body of a kind; it takes the kind's own parameters and inputs."""
+    module, _, name = kind.entry.partition(":")
+    body: Callable[[Any, Any, TaskContext], TaskOutput] = getattr(importlib.import_module(module), name)
     return body
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import ManifestError, NotFoundError, StoreError
-from workers.storage.blobs import check_digest, digest_of, disk_error
+from workers.storage.blobs import check_digest, disk_error
 from workers.storage.names import check_path, check_paths
 from workers.storage.store import NodeStore, Store
 
@@ -108,6 +108,11 @@ def read_manifest(store: Store, digest: str) -> dict[str, Any]:
     except ValueError as error:
         raise ManifestError(f"{where}: got bytes that are not JSON, wanted a manifest") from error
     return _check(manifest, where)
+
+
+def read_files(store: Store, digest: str) -> dict[str, tuple[str, int]]:
+    """Return the files of a tree as `put_manifest` takes them: path to (digest, bytes); raises as `read_manifest`."""
+    return {path: (entry["sha256"], entry["bytes"]) for path, entry in read_manifest(store, digest)["files"].items()}
 
 
 def _check(manifest: Any, where: str) -> dict[str, Any]:
@@ -245,8 +250,3 @@ def _check_blob(store: Store, digest: str, folder: Path) -> int:
 def tree_bytes(manifest: Mapping[str, Any]) -> int:
     """Return the size of a tree's files in bytes, without the manifest itself."""
     return sum(int(entry["bytes"]) for entry in manifest["files"].values())
-
-
-def tree_digest(manifest: Mapping[str, Any]) -> str:
-    """Return the digest that names a tree with this manifest."""
-    return digest_of(manifest_bytes(manifest))

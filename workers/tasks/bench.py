@@ -1,22 +1,16 @@
 """Bench: a release and its original in float32, bfloat16 and compiled bfloat16, measured side by side in one process.
 
-params
-    sampler: as in a recipe; batches: batch sizes whose step is timed; seconds: how long each is timed at least
-    backend: as `load_quantized` takes it; compile: whether to measure the compiled original too
-inputs
-    artifact: the release's tree; model: the original's tree
-outputs
-    none: what it measures is of this machine at this moment, so it is never queued or recorded
-metrics
-    device, threads, dtype (what the release computes in between its layers), backend (what its choice comes to),
-    layers: backend to number of layers
-    release_figures, original_figures (float32), bf16_figures, bf16_compiled_figures (null if not measured), each with
+It has no outputs: what it measures is of this machine at this moment, so it is never queued or recorded. Metrics:
+
+device, threads, dtype (what the release computes in between its layers), backend (what its choice comes to)
+layers: backend to number of layers
+release_figures, original_figures (float32), bf16_figures, bf16_compiled_figures (null if not measured), each with
     step_ms: batch size (as text) to the median milliseconds of one denoiser call
     images_per_second: samples by the whole sampler, at the largest batch
     peak_memory_bytes: the most that loading and one call at the largest batch took; null of the compiled model, whose
     compiler runs in this process
     bytes: size of the release's weights file; of all weights in float32, in bfloat16
-    compile_error: why the compiled original was not measured though it was asked for; else null
+compile_error: why the compiled original was not measured though it was asked for; else null
 
 The float models have their images in channels-last order, which is the faster one. On a GPU the release computes in
 bfloat16 between its layers, on a CPU in float32.
@@ -41,8 +35,8 @@ from quant_core.artifact.folder import WEIGHTS_FILE
 from quant_core.diffusion.conditioning import to_device
 from quant_core.diffusion.denoiser import call_denoiser, load_denoiser, sample_shape
 from quant_core.diffusion.sampler import (
-    SamplerSpec,
     make_scheduler,
+    model_timestep,
     sample,
     start,
     token_count,
@@ -52,9 +46,11 @@ from quant_core.runtime.build import layer_runs
 from quant_core.runtime.loader import check_device, load_runtime
 from quant_core.runtime.memory import return_free_memory
 from quant_spec.enums import KernelBackend
-from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from quant_spec.sampler import Sampler
+from quant_spec.tasks.bench import Inputs, Params
+from workers.execution.context import TaskContext, TaskOutput
 from workers.storage.manifest import link_tree
-from workers.tasks.common import device_name
+from workers.tasks.device import device_name
 
 COMPILED = "bf16_compiled_figures"
 _LEAST_CALLS, _TURNS = 3, 2
@@ -65,29 +61,29 @@ class _Bench:
     """What both models are measured with."""
 
     device: torch.device
-    spec: SamplerSpec
+    sampler: Sampler
     scheduler_config: Mapping[str, Any] | None
     conditioning: Path | None
     batches: tuple[int, ...]
     seconds: float
 
 
-def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
+def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Measure the release and the original."""
     folders = {name: context.scratch / name for name in ("artifact", "model")}
-    for name, folder in folders.items():
-        link_tree(context.store, inputs[name][0], folder)
+    link_tree(context.store, inputs.artifact, folders["artifact"])
+    link_tree(context.store, inputs.model, folders["model"])
     device = check_device(context.device)
-    backend = resolve_backend(params["backend"], device)
+    backend = resolve_backend(params.backend, device)
     original = load_denoiser(folders["model"])
     weights = sum(parameter.numel() for parameter in original.model.parameters())
     bench = _Bench(
         device=device,
-        spec=SamplerSpec.from_json(params["sampler"]),
+        sampler=params.sampler,
         scheduler_config=original.scheduler_config,
         conditioning=original.conditioning,
-        batches=tuple(params["batches"]),
-        seconds=params["seconds"],
+        batches=params.batches,
+        seconds=params.seconds,
     )
     torch.set_num_threads(context.threads)
     del original
@@ -98,7 +94,7 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     peaks: dict[str, int | None] = {name: _peak_bytes(bench, load) for name, load in loaders.items()}
     models = {name: load() for name, load in loaders.items()}
     problem = None
-    if params["compile"]:
+    if params.compile:
         models[COMPILED], problem = _compiled(bench, loaders["bf16_figures"]())
         peaks[COMPILED] = None
     if problem is not None:
@@ -163,11 +159,11 @@ def _with_float32_ends(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
     """Return a call of the denoiser as the sampler makes it for a batch of seeds, in the middle of the trajectory."""
-    told = trajectory_conditioning(model, bench.spec, range(batch), bench.conditioning)
+    told = trajectory_conditioning(model, bench.sampler, range(batch), bench.conditioning)
     shape = sample_shape(model, token_count(told))
-    timesteps = start(make_scheduler(bench.spec, bench.scheduler_config), bench.spec, shape)
-    timestep = bench.spec.tell(timesteps[len(timesteps) // 2]).to(bench.device)
-    rows = batch * (2 if bench.spec.is_guided else 1)
+    timesteps = start(make_scheduler(bench.sampler, bench.scheduler_config), bench.sampler, shape)
+    timestep = model_timestep(timesteps[len(timesteps) // 2], bench.sampler).to(bench.device)
+    rows = batch * (2 if bench.sampler.is_guided else 1)
     x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(0)).to(bench.device)
     conditioning = to_device(told, bench.device)
 
@@ -212,13 +208,13 @@ def _step_ms(bench: _Bench, models: Mapping[str, nn.Module]) -> dict[str, dict[s
 def _images_per_second(bench: _Bench, models: Mapping[str, nn.Module]) -> dict[str, float]:
     """Draw one batch with the whole sampler, the models taking turns; the best of each counts."""
     seeds = range(max(bench.batches))
-    scheduler = make_scheduler(bench.spec, bench.scheduler_config)
+    scheduler = make_scheduler(bench.sampler, bench.scheduler_config)
     best = dict.fromkeys(models, 0.0)
     for _ in range(_TURNS):
         for name, model in models.items():
-            told = trajectory_conditioning(model, bench.spec, seeds, bench.conditioning)
+            told = trajectory_conditioning(model, bench.sampler, seeds, bench.conditioning)
             started = time.perf_counter()
-            sample(model, scheduler, bench.spec, seeds, told, batch_size=len(seeds))
+            sample(model, scheduler, bench.sampler, seeds, told, batch_size=len(seeds))
             best[name] = max(best[name], len(seeds) / (time.perf_counter() - started))
     return best
 

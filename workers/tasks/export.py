@@ -1,17 +1,8 @@
 """Export: the weights that a release's codes stand for, as a plain float16 model that any diffusers loads.
 
-params
-    none
-inputs
-    artifact: the release's tree
-outputs
-    model: a tree like the release's, with float16 weights and without quantization: config.json, safetensors and the
-    scheduler
-metrics
-    none
-
-Activations are not quantized in it, so its samples are not those that the release was measured by, and the release's
-card does not describe it.
+The model is a tree like the release's, with float16 weights and without quantization: config.json, safetensors and the
+scheduler. Activations are not quantized in it, so its samples are not those that the release was measured by, and the
+release's card does not describe it.
 """
 
 from __future__ import annotations
@@ -24,14 +15,15 @@ from torch import Tensor
 from quant_core.artifact.dequantize import dequantized_state
 from quant_core.artifact.folder import CONFIG_FILE, SCHEDULER_FILE, WEIGHTS_FILE
 from quant_core.runtime.loader import load_folder
-from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from quant_spec.tasks.export import MODEL, Inputs, Params
+from workers.execution.context import TaskContext, TaskOutput
 from workers.storage.manifest import link_tree, put_tree
 
 
-def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
+def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Write the dequantized model."""
     packed, plain = context.scratch / "packed", context.scratch / "plain"
-    link_tree(context.store, inputs["artifact"][0], packed)
+    link_tree(context.store, inputs.artifact, packed)
     plain.mkdir()
     config = json.loads((packed / CONFIG_FILE).read_text(encoding="utf-8"))
     del config["quantization_config"]
@@ -41,7 +33,7 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     if (packed / SCHEDULER_FILE).is_file():
         (plain / SCHEDULER_FILE).parent.mkdir()
         (plain / SCHEDULER_FILE).write_bytes((packed / SCHEDULER_FILE).read_bytes())
-    return TaskOutput({"model": put_tree(context.store, plain)})
+    return TaskOutput({MODEL: put_tree(context.store, plain)})
 
 
 def _half(tensor: Tensor) -> Tensor:

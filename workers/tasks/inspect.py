@@ -1,21 +1,19 @@
-"""Inspect: what the planner must know of a model.
+"""Inspect: what the planner must know of a model, as JSON; see `quant_core.inspect.inspection`.
 
-inputs
-    model: tree
-outputs
-    inspection: JSON, see `quant_core.inspect.inspection`
-metrics
-    inspection: the same
+Metrics: `inspection`, the same.
 """
 
 from __future__ import annotations
 
 from quant_core.inspect.inspection import inspect_model
-from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
-from workers.tasks.common import fetch_model, to_json
+from quant_spec.keys import canonical_json
+from quant_spec.tasks.inspect import INSPECTION, Inputs, Params
+from workers.execution.context import TaskContext, TaskOutput
+from workers.tasks.inputs import fetch_model
 
 
-def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
-    """Describe the model of the input `model`."""
-    inspection = inspect_model(fetch_model(inputs, context))
-    return TaskOutput({"inspection": context.store.put_bytes(to_json(inspection))}, {"inspection": inspection})
+def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
+    """Describe the model."""
+    inspection = inspect_model(fetch_model(inputs.model, context))
+    output = context.store.put_bytes(canonical_json(inspection).encode())
+    return TaskOutput({INSPECTION: output}, {"inspection": inspection})

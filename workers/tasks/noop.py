@@ -1,4 +1,4 @@
-"""`noop`: waits, and stores a blob that follows from its parameters and inputs; for benchmarks and recovery drills."""
+"""Noop: waits, and stores a blob that follows from its parameters and inputs; for benchmarks and recovery drills."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import hashlib
 import json
 import time
 
-from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from quant_spec.tasks.noop import BLOB, Inputs, Params
+from workers.execution.context import TaskContext, TaskOutput
 
 
-def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
-    """Wait `params["seconds"]` and store one blob, named `blob`.
-
-    Its bytes are the SHA-256 of `params["payload"]` and of every input's bytes, in the order of the inputs' names.
-    """
-    time.sleep(float(params.get("seconds", 0.0)))
-    digest = hashlib.sha256(json.dumps(params.get("payload"), sort_keys=True).encode())
-    for name in sorted(inputs):
-        for item in inputs[name]:
-            digest.update(context.store.get_bytes(item))
-    return TaskOutput({"blob": context.store.put_bytes(digest.digest())}, {"inputs": sum(map(len, inputs.values()))})
+def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
+    """Wait, and store one blob: the SHA-256 of the payload and of every input's bytes, in the order of their names."""
+    time.sleep(params.seconds)
+    digest = hashlib.sha256(json.dumps(params.payload, sort_keys=True).encode())
+    for _, sources in sorted(inputs.sources.items()):
+        for source in sources:
+            digest.update(context.store.get_bytes(source))
+    count = sum(map(len, inputs.sources.values()))
+    return TaskOutput({BLOB: context.store.put_bytes(digest.digest())}, {"inputs": count})

@@ -1,14 +1,6 @@
 """Pack: put the states of all units into one folder that diffusers loads.
 
-params
-    sampler: see `SamplerSpec`; units: names, in the order of `states`; unknown_timestep: what the model does at a
-    timestep that it was not calibrated for, "error" by default
-inputs
-    model: tree; states: one for each unit
-outputs
-    packed: tree
-metrics
-    bytes: of the packed weights file
+Metrics: `bytes` of the packed weights file.
 """
 
 from __future__ import annotations
@@ -16,27 +8,27 @@ from __future__ import annotations
 import json
 
 from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_artifact
-from quant_core.diffusion.sampler import SamplerSpec, make_scheduler
-from quant_core.fit.unit_state import UnitState, load_states, merge_plans
+from quant_core.diffusion.sampler import make_scheduler
+from quant_core.fit.unit_state import load_states, merge_formats
 from quant_core.nn.model import build_quantized
-from quant_spec.enums import UnknownTimestep
-from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
+from quant_spec.tasks.pack import PACKED, Inputs, Params
+from workers.execution.context import TaskContext, TaskOutput
 from workers.storage.manifest import put_tree
-from workers.tasks.common import fetch_model
+from workers.tasks.inputs import fetch_model, read_states
 
 
-def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
+def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Pack one model."""
-    denoiser = fetch_model(inputs, context)
-    states = [UnitState.from_bytes(context.store.get_bytes(digest)) for digest in inputs["states"]]
-    plan = merge_plans(states, UnknownTimestep(params.get("unknown_timestep", "error")))
-    build_quantized(denoiser.model, plan)
+    denoiser = fetch_model(inputs.model, context)
+    states = read_states(inputs.states, context)
+    formats = merge_formats(states, params.unknown_timestep)
+    build_quantized(denoiser.model, formats)
     load_states(denoiser.model, states)
-    scheduler = make_scheduler(SamplerSpec.from_json(params["sampler"]), denoiser.scheduler_config)
+    scheduler = make_scheduler(params.sampler, denoiser.scheduler_config)
     folder = context.scratch / "packed"
-    write_artifact(denoiser.model, denoiser.config, quantization_config(plan), _scheduler_config(scheduler), folder)
+    write_artifact(denoiser.model, denoiser.config, quantization_config(formats), _scheduler_config(scheduler), folder)
     size = (folder / WEIGHTS_FILE).stat().st_size
-    return TaskOutput({"packed": put_tree(context.store, folder)}, {"bytes": size})
+    return TaskOutput({PACKED: put_tree(context.store, folder)}, {"bytes": size})
 
 
 def _scheduler_config(scheduler: object) -> dict[str, object]:

@@ -1,16 +1,8 @@
 """Score: the figures of a packed model over all its evaluation shards, and pictures to look at.
 
-params
-    sampler, seeds {"first", "count"}, sqnr_seeds: the protocol, repeated in the figures; extractor:
-    "efficientnet-lite0" or "inception-v3"; grid: how many seeds are shown
-inputs
-    packed, model: trees; references, evaluations: shards, in the order of their seeds; extractor_weights: one file, for
-    inception-v3
-outputs
-    score: JSON, DESIGN's `metrics`; grid: PNG with rows full precision, quantized, difference x 4, a column per seed;
-    samples: safetensors with the same images, `reference` and `quantized` (k, 3, H, W) float32 in [-1, 1]
-metrics
-    metrics: as in `score`
+The score is JSON, a release's metrics; the grid a PNG with rows full precision, quantized, difference x 4, a column per
+seed; the samples safetensors with the same images, `reference` and `quantized` (k, 3, H, W) float32 in [-1, 1].
+Metrics: `metrics`, as in the score.
 """
 
 from __future__ import annotations
@@ -29,50 +21,57 @@ from quant_core.metrics.cost import model_cost
 from quant_core.metrics.evaluation import Quality, summarize
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, inception_v3
 from quant_core.metrics.images import difference, grid
+from quant_spec.enums import Extractor
+from quant_spec.keys import canonical_json
+from quant_spec.tasks.score import GRID, SAMPLES, SCORE, Inputs, Params
 from workers.errors import TaskError
-from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
-from workers.storage.manifest import read_manifest
-from workers.tasks.common import fetch_model, local_files, only, to_json
+from workers.execution.context import TaskContext, TaskOutput
+from workers.storage.manifest import read_files
+from workers.tasks.inputs import fetch_model, local_files
 
 _GRID_PIXELS = 64  # smaller samples are enlarged to about this
 
 
-def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
+def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Sum up a release's quality and cost."""
-    references, evaluations = inputs["references"], inputs["evaluations"]
+    references, evaluations = inputs.references, inputs.evaluations
     if not references or len(references) != len(evaluations):
         raise TaskError(f"shards: got {len(references)} references, {len(evaluations)} evaluations, wanted pairs")
     quality = summarize(
         local_files(references, context),
         local_files(evaluations, context),
-        _extractor(params["extractor"], inputs, context),
-        params["grid"],
+        _extractor(params.extractor, inputs.extractor_weights, context),
+        params.grid,
     )
-    protocol = {name: params[name] for name in ("sampler", "seeds", "sqnr_seeds")}
+    protocol = {
+        "sampler": params.sampler.to_json(),
+        "seeds": params.seeds.to_json(),
+        "sqnr_seeds": params.sqnr_seeds,
+    }
     metrics = quality.metrics | _costs(inputs, context) | protocol
     images = {"reference": quality.reference_rgb.contiguous(), "quantized": quality.quantized_rgb.contiguous()}
     outputs = {
-        "score": context.store.put_bytes(to_json(metrics)),
-        "grid": context.store.put_bytes(_grid_png(quality)),
-        "samples": context.store.put_bytes(save(images)),
+        SCORE: context.store.put_bytes(canonical_json(metrics).encode()),
+        GRID: context.store.put_bytes(_grid_png(quality)),
+        SAMPLES: context.store.put_bytes(save(images)),
     }
     return TaskOutput(outputs, {"metrics": metrics})
 
 
-def _extractor(name: str, inputs: Inputs, context: TaskContext) -> ResizedFeatures:
+def _extractor(extractor: Extractor, weights: str | None, context: TaskContext) -> ResizedFeatures:
     """Build the feature extractor that the recipe names."""
-    if name == "efficientnet-lite0":
+    if extractor is Extractor.EFFICIENTNET_LITE0:
         return efficientnet_lite0()
-    if name == "inception-v3":
-        return inception_v3(local_files([only(inputs, "extractor_weights")], context)[0])
-    raise TaskError(f"extractor: got {name!r}, wanted efficientnet-lite0 or inception-v3")
+    if weights is None:
+        raise TaskError(f"input extractor_weights: got none with {extractor}, wanted its file of weights")
+    return inception_v3(context.store.local_path(weights))
 
 
-def _costs(inputs: Inputs, context: TaskContext) -> dict[str, Any]:
+def _costs(inputs: Inputs[str], context: TaskContext) -> dict[str, Any]:
     """Return bits, bit operations and bytes of the packed model."""
-    files = read_manifest(context.store, only(inputs, "packed"))["files"]
-    config = json.loads(context.store.get_bytes(files[CONFIG_FILE]["sha256"]))
-    inspection = inspect_model(fetch_model(inputs, context))
+    files = read_files(context.store, inputs.packed)
+    config = json.loads(context.store.get_bytes(files[CONFIG_FILE][0]))
+    inspection = inspect_model(fetch_model(inputs.model, context))
     cost = model_cost(inspection, parse_quantization_config(config["quantization_config"]))
     per_step = {"bops_per_step": list(cost.bops_per_step)} if cost.bops_per_step else {}
     return {
@@ -81,7 +80,7 @@ def _costs(inputs: Inputs, context: TaskContext) -> dict[str, Any]:
         "act_bits_mean": round(cost.act_bits_mean, 6),
         "bops": cost.bops,
         "bops_fp32": cost.bops_fp32,
-        "bytes": sum(entry["bytes"] for path, entry in files.items() if path.endswith(".safetensors")),
+        "bytes": sum(size for path, (_, size) in files.items() if path.endswith(".safetensors")),
         "bytes_fp16": 2 * inspection["parameters"],
     }
 

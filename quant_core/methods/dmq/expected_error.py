@@ -1,6 +1,7 @@
 """The error that quantization is expected to leave at a layer's output, as a function of its input channels' scales.
 
-Channel k of the input is divided by tau_k, its weight multiplied. At trajectory step t, output channels added up:
+Channel k of the input is divided by tau_k, in code its `channel_scale`, and its weight multiplied. At trajectory step
+t, output channels added up:
 
     L_t(tau) = sum_k  s_t(tau)^2 / 12  tau_k^2 |W_k|^2   +   sum_jk  s_jk(tau)^2 / 12  d_k / tau_k^2  r_tk
 
@@ -118,15 +119,19 @@ def _steps(low: Tensor, high: Tensor, bits: int | Tensor, *, symmetric: bool) ->
     return torch.maximum(-low, high) / (levels // 2) if symmetric else (high - low) / levels
 
 
-def activation_noise(problem: LayerProblem, tau: Tensor) -> Tensor:
+def activation_noise(problem: LayerProblem, channel_scale: Tensor) -> Tensor:
     """Return the expected error power that rounding the activation leaves at the output, shape (S,)."""
     spec = problem.spec.activation
     assert spec is not None
     bits = torch.tensor(spec.step_bits) if spec.step_bits else spec.bits
-    weighed = tau.square() * problem.weight.square().sum(0).reshape(problem.taps, -1).sum(0)
+    weighed = channel_scale.square() * problem.weight.square().sum(0).reshape(problem.taps, -1).sum(0)
     total = torch.zeros(len(problem.low))
     sizes = problem.spec.split or (problem.channels,)
-    parts = ((problem.low / tau).split(sizes, 1), (problem.high / tau).split(sizes, 1), weighed.split(sizes))
+    parts = (
+        (problem.low / channel_scale).split(sizes, 1),
+        (problem.high / channel_scale).split(sizes, 1),
+        weighed.split(sizes),
+    )
     for lows, highs, power in zip(*parts, strict=True):
         low, high = lows.amin(1), highs.amax(1)
         if spec.mode is ActivationMode.STATIC:
@@ -135,10 +140,10 @@ def activation_noise(problem: LayerProblem, tau: Tensor) -> Tensor:
     return total
 
 
-def weight_noise(problem: LayerProblem, tau: Tensor) -> Tensor:
+def weight_noise(problem: LayerProblem, channel_scale: Tensor) -> Tensor:
     """Return the expected error power that rounding the weight leaves at the output, shape (S,)."""
     spec = problem.spec.weight
-    columns = tau.repeat(problem.taps)
+    columns = channel_scale.repeat(problem.taps)
     steps = _grid_steps(problem.weight * columns, problem.groups, spec.bits, spec.granularity, symmetric=spec.symmetric)
     power = (steps * problem.shrink).square().expand(len(problem.weight), -1).sum(0) / 12  # (G,)
     spread = power.new_zeros(len(columns) + 1).index_add(
@@ -149,6 +154,6 @@ def weight_noise(problem: LayerProblem, tau: Tensor) -> Tensor:
     return share @ by_channel
 
 
-def output_noise(problem: LayerProblem, tau: Tensor) -> Tensor:
+def output_noise(problem: LayerProblem, channel_scale: Tensor) -> Tensor:
     """Return L_t, shape (S,)."""
-    return activation_noise(problem, tau) + weight_noise(problem, tau)
+    return activation_noise(problem, channel_scale) + weight_noise(problem, channel_scale)

@@ -1,5 +1,6 @@
-"""MPQ-DM: bits per output channel by outliers (Feng et al., arXiv:2412.11549; its distillation is
-`quant_core.methods.mpqdm.distillation`).
+"""MPQ-DM: bits of each output channel by its outliers.
+
+Feng et al., arXiv:2412.11549; its distillation is `quant_core.methods.mpqdm.distillation`.
 
 Outlier-driven mixed quantization (OMQ): output channels whose weights have heavy tails get one bit more, as many with
 light tails one bit less. Where we differ from the authors' code (mpq-dm@2b05dd7), and why:
@@ -27,58 +28,12 @@ import torch
 from torch import Tensor
 
 from quant_core.fit.knapsack import Choice, choose
+from quant_core.methods.mpqdm.layer_errors import LayerErrors
 from quant_spec.enums import AllocationMethod
-from quant_spec.errors import QuantizationError
+from quant_spec.passes.allocate import AllocateChoice
 
 #: In one layer m is swept in tenths of the output channels, up to half of them.
 TENTHS = 5
-
-
-@dataclass(frozen=True, slots=True)
-class AllocationConfig:
-    """How to choose; `extra`: bits per weight above N, in each layer as channels that are promoted alone."""
-
-    method: AllocationMethod = AllocationMethod.KURTOSIS
-    extra: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "method", AllocationMethod(self.method))
-        if not 0 <= self.extra <= 0.5:
-            raise QuantizationError(f"extra: got {self.extra:g}, wanted 0 to 0.5 of the channels")
-
-
-@dataclass(frozen=True, slots=True)
-class LayerErrors:
-    """What is known of one layer.
-
-    Attributes
-    ----------
-    bits : int
-        N.
-    columns : int
-        Weights of each output channel.
-    kurtosis : Tensor, shape (C_out,), dtype float64
-    errors : Tensor, shape (C_out, 3), dtype float64
-        Mean squared error of each channel's output at N - 1, N and N + 1 bits.
-    effect : float
-        Error power at the model's prediction per error power at this layer's output.
-    """
-
-    bits: int
-    columns: int
-    kurtosis: Tensor
-    errors: Tensor
-    effect: float
-
-    @property
-    def channels(self) -> int:
-        """Number of output channels."""
-        return len(self.kurtosis)
-
-    @property
-    def step(self) -> int:
-        """Channels that candidates differ by."""
-        return max(1, self.channels // 10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,19 +42,6 @@ class Split:
 
     promoted: int
     demoted: int
-
-
-def kurtosis(matrix: Tensor) -> Tensor:
-    """Return the kurtosis of each row, mean((w - mu)^4) / sigma^4 with the unbiased sigma, shape (C_out,), float64.
-
-    0 where all values are the same.
-    """
-    rows = matrix.double()
-    if rows.shape[1] < 2:
-        return torch.zeros(len(rows), dtype=torch.float64)
-    sigma = rows.std(dim=1, keepdim=True)
-    standard = (rows - rows.mean(dim=1, keepdim=True)) / torch.where(sigma > 0, sigma, 1.0)
-    return standard.pow(4).mean(dim=1)
 
 
 def channel_bits(layer: LayerErrors, split: Split) -> Tensor:
@@ -118,19 +60,19 @@ def output_error(layer: LayerErrors, split: Split) -> float:
     return float(layer.errors.gather(1, place[:, None]).sum())
 
 
-def extra_channels(layer: LayerErrors, config: AllocationConfig) -> int:
+def extra_channels(layer: LayerErrors, config: AllocateChoice) -> int:
     """Return how many channels of one layer are promoted without another being demoted: at most `extra` of them."""
     return int(config.extra * layer.channels)
 
 
-def choose_in_layer(layer: LayerErrors, config: AllocationConfig) -> Split:
+def choose_in_layer(layer: LayerErrors, config: AllocateChoice) -> Split:
     """Return the split with the least output error among m = 0, 10 %, ... 50 % of the channels up and as many down."""
     extra = extra_channels(layer, config)
     sweep = range(0, min(TENTHS * layer.step, (layer.channels - extra) // 2) + 1, layer.step)
     return min((Split(m + extra, m) for m in sweep), key=lambda split: output_error(layer, split))
 
 
-def choose_over_layers(layers: Sequence[LayerErrors], config: AllocationConfig) -> list[Split]:
+def choose_over_layers(layers: Sequence[LayerErrors], config: AllocateChoice) -> list[Split]:
     """Return the split of each layer with the least error power at the prediction.
 
     All layers together have the bits that they would have at N, and `extra` more per weight: what the knapsack's splits
@@ -190,7 +132,7 @@ def _options(layer: LayerErrors) -> list[tuple[Split, float]]:
     return [best[shift] for shift in sorted(best)]
 
 
-def allocate(layers: Mapping[str, LayerErrors], config: AllocationConfig) -> dict[str, Tensor]:
+def allocate(layers: Mapping[str, LayerErrors], config: AllocateChoice) -> dict[str, Tensor]:
     """Return the bits of each output channel of each layer, shape (C_out,), dtype uint8."""
     if config.method is AllocationMethod.GLOBAL:
         splits = choose_over_layers(list(layers.values()), config)

@@ -1,73 +1,40 @@
-"""What the bits of each output channel do: to the layer's output, and a layer's error to the model's prediction."""
+"""Measure the error that each output channel makes at three widths, and what a layer's error does to the prediction."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import product
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from kernels.affine import fake_quantize_affine
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.conditioning import seed_stream
-from quant_core.fit.channel_factors import ChannelFactors
+from quant_core.fit.channel_scaling import ChannelScaling
 from quant_core.fit.hessian import input_rows
 from quant_core.fit.observe import Observation, Watched, observe, stop_after
 from quant_core.fit.rounding import UnitRanges, nearest_codes, weight_grid
-from quant_core.fit.unit_state import UnitFormats
-from quant_core.methods.mpqdm.allocation import LayerErrors, kurtosis
+from quant_core.methods.mpqdm.layer_errors import LayerErrors, kurtosis
 from quant_core.nn.layers import greatest_code, weight_from_matrix, weight_groups, weight_matrix
 from quant_core.nn.ranges import QParams
 from quant_spec.enums import ActivationMode, RangeMethod
-from quant_spec.formats import SHIFT_DEPTH, LayerSpec
+from quant_spec.formats import SHIFT_DEPTH, LayerSpec, UnitFormat
+from quant_spec.tasks.channel_errors import Params
 
 #: Calibration rows of each step on which a layer's effect is measured: that takes a whole forward for each layer.
 EFFECT_SAMPLES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class MeasureConfig:
-    """How much to measure on: `samples` calibration rows of each step, `positions` output positions of each."""
-
-    samples: int = 8
-    positions: int = 16
-    batch_size: int = 32
-    seed: int = 0
-
-
-def to_bytes(layers: Mapping[str, LayerErrors]) -> bytes:
-    """Serialise the measurements of some layers."""
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        tensors[f"{name}:kurtosis"], tensors[f"{name}:errors"] = layer.kurtosis, layer.errors.contiguous()
-        numbers = [float(layer.bits), float(layer.columns), layer.effect]
-        tensors[f"{name}:numbers"] = torch.tensor(numbers, dtype=torch.float64)
-    return save(tensors)
-
-
-def from_bytes(data: bytes) -> dict[str, LayerErrors]:
-    """Read what `to_bytes` wrote, in alphabetical order of the layers."""
-    tensors = load(data)
-    layers = {}
-    for name in sorted({key.rpartition(":")[0] for key in tensors}):
-        bits, columns, effect = tensors[f"{name}:numbers"].tolist()
-        errors, tails = tensors[f"{name}:errors"], tensors[f"{name}:kurtosis"]
-        layers[name] = LayerErrors(int(bits), int(columns), tails, errors, effect)
-    return layers
 
 
 @torch.no_grad()
 def measure_units(
     model: nn.Module,
     calibration: CalibrationSet,
-    units: Sequence[tuple[UnitFormats, UnitRanges]],
+    units: Sequence[tuple[UnitFormat, UnitRanges]],
     names: Sequence[str],
-    config: MeasureConfig,
-    factors: ChannelFactors | None = None,
+    config: Params,
+    scaling: ChannelScaling | None = None,
 ) -> dict[str, LayerErrors]:
     """Measure the layers `names` of a group of units.
 
@@ -77,30 +44,30 @@ def measure_units(
     ----------
     model : nn.Module
         The full-precision denoiser; left as it is.
-    units : sequence of (UnitFormats, UnitRanges)
+    units : sequence of (UnitFormat, UnitRanges)
         Formats with uniform bits N.
-    factors : ChannelFactors, optional
-        Of layers whose input channels are scaled.
+    scaling : ChannelScaling, optional
+        How input channels are scaled and shifted, of the layers where they are.
     """
-    factors = ChannelFactors() if factors is None else factors
+    scaling = ChannelScaling() if scaling is None else scaling
     specs = {n: spec for formats, _ in units for n, spec in formats.layers.items() if n in names}
     specs = {n: spec for n, spec in specs.items() if getattr(model.get_submodule(n), "groups", 1) == 1}
     ranges = UnitRanges(
         {n: spec for _, own in units for n, spec in own.weights.items()},
         {n: spec for _, own in units for n, spec in own.activations.items()},
     )
-    seen = _input_ranges(model, calibration, specs, ranges, config, factors.scales)
-    watched = {n: _Watched(n, model.get_submodule(n), spec, ranges, seen, factors) for n, spec in specs.items()}
+    seen = _input_ranges(model, calibration, specs, ranges, config, scaling.scales)
+    watched = {n: _MeasuredLayer(n, model.get_submodule(n), spec, ranges, seen, scaling) for n, spec in specs.items()}
     noises = {n: seed_stream(config.seed, f"positions of {n}") for n in specs}
     with stop_after(model, [formats.unit for formats, _ in units]) as call:
         last = min(config.samples, calibration.samples)
-        for step, first in product(range(calibration.steps), range(0, last, config.batch_size)):
-            batch = calibration.rows(step, first, min(first + config.batch_size, last))
+        for step, first in product(range(calibration.steps), range(0, last, config.forward_batch_size)):
+            batch = calibration.rows(step, first, min(first + config.forward_batch_size, last))
             with _hooks(watched, step, config.positions, noises):
                 call(lambda batch=batch: replay(model, batch))  # type: ignore[misc]
     rows = torch.arange(min(config.samples, EFFECT_SAMPLES, calibration.samples))
     index = (torch.arange(calibration.steps)[:, None] * calibration.samples + rows).flatten()
-    batches = [calibration.gather(chunk) for chunk in index.split(config.batch_size)]
+    batches = [calibration.gather(chunk) for chunk in index.split(config.forward_batch_size)]
     wanted = [replay(model, batch) for batch in batches]
     found = {}
     for name, layer in watched.items():
@@ -116,7 +83,7 @@ def _input_ranges(
     calibration: CalibrationSet,
     specs: Mapping[str, LayerSpec],
     ranges: UnitRanges,
-    config: MeasureConfig,
+    config: Params,
     scales: Mapping[str, Tensor],
 ) -> Observation:
     """Measure the ranges of the layers' inputs."""
@@ -127,10 +94,10 @@ def _input_ranges(
     watched = Watched(
         static, attentions=(), moments=(), positions=None, samples=None, keep_values=draws, channel_scales=scales
     )
-    return observe(model, calibration, list(static), watched, batch_size=config.batch_size, seed=config.seed)
+    return observe(model, calibration, list(static), watched, batch_size=config.forward_batch_size, seed=config.seed)
 
 
-class _Watched:
+class _MeasuredLayer:
     """One layer: its weight at three widths, and the errors that they make, as rows of its input come by.
 
     Where channels are scaled, what is quantized is x / channel_scale and weight * channel_scale; both are kept in the
@@ -144,14 +111,14 @@ class _Watched:
         spec: LayerSpec,
         ranges: UnitRanges,
         seen: Observation,
-        factors: ChannelFactors,
+        scaling: ChannelScaling,
     ) -> None:
         self.layer, self.spec = layer, spec
-        self.channel_scale, self.channel_steps = factors.scales.get(name), _channel_steps(factors, name)
+        self.channel_scale, self.channel_steps = scaling.scales.get(name), _channel_steps(scaling, name)
         self.original = layer.get_parameter("weight").data
         self.weight = weight_matrix(self.original.float())
         taps = self.weight.shape[1] // self.original.shape[1]
-        self.channel = torch.ones(()) if self.channel_scale is None else self.channel_scale.repeat(taps)
+        self.column_scale = torch.ones(()) if self.channel_scale is None else self.channel_scale.repeat(taps)
         self.tables: list[QParams] = []
         if spec.activation is not None and not spec.activation.is_dynamic:
             parts = range(len(spec.split or (0,)))
@@ -166,10 +133,10 @@ class _Watched:
         """Return the weight matrix rounded to nearest at some bits."""
         groups = weight_groups(tuple(self.original.shape), self.spec).to(self.weight.device)
         width = torch.full((len(self.weight),), bits, dtype=torch.uint8)
-        scaled = self.weight * self.channel
+        scaled = self.weight * self.column_scale
         grid = weight_grid(scaled, self.spec, groups, ranges.weights[name], width)
         codes = nearest_codes(scaled, grid, width, groups).float()
-        return (codes - grid.zero_point[:, groups]) * grid.scale[:, groups] / self.channel
+        return (codes - grid.zero_point[:, groups]) * grid.scale[:, groups] / self.column_scale
 
     def quantize_input(self, x: Tensor, step: int) -> Tensor:
         """Return the input as the layer will get it; in full precision where ranges are taken at run time."""
@@ -211,13 +178,13 @@ class _Watched:
         own = max(self.weight_error / max(self.rows, 1), 1e-30)
         bits, columns = self.spec.weight.bits, self.weight.shape[1]
         return LayerErrors(
-            bits, columns, kurtosis(self.weight * self.channel), self.errors / max(self.rows, 1), power / own
+            bits, columns, kurtosis(self.weight * self.column_scale), self.errors / max(self.rows, 1), power / own
         )
 
 
-def _channel_steps(factors: ChannelFactors, name: str) -> Tensor | None:
+def _channel_steps(scaling: ChannelScaling, name: str) -> Tensor | None:
     """Return the step of each input channel in units of its tensor's, (S, C_in) or (1, C_in); None if all have that."""
-    scale, shift = factors.scales.get(name), factors.shifts.get(name)
+    scale, shift = scaling.scales.get(name), scaling.shifts.get(name)
     if scale is None and shift is None:
         return None
     steps = torch.ones(1, 1) if shift is None else torch.exp2(shift.float() - SHIFT_DEPTH)
@@ -226,7 +193,7 @@ def _channel_steps(factors: ChannelFactors, name: str) -> Tensor | None:
 
 @contextmanager
 def _hooks(
-    watched: Mapping[str, _Watched], step: int, positions: int, noises: Mapping[str, torch.Generator]
+    watched: Mapping[str, _MeasuredLayer], step: int, positions: int, noises: Mapping[str, torch.Generator]
 ) -> Iterator[None]:
     """Show the layers' inputs of one batch of a step to those that watch."""
 

@@ -9,9 +9,8 @@ loss is EfficientDM's, plus MPQ-DM's time-smoothed relations (`quant_core.method
 Data-free: inputs are the full-precision sampler's own trajectories from noise, with its predictions, recorded once.
 Where we differ from the authors' code (EfficientDM@293e212, mpq-dm@2b05dd7), and why:
 
-- The step index comes from the timestep of each sample (`quant_core.nn.steps`), not from a counter of forwards, so a
-batch
-  mixes steps: an iteration sees several, where the authors walk through the trajectory one step at a time.
+- The step index comes from the timestep of each sample (`quant_core.nn.steps`), not from a counter of forwards, so that
+  a batch mixes steps: an iteration sees several, where the authors walk through the trajectory one step at a time.
 - The relation loss has a gradient, through both steps of a pair, which are in the same batch.
 - Rates are relative: of B A to the layer's mean step (theirs is 1 / 2500 of it for 16,000 updates), of scales as
   exponents. Biases are learned too; they are stored in full precision anyway.
@@ -36,83 +35,27 @@ from torch.utils import _pytree as pytree
 
 from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
 from quant_core.diffusion.conditioning import seed_stream
-from quant_core.fit.unit_state import UnitState, collect_state, load_states, merge_plans
+from quant_core.fit.unit_state import UnitState, collect_state, load_states, merge_formats
+from quant_core.methods.mpqdm.learned_table import LearnedTable
 from quant_core.methods.mpqdm.low_rank import LowRankWeight
 from quant_core.methods.mpqdm.relation import relation_loss
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.model import build_quantized
-from quant_core.nn.straight_through import round_through
 from quant_spec.errors import QuantizationError
+from quant_spec.tasks.distill import Params
 
+#: Consecutive trajectory steps whose features are averaged before they are related.
+WINDOW = 2
 #: Trajectory samples on which a result is compared with its start.
 CHECKED_SAMPLES = 160
 
 
 @dataclass(frozen=True, slots=True)
-class DistillConfig:
-    """How to distil.
-
-    `batch_size` samples per iteration, in runs of `window` consecutive steps of one trajectory; `rank` of B A; `lr` of
-    B A per mean step of the layer; `weight_lr`, `activation_lr` of logarithms of scales, `zero_point_lr` of codes of
-    zero, `bias_lr` of biases; all fall linearly to 0. `relation_weight`: 0 for plain distillation. `positions`: at most
-    so many of the feature's positions are related, drawn anew for each iteration.
-    """
-
-    iterations: int = 1200
-    batch_size: int = 8
-    rank: int = 32
-    lr: float = 1 / 300
-    weight_lr: float = 3e-4
-    activation_lr: float = 1e-3
-    zero_point_lr: float = 1e-3
-    bias_lr: float = 1e-4
-    relation_weight: float = 100.0
-    window: int = 2
-    positions: int = 1024
-    seed: int = 0
-
-
-class LearnedTable:
-    """The scales and zero points of one activation, while they are learned.
-
-    Attributes
-    ----------
-    log_scale, zero_point : Tensor, shape (S,), require grad (the latter unless the grid is symmetric)
-    """
-
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
-        self.quantizer = quantizer
-        self.start_scale = quantizer.scale.clone()
-        self.log_scale = torch.zeros_like(self.start_scale, requires_grad=True)
-        self.zero_point = quantizer.zero_point.clone().requires_grad_(not quantizer.spec.symmetric)
-        bits = quantizer.spec.step_bits or (quantizer.spec.bits,)
-        self.top = torch.tensor([2.0**b - 1 for b in bits], device=self.start_scale.device)
-
-    def apply(self) -> None:
-        """Let the quantizer use what has been learned so far, as it would be stored."""
-        self.quantizer.soft_scale = self.start_scale * self.log_scale.exp()
-        zero_point = round_through(self.zero_point).clamp(min=0)
-        self.quantizer.soft_zero_point = torch.minimum(zero_point, self.top)
-
-    @torch.no_grad()
-    def commit(self) -> None:
-        """Store what was learned."""
-        self.apply()
-        assert self.quantizer.soft_scale is not None
-        assert self.quantizer.soft_zero_point is not None
-        self.quantizer.scale.copy_(self.quantizer.soft_scale)
-        self.quantizer.zero_point.copy_(self.quantizer.soft_zero_point)
-        self.release()
-
-    def release(self) -> None:
-        """Let the quantizer use what is stored."""
-        self.quantizer.soft_scale = self.quantizer.soft_zero_point = None
-
-
-@dataclass(frozen=True, slots=True)
 class Distilled:
-    """States of all units in the order given, the mean loss of the prediction before and after, and whether the states
-    are what was learned: the start's otherwise, if learning made nothing better."""
+    """States of all units in the order given, and the mean loss of the prediction before and after.
+
+    `is_taken`: whether the states are what was learned; the start's otherwise, if learning made nothing better.
+    """
 
     states: list[UnitState]
     loss_before: float
@@ -139,14 +82,14 @@ class Distillation:
         model: nn.Module,
         states: Sequence[UnitState],
         trajectories: CalibrationSet,
-        config: DistillConfig,
+        config: Params,
     ) -> None:
         self.teacher, self.model = teacher, model.requires_grad_(False)
         self.trajectories, self.config = trajectories, config
         self.states = list(states)
-        self.window = min(config.window, trajectories.steps)
+        self.window = min(WINDOW, trajectories.steps)
         weights = {name: model.get_parameter(f"{name}.weight").detach() for s in states for name in s.formats.layers}
-        self.parts = build_quantized(model, merge_plans(self.states))
+        self.parts = build_quantized(model, merge_formats(self.states))
         load_states(model, self.states)
         self.feature = feature_unit(self.states)
         self.loss_before = self._checked_loss()
@@ -193,7 +136,7 @@ class Distillation:
         with self._soft(), _outputs(self.model, self.feature) as features:
             prediction = replay(self.model, batch)
             loss = (prediction - target).square().sum() / len(batch)
-            if config.relation_weight:
+            if config.relations:
                 with torch.no_grad(), _outputs(self.teacher, self.feature) as wanted:
                     replay(self.teacher, batch)
                 drawn = self._positions(features[0], generator)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from quant_core.diffusion.noise_correction import NoiseCorrection
 from quant_spec.errors import QuantizationError
+from quant_spec.passes.correct import CorrectFit
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,27 +104,6 @@ def merge(parts: Sequence[NoiseMoments]) -> NoiseMoments:
 
 
 @dataclass(frozen=True, slots=True)
-class PTQDConfig:
-    """Which parts of the correction are used, and when.
-
-    Attributes
-    ----------
-    scale, bias, variance : bool
-        Divide by 1 + k; subtract mu; absorb what is left of the variance. The paper's CNC, BC and VSC.
-    least_r2 : float
-        k is 0 at steps where eps explains less than this share of D's variance.
-    held_out : bool
-        Use k and mu at a step only where that lowers the error on held-out seeds, each for itself or both.
-    """
-
-    scale: bool = True
-    bias: bool = True
-    variance: bool = True
-    least_r2: float = 0.0
-    held_out: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class StepReport:
     """What was found and decided at one step; `mse` is of predictions on held-out seeds, before and after."""
 
@@ -171,7 +151,7 @@ def residual_power(sums: Tensor, count: int, k: float, bias: Tensor) -> float:
     return max(0.0, float(power.sum())) / (count * sums.shape[1])
 
 
-def fit(fitted: NoiseMoments, held_out: NoiseMoments, config: PTQDConfig, *, channel_dim: int = 1) -> FittedCorrection:
+def fit(fitted: NoiseMoments, held_out: NoiseMoments, config: CorrectFit, *, channel_dim: int = 1) -> FittedCorrection:
     """Fit the correction of every step, and leave out of it what does not help on held-out seeds.
 
     Parameters
@@ -192,7 +172,7 @@ def fit(fitted: NoiseMoments, held_out: NoiseMoments, config: PTQDConfig, *, cha
 
 
 def _fit_step(
-    at: int, fitted: NoiseMoments, held_out: NoiseMoments, config: PTQDConfig
+    at: int, fitted: NoiseMoments, held_out: NoiseMoments, config: CorrectFit
 ) -> tuple[StepReport, Tensor, float]:
     """Fit one step; returns its report, bias (C,) and remaining variance."""
     sums, unseen = fitted.sums[:, at], held_out.sums[:, at]

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet, replay
-from quant_core.diffusion.sampler import SamplerSpec, guide, make_scheduler, start
+from quant_core.diffusion.sampler import guide, make_scheduler, model_timestep, start
 from quant_core.methods.ptqd.correction import NoiseMoments, pair_sums
 from quant_spec.errors import QuantizationError
+from quant_spec.sampler import Sampler
 
 
 def channel_dim(sample_shape: tuple[int, ...]) -> int:
@@ -25,7 +26,7 @@ def channel_dim(sample_shape: tuple[int, ...]) -> int:
 def measure_noise(
     model: nn.Module,
     scheduler_config: Mapping[str, Any] | None,
-    sampler: SamplerSpec,
+    sampler: Sampler,
     reference: Path,
     *,
     batch_size: int,
@@ -50,7 +51,7 @@ def measure_noise(
     """
     trajectory = CalibrationSet([reference])
     timesteps = start(make_scheduler(sampler, scheduler_config), sampler, trajectory.sample_shape)
-    if not torch.equal(sampler.tell(timesteps), trajectory.timesteps):
+    if not torch.equal(model_timestep(timesteps, sampler), trajectory.timesteps):
         raise QuantizationError(
             f"reference {reference}: got {trajectory.steps} steps, wanted the trajectory of the model's scheduler, "
             f"{len(timesteps)} steps"
@@ -72,13 +73,13 @@ def measure_noise(
     return NoiseMoments(moments.timesteps, elements, moments.sums)
 
 
-def row_ranges(rows: int, sampler: SamplerSpec, batch_size: int) -> list[tuple[int, int]]:
+def row_ranges(rows: int, sampler: Sampler, batch_size: int) -> list[tuple[int, int]]:
     """Split rows of a trajectory into batches of seeds, which have two rows each with guidance."""
-    size = batch_size * (2 if sampler.is_guided else 1)
+    size = batch_size * sampler.calls_per_step
     return [(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
-def corrected_power(model: nn.Module, scheduler: Any, sampler: SamplerSpec, reference: Path, batch_size: int) -> Tensor:
+def corrected_power(model: nn.Module, scheduler: Any, sampler: Sampler, reference: Path, batch_size: int) -> Tensor:
     """Sum the power of the full-precision predictions and of what a corrected sampler makes of a model's, per step.
 
     As `quant_core.metrics.sqnr.error_power`, but of predictions as the sampler uses them: guided and corrected.

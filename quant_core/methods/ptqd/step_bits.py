@@ -1,49 +1,23 @@
-"""Choose the activation bits of each trajectory step (PTQD, Sec. 3.4, and what was found to work better).
+"""Choose the activation bits of each trajectory step: by PTQD's rule (Sec. 3.4), and by rules that were found better.
 
-Low bits early: the paper's order. A method that is given a mean stays at or below it.
+Of the two fixed orders, the paper's has low bits at the early steps, the noisiest. Every rule but that by a threshold
+keeps the mean bits at or below `target_mean`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
+from quant_core.fit.knapsack import Choice, choose
 from quant_core.methods.ptqd.step_effects import StepEffects
 from quant_spec.enums import StepBitsMethod
 from quant_spec.errors import QuantizationError
+from quant_spec.passes.step_bits import StepBitsChoice
 
 
-@dataclass(frozen=True, slots=True)
-class StepBitsConfig:
-    """What to choose by.
-
-    `target_mean`: greatest mean bits over the steps; `threshold`: instead of it, for SNR, the constant c in
-    SNR_Q >= c SNR_F, both as ratios of power. `least_last`, for EFFECT and JOINT: least bits of the last step, whose
-    error goes into the sample as it is; error power counts it as little, though it looks unlike anything in the data.
-    """
-
-    method: StepBitsMethod = StepBitsMethod.JOINT
-    target_mean: float | None = 6.0
-    threshold: float | None = None
-    least_last: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "method", StepBitsMethod(self.method))
-        by_threshold = self.method is StepBitsMethod.SNR and self.threshold is not None
-        if (self.target_mean is None) != by_threshold:
-            raise QuantizationError(
-                f"step_bits: got target_mean {self.target_mean} and threshold {self.threshold} for {self.method}, "
-                "wanted one of them, a threshold for snr only"
-            )
-        if self.least_last is not None and self.method not in (StepBitsMethod.EFFECT, StepBitsMethod.JOINT):
-            raise QuantizationError(
-                f"step_bits.least_last: got {self.least_last} for {self.method}, wanted None but for effect and joint"
-            )
-
-
-def choose_step_bits(effects: StepEffects, config: StepBitsConfig) -> tuple[int, ...]:
+def choose_step_bits(effects: StepEffects, config: StepBitsChoice) -> tuple[int, ...]:
     """Return the bits of each step.
 
     Raises
@@ -52,8 +26,7 @@ def choose_step_bits(effects: StepEffects, config: StepBitsConfig) -> tuple[int,
         If the target mean is below the least choice, or leaves too few for the last step.
     """
     choices, steps = effects.choices, len(effects.timesteps)
-    if config.target_mean is None:
-        assert config.threshold is not None
+    if config.method is StepBitsMethod.SNR and config.threshold is not None:
         return _by_snr(effects, config.threshold)
     budget = math.floor(config.target_mean * steps + 1e-9)
     if budget < min(choices) * steps:
@@ -76,7 +49,8 @@ def choose_step_bits(effects: StepEffects, config: StepBitsConfig) -> tuple[int,
     gram[steps - 1, low, steps - 1, low] = np.inf
     places = np.arange(steps)
     powers = gram[places, :, places, :][:, range(len(choices)), range(len(choices))]
-    start = knapsack(powers, choices, budget)
+    items = [[Choice(float(power), bits) for power, bits in zip(row, choices, strict=True)] for row in powers]
+    start = choose(items, budget)
     found = start if config.method is StepBitsMethod.EFFECT else improve_jointly(gram, choices, budget, start)
     return tuple(choices[place] for place in found)
 
@@ -111,33 +85,6 @@ def _ordered(choices: tuple[int, ...], steps: int, budget: int) -> tuple[int, ..
         if bits[step] < greatest:
             break
     return tuple(bits)
-
-
-def knapsack(powers: np.ndarray, choices: tuple[int, ...], budget: int) -> list[int]:
-    """Return the place of each step's choice with the least sum of powers, bits within the budget: exact, by dynamic
-    programming over steps and bits spent.
-
-    Parameters
-    ----------
-    powers : array, shape (S, K)
-    """
-    best = np.full(budget + 1, np.inf)
-    best[0] = 0.0
-    taken = np.zeros((len(powers), budget + 1), dtype=np.int64)
-    for step, row in enumerate(powers):
-        after = np.full(budget + 1, np.inf)
-        for place, bits in enumerate(choices):
-            reached = np.full(budget + 1, np.inf)
-            reached[bits:] = best[: budget + 1 - bits] + row[place]
-            better = reached < after
-            after[better], taken[step, better] = reached[better], place
-        best = after
-    spent = int(np.argmin(best))
-    found = []
-    for step in reversed(range(len(powers))):
-        found.append(int(taken[step, spent]))
-        spent -= choices[found[-1]]
-    return found[::-1]
 
 
 def improve_jointly(gram: np.ndarray, choices: tuple[int, ...], budget: int, start: list[int]) -> list[int]:

@@ -1,7 +1,8 @@
-"""What activation bits at one trajectory step do to the final samples, and to the prediction of that step.
+"""What the activation bits of one trajectory step do to the final samples, and to the prediction of that step.
 
-For each step and each choice of bits, the sampler runs with only that step's activations quantized; the error of the
-final samples is what a choice costs, whatever the later steps make of it.
+For each step and each choice of bits, the sampler runs once with the activations quantized at that step and in full
+precision at all others. The cost of the choice is the error that this leaves in the final samples, so it includes how
+far the later steps reduce or amplify it.
 """
 
 from __future__ import annotations
@@ -19,32 +20,14 @@ from torch import Tensor, nn
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.conditioning import Conditioning
 from quant_core.diffusion.denoiser import Denoiser, call_denoiser
-from quant_core.diffusion.sampler import SamplerSpec, Step, make_scheduler, sample, start, trajectory_conditioning
+from quant_core.diffusion.sampler import Step, make_scheduler, sample, start, trajectory_conditioning
 from quant_core.fit.observe import Observation, Watched, observe
 from quant_core.nn.model import build_quantized
 from quant_spec.enums import RangeMethod
 from quant_spec.errors import QuantizationError
-from quant_spec.formats import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
-from quant_spec.ranges import RangeSpec
-
-
-@dataclass(frozen=True, slots=True)
-class VariedLayer:
-    """A layer whose activation bits are to be chosen, but for them."""
-
-    symmetric: bool
-    ranges: RangeSpec
-    split: tuple[int, ...] | None
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> VariedLayer:
-        """Read one from task parameters (`orchestrator.planning.formats` writes them)."""
-        split = data["split"]
-        return cls(data["symmetric"], RangeSpec(**data["range"]), None if split is None else tuple(split))
-
-    def spec(self, bits: int) -> LayerSpec:
-        """Return the format with these bits; the weight's is never used."""
-        return LayerSpec(WeightSpec(8), ActivationSpec(bits, self.symmetric), self.split)
+from quant_spec.formats import ModelFormat
+from quant_spec.planned import VariedLayer
+from quant_spec.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +102,7 @@ def measure_effects(
     calibration: CalibrationSet,
     layers: Mapping[str, VariedLayer],
     choices: Sequence[int],
-    sampler: SamplerSpec,
+    sampler: Sampler,
     seeds: Sequence[int],
     *,
     batch_size: int,
@@ -195,12 +178,12 @@ class _Branch:
         self.model, self.quantized, self.recorded, self.step = model, quantized, recorded, step
         self.noise = 0.0
 
-    def __call__(self, index: int, row: int, x: Tensor, told: Tensor, conditioning: Conditioning, /) -> Tensor:
+    def __call__(self, index: int, row: int, x: Tensor, timestep: Tensor, conditioning: Conditioning, /) -> Tensor:
         if index < self.step:
             return self.recorded[index][row]
         if index > self.step:
-            return call_denoiser(self.model, x, told, conditioning)
-        prediction = call_denoiser(self.quantized, x, told, conditioning)
+            return call_denoiser(self.model, x, timestep, conditioning)
+        prediction = call_denoiser(self.quantized, x, timestep, conditioning)
         self.noise += float((prediction.double() - self.recorded[index][row].double()).square().sum())
         return prediction
 
@@ -214,7 +197,7 @@ def _observe(
 ) -> Observation:
     """Measure the ranges of the layers' inputs at each step."""
     specs = {name: layer.spec(8) for name, layer in layers.items()}
-    draws = any(layer.ranges.method is not RangeMethod.MINMAX for layer in layers.values())
+    draws = any(layer.range.method is not RangeMethod.MINMAX for layer in layers.values())
     watched = Watched(specs, attentions=(), moments=(), positions=None, samples=None, keep_values=draws)
     return observe(model, calibration, list(layers), watched, batch_size=batch_size, seed=seed)
 
@@ -226,11 +209,11 @@ def _quantized(
     made = copy.deepcopy(model)
     weights = {name: made.get_parameter(f"{name}.weight").detach() for name in layers}
     specs = {name: layer.spec(bits) for name, layer in layers.items()}
-    parts = build_quantized(made, QuantizationPlan(specs, {}, tuple(float(t) for t in calibration.timesteps)))
+    parts = build_quantized(made, ModelFormat(specs, {}, tuple(float(t) for t in calibration.timesteps)))
     for name, layer in parts.layers.items():
         layer.soft_weight = weights[name]
         activation = specs[name].activation
         assert activation is not None
         for part, quantizer in enumerate(layer.act_quantizers):
-            quantizer.set_qparams(seen.ranges[name, part].qparams(activation, layers[name].ranges))  # type: ignore[operator]
+            quantizer.set_qparams(seen.ranges[name, part].qparams(activation, layers[name].range))  # type: ignore[operator]
     return made

@@ -46,7 +46,7 @@ class FiniteSet:
 
     def run(self, model: nn.Module, parts: QuantizedParts) -> dict[str, Tensor]:
         """Return the layers' outputs, shape (rows, C), with the quantized layers that are now in `model`."""
-        parts.tell(self.timestep, self.label)
+        parts.set_timestep(self.timestep, self.label)
         outputs = self.program.run({name: model.get_submodule(name) for name in self.layers})
         return {name: outputs[name].flatten(1) for name in self.layers}
 
@@ -75,10 +75,10 @@ def enumerate_set(model: nn.Module, calibration: CalibrationSet) -> FiniteSet:
         labels = count
     variants = torch.arange(labels) if labels is not None else _distinct(calibration, sorted(conditions))
     timestep, variant = calibration.timesteps.repeat_interleave(len(variants)), variants.repeat(calibration.steps)
-    told = take(calibration.conditioning, torch.zeros_like(variant) if labels is not None else variant)
+    conditioning = take(calibration.conditioning, torch.zeros_like(variant) if labels is not None else variant)
     if labels is not None:
-        told[LABEL] = variant.to(told[LABEL].dtype)
-    program = _trace(model, calibration, timestep, told).program
+        conditioning[LABEL] = variant.to(conditioning[LABEL].dtype)
+    program = _trace(model, calibration, timestep, conditioning).program
     inputs = program.inputs()
     with torch.no_grad():
         outputs = program.run({name: model.get_submodule(name) for name in layers})
@@ -95,11 +95,13 @@ def enumerate_set(model: nn.Module, calibration: CalibrationSet) -> FiniteSet:
     )
 
 
-def _trace(model: nn.Module, calibration: CalibrationSet, timestep: Tensor, told: Conditioning) -> TemporalTrace:
+def _trace(
+    model: nn.Module, calibration: CalibrationSet, timestep: Tensor, conditioning: Conditioning
+) -> TemporalTrace:
     """Trace rows of the finite set; the sample is the calibration set's first, as none matters."""
     device = next(model.parameters()).device
     x = calibration.rows(0, 0, 1).x.expand(len(timestep), *calibration.sample_shape)
-    return trace_temporal(model, x.to(device), timestep.to(device), to_device(told, device))
+    return trace_temporal(model, x.to(device), timestep.to(device), to_device(conditioning, device))
 
 
 def _distinct(calibration: CalibrationSet, conditions: Sequence[str]) -> Tensor:

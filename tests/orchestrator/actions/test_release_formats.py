@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from orchestrator.actions.releases import layer_bits
 from quant_core.artifact.folder import quantization_config
-from quant_spec.formats import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
 
 
 def test_bits_of_layers_are_read_from_both_versions() -> None:
-    plan = QuantizationPlan(
+    plan = ModelFormat(
         {
             "a": LayerSpec(WeightSpec(4), ActivationSpec(8)),
             "b": LayerSpec(WeightSpec(8)),

@@ -242,7 +242,7 @@ def test_show_layers(cli: Cli, done: dict[str, Any]) -> None:
     assert "conv_in" in text
     refused = cli("artifacts", "show", "small@1", "--layers", "--backend", "cuda")
     assert refused.code == 2
-    assert "got 'cuda', wanted one of auto" in refused.err
+    assert "'cuda' is not one of 'auto'" in refused.err
     for words in (["--backend", "reference"], ["--device", "cpu"]):
         idle = cli("artifacts", "show", "small@1", *words)
         assert (idle.code, idle.out) == (2, "")

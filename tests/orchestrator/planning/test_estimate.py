@@ -282,8 +282,8 @@ def test_scaling_counts_the_positions_that_vote():
 
 
 def test_costs_count_what_the_methods_take():
-    from orchestrator.planning.costs import _EFFECT_SAMPLES, _VOTE_POSITIONS
+    from orchestrator.planning.passes import allocate, scale
     from quant_core.methods.dmq.scaling import VOTE_POSITIONS
     from quant_core.methods.mpqdm.channel_errors import EFFECT_SAMPLES
 
-    assert (_EFFECT_SAMPLES, _VOTE_POSITIONS) == (EFFECT_SAMPLES, VOTE_POSITIONS)
+    assert (allocate.EFFECT_SAMPLES, scale.VOTE_POSITIONS) == (EFFECT_SAMPLES, VOTE_POSITIONS)

@@ -14,15 +14,19 @@ import pytest
 from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import WORKER_BYTES, Costs
-from orchestrator.planning.formats import plan_formats
+from orchestrator.planning.formats import choose_formats
 from orchestrator.planning.groups import UNITS_PER_ROUND, round_groups
 from orchestrator.planning.model import ModelInfo
 from orchestrator.planning.planner import plan
 from orchestrator.recipes.files import shipped_names
 from orchestrator.recipes.load import resolve
+from quant_spec.enums import RoundingMethod
 from quant_spec.keys import canonical_json
 from quant_spec.kinds import KINDS
 from quant_spec.passes.round import Round
+from quant_spec.passes.table import ALWAYS, PASSES, STEP_BITS, kinds_of
+from quant_spec.recipe import Passes
+from quant_spec.tasks.round import Params as RoundParams
 from tests.orchestrator.planning_models import (
     AFTER_ROUND,
     UNITS,
@@ -66,36 +70,45 @@ def test_plan_is_in_dependency_order_and_ends_in_the_target(name: str):
 @pytest.mark.parametrize("name", shipped_names())
 def test_plan_every_task_is_needed_and_every_reference_names_an_output(name: str):
     nodes = nodes_of(recipe(name))
-    outputs = {
-        "calibrate": {"calibration"},
-        "reference": {"reference"},
-        "reconstruct": {"state"},
-        "temporal": {"state"},
-        "pack": {"packed"},
-        "noise": {"noise"},
-        "correct": {"packed"},
-        "step_effects": {"effects"},
-        "step_bits": {"step_bits"},
-        "channel_errors": {"errors"},
-        "allocate": {"allocation"},
-        "evaluate": {"evaluation"},
-        "score": {"score", "grid"},
-    }
     index = {node.id: node for node in nodes}
     used: set[str] = set()
     for node in nodes:
         for item in (item for items in node.inputs.values() for item in items):
             if isinstance(item, TaskRef):
                 source = index[item.task]
-                named: set[str] = set()
-                if prefix := {"round": "state", "distill": "state", "scale": "factors"}.get(source.kind):
-                    units = source.params["units"]
-                    named = {f"{prefix}:{unit if isinstance(unit, str) else unit['unit']}" for unit in units}
-                assert item.output in outputs.get(source.kind, named)
+                KINDS[source.kind].check_outputs([item.output])
+                if ":" in item.output:
+                    told = [unit["unit"] for unit in source.params["units"]] if "units" in source.params else UNITS
+                    assert item.output.partition(":")[2] in told
                 used.add(item.task)
             else:
                 assert item == "a" * 64
     assert used == set(index) - {nodes[-1].id}
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_plan_every_task_is_told_what_its_kind_reads(name: str):
+    for node in nodes_of(recipe(name), model(inspection(timed=True))):
+        kind = KINDS[node.kind]
+        told = json.loads(json.dumps(node.params))
+        assert kind.params.from_json(told).to_json() == told == node.params
+        assert kind.inputs.from_json(node.inputs).to_json() == node.inputs
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_plan_has_the_kinds_that_the_table_of_passes_says(name: str):
+    """What releases record as the versions that they depend on."""
+    chosen = recipe(name)
+    kinds = {node.kind for node in nodes_of(chosen, model(inspection(timed=True)))}
+    said = kinds_of(json.loads(resolve(chosen).json))
+    assert len(set(said)) == len(said)
+    assert kinds == set(said) - ({"reconstruct"} if chosen.passes.reconstruct is None else set())
+
+
+def test_table_of_passes_names_the_passes_of_a_recipe_and_kinds():
+    assert list(PASSES) == list(Passes.model_fields)
+    assert {*ALWAYS, *STEP_BITS, *(kind for kinds in PASSES.values() for kind in kinds)} <= set(KINDS)
+    assert kinds_of({}) == ALWAYS
 
 
 def test_plan_without_reconstruction_packs_rounded_states():
@@ -115,13 +128,13 @@ def test_plan_without_reconstruction_packs_rounded_states():
 def test_plan_reconstructs_every_unit_from_its_rounded_state():
     nodes = nodes_of(recipe("qdiffusion-w4a8"))
     reconstructs = by_kind(nodes, "reconstruct")
-    assert [node.params["unit"] for node in reconstructs] == UNITS
+    assert [node.label for node in reconstructs] == UNITS
     rounds = {node.id for node in by_kind(nodes, "round")}
     for node in reconstructs:
         (state,) = node.inputs["state"]
         assert isinstance(state, TaskRef)
         assert state.task in rounds
-        assert state.output == f"state:{node.params['unit']}"
+        assert state.output == f"state:{node.label}"
         assert set(node.inputs) == {"model", "calibration", "state"}
         assert not node.sources() & {other.id for other in reconstructs}
     assert only(nodes, "pack").inputs["states"] == tuple(TaskRef(node.id, "state") for node in reconstructs)
@@ -131,7 +144,7 @@ def test_plan_from_quantized_inputs_is_a_chain_of_all_earlier_states():
     nodes = nodes_of(recipe("qdiffusion-w4a8", "passes.reconstruct.inputs=quantized"))
     reconstructs = by_kind(nodes, "reconstruct")
     for place, node in enumerate(reconstructs):
-        assert node.inputs["earlier"] == tuple(TaskRef(other.id, "state") for other in reconstructs[:place])
+        assert node.inputs.get("earlier", ()) == tuple(TaskRef(other.id, "state") for other in reconstructs[:place])
 
 
 def test_plan_shards_cover_all_seeds_once():
@@ -143,9 +156,9 @@ def test_plan_shards_cover_all_seeds_once():
         {"first": 1_000_032, "count": 5},
     ]
     for kind in ("reference", "evaluate"):
-        params = [node.params for node in by_kind(nodes, kind)]
-        assert [p["seeds"] for p in params] == [{"first": 0, "count": 64}, {"first": 64, "count": 36}]
-        assert [p["sqnr_seeds"] for p in params] == [64, 6]
+        seeds = [node.params["seeds"] for node in by_kind(nodes, kind)]
+        assert seeds == [{"first": 0, "count": 64}, {"first": 64, "count": 36}]
+    assert [node.params["sqnr_seeds"] for node in by_kind(nodes, "reference")] == [64, 6]
     assert [node.params["batch_size"] for node in by_kind(nodes, "calibrate")] == [16, 16, 5]
 
 
@@ -156,7 +169,8 @@ def test_plan_pairs_each_evaluation_with_the_reference_of_its_seeds():
     for node in by_kind(nodes, "evaluate"):
         (reference,) = node.inputs["reference"]
         assert isinstance(reference, TaskRef)
-        assert index[reference.task].params == node.params
+        recorded = index[reference.task].params["sqnr_seeds"]
+        assert index[reference.task].params == {**node.params, "sqnr_seeds": recorded}
         assert node.inputs["packed"] == (TaskRef(pack.id, "packed"),)
     assert score.inputs["references"] == tuple(TaskRef(n.id, "reference") for n in by_kind(nodes, "reference"))
     assert score.inputs["evaluations"] == tuple(TaskRef(n.id, "evaluation") for n in by_kind(nodes, "evaluate"))
@@ -220,7 +234,8 @@ SHARING = [
     ("passes.round.method=nearest", AFTER_ROUND),
     ("passes.reconstruct.iterations=3", AFTER_RECONSTRUCT),
     ("passes.reconstruct.activation_lr=0.1", {"release"}),
-    ("memory.budget_gib=1", AFTER_ROUND),
+    ("memory.budget_gib=1", AFTER_RECONSTRUCT),
+    ("passes.reconstruct.start=nearest", AFTER_RECONSTRUCT),
     ("budget.weight_bits_mean=30", {"release"}),
     ("calibration.seeds=16", AFTER_ROUND),
     ("calibration.steps=20", {"release"}),
@@ -327,8 +342,9 @@ def test_formats_keep_leaves_layers_and_whole_units_out():
     assert list(units["blocks.0"]["layers"]) == ["blocks.0.conv2"]
     assert "up" not in units
     wanted = [unit for unit in UNITS if unit != "up"]
-    assert [node.params["unit"] for node in by_kind(nodes, "reconstruct")] == wanted
-    assert only(nodes, "pack").params["units"] == wanted
+    reconstructs = by_kind(nodes, "reconstruct")
+    assert [node.label for node in reconstructs] == wanted
+    assert only(nodes, "pack").inputs["states"] == tuple(TaskRef(node.id, "state") for node in reconstructs)
 
 
 def test_formats_later_exception_quantizes_again():
@@ -414,16 +430,16 @@ def test_first_layer_reads_the_sample(sample_shape: list[int], shapes: list[tupl
 
 def test_round_groups_are_runs_of_units_within_count_and_budget():
     info = ModelInfo.read("a", inspection(blocks=20))
-    plans = plan_formats(info, recipe())
-    by_count = list(round_groups(plans, Round(), 1.0))
-    assert [unit for group in by_count for unit in group] == plans
+    units = choose_formats(info, recipe())
+    by_count = list(round_groups(units, Round(), 1.0))
+    assert [unit for group in by_count for unit in group] == units
     assert [len(group) for group in by_count] == [UNITS_PER_ROUND] * 3 + [1]
-    closed = Round(method="closed_form")
+    closed = Round(method=RoundingMethod.CLOSED_FORM)
     budget = 2.5 * info.units[3].hessian_bytes
-    bounded = list(round_groups(plans, closed, budget))
-    assert [unit for group in bounded for unit in group] == plans
-    assert all(sum(p.unit.hessian_bytes for p in group) <= budget for group in bounded)
-    assert len(list(round_groups(plans, closed, 1.0))) == len(plans)
+    bounded = list(round_groups(units, closed, budget))
+    assert [unit for group in bounded for unit in group] == units
+    assert all(sum(unit.info.hessian_bytes for unit in group) <= budget for group in bounded)
+    assert len(list(round_groups(units, closed, 1.0))) == len(units)
 
 
 def test_round_labels_name_the_run():
@@ -465,7 +481,7 @@ def test_memory_is_bounded_by_the_budget():
     samples = 32 * 20 * 2 * 4 * 64 * 64 * 64
     assert large - small == min(samples, 2 * 2**30) - 2**28
     costs = Costs(ModelInfo.read("a", data), chosen)
-    assert costs.sample(64, 64).memory_bytes > costs.sample(64, 32).memory_bytes
+    assert costs.sampling(64, 64).memory_bytes > costs.sampling(64, 32).memory_bytes
 
 
 # --- scale and hygiene
@@ -489,10 +505,7 @@ def test_plan_is_free_of_torch_and_sql():
 
 def test_plan_real_inspection_and_what_tasks_read_of_it():
     from quant_core.diffusion.denoiser import load_denoiser
-    from quant_core.diffusion.sampler import SamplerSpec
     from quant_core.inspect.inspection import inspect_model
-    from quant_spec.formats import AttentionSpec, LayerSpec
-    from quant_spec.ranges import RangeSpec
 
     data = json.loads(json.dumps(inspect_model(load_denoiser(ROOT / "examples" / "models" / "emoji32"))))
     info = ModelInfo.read("a", data)
@@ -501,14 +514,8 @@ def test_plan_real_inspection_and_what_tasks_read_of_it():
     assert info.units[-1].depth == pytest.approx(1)
     nodes = nodes_of(recipe("qdiffusion-w4a8"), model(data))
     assert len(by_kind(nodes, "reconstruct")) == len(data["units"])
-    attentions = 0
-    for node in by_kind(nodes, "reconstruct"):
-        for spec in node.params["layers"].values():
-            LayerSpec.from_json(spec)
-            RangeSpec(**spec["weight_range"])
-            RangeSpec(**spec["activation_range"])
-        attentions += len([AttentionSpec.from_json(spec) for spec in node.params["attentions"].values()])
-    assert attentions == len(data["attentions"]) > 0
-    assert any(spec["split"] for node in by_kind(nodes, "reconstruct") for spec in node.params["layers"].values())
-    assert SamplerSpec.from_json(nodes[0].params["sampler"]).num_inference_steps == 20
+    units = [unit for node in by_kind(nodes, "round") for unit in RoundParams.from_json(node.params).units]
+    assert [unit.unit for unit in units] == [unit["name"] for unit in data["units"]]
+    assert sum(len(unit.attentions) for unit in units) == len(data["attentions"]) > 0
+    assert any(layer.split for unit in units for layer in unit.layers.values())
     assert nodes_of(recipe("qdiffusion-w4a8"), model(data))[-1] == nodes[-1]

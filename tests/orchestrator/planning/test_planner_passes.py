@@ -35,6 +35,8 @@ def test_scale_comes_before_each_round_and_changes_nothing_else():
         assert (source.params["rounding"], source.params["damping"]) == ("closed_form", 0.03)
     assert [node.params for node in by_kind(plain, "round")] == [node.params for node in by_kind(scaled, "round")]
     assert all("factors" not in node.inputs for node in by_kind(plain, "round"))
+    damped = nodes_of(recipe("qdiffusion-w4a8", "passes.scale={}", "passes.round.damping=0.1"))
+    assert {node.params["damping"] for node in by_kind(damped, "scale")} == {0.1}
     kept = {node.id for node in plain if node.kind in ("calibrate", "reference")}
     assert kept <= {node.id for node in scaled}
 
@@ -91,23 +93,21 @@ def test_temporal_pass_takes_the_block_out_of_its_units():
     assert "time_embedding" not in rounded  # nothing is left of that unit
     assert list(rounded["blocks.0"]["layers"]) == ["blocks.0.conv1", "blocks.0.conv2"]
     pack = only(nodes, "pack")
-    assert pack.params["units"] == ["@temporal", *UNITS[1:]]
     assert pack.inputs["states"][0] == TaskRef(node.id, "state")
+    learned = {node.label: TaskRef(node.id, "state") for node in by_kind(nodes, "reconstruct")}
+    assert pack.inputs["states"][1:] == tuple(learned[unit] for unit in UNITS[1:])
 
 
 def test_temporal_state_goes_to_the_units_that_hold_its_layers_and_the_others_are_shared():
     plain, timed = timed_nodes(), timed_nodes("qdiffusion-w4a8", "passes.temporal={}")
     state = TaskRef(only(timed, "temporal").id, "state")
-    told = {node.params["unit"]: node.inputs.get("temporal") for node in by_kind(timed, "reconstruct")}
-    assert {unit for unit, given in told.items() if given == (state,) or given == [state]} == {
-        f"blocks.{i}" for i in range(4)
-    }
+    told = {node.label: node.inputs.get("temporal") for node in by_kind(timed, "reconstruct")}
+    assert {unit for unit, given in told.items() if given == (state,)} == {f"blocks.{i}" for i in range(4)}
+    assert {given for unit, given in told.items() if not unit.startswith("blocks")} == {None}
     quantized = timed_nodes("qdiffusion-w4a8", "passes.temporal={}", "passes.reconstruct.inputs=quantized")
     assert all("temporal" in node.inputs for node in by_kind(quantized, "reconstruct"))
-    formats = {node.params["unit"]: node.params["layers"] for node in by_kind(plain, "reconstruct")}
-    for node in by_kind(timed, "reconstruct"):
-        if node.params["unit"] in ("mid.attn", "up", "conv_out"):
-            assert node.params["layers"] == formats[node.params["unit"]]
+    for unit in ("mid.attn", "up", "conv_out"):
+        assert specs(timed)[unit] == specs(plain)[unit]
 
 
 def test_temporal_finite_set_is_per_step_whatever_the_network_is():
@@ -138,6 +138,15 @@ def test_passes_of_several_methods_compose():
     assert {"temporal", "noise", "correct"} <= set(kinds)
     assert kinds.index("temporal") < kinds.index("reconstruct") < kinds.index("pack") < kinds.index("correct")
     assert kinds.index("correct") < kinds.index("evaluate")
+
+
+def test_temporal_block_is_rounded_to_nearest_without_damping():
+    def params(*overrides: str) -> dict[str, Any]:
+        nodes = timed_nodes("qdiffusion-w4a8", "passes.temporal={method: nearest}", *overrides)
+        return only(nodes, "temporal").params
+
+    assert params() == params("passes.temporal.damping=0.5")
+    assert "damping" not in params()
 
 
 def test_temporal_parameters_are_those_that_matter():
@@ -266,7 +275,6 @@ def test_plan_allocates_bits_before_rounding_and_distils_before_packing():
         wanted = [TaskRef(choice.id, "allocation")] if own else []
         assert list(node.inputs.get("allocation", ())) == wanted
     assert kinds.index("allocate") < kinds.index("round") < kinds.index("distill") < kinds.index("pack")
-    assert task.params["units"] == UNITS
     assert [item.output for item in task.inputs["states"]] == [f"state:{unit}" for unit in UNITS]  # type: ignore[union-attr]
     trajectories = {node.id: node for node in by_kind(nodes, "reference")}
     seeds = [trajectories[item.task].params for item in task.inputs["trajectories"]]  # type: ignore[union-attr]
@@ -278,8 +286,7 @@ def test_plan_allocates_bits_before_rounding_and_distils_before_packing():
 def test_distillation_composes_with_the_temporal_block_and_the_correction():
     nodes = nodes_of(recipe("mpqdm-w4a4", "passes.temporal={}", "passes.correct={}", "passes.reconstruct={}"))
     task = only(nodes, "distill")
-    assert task.params["units"][0] == "@temporal"
-    assert only(nodes, "temporal").id in task.sources()
+    assert task.inputs["states"][0] == TaskRef(only(nodes, "temporal").id, "state")
     assert {node.id for node in by_kind(nodes, "reconstruct")} < task.sources()
     block = only(nodes, "temporal").params["layers"]
     assert all("allocated" not in layer for layer in block.values())

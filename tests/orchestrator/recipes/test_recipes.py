@@ -14,13 +14,17 @@ import yaml
 
 from orchestrator.errors import RecipeError
 from orchestrator.recipes import files as recipe_layers
+from orchestrator.recipes import reference
 from orchestrator.recipes.files import merge, recipe_path, shipped_names
 from orchestrator.recipes.json_schema import json_schema
 from orchestrator.recipes.load import load_recipe, recipe_from_json, resolve, shipped_recipes
+from quant_spec.enums import RoundingMethod
 from quant_spec.errors import InvalidInputError
 from quant_spec.passes.reconstruct import Reconstruct
 from quant_spec.passes.round import Round
 from quant_spec.recipe import Recipe
+from quant_spec.recipe_formats import Activations, ActivationsException, Weights, WeightsException
+from quant_spec.record import Record
 
 ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
@@ -99,11 +103,15 @@ def test_example_extends_a_shipped_recipe(path: Path):
 # --- JSON schema
 
 
-def test_json_schema_is_valid_and_published():
-    schema = json_schema()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    published = json.loads((ROOT / "docs" / "recipe.schema.json").read_text())
-    assert published == schema, "run: python -m orchestrator.recipes.json_schema > docs/recipe.schema.json"
+def test_json_schema_is_valid():
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+
+
+def test_reference_is_published():
+    """Both files are what `make reference` writes."""
+    assert (ROOT / reference.SCHEMA_FILE).read_text() == reference.schema_text(), "run: make reference"
+    page = (ROOT / reference.FIELDS_FILE).read_text()
+    assert page == reference.with_tables(page), "run: make reference"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -137,13 +145,56 @@ def test_json_schema_accepts_null_where_loading_does(values: dict[str, Any], tmp
     assert load_recipe(write(tmp_path, "null.yaml", yaml.safe_dump(values))).recipe.weights.bits == 8
 
 
-def test_documentation_names_every_field_and_shipped_recipe():
-    text = (ROOT / "docs" / "recipes.md").read_text()
-    sections = [json_schema(), *json_schema()["$defs"].values()]
-    fields = {name for section in sections for name in section["properties"]} - {"passes"}
-    words = set(re.findall(r"[\w-]+", " ".join(re.findall(r"`([^`\n]+)`", text)))) | {"extends"}
-    assert fields <= words
-    assert set(shipped_names()) <= words
+def test_documentation_names_every_shipped_recipe():
+    text = (ROOT / reference.FIELDS_FILE).read_text()
+    assert set(shipped_names()) <= set(re.findall(r"[\w-]+", " ".join(re.findall(r"`([^`\n]+)`", text))))
+
+
+# --- the reference
+
+
+@pytest.mark.parametrize(("name", "section"), list(reference.sections()), ids=lambda value: str(value))
+def test_reference_tells_of_every_field_what_it_may_be_and_means(name: str, section: type[Record]):
+    rows = reference.field_table(name, section).splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(section.model_fields)
+    for row in rows:
+        *_, values, meaning = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
+        assert values not in ("", "any"), row
+        assert meaning.endswith("."), row
+
+
+def test_reference_shows_bounds_choices_and_what_base_says():
+    tables = {name: reference.field_table(name, section) for name, section in reference.sections()}
+    assert "| `bits` | `null` (`base`: `8`) | `2`, `3`, `4`, `5`, `6`, `8` or null |" in tables["activations"]
+    assert "| `warmup` | `0.0` | 0 ≤ number < 1 |" in tables["passes.reconstruct"]
+    assert "| `beta` | `[4.0, 2.0]` | [number > 0, number > 0] |" in tables["passes.reconstruct"]
+    assert "| `seed` | `0` | 0 ≤ integer < 2^62 |" in tables[reference.WHOLE]
+    assert "| `range` | `minmax` | `minmax`, `mse`, `percentile` |" in tables["weights"]
+
+
+def test_reference_refuses_a_page_without_a_place_for_each_section():
+    page = (ROOT / reference.FIELDS_FILE).read_text()
+    with pytest.raises(ValueError, match=r"missing: passes\.scale"):
+        reference.with_tables(page.replace("<!-- fields of passes.scale -->", ""))
+    stale = page.replace("| `seeds` | `32` |", "| `seeds` | `31` |")
+    assert stale != page
+    assert reference.with_tables(stale) == page
+
+
+@pytest.mark.parametrize(
+    ("exception", "section", "own"),
+    [(WeightsException, Weights, set()), (ActivationsException, Activations, {"step_bits", "unknown_timestep"})],
+)
+def test_exceptions_take_the_values_of_the_section(exception: type[Record], section: type[Record], own: set[str]):
+    def values(record: type[Record]) -> dict[str, Any]:
+        """Return what each field may be, null aside."""
+        found = {}
+        for name, field in record.model_json_schema()["properties"].items():
+            plain = {key: value for key, value in field.items() if key not in ("default", "description", "title")}
+            found[name] = [option for option in plain.get("anyOf", [plain]) if option != {"type": "null"}]
+        return found
+
+    assert values(exception) == {name: value for name, value in values(section).items() if name not in own}
 
 
 # --- resolving
@@ -180,6 +231,12 @@ def test_resolve_keeps_null_in_exceptions_apart_from_unstated(tmp_path: Path):
     recipe = loaded("extends: base\nlayers: [{match: a, activations: {bits: null}}, {match: b}]", tmp_path)
     values = json.loads(resolve(recipe).json)
     assert [entry["activations"] for entry in values["layers"]] == [{"bits": None}, {}]
+
+
+def test_resolve_shipped_recipes_have_their_recorded_digests():
+    """A digest names a release's recipe: it changes only where a recipe's text or a default does."""
+    recorded = json.loads((Path(__file__).parent / "recorded" / "digests.json").read_text())
+    assert {name: resolve(recipe).digest for name, recipe in shipped_recipes().items()} == recorded
 
 
 # --- layering
@@ -311,6 +368,9 @@ PROBLEMS = [
     ("attention.softmax_bits=16", "attention.softmax_bits: got 16, wanted one of 2, 3, 4, 5, 6, 8"),
     ("layers.0.weights.bits=9", "layers.0.weights.bits: got 9, wanted one of 2, 3, 4, 5, 6, 8"),
     ("layers.0.weights.bits=null", "layers.0.weights.bits: got null, wanted one of 2, 3, 4, 5, 6, 8"),
+    ("layers.0.weights.range=null", "layers.0.weights.range: got null, wanted one of minmax, mse, percentile"),
+    ("layers.0.activations.mode=true", "layers.0.activations.mode: got true, wanted one of static, per_step, dynamic"),
+    ("passes.scale.method=0", "passes.scale.method: got 0, wanted one of learned, smooth, none"),
     ("weights.range=mes", "weights.range: got 'mes', wanted one of minmax, mse, percentile"),
     ("wieghts.bits=4", "wieghts: unknown key; nearest: weights"),
     ("weights.bit=4", "weights.bit: unknown key; nearest: bits"),
@@ -507,16 +567,16 @@ def test_extractor_weights_are_refused_where_the_extractor_has_its_own(tmp_path:
 # --- what passes tell their tasks
 
 
-def test_round_parameters_leave_out_what_does_not_matter():
-    nearest = Round(method="nearest", samples=3, positions=9)
-    assert nearest.parameters() == Round().parameters() == {"method": "nearest", "inputs": "fp"}
-    fitted = Round(method="closed_form", positions=9).parameters()
+def test_round_leaves_out_what_does_not_matter():
+    nearest = Round(method=RoundingMethod.NEAREST, samples=3, positions=9)
+    assert nearest.to_json() == Round().to_json() == {"method": "nearest", "inputs": "fp"}
+    fitted = Round(method=RoundingMethod.CLOSED_FORM, positions=9).to_json()
     assert fitted["positions"] == 9
     assert set(fitted) == set(Round.model_fields)
 
 
-def test_reconstruct_parameters_leave_out_what_does_not_matter():
-    assert Reconstruct(activation_lr=1.0).parameters() == Reconstruct().parameters()
-    learned = Reconstruct(learn_activation_scales=True, activation_lr=1.0).parameters()
+def test_reconstruct_leaves_out_what_does_not_matter():
+    assert Reconstruct(activation_lr=1.0).to_json() == Reconstruct().to_json()
+    learned = Reconstruct(learn_activation_scales=True, activation_lr=1.0).to_json()
     assert set(learned) == set(Reconstruct.model_fields)
     assert learned["beta"] == [4.0, 2.0]

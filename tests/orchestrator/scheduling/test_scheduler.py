@@ -31,6 +31,7 @@ from orchestrator.errors import DatabaseError
 from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig, stop_on_signals
 from orchestrator.states import JobState
+from quant_spec.tasks.noop import Params
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Capacity, Executor, Finished, RayExecutor
 
@@ -103,7 +104,8 @@ def config(tmp_path: Path) -> SchedulerConfig:
 def noop(name: Any, *sources: TaskNode, seconds: float = 0.0, **options: Any) -> TaskNode:
     """Plan a task that does nothing."""
     inputs = {"sources": [TaskRef(source.id, "blob") for source in sources]} if sources else {}
-    return task_node("noop", {"payload": name, "seconds": seconds}, inputs, label=str(name), **options)
+    params = Params(payload=name, seconds=seconds).to_json()
+    return task_node("noop", params, inputs, label=str(name), **options)
 
 
 def submit(database: Database, nodes: Sequence[TaskNode], priority: int = 0) -> str:
@@ -301,7 +303,7 @@ def test_invalid_task_fails_its_job_at_once(database: Database, borrowed: Borrow
 
 
 def test_faulty_task_is_tried_three_times(database: Database, borrowed: Borrowed, config: SchedulerConfig) -> None:
-    node = task_node("noop", {"seconds": "long"}, {})
+    node = task_node("noop", {"seconds": 1e300}, {})  # more than a clock can count
     job = submit(database, [node])
     thread = in_thread(lambda: Scheduler(database, lambda: borrowed, config).run(drain=True))
 
@@ -313,7 +315,7 @@ def test_faulty_task_is_tried_three_times(database: Database, borrowed: Borrowed
     until(skip_backoff)
     thread.join(60)
     assert len(borrowed.calls) == 3
-    assert "could not convert string" in str(job_row(database, job).error)
+    assert "OverflowError" in str(job_row(database, job).error)
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])

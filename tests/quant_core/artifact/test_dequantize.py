@@ -7,11 +7,11 @@ from torch import nn
 
 from quant_core.artifact.dequantize import dequantize, dequantized_state
 from quant_core.nn.layers import QuantLayer
-from quant_spec.formats import QuantizationPlan
+from quant_spec.formats import ModelFormat
 
 
 def test_every_family_goes_back_to_its_architecture(
-    any_model: nn.Module, quantize_model: Callable[..., QuantizationPlan]
+    any_model: nn.Module, quantize_model: Callable[..., ModelFormat]
 ) -> None:
     before = {name: value.clone() for name, value in any_model.state_dict().items()}
     quantize_model(any_model, bits=8)
@@ -30,7 +30,7 @@ def test_every_family_goes_back_to_its_architecture(
 
 
 def test_the_quantized_model_is_left_alone(
-    tiny_model: Callable[[str], nn.Module], quantize_model: Callable[..., QuantizationPlan]
+    tiny_model: Callable[[str], nn.Module], quantize_model: Callable[..., ModelFormat]
 ) -> None:
     model = tiny_model("unet")
     quantize_model(model)

@@ -18,14 +18,14 @@ from quant_core.errors import ArtifactError
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer
 from quant_spec.enums import ActivationMode
-from quant_spec.formats import QuantizationPlan
+from quant_spec.formats import ModelFormat
 
 Make = Callable[[str], nn.Module]
-Quantize = Callable[..., QuantizationPlan]
+Quantize = Callable[..., ModelFormat]
 
 
-def pack(model: nn.Module, plan: QuantizationPlan, folder: Path) -> Path:
-    write_artifact(model, json.loads(model.to_json_string()), quantization_config(plan), None, folder)
+def pack(model: nn.Module, model_format: ModelFormat, folder: Path) -> Path:
+    write_artifact(model, json.loads(model.to_json_string()), quantization_config(model_format), None, folder)
     return folder
 
 
@@ -36,13 +36,13 @@ def predict(model: nn.Module, timestep: float = 500) -> Tensor:
 
 
 @pytest.fixture
-def simulated(tiny_model: Make, quantize_model: Quantize) -> tuple[nn.Module, QuantizationPlan]:
+def simulated(tiny_model: Make, quantize_model: Quantize) -> tuple[nn.Module, ModelFormat]:
     model = tiny_model("unet")
     return model, quantize_model(model)
 
 
 @pytest.fixture
-def packed(simulated: tuple[nn.Module, QuantizationPlan], tmp_path: Path) -> Path:
+def packed(simulated: tuple[nn.Module, ModelFormat], tmp_path: Path) -> Path:
     return pack(*simulated, tmp_path / "packed")
 
 
@@ -56,7 +56,7 @@ def test_import_registers_the_method() -> None:
 
 
 def test_plain_from_pretrained_equals_the_simulated_model(
-    simulated: tuple[nn.Module, QuantizationPlan], packed: Path
+    simulated: tuple[nn.Module, ModelFormat], packed: Path
 ) -> None:
     model = UNet2DModel.from_pretrained(packed)
     assert isinstance(model.conv_in, QuantLayer)
@@ -200,6 +200,10 @@ def test_configs_that_do_not_fit_are_refused(packed: Path) -> None:
     with pytest.raises(ArtifactError, match=r"does not fit UNet2DModel.*no"):
         UNet2DModel.from_pretrained(packed)
     (packed / "config.json").write_text(good)
+    edit_config(packed, lambda c: c["layers"].update({"conv_norm_out": c["layers"]["conv_in"]}))
+    with pytest.raises(ArtifactError, match=r"does not fit UNet2DModel: layer conv_norm_out: got GroupNorm"):
+        UNet2DModel.from_pretrained(packed)
+    (packed / "config.json").write_text(good)
     edit_config(packed, lambda c: c.update(version=7))
     with pytest.raises(ArtifactError, match="version: got 7, wanted 1 or 2"):
         UNet2DModel.from_pretrained(packed)
@@ -207,7 +211,7 @@ def test_configs_that_do_not_fit_are_refused(packed: Path) -> None:
 
 def test_quantizing_on_the_fly_is_refused(tiny_model: Make, tmp_path: Path) -> None:
     tiny_model("unet").save_pretrained(tmp_path)
-    config = QuantmillConfig(**quantization_config(QuantizationPlan({}, {})))
+    config = QuantmillConfig(**quantization_config(ModelFormat({}, {})))
     with pytest.raises(ValueError, match="does require the model to be pre-quantized"):
         UNet2DModel.from_pretrained(tmp_path, quantization_config=config)
 
@@ -216,14 +220,14 @@ def test_zero_points_and_formats_are_stored_once_and_small_and_version_1_still_l
     tiny_model: Make, quantize_model: Quantize, tmp_path: Path
 ) -> None:
     model = tiny_model("unet")
-    plan = quantize_model(model, granularity="per_group", group_size=8)
-    want, state, folder = predict(model), model.state_dict(), pack(model, plan, tmp_path / "packed")
+    model_format = quantize_model(model, granularity="per_group", group_size=8)
+    want, state, folder = predict(model), model.state_dict(), pack(model, model_format, tmp_path / "packed")
     config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / WEIGHTS_FILE)
-    assert len(config["quantization_config"]["formats"]) == len(set(plan.layers.values()))
+    assert len(config["quantization_config"]["formats"]) == len(set(model_format.layers.values()))
     full, packed = state["mid_block.resnets.0.conv1.zero_point"], tensors["mid_block.resnets.0.conv1.zero_point"]
     assert packed.shape == (len(full), -(-full.shape[1] // 2))
     assert torch.equal(predict(UNet2DModel.from_pretrained(folder)), want)
-    config["quantization_config"] = {"quant_method": QUANT_METHOD, "version": 1, **plan.to_json()}
+    config["quantization_config"] = {"quant_method": QUANT_METHOD, "version": 1, **model_format.to_json()}
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
     assert torch.equal(predict(UNet2DModel.from_pretrained(folder)), want)

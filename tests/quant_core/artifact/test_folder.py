@@ -15,7 +15,6 @@ from torch import nn
 from quant_core.artifact.folder import (
     MANIFEST_FILE,
     QUANT_METHOD,
-    RECIPE_FILE,
     SCHEDULER_FILE,
     WEIGHTS_FILE,
     parse_quantization_config,
@@ -26,16 +25,16 @@ from quant_core.artifact.folder import (
 )
 from quant_core.errors import ArtifactError
 from quant_core.nn.layers import QuantLayer
-from quant_spec.formats import QuantizationPlan
+from quant_spec.formats import ModelFormat
 
 Make = Callable[[str], nn.Module]
-Quantize = Callable[..., QuantizationPlan]
+Quantize = Callable[..., ModelFormat]
 SCHEDULER = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000}
 
 
-def pack(model: nn.Module, plan: QuantizationPlan, folder: Path, **more: Any) -> Path:
+def pack(model: nn.Module, model_format: ModelFormat, folder: Path) -> Path:
     base = json.loads(model.to_json_string())
-    write_artifact(model, base, quantization_config(plan), SCHEDULER, folder, **more)
+    write_artifact(model, base, quantization_config(model_format), SCHEDULER, folder)
     return folder
 
 
@@ -61,15 +60,14 @@ def write_manifest(folder: Path) -> dict[str, Any]:
 
 def test_write_artifact_writes_the_documented_files(tiny_model: Make, quantize_model: Quantize, tmp_path: Path) -> None:
     model = tiny_model("unet")
-    plan = quantize_model(model)
-    folder = pack(model, plan, tmp_path / "a" / "b", recipe={"name": "r"})
+    model_format = quantize_model(model)
+    folder = pack(model, model_format, tmp_path / "a" / "b")
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-    assert files == {"config.json", WEIGHTS_FILE, SCHEDULER_FILE, RECIPE_FILE}
+    assert files == {"config.json", WEIGHTS_FILE, SCHEDULER_FILE}
     config = read_config(folder)
     assert config["_class_name"] == "UNet2DModel"
-    assert parse_quantization_config(config["quantization_config"]) == plan
+    assert parse_quantization_config(config["quantization_config"]) == model_format
     assert json.loads((folder / SCHEDULER_FILE).read_text()) == SCHEDULER
-    assert json.loads((folder / RECIPE_FILE).read_text()) == {"name": "r"}
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as stored:
         assert stored.metadata() == {"format": "pt"}
 
@@ -112,7 +110,7 @@ def test_the_same_model_gives_the_same_bytes(tiny_model: Make, quantize_model: Q
     folders = []
     for name in ("one", "two"):
         model = tiny_model("unet")
-        folders.append(pack(model, quantize_model(model), tmp_path / name, recipe={"b": 1, "a": 2}))
+        folders.append(pack(model, quantize_model(model), tmp_path / name))
     contents = [{p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders]
     assert contents[0] == contents[1]
 
@@ -129,11 +127,11 @@ def test_write_artifact_refuses_an_unfinished_rounding(
     tiny_model: Make, quantize_model: Quantize, tmp_path: Path
 ) -> None:
     model = tiny_model("unet")
-    plan = quantize_model(model)
+    model_format = quantize_model(model)
     layer = next(m for m in model.modules() if isinstance(m, QuantLayer))
     layer.soft_weight = layer.weight
     with pytest.raises(ArtifactError, match=r"layer conv_in: got a rounding that is still being learned"):
-        pack(model, plan, tmp_path / "packed")
+        pack(model, model_format, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
 
 
@@ -151,7 +149,7 @@ def test_write_artifact_refuses_an_unfinished_rounding(
     ],
 )
 def test_foreign_and_malformed_configs_are_refused(change: dict[str, Any], message: str) -> None:
-    good = quantization_config(QuantizationPlan({}, {}))
+    good = quantization_config(ModelFormat({}, {}))
     assert good["quant_method"] == QUANT_METHOD
     with pytest.raises(ArtifactError, match=message):
         parse_quantization_config(good | change)

@@ -11,13 +11,14 @@ from torch import nn
 
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, replay, select_steps
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
-from quant_core.diffusion.sampler import SamplerSpec, Step, make_scheduler, sample, trajectory_conditioning
+from quant_core.diffusion.sampler import Step, make_scheduler, sample, trajectory_conditioning
 from quant_core.diffusion.tensorfile import TensorInfo, create_tensor_file
 from quant_spec.errors import QuantizationError
+from quant_spec.sampler import Sampler
 
 Make = Callable[[str], nn.Module]
 TRAINED = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
-DDIM = SamplerSpec("DDIMScheduler", 4)
+DDIM = Sampler(scheduler="DDIMScheduler", num_inference_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +26,17 @@ def denoiser(tiny_model: Make) -> Denoiser:
     return Denoiser(tiny_model("unet"), {}, TRAINED, None)
 
 
-def record(denoiser: Denoiser, seeds: range, path: Path, sampler: SamplerSpec = DDIM, **more: object) -> Path:
+def record(denoiser: Denoiser, seeds: range, path: Path, sampler: Sampler = DDIM, **more: object) -> Path:
     record_trajectories(denoiser, seeds, RecordSpec(sampler, batch_size=2, **more), path)  # type: ignore[arg-type]
     return path
 
 
 def test_a_shard_holds_exactly_what_the_denoiser_saw(denoiser: Denoiser, tmp_path: Path) -> None:
     shard = load_file(record(denoiser, range(3), tmp_path / "a", predictions=True, samples=True))
-    told = trajectory_conditioning(denoiser.model, DDIM, range(3), None)
+    conditioning = trajectory_conditioning(denoiser.model, DDIM, range(3), None)
     steps: list[Step] = []
     scheduler = make_scheduler(DDIM, TRAINED)
-    samples = sample(denoiser.model, scheduler, DDIM, range(3), told, batch_size=2, on_step=steps.append)
+    samples = sample(denoiser.model, scheduler, DDIM, range(3), conditioning, batch_size=2, on_step=steps.append)
     assert shard["x"].shape == (4, 3, 3, 8, 8)
     assert torch.equal(shard["sample"], samples)
     for step in steps:
@@ -44,7 +45,7 @@ def test_a_shard_holds_exactly_what_the_denoiser_saw(denoiser: Denoiser, tmp_pat
         assert torch.equal(shard["prediction"][step.index, rows], step.prediction)
         assert shard["timesteps"][step.index] == step.timestep
     assert shard["timesteps"].tolist() == [750, 500, 250, 0]
-    assert torch.equal(shard["conditioning.class_labels"], told["class_labels"])
+    assert torch.equal(shard["conditioning.class_labels"], conditioning["class_labels"])
 
 
 def test_one_pass_of_the_sampler(denoiser: Denoiser, tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_only_the_first_seeds(denoiser: Denoiser, tmp_path: Path) -> None:
 
 def test_guidance_records_both_calls(tiny_model: Make, tmp_path: Path) -> None:
     dit = Denoiser(tiny_model("dit"), {}, TRAINED, None)
-    guided = SamplerSpec("DDIMScheduler", 3, guidance_scale=3.0)
+    guided = Sampler(scheduler="DDIMScheduler", num_inference_steps=3, guidance_scale=3.0)
     found = CalibrationSet([record(dit, range(3), tmp_path / "a", guided)])
     assert found.samples == 6
     assert found.conditioning["class_labels"][1::2].tolist() == [6, 6, 6]
@@ -142,7 +143,7 @@ def test_packed_latents_keep_their_positions(tiny_model: Make, tmp_path: Path) -
     }
     save_file(keys, file)
     flux = Denoiser(tiny_model("flux"), {}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, file)
-    spec = SamplerSpec(num_inference_steps=3, timestep_scale=0.001)
+    spec = Sampler(num_inference_steps=3, timestep_scale=0.001)
     parts = [record(flux, r, tmp_path / str(r.start), spec) for r in (range(2), range(2, 3))]
     found = CalibrationSet(parts)
     assert found.sample_shape == (16, 4)
@@ -160,20 +161,6 @@ def test_by_step_never_mixes_steps(denoiser: Denoiser, tmp_path: Path) -> None:
     assert all(torch.equal(batch.timestep, found.timesteps[batch.step]) for batch in batches)
 
 
-def test_mixed_covers_everything_once_in_a_seeded_order(denoiser: Denoiser, tmp_path: Path) -> None:
-    found = CalibrationSet([record(denoiser, r, tmp_path / str(r.start)) for r in (range(2), range(2, 5))])
-    shuffled = torch.cat([batch.x for batch in found.mixed(3, torch.Generator().manual_seed(1))])
-    again = torch.cat([batch.x for batch in found.mixed(7, torch.Generator().manual_seed(1))])
-    ordered = torch.cat([batch.x for batch in found.by_step(5)])
-    assert torch.equal(shuffled, again)
-    assert not torch.equal(shuffled, ordered)
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(shuffled, ordered[order])
-    batch = next(found.mixed(8, torch.Generator().manual_seed(1), count=8))
-    assert len(batch.step.unique()) > 1
-    assert torch.equal(batch.timestep, found.timesteps[batch.step])
-
-
 def test_replay_gives_the_prediction_again(denoiser: Denoiser, tmp_path: Path) -> None:
     path = record(denoiser, range(2), tmp_path / "a", predictions=True)
     predictions = load_file(path)["prediction"]
@@ -183,7 +170,7 @@ def test_replay_gives_the_prediction_again(denoiser: Denoiser, tmp_path: Path) -
 
 def test_calibration_set_refuses_shards_of_other_trajectories(denoiser: Denoiser, tmp_path: Path) -> None:
     one = record(denoiser, range(2), tmp_path / "a")
-    other = record(denoiser, range(2, 4), tmp_path / "b", SamplerSpec("DDIMScheduler", 5))
+    other = record(denoiser, range(2, 4), tmp_path / "b", Sampler(scheduler="DDIMScheduler", num_inference_steps=5))
     with pytest.raises(QuantizationError, match="wanted the same timesteps"):
         CalibrationSet([one, other])
     with pytest.raises(QuantizationError, match="got no shards"):
@@ -211,7 +198,16 @@ def test_tensor_file_is_aligned_and_readable(tmp_path: Path) -> None:
 
 
 def test_the_shipped_model_is_calibrated(emoji32: Path, tmp_path: Path) -> None:
-    found = CalibrationSet([record(load_denoiser(emoji32), range(2), tmp_path / "a", SamplerSpec("DDIMScheduler", 3))])
+    found = CalibrationSet(
+        [
+            record(
+                load_denoiser(emoji32),
+                range(2),
+                tmp_path / "a",
+                Sampler(scheduler="DDIMScheduler", num_inference_steps=3),
+            )
+        ]
+    )
     assert found.timesteps.tolist() == [666, 333, 0]
     # noise at the first step, nearly an image at the last
     assert 0.8 < float(found.rows(0, 0, 2).x.std()) < 1.2

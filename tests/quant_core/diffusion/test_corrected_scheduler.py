@@ -15,10 +15,11 @@ import quant_core
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.diffusion.denoiser import call_denoiser
 from quant_core.diffusion.noise_correction import NoiseCorrection, noise_scale
-from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, sample, start, trajectory_conditioning
+from quant_core.diffusion.sampler import make_scheduler, sample, start, trajectory_conditioning
 from quant_core.errors import UnknownTimestepError
 from quant_spec.enums import UnknownTimestep
 from quant_spec.errors import QuantizationError
+from quant_spec.sampler import Sampler
 
 # diffusers' own schedulers call numpy on torch tensors in a way that numpy 2 complains of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -48,35 +49,35 @@ def correction(timesteps: Tensor, k: float = 0.0, bias: float = 0.0, variance: f
     )
 
 
-def corrected(spec: SamplerSpec, unknown: UnknownTimestep = UnknownTimestep.ERROR, **parts: float) -> Any:
+def corrected(spec: Sampler, unknown: UnknownTimestep = UnknownTimestep.ERROR, **parts: float) -> Any:
     wrapped = make_scheduler(spec, TRAINED)
     timesteps = start(copy.deepcopy(wrapped), spec, (3, 8, 8))
     return QuantmillCorrectedScheduler(wrapped, correction(timesteps, **parts), unknown)
 
 
-def draw(model: nn.Module, scheduler: Any, spec: SamplerSpec, predict: Any = None) -> Tensor:
-    told = trajectory_conditioning(model, spec, [3, 1], None)
-    return sample(model, scheduler, spec, [3, 1], told, batch_size=2, predict=predict)
+def draw(model: nn.Module, scheduler: Any, spec: Sampler, predict: Any = None) -> Tensor:
+    conditioning = trajectory_conditioning(model, spec, [3, 1], None)
+    return sample(model, scheduler, spec, [3, 1], conditioning, batch_size=2, predict=predict)
 
 
 @pytest.mark.parametrize(("name", "options"), SCHEDULERS)
 def test_without_a_correction_every_scheduler_samples_as_it_did(
     name: str, options: dict[str, Any], tiny_model: Make
 ) -> None:
-    model, spec = tiny_model("unet"), SamplerSpec(name, 5, eta=1.0, options=options)
+    model, spec = tiny_model("unet"), Sampler(scheduler=name, num_inference_steps=5, eta=1.0, options=options)
     assert torch.equal(draw(model, corrected(spec), spec), draw(model, make_scheduler(spec, TRAINED), spec))
 
 
 @pytest.mark.parametrize(("name", "options"), SCHEDULERS)
 def test_every_prediction_is_corrected_before_it_is_used(name: str, options: dict[str, Any], tiny_model: Make) -> None:
-    model, spec = tiny_model("unet"), SamplerSpec(name, 5, eta=1.0, options=options)
+    model, spec = tiny_model("unet"), Sampler(scheduler=name, num_inference_steps=5, eta=1.0, options=options)
     scheduler = corrected(spec, k=0.1, bias=0.05)
     tables, known = scheduler.correction, torch.tensor(scheduler.correction.timesteps)
 
-    def by_hand(index: int, row: int, x: Tensor, told: Tensor, conditioning: Any, /) -> Tensor:
-        at = int((known - told).abs().argmin())
+    def by_hand(index: int, row: int, x: Tensor, timestep: Tensor, conditioning: Any, /) -> Tensor:
+        at = int((known - timestep).abs().argmin())
         bias = tables.bias[at].float().reshape(3, 1, 1)
-        return (call_denoiser(model, x, told, conditioning) - bias) / (1 + tables.k[at].float())
+        return (call_denoiser(model, x, timestep, conditioning) - bias) / (1 + tables.k[at].float())
 
     expected = draw(model, make_scheduler(spec, TRAINED), spec, predict=by_hand)
     found = draw(model, scheduler, spec)
@@ -86,7 +87,7 @@ def test_every_prediction_is_corrected_before_it_is_used(name: str, options: dic
 
 @pytest.mark.parametrize("name", NOISY)
 def test_variance_is_taken_out_of_the_noise_and_of_nothing_else(name: str) -> None:
-    spec = SamplerSpec(name, 5, eta=1.0)
+    spec = Sampler(scheduler=name, num_inference_steps=5, eta=1.0)
     plain, absorbing = make_scheduler(spec, TRAINED), corrected(spec, variance=0.02)
     extra = {"eta": 1.0} if name == "DDIMScheduler" else {}
 
@@ -113,7 +114,7 @@ def test_variance_is_taken_out_of_the_noise_and_of_nothing_else(name: str) -> No
 
 def test_ddim_keeps_the_direction_of_the_scheduled_noise() -> None:
     """PTQD's sampler overwrites sigma before the direction term; matching variances needs the scheduled one there."""
-    spec = SamplerSpec("DDIMScheduler", 5, eta=1.0, options={"clip_sample": False})
+    spec = Sampler(scheduler="DDIMScheduler", num_inference_steps=5, eta=1.0, options={"clip_sample": False})
     scheduler = corrected(spec, variance=0.01)
     timestep = start(scheduler, spec, (3, 8, 8))[2]
     plain = make_scheduler(spec, TRAINED)
@@ -135,7 +136,7 @@ def test_ddim_keeps_the_direction_of_the_scheduled_noise() -> None:
 
 
 def test_more_error_than_noise_leaves_no_noise() -> None:
-    spec = SamplerSpec("DDPMScheduler", 5)
+    spec = Sampler(scheduler="DDPMScheduler", num_inference_steps=5)
     scheduler = corrected(spec, variance=1e6)
     timestep = start(scheduler, spec, (3, 8, 8))[2]
     x = torch.ones(1, 3, 8, 8)
@@ -154,12 +155,12 @@ def test_more_error_than_noise_leaves_no_noise() -> None:
 def test_variance_changes_nothing_in_other_samplers(
     name: str, eta: float, options: dict[str, Any], tiny_model: Make
 ) -> None:
-    model, spec = tiny_model("unet"), SamplerSpec(name, 4, eta=eta, options=options)
+    model, spec = tiny_model("unet"), Sampler(scheduler=name, num_inference_steps=4, eta=eta, options=options)
     assert torch.equal(draw(model, corrected(spec, variance=0.1), spec), draw(model, corrected(spec), spec))
 
 
 def test_a_learned_variance_is_not_corrected() -> None:
-    scheduler = corrected(SamplerSpec("DDPMScheduler", 5), k=0.2, bias=0.1)
+    scheduler = corrected(Sampler(scheduler="DDPMScheduler", num_inference_steps=5), k=0.2, bias=0.1)
     scheduler.set_timesteps(5)
     output = torch.randn(2, 6, 8, 8)
     found = scheduler.correct(output, scheduler.timesteps[1], 3)
@@ -181,19 +182,25 @@ def test_channels_of_tokens_are_the_last_dimension() -> None:
 
 
 def test_it_loads_as_diffusers_loads_schedulers(tmp_path: Path, tiny_model: Make) -> None:
-    model, spec = tiny_model("unet"), SamplerSpec("DDIMScheduler", 5, eta=0.5, options={"timestep_spacing": "trailing"})
+    model, spec = (
+        tiny_model("unet"),
+        Sampler(scheduler="DDIMScheduler", num_inference_steps=5, eta=0.5, options={"timestep_spacing": "trailing"}),
+    )
     scheduler = corrected(spec, k=0.1, bias=0.05, variance=0.01)
     scheduler.save_pretrained(tmp_path / "scheduler")
     loaded = quant_core.QuantmillCorrectedScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert torch.equal(draw(model, loaded, spec), draw(model, scheduler, spec))
     assert loaded.config.timestep_spacing == "trailing"
     assert dict(loaded.config)["correction"] == dict(scheduler.config)["correction"]
-    again = make_scheduler(SamplerSpec(None, 5), json.loads((tmp_path / "scheduler/scheduler_config.json").read_text()))
+    again = make_scheduler(
+        Sampler(scheduler=None, num_inference_steps=5),
+        json.loads((tmp_path / "scheduler/scheduler_config.json").read_text()),
+    )
     assert torch.equal(draw(model, again, spec), draw(model, scheduler, spec))
 
 
 def test_the_wrapped_class_reads_its_own_settings_from_the_same_file(tmp_path: Path) -> None:
-    spec = SamplerSpec("DDIMScheduler", 5, options={"timestep_spacing": "trailing"})
+    spec = Sampler(scheduler="DDIMScheduler", num_inference_steps=5, options={"timestep_spacing": "trailing"})
     corrected(spec, k=0.1).save_pretrained(tmp_path / "scheduler")
     plain = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert plain.config.beta_schedule == "squaredcos_cap_v2"
@@ -201,7 +208,7 @@ def test_the_wrapped_class_reads_its_own_settings_from_the_same_file(tmp_path: P
 
 
 def test_a_pipeline_saves_it_and_finds_it_again(tmp_path: Path) -> None:
-    scheduler = corrected(SamplerSpec("DDPMScheduler", 3), k=0.1, bias=0.05, variance=0.01)
+    scheduler = corrected(Sampler(scheduler="DDPMScheduler", num_inference_steps=3), k=0.1, bias=0.05, variance=0.01)
     unet = diffusers.UNet2DModel(
         8, 3, 3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
@@ -219,20 +226,24 @@ def test_a_pipeline_saves_it_and_finds_it_again(tmp_path: Path) -> None:
         return chosen(generator=generator, num_inference_steps=3, output_type="np").images
 
     assert abs(images(loaded) - images(pipeline)).max() < 1e-5  # memory-mapped weights are aligned differently
-    plain = diffusers.DDPMPipeline(unet, make_scheduler(SamplerSpec("DDPMScheduler", 3), TRAINED))
+    plain = diffusers.DDPMPipeline(
+        unet, make_scheduler(Sampler(scheduler="DDPMScheduler", num_inference_steps=3), TRAINED)
+    )
     assert abs(images(loaded) - images(plain)).max() > 1e-3
 
 
 def test_a_recipe_cannot_ask_for_another_scheduler_than_was_corrected() -> None:
-    config = json.loads(corrected(SamplerSpec("DDIMScheduler", 5)).to_json_string())
-    assert isinstance(make_scheduler(SamplerSpec("DDIMScheduler", 5), config), QuantmillCorrectedScheduler)
+    config = json.loads(corrected(Sampler(scheduler="DDIMScheduler", num_inference_steps=5)).to_json_string())
+    assert isinstance(
+        make_scheduler(Sampler(scheduler="DDIMScheduler", num_inference_steps=5), config), QuantmillCorrectedScheduler
+    )
     with pytest.raises(QuantizationError, match="got PNDMScheduler, wanted DDIMScheduler"):
-        make_scheduler(SamplerSpec("PNDMScheduler", 5), config)
+        make_scheduler(Sampler(scheduler="PNDMScheduler", num_inference_steps=5), config)
 
 
 @pytest.mark.parametrize("missing", ["correction", "wrapped_class"])
 def test_a_config_without_its_parts_is_refused(missing: str) -> None:
-    config = json.loads(corrected(SamplerSpec("DDIMScheduler", 5)).to_json_string())
+    config = json.loads(corrected(Sampler(scheduler="DDIMScheduler", num_inference_steps=5)).to_json_string())
     with pytest.raises(QuantizationError, match="wanted a QuantmillCorrectedScheduler's"):
         QuantmillCorrectedScheduler.from_config({key: value for key, value in config.items() if key != missing})
     with pytest.raises(QuantizationError, match="wanted a scheduler class of diffusers"):
@@ -243,7 +254,7 @@ def test_a_config_without_its_parts_is_refused(missing: str) -> None:
 
 
 def test_another_trajectory_is_refused() -> None:
-    scheduler = corrected(SamplerSpec("DDIMScheduler", 5), k=0.1)
+    scheduler = corrected(Sampler(scheduler="DDIMScheduler", num_inference_steps=5), k=0.1)
     scheduler.set_timesteps(4)
     x = torch.zeros(1, 3, 8, 8)
     with pytest.raises(UnknownTimestepError, match=r"got 750 of a trajectory of 4 steps, wanted .*set_timesteps\(5\)"):
@@ -253,7 +264,7 @@ def test_another_trajectory_is_refused() -> None:
 
 
 def test_another_trajectory_takes_the_nearest_steps_if_told_so() -> None:
-    scheduler = corrected(SamplerSpec("DDIMScheduler", 5), UnknownTimestep.NEAREST, bias=0.1)
+    scheduler = corrected(Sampler(scheduler="DDIMScheduler", num_inference_steps=5), UnknownTimestep.NEAREST, bias=0.1)
     scheduler.set_timesteps(4)
     x = torch.zeros(1, 3, 8, 8)
     with pytest.warns(UserWarning, match="timestep 750 has no correction"):
@@ -262,7 +273,7 @@ def test_another_trajectory_takes_the_nearest_steps_if_told_so() -> None:
 
 
 def test_noise_scale_follows_eta() -> None:
-    spec = SamplerSpec("DDIMScheduler", 5)
+    spec = Sampler(scheduler="DDIMScheduler", num_inference_steps=5)
     scheduler = corrected(spec, variance=0.001)
     start(scheduler, spec, (3, 8, 8))
     scheduler._prepare(torch.zeros(1))

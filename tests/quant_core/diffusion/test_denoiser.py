@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quant_core.diffusion.conditioning import (
+    UNBATCHED,
     conditioning_fields,
     draw_conditioning,
     dummy_conditioning,
@@ -67,11 +68,12 @@ def test_call_denoiser_predicts_the_shape_of_the_sample(family: str, tiny_model:
     model = tiny_model(family)
     assert sample_shape(model) == SHAPES[family]
     shape = sample_shape(model, tokens=16)
-    told = dummy_conditioning(model, batch=2)
-    assert set(told) == FIELDS[family]
-    if "img_ids" in told:
-        told["img_ids"] = told["img_ids"][:16]
-    prediction = call_denoiser(model, torch.randn(2, *shape), 7, told)
+    row = dummy_conditioning(model)
+    conditioning = {key: value if key in UNBATCHED else torch.cat([value, value]) for key, value in row.items()}
+    assert set(conditioning) == FIELDS[family]
+    if "img_ids" in conditioning:
+        conditioning["img_ids"] = conditioning["img_ids"][:16]
+    prediction = call_denoiser(model, torch.randn(2, *shape), 7, conditioning)
     assert prediction.shape == (2, *shape)
     assert prediction.isfinite().all()
 
@@ -202,9 +204,9 @@ def test_draw_conditioning_says_what_is_missing(tiny_model: Make, tmp_path: Path
 
 def test_null_conditioning_takes_the_extra_class(tiny_model: Make) -> None:
     model = tiny_model("dit")
-    told = draw_conditioning(model, range(3), None)
-    assert null_conditioning(model, told, None, None)["class_labels"].tolist() == [6, 6, 6]
-    assert null_conditioning(model, told, None, 2)["class_labels"].tolist() == [2, 2, 2]
+    conditioning = draw_conditioning(model, range(3), None)
+    assert null_conditioning(model, conditioning, None, None)["class_labels"].tolist() == [6, 6, 6]
+    assert null_conditioning(model, conditioning, None, 2)["class_labels"].tolist() == [2, 2, 2]
 
 
 def test_null_conditioning_takes_null_rows(tiny_model: Make, tmp_path: Path) -> None:
@@ -212,8 +214,8 @@ def test_null_conditioning_takes_null_rows(tiny_model: Make, tmp_path: Path) -> 
     save_file(
         {"encoder_hidden_states": torch.ones(2, 5, 12), "null.encoder_hidden_states": torch.zeros(1, 5, 12)}, file
     )
-    told = draw_conditioning(model, range(3), file)
-    both = interleave(told, null_conditioning(model, told, file, None))
+    conditioning = draw_conditioning(model, range(3), file)
+    both = interleave(conditioning, null_conditioning(model, conditioning, file, None))
     assert both["encoder_hidden_states"].mean(dim=(1, 2)).tolist() == [1, 0, 1, 0, 1, 0]
 
 

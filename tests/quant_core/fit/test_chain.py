@@ -17,27 +17,33 @@ from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.errors import UnknownTimestepError
-from quant_core.fit.reconstruction import ReconstructionConfig, reconstruct_unit
-from quant_core.fit.rounding import RoundingConfig, UnitRanges, round_units
-from quant_core.fit.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from quant_core.fit.reconstruction import reconstruct_unit
+from quant_core.fit.rounding import UnitRanges, round_units
+from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.nn.model import build_quantized
-from quant_spec.enums import ActivationMode, RoundingMethod
-from quant_spec.formats import ActivationSpec
+from quant_spec.enums import ActivationMode
+from quant_spec.formats import ActivationSpec, UnitFormat
+from tests.quant_core.params import reconstruction, rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
-PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]
+ChooseFormats = Callable[..., list[tuple[UnitFormat, UnitRanges]]]
 
 FAMILIES = ["unet", "text_unet", "sdxl_unet", "dit", "pixart", "sd3", "flux", "digits"]
-LEARN = ReconstructionConfig(iterations=10, batch_size=4, lr=0.1, trust=0.0, rounding_weight=10.0)
+LEARN = reconstruction(iterations=10, batch_size=4, lr=0.1, trust=0.0, rounding_weight=10.0)
 
 
 def quantize(
-    family: str, calibrated: Calibrated, plan_units: PlanUnits, scratch: Path, bits: int, activation: ActivationSpec
+    family: str,
+    calibrated: Calibrated,
+    unit_formats: ChooseFormats,
+    scratch: Path,
+    bits: int,
+    activation: ActivationSpec,
 ) -> list[UnitState]:
     """Round every unit and reconstruct one that has attention, if any has."""
     denoiser, calibration = calibrated(family, 2)
-    units = plan_units(denoiser, bits=bits, activation=activation)
-    config = RoundingConfig(RoundingMethod.CLOSED_FORM, positions=8)
+    units = unit_formats(denoiser, bits=bits, activation=activation)
+    config = rounding("closed_form", positions=8)
     states = [each.state for each in round_units(denoiser.model, calibration, units, config)]
     place = max(range(len(states)), key=lambda i: (len(states[i].formats.attentions), len(states[i].formats.layers)))
     fresh = calibrated(family, 2)[0].model
@@ -46,7 +52,7 @@ def quantize(
 
 
 def simulate(model: nn.Module, states: list[UnitState]) -> nn.Module:
-    build_quantized(model, merge_plans(states))
+    build_quantized(model, merge_formats(states))
     load_states(model, states)
     return model
 
@@ -66,15 +72,17 @@ def size_bound(floats: nn.Module, states: list[UnitState], steps: int) -> int:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_loaded_equals_simulated(family: str, calibrated: Calibrated, plan_units: PlanUnits, tmp_path: Path) -> None:
+def test_loaded_equals_simulated(
+    family: str, calibrated: Calibrated, unit_formats: ChooseFormats, tmp_path: Path
+) -> None:
     with torch.enable_grad():
-        states = quantize(family, calibrated, plan_units, tmp_path, 4, ActivationSpec(8))
+        states = quantize(family, calibrated, unit_formats, tmp_path, 4, ActivationSpec(8))
     denoiser, calibration = calibrated(family, 2)
     floats = calibrated(family, 2)[0].model
     simulated = simulate(denoiser.model, states)
     folder = tmp_path / "packed"
     config = json.loads(floats.to_json_string())
-    write_artifact(simulated, config, quantization_config(merge_plans(states)), None, folder)
+    write_artifact(simulated, config, quantization_config(merge_formats(states)), None, folder)
 
     loaded = quant_core.load_quantized(folder, device="cpu", backend="reference")
     for batch in calibration.by_step(2):
@@ -100,17 +108,17 @@ def test_loaded_equals_simulated(family: str, calibrated: Calibrated, plan_units
 @pytest.mark.parametrize("mode", [ActivationMode.STATIC, ActivationMode.DYNAMIC_TOKEN])
 @torch.no_grad()
 def test_every_width_and_mode_loads_as_simulated(
-    bits: int, mode: ActivationMode, calibrated: Calibrated, plan_units: PlanUnits, tmp_path: Path
+    bits: int, mode: ActivationMode, calibrated: Calibrated, unit_formats: ChooseFormats, tmp_path: Path
 ) -> None:
     denoiser, calibration = calibrated("dit", 2)
-    units = plan_units(
+    units = unit_formats(
         denoiser, bits=bits, activation=ActivationSpec(6, mode=mode), granularity="per_group", group_size=8
     )
-    states = [each.state for each in round_units(denoiser.model, calibration, units, RoundingConfig())]
+    states = [each.state for each in round_units(denoiser.model, calibration, units, rounding())]
     simulated = simulate(calibrated("dit", 2)[0].model, states)
     folder = tmp_path / "packed"
     config = json.loads(simulated.to_json_string())
-    write_artifact(simulated, config, quantization_config(merge_plans(states)), None, folder)
+    write_artifact(simulated, config, quantization_config(merge_formats(states)), None, folder)
     loaded = quant_core.load_quantized(folder, backend="reference")
     batch = calibration.gather(torch.arange(6))
     assert torch.equal(replay(loaded, batch), replay(simulated, batch))
@@ -118,10 +126,12 @@ def test_every_width_and_mode_loads_as_simulated(
     replay(loaded, type(batch)(batch.x, batch.timestep + 1, batch.step, batch.conditioning))
 
 
-def test_the_same_inputs_give_the_same_states(calibrated: Calibrated, plan_units: PlanUnits, tmp_path: Path) -> None:
+def test_the_same_inputs_give_the_same_states(
+    calibrated: Calibrated, unit_formats: ChooseFormats, tmp_path: Path
+) -> None:
     runs = []
     for name in "ab":
         (tmp_path / name).mkdir()
-        states = quantize("sd3", calibrated, plan_units, tmp_path / name, 4, ActivationSpec(8))
+        states = quantize("sd3", calibrated, unit_formats, tmp_path / name, 4, ActivationSpec(8))
         runs.append([state.to_bytes() for state in states])
     assert runs[0] == runs[1]

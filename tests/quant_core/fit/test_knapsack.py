@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant_core.fit.knapsack import Choice, choose
+from quant_core.fit.knapsack import MOST_UNITS, Choice, choose
 from quant_spec.errors import QuantizationError
 
 ITEMS = st.lists(
@@ -31,11 +31,15 @@ def test_choose_is_as_good_as_trying_everything(items: list[list[Choice]], room:
     assert size <= budget
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(items=ITEMS, room=st.integers(0, 30))
 def test_coarser_units_stay_within_the_budget(items: list[list[Choice]], room: int) -> None:
-    budget = sum(min(choice.size for choice in item) for item in items) + room
-    assert total(items, choose(items, budget, most_units=4))[1] <= budget
+    # odd sizes with a greatest common divisor of 1, in a budget of more than MOST_UNITS of that
+    items = [
+        [Choice(choice.cost, MOST_UNITS * choice.size + number) for number, choice in enumerate(item)] for item in items
+    ]
+    budget = sum(min(choice.size for choice in item) for item in items) + MOST_UNITS * room + 1
+    assert total(items, choose(items, budget))[1] <= budget
 
 
 def test_a_budget_that_nothing_fits_is_refused() -> None:

@@ -11,28 +11,29 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser
-from quant_core.fit.reconstruction import ReconstructedUnit, ReconstructionConfig, reconstruct_unit
-from quant_core.fit.rounding import RoundingConfig, UnitRanges, round_units
+from quant_core.fit.reconstruction import ReconstructedUnit, reconstruct_unit
+from quant_core.fit.rounding import UnitRanges, round_units
 from quant_core.fit.unit_cache import record_unit
-from quant_core.fit.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.nn.layers import QuantLayer
 from quant_core.nn.model import build_quantized
-from quant_spec.enums import ActivationMode, RoundingMethod
-from quant_spec.formats import ActivationSpec
+from quant_spec.enums import ActivationMode, StartCodes, UnitInputs
+from quant_spec.formats import ActivationSpec, UnitFormat
+from tests.quant_core.params import reconstruction, rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
-PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]
+ChooseFormats = Callable[..., list[tuple[UnitFormat, UnitRanges]]]
 
 SEEDS = 8
 RESNET = "down_blocks.1.resnets.0"
-QUICK = ReconstructionConfig(iterations=80, batch_size=8, lr=0.1, trust=0.0, rounding_weight=10.0)
+QUICK = reconstruction(iterations=80, batch_size=8, lr=0.1, trust=0.0, rounding_weight=10.0)
 
 
 @pytest.fixture(scope="module")
-def starts(calibrated: Calibrated, plan_units: PlanUnits) -> dict[str, UnitState]:
+def starts(calibrated: Calibrated, unit_formats: ChooseFormats) -> dict[str, UnitState]:
     """Every unit of the digits model rounded to the nearest of 4 bits, in the order in which they run."""
     denoiser, calibration = calibrated("digits", SEEDS)
-    made = round_units(denoiser.model, calibration, plan_units(denoiser), RoundingConfig())
+    made = round_units(denoiser.model, calibration, unit_formats(denoiser), rounding())
     return {each.state.formats.unit: each.state for each in made}
 
 
@@ -40,14 +41,14 @@ def starts(calibrated: Calibrated, plan_units: PlanUnits) -> dict[str, UnitState
 def learn(calibrated: Calibrated, starts: dict[str, UnitState], tmp_path: Path) -> Callable[..., ReconstructedUnit]:
     """Reconstruct one unit of a fresh digits model."""
 
-    def run(unit: str = RESNET, start: UnitState | None = None, **config: Any) -> ReconstructedUnit:
+    def run(unit: str = RESNET, state: UnitState | None = None, **config: Any) -> ReconstructedUnit:
         denoiser, calibration = calibrated("digits", SEEDS)
         names = list(starts)
         earlier = [starts[name] for name in names[: names.index(unit)]]
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
-        chosen = replace(QUICK, **config)
-        return reconstruct_unit(denoiser.model, calibration, start or starts[unit], earlier, chosen, folder)
+        chosen = QUICK.replaced(**config)
+        return reconstruct_unit(denoiser.model, calibration, state or starts[unit], earlier, chosen, folder)
 
     return run
 
@@ -60,7 +61,7 @@ def unit_error(calibrated: Calibrated, state: UnitState, scratch: Path) -> float
     recording = record_unit(
         denoiser.model, name, calibration, batch_size=8, budget=1 << 30, scratch=scratch, label="check"
     )
-    parts = build_quantized(denoiser.model, merge_plans([state]))
+    parts = build_quantized(denoiser.model, merge_formats([state]))
     load_states(denoiser.model, [state])
     noise = signal = 0.0
     with torch.no_grad():
@@ -122,7 +123,7 @@ def test_every_weight_has_a_code_next_to_its_own(
     state = learn().state
     floats = calibrated("digits", SEEDS)[0].model
     weights = {name: floats.get_parameter(f"{name}.weight").detach().clone() for name in state.formats.layers}
-    parts = build_quantized(floats, merge_plans([state]))
+    parts = build_quantized(floats, merge_formats([state]))
     load_states(floats, [state])
     moved = 0
     for name, layer in parts.layers.items():
@@ -137,7 +138,7 @@ def test_every_weight_has_a_code_next_to_its_own(
 
 
 def test_inputs_of_the_quantized_model_give_another_result(learn: Callable[..., ReconstructedUnit]) -> None:
-    full, quantized = (learn(use_quantized_inputs=choice) for choice in (False, True))
+    full, quantized = (learn(inputs=inputs) for inputs in (UnitInputs.FP, UnitInputs.QUANTIZED))
     assert full.state.to_bytes() != quantized.state.to_bytes()
     # the target stays the full-precision output, and what came before adds its error
     assert quantized.sqnr_db_before < full.sqnr_db_before - 1
@@ -158,13 +159,13 @@ def scales(state: UnitState) -> dict[str, Tensor]:
 
 
 def test_learned_activation_scales_move_and_help(
-    calibrated: Calibrated, plan_units: PlanUnits, learn: Callable[..., ReconstructedUnit]
+    calibrated: Calibrated, unit_formats: ChooseFormats, learn: Callable[..., ReconstructedUnit]
 ) -> None:
     denoiser, calibration = calibrated("digits", SEEDS)
-    units = [u for u in plan_units(denoiser, bits=8, activation=ActivationSpec(3)) if u[0].unit == RESNET]
-    start = round_units(denoiser.model, calibration, units, RoundingConfig())[0].state
+    units = [u for u in unit_formats(denoiser, bits=8, activation=ActivationSpec(3)) if u[0].unit == RESNET]
+    start = round_units(denoiser.model, calibration, units, rounding())[0].state
     fixed, learned = (
-        learn(start=start, learn_activation_scales=choice, activation_lr=1e-2) for choice in (False, True)
+        learn(state=start, learn_activation_scales=choice, activation_lr=1e-2) for choice in (False, True)
     )
     assert all(torch.equal(scale, scales(start)[name]) for name, scale in scales(fixed.state).items())
     for name, scale in scales(learned.state).items():
@@ -175,13 +176,13 @@ def test_learned_activation_scales_move_and_help(
 
 
 def test_a_closed_form_start_is_refined(
-    calibrated: Calibrated, plan_units: PlanUnits, learn: Callable[..., ReconstructedUnit]
+    calibrated: Calibrated, unit_formats: ChooseFormats, learn: Callable[..., ReconstructedUnit]
 ) -> None:
     denoiser, calibration = calibrated("digits", SEEDS)
-    units = [u for u in plan_units(denoiser, bits=3) if u[0].unit == RESNET]
-    config = RoundingConfig(RoundingMethod.CLOSED_FORM)
+    units = [u for u in unit_formats(denoiser, bits=3) if u[0].unit == RESNET]
+    config = rounding("closed_form")
     start = round_units(denoiser.model, calibration, units, config)[0].state
-    result = learn(start=start, trust=0.5, lr=1e-2, rounding_weight=100.0, iterations=150)
+    result = learn(state=start, trust=0.5, lr=1e-2, rounding_weight=100.0, iterations=150)
     assert result.sqnr_db_after > result.sqnr_db_before
 
 
@@ -190,21 +191,24 @@ def test_it_can_start_from_the_nearest_codes_again(
 ) -> None:
     far = {name: 255 - t if name.endswith("qweight") else t for name, t in starts[RESNET].tensors.items()}
     start = replace(starts[RESNET], tensors=far)
-    result = learn(start=start, start_nearest=True)
+    result = learn(state=start, start=StartCodes.NEAREST)
     assert result.state.to_bytes() == learn().state.to_bytes()
-    kept = learn(start=start, start_nearest=True, lr=50.0, iterations=5)  # a result that is not taken
+    kept = learn(state=start, start=StartCodes.NEAREST, lr=50.0, iterations=5)  # a result that is not taken
     assert kept.state.to_bytes() == starts[RESNET].to_bytes()
 
 
 @pytest.mark.parametrize("mode", [ActivationMode.DYNAMIC_SAMPLE, None])
 def test_units_without_activation_tables(
-    mode: ActivationMode | None, calibrated: Calibrated, plan_units: PlanUnits, learn: Callable[..., ReconstructedUnit]
+    mode: ActivationMode | None,
+    calibrated: Calibrated,
+    unit_formats: ChooseFormats,
+    learn: Callable[..., ReconstructedUnit],
 ) -> None:
     denoiser, calibration = calibrated("digits", SEEDS)
     activation = None if mode is None else ActivationSpec(8, mode=mode)
-    units = [u for u in plan_units(denoiser, activation=activation) if u[0].unit == RESNET]
-    start = round_units(denoiser.model, calibration, units, RoundingConfig())[0].state
-    result = learn(start=start, learn_activation_scales=True)
+    units = [u for u in unit_formats(denoiser, activation=activation) if u[0].unit == RESNET]
+    start = round_units(denoiser.model, calibration, units, rounding())[0].state
+    result = learn(state=start, learn_activation_scales=True)
     assert result.sqnr_db_after > result.sqnr_db_before + 1
 
 
@@ -213,5 +217,5 @@ def test_the_model_needs_no_gradients_of_its_own(
 ) -> None:
     denoiser, calibration = calibrated("digits", SEEDS)
     model: nn.Module = denoiser.model.requires_grad_(True)
-    reconstruct_unit(model, calibration, starts[RESNET], [], replace(QUICK, iterations=2), tmp_path)
+    reconstruct_unit(model, calibration, starts[RESNET], [], QUICK.replaced(iterations=2), tmp_path)
     assert all(parameter.grad is None for parameter in model.parameters())

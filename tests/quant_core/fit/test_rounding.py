@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,34 +13,37 @@ from quant_core.diffusion.denoiser import Denoiser
 from quant_core.fit.hessian import input_rows
 from quant_core.fit.rounding import (
     RoundedUnit,
-    RoundingConfig,
     UnitRanges,
     nearest_codes,
     read_unit,
     round_units,
     weight_grid,
 )
-from quant_core.fit.unit_state import UnitFormats, load_states, merge_plans
+from quant_core.fit.unit_state import load_states, merge_formats
 from quant_core.nn.layers import weight_groups, weight_matrix
 from quant_core.nn.model import build_quantized
 from quant_core.nn.ranges import choose_qparams
-from quant_spec.enums import ActivationMode, RoundingMethod
-from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
+from quant_spec.enums import ActivationMode
+from quant_spec.errors import QuantizationError
+from quant_spec.formats import ActivationSpec, LayerSpec, UnitFormat, WeightSpec
+from quant_spec.planned import PlannedActivation, PlannedLayer, PlannedUnit
 from quant_spec.ranges import RangeSpec
+from quant_spec.tasks.round import Params
+from tests.quant_core.params import ALL, rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
-Units = list[tuple[UnitFormats, UnitRanges]]
-PlanUnits = Callable[..., Units]
+Units = list[tuple[UnitFormat, UnitRanges]]
+ChooseFormats = Callable[..., Units]
 
-CLOSED = RoundingConfig(RoundingMethod.CLOSED_FORM)
-NEAREST = RoundingConfig()
+CLOSED = rounding("closed_form")
+NEAREST = rounding()
 
 
 def rounded(
-    calibrated: Calibrated, plan_units: PlanUnits, config: RoundingConfig, pick: slice = slice(None), **formats: object
+    calibrated: Calibrated, unit_formats: ChooseFormats, config: Params, pick: slice = slice(None), **formats: object
 ) -> list[RoundedUnit]:
     denoiser, calibration = calibrated("digits")
-    units = plan_units(denoiser, **formats)[pick]
+    units = unit_formats(denoiser, **formats)[pick]
     return round_units(denoiser.model, calibration, units, config)
 
 
@@ -56,9 +59,9 @@ def weight_of(unit: RoundedUnit, name: str) -> Tensor:
     return (codes - zero.float()[:, groups]) * scale.float()[:, groups]
 
 
-def test_every_unit_gets_a_state(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+def test_every_unit_gets_a_state(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
     denoiser, calibration = calibrated("digits")
-    units = plan_units(denoiser)
+    units = unit_formats(denoiser)
     made = round_units(denoiser.model, calibration, units, NEAREST)
     assert [each.state.formats for each in made] == [formats for formats, _ in units]
     for each in made:
@@ -68,9 +71,9 @@ def test_every_unit_gets_a_state(calibrated: Calibrated, plan_units: PlanUnits) 
         assert all(10 < db < 35 for db in each.layer_sqnr_db.values())
 
 
-def test_nearest_codes_are_the_nearest(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+def test_nearest_codes_are_the_nearest(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
     float_model = calibrated("digits")[0].model
-    first = rounded(calibrated, plan_units, NEAREST, slice(1))[0]
+    first = rounded(calibrated, unit_formats, NEAREST, slice(1))[0]
     for layer in first.state.formats.layers:
         matrix = weight_matrix(float_model.get_parameter(f"{layer}.weight").detach())
         grid = choose_qparams(matrix, 4, symmetric=False, spec=RangeSpec())
@@ -82,35 +85,37 @@ def test_nearest_codes_are_the_nearest(calibrated: Calibrated, plan_units: PlanU
 
 @pytest.mark.parametrize("config", [NEAREST, CLOSED], ids=["nearest", "closed_form"])
 def test_a_units_state_does_not_depend_on_its_group(
-    calibrated: Calibrated, plan_units: PlanUnits, config: RoundingConfig
+    calibrated: Calibrated, unit_formats: ChooseFormats, config: Params
 ) -> None:
-    config = replace(config, positions=6, samples=3, batch_size=2)
+    config = config.replaced(positions=6, samples=3, forward_batch_size=2)
     formats = {"activation_range": "mse", "weight_range": "mse", "bits": 3}
-    together = rounded(calibrated, plan_units, config, slice(4, 9), **formats)
-    alone = [rounded(calibrated, plan_units, config, slice(i, i + 1), **formats)[0] for i in range(4, 9)]
+    together = rounded(calibrated, unit_formats, config, slice(4, 9), **formats)
+    alone = [rounded(calibrated, unit_formats, config, slice(i, i + 1), **formats)[0] for i in range(4, 9)]
     assert any(each.state.formats.attentions for each in together)
     for one, two in zip(together, alone, strict=True):
         assert one.state.to_bytes() == two.state.to_bytes(), one.state.formats.unit
         assert one.layer_sqnr_db == two.layer_sqnr_db
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(calibrated: Calibrated, plan_units: PlanUnits) -> None:
-    config = replace(CLOSED, positions=4)
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(
+    calibrated: Calibrated, unit_formats: ChooseFormats
+) -> None:
+    config = CLOSED.replaced(positions=4)
     one, two, other = (
-        rounded(calibrated, plan_units, replace(config, seed=seed), slice(3, 4))[0].state.to_bytes()
+        rounded(calibrated, unit_formats, config.replaced(seed=seed), slice(3, 4))[0].state.to_bytes()
         for seed in (0, 0, 1)
     )
     assert one == two
     assert one != other
 
 
-def test_closed_form_beats_nearest_at_every_layers_output(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+def test_closed_form_beats_nearest_at_every_layers_output(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
     denoiser, calibration = calibrated("digits")
-    units = plan_units(denoiser, bits=4)
+    units = unit_formats(denoiser, bits=4)
     picked = units[2:7]
     states = {
         config.method: round_units(calibrated("digits")[0].model, calibration, picked, config)
-        for config in (NEAREST, replace(CLOSED, positions=None))
+        for config in (NEAREST, CLOSED.replaced(positions=ALL))
     }
     inputs: dict[str, list[Tensor]] = {}
     for formats, _ in picked:
@@ -139,10 +144,10 @@ def test_closed_form_beats_nearest_at_every_layers_output(calibrated: Calibrated
 
 
 @pytest.mark.parametrize("mode", list(ActivationMode))
-def test_activation_tables_by_mode(calibrated: Calibrated, plan_units: PlanUnits, mode: ActivationMode) -> None:
+def test_activation_tables_by_mode(calibrated: Calibrated, unit_formats: ChooseFormats, mode: ActivationMode) -> None:
     denoiser, calibration = calibrated("digits")
     spec = ActivationSpec(8, mode=mode)
-    unit = next(unit for unit in plan_units(denoiser, activation=spec) if unit[0].attentions)
+    unit = next(unit for unit in unit_formats(denoiser, activation=spec) if unit[0].attentions)
     (made,) = round_units(denoiser.model, calibration, [unit], NEAREST)
     tables = {name: t for name, t in made.state.tensors.items() if "quantizer" in name}
     assert made.state.timesteps == ((*calibration.timesteps.tolist(),) if mode is ActivationMode.PER_STEP else ())
@@ -154,9 +159,11 @@ def test_activation_tables_by_mode(calibrated: Calibrated, plan_units: PlanUnits
     assert all(bool((t != 1).all()) for name, t in tables.items() if name.endswith("scale"))
 
 
-def test_a_split_input_has_a_range_and_scales_for_each_part(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+def test_a_split_input_has_a_range_and_scales_for_each_part(
+    calibrated: Calibrated, unit_formats: ChooseFormats
+) -> None:
     denoiser, calibration = calibrated("digits")
-    formats, ranges = next(u for u in plan_units(denoiser) if any(s.split for s in u[0].layers.values()))
+    formats, ranges = next(u for u in unit_formats(denoiser) if any(s.split for s in u[0].layers.values()))
     (made,) = round_units(denoiser.model, calibration, [(formats, ranges)], NEAREST)
     name = next(name for name, spec in formats.layers.items() if spec.split)
     one, two = (made.state.tensors[f"{name}.act_quantizers.{part}.scale"] for part in range(2))
@@ -166,15 +173,15 @@ def test_a_split_input_has_a_range_and_scales_for_each_part(calibrated: Calibrat
 
 @pytest.mark.parametrize("config", [NEAREST, CLOSED], ids=["nearest", "closed_form"])
 def test_eight_bits_leave_the_model_nearly_as_it_was(
-    calibrated: Calibrated, plan_units: PlanUnits, config: RoundingConfig
+    calibrated: Calibrated, unit_formats: ChooseFormats, config: Params
 ) -> None:
     denoiser, calibration = calibrated("digits")
     batch = calibration.rows(1, 0, 4)
     with torch.no_grad():
         wanted = replay(denoiser.model, batch)
-    states = [each.state for each in round_units(denoiser.model, calibration, plan_units(denoiser, bits=8), config)]
+    states = [each.state for each in round_units(denoiser.model, calibration, unit_formats(denoiser, bits=8), config)]
     fresh = calibrated("digits")[0].model
-    build_quantized(fresh, merge_plans(states))
+    build_quantized(fresh, merge_formats(states))
     load_states(fresh, states)
     with torch.no_grad():
         got = replay(fresh, batch)
@@ -205,8 +212,8 @@ def test_weight_grids(weight: dict[str, object], shape: tuple[int, int]) -> None
     assert float(((back - matrix).abs() / grid.scale[:, groups]).max()) <= 1.05
 
 
-def test_read_unit_reads_task_parameters() -> None:
-    data = {
+def test_read_unit_takes_a_planned_unit_apart() -> None:
+    data: dict[str, Any] = {
         "unit": "block",
         "layers": {
             "block.a": {
@@ -232,7 +239,7 @@ def test_read_unit_reads_task_parameters() -> None:
             }
         },
     }
-    formats, ranges = read_unit(data)
+    formats, ranges = read_unit(PlannedUnit.from_json(data))
     assert (formats.unit, list(formats.layers), list(formats.attentions)) == (
         "block",
         ["block.a", "block.b"],
@@ -243,3 +250,15 @@ def test_read_unit_reads_task_parameters() -> None:
     assert formats.attentions["block.c"].softmax_bits == 6
     assert ranges.weights["block.a"].method == "mse"
     assert ranges.activations == {"block.a": RangeSpec("percentile", 0.99), "block.c": RangeSpec()}  # type: ignore[arg-type]
+
+
+def test_read_unit_fills_in_the_bits_of_each_step_where_they_are_open() -> None:
+    fixed, opened = (
+        PlannedLayer(WeightSpec(4), RangeSpec(), PlannedActivation(bits), RangeSpec()) for bits in (6, None)
+    )
+    planned = PlannedUnit("block", {"fixed": fixed, "open": opened}, {})
+    layers = read_unit(planned, (4, 8, 6))[0].layers
+    assert layers["fixed"].activation == ActivationSpec(6)
+    assert layers["open"].activation == ActivationSpec(8, step_bits=(4, 8, 6))
+    with pytest.raises(QuantizationError, match="activation: got null bits, wanted a number"):
+        read_unit(planned)

@@ -7,22 +7,22 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from quant_core.fit.unit_state import UnitFormats, UnitState, collect_state, load_states, merge_plans
+from quant_core.fit.unit_state import UnitState, collect_state, load_states, merge_formats
 from quant_core.nn.model import build_quantized
 from quant_spec.enums import ActivationMode
-from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, ModelFormat, UnitFormat, WeightSpec
 
 Make = Callable[[str], nn.Module]
 LAYER, ATTENTION = "down_blocks.1.attentions.0.to_q", "down_blocks.1.attentions.0"
 SPEC = LayerSpec(WeightSpec(4), ActivationSpec(8), None)
-FORMATS = UnitFormats(ATTENTION, {LAYER: SPEC}, {ATTENTION: AttentionSpec(ActivationSpec(8))})
-OTHER = UnitFormats("conv_in", {"conv_in": LayerSpec(WeightSpec(3, True), None, None)}, {})
+FORMATS = UnitFormat(ATTENTION, {LAYER: SPEC}, {ATTENTION: AttentionSpec(ActivationSpec(8))})
+OTHER = UnitFormat("conv_in", {"conv_in": LayerSpec(WeightSpec(3, True), None, None)}, {})
 
 
-def filled(model: nn.Module, formats: UnitFormats, timesteps: tuple[float, ...], seed: int = 0) -> UnitState:
+def filled(model: nn.Module, formats: UnitFormat, timesteps: tuple[float, ...], seed: int = 0) -> UnitState:
     """The state of a unit whose every number is random."""
     blank = UnitState(formats, timesteps, {})
-    parts = build_quantized(model, merge_plans([blank]))
+    parts = build_quantized(model, merge_formats([blank]))
     draw = torch.Generator().manual_seed(seed)
     for module in (*parts.layers.values(), *parts.attentions.values()):
         for tensor in module.state_dict().values():
@@ -61,16 +61,16 @@ def test_equal_states_give_equal_bytes(tiny_model: Make) -> None:
 
 def test_states_of_several_units_make_one_model(tiny_model: Make) -> None:
     states = [filled(tiny_model("unet"), FORMATS, (9.0, 5.0)), filled(tiny_model("unet"), OTHER, (), 1)]
-    plan = merge_plans(states)
-    assert plan == QuantizationPlan({LAYER: SPEC, **OTHER.layers}, FORMATS.attentions, (9.0, 5.0))
+    model_format = merge_formats(states)
+    assert model_format == ModelFormat({LAYER: SPEC, **OTHER.layers}, FORMATS.attentions, (9.0, 5.0))
     model = tiny_model("unet")
-    build_quantized(model, plan)
+    build_quantized(model, model_format)
     load_states(model, states)
     held = model.state_dict()
     for state in states:
         assert all(torch.equal(held[name], value) for name, value in state.tensors.items())
 
 
-def test_a_plan_without_per_step_tables_has_no_trajectory() -> None:
+def test_a_model_format_without_per_step_tables_has_no_trajectory() -> None:
     static = LayerSpec(WeightSpec(4), ActivationSpec(8, mode=ActivationMode.STATIC))
-    assert merge_plans([UnitState(UnitFormats("a", {"a": static}, {}), (), {})]).timesteps == ()
+    assert merge_formats([UnitState(UnitFormat("a", {"a": static}, {}), (), {})]).timesteps == ()

@@ -21,14 +21,14 @@ TOKENS = {"img_ids": (16, 3), "txt_ids": (5, 3)}
 def draw_call(model: nn.Module, seed: int, rows: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
     """Draw a sample and conditioning; 16 latent tokens where those are packed, 5 of text."""
     generator = torch.Generator().manual_seed(seed)
-    told = {}
+    conditioning = {}
     for key, field in conditioning_fields(model).items():
         shape = TOKENS.get(key) or (rows, *(5 if size == 77 else size for size in field.shape))
-        told[key] = torch.arange(rows) if field.classes else torch.randn(shape, generator=generator)
-    return torch.randn(rows, *sample_shape(model, 16), generator=generator), told
+        conditioning[key] = torch.arange(rows) if field.classes else torch.randn(shape, generator=generator)
+    return torch.randn(rows, *sample_shape(model, 16), generator=generator), conditioning
 
 
-def layer_inputs(model: nn.Module, x: Tensor, t: Tensor, told: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+def layer_inputs(model: nn.Module, x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     seen: dict[str, list[Tensor]] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -37,14 +37,14 @@ def layer_inputs(model: nn.Module, x: Tensor, t: Tensor, told: Mapping[str, Tens
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)}
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     with torch.no_grad():
-        call_denoiser(model, x, t, told)
+        call_denoiser(model, x, t, conditioning)
     for handle in handles:
         handle.remove()
     return seen
 
 
 def layer_outputs(
-    model: nn.Module, names: list[str], x: Tensor, t: Tensor, told: Mapping[str, Tensor]
+    model: nn.Module, names: list[str], x: Tensor, t: Tensor, conditioning: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     outputs: dict[str, Tensor] = {}
 
@@ -53,7 +53,7 @@ def layer_outputs(
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     with torch.no_grad():
-        call_denoiser(model, x, t, told)
+        call_denoiser(model, x, t, conditioning)
     for handle in handles:
         handle.remove()
     return outputs
@@ -61,17 +61,17 @@ def layer_outputs(
 
 @pytest.fixture
 def served(any_model: nn.Module) -> tuple[nn.Module, Tensor, Tensor, dict[str, Tensor]]:
-    x, told = draw_call(any_model, 0)
-    return any_model, x, torch.tensor([700.0, 300.0]), told
+    x, conditioning = draw_call(any_model, 0)
+    return any_model, x, torch.tensor([700.0, 300.0]), conditioning
 
 
 def test_the_block_is_what_depends_on_the_timestep_and_not_on_the_sample(
     served: tuple[nn.Module, Tensor, Tensor, dict[str, Tensor]],
 ) -> None:
-    model, x, t, told = served
-    found = trace_temporal(model, x, t, told).layers
-    here = layer_inputs(model, x, t, told)
-    elsewhere, later = (layer_inputs(model, *call) for call in ((x + 1, t, told), (x, t - 99, told)))
+    model, x, t, conditioning = served
+    found = trace_temporal(model, x, t, conditioning).layers
+    here = layer_inputs(model, x, t, conditioning)
+    elsewhere, later = (layer_inputs(model, *call) for call in ((x + 1, t, conditioning), (x, t - 99, conditioning)))
     expected = {
         name
         for name, (first, *_) in here.items()
@@ -86,12 +86,12 @@ def test_the_block_is_what_depends_on_the_timestep_and_not_on_the_sample(
 def test_conditions_are_what_else_changes_a_layers_input(
     served: tuple[nn.Module, Tensor, Tensor, dict[str, Tensor]],
 ) -> None:
-    model, x, t, told = served
-    found = trace_temporal(model, x, t, told).layers
-    here = layer_inputs(model, x, t, told)
-    for key, value in told.items():
+    model, x, t, conditioning = served
+    found = trace_temporal(model, x, t, conditioning).layers
+    here = layer_inputs(model, x, t, conditioning)
+    for key, value in conditioning.items():
         other = value.flip(0) if value.dtype == torch.long else value + 1
-        changed = layer_inputs(model, x, t, told | {key: other})
+        changed = layer_inputs(model, x, t, conditioning | {key: other})
         for name, layer in found.items():
             assert (key in layer.conditions) != torch.equal(here[name][0], changed[name][0])
 
@@ -100,19 +100,19 @@ def test_conditions_are_what_else_changes_a_layers_input(
 def test_features_are_all_that_the_rest_of_the_network_reads(
     served: tuple[nn.Module, Tensor, Tensor, dict[str, Tensor]],
 ) -> None:
-    model, x, t, told = served
-    found = trace_temporal(model, x, t, told).layers
-    wanted = call_denoiser(model, x, t, told)
-    outputs = layer_outputs(model, list(found), x, t, told)
+    model, x, t, conditioning = served
+    found = trace_temporal(model, x, t, conditioning).layers
+    wanted = call_denoiser(model, x, t, conditioning)
+    outputs = layer_outputs(model, list(found), x, t, conditioning)
     fixed: dict[str, Tensor] = {}
     for name in found:
         model.get_submodule(name).register_forward_hook(lambda _, a, y, name=name: fixed.get(name, y))
     features = {name: outputs[name] for name, layer in found.items() if layer.is_feature}
     fixed |= features | {name: torch.zeros_like(y) for name, y in outputs.items() if name not in features}
-    assert torch.equal(call_denoiser(model, x, t, told), wanted)
+    assert torch.equal(call_denoiser(model, x, t, conditioning), wanted)
     for name, value in features.items():
         fixed[name] = value + 1
-        assert not torch.equal(call_denoiser(model, x, t, told), wanted)
+        assert not torch.equal(call_denoiser(model, x, t, conditioning), wanted)
         fixed[name] = value
 
 
@@ -120,10 +120,10 @@ def test_features_are_all_that_the_rest_of_the_network_reads(
 def test_the_program_computes_what_the_model_does(
     served: tuple[nn.Module, Tensor, Tensor, dict[str, Tensor]],
 ) -> None:
-    model, x, t, told = served
-    trace = trace_temporal(model, x, t, told)
+    model, x, t, conditioning = served
+    trace = trace_temporal(model, x, t, conditioning)
     layers = {name: model.get_submodule(name) for name in trace.layers}
-    outputs = layer_outputs(model, list(layers), x + 1, t, told)
+    outputs = layer_outputs(model, list(layers), x + 1, t, conditioning)
     ran = trace.program.run(layers)
     assert all(torch.equal(ran[name], outputs[name]) for name in layers)
     # What an inner layer gives reaches every layer that names it as a source, and no other.
@@ -172,8 +172,8 @@ def test_transformers_by_hand(tiny_model: Make) -> None:
 
 
 def _call(model: nn.Module) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    x, told = draw_call(model, 1)
-    return x, torch.tensor([10.0, 20.0]), told
+    x, conditioning = draw_call(model, 1)
+    return x, torch.tensor([10.0, 20.0]), conditioning
 
 
 class _Odd(nn.Module):

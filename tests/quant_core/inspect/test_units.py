@@ -26,10 +26,10 @@ JOINT = [
 
 
 def trace(model: nn.Module) -> Trace:
-    told = dummy_conditioning(model)
-    if "img_ids" in told:
-        told["img_ids"] = told["img_ids"][:16]
-    return trace_denoiser(model, torch.randn(1, *sample_shape(model, 16)), torch.tensor(3), told)
+    conditioning = dummy_conditioning(model)
+    if "img_ids" in conditioning:
+        conditioning["img_ids"] = conditioning["img_ids"][:16]
+    return trace_denoiser(model, torch.randn(1, *sample_shape(model, 16)), torch.tensor(3), conditioning)
 
 
 def discover(model: nn.Module) -> tuple[Units, Trace]:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories
 from quant_core.diffusion.denoiser import Denoiser
-from quant_core.diffusion.sampler import SamplerSpec
 from quant_core.inspect.inspection import inspect_model
 from quant_core.metrics.cost import model_cost
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, frechet_distance
 from quant_core.metrics.images import difference, grid, to_rgb, to_uint8
 from quant_core.metrics.psnr import IDENTICAL_DB, mean_with_ci, psnr_per_sample
 from quant_core.metrics.sqnr import error_power, sqnr_db
-from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, ModelFormat, WeightSpec
+from quant_spec.sampler import Sampler
 
 Make = Callable[[str], nn.Module]
 
@@ -67,7 +67,7 @@ class Off(nn.Module):
 
 def test_sqnr_per_step_of_a_known_error(tiny_model: Make, tmp_path: Path) -> None:
     model = tiny_model("unet")
-    spec = RecordSpec(SamplerSpec("DDIMScheduler", 4), predictions=True)
+    spec = RecordSpec(Sampler(scheduler="DDIMScheduler", num_inference_steps=4), predictions=True)
     trained = {"_class_name": "DDPMScheduler"}
     powers = []
     wrong = Off(model, {750.0: 1.1, 500.0: 0.99, 250.0: 1.0, 0.0: 0.0})
@@ -120,8 +120,9 @@ def test_resized_features_feed_the_size_that_the_network_wants() -> None:
 
 
 def test_efficientnet_lite0_has_real_weights_and_ranks_noise() -> None:
-    extractor = efficientnet_lite0(64)
-    assert extractor.name == "efficientnet-lite0-imagenet@64"
+    shipped = efficientnet_lite0()
+    assert (shipped.name, shipped.pixels) == ("efficientnet-lite0-imagenet@224", 224)
+    extractor = ResizedFeatures(shipped.network, 64, shipped.num_features, "small")  # a tenth of the time
     blobs = nn.functional.interpolate(noise(24, 3, 4, 4), (32, 32), mode="bicubic").clamp(-1, 1)
     features = extractor(blobs)
     assert features.shape == (24, 1280)
@@ -140,7 +141,7 @@ def inspected(model: nn.Module) -> dict:
 
 def test_cost_of_full_precision(tiny_model: Make) -> None:
     found = inspected(tiny_model("unet"))
-    cost = model_cost(found, QuantizationPlan({}, {}))
+    cost = model_cost(found, ModelFormat({}, {}))
     assert cost.bops == cost.bops_fp32 == round(found["forward_gmacs"] * 1e9) * 1024
     assert cost.weight_bits_mean == cost.act_bits_mean == 32
 
@@ -151,10 +152,10 @@ def test_cost_of_a_quantized_model_by_hand() -> None:
         "attentions": {"x": {"macs": 50}, "y": {"macs": 10}},
     }
     eight = ActivationSpec(8)
-    plan = QuantizationPlan(
+    model_format = ModelFormat(
         {"a": LayerSpec(WeightSpec(4), eight), "b": LayerSpec(WeightSpec(2))}, {"x": AttentionSpec(eight, 4)}
     )
-    cost = model_cost(found, plan)
+    cost = model_cost(found, model_format)
     assert cost.weight_bits_mean == 3
     assert cost.act_bits_mean == (100 * 8 + 300 * 32) / 400
     assert cost.bops == 100 * 4 * 8 + 300 * 2 * 32 + 25 * 64 + 25 * 32 + 10 * 1024
@@ -175,12 +176,12 @@ def test_to_rgb_shows_anything() -> None:
 
 def test_grid_places_every_image() -> None:
     images = torch.linspace(-1, 1, 5).reshape(5, 1, 1, 1).expand(5, 3, 2, 2)
-    sheet = grid(images, columns=3, zoom=2, gap=1)
-    assert sheet.shape == (2 * 5 - 1, 3 * 5 - 1, 3)
-    assert [int(sheet[0, 5 * i, 0]) for i in range(3)] == [int(v) for v in to_uint8(images[:3])[:, 0, 0, 0]]
-    assert int(sheet[5, 0, 0]) == int(to_uint8(images[3:4])[0, 0, 0, 0])
-    assert int(sheet[8, 13, 0]) == 255  # the place of the sixth stays white
-    assert int(sheet[4, 0, 0]) == 255  # the gap
+    sheet = grid(images, columns=3, zoom=2)
+    assert sheet.shape == (2 * 6 - 2, 3 * 6 - 2, 3)  # 4 pixels and a gap of 2
+    assert [int(sheet[0, 6 * i, 0]) for i in range(3)] == [int(v) for v in to_uint8(images[:3])[:, 0, 0, 0]]
+    assert int(sheet[6, 0, 0]) == int(to_uint8(images[3:4])[0, 0, 0, 0])
+    assert int(sheet[9, 15, 0]) == 255  # the place of the sixth stays white
+    assert int(sheet[5, 0, 0]) == 255  # the gap
 
 
 def test_difference_is_grey_where_equal() -> None:
@@ -198,9 +199,9 @@ def test_cost_of_bits_that_differ_between_steps() -> None:
         "a": LayerSpec(WeightSpec(4), ActivationSpec(8, step_bits=(4, 8))),
         "b": LayerSpec(WeightSpec(2), ActivationSpec(8)),
     }
-    cost = model_cost(found, QuantizationPlan(layers, {}, (2.0, 1.0)))
+    cost = model_cost(found, ModelFormat(layers, {}, (2.0, 1.0)))
     assert cost.bops_per_step == (100 * 4 * 4 + 300 * 16, 100 * 4 * 8 + 300 * 16)
     assert cost.bops == sum(cost.bops_per_step) / 2
     assert cost.act_bits_mean == (100 * 6 + 300 * 8) / 400
-    even = model_cost(found, QuantizationPlan(layers | {"a": LayerSpec(WeightSpec(4), ActivationSpec(6))}, {}))
+    even = model_cost(found, ModelFormat(layers | {"a": LayerSpec(WeightSpec(4), ActivationSpec(6))}, {}))
     assert (even.bops, even.bops_per_step) == (cost.bops, ())

@@ -19,21 +19,22 @@ from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.errors import ArtifactError
-from quant_core.fit.reconstruction import ReconstructionConfig, reconstruct_unit
-from quant_core.fit.rounding import RoundingConfig, UnitRanges, round_units
-from quant_core.fit.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from quant_core.fit.reconstruction import reconstruct_unit
+from quant_core.fit.rounding import UnitRanges, round_units
+from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.nn.activation import ActivationQuantizer, Channels
 from quant_core.nn.layers import QuantLayer, weight_from_matrix
 from quant_core.nn.model import build_quantized
 from quant_core.nn.ranges import QParams
 from quant_core.nn.steps import StepClock
-from quant_spec.enums import ActivationMode, RoundingMethod
+from quant_spec.enums import ActivationMode
 from quant_spec.errors import QuantizationError
-from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
+from quant_spec.formats import ActivationSpec, LayerSpec, UnitFormat, WeightSpec
 from tests.quant_core.agreement import check_release
+from tests.quant_core.params import reconstruction, rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
-PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]
+ChooseFormats = Callable[..., list[tuple[UnitFormat, UnitRanges]]]
 
 RESNET = "down_blocks.1.resnets.0"
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
@@ -165,25 +166,25 @@ def test_gradients_pass_through_scaled_and_shifted_channels() -> None:
 
 @torch.no_grad()
 def test_rounding_learning_packing_and_loading_agree(
-    calibrated: Calibrated, plan_units: PlanUnits, tmp_path: Path
+    calibrated: Calibrated, unit_formats: ChooseFormats, tmp_path: Path
 ) -> None:
     denoiser, calibration = calibrated("digits", 4)
     floats = calibrated("digits", 4)[0].model
-    units = plan_units(denoiser, bits=6, activation=ActivationSpec(6))
+    units = unit_formats(denoiser, bits=6, activation=ActivationSpec(6))
     names = [n for formats, _ in units if formats.unit == RESNET for n in formats.layers if "conv" in n]
     scales = {n: torch.exp(0.5 * random(floats.get_parameter(f"{n}.weight").shape[1])) for n in names}
-    config = RoundingConfig(RoundingMethod.CLOSED_FORM, positions=8)
+    config = rounding("closed_form", positions=8)
     made = round_units(denoiser.model, calibration, units, config, scales)
     states = [each.state for each in made]
     place = [state.formats.unit for state in states].index(RESNET)
-    learn = ReconstructionConfig(iterations=10, batch_size=4)
+    learn = reconstruction(iterations=10, batch_size=4)
     with torch.enable_grad():
         found = reconstruct_unit(calibrated("digits", 4)[0].model, calibration, states[place], [], learn, tmp_path)
     assert found.sqnr_db_after >= found.sqnr_db_before > 10
     states[place] = found.state
 
     simulated = calibrated("digits", 4)[0].model
-    parts = build_quantized(simulated, merge_plans(states))
+    parts = build_quantized(simulated, merge_formats(states))
     load_states(simulated, states)
     for name in names:
         layer = parts.layers[name]
@@ -192,7 +193,7 @@ def test_rounding_learning_packing_and_loading_agree(
         assert float((layer.weight - wanted).norm()) < 0.1 * float(wanted.norm())
     folder = tmp_path / "packed"
     write_artifact(
-        simulated, json.loads(floats.to_json_string()), quantization_config(merge_plans(states)), None, folder
+        simulated, json.loads(floats.to_json_string()), quantization_config(merge_formats(states)), None, folder
     )
     loaded = quant_core.load_quantized(folder, backend="reference")
     batch = calibration.gather(torch.tensor([0, 5, 9]))
@@ -214,12 +215,12 @@ def test_rounding_learning_packing_and_loading_agree(
 
 
 def test_ranges_and_second_moments_are_those_of_the_divided_input(
-    calibrated: Calibrated, plan_units: PlanUnits
+    calibrated: Calibrated, unit_formats: ChooseFormats
 ) -> None:
     def table(scales: dict[str, Tensor]) -> UnitState:
         denoiser, calibration = calibrated("digits", 4)
-        units = [unit for unit in plan_units(denoiser) if unit[0].unit == RESNET]
-        return round_units(denoiser.model, calibration, units, RoundingConfig(), scales)[0].state
+        units = [unit for unit in unit_formats(denoiser) if unit[0].unit == RESNET]
+        return round_units(denoiser.model, calibration, units, rounding(), scales)[0].state
 
     name = f"{RESNET}.conv1"
     plain = table({})

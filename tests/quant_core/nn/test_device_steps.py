@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from quant_core.runtime.build import build_runtime, run_on
 from quant_core.runtime.layer import RuntimeLayer
 from quant_spec.enums import ActivationMode, KernelBackend
-from quant_spec.formats import QuantizationPlan
+from quant_spec.formats import ModelFormat
 from tests.quant_core.runtime.test_build import LAYERS, noise
 from tests.quant_core.runtime.test_parts import FORMATS, made
 
 Make = Callable[[str], nn.Module]
-Quantize = Callable[..., QuantizationPlan]
+Quantize = Callable[..., ModelFormat]
 DEVICE = torch.device("meta")
 
 
@@ -65,11 +65,11 @@ def test_models_run_on_a_device_without_the_host(
 
         if family == "sdxl_unet":
             added = {"text_embeds": gpu(2, 10), "time_ids": gpu(2, 6)}
-            told: dict[str, Any] = {"encoder_hidden_states": gpu(2, 5, 12), "added_cond_kwargs": added}
+            conditioning: dict[str, Any] = {"encoder_hidden_states": gpu(2, 5, 12), "added_cond_kwargs": added}
         else:
-            told = {"class_labels": torch.empty(2, dtype=torch.long, device=DEVICE)}
+            conditioning = {"class_labels": torch.empty(2, dtype=torch.long, device=DEVICE)}
         for timestep in (gpu(2),) if family == "dit" else (gpu(), gpu(2)):
-            out = model(gpu(*shape), timestep, **told).sample
+            out = model(gpu(*shape), timestep, **conditioning).sample
             assert out.shape[2:] == shape[2:]
             assert out.device == DEVICE
 
@@ -141,10 +141,10 @@ def test_captured_layers_of_all_formats_follow_the_timestep(name: str, spec: Any
     model = model.cuda()
     build_runtime(model, KernelBackend.TRITON)
     x, timestep = noise(*shape), torch.tensor([900.0, 100.0])
-    on_device, told = x.cuda(), timestep.cuda()
+    on_device, timestep_on_device = x.cuda(), timestep.cuda()
 
     def step() -> Tensor:
-        clock.set_timestep(told)
+        clock.set_timestep(timestep_on_device)
         return model(on_device)
 
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_captured_layers_of_all_formats_follow_the_timestep(name: str, spec: Any
         with torch.cuda.graph(graph):
             out = step()
         for steps in ([900.0, 100.0], [500.0, 900.0]):
-            told.copy_(torch.tensor(steps))
+            timestep_on_device.copy_(torch.tensor(steps))
             graph.replay()
             slow.set_timestep(torch.tensor(steps))
             want = reference(x)

@@ -10,10 +10,10 @@ from quant_core.errors import UnknownTimestepError
 from quant_core.nn.model import build_quantized
 from quant_core.nn.steps import StepClock, attach_clock
 from quant_spec.enums import ActivationMode, UnknownTimestep
-from quant_spec.formats import QuantizationPlan
+from quant_spec.formats import ModelFormat
 
 Make = Callable[[str], nn.Module]
-Quantize = Callable[..., QuantizationPlan]
+Quantize = Callable[..., ModelFormat]
 
 
 def test_a_timestep_becomes_the_index_of_its_step() -> None:
@@ -89,17 +89,17 @@ def test_a_batch_of_mixed_timesteps_equals_the_runs_of_each_step(
     model = tiny_model(family)
     quantize_model(model)
     draw = torch.Generator().manual_seed(3)
-    told: dict[str, torch.Tensor] = {}
+    conditioning: dict[str, torch.Tensor] = {}
     shape: tuple[int, ...] = (4, 8, 8)
     if family == "unet":
-        shape, told = (3, 8, 8), {"class_labels": torch.arange(4)}
+        shape, conditioning = (3, 8, 8), {"class_labels": torch.arange(4)}
     elif family == "dit":
-        told = {"class_labels": torch.arange(4)}
+        conditioning = {"class_labels": torch.arange(4)}
     elif family == "text_unet":
-        told = {"encoder_hidden_states": torch.randn(4, 5, 12, generator=draw)}
+        conditioning = {"encoder_hidden_states": torch.randn(4, 5, 12, generator=draw)}
     else:
         shape = (16, 4)
-        told = {
+        conditioning = {
             "encoder_hidden_states": torch.randn(4, 5, 12, generator=draw),
             "pooled_projections": torch.randn(4, 6, generator=draw),
             "guidance": torch.ones(4),
@@ -109,7 +109,9 @@ def test_a_batch_of_mixed_timesteps_equals_the_runs_of_each_step(
 
     def run(rows: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            return model(x[rows], timestep=when, **{k: v[rows] for k, v in told.items()}, **ids, return_dict=False)[0]
+            return model(
+                x[rows], timestep=when, **{k: v[rows] for k, v in conditioning.items()}, **ids, return_dict=False
+            )[0]
 
     everyone = torch.arange(4)
     mixed = run(everyone, timesteps)
@@ -134,7 +136,7 @@ def test_a_quantized_model_refuses_other_trajectories(tiny_model: Make, quantize
 
 
 def test_the_plan_says_what_to_do_at_unknown_timesteps(tiny_model: Make) -> None:
-    parts = build_quantized(tiny_model("unet"), QuantizationPlan({}, {}, (9.0,), UnknownTimestep.NEAREST))
+    parts = build_quantized(tiny_model("unet"), ModelFormat({}, {}, (9.0,), UnknownTimestep.NEAREST))
     assert parts.clock.unknown is UnknownTimestep.NEAREST
 
 

@@ -18,10 +18,10 @@ from quant_core.runtime.build import build_runtime, layer_runs
 from quant_core.runtime.layer import LayerRun, RuntimeLayer
 from quant_spec.enums import ActivationMode, Granularity, KernelBackend
 from quant_spec.errors import QuantizationError
-from quant_spec.formats import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
 
 Make = Callable[[str], nn.Module]
-Quantize = Callable[..., QuantizationPlan]
+Quantize = Callable[..., ModelFormat]
 
 CPU, TRITON, REFERENCE = KernelBackend.CPU, KernelBackend.TRITON, KernelBackend.REFERENCE
 BACKENDS = [CPU, TRITON]

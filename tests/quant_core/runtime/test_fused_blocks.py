@@ -18,11 +18,11 @@ from quant_core.runtime.build import build_runtime
 from quant_core.runtime.fused_blocks import FusedResnetBlock
 from quant_core.runtime.layer import RuntimeLayer
 from quant_spec.enums import ActivationMode, KernelBackend
-from quant_spec.formats import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
 from tests.quant_core.runtime.test_build import noise
 
 Make = Callable[[str], nn.Module]
-Quantize = Callable[..., QuantizationPlan]
+Quantize = Callable[..., ModelFormat]
 BACKENDS = [KernelBackend.CPU, KernelBackend.TRITON]
 # Weights of the most bits that this CPU's int8 products hold.
 BITS = 8 if sums_pairs_exactly() else 6

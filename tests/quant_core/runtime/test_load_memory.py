@@ -19,7 +19,7 @@ from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_
 from quant_core.nn.layers import QUANTIZABLE, QuantLayer
 from quant_core.nn.model import build_quantized
 from quant_spec.enums import ActivationMode
-from quant_spec.formats import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
 
 # What the allocator, the config and the tensors' Python objects take, whatever the size of the model.
 FIXED_BYTES = 24 << 20
@@ -60,14 +60,14 @@ def write_random(folder: Path, channels: tuple[int, ...]) -> int:
     names = [name for name, module in model.named_modules() if isinstance(module, QUANTIZABLE)]
     weights = sum(model.get_submodule(name).weight.numel() for name in names)
     spec = LayerSpec(WeightSpec(4), ActivationSpec(8, mode=ActivationMode.STATIC))
-    plan = QuantizationPlan(dict.fromkeys(names, spec), {})
+    model_format = ModelFormat(dict.fromkeys(names, spec), {})
     config = json.loads(model.to_json_string())
-    build_quantized(model, plan)
+    build_quantized(model, model_format)
     model.to_empty(device="cpu")
     for name, tensor in model.state_dict().items():
         torch.nn.init.ones_(tensor) if tensor.is_floating_point() else tensor.random_(0, 16)
         assert name
-    write_artifact(model, config, quantization_config(plan), None, folder)
+    write_artifact(model, config, quantization_config(model_format), None, folder)
     return weights
 
 

@@ -24,10 +24,10 @@ from quant_core.nn.layers import QuantLayer
 from quant_core.runtime.loader import load_folder
 from quant_spec.enums import KernelBackend
 from quant_spec.errors import QuantizationError
-from quant_spec.formats import QuantizationPlan
+from quant_spec.formats import ModelFormat
 
 Make = Callable[[str], nn.Module]
-Quantize = Callable[..., QuantizationPlan]
+Quantize = Callable[..., ModelFormat]
 
 
 def predict(model: nn.Module, timestep: int = 500, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -39,9 +39,9 @@ def predict(model: nn.Module, timestep: int = 500, dtype: torch.dtype = torch.fl
 @pytest.fixture
 def simulated(tiny_model: Make, quantize_model: Quantize, tmp_path: Path) -> nn.Module:
     model = tiny_model("unet")
-    plan = quantize_model(model)
+    model_format = quantize_model(model)
     folder = tmp_path / "packed"
-    write_artifact(model, json.loads(model.to_json_string()), quantization_config(plan), None, folder)
+    write_artifact(model, json.loads(model.to_json_string()), quantization_config(model_format), None, folder)
     return model
 
 

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from quant_spec import kinds
+import workers
+from quant_spec.kinds import KINDS
 from workers.errors import (
     DigestMismatchError,
     DiskFullError,
@@ -28,6 +30,9 @@ from workers.execution.execute import TaskCall, execute_call
 from workers.execution.local import answer_call, run_in_subprocess
 from workers.storage.locks import own_folder
 from workers.storage.store import NodeStore
+
+#: More seconds than a clock can count: the body itself fails.
+TOO_LONG = {"seconds": 1e300}
 
 
 @pytest.fixture
@@ -58,8 +63,8 @@ def test_noop_depends_on_params_and_inputs_alone(call: TaskCall, folder_store: N
 
 def test_execute_removes_its_scratch_folder(call: TaskCall) -> None:
     execute_call(call)
-    with pytest.raises(ValueError, match="could not convert"):
-        execute_call(replace(call, params={"seconds": "long"}))
+    with pytest.raises(OverflowError):
+        execute_call(replace(call, params=TOO_LONG))
     assert list(Path(call.cache_dir, "scratch").iterdir()) == []
 
 
@@ -105,8 +110,85 @@ def test_unknown_kind_and_other_version_are_invalid(call: TaskCall) -> None:
     assert answer_call(replace(call, kind="nope"))["fault"] == Fault.INVALID
 
 
+UNIT = {"unit": "mid", "attentions": {}, "layers": {}}
+ROUND = {"method": "nearest", "seed": 0, "forward_batch_size": 4, "units": [UNIT]}
+RANGES = {"weight_range": {"method": "minmax"}, "activation": None, "activation_range": None, "split": None}
+WEIGHT = {"bits": 4, "symmetric": False, "granularity": "per_channel", "group_size": None}
+LAYER = RANGES | {"weight": WEIGHT}
+
+
+def _without(params: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in params.items() if key != name}
+
+
+def _of_layer(layer: dict[str, Any]) -> dict[str, Any]:
+    return ROUND | {"units": [UNIT | {"layers": {"conv": layer}}]}
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (ROUND | {"forward_batch": 4}, "forward_batch: unknown key; nearest: forward_batch_size"),
+        (_without(ROUND, "seed"), "seed: got nothing, wanted a value"),
+        (_without(ROUND, "method"), "got no method, wanted forward_batch_size, method, seed, units"),
+        (ROUND | {"damping": 0.03}, "got damping, which cannot matter beside the others, wanted forward_batch_size"),
+        (ROUND | {"seed": True}, "seed: got true, wanted an integer"),
+        (ROUND | {"seed": -1}, "seed: got -1, wanted at least 0"),
+        (ROUND | {"method": "best"}, "method: got 'best', wanted one of nearest, closed_form"),
+        (ROUND | {"units": [UNIT | {"more": 1}]}, "got units .*, of which not all is known"),
+        (ROUND | {"units": [_without(UNIT, "layers")]}, "units.0.layers: got none, wanted one"),
+        (ROUND | {"units": ["mid"]}, "units.0.format: got 'mid', wanted that of a PlannedUnit"),
+        (_of_layer(LAYER | {"weight": WEIGHT | {"bits": 7}}), "got 7 bits"),
+        (_of_layer(LAYER | {"weight": WEIGHT | {"bit": 4}}), "wanted that of a PlannedUnit .*'bit'"),
+        (_of_layer(LAYER | {"weigth": WEIGHT}), "of which not all is known"),
+        (_of_layer(_without(LAYER, "weight_range")), "units.0.weight_range: got none, wanted one"),
+    ],
+)
+def test_parameters_that_the_kind_does_not_have_are_refused(
+    call: TaskCall, params: dict[str, Any], message: str
+) -> None:
+    inputs = {"model": ["0" * 64], "calibration": ["0" * 64]}
+    task = replace(call, kind="round", params=params, inputs=inputs)
+    with pytest.raises(TaskError, match=message) as caught:
+        execute_call(task)
+    assert str(caught.value).startswith("task round: ")
+    assert (caught.value.exit_code, answer_call(task)["fault"]) == (2, Fault.INVALID)
+
+
+def test_parameters_as_their_record_writes_them_are_read(call: TaskCall) -> None:
+    inputs = {"model": ["0" * 64], "calibration": ["0" * 64]}
+    with pytest.raises(NotFoundError):  # that is, the body began
+        execute_call(replace(call, kind="round", params=_of_layer(LAYER), inputs=inputs))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"model": ["0" * 64]}, "input calibration: got none, wanted it"),
+        ({"calibration": []}, "input model: got none, wanted it"),
+        ({"model": [], "calibration": []}, "input model: got 0 digests, wanted 1"),
+        ({"model": ["0" * 64] * 2, "calibration": []}, "input model: got 2 digests, wanted 1"),
+        ({"model": ["0" * 64], "calibration": [], "factors": []}, "input factors: got 0 digests, wanted some, or no"),
+        ({"model": ["0" * 64], "calibration": [], "shards": []}, "inputs: got shards, wanted model, calibration"),
+    ],
+)
+def test_inputs_that_the_kind_does_not_have_are_refused(
+    call: TaskCall, inputs: dict[str, list[str]], message: str
+) -> None:
+    task = replace(call, kind="round", params=ROUND, inputs=inputs)
+    with pytest.raises(TaskError, match=message) as caught:
+        execute_call(task)
+    assert (caught.value.exit_code, answer_call(task)["fault"]) == (2, Fault.INVALID)
+
+
+def test_an_output_that_the_kind_does_not_have_is_refused(call: TaskCall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "noop", replace(KINDS["noop"], outputs=("other",)))
+    with pytest.raises(TaskError, match="task noop: got output blob, wanted other"):
+        execute_call(call)
+
+
 def test_every_kind_has_its_name_and_an_entry() -> None:
-    assert all(kind.name == name and ":" in kind.entry and kind.version >= 1 for name, kind in kinds.KINDS.items())
+    assert all(kind.name == name and ":" in kind.entry and kind.version >= 1 for name, kind in KINDS.items())
 
 
 @pytest.mark.parametrize(
@@ -138,8 +220,12 @@ def test_subprocess_gives_the_same_output(call: TaskCall) -> None:
 
 
 def test_subprocess_raises_the_errors_of_the_task(call: TaskCall, tmp_path: Path) -> None:
-    with pytest.raises(TaskFailedError, match="ValueError: could not convert"):
-        run_in_subprocess(replace(call, params={"seconds": "long"}))
+    with pytest.raises(TaskFailedError, match="OverflowError: "):
+        run_in_subprocess(replace(call, params=TOO_LONG))
+    for params in ({"payload": 1, "second": 1.0}, {"seconds": "long"}):
+        with pytest.raises(TaskError, match=r"task noop: seconds?: ") as refused:
+            run_in_subprocess(replace(call, params=params))
+        assert refused.value.exit_code == 2
     with pytest.raises(TaskError, match="version 7") as caught:
         run_in_subprocess(replace(call, version=7))
     assert caught.value.exit_code == 2
@@ -174,9 +260,10 @@ def test_module_exits_with_the_code_of_the_error(call: TaskCall, tmp_path: Path)
 
 
 def test_orchestrators_side_imports_no_torch() -> None:
-    modules = ["cache", "execute", "executor", "kinds", "local", "manifest", "modelfolder", "names"]
-    modules += ["store", "store_folder", "store_s3"]
-    code = "import sys; " + "; ".join(f"import workers.{name}" for name in modules)
+    rooms = [Path(workers.__file__).parent / name for name in ("execution", "storage")]
+    modules = [f"{room.name}.{path.stem}" for room in rooms for path in room.glob("[a-z]*.py") if path.stem != "remote"]
+    assert {"execution.execute", "storage.store"} <= set(modules)
+    code = "import sys; " + "; ".join(f"import workers.{name}" for name in [*modules, "tasks.noop"])
     code += "; sys.exit(sorted({'torch', 'diffusers', 'ray', 'quant_core'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -12,12 +12,14 @@ import pytest
 from kernels.affine import quantize_affine
 from quant_core.artifact.folder import quantization_config, write_artifact
 from quant_core.diffusion.denoiser import load_denoiser
-from quant_core.diffusion.sampler import SamplerSpec, make_scheduler
+from quant_core.diffusion.sampler import make_scheduler
 from quant_core.inspect.inspection import inspect_model
 from quant_core.nn.layers import QUANTIZABLE, weight_matrix
 from quant_core.nn.model import build_quantized
 from quant_core.nn.ranges import qparams_from_range
-from quant_spec.formats import LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.formats import LayerSpec, ModelFormat, WeightSpec
+from quant_spec.kinds import KINDS
+from quant_spec.sampler import Sampler
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall, execute_call
 from workers.storage.manifest import put_tree
@@ -25,7 +27,7 @@ from workers.storage.model_folder import import_model
 from workers.storage.store import NodeStore, open_cached
 
 MODELS = Path(__file__).parents[3] / "examples" / "models"
-SAMPLER: dict[str, Any] = {"scheduler": "DDIMScheduler", "num_inference_steps": 3}
+SAMPLER = Sampler(scheduler="DDIMScheduler", num_inference_steps=3)
 
 RunTask = Callable[..., TaskOutput]
 
@@ -38,12 +40,11 @@ def task_store(tmp_path_factory: pytest.TempPathFactory) -> NodeStore:
 
 @pytest.fixture(scope="session")
 def run_task(task_store: NodeStore, tmp_path_factory: pytest.TempPathFactory) -> RunTask:
-    """Run a task's body by its kind, in this process, on one thread."""
+    """Run a task by its kind, in this process, on one thread; parameters that are not given have their defaults."""
 
     def run(kind: str, params: dict[str, Any], inputs: dict[str, list[str]]) -> TaskOutput:
-        # what crosses to a worker is JSON
-        params, inputs = json.loads(json.dumps([params, inputs]))
-        return execute_call(TaskCall(kind, params, inputs, task_store.url, str(tmp_path_factory.mktemp("cache"))))
+        told = KINDS[kind].params.model_validate_json(json.dumps(params)).to_json()
+        return execute_call(TaskCall(kind, told, inputs, task_store.url, str(tmp_path_factory.mktemp("cache"))))
 
     return run
 
@@ -59,15 +60,15 @@ def packed_digits(task_store: NodeStore, tmp_path_factory: pytest.TempPathFactor
     """The digest of the digits model with weights rounded to 4 bits and packed."""
     denoiser = load_denoiser(MODELS / "digits")
     weights = {n: m.weight.detach().clone() for n, m in denoiser.model.named_modules() if isinstance(m, QUANTIZABLE)}
-    plan = QuantizationPlan({name: LayerSpec(WeightSpec(4)) for name in weights}, {})
-    for name, layer in build_quantized(denoiser.model, plan).layers.items():
+    formats = ModelFormat({name: LayerSpec(WeightSpec(4)) for name in weights}, {})
+    for name, layer in build_quantized(denoiser.model, formats).layers.items():
         matrix = weight_matrix(weights[name])
         grid = qparams_from_range(matrix.amin(1, keepdim=True), matrix.amax(1, keepdim=True), 4, symmetric=False)
         layer.set_codes(quantize_affine(matrix, grid.scale, grid.zero_point, 0, 15), grid.scale, grid.zero_point)
     folder = tmp_path_factory.mktemp("pack") / "packed"
-    scheduler = make_scheduler(SamplerSpec.from_json(SAMPLER), denoiser.scheduler_config)
+    scheduler = make_scheduler(SAMPLER, denoiser.scheduler_config)
     config = json.loads(scheduler.to_json_string())
-    write_artifact(denoiser.model, dict(denoiser.config), quantization_config(plan), config, folder)
+    write_artifact(denoiser.model, dict(denoiser.config), quantization_config(formats), config, folder)
     return put_tree(task_store, folder)
 
 
@@ -83,7 +84,7 @@ def reference_digits(run_task: RunTask, digits: str) -> list[str]:
 
 def protocol(first: int, count: int, batch_size: int = 2) -> dict[str, Any]:
     """Return the parameters that tasks over seeds share."""
-    return {"sampler": SAMPLER, "seeds": {"first": first, "count": count}, "batch_size": batch_size}
+    return {"sampler": SAMPLER.to_json(), "seeds": {"first": first, "count": count}, "batch_size": batch_size}
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +96,7 @@ def seeds() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def evaluated_digits(run_task: RunTask, packed_digits: str, reference_digits: list[str]) -> list[TaskOutput]:
     """The evaluations of the packed digits model on the two reference shards."""
-    parameters = [{**protocol(0, 3), "sqnr_seeds": 2}, {**protocol(3, 1), "sqnr_seeds": 0}]
+    parameters = [protocol(0, 3), protocol(3, 1)]
     return [
         run_task("evaluate", params, {"packed": [packed_digits], "reference": [digest]})
         for params, digest in zip(parameters, reference_digits, strict=True)
@@ -133,7 +134,7 @@ def digits_units() -> list[dict[str, Any]]:
     ]
 
 
-COMMON = {"seed": 0, "cache_bytes": 1 << 28, "forward_batch_size": 4}
+COMMON = {"seed": 0, "forward_batch_size": 4}
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +142,7 @@ def rounded_digits(
     run_task: RunTask, digits: str, calibration_digits: list[str], digits_units: list[dict[str, Any]]
 ) -> dict[str, str]:
     """The states of all units of the digits model, rounded in one task: unit name to digest."""
-    params = {"units": digits_units, "method": "closed_form", "positions": 8, "samples": None, "damping": 0.03}
+    params = {"units": digits_units, "method": "closed_form", "positions": 8}
     made = run_task("round", params | COMMON, {"model": [digits], "calibration": calibration_digits})
     return {name.removeprefix("state:"): digest for name, digest in made.outputs.items()}
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from safetensors.torch import load
 
 from quant_core.fit.unit_state import UnitState
-from quant_core.methods.mpqdm.channel_errors import from_bytes
+from quant_core.methods.mpqdm.layer_errors import from_bytes
+from workers.errors import TaskError
 from workers.execution.context import TaskOutput
+from workers.execution.execute import TaskCall, execute_call
 from workers.storage.store import NodeStore
 
 RunTask = Callable[..., TaskOutput]
@@ -59,6 +62,12 @@ def test_a_layer_is_measured_the_same_whatever_is_beside_it(
         assert layer.effect == together[name].effect > 0
         least, middle, most = layer.errors.sum(dim=0).tolist()
         assert least > middle > most, "more bits, less error"
+
+
+def test_uniform_bits_are_no_choice(task_store: NodeStore, tmp_path: Path) -> None:
+    params, inputs = {"method": "uniform", "extra": 0.0}, {"errors": ["0" * 64]}
+    with pytest.raises(TaskError, match="task allocate: method: got uniform, which leaves nothing to choose"):
+        execute_call(TaskCall("allocate", params, inputs, task_store.url, str(tmp_path)))
 
 
 @pytest.mark.parametrize("method", ["kurtosis", "global"])

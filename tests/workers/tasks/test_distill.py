@@ -48,8 +48,7 @@ def call(
     inputs = {"model": [digits], "trajectories": shards, "states": list(rounded_digits.values())}
 
     def make(**params: Any) -> TaskCall:
-        params = {"units": list(rounded_digits), **PASS, **params}
-        return TaskCall("distill", params, inputs, task_store.url, str(tmp_path_factory.mktemp("cache")))
+        return TaskCall("distill", PASS | params, inputs, task_store.url, str(tmp_path_factory.mktemp("cache")))
 
     return make
 
@@ -128,6 +127,5 @@ def test_progress_is_there_while_it_runs(
 def test_plain_distillation_is_another_result(call: Callable[..., TaskCall], tmp_path: Path) -> None:
     plain = {name: value for name, value in PASS.items() if name not in ("relation_weight", "positions")}
     task = call()
-    params = {"units": task.params["units"], **plain, "relations": False}
-    other = TaskCall(task.kind, params, task.inputs, task.store_url, str(tmp_path))
+    other = TaskCall(task.kind, plain | {"relations": False}, task.inputs, task.store_url, str(tmp_path))
     assert execute_call(other).outputs != execute_call(task).outputs

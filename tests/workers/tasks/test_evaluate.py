@@ -47,7 +47,7 @@ def test_evaluate_gives_the_same_bytes_again(
     evaluated_digits: list[TaskOutput],
 ) -> None:
     inputs = {"packed": [packed_digits], "reference": [reference_digits[0]]}
-    again = run_task("evaluate", seeds(0, 3) | {"sqnr_seeds": 2}, inputs)
+    again = run_task("evaluate", seeds(0, 3), inputs)
     assert again.outputs == evaluated_digits[0].outputs
 
 
@@ -55,9 +55,9 @@ def test_evaluate_refuses_a_reference_of_another_trajectory(
     run_task: RunTask, seeds: Seeds, packed_digits: str, reference_digits: list[str]
 ) -> None:
     inputs = {"packed": [packed_digits], "reference": [reference_digits[0]]}
-    params = seeds(0, 3) | {"sqnr_seeds": 2}
+    params = seeds(0, 3)
     longer = params | {"sampler": params["sampler"] | {"num_inference_steps": 4}}
     with pytest.raises(QuantizationError, match=r"got timesteps 666 to 0 in 3 steps, wanted .* 750 to 0 in 4 steps"):
         run_task("evaluate", longer, inputs)
     with pytest.raises(QuantizationError, match="got samples of 3 seeds, wanted 2"):
-        run_task("evaluate", seeds(0, 2) | {"sqnr_seeds": 2}, inputs)
+        run_task("evaluate", seeds(0, 2), inputs)

@@ -28,5 +28,5 @@ def test_inspect_gives_the_same_bytes_again(run_task: RunTask, digits: str) -> N
 
 
 def test_inspect_wants_one_model(run_task: RunTask) -> None:
-    with pytest.raises(TaskError, match="input model: got 0 digests, wanted 1"):
+    with pytest.raises(TaskError, match="task inspect: input model: got none, wanted it"):
         run_task("inspect", {}, {})

@@ -12,9 +12,10 @@ import quant_core
 from quant_core.artifact.folder import SCHEDULER_FILE, WEIGHTS_FILE
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import load_denoiser
-from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, start
-from quant_core.fit.unit_state import UnitState, load_states, merge_plans
+from quant_core.diffusion.sampler import make_scheduler, start
+from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.nn.model import build_quantized
+from quant_spec.sampler import Sampler
 from workers.execution.context import TaskOutput
 from workers.storage.manifest import pull_tree
 from workers.storage.store import NodeStore
@@ -27,7 +28,7 @@ DIGITS = Path(__file__).parents[3] / "examples" / "models" / "digits"
 def packed(
     run_task: RunTask, digits: str, rounded_digits: dict[str, str], seeds: Callable[..., dict[str, Any]]
 ) -> TaskOutput:
-    params = {"sampler": seeds(0, 1)["sampler"], "units": list(rounded_digits)}
+    params = {"sampler": seeds(0, 1)["sampler"]}
     return run_task("pack", params, {"model": [digits], "states": list(rounded_digits.values())})
 
 
@@ -42,7 +43,7 @@ def test_loaded_equals_simulated(
 ) -> None:
     states = [UnitState.from_bytes(task_store.get_bytes(digest)) for digest in rounded_digits.values()]
     simulated = load_denoiser(DIGITS).model
-    build_quantized(simulated, merge_plans(states))
+    build_quantized(simulated, merge_formats(states))
     load_states(simulated, states)
     floats, loaded = load_denoiser(DIGITS).model, quant_core.load_quantized(folder, backend="reference")
     calibration = CalibrationSet([task_store.local_path(digest) for digest in calibration_digits])
@@ -64,8 +65,8 @@ def test_the_file_is_small(packed: TaskOutput, folder: Path) -> None:
 def test_the_folder_has_the_sampler_that_was_calibrated(folder: Path, seeds: Callable[..., dict[str, Any]]) -> None:
     config = json.loads((folder / SCHEDULER_FILE).read_text())
     assert config["_class_name"] == "DDIMScheduler"
-    spec = SamplerSpec.from_json(seeds(0, 1)["sampler"])
-    timesteps = start(make_scheduler(SamplerSpec(None, spec.num_inference_steps), config), spec, (1, 16, 16))
+    spec = Sampler(**seeds(0, 1)["sampler"])
+    timesteps = start(make_scheduler(Sampler(num_inference_steps=spec.num_inference_steps), config), spec, (1, 16, 16))
     stored = json.loads((folder / "config.json").read_text())["quantization_config"]["timesteps"]
     assert stored == timesteps.tolist()
 
@@ -77,7 +78,7 @@ def test_the_same_again_gives_the_same_digest(
     rounded_digits: dict[str, str],
     seeds: Callable[..., dict[str, Any]],
 ) -> None:
-    params = {"sampler": seeds(0, 1)["sampler"], "units": list(rounded_digits)}
+    params = {"sampler": seeds(0, 1)["sampler"]}
     states = list(rounded_digits.values())
     assert run_task("pack", params, {"model": [digits], "states": states}).outputs == packed.outputs
     fewer = run_task("pack", params, {"model": [digits], "states": states[:-1]})

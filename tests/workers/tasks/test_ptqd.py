@@ -18,6 +18,7 @@ from quant_core.diffusion.conditioning import draw_conditioning
 from quant_core.diffusion.denoiser import call_denoiser
 from quant_core.metrics.sqnr import sqnr_db
 from quant_core.nn.layers import QuantLayer
+from quant_spec.errors import QuantizationError
 from workers.execution.context import TaskOutput
 from workers.storage.manifest import pull_tree
 from workers.storage.store import NodeStore
@@ -106,7 +107,7 @@ def test_evaluation_samples_as_a_user_does(
     tmp_path: Path,
 ) -> None:
     inputs = {"packed": [corrected.outputs["packed"]], "reference": [reference_digits[0]]}
-    made = run_task("evaluate", seeds(0, 3, 3) | {"sqnr_seeds": 2}, inputs)
+    made = run_task("evaluate", seeds(0, 3, 3), inputs)
     found = load_file(task_store.local_path(made.outputs["evaluation"]))
     pull_tree(task_store, corrected.outputs["packed"], tmp_path / "packed")
     unet = quant_core.load_quantized(tmp_path / "packed", backend="reference")
@@ -167,7 +168,7 @@ def mixed(
 ) -> str:
     inputs = {"model": [digits], "calibration": calibration_digits, "step_bits": [step_bits.outputs["step_bits"]]}
     made = run_task("round", {"units": varied, "method": "nearest"} | common, inputs)
-    params = {"sampler": seeds(0, 1)["sampler"], "units": [unit["unit"] for unit in varied]}
+    params = {"sampler": seeds(0, 1)["sampler"]}
     return run_task("pack", params, {"model": [digits], "states": list(made.outputs.values())}).outputs["packed"]
 
 
@@ -213,7 +214,7 @@ def test_round_needs_the_bits_that_its_formats_leave_open(
     run_task: RunTask, digits: str, calibration_digits: list[str], varied: list[dict[str, Any]], common: dict[str, Any]
 ) -> None:
     inputs = {"model": [digits], "calibration": calibration_digits}
-    with pytest.raises(quant_core.errors.QuantizationError, match="got null bits, wanted a number"):
+    with pytest.raises(QuantizationError, match="got null bits, wanted a number"):
         run_task("round", {"units": varied[4:5], "method": "nearest"} | common, inputs)
 
 
@@ -221,8 +222,8 @@ def test_score_counts_bit_operations_by_step(
     run_task: RunTask, seeds: Seeds, digits: str, mixed: str, step_bits: TaskOutput, reference_digits: list[str]
 ) -> None:
     evaluated = [
-        run_task("evaluate", seeds(*shard) | {"sqnr_seeds": sqnr}, {"packed": [mixed], "reference": [digest]})
-        for (shard, sqnr), digest in zip([((0, 3), 2), ((3, 1), 0)], reference_digits, strict=True)
+        run_task("evaluate", seeds(*shard), {"packed": [mixed], "reference": [digest]})
+        for shard, digest in zip([(0, 3), (3, 1)], reference_digits, strict=True)
     ]
     params = {
         "sampler": seeds(0, 4)["sampler"],

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from diffusers import UNet2DModel
 import quant_core
 from quant_core.artifact.folder import quantization_config, write_artifact
 from quant_core.errors import ArtifactError
-from quant_spec.formats import QuantizationPlan
+from quant_spec.formats import ModelFormat
+from quant_spec.tasks.release import Inputs, Origin, Params, ResolvedRecipe
 from workers.errors import TaskError
 from workers.execution.context import TaskContext
 from workers.storage.manifest import pull_tree, put_tree, read_manifest, tree_bytes
@@ -34,18 +36,15 @@ METRICS: dict[str, Any] = {
     "sqnr_db_per_step": [30.0, 20.5],
     "sampler": {"scheduler": "DDIMScheduler", "num_inference_steps": 2, "eta": 0.0},
 }
-PARAMS = {
-    "model": {"name": "tiny", "class_name": "UNet2DModel", "source": "hf:owner/tiny@abc", "license": "mit"},
-    "recipe": {
-        "name": "fast-w4a8",
-        "digest": "c" * 64,
-        "config": {
-            "seed": 7,
-            "calibration": {"first_seed": 100, "seeds": 4},
-            "evaluation": {"first_seed": 0, "seeds": 2},
-        },
-    },
+CONFIG = {
+    "seed": 7,
+    "calibration": {"first_seed": 100, "seeds": 4},
+    "evaluation": {"first_seed": 0, "seeds": 2},
 }
+PARAMS = Params(
+    model=Origin(name="tiny", class_name="UNet2DModel", source="hf:owner/tiny@abc"),
+    recipe=ResolvedRecipe(name="fast-w4a8", digest="c" * 64, config=CONFIG),
+)
 
 
 @pytest.fixture
@@ -68,21 +67,19 @@ def put_packed(context: TaskContext) -> str:
         norm_num_groups=4,
     )
     folder = context.scratch / "packed"
-    config = quantization_config(QuantizationPlan({}, {}))
+    config = quantization_config(ModelFormat({}, {}))
     scheduler = {"_class_name": "DDIMScheduler"}
     write_artifact(model, json.loads(model.to_json_string()), config, scheduler, folder)
     return put_tree(context.store, folder)
 
 
 @pytest.fixture
-def inputs(context: TaskContext) -> dict[str, list[str]]:
-    score = context.store.put_bytes(json.dumps({"metrics": METRICS}).encode())
-    return {"packed": [put_packed(context)], "score": [score], "model": ["a" * 64], "calibration": ["b" * 64, "d" * 64]}
+def inputs(context: TaskContext) -> Inputs[str]:
+    score = context.store.put_bytes(json.dumps(METRICS).encode())
+    return Inputs(packed=put_packed(context), score=score, model="a" * 64, calibration=("b" * 64, "d" * 64))
 
 
-def test_the_artifact_holds_every_file_and_loads(
-    context: TaskContext, inputs: dict[str, list[str]], tmp_path: Path
-) -> None:
+def test_the_artifact_holds_every_file_and_loads(context: TaskContext, inputs: Inputs[str], tmp_path: Path) -> None:
     done = release.run(PARAMS, inputs, context)
     assert set(done.outputs) == {"artifact"}
     assert done.metrics["metrics"] == METRICS
@@ -97,19 +94,24 @@ def test_the_artifact_holds_every_file_and_loads(
         "provenance.json",
         "README.md",
     }
-    packed = read_manifest(context.store, inputs["packed"][0])["files"]
+    packed = read_manifest(context.store, inputs.packed)["files"]
     assert all(manifest["files"][path] == entry for path, entry in packed.items())
     folder = tmp_path / "pulled"
     pull_tree(context.store, done.outputs["artifact"], folder)
     assert isinstance(quant_core.load_quantized(folder), UNet2DModel)
     assert json.loads((folder / "metrics.json").read_text()) == METRICS
-    assert json.loads((folder / "recipe.json").read_text()) == PARAMS["recipe"]["config"]
+    assert json.loads((folder / "recipe.json").read_text()) == CONFIG
 
 
-def test_provenance_says_what_it_was_made_from(context: TaskContext, inputs: dict[str, list[str]]) -> None:
+def test_provenance_says_what_it_was_made_from(context: TaskContext, inputs: Inputs[str]) -> None:
     made = release.provenance(PARAMS, inputs)
     assert made["model"] == {"name": "tiny", "class_name": "UNet2DModel", "source": "hf:owner/tiny@abc"}
-    assert made["inputs"] == inputs
+    assert made["inputs"] == {
+        "packed": [inputs.packed],
+        "score": [inputs.score],
+        "calibration": ["b" * 64, "d" * 64],
+        "model": ["a" * 64],
+    }
     assert made["recipe"] == {"name": "fast-w4a8", "digest": "c" * 64}
     assert made["seeds"] == {
         "recipe": 7,
@@ -121,23 +123,22 @@ def test_provenance_says_what_it_was_made_from(context: TaskContext, inputs: dic
     assert "+" not in made["packages"]["torch"]
 
 
-def test_the_card_names_the_hub_model_and_its_license(context: TaskContext, inputs: dict[str, list[str]]) -> None:
+def test_the_card_names_the_hub_model(context: TaskContext, inputs: Inputs[str]) -> None:
     done = release.run(PARAMS, inputs, context)
     files = read_manifest(context.store, done.outputs["artifact"])["files"]
     card = context.store.get_bytes(files["README.md"]["sha256"]).decode()
     assert "base_model: owner/tiny\n" in card
-    assert "license: mit\n" in card
 
 
-def test_a_model_from_a_folder_goes_by_its_name(context: TaskContext, inputs: dict[str, list[str]]) -> None:
-    params = PARAMS | {"model": {"name": "tiny", "class_name": "UNet2DModel", "source": None}}
+def test_a_model_from_a_folder_goes_by_its_name(context: TaskContext, inputs: Inputs[str]) -> None:
+    params = PARAMS.replaced(model=Origin(name="tiny", class_name="UNet2DModel", source=None))
     done = release.run(params, inputs, context)
     files = read_manifest(context.store, done.outputs["artifact"])["files"]
     assert "base_model: tiny\n" in context.store.get_bytes(files["README.md"]["sha256"]).decode()
 
 
 def test_the_same_inputs_give_the_same_digest_wherever(
-    context: TaskContext, inputs: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    context: TaskContext, inputs: Inputs[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = release.run(PARAMS, inputs, context)
     files = read_manifest(context.store, first.outputs["artifact"])["files"]
@@ -149,38 +150,34 @@ def test_the_same_inputs_give_the_same_digest_wherever(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.time", lambda: 0.0)
     monkeypatch.setitem(os.environ, "TZ", "Asia/Tokyo")
-    shuffled = {name: PARAMS[name] for name in reversed(PARAMS)}
-    second = release.run(shuffled, dict(reversed(inputs.items())), context)
+    config = {name: CONFIG[name] for name in reversed(CONFIG)}
+    second = release.run(PARAMS.replaced(recipe=PARAMS.recipe.replaced(config=config)), inputs, context)
     assert first == second
 
 
-def test_metrics_without_protocol_are_refused(context: TaskContext, inputs: dict[str, list[str]]) -> None:
+def test_metrics_without_protocol_are_refused(context: TaskContext, inputs: Inputs[str]) -> None:
     bare = {name: value for name, value in METRICS.items() if name != "sampler"}
-    inputs["score"] = [context.store.put_bytes(json.dumps(bare).encode())]
+    inputs = replace(inputs, score=context.store.put_bytes(json.dumps(bare).encode()))
     before = {digest for digest, _, _ in context.store.list()}
     with pytest.raises(ArtifactError, match="got none of sampler; a figure is not stored without its protocol"):
         release.run(PARAMS, inputs, context)
     assert before == {digest for digest, _, _ in context.store.list()}
 
 
-def test_bad_inputs_are_refused(context: TaskContext, inputs: dict[str, list[str]]) -> None:
-    with pytest.raises(TaskError, match="input packed: got 0 digests, wanted 1"):
-        release.run(PARAMS, inputs | {"packed": []}, context)
-    with pytest.raises(TaskError, match="input score: got 2 digests, wanted 1"):
-        release.run(PARAMS, inputs | {"score": inputs["score"] * 2}, context)
+def test_bad_inputs_are_refused(context: TaskContext, inputs: Inputs[str]) -> None:
     (context.scratch / "odd").mkdir()
     (context.scratch / "odd" / "notes.txt").write_text("?")
     with pytest.raises(TaskError, match=r"packed tree: got notes.txt, wanted a config.json"):
-        release.run(PARAMS, inputs | {"packed": [put_tree(context.store, context.scratch / "odd")]}, context)
+        release.run(PARAMS, replace(inputs, packed=put_tree(context.store, context.scratch / "odd")), context)
     score = context.store.put_bytes(b"[1]")
     with pytest.raises(TaskError, match="got a JSON list, wanted an object of metrics"):
-        release.run(PARAMS, inputs | {"score": [score]}, context)
+        release.run(PARAMS, replace(inputs, score=score), context)
 
 
-def test_provenance_has_the_versions_of_the_passes_that_were_run(inputs: dict[str, list[str]]) -> None:
+def test_provenance_has_the_versions_of_the_passes_that_were_run(inputs: Inputs[str]) -> None:
     def versions(**config: Any) -> set[str]:
-        recipe = PARAMS["recipe"] | {"config": PARAMS["recipe"]["config"] | config}
-        return set(release.provenance(PARAMS | {"recipe": recipe}, inputs)["task_versions"])
+        params = PARAMS.replaced(recipe=PARAMS.recipe.replaced(config=CONFIG | config))
+        return set(release.provenance(params, inputs)["task_versions"])
 
     plain = versions()
     assert versions(passes={"correct": None}, activations={"step_bits": None}) == plain

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from quant_core.fit.unit_state import UnitState
-from quant_spec.errors import QuantizationError
 from workers.execution.context import TaskOutput
 from workers.storage.store import NodeStore
 
@@ -66,13 +65,3 @@ def test_the_passs_parameters_reach_it(round_units: Callable[..., TaskOutput]) -
     for name, value in {"positions": 9, "samples": 1, "damping": 0.5}.items():
         (other,) = round_units(slice(4, 5), **closed | {name: value}).outputs.values()
         assert other != usual, name
-
-
-def test_formats_that_do_not_fit_are_refused(
-    round_units: Callable[..., TaskOutput], digits_units: list[dict[str, Any]]
-) -> None:
-    unit = digits_units[0]
-    layer = next(iter(unit["layers"]))
-    broken = unit | {"layers": {layer: unit["layers"][layer] | {"weight": {"bits": 7}}}}
-    with pytest.raises(QuantizationError, match="got 7 bits"):
-        round_units(slice(1), units=[broken])

@@ -10,7 +10,7 @@ import torch
 import quant_core
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import load_denoiser
-from quant_core.fit.channel_factors import ChannelFactors
+from quant_core.fit.channel_scaling import ChannelScaling
 from quant_core.fit.unit_state import UnitState
 from quant_spec.formats import SHIFT_DEPTH
 from tests.quant_core.agreement import check_release
@@ -51,7 +51,7 @@ def test_factors_go_through_rounding_into_the_packed_model(
     json.dumps(made.metrics)
     assert made.metrics["layers"][SKIP]["gain_db"] > 0
     assert set(made.outputs) == {f"factors:{unit['unit']}" for unit in digits_units}
-    own = ChannelFactors.from_bytes([task_store.get_bytes(made.outputs[f"factors:{UNIT}"])])
+    own = ChannelScaling.from_bytes([task_store.get_bytes(made.outputs[f"factors:{UNIT}"])])
     assert set(own.shifts) == {SKIP}
     assert set(own.scales) == {name for name in made.metrics["layers"] if name.startswith(UNIT)}
     # a unit's factors do not depend on those that are scaled beside it
@@ -65,7 +65,7 @@ def test_factors_go_through_rounding_into_the_packed_model(
 
     inputs = model | {"factors": list(made.outputs.values())}
     rounded = run_task("round", {"units": digits_units, "method": "nearest"} | common, inputs).outputs
-    params = {"sampler": seeds(0, 1)["sampler"], "units": [unit["unit"] for unit in digits_units]}
+    params = {"sampler": seeds(0, 1)["sampler"]}
     packed = run_task("pack", params, {"model": [digits], "states": list(rounded.values())})
     pull_tree(task_store, packed.outputs["packed"], tmp_path / "packed")
     loaded, floats = quant_core.load_quantized(tmp_path / "packed", backend="reference"), load_denoiser(DIGITS).model

@@ -105,7 +105,5 @@ def test_score_refuses_what_does_not_fit(
 ) -> None:
     with pytest.raises(TaskError, match="got 1 references, 2 evaluations, wanted pairs"):
         run_task("score", parameters, inputs | {"references": inputs["references"][:1]})
-    with pytest.raises(TaskError, match="extractor: got 'vgg', wanted efficientnet-lite0 or inception-v3"):
-        run_task("score", parameters | {"extractor": "vgg"}, inputs)
-    with pytest.raises(TaskError, match="input extractor_weights: got 0 digests, wanted 1"):
+    with pytest.raises(TaskError, match="input extractor_weights: got none with inception-v3, wanted its file"):
         run_task("score", parameters | {"extractor": "inception-v3"}, inputs)

@@ -13,12 +13,14 @@ from torch import Tensor
 from kernels.affine import fake_quantize_affine
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser
-from quant_core.fit.channel_factors import ChannelFactors
+from quant_core.fit.channel_scaling import ChannelScaling
 from quant_core.fit.channel_stats import ChannelStats
 from quant_core.fit.closed_form import damped, round_closed_form
 from quant_core.fit.observe import Watched, observe
-from quant_core.fit.rounding import RoundingConfig, UnitRanges, round_units
-from quant_core.fit.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from quant_core.fit.rounding import UnitRanges, round_units
+from quant_core.fit.unit_state import UnitState, load_states, merge_formats
+from quant_core.methods.dmq.channel_scale import early_weights, learn_scale, smooth_scale, step_weights
+from quant_core.methods.dmq.channel_shift import Extremes, vote
 from quant_core.methods.dmq.expected_error import (
     LayerProblem,
     activation_noise,
@@ -27,30 +29,22 @@ from quant_core.methods.dmq.expected_error import (
     output_noise,
     weight_noise,
 )
-from quant_core.methods.dmq.scaling import (
-    Extremes,
-    ScaleConfig,
-    early_weights,
-    fit,
-    learn_scale,
-    smooth_scale,
-    step_weights,
-    vote,
-)
+from quant_core.methods.dmq.scaling import fit
 from quant_core.nn.layers import weight_groups
 from quant_core.nn.model import build_quantized
 from quant_core.nn.ranges import QParams, qparams_from_range
 from quant_spec.enums import ActivationMode, Granularity, RoundingMethod, Scaling, Shift, Weighting
-from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, LayerSpec, WeightSpec
+from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, LayerSpec, UnitFormat, WeightSpec
 from quant_spec.ranges import RangeSpec
+from tests.quant_core.params import ALL, rounding, scaling
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
-Units = list[tuple[UnitFormats, UnitRanges]]
-PlanUnits = Callable[..., Units]
+Units = list[tuple[UnitFormat, UnitRanges]]
+ChooseFormats = Callable[..., Units]
 
 UNIT = "down_blocks.1.resnets.0"
 SKIP = "up_blocks.1.resnets.0.conv_shortcut"
-ROUND = RoundingConfig(RoundingMethod.CLOSED_FORM, positions=None)
+ROUND = rounding("closed_form", positions=ALL)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -83,16 +77,16 @@ def problem_of(
 def test_the_activations_error_is_what_rounding_them_leaves(
     split: tuple[int, ...] | None, mode: ActivationMode
 ) -> None:
-    x, weight, tau = rows_of_steps(), draw(6, 12), torch.exp(0.4 * draw(12, seed=3))
+    x, weight, channel_scale = rows_of_steps(), draw(6, 12), torch.exp(0.4 * draw(12, seed=3))
     problem = problem_of(x, LayerSpec(WeightSpec(4), ActivationSpec(6, mode=mode), split), weight)
-    scaled, parts = x / tau, split or (12,)
+    scaled, parts = x / channel_scale, split or (12,)
     quantized = []
     for part in scaled.split(parts, dim=2):
         dims = (0, 1, 2) if mode is ActivationMode.STATIC else (1, 2)
         grid = qparams_from_range(part.amin(dims, keepdim=True), part.amax(dims, keepdim=True), 6, symmetric=False)
         quantized.append(fake_quantize_affine(part, grid.scale, grid.zero_point, 0, 63))
-    measured = ((torch.cat(quantized, 2) - scaled) @ (weight * tau).T).square().sum(2).mean(1)
-    torch.testing.assert_close(activation_noise(problem, tau), measured, rtol=0.1, atol=0)
+    measured = ((torch.cat(quantized, 2) - scaled) @ (weight * channel_scale).T).square().sum(2).mean(1)
+    torch.testing.assert_close(activation_noise(problem, channel_scale), measured, rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -106,24 +100,24 @@ def test_the_activations_error_is_what_rounding_them_leaves(
 def test_the_weights_error_is_what_rounding_them_leaves(
     rounding: RoundingMethod, granularity: dict[str, int | Granularity]
 ) -> None:
-    x, weight, tau = rows_of_steps(), draw(400, 12), torch.exp(0.4 * draw(12, seed=3))
+    x, weight, channel_scale = rows_of_steps(), draw(400, 12), torch.exp(0.4 * draw(12, seed=3))
     spec = LayerSpec(WeightSpec(6, **granularity), ActivationSpec(8))  # type: ignore[arg-type]
     problem = problem_of(x, spec, weight, rounding)
-    scaled, groups = weight * tau, weight_groups((400, 12), spec)
+    scaled, groups = weight * channel_scale, weight_groups((400, 12), spec)
     columns = [scaled[:, groups == group] for group in range(int(groups.max()) + 1)]
     low, high = (torch.stack([f(c, dim=1) for c in columns], 1) for f in (torch.amin, torch.amax))
     grid = qparams_from_range(low, high, 6, symmetric=False)
-    flat = (x / tau).flatten(0, 1)
+    flat = (x / channel_scale).flatten(0, 1)
     hessian = flat.T @ flat / len(flat)
     if rounding is RoundingMethod.CLOSED_FORM:
         codes = round_closed_form(scaled, hessian, grid, 6, groups, damping=0.0).float()
     else:
         codes = (torch.round(scaled / grid.scale[:, groups]) + grid.zero_point[:, groups]).clamp(0, 63)
     error = scaled - (codes - grid.zero_point[:, groups]) * grid.scale[:, groups]
-    measured = ((x / tau) @ error.T).square().sum(2).mean(1)
+    measured = ((x / channel_scale) @ error.T).square().sum(2).mean(1)
     # shares of steps come from channels alone, not from what they have in common; codes at the ends are clipped
-    torch.testing.assert_close(weight_noise(problem, tau).sum(), measured.sum(), rtol=0.15, atol=0)
-    torch.testing.assert_close(weight_noise(problem, tau), measured, rtol=0.3, atol=0)
+    torch.testing.assert_close(weight_noise(problem, channel_scale).sum(), measured.sum(), rtol=0.15, atol=0)
+    torch.testing.assert_close(weight_noise(problem, channel_scale), measured, rtol=0.3, atol=0)
 
 
 def test_free_variance_is_that_given_the_columns_rounded_later() -> None:
@@ -145,24 +139,24 @@ def test_learned_scales_balance_channels_that_are_unlike() -> None:
     x, weight = rows_of_steps(), draw(8, 12)
     spec = LayerSpec(WeightSpec(8), ActivationSpec(4))
     problem = problem_of(x, spec, weight)
-    tau, gain = learn_scale(problem, ScaleConfig(weighting=Weighting.UNIFORM))
-    before, after = output_noise(problem, torch.ones(12)).sum(), output_noise(problem, tau).sum()
+    channel_scale, gain = learn_scale(problem, scaling(weighting=Weighting.UNIFORM))
+    before, after = output_noise(problem, torch.ones(12)).sum(), output_noise(problem, channel_scale).sum()
     assert gain == pytest.approx(float(10 * torch.log10(before / after)), abs=1e-3)
     assert gain > 3
-    assert float(tau.log().mean()) == pytest.approx(0, abs=1e-5)
-    assert float(tau.min()) > 0
+    assert float(channel_scale.log().mean()) == pytest.approx(0, abs=1e-5)
+    assert float(channel_scale.min()) > 0
     # what is not rounded does not matter: with few weight bits the same layer is scaled less
     timid, _ = learn_scale(
-        problem_of(x, replace(spec, weight=WeightSpec(2)), weight), ScaleConfig(weighting=Weighting.UNIFORM)
+        problem_of(x, replace(spec, weight=WeightSpec(2)), weight), scaling(weighting=Weighting.UNIFORM)
     )
-    assert float(timid.log().std()) < float(tau.log().std())
+    assert float(timid.log().std()) < float(channel_scale.log().std())
 
 
 def test_a_result_that_is_not_better_is_not_taken() -> None:
     problem = problem_of(rows_of_steps(), LayerSpec(WeightSpec(8), ActivationSpec(4)), draw(8, 12))
-    tau, gain = learn_scale(problem, ScaleConfig(iterations=1, lr=200.0))
+    channel_scale, gain = learn_scale(problem, scaling(iterations=1, lr=200.0))
     assert gain == 0
-    assert torch.equal(tau, torch.ones(12))
+    assert torch.equal(channel_scale, torch.ones(12))
 
 
 def test_adaptive_weights_favour_steps_of_small_error() -> None:
@@ -177,8 +171,8 @@ def test_adaptive_weights_favour_steps_of_small_error() -> None:
     problem = problem_of(x, LayerSpec(WeightSpec(8), ActivationSpec(4)), draw(8, 12))
     errors = {}
     for weighting in Weighting:
-        tau, _ = learn_scale(problem, ScaleConfig(weighting=weighting, alpha=8.0))
-        errors[weighting] = output_noise(problem, tau)
+        channel_scale, _ = learn_scale(problem, scaling(weighting=weighting, alpha=8.0))
+        errors[weighting] = output_noise(problem, channel_scale)
     assert float(errors[Weighting.ADAPTIVE][0]) < 0.98 * float(errors[Weighting.UNIFORM][0])
     assert float(errors[Weighting.ADAPTIVE][1]) > float(errors[Weighting.UNIFORM][1])
     # and so does what favours the first
@@ -193,8 +187,8 @@ def test_early_weights_halve_along_the_trajectory() -> None:
 def test_smooth_scales_are_those_of_smoothquant() -> None:
     stats = ChannelStats(1, 2)
     stats.update(0, torch.tensor([[[-8.0, 1.0], [4.0, 2.0]]]), torch.Generator())
-    tau = smooth_scale(stats, torch.tensor([[1.0, -4.0], [2.0, 1.0]]), 0.5)
-    torch.testing.assert_close(tau, torch.tensor([2.0, 0.5**0.5]) / (2.0 * 0.5**0.5) ** 0.5)
+    channel_scale = smooth_scale(stats, torch.tensor([[1.0, -4.0], [2.0, 1.0]]), 0.5)
+    torch.testing.assert_close(channel_scale, torch.tensor([2.0, 0.5**0.5]) / (2.0 * 0.5**0.5) ** 0.5)
 
 
 def held_out_error(calibrated: Calibrated, state: UnitState, names: list[str]) -> dict[str, float]:
@@ -213,7 +207,7 @@ def held_out_error(calibrated: Calibrated, state: UnitState, names: list[str]) -
     for handle in handles:
         handle.remove()
     floats = {name: denoiser.model.get_submodule(name) for name in names}
-    parts = build_quantized(denoiser.model, merge_plans([state]))
+    parts = build_quantized(denoiser.model, merge_formats([state]))
     load_states(denoiser.model, [state])
     noise, signal = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for name in names:
@@ -226,14 +220,14 @@ def held_out_error(calibrated: Calibrated, state: UnitState, names: list[str]) -
 
 
 @torch.no_grad()
-def test_learned_scales_lower_the_error_on_held_out_samples(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+def test_learned_scales_lower_the_error_on_held_out_samples(
+    calibrated: Calibrated, unit_formats: ChooseFormats
+) -> None:
     denoiser, calibration = calibrated("digits", 12)
-    units = [u for u in plan_units(denoiser, activation=ActivationSpec(5)) if u[0].unit == UNIT]
+    units = [u for u in unit_formats(denoiser, activation=ActivationSpec(5)) if u[0].unit == UNIT]
     names = [name for name in units[0][0].layers if "conv" in name]
     with torch.enable_grad():
-        factors, reports = fit(
-            denoiser.model, calibration, units, ScaleConfig(positions=None, weighting=Weighting.UNIFORM)
-        )
+        factors, reports = fit(denoiser.model, calibration, units, scaling(positions=ALL, weighting=Weighting.UNIFORM))
     made = {}
     for label, scales in (("none", {}), ("learned", factors.scales)):
         state = round_units(calibrated("digits", 12)[0].model, calibration, units, ROUND, scales)[0].state
@@ -245,14 +239,14 @@ def test_learned_scales_lower_the_error_on_held_out_samples(calibrated: Calibrat
 
 @torch.no_grad()
 def test_scales_that_did_not_see_all_samples_leave_room_for_new_ones(
-    calibrated: Calibrated, plan_units: PlanUnits
+    calibrated: Calibrated, unit_formats: ChooseFormats
 ) -> None:
     denoiser, calibration = calibrated("digits", 12)
-    units = [u for u in plan_units(denoiser, bits=8, activation=ActivationSpec(8)) if u[0].unit == UNIT]
+    units = [u for u in unit_formats(denoiser, bits=8, activation=ActivationSpec(8)) if u[0].unit == UNIT]
     names = [name for name in units[0][0].layers if "conv" in name]
     errors = {}
     for share in (0.0, 0.5):
-        config = ScaleConfig(positions=None, weighting=Weighting.UNIFORM, held_out=share)
+        config = scaling(positions=ALL, weighting=Weighting.UNIFORM, held_out=share)
         with torch.enable_grad():
             factors, _ = fit(denoiser.model, calibration, units, config)
         state = round_units(calibrated("digits", 12)[0].model, calibration, units, ROUND, factors.scales)[0].state
@@ -262,42 +256,46 @@ def test_scales_that_did_not_see_all_samples_leave_room_for_new_ones(
 
 def test_channel_stats_tell_early_rows_apart() -> None:
     stats, x = ChannelStats(1, 2), torch.tensor([[[1.0, 2.0]], [[-3.0, 4.0]], [[5.0, -6.0]]])
-    stats.update(0, x[:2], torch.Generator(), early=1)
-    stats.update(0, x[2:], torch.Generator(), early=-1)
-    assert stats.early_high.tolist() == stats.early_low.tolist() == [[1.0, 2.0]]
+    stats.update(0, x[:2], torch.Generator(), fit_rows=1)
+    stats.update(0, x[2:], torch.Generator(), fit_rows=-1)
+    assert stats.fit_high.tolist() == stats.fit_low.tolist() == [[1.0, 2.0]]
     assert (stats.low.tolist(), stats.high.tolist()) == ([[-3.0, -6.0]], [[5.0, 4.0]])
 
 
 @torch.no_grad()
-def test_scales_are_learned_against_the_ranges_that_are_deployed(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+def test_scales_are_learned_against_the_ranges_that_are_deployed(
+    calibrated: Calibrated, unit_formats: ChooseFormats
+) -> None:
     denoiser, calibration = calibrated("digits", 4)
-    units = [u for u in plan_units(denoiser, activation=ActivationSpec(6)) if u[0].unit == UNIT]
+    units = [u for u in unit_formats(denoiser, activation=ActivationSpec(6)) if u[0].unit == UNIT]
     name = f"{UNIT}.conv2"
     spec, weight = units[0][0].layers[name], denoiser.model.get_parameter(f"{name}.weight").clone()
     watched = Watched({}, (), [name], None, None, False, channels={name: 0})
     seen = observe(denoiser.model, calibration, [UNIT], watched, batch_size=2, seed=0)
     free = free_variance(seen.moments[name].mean(), 0.03)
-    tau = torch.exp(0.5 * draw(weight.shape[1]))
+    channel_scale = torch.exp(0.5 * draw(weight.shape[1]))
     problem = make_problem(spec, weight, RangeSpec(), seen.channels[name], free)
-    state = round_units(denoiser.model, calibration, units, RoundingConfig(), {name: tau})[0].state
+    state = round_units(denoiser.model, calibration, units, rounding(), {name: channel_scale})[0].state
     deployed = state.tensors[f"{name}.act_quantizers.0.scale"]
-    power = (tau.square() * weight.square().sum((0, 2, 3))).sum()
-    torch.testing.assert_close(activation_noise(problem, tau), deployed.square() / 12 * power, rtol=1e-4, atol=0)
+    power = (channel_scale.square() * weight.square().sum((0, 2, 3))).sum()
+    torch.testing.assert_close(
+        activation_noise(problem, channel_scale), deployed.square() / 12 * power, rtol=1e-4, atol=0
+    )
 
 
 @torch.no_grad()
-def test_the_same_seed_gives_the_same_factors(calibrated: Calibrated, plan_units: PlanUnits) -> None:
-    def factors() -> ChannelFactors:
+def test_the_same_seed_gives_the_same_bytes(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
+    def fitted() -> ChannelScaling:
         denoiser, calibration = calibrated("digits", 4)
-        units = [u for u in plan_units(denoiser) if u[0].unit == "up_blocks.1.resnets.0"]
+        units = [u for u in unit_formats(denoiser) if u[0].unit == "up_blocks.1.resnets.0"]
         with torch.enable_grad():
-            return fit(denoiser.model, calibration, units, ScaleConfig(iterations=5, shift=Shift.SKIP))[0]
+            return fit(denoiser.model, calibration, units, scaling(iterations=5, shift=Shift.SKIP))[0]
 
-    made = factors()
-    assert made.to_bytes() == factors().to_bytes()
+    made = fitted()
+    assert made.to_bytes() == fitted().to_bytes()
     assert set(made.shifts) == {SKIP}
     assert set(made.scales) > set(made.shifts)
-    read = ChannelFactors.from_bytes([made.of([SKIP]).to_bytes(), made.of(["none"]).to_bytes()])
+    read = ChannelScaling.from_bytes([made.of([SKIP]).to_bytes(), made.of(["none"]).to_bytes()])
     assert set(read.scales) == set(read.shifts) == {SKIP}
     assert torch.equal(read.shifts[SKIP], made.shifts[SKIP])
 
@@ -330,10 +328,12 @@ def test_the_vote_minds_what_the_others_lose() -> None:
 
 
 @torch.no_grad()
-def test_shifts_lower_the_error_of_a_layer_and_are_deployed(calibrated: Calibrated, plan_units: PlanUnits) -> None:
-    config = ScaleConfig(method=Scaling.NONE, shift=Shift.SKIP)
+def test_shifts_lower_the_error_of_a_layer_and_are_deployed(
+    calibrated: Calibrated, unit_formats: ChooseFormats
+) -> None:
+    config = scaling(method=Scaling.NONE, shift=Shift.SKIP)
     denoiser, calibration = calibrated("digits", 4)
-    units = [u for u in plan_units(denoiser, bits=8, activation=ActivationSpec(4)) if u[0].unit in SKIP]
+    units = [u for u in unit_formats(denoiser, bits=8, activation=ActivationSpec(4)) if u[0].unit in SKIP]
     units = [(replace(f, layers={SKIP: f.layers[SKIP]}, attentions={}), r) for f, r in units]
     block = denoiser.model.get_submodule(SKIP)
     factors, reports = fit(denoiser.model, calibration, units, config)
@@ -354,15 +354,15 @@ def test_shifts_lower_the_error_of_a_layer_and_are_deployed(calibrated: Calibrat
 
 
 @torch.no_grad()
-def test_variance_shifts_the_layers_whose_channels_are_unlike(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+def test_variance_shifts_the_layers_whose_channels_are_unlike(
+    calibrated: Calibrated, unit_formats: ChooseFormats
+) -> None:
     denoiser, calibration = calibrated("digits", 4)
     units = [
-        u for u in plan_units(denoiser, activation=ActivationSpec(6, mode=ActivationMode.STATIC)) if u[0].unit == UNIT
+        u for u in unit_formats(denoiser, activation=ActivationSpec(6, mode=ActivationMode.STATIC)) if u[0].unit == UNIT
     ]
-    found = [
-        fit(denoiser.model, calibration, units, ScaleConfig(Scaling.NONE, shift=Shift.VARIANCE, least_spread=least))[0]
-        for least in (0.0, 1e3)
-    ]
+    config = scaling(method=Scaling.NONE, shift=Shift.VARIANCE)
+    found = [fit(denoiser.model, calibration, units, config.replaced(least_spread=least))[0] for least in (1e-9, 1e3)]
     assert set(found[0].shifts) == set(units[0][0].layers)
     assert {len(shift) for shift in found[0].shifts.values()} == {1}  # static: one row
     assert not found[1].shifts
@@ -371,8 +371,8 @@ def test_variance_shifts_the_layers_whose_channels_are_unlike(calibrated: Calibr
 def test_only_the_rows_that_vote_are_kept() -> None:
     stats, draw = ChannelStats(1, 2, positions=3), torch.Generator().manual_seed(0)
     x = torch.randn(4, 5, 2, generator=draw)
-    for voting in (2, 0):
-        stats.update(0, x, draw, voting=voting)
+    for drawn_rows in (2, 0):
+        stats.update(0, x, draw, drawn_rows=drawn_rows)
     assert stats.samples(0).shape == (2, 3, 2)
     assert all((row[None] == x[number][:, None]).all(-1).any(0).all() for number, row in enumerate(stats.samples(0)))
     assert torch.equal(stats.high[0], x.flatten(0, 1).amax(0)), "extremes are of all rows"

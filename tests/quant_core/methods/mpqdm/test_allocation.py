@@ -2,21 +2,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from scipy.stats import kurtosis as scipy_kurtosis
 from torch import Tensor
 
 from quant_core.methods.mpqdm.allocation import (
-    AllocationConfig,
-    LayerErrors,
     Split,
     allocate,
     channel_bits,
     choose_in_layer,
     choose_over_layers,
-    kurtosis,
     output_error,
 )
-from quant_spec.errors import QuantizationError
+from quant_core.methods.mpqdm.layer_errors import LayerErrors, kurtosis
+from quant_spec.enums import AllocationMethod
+from quant_spec.passes.allocate import AllocateChoice
 
 
 def layer(channels: int, seed: int, *, bits: int = 4, columns: int = 10, effect: float = 1.0) -> LayerErrors:
@@ -44,7 +44,7 @@ def test_over_layers_all_bits_are_spent(extra: float) -> None:
     layers = [
         layer(n, n, columns=c, effect=e) for n, c, e in ((37, 101, 1.0), (53, 67, 0.01), (64, 90, 9.0), (9, 7, 0.1))
     ]
-    found = choose_over_layers(layers, AllocationConfig("global", extra))
+    found = choose_over_layers(layers, AllocateChoice(method=AllocationMethod.GLOBAL, extra=extra))
     spent = sum(int((channel_bits(a, s).long() - 4).sum()) * a.columns for a, s in zip(layers, found, strict=True))
     left = int(extra * sum(a.channels * a.columns for a in layers)) - spent
     assert left >= 0
@@ -66,7 +66,7 @@ def test_the_error_of_a_split_is_that_of_its_channels() -> None:
 
 
 def test_in_a_layer_all_candidates_are_swept_and_the_mean_is_exact() -> None:
-    config = AllocationConfig("kurtosis")
+    config = AllocateChoice(method=AllocationMethod.KURTOSIS)
     made = layer(40, 1)
     found = choose_in_layer(made, config)
     errors = {m: output_error(made, Split(m, m)) for m in (0, 4, 8, 12, 16, 20)}
@@ -80,15 +80,15 @@ def test_in_a_layer_all_candidates_are_swept_and_the_mean_is_exact() -> None:
 @pytest.mark.parametrize("channels", [1, 3, 10, 47, 128])
 def test_plus_promotes_a_tenth_more(channels: int) -> None:
     made = layer(channels, 2)
-    bits = allocate({"a": made}, AllocationConfig("kurtosis", 0.1))["a"]
+    bits = allocate({"a": made}, AllocateChoice(method=AllocationMethod.KURTOSIS, extra=0.1))["a"]
     assert int(bits.sum()) == 4 * channels + channels // 10
     assert set(bits.tolist()) <= {3, 4, 5}
 
 
 def test_over_layers_bits_go_where_they_matter_within_the_same_sum() -> None:
     layers = {"little": layer(40, 3, columns=30, effect=0.01), "much": layer(40, 4, columns=20, effect=100.0)}
-    alone = allocate(layers, AllocationConfig("kurtosis"))
-    together = allocate(layers, AllocationConfig("global"))
+    alone = allocate(layers, AllocateChoice(method=AllocationMethod.KURTOSIS))
+    together = allocate(layers, AllocateChoice(method=AllocationMethod.GLOBAL))
 
     def bits(found: dict[str, Tensor]) -> float:
         return sum(float(found[name].sum()) * made.columns for name, made in layers.items())
@@ -105,7 +105,7 @@ def test_over_layers_bits_go_where_they_matter_within_the_same_sum() -> None:
 
 def test_over_layers_is_the_best_of_all_pairs() -> None:
     layers = [layer(10, 5, columns=6), layer(10, 6, columns=9, effect=2.0)]
-    found = choose_over_layers(layers, AllocationConfig("global"))
+    found = choose_over_layers(layers, AllocateChoice(method=AllocationMethod.GLOBAL))
     splits = [Split(up, down) for up in range(11) for down in range(11) if up + down <= 10]
 
     def cost(pair: tuple[Split, Split]) -> float:
@@ -125,11 +125,11 @@ def test_two_bits_have_one_bit_channels() -> None:
 
 def test_no_layer_is_left_with_one_bit_alone() -> None:
     layers = {"little": layer(20, 8, bits=2, effect=1e-9), "much": layer(20, 9, bits=2, columns=9, effect=1e9)}
-    found = allocate(layers, AllocationConfig("global"))
+    found = allocate(layers, AllocateChoice(method=AllocationMethod.GLOBAL))
     assert (found["much"] == 3).all()
     assert 0 < int((found["little"] > 1).sum()) < 20
 
 
 def test_extra_is_a_share() -> None:
-    with pytest.raises(QuantizationError, match=r"extra: got 0\.7, wanted 0 to 0.5"):
-        AllocationConfig("kurtosis", 0.7)
+    with pytest.raises(ValidationError, match=r"less than or equal to 0\.5"):
+        AllocateChoice(method=AllocationMethod.KURTOSIS, extra=0.7)

@@ -13,41 +13,45 @@ from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.errors import ArtifactError
-from quant_core.fit.channel_factors import ChannelFactors
-from quant_core.fit.rounding import RoundingConfig, UnitRanges, round_units
-from quant_core.fit.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from quant_core.fit.channel_scaling import ChannelScaling
+from quant_core.fit.rounding import UnitRanges, round_units
+from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.inspect.inspection import inspect_model
-from quant_core.methods.mpqdm.allocation import AllocationConfig, LayerErrors, allocate, kurtosis
-from quant_core.methods.mpqdm.channel_errors import MeasureConfig, from_bytes, measure_units, to_bytes
+from quant_core.methods.mpqdm.allocation import allocate
+from quant_core.methods.mpqdm.channel_errors import measure_units
+from quant_core.methods.mpqdm.layer_errors import LayerErrors, from_bytes, kurtosis, to_bytes
 from quant_core.metrics.cost import model_cost
 from quant_core.nn.layers import QuantLayer, weight_matrix
 from quant_core.nn.model import build_quantized
-from quant_spec.formats import SHIFT_DEPTH, ActivationSpec
+from quant_spec.enums import AllocationMethod
+from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, UnitFormat
+from quant_spec.passes.allocate import AllocateChoice
 from tests.quant_core.agreement import check_release
+from tests.quant_core.params import measurement, rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
-PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]
-CONFIG = MeasureConfig(samples=2, positions=8, batch_size=4)
+ChooseFormats = Callable[..., list[tuple[UnitFormat, UnitRanges]]]
+CONFIG = measurement(2, 8, 4)
 
 
-def names_of(units: list[tuple[UnitFormats, UnitRanges]]) -> list[str]:
+def names_of(units: list[tuple[UnitFormat, UnitRanges]]) -> list[str]:
     return [name for formats, _ in units for name in formats.layers]
 
 
 @pytest.fixture(scope="module")
-def measured(calibrated: Calibrated, plan_units: PlanUnits) -> dict[str, LayerErrors]:
+def measured(calibrated: Calibrated, unit_formats: ChooseFormats) -> dict[str, LayerErrors]:
     denoiser, calibration = calibrated("unet")
-    units = plan_units(denoiser, bits=2, activation=ActivationSpec(4), weight_range="mse")
+    units = unit_formats(denoiser, bits=2, activation=ActivationSpec(4), weight_range="mse")
     return measure_units(denoiser.model, calibration, units, names_of(units), CONFIG)
 
 
 @pytest.mark.parametrize("family", ["unet", "text_unet", "dit", "flux"])
 def test_every_layer_is_measured_and_the_model_left_as_it_was(
-    family: str, calibrated: Calibrated, plan_units: PlanUnits
+    family: str, calibrated: Calibrated, unit_formats: ChooseFormats
 ) -> None:
     denoiser, calibration = calibrated(family, 2)
     before = {name: value.clone() for name, value in denoiser.model.state_dict().items()}
-    units = plan_units(denoiser, bits=3)
+    units = unit_formats(denoiser, bits=3)
     found = measure_units(denoiser.model, calibration, units, names_of(units), CONFIG)
     assert set(found) == set(names_of(units))
     assert all(torch.equal(value, before[name]) for name, value in denoiser.model.state_dict().items())
@@ -61,34 +65,34 @@ def test_every_layer_is_measured_and_the_model_left_as_it_was(
 
 
 def test_the_effect_is_what_a_layers_error_does_to_the_prediction(
-    calibrated: Calibrated, plan_units: PlanUnits
+    calibrated: Calibrated, unit_formats: ChooseFormats
 ) -> None:
     denoiser, calibration = calibrated("unet")
-    units = plan_units(denoiser, bits=3, activation=None)
+    units = unit_formats(denoiser, bits=3, activation=None)
     # The last layer's output is the prediction, so without activations quantized its effect is the mean over channels.
-    found = measure_units(denoiser.model, calibration, units, ["conv_out"], MeasureConfig(2, 10_000, 4))
+    found = measure_units(denoiser.model, calibration, units, ["conv_out"], measurement(2, 10_000, 4))
     assert found["conv_out"].effect == pytest.approx(1 / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["down_blocks.1.resnets.0.conv1", "time_embedding.linear_1"])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_errors_of_scaled_channels_are_those_of_the_rounded_layer(
-    name: str, shifted: bool, calibrated: Calibrated, plan_units: PlanUnits
+    name: str, shifted: bool, calibrated: Calibrated, unit_formats: ChooseFormats
 ) -> None:
     denoiser, calibration = calibrated("unet")
     plain, packed = denoiser.model, calibrated("unet")[0].model
-    units = plan_units(denoiser, bits=3, activation=ActivationSpec(4))
+    units = unit_formats(denoiser, bits=3, activation=ActivationSpec(4))
     channels = plain.get_submodule(name).weight.shape[1]  # type: ignore[union-attr, index]
     weight_dims = plain.get_submodule(name).weight.dim()  # type: ignore[union-attr, operator]
     draw = torch.Generator().manual_seed(1)
-    factors = ChannelFactors({name: torch.rand(channels, generator=draw) * 3 + 0.3})
+    scaling = ChannelScaling({name: torch.rand(channels, generator=draw) * 3 + 0.3})
     if shifted:
         table = torch.randint(SHIFT_DEPTH + 1, (calibration.steps, channels), generator=draw, dtype=torch.uint8)
-        factors = ChannelFactors(factors.scales, {name: table})
-    config = MeasureConfig(samples=4, positions=10_000, batch_size=4)
-    found = measure_units(plain, calibration, units, [name], config, factors)[name]
-    nearest = RoundingConfig("nearest", batch_size=4)
-    rounded = round_units(packed, calibration, units, nearest, factors.scales, factors.shifts)
+        scaling = ChannelScaling(scaling.scales, {name: table})
+    config = measurement(4, 10_000, 4)
+    found = measure_units(plain, calibration, units, [name], config, scaling)[name]
+    nearest = rounding(forward_batch_size=4)
+    rounded = round_units(packed, calibration, units, nearest, scaling.scales, scaling.shifts)
     layer = packed.get_submodule(name)
     assert isinstance(layer, QuantLayer)
     load_states(packed, [each.state for each in rounded])
@@ -100,7 +104,7 @@ def test_errors_of_scaled_channels_are_those_of_the_rounded_layer(
         layer.act_quantizers[0].clock.set_timestep(float(timestep))  # type: ignore[union-attr, operator]
         error = layer(inputs[-1]) - plain.get_submodule(name)(inputs[-1])
         powers.append(error.double().square().transpose(0, 1).flatten(1))
-    scaled = plain.get_submodule(name).weight * factors.scales[name].view(1, -1, *(1,) * (weight_dims - 2))
+    scaled = plain.get_submodule(name).weight * scaling.scales[name].view(1, -1, *(1,) * (weight_dims - 2))
     assert torch.allclose(found.kurtosis, kurtosis(weight_matrix(scaled)))
     assert torch.allclose(found.errors[:, 1], torch.cat(powers, dim=1).mean(dim=1), rtol=1e-3)
     assert not torch.allclose(
@@ -117,12 +121,12 @@ def test_measurements_survive_bytes(measured: dict[str, LayerErrors]) -> None:
 
 
 @pytest.fixture(scope="module")
-def mixed(calibrated: Calibrated, plan_units: PlanUnits, measured: dict[str, LayerErrors]) -> list[UnitState]:
+def mixed(calibrated: Calibrated, unit_formats: ChooseFormats, measured: dict[str, LayerErrors]) -> list[UnitState]:
     """States with channels of 1, 2 and 3 bits."""
     denoiser, calibration = calibrated("unet")
-    units = plan_units(denoiser, bits=2, activation=ActivationSpec(4), weight_range="mse")
-    bits = allocate(measured, AllocationConfig("global", 0.1))
-    rounded = round_units(denoiser.model, calibration, units, RoundingConfig("closed_form"), channel_bits=bits)
+    units = unit_formats(denoiser, bits=2, activation=ActivationSpec(4), weight_range="mse")
+    bits = allocate(measured, AllocateChoice(method=AllocationMethod.GLOBAL, extra=0.1))
+    rounded = round_units(denoiser.model, calibration, units, rounding("closed_form"), channel_bits=bits)
     return [each.state for each in rounded]
 
 
@@ -130,9 +134,9 @@ def mixed(calibrated: Calibrated, plan_units: PlanUnits, measured: dict[str, Lay
 def folder(mixed: list[UnitState], calibrated: Calibrated, tmp_path: Path) -> Path:
     model = calibrated("unet")[0].model
     config = json.loads(model.to_json_string())
-    build_quantized(model, merge_plans(mixed))
+    build_quantized(model, merge_formats(mixed))
     load_states(model, mixed)
-    write_artifact(model, config, quantization_config(merge_plans(mixed)), None, tmp_path / "packed")
+    write_artifact(model, config, quantization_config(merge_formats(mixed)), None, tmp_path / "packed")
     return tmp_path / "packed"
 
 
@@ -140,18 +144,18 @@ def test_mixed_bits_are_packed_counted_and_loaded(
     mixed: list[UnitState], folder: Path, calibrated: Calibrated, measured: dict[str, LayerErrors]
 ) -> None:
     denoiser, calibration = calibrated("unet")
-    plan = merge_plans(mixed)
-    cost = model_cost(inspect_model(denoiser), plan)
+    model_format = merge_formats(mixed)
+    cost = model_cost(inspect_model(denoiser), model_format)
     weights = sum(layer.channels * layer.columns for layer in measured.values())
     extra = sum(round(0.1 * layer.channels) * layer.columns for layer in measured.values())
     assert 2 < cost.weight_bits_mean <= 2 + extra / weights
-    assert {bits for spec in plan.layers.values() for bits, _ in spec.weight.mixture} == {1, 2, 3}
+    assert {bits for spec in model_format.layers.values() for bits, _ in spec.weight.mixture} == {1, 2, 3}
     tensors = load_file(folder / WEIGHTS_FILE)
     rows = sum(layer.channels for layer in measured.values())
     packed = sum(t.numel() for name, t in tensors.items() if name.endswith(".qweight"))
     assert packed <= cost.weight_bits_mean * weights / 8 + rows, "a row ends on a byte"
 
-    build_quantized(denoiser.model, plan)
+    build_quantized(denoiser.model, model_format)
     load_states(denoiser.model, mixed)
     loaded = quant_core.load_quantized(folder, device="cpu", backend="reference")
     with torch.no_grad():

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,38 +11,41 @@ import quant_core
 from quant_core.artifact.folder import quantization_config, write_artifact
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
 from quant_core.diffusion.denoiser import Denoiser
-from quant_core.diffusion.sampler import SamplerSpec
-from quant_core.fit.rounding import RoundingConfig, UnitRanges, round_units
-from quant_core.fit.unit_state import UnitFormats, UnitState, merge_plans
-from quant_core.methods.mpqdm.distillation import Distillation, DistillConfig, Distilled, feature_unit
+from quant_core.fit.rounding import UnitRanges, round_units
+from quant_core.fit.unit_state import UnitState, merge_formats
+from quant_core.methods.mpqdm.distillation import Distillation, Distilled, feature_unit
 from quant_core.methods.mpqdm.relation import relation_loss
 from quant_spec.errors import QuantizationError
-from quant_spec.formats import ActivationSpec
+from quant_spec.formats import ActivationSpec, UnitFormat
+from quant_spec.sampler import Sampler
+from quant_spec.tasks.distill import Params
+from tests.quant_core.params import distillation, rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
-PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]
-CONFIG = DistillConfig(iterations=8, batch_size=4, rank=3, lr=0.02)
+ChooseFormats = Callable[..., list[tuple[UnitFormat, UnitRanges]]]
+RATES = {"lr": 0.02, "weight_lr": 3e-4, "activation_lr": 1e-3, "zero_point_lr": 1e-3, "bias_lr": 1e-4}
+CONFIG = distillation(iterations=8, batch_size=4, rank=3, positions=1024, **RATES)
 
 
 @pytest.fixture(scope="module")
-def states(calibrated: Calibrated, plan_units: PlanUnits) -> list[UnitState]:
+def states(calibrated: Calibrated, unit_formats: ChooseFormats) -> list[UnitState]:
     denoiser, calibration = calibrated("unet")
-    units = plan_units(denoiser, bits=3, activation=ActivationSpec(4), activation_range="mse")
-    return [each.state for each in round_units(denoiser.model, calibration, units, RoundingConfig())]
+    units = unit_formats(denoiser, bits=3, activation=ActivationSpec(4), activation_range="mse")
+    return [each.state for each in round_units(denoiser.model, calibration, units, rounding())]
 
 
 @pytest.fixture(scope="module")
 def trajectories(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
     denoiser, _ = calibrated("unet")
     path = tmp_path_factory.mktemp("pool") / "shard"
-    spec = RecordSpec(SamplerSpec(num_inference_steps=3), batch_size=4, predictions=True)
+    spec = RecordSpec(Sampler(num_inference_steps=3), batch_size=4, predictions=True)
     record_trajectories(denoiser, range(50, 54), spec, path)
     return CalibrationSet([path])
 
 
 @pytest.fixture
 def start(calibrated: Calibrated, states: list[UnitState], trajectories: CalibrationSet) -> Callable[..., Distillation]:
-    def make(config: DistillConfig = CONFIG) -> Distillation:
+    def make(config: Params = CONFIG) -> Distillation:
         teacher, model = calibrated("unet")[0].model, calibrated("unet")[0].model
         return Distillation(teacher, model, states, trajectories, config)
 
@@ -59,12 +61,12 @@ def run(made: Distillation, until: int | None = None) -> Distilled:
 def test_the_prediction_gets_better_and_what_is_returned_is_what_is_deployed(
     start: Callable[..., Distillation], calibrated: Calibrated, trajectories: CalibrationSet, tmp_path: Path
 ) -> None:
-    made = start(replace(CONFIG, iterations=120))
+    made = start(CONFIG.replaced(iterations=120))
     result = run(made)
     assert result.is_taken
     assert result.loss_after < 0.8 * result.loss_before
     config = json.loads(calibrated("unet")[0].model.to_json_string())
-    write_artifact(made.model, config, quantization_config(merge_plans(result.states)), None, tmp_path / "packed")
+    write_artifact(made.model, config, quantization_config(merge_formats(result.states)), None, tmp_path / "packed")
     loaded = quant_core.load_quantized(tmp_path / "packed", device="cpu", backend="reference")
     total = 0.0
     with torch.no_grad():
@@ -77,7 +79,7 @@ def test_the_prediction_gets_better_and_what_is_returned_is_what_is_deployed(
 def test_a_batch_is_runs_of_consecutive_steps_of_one_trajectory(
     start: Callable[..., Distillation], trajectories: CalibrationSet
 ) -> None:
-    made = start(replace(CONFIG, batch_size=6))
+    made = start(CONFIG.replaced(batch_size=6))
     seen = set()
     for draw in range(20):
         batch, target = made._draw(torch.Generator().manual_seed(draw))
@@ -99,7 +101,7 @@ def test_a_batch_is_runs_of_consecutive_steps_of_one_trajectory(
 
 
 def test_rates_fall_linearly_and_positions_are_drawn(start: Callable[..., Distillation]) -> None:
-    made = start(replace(CONFIG, positions=5))
+    made = start(CONFIG.replaced(positions=5))
     feature = torch.zeros(4, 8, 3, 4)
     drawn = [made._positions(feature, torch.Generator().manual_seed(seed)) for seed in range(3)]
     assert all(each is not None and len(set(each.tolist())) == 5 for each in drawn)
@@ -114,14 +116,14 @@ def test_rates_fall_linearly_and_positions_are_drawn(start: Callable[..., Distil
 
 
 def test_a_loss_that_is_not_finite_is_refused(start: Callable[..., Distillation]) -> None:
-    made = start(replace(CONFIG, weight_lr=1e4))
+    made = start(CONFIG.replaced(weight_lr=1e4))
     with pytest.raises(QuantizationError, match=r"distill: got a loss of \S+ at iteration \d, wanted a finite one"):
         run(made)
 
 
 def test_what_makes_nothing_better_is_not_taken(start: Callable[..., Distillation], states: list[UnitState]) -> None:
     result = run(
-        start(replace(CONFIG, lr=1e-12, weight_lr=1e-12, activation_lr=1e-12, zero_point_lr=1e-12, bias_lr=1e-12))
+        start(CONFIG.replaced(lr=1e-12, weight_lr=1e-12, activation_lr=1e-12, zero_point_lr=1e-12, bias_lr=1e-12))
     )
     assert not result.is_taken
     assert result.states == states
@@ -169,11 +171,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(start: Callable[..., D
     again = run(resumed)
     assert [s.to_bytes() for s in again.states] == [s.to_bytes() for s in whole.states]
     assert again.loss_after == whole.loss_after
-    assert whole.states[0].to_bytes() != run(start(replace(CONFIG, seed=1))).states[0].to_bytes()
+    assert whole.states[0].to_bytes() != run(start(CONFIG.replaced(seed=1))).states[0].to_bytes()
 
 
 def test_the_relation_reaches_the_weights_before_its_feature(start: Callable[..., Distillation]) -> None:
-    plain, related = start(replace(CONFIG, relation_weight=0.0)), start()
+    plain, related = start(CONFIG.replaced(relations=False)), start()
     plain.step()
     related.step()
     grads = []
@@ -221,7 +223,7 @@ def test_the_relations_gradient_by_finite_differences(
 
 
 def test_a_result_that_is_worse_is_not_taken(start: Callable[..., Distillation], states: list[UnitState]) -> None:
-    result = run(start(replace(CONFIG, iterations=3, lr=50.0, bias_lr=10.0)))
+    result = run(start(CONFIG.replaced(iterations=3, lr=50.0, bias_lr=10.0)))
     assert result.loss_after == result.loss_before
     assert [s.to_bytes() for s in result.states] == [s.to_bytes() for s in states]
 

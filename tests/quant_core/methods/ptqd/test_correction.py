@@ -12,10 +12,9 @@ from torch import Tensor
 
 from quant_core.diffusion.corrected_scheduler import noise_levels
 from quant_core.diffusion.noise_correction import NoiseCorrection, derivatives, noise_scale
-from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, start
+from quant_core.diffusion.sampler import make_scheduler, start
 from quant_core.methods.ptqd.correction import (
     NoiseMoments,
-    PTQDConfig,
     correlation,
     fit,
     merge,
@@ -23,6 +22,8 @@ from quant_core.methods.ptqd.correction import (
     residual_power,
 )
 from quant_spec.errors import QuantizationError
+from quant_spec.passes.correct import CorrectFit
+from quant_spec.sampler import Sampler
 
 # diffusers' own schedulers call numpy on torch tensors in a way that numpy 2 complains of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -62,7 +63,7 @@ def test_sharded_statistics_equal_unsharded_in_any_order() -> None:
     merged = merge(shards)
     torch.testing.assert_close(merged.sums, whole.sums, rtol=1e-12, atol=1e-12)
     assert merged.count == whole.count
-    fitted, expected = (fit(found, made(start_seed=500), PTQDConfig()).correction for found in (merged, whole))
+    fitted, expected = (fit(found, made(start_seed=500), CorrectFit()).correction for found in (merged, whole))
     for name in ("k", "bias", "variance"):
         torch.testing.assert_close(getattr(fitted, name), getattr(expected, name), rtol=1e-6, atol=1e-9)
     for order in itertools.permutations(shards):
@@ -111,7 +112,7 @@ def test_channels_of_tokens_are_the_last_dimension() -> None:
 
 
 def test_fit_finds_what_was_planted() -> None:
-    found = fit(made(64), made(32, start_seed=1000), PTQDConfig())
+    found = fit(made(64), made(32, start_seed=1000), CorrectFit())
     torch.testing.assert_close(found.correction.k, torch.full((3,), 0.1).double(), rtol=0, atol=5e-3)
     torch.testing.assert_close(found.correction.bias[0], torch.tensor([0.02, -0.01]).double(), rtol=0, atol=5e-3)
     torch.testing.assert_close(
@@ -126,33 +127,33 @@ def test_fit_finds_what_was_planted() -> None:
 def test_a_step_is_left_alone_where_held_out_seeds_do_not_gain() -> None:
     unlike = moments(*pairs(32, -0.1, (-0.02, 0.01), 0.05, 1000))
     mixed = replace(unlike, sums=torch.stack([made(32, start_seed=1000).sums[:, 0], *unlike.sums.unbind(1)[1:]], 1))
-    found = fit(made(), mixed, PTQDConfig())
+    found = fit(made(), mixed, CorrectFit())
     assert [step.uses_k for step in found.report] == [True, False, False]
     assert found.correction.k[1:].tolist() == [0, 0]
     assert not found.correction.bias[1:].any()
     for step in found.report[1:]:
         assert step.mse_after == step.mse_before
-    ungated = fit(made(), mixed, PTQDConfig(held_out=False))
+    ungated = fit(made(), mixed, CorrectFit(held_out=False))
     assert all(step.uses_k for step in ungated.report)
     assert ungated.report[1].mse_after > ungated.report[1].mse_before
 
 
 def test_k_needs_the_share_of_variance_that_is_asked_for() -> None:
     noisy = made(k=0.02, noise=0.05), made(k=0.02, noise=0.05, start_seed=1000)
-    assert 0.05 < fit(*noisy, PTQDConfig()).report[0].r2 < 0.3
-    assert all(step.uses_k for step in fit(*noisy, PTQDConfig()).report)
-    assert not any(step.uses_k for step in fit(*noisy, PTQDConfig(least_r2=0.3)).report)
+    assert 0.05 < fit(*noisy, CorrectFit()).report[0].r2 < 0.3
+    assert all(step.uses_k for step in fit(*noisy, CorrectFit()).report)
+    assert not any(step.uses_k for step in fit(*noisy, CorrectFit(least_r2=0.3)).report)
 
 
 @pytest.mark.parametrize("part", ["scale", "bias", "variance"])
 def test_each_part_can_be_left_out(part: str) -> None:
-    correction = fit(made(), made(start_seed=1000), PTQDConfig(**{part: False})).correction
+    correction = fit(made(), made(start_seed=1000), CorrectFit(**{part: False})).correction
     names = {"scale": "k", "bias": "bias", "variance": "variance"}
     assert {key for key, name in names.items() if getattr(correction, name).any()} == set(names) - {part}
 
 
 def test_a_correction_survives_json() -> None:
-    correction = fit(made(), made(start_seed=1000), PTQDConfig(), channel_dim=-1).correction
+    correction = fit(made(), made(start_seed=1000), CorrectFit(), channel_dim=-1).correction
     again = NoiseCorrection.from_json(json.loads(json.dumps(correction.to_json())))
     assert torch.equal(again.bias, correction.bias)
     assert torch.equal(again.k, correction.k)
@@ -165,7 +166,12 @@ def test_a_correction_survives_json() -> None:
 def gains_and_sigmas(name: str, kind: str, eta: float, options: dict[str, Any]) -> list[tuple[float, float]]:
     """Differentiate a real scheduler's step by its prediction, and by its noise."""
     found = []
-    spec = SamplerSpec(name, 5, eta=eta, options={"prediction_type": kind, "clip_sample": False, **options})
+    spec = Sampler(
+        scheduler=name,
+        num_inference_steps=5,
+        eta=eta,
+        options={"prediction_type": kind, "clip_sample": False, **options},
+    )
     count = len(start(make_scheduler(spec, TRAINED), spec, (1, 2, 2)))
     for at in range(count):
         ends = []
@@ -197,7 +203,7 @@ def gains_and_sigmas(name: str, kind: str, eta: float, options: dict[str, Any]) 
     ],
 )
 def test_gain_and_noise_are_those_of_the_schedulers(name: str, kind: str, eta: float, options: dict[str, Any]) -> None:
-    spec = SamplerSpec(name, 5, eta=eta, options={"prediction_type": kind, **options})
+    spec = Sampler(scheduler=name, num_inference_steps=5, eta=eta, options={"prediction_type": kind, **options})
     scheduler = make_scheduler(spec, TRAINED)
     timesteps = start(scheduler, spec, (1, 2, 2)).double().tolist()
     expected = gains_and_sigmas(name, kind, eta, options)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,17 @@ from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.diffusion.noise_correction import NoiseCorrection
-from quant_core.diffusion.sampler import SamplerSpec, guide, make_scheduler, start
+from quant_core.diffusion.sampler import guide, make_scheduler, start
 from quant_core.methods.ptqd.noise import corrected_power, measure_noise
 from quant_spec.errors import QuantizationError
+from quant_spec.sampler import Sampler
 
 Make = Callable[[str], nn.Module]
 TRAINED = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
-GUIDED = SamplerSpec("DDIMScheduler", 3, eta=1.0, guidance_scale=2.0, null_class=0)
+GUIDED = Sampler(scheduler="DDIMScheduler", num_inference_steps=3, eta=1.0, guidance_scale=2.0, null_class=0)
 
 
-def recorded(model: nn.Module, sampler: SamplerSpec, path: Path, seeds: range) -> Path:
+def recorded(model: nn.Module, sampler: Sampler, path: Path, seeds: range) -> Path:
     spec = RecordSpec(sampler, batch_size=2, predictions=True, samples=True)
     record_trajectories(Denoiser(model, {}, TRAINED, None), seeds, spec, path)
     return path
@@ -40,7 +40,7 @@ def disturbed(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_noise_is_measured_after_guidance(guided: bool, tiny_model: Make, tmp_path: Path) -> None:
-    sampler = GUIDED if guided else replace(GUIDED, guidance_scale=1.0)
+    sampler = GUIDED if guided else GUIDED.replaced(guidance_scale=1.0)
     shard = recorded(tiny_model("unet"), sampler, tmp_path / "shard", range(4))
     model = disturbed(tiny_model("unet"))
     found = measure_noise(model, TRAINED, sampler, shard, batch_size=2)
@@ -74,9 +74,9 @@ def test_an_ideal_correction_leaves_no_error(tiny_model: Make, tmp_path: Path) -
 
 
 def test_another_trajectory_is_refused(tiny_model: Make, tmp_path: Path) -> None:
-    sampler = replace(GUIDED, guidance_scale=1.0)
+    sampler = GUIDED.replaced(guidance_scale=1.0)
     shard = recorded(tiny_model("unet"), sampler, tmp_path / "shard", range(1))
     with pytest.raises(
         QuantizationError, match=r"got 3 steps, wanted the trajectory of the model's scheduler, 4 steps"
     ):
-        measure_noise(tiny_model("unet"), TRAINED, replace(sampler, num_inference_steps=4), shard, batch_size=1)
+        measure_noise(tiny_model("unet"), TRAINED, sampler.replaced(num_inference_steps=4), shard, batch_size=1)

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from quant_core.methods.ptqd.step_bits import StepBitsConfig, choose_step_bits, improve_jointly, knapsack
+from quant_core.methods.ptqd.step_bits import choose_step_bits, improve_jointly
 from quant_core.methods.ptqd.step_effects import StepEffects, merge_effects
 from quant_spec.enums import StepBitsMethod
 from quant_spec.errors import QuantizationError
+from quant_spec.passes.step_bits import StepBitsChoice
 
 CHOICES = (4, 6, 8)
 
@@ -54,7 +55,7 @@ def best(found: StepEffects, budget: int, *, joint: bool) -> float:
 def test_effect_is_the_exact_optimum_within_the_mean(mean: float) -> None:
     for seed in range(5):
         found = effects(seed=seed)
-        bits = choose_step_bits(found, StepBitsConfig(StepBitsMethod.EFFECT, mean))
+        bits = choose_step_bits(found, StepBitsChoice(method=StepBitsMethod.EFFECT, target_mean=mean))
         assert sum(bits) <= mean * 5
         assert power(found, bits, joint=False) == pytest.approx(best(found, int(mean * 5), joint=False))
 
@@ -63,9 +64,9 @@ def test_joint_counts_that_errors_add_up() -> None:
     gains = []
     for seed in range(8):
         found = effects(seed=seed, common=2.0)
-        config = StepBitsConfig(StepBitsMethod.EFFECT, 5.6)
+        config = StepBitsChoice(method=StepBitsMethod.EFFECT, target_mean=5.6)
         apart, together = (
-            power(found, choose_step_bits(found, replace(config, method=method)), joint=True)
+            power(found, choose_step_bits(found, config.replaced(method=method)), joint=True)
             for method in (StepBitsMethod.EFFECT, StepBitsMethod.JOINT)
         )
         assert together <= apart * (1 + 1e-9)
@@ -80,8 +81,8 @@ def test_the_last_step_keeps_its_least_bits(method: StepBitsMethod) -> None:
     found = replace(found, gram=found.gram.clone())
     found.gram[-1] *= 1e-6
     found.gram[:, :, -1] *= 1e-6
-    config = StepBitsConfig(method, 5.6)
-    free, kept = (choose_step_bits(found, replace(config, least_last=least)) for least in (None, 6))
+    config = StepBitsChoice(method=method, target_mean=5.6)
+    free, kept = (choose_step_bits(found, config.replaced(least_last=least)) for least in (None, 6))
     assert free[-1] == 4
     assert kept[-1] == 6
     assert sum(kept) <= 28
@@ -90,9 +91,7 @@ def test_the_last_step_keeps_its_least_bits(method: StepBitsMethod) -> None:
     least = min(power(found, bits, joint=joint) for bits in everything)
     assert power(found, kept, joint=joint) <= least * (1.05 if joint else 1 + 1e-9)
     with pytest.raises(QuantizationError, match=r"got 8, wanted at most 8.*what a mean of 4 leaves"):
-        choose_step_bits(found, replace(config, target_mean=4.0, least_last=8))
-    with pytest.raises(QuantizationError, match="got 6 for snr"):
-        StepBitsConfig(StepBitsMethod.SNR, 6.0, None, 6)
+        choose_step_bits(found, config.replaced(target_mean=4.0, least_last=8))
 
 
 def test_joint_stays_where_nothing_is_better() -> None:
@@ -103,46 +102,46 @@ def test_joint_stays_where_nothing_is_better() -> None:
     assert improve_jointly(gram, (4, 8), 12, [0, 0]) in ([0, 1], [1, 0])
 
 
-def test_knapsack_by_hand() -> None:
-    powers = np.array([[9.0, 1.0], [5.0, 1.0], [9.0, 3.0]])
-    assert knapsack(powers, (4, 8), 24) == [1, 1, 1]
-    assert knapsack(powers, (4, 8), 20) == [1, 0, 1]
-    assert knapsack(powers, (4, 8), 19) == [1, 0, 0]
-    assert knapsack(powers, (4, 8), 12) == [0, 0, 0]
+@pytest.mark.parametrize("method", [StepBitsMethod.EFFECT, StepBitsMethod.JOINT])
+def test_a_single_step_gets_what_fits(method: StepBitsMethod) -> None:
+    config = StepBitsChoice(method=method, target_mean=6.5)
+    assert choose_step_bits(effects(1), config) == (6,)
+    assert choose_step_bits(effects(1), config.replaced(target_mean=4.0)) == (4,)
 
 
 def test_the_orders() -> None:
     found = effects(4)
-    early = [choose_step_bits(found, StepBitsConfig(StepBitsMethod.EARLY_LOW, mean)) for mean in (4.0, 5.5, 6.0, 8.0)]
+    early = [
+        choose_step_bits(found, StepBitsChoice(method=StepBitsMethod.EARLY_LOW, target_mean=mean))
+        for mean in (4.0, 5.5, 6.0, 8.0)
+    ]
     assert early == [(4, 4, 4, 4), (4, 4, 6, 8), (4, 4, 8, 8), (8, 8, 8, 8)]
-    assert choose_step_bits(found, StepBitsConfig(StepBitsMethod.LATE_LOW, 5.5)) == (8, 6, 4, 4)
+    assert choose_step_bits(found, StepBitsChoice(method=StepBitsMethod.LATE_LOW, target_mean=5.5)) == (8, 6, 4, 4)
 
 
 def test_snr_takes_the_least_bits_that_are_clean_enough() -> None:
     found = effects(4)  # SNR of the schedule 0.01, 1, 100, 10000; of 4, 6, 8 bits 256, 4096, 65536
     by = StepBitsMethod.SNR
-    assert choose_step_bits(found, StepBitsConfig(by, None, 1.0)) == (4, 4, 4, 8)
-    assert choose_step_bits(found, StepBitsConfig(by, None, 10.0)) == (4, 4, 6, 8)
-    assert choose_step_bits(found, StepBitsConfig(by, None, 1e9)) == (8, 8, 8, 8)
+    assert choose_step_bits(found, StepBitsChoice(method=by, threshold=1.0)) == (4, 4, 4, 8)
+    assert choose_step_bits(found, StepBitsChoice(method=by, threshold=10.0)) == (4, 4, 6, 8)
+    assert choose_step_bits(found, StepBitsChoice(method=by, threshold=1e9)) == (8, 8, 8, 8)
 
 
 @pytest.mark.parametrize("mean", [4.0, 4.5, 5.0, 6.0, 7.0, 8.0])
 def test_snr_is_solved_for_a_mean(mean: float) -> None:
     found = effects(4)
-    bits = choose_step_bits(found, StepBitsConfig(StepBitsMethod.SNR, mean))
+    bits = choose_step_bits(found, StepBitsChoice(method=StepBitsMethod.SNR, target_mean=mean))
     assert sum(bits) <= 4 * mean
     assert list(bits) == sorted(bits)
-    solved = [choose_step_bits(found, StepBitsConfig(StepBitsMethod.SNR, None, 2.0**c)) for c in range(-20, 40)]
+    solved = [
+        choose_step_bits(found, StepBitsChoice(method=StepBitsMethod.SNR, threshold=2.0**c)) for c in range(-20, 40)
+    ]
     assert sum(bits) == max(sum(each) for each in solved if sum(each) <= 4 * mean)
 
 
 def test_what_cannot_be_met_is_refused() -> None:
     with pytest.raises(QuantizationError, match=r"got 3.5, wanted at least 4"):
-        choose_step_bits(effects(), StepBitsConfig(StepBitsMethod.EFFECT, 3.5))
-    with pytest.raises(QuantizationError, match="wanted one of them"):
-        StepBitsConfig(StepBitsMethod.SNR, 6.0, 1.0)
-    with pytest.raises(QuantizationError, match="wanted one of them"):
-        StepBitsConfig(StepBitsMethod.EFFECT, None, 1.0)
+        choose_step_bits(effects(), StepBitsChoice(method=StepBitsMethod.EFFECT, target_mean=3.5))
 
 
 def test_effects_add_up_and_survive_bytes() -> None:

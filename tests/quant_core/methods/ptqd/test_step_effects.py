@@ -9,16 +9,18 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, call_denoiser
-from quant_core.diffusion.sampler import SamplerSpec, make_scheduler, sample, start, trajectory_conditioning
-from quant_core.methods.ptqd.step_effects import VariedLayer, measure_effects, merge_effects, schedule_snr
+from quant_core.diffusion.sampler import make_scheduler, sample, start, trajectory_conditioning
+from quant_core.methods.ptqd.step_effects import measure_effects, merge_effects, schedule_snr
 from quant_core.nn.layers import QUANTIZABLE
+from quant_spec.planned import VariedLayer
 from quant_spec.ranges import RangeSpec
+from quant_spec.sampler import Sampler
 
 # diffusers' own schedulers call numpy on torch tensors in a way that numpy 2 complains of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
-SAMPLER = SamplerSpec("DDIMScheduler", 3, eta=1.0)
+SAMPLER = Sampler(scheduler="DDIMScheduler", num_inference_steps=3, eta=1.0)
 
 
 def varied(denoiser: Denoiser) -> dict[str, VariedLayer]:
@@ -59,7 +61,7 @@ def test_an_effect_is_that_of_quantizing_one_step_alone(calibrated: Calibrated) 
         ranges[step] = min(0.0, float(seen[0].min())), max(0.0, float(seen[0].max()))
 
     def quantized_at(only: int) -> Callable[..., Tensor]:
-        def predict(index: int, row: int, x: Tensor, told: Tensor, conditioning: Any, /) -> Tensor:
+        def predict(index: int, row: int, x: Tensor, timestep: Tensor, conditioning: Any, /) -> Tensor:
             low, high = ranges[index]
             scale = (high - low) / 15
             zero = round(-low / scale)
@@ -69,7 +71,7 @@ def test_an_effect_is_that_of_quantizing_one_step_alone(calibrated: Calibrated) 
 
             hook = model.get_submodule(name).register_forward_pre_hook(coarse) if index == only else None
             try:
-                return call_denoiser(model, x, told, conditioning)
+                return call_denoiser(model, x, timestep, conditioning)
             finally:
                 if hook is not None:
                     hook.remove()
@@ -78,11 +80,11 @@ def test_an_effect_is_that_of_quantizing_one_step_alone(calibrated: Calibrated) 
 
     layers = {name: VariedLayer(False, RangeSpec(), None)}
     found = measure_effects(denoiser, calibration, layers, (4, 8), SAMPLER, range(60, 62), batch_size=2)
-    told = trajectory_conditioning(model, SAMPLER, range(60, 62), None)
+    conditioning = trajectory_conditioning(model, SAMPLER, range(60, 62), None)
     scheduler = make_scheduler(SAMPLER, denoiser.scheduler_config)
 
     def draw(**options: Any) -> Tensor:
-        return sample(model, scheduler, SAMPLER, range(60, 62), told, batch_size=2, **options)
+        return sample(model, scheduler, SAMPLER, range(60, 62), conditioning, batch_size=2, **options)
 
     exact = draw()
     errors = [(draw(predict=quantized_at(step)) - exact).double().flatten() for step in range(3)]
@@ -91,12 +93,12 @@ def test_an_effect_is_that_of_quantizing_one_step_alone(calibrated: Calibrated) 
 
 
 def test_snr_of_the_schedule() -> None:
-    spec = SamplerSpec("DDIMScheduler", 4)
+    spec = Sampler(scheduler="DDIMScheduler", num_inference_steps=4)
     scheduler = make_scheduler(spec, {"num_train_timesteps": 1000})
     snr = schedule_snr(scheduler, start(scheduler, spec, (1, 2, 2)))
     abar = scheduler.alphas_cumprod[[750, 500, 250, 0]].double()
     torch.testing.assert_close(snr, abar / (1 - abar))
-    flow = SamplerSpec("FlowMatchEulerDiscreteScheduler", 4)
+    flow = Sampler(scheduler="FlowMatchEulerDiscreteScheduler", num_inference_steps=4)
     scheduler = make_scheduler(flow, {})
     snr = schedule_snr(scheduler, start(scheduler, flow, (1, 2, 2)))
     assert (snr.diff() > 0).all()

@@ -18,26 +18,28 @@ from quant_core.artifact.folder import quantization_config, write_artifact
 from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.errors import ArtifactError, ConditioningError, UnknownTimestepError
-from quant_core.fit.reconstruction import ReconstructionConfig, reconstruct_unit
-from quant_core.fit.rounding import RoundingConfig, UnitRanges, round_units
-from quant_core.fit.unit_state import UnitFormats, UnitState, load_states, merge_plans
+from quant_core.fit.reconstruction import reconstruct_unit
+from quant_core.fit.rounding import UnitRanges, round_units
+from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.inspect.inspection import inspect_model
 from quant_core.methods.tfmq.finite_set import enumerate_set, feature_error
-from quant_core.methods.tfmq.temporal_block import TemporalConfig, TemporalReport, correct_biases, fit, reconstruct
+from quant_core.methods.tfmq.temporal_block import TemporalReport, correct_biases, fit, reconstruct
 from quant_core.metrics.cost import model_cost
 from quant_core.nn.model import build_quantized
-from quant_spec.enums import ActivationMode, TemporalRounding, UnknownTimestep
-from quant_spec.formats import ActivationSpec, FeatureSpec
+from quant_spec.enums import ActivationMode, StartCodes, TemporalRounding, UnknownTimestep
+from quant_spec.formats import ActivationSpec, FeatureSpec, UnitFormat
+from quant_spec.passes.temporal import TemporalFit
+from tests.quant_core.params import reconstruction, rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
-PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]
+ChooseFormats = Callable[..., list[tuple[UnitFormat, UnitRanges]]]
 
-CLOSED = TemporalConfig(rounding=TemporalRounding.CLOSED_FORM)
+CLOSED = TemporalFit(method=TemporalRounding.CLOSED_FORM)
 
 
 def split(
-    units: Sequence[tuple[UnitFormats, UnitRanges]], names: Sequence[str]
-) -> tuple[tuple[UnitFormats, UnitRanges], list[tuple[UnitFormats, UnitRanges]]]:
+    units: Sequence[tuple[UnitFormat, UnitRanges]], names: Sequence[str]
+) -> tuple[tuple[UnitFormat, UnitRanges], list[tuple[UnitFormat, UnitRanges]]]:
     """Take the named layers out of their units."""
     layers = {name: spec for formats, _ in units for name, spec in formats.layers.items() if name in names}
     ranges = UnitRanges(
@@ -49,22 +51,22 @@ def split(
         for f, r in units
         if set(f.layers) - set(names)
     ]
-    return (UnitFormats("@temporal", layers, {}), ranges), rest
+    return (UnitFormat("@temporal", layers, {}), ranges), rest
 
 
 def fitted(
-    family: str, calibrated: Calibrated, plan_units: PlanUnits, config: TemporalConfig = CLOSED, **formats: Any
-) -> tuple[UnitState, TemporalReport, list[tuple[UnitFormats, UnitRanges]]]:
+    family: str, calibrated: Calibrated, unit_formats: ChooseFormats, config: TemporalFit = CLOSED, **formats: Any
+) -> tuple[UnitState, TemporalReport, list[tuple[UnitFormat, UnitRanges]]]:
     denoiser, calibration = calibrated(family, 2)
     block = list(inspect_model(denoiser)["temporal"])
-    (own, ranges), rest = split(plan_units(denoiser, **formats), block)
+    (own, ranges), rest = split(unit_formats(denoiser, **formats), block)
     state, report = fit(denoiser.model, calibration, own, ranges, config)
     return state, report, rest
 
 
 def built(family: str, calibrated: Calibrated, states: list[UnitState]) -> nn.Module:
     model = calibrated(family, 2)[0].model
-    build_quantized(model, merge_plans(states))
+    build_quantized(model, merge_formats(states))
     load_states(model, states)
     return model
 
@@ -96,23 +98,23 @@ def noise(report: TemporalReport) -> float:
 
 @pytest.mark.parametrize("family", ["digits", "sd3"])
 def test_each_way_of_rounding_is_at_least_as_near_as_the_one_before(
-    family: str, calibrated: Calibrated, plan_units: PlanUnits
+    family: str, calibrated: Calibrated, unit_formats: ChooseFormats
 ) -> None:
-    nearest = fitted(family, calibrated, plan_units, replace(CLOSED, rounding=TemporalRounding.NEAREST))[1]
-    closed = fitted(family, calibrated, plan_units)[1]
-    learned = fitted(family, calibrated, plan_units, TemporalConfig(iterations=20))[1]
+    nearest = fitted(family, calibrated, unit_formats, CLOSED.replaced(method=TemporalRounding.NEAREST))[1]
+    closed = fitted(family, calibrated, unit_formats)[1]
+    learned = fitted(family, calibrated, unit_formats, TemporalFit(iterations=20))[1]
     assert noise(learned) <= noise(closed) < 0.5 * noise(nearest)
     for feature in learned.features.values():
         assert feature["served"] == "layer"
         assert feature["cosine"] > 0.999
 
 
-def test_reconstruction_brings_features_nearer(calibrated: Calibrated, plan_units: PlanUnits) -> None:
-    state = fitted("unet", calibrated, plan_units, replace(CLOSED, rounding=TemporalRounding.NEAREST), bits=3)[0]
+def test_reconstruction_brings_features_nearer(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
+    state = fitted("unet", calibrated, unit_formats, CLOSED.replaced(method=TemporalRounding.NEAREST), bits=3)[0]
     denoiser, calibration = calibrated("unet", 2)
     finite = enumerate_set(denoiser.model, calibration)
     weights = {name: denoiser.model.get_parameter(f"{name}.weight").detach() for name in finite.layers}
-    parts = build_quantized(denoiser.model, merge_plans([state]))
+    parts = build_quantized(denoiser.model, merge_formats([state]))
     load_states(denoiser.model, [state])
 
     def power() -> float:
@@ -122,20 +124,20 @@ def test_reconstruction_brings_features_nearer(calibrated: Calibrated, plan_unit
 
     correct_biases(finite, denoiser.model, parts)
     start = power()
-    reconstruct(finite, denoiser.model, parts, weights, TemporalConfig(iterations=150, trust=0.0))
+    reconstruct(finite, denoiser.model, parts, weights, TemporalFit(iterations=150, trust=0.0))
     assert power() < 0.6 * start
     assert all(layer.soft_weight is None for layer in parts.layers.values())
 
 
-def test_a_reconstruction_that_gains_nothing_is_not_taken(calibrated: Calibrated, plan_units: PlanUnits) -> None:
-    closed = fitted("unet", calibrated, plan_units)[0]
+def test_a_reconstruction_that_gains_nothing_is_not_taken(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
+    closed = fitted("unet", calibrated, unit_formats)[0]
     # Its only iteration moves every weight to the other code.
-    wild = fitted("unet", calibrated, plan_units, TemporalConfig(iterations=1, lr=1e3))[0]
+    wild = fitted("unet", calibrated, unit_formats, TemporalFit(iterations=1, lr=1e3))[0]
     assert closed.to_bytes() == wild.to_bytes()
 
 
-def test_ranges_are_those_of_each_step(calibrated: Calibrated, plan_units: PlanUnits) -> None:
-    state = fitted("unet", calibrated, plan_units)[0]
+def test_ranges_are_those_of_each_step(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
+    state = fitted("unet", calibrated, unit_formats)[0]
     denoiser, calibration = calibrated("unet", 2)
     finite = enumerate_set(denoiser.model, calibration)
     name = "mid_block.resnets.0.time_emb_proj"
@@ -144,15 +146,15 @@ def test_ranges_are_those_of_each_step(calibrated: Calibrated, plan_units: PlanU
     low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
     assert torch.allclose(scale, (high - low) / 255)
     assert torch.equal(zero, torch.round(-low / scale))
-    static = fitted("unet", calibrated, plan_units, activation=ActivationSpec(8, mode=ActivationMode.STATIC))[0]
+    static = fitted("unet", calibrated, unit_formats, activation=ActivationSpec(8, mode=ActivationMode.STATIC))[0]
     assert static.tensors[f"{name}.act_quantizers.0.scale"].shape == (1,)
     assert static.timesteps == ()
 
 
 def test_tables_stand_for_the_whole_block_where_labels_can_be_listed(
-    calibrated: Calibrated, plan_units: PlanUnits
+    calibrated: Calibrated, unit_formats: ChooseFormats
 ) -> None:
-    state, report, _ = fitted("digits", calibrated, plan_units, replace(CLOSED, cache=True))
+    state, report, _ = fitted("digits", calibrated, unit_formats, CLOSED.replaced(cache=True))
     formats = state.formats
     assert formats.layers == {}
     assert set(formats.unserved) == {"time_embedding.linear_1", "time_embedding.linear_2"}
@@ -165,10 +167,10 @@ def test_tables_stand_for_the_whole_block_where_labels_can_be_listed(
     assert UnitState.from_bytes(state.to_bytes()).formats == formats
 
 
-def test_the_size_rule_decides_the_format(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+def test_the_size_rule_decides_the_format(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
     def bits(ratio: float) -> tuple[set[int], float]:
-        config = replace(CLOSED, cache=True, cache_ratio=ratio)
-        state, report, _ = fitted("digits", calibrated, plan_units, config)
+        config = CLOSED.replaced(cache=True, cache_ratio=ratio)
+        state, report, _ = fitted("digits", calibrated, unit_formats, config)
         return {spec.bits for spec in state.formats.features.values()}, report.table_bytes / report.replaced_bytes
 
     wide, most = bits(1e9)
@@ -176,35 +178,39 @@ def test_the_size_rule_decides_the_format(calibrated: Calibrated, plan_units: Pl
     narrow, least = bits(0.99 * most)
     assert narrow == {8}
     # Below that, what depends on the timestep alone is still tabled: the time MLP's output, for each step.
-    config = replace(CLOSED, cache=True, cache_ratio=0.99 * least)
-    state, report, _ = fitted("digits", calibrated, plan_units, config)
+    config = CLOSED.replaced(cache=True, cache_ratio=0.99 * least)
+    state, report, _ = fitted("digits", calibrated, unit_formats, config)
     assert state.formats.features == {"time_embedding.linear_2": FeatureSpec(16)}
     assert state.formats.unserved == ("time_embedding.linear_1",)
     assert report.table_bytes < report.replaced_bytes
-    state, _, _ = fitted("digits", calibrated, plan_units, replace(config, cache_ratio=1e-9))
+    state, _, _ = fitted("digits", calibrated, unit_formats, config.replaced(cache_ratio=1e-9))
     assert state.formats.features == {}
 
 
-def test_continuous_conditions_leave_the_timesteps_own_features(calibrated: Calibrated, plan_units: PlanUnits) -> None:
-    config = replace(CLOSED, cache=True, cache_ratio=10.0)
-    assert set(fitted("sdxl_unet", calibrated, plan_units, config)[0].formats.features) == {"time_embedding.linear_2"}
+def test_continuous_conditions_leave_the_timesteps_own_features(
+    calibrated: Calibrated, unit_formats: ChooseFormats
+) -> None:
+    config = CLOSED.replaced(cache=True, cache_ratio=10.0)
+    assert set(fitted("sdxl_unet", calibrated, unit_formats, config)[0].formats.features) == {"time_embedding.linear_2"}
     # PixArt's embedding is read by a layer of the block and by the last norm.
-    state = fitted("pixart", calibrated, plan_units, config)[0]
+    state = fitted("pixart", calibrated, unit_formats, config)[0]
     assert set(state.formats.features) == {"adaln_single.emb.timestep_embedder.linear_2"}
     assert set(state.formats.layers) == {"adaln_single.linear"}
     # Without any condition, every feature is a row for each step.
-    state = fitted("text_unet", calibrated, plan_units, config)[0]
+    state = fitted("text_unet", calibrated, unit_formats, config)[0]
     assert {spec.labels for spec in state.formats.features.values()} == {1}
     assert not state.formats.layers
 
 
-def test_a_feature_comes_from_its_layer_where_that_is_nearer(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+def test_a_feature_comes_from_its_layer_where_that_is_nearer(
+    calibrated: Calibrated, unit_formats: ChooseFormats
+) -> None:
     # 8-bit weights without activation quantization are nearer than 8-bit tables for some channels or none; at 16 bits
     # no table of this block is farther than 2-bit weights.
-    coarse = fitted("digits", calibrated, plan_units, replace(CLOSED, cache=True), bits=2)[1]
+    coarse = fitted("digits", calibrated, unit_formats, CLOSED.replaced(cache=True), bits=2)[1]
     assert all(feature["served"].startswith("table") for feature in coarse.features.values())
-    config = replace(CLOSED, cache=True, cache_ratio=0.7)
-    state, report, _ = fitted("digits", calibrated, plan_units, config, bits=8, activation=None)
+    config = CLOSED.replaced(cache=True, cache_ratio=0.7)
+    state, report, _ = fitted("digits", calibrated, unit_formats, config, bits=8, activation=None)
     for name, feature in report.features.items():
         assert (name in state.formats.layers) == (feature["served"] == "layer")
         if "sqnr_db_table" in feature:
@@ -218,17 +224,17 @@ FAMILIES = ["unet", "text_unet", "sdxl_unet", "dit", "pixart", "sd3", "flux", "d
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_loaded_equals_simulated_and_mixed_steps_equal_each_alone(
-    family: str, calibrated: Calibrated, plan_units: PlanUnits, tmp_path: Path
+    family: str, calibrated: Calibrated, unit_formats: ChooseFormats, tmp_path: Path
 ) -> None:
     with torch.enable_grad():
-        config = TemporalConfig(iterations=2, cache=True, cache_ratio=50.0)
-        temporal, _, rest = fitted(family, calibrated, plan_units, config)
+        config = TemporalFit(iterations=2, cache=True, cache_ratio=50.0)
+        temporal, _, rest = fitted(family, calibrated, unit_formats, config)
     denoiser, calibration = calibrated(family, 2)
-    states = [temporal, *(each.state for each in round_units(denoiser.model, calibration, rest, RoundingConfig()))]
+    states = [temporal, *(each.state for each in round_units(denoiser.model, calibration, rest, rounding()))]
     simulated = built(family, calibrated, states)
     folder = tmp_path / "packed"
     base = json.loads(calibrated(family, 2)[0].model.to_json_string())
-    write_artifact(simulated, base, quantization_config(merge_plans(states)), None, folder)
+    write_artifact(simulated, base, quantization_config(merge_formats(states)), None, folder)
     loaded = quant_core.load_quantized(folder, device="cpu", backend="reference")
 
     everything = calibration.gather(torch.arange(len(calibration)))
@@ -246,8 +252,8 @@ def test_loaded_equals_simulated_and_mixed_steps_equal_each_alone(
 
 
 @torch.no_grad()
-def test_the_block_costs_a_look_up(calibrated: Calibrated, plan_units: PlanUnits) -> None:
-    state = fitted("digits", calibrated, plan_units, replace(CLOSED, cache=True))[0]
+def test_the_block_costs_a_look_up(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
+    state = fitted("digits", calibrated, unit_formats, CLOSED.replaced(cache=True))[0]
     model = built("digits", calibrated, [state])
     denoiser, calibration = calibrated("digits", 2)
     finite = enumerate_set(denoiser.model, calibration)
@@ -261,44 +267,45 @@ def test_the_block_costs_a_look_up(calibrated: Calibrated, plan_units: PlanUnits
         handle.remove()
         rows = [10 + int(label) for label in calibration.conditioning["class_labels"][:2]]
         assert feature_error(seen[0], finite.outputs[name][rows]).sqnr_db > 35
-    inspection, plan = inspect_model(calibrated("digits", 2)[0]), merge_plans([state])
-    cost, plain = model_cost(inspection, plan), model_cost(inspection, merge_plans([]))
+    inspection, model_format = inspect_model(calibrated("digits", 2)[0]), merge_formats([state])
+    cost, plain = model_cost(inspection, model_format), model_cost(inspection, merge_formats([]))
     saved = sum(inspection["layers"][name]["macs"] for name in finite.layers)
     assert plain.bops - cost.bops == saved * 32 * 32
     assert cost.bops_fp32 == plain.bops_fp32
 
 
 @torch.no_grad()
-def test_unknown_labels_and_steps(calibrated: Calibrated, plan_units: PlanUnits) -> None:
+def test_unknown_labels_and_steps(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
     state = fitted(
-        "unet", calibrated, plan_units, replace(CLOSED, rounding=TemporalRounding.NEAREST, cache=True, cache_ratio=50.0)
+        "unet",
+        calibrated,
+        unit_formats,
+        CLOSED.replaced(method=TemporalRounding.NEAREST, cache=True, cache_ratio=50.0),
     )[0]
     model = built("unet", calibrated, [state])
-    told, x = calibrated("unet", 2)[1].timesteps, torch.randn(2, 3, 8, 8)
+    timesteps, x = calibrated("unet", 2)[1].timesteps, torch.randn(2, 3, 8, 8)
     with pytest.raises(ConditioningError, match=r"class_labels: got \[1, 5\], wanted labels 0 to 4"):
-        model(x, told[0], torch.tensor([1, 5]))
+        model(x, timesteps[0], torch.tensor([1, 5]))
     near = calibrated("unet", 2)[0].model
-    build_quantized(near, merge_plans([state], UnknownTimestep.NEAREST))
+    build_quantized(near, merge_formats([state], UnknownTimestep.NEAREST))
     load_states(near, [state])
     labels = torch.tensor([1, 2])
     with pytest.warns(UserWarning, match="using the nearest step"):
-        between = near(x, told[0] + 0.4, labels, return_dict=False)[0]
-    assert torch.equal(between, model(x, told[0], labels, return_dict=False)[0])
+        between = near(x, timesteps[0] + 0.4, labels, return_dict=False)[0]
+    assert torch.equal(between, model(x, timesteps[0], labels, return_dict=False)[0])
 
 
 def test_other_units_are_reconstructed_with_the_block_as_it_is(
-    calibrated: Calibrated, plan_units: PlanUnits, tmp_path: Path
+    calibrated: Calibrated, unit_formats: ChooseFormats, tmp_path: Path
 ) -> None:
     for cache in (False, True):
-        config = replace(CLOSED, rounding=TemporalRounding.NEAREST, cache=cache)
-        temporal, _, rest = fitted("digits", calibrated, plan_units, config, bits=2)
+        config = CLOSED.replaced(method=TemporalRounding.NEAREST, cache=cache)
+        temporal, _, rest = fitted("digits", calibrated, unit_formats, config, bits=2)
         denoiser, calibration = calibrated("digits", 2)
-        rounded = {
-            s.state.formats.unit: s.state for s in round_units(denoiser.model, calibration, rest, RoundingConfig())
-        }
+        rounded = {s.state.formats.unit: s.state for s in round_units(denoiser.model, calibration, rest, rounding())}
         start = rounded["mid_block.resnets.0"]
-        learn = ReconstructionConfig(
-            iterations=3, batch_size=4, trust=0.0, learn_activation_scales=True, start_nearest=True
+        learn = reconstruction(
+            iterations=3, batch_size=4, trust=0.0, learn_activation_scales=True, start=StartCodes.NEAREST
         )
         (tmp_path / str(cache)).mkdir()
         made = reconstruct_unit(

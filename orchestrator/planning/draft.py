@@ -1,0 +1,123 @@
+"""A job's graph while it is drawn: the model, the recipe, and what the passes so far have left for those to come."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+
+from orchestrator.db.rows import ModelRow
+from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
+from orchestrator.planning.costs import GIB, Cost, Costs
+from orchestrator.planning.formats import QuantizedUnit, choose_formats
+from orchestrator.planning.model import ModelInfo
+from quant_spec.recipe import Recipe
+from quant_spec.sampler import Sampler
+from quant_spec.task import TaskInputs, TaskKind, TaskParams
+
+#: What a task reads: a digest, or another task's output.
+Source = str | TaskRef
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a pass is given, and what it gives to the next.
+
+    Attributes
+    ----------
+    row, model
+        The model as it is registered, and as the planner sees it.
+    recipe, sampler
+        What is asked for; `sampler` is what tasks are told.
+    gpus
+        Which each computing task asks for.
+    costs
+        What tasks of this recipe cost on this model.
+    units
+        To quantize, in the order in which they run; without the temporal block.
+    block
+        The temporal information block, if it is a unit of its own.
+    calibration
+        Shards.
+    step_bits
+        The choice of bits for each trajectory step, if there is one.
+    factors
+        What `scale` chose, by unit.
+    allocation
+        The choice of bits of output channels, if there is one.
+    states
+        The state of each unit, by name.
+    packed
+        The model that diffusers loads.
+    score
+        Its figures.
+    """
+
+    row: ModelRow
+    model: ModelInfo
+    recipe: Recipe
+    sampler: Sampler
+    gpus: float
+    costs: Costs
+    units: tuple[QuantizedUnit, ...]
+    block: QuantizedUnit | None = None
+    calibration: tuple[Source, ...] = ()
+    step_bits: Source | None = None
+    factors: Mapping[str, Source] = field(default_factory=dict)
+    allocation: Source | None = None
+    states: Mapping[str, Source] = field(default_factory=dict)
+    packed: Source | None = None
+    score: Source | None = None
+
+    @classmethod
+    def begin(cls, row: ModelRow, recipe: Recipe, gpus: float) -> Draft:
+        """Return the draft that the first pass is given.
+
+        Raises
+        ------
+        RecipeError
+            If the recipe does not fit the model.
+        """
+        model = ModelInfo.read(row.digest, row.inspection)
+        units = tuple(choose_formats(model, recipe))
+        return cls(row, model, recipe, recipe.sampler, gpus, Costs(model, recipe), units)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that a task keeps in memory of what it caches."""
+        return int(self.recipe.memory.budget_gib * GIB)
+
+    @property
+    def packed_model(self) -> Source:
+        """The packed model, once there is one."""
+        if self.packed is None:
+            raise ValueError("draft: got no packed model, wanted this pass after pack")
+        return self.packed
+
+    def running_order(self) -> dict[str, Source]:
+        """Return the states of all quantized units in the order in which they run; the temporal block is first."""
+        block = [] if self.block is None else [self.block]
+        return {unit.name: self.states[unit.name] for unit in (*block, *self.units)}
+
+    def node(
+        self,
+        kind: TaskKind,
+        params: TaskParams,
+        inputs: TaskInputs[Source],
+        cost: Cost,
+        label: str,
+        *,
+        on_gpu: bool = True,
+    ) -> TaskNode:
+        """Make a task; one that is not `on_gpu` asks for none whatever the others do."""
+        return task_node(
+            kind.name,
+            params.to_json(),
+            inputs.to_json(),
+            resources=Resources(cpus=1.0, gpus=self.gpus if on_gpu else 0.0, memory_bytes=cost.memory_bytes),
+            work=round(cost.work, 6),
+            label=label,
+        )
+
+
+#: A pass at work: it makes tasks, each after all that it depends on, and returns the draft for the next pass.
+Drawing = Generator[TaskNode, None, Draft]

@@ -1,0 +1,47 @@
+"""Distill: the whole quantized model tuned, after the trajectories that it is distilled from (MPQ-DM)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from orchestrator.graph import TaskRef
+from orchestrator.planning.costs import BACKWARD, CALL, TRAIN_ELEMENT, TRAIN_WEIGHT, WORKER_BYTES, Cost, Costs, giga
+from orchestrator.planning.draft import Draft, Drawing
+from orchestrator.planning.references import reference
+from orchestrator.planning.shards import shards
+from quant_spec.passes.distill import Distill
+from quant_spec.task import per_unit
+from quant_spec.tasks.distill import KIND, STATE, Inputs, Params
+from quant_spec.tasks.reference import REFERENCE
+
+_RELATION = 500.0  # MACs of one pair of positions related, with gradient: 17 ns
+
+
+def distill(draft: Draft) -> Drawing:
+    """Leave the tuned states."""
+    config = draft.recipe.passes.distill
+    if config is None:
+        return draft
+    trajectories: list[TaskRef] = []
+    for shard in shards(config.first_seed, config.seeds, config.shard_seeds, recorded=config.seeds):
+        node = reference(draft, shard, shard.count)
+        trajectories.append(TaskRef(node.id, REFERENCE))
+        yield node
+    states = draft.running_order()
+    params = Params.of(config, seed=draft.recipe.seed)
+    inputs = Inputs(draft.model.digest, tuple(trajectories), tuple(states.values()))
+    node = draft.node(KIND, params, inputs, distill_cost(draft.costs, config), f"{config.iterations} iterations")
+    yield node
+    return replace(draft, states={unit: TaskRef(node.id, per_unit(STATE, unit)) for unit in states})
+
+
+def distill_cost(costs: Costs, config: Distill) -> Cost:
+    """Iterations forward and back, the full-precision model beside them for relations."""
+    batch = config.batch_size
+    step = batch * costs.model.gmacs * (1 + BACKWARD) + giga(
+        3 * costs.layers * CALL + costs.weights * TRAIN_WEIGHT + batch * costs.elements * TRAIN_ELEMENT
+    )
+    if config.relations:
+        step += costs.forward(batch, batch) + giga(batch * config.positions**2 * _RELATION)
+    graph = batch * 4 * costs.elements * 12 + costs.weights * 4 * 16
+    return Cost(config.iterations * step, int(WORKER_BYTES + 2 * costs.model_bytes + graph))

@@ -1,0 +1,61 @@
+"""Round: weight grids, codes and activation ranges of groups of units, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from orchestrator.graph import TaskRef
+from orchestrator.planning.costs import QUANTIZE, Cost, Costs, giga, hessian_bytes
+from orchestrator.planning.draft import Draft, Drawing
+from orchestrator.planning.formats import QuantizedUnit, allocated_layers, varied_layers
+from orchestrator.planning.groups import group_label, round_groups
+from quant_spec.enums import RoundingMethod
+from quant_spec.passes.round import RoundFit
+from quant_spec.task import per_unit
+from quant_spec.tasks.round import KIND, STATE, Inputs, Params
+
+
+def round_units(draft: Draft) -> Drawing:
+    """Leave the state of each unit."""
+    config = draft.recipe.passes.round
+    states = dict(draft.states)
+    for group in round_groups(draft.units, config, draft.cache_bytes):
+        params = Params.of(
+            config,
+            units=tuple(unit.planned for unit in group),
+            seed=draft.recipe.seed,
+            forward_batch_size=draft.recipe.calibration.batch_size,
+        )
+        inputs = Inputs(
+            model=draft.model.digest,
+            calibration=draft.calibration,
+            step_bits=draft.step_bits if varied_layers(group) else None,
+            factors=tuple(draft.factors[unit.name] for unit in group) if draft.factors else (),
+            allocation=draft.allocation if allocated_layers(group) else None,
+        )
+        node = draft.node(KIND, params, inputs, round_cost(draft.costs, group, config), group_label(group))
+        states |= {unit.name: TaskRef(node.id, per_unit(STATE, unit.name)) for unit in group}
+        yield node
+    return replace(draft, states=states)
+
+
+def round_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit) -> Cost:
+    """One pass over the calibration set as far as the last unit of the group, then each layer alone."""
+    measured = sum(unit.info.input_elements for unit in group) * costs.calibrated
+    work = costs.replay(group[-1].info.depth) + giga(measured * QUANTIZE)
+    hessians = 0
+    for unit in group:
+        for layer in unit.info.layers:
+            if layer.name in unit.planned.layers:
+                work += costs.round_layer(layer, unit.planned.layers[layer.name], config)
+        hessians += hessian_bytes(unit.info, config)
+    extra = costs.cached(hessians) + 3 * _largest_hessian(group, config)
+    return Cost(work, costs.memory(costs.recipe.calibration.batch_size, extra))
+
+
+def _largest_hessian(group: Sequence[QuantizedUnit], config: RoundFit) -> int:
+    """Return the bytes of the largest second moment of a layer."""
+    if config.method is not RoundingMethod.CLOSED_FORM:
+        return 0
+    return max(4 * layer.columns**2 for unit in group for layer in unit.info.layers)

@@ -1,0 +1,17 @@
+"""Reference tasks: full-precision samples and trajectories of a shard of seeds, for whichever pass needs them."""
+
+from __future__ import annotations
+
+from orchestrator.graph import TaskNode
+from orchestrator.planning.draft import Draft
+from orchestrator.planning.shards import Shard
+from quant_spec.tasks.reference import KIND, Inputs, Params
+
+
+def reference(draft: Draft, shard: Shard, batch_size: int) -> TaskNode:
+    """Make the task that samples a shard, and records the trajectories of `shard.recorded` of its seeds."""
+    params = Params(
+        sampler=draft.sampler, seeds=shard.seeds, batch_size=min(batch_size, shard.count), sqnr_seeds=shard.recorded
+    )
+    cost = draft.costs.sampling(shard.count, params.batch_size, recorded=shard.recorded)
+    return draft.node(KIND, params, Inputs(draft.model.digest), cost, shard.label)

@@ -1,0 +1,34 @@
+"""The table of passes: which kinds of task each adds to a job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Kinds of task that every release depends on, whatever its recipe.
+ALWAYS = ("calibrate", "round", "reconstruct", "pack", "reference", "evaluate", "score", "release")
+#: Pass of a recipe, by its name in `passes`, to the kinds that it adds; those in `ALWAYS` add none.
+PASSES: Mapping[str, tuple[str, ...]] = {
+    "temporal": ("temporal",),
+    "scale": ("scale",),
+    "allocate": ("channel_errors", "allocate"),
+    "round": (),
+    "reconstruct": (),
+    "distill": ("distill",),
+    "correct": ("noise", "correct"),
+}
+#: Kinds that `activations.step_bits` adds.
+STEP_BITS = ("step_effects", "step_bits")
+
+
+def kinds_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the kinds of task that releases of a recipe depend on; the version of any other must not change its bytes.
+
+    Parameters
+    ----------
+    config
+        The resolved recipe as JSON; sections that are not there count as null, as in recipes of older releases.
+    """
+    passes, activations = config.get("passes", {}), config.get("activations", {})
+    added = [kind for name, kinds in PASSES.items() if passes.get(name) is not None for kind in kinds]
+    return (*ALWAYS, *added, *(STEP_BITS if activations.get("step_bits") is not None else ()))

@@ -1,0 +1,524 @@
+"""Every parameter that a task is named by is read when its body runs, under every choice of the others.
+
+Bodies run on the digits model, small: one task of each kind for each choice that decides which other parameters matter.
+What is read is noted on the record itself, so a new field that nothing reads fails here, and so does one that matters
+only under choices that its record does not know of. A field that is left out of the name may be read, but not matter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant_spec.enums import (
+    AllocationMethod,
+    Extractor,
+    KernelBackend,
+    RoundingMethod,
+    Scaling,
+    Shift,
+    StartCodes,
+    StepBitsMethod,
+    TemporalRounding,
+    UnitInputs,
+    UnknownTimestep,
+    Weighting,
+)
+from quant_spec.formats import WeightSpec
+from quant_spec.kinds import KINDS
+from quant_spec.planned import PlannedActivation, PlannedAttention, PlannedLayer, PlannedUnit, VariedLayer
+from quant_spec.ranges import RangeSpec
+from quant_spec.sampler import Sampler
+from quant_spec.task import Seeds, TaskInputs, TaskKind, TaskParams
+from quant_spec.tasks import (
+    allocate,
+    bench,
+    calibrate,
+    card,
+    channel_errors,
+    correct,
+    distill,
+    evaluate,
+    export,
+    inspect,
+    layer_table,
+    noise,
+    noop,
+    pack,
+    reconstruct,
+    reference,
+    release,
+    round,
+    scale,
+    score,
+    step_bits,
+    step_effects,
+    temporal,
+)
+from workers.execution.context import TaskContext, TaskOutput
+from workers.execution.execute import load_body
+from workers.storage.model_folder import import_model
+from workers.storage.store import open_cached
+
+DIGITS = Path(__file__).parents[2] / "examples" / "models" / "digits"
+SAMPLER = Sampler(scheduler="DDIMScheduler", num_inference_steps=2)
+#: Units of the model that are quantized: one reads a concatenation, one has an attention, both layers of the temporal
+#: information block or none.
+UNITS = ("up_blocks.1.resnets.0", "up_blocks.1.attentions.0")
+GROUP: dict[str, Any] = {"seed": 0, "forward_batch_size": 8}
+#: Learning in two steps.
+FEW: dict[str, Any] = {"iterations": 2}
+MINMAX = RangeSpec()
+
+
+def record_reads(params: TaskParams) -> tuple[TaskParams, set[str]]:
+    """Return parameters as a worker reads them from JSON, and the set of names that fills as they are read."""
+    cls, reads = type(params), set[str]()
+    names = frozenset(cls.model_fields)
+
+    class Recorded(cls):  # type: ignore[valid-type, misc]
+        def __getattribute__(self, name: str) -> Any:
+            if name in names:
+                reads.add(name)
+            return super().__getattribute__(name)
+
+        def to_json(self) -> dict[str, Any]:
+            before = set(reads)
+            made: dict[str, Any] = super().to_json()
+            reads.intersection_update(before)
+            return made
+
+    recorded = Recorded.from_json(params.to_json())
+    reads.clear()
+    return recorded, reads
+
+
+def _other(value: float) -> float:
+    """Return another value of a count or of a number."""
+    return (1 if value > 1 else 2) if isinstance(value, int) else value / 2
+
+
+class Tasks:
+    """Runs tasks, each result once, and checks of each that all of its parameters are read."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "store").mkdir()
+        self.store = open_cached(str(folder / "store"), folder / "cache")
+        self._scratch = (folder / f"scratch-{number}" for number in itertools.count())
+
+    def run(self, kind: TaskKind, params: TaskParams, inputs: TaskInputs[str]) -> TaskOutput:
+        """Run a body; AssertionError unless it reads what names the task, and nothing else makes a difference."""
+        recorded, reads = record_reads(params)
+        made = self._run(kind, recorded, inputs)
+        named = set(params.to_json())
+        assert named <= reads, f"{kind.name}: unread {sorted(named - reads)}"
+        idle = reads - named - type(params)._omitted
+        if idle:
+            others = params.replaced(**{name: _other(getattr(params, name)) for name in idle})
+            assert others.to_json() == params.to_json()
+            found = self._run(kind, others, inputs)
+            assert found.outputs == made.outputs, f"{kind.name}: one of {sorted(idle)} names no task and matters"
+        return made
+
+    def _run(self, kind: TaskKind, params: TaskParams, inputs: TaskInputs[str]) -> TaskOutput:
+        scratch = next(self._scratch)
+        scratch.mkdir()
+        return load_body(kind)(params, inputs, TaskContext(self.store, "cpu", scratch, 1))
+
+    @cached_property
+    def model(self) -> str:
+        """The digits model's tree."""
+        return import_model(self.store, DIGITS).digest
+
+    @cached_property
+    def inspection(self) -> dict[str, Any]:
+        """What is known of the model."""
+        made = self.run(inspect.KIND, inspect.Params(), inspect.Inputs(model=self.model))
+        found: dict[str, Any] = made.metrics["inspection"]
+        return found
+
+    def layer(self, name: str, bits: int | None = 8, *, allocated: bool = False) -> PlannedLayer:
+        """Describe a layer of the model to tasks: 4-bit weights."""
+        split = self.inspection["layers"][name]["split"]
+        activation = PlannedActivation(bits)
+        return PlannedLayer(WeightSpec(4), MINMAX, activation, MINMAX, split and tuple(split), allocated)
+
+    def units(self, bits: int | None = 8, *, allocated: bool = False) -> tuple[PlannedUnit, ...]:
+        """Describe the units to tasks, without layers of the temporal information block."""
+        block, units = self.inspection["temporal"], {unit["name"]: unit for unit in self.inspection["units"]}
+        return tuple(
+            PlannedUnit(
+                name,
+                {n: self.layer(n, bits, allocated=allocated) for n in units[name]["layers"] if n not in block},
+                {n: PlannedAttention(PlannedActivation(8), MINMAX) for n in units[name]["attention"]},
+            )
+            for name in UNITS
+        )
+
+    @cached_property
+    def calibration(self) -> tuple[str, ...]:
+        """One shard."""
+        params = calibrate.Params(sampler=SAMPLER, seeds=Seeds(first=10, count=2), batch_size=2, steps=None)
+        made = self.run(calibrate.KIND, params, calibrate.Inputs(model=self.model))
+        return (made.outputs[calibrate.CALIBRATION],)
+
+    @cached_property
+    def reference(self) -> str:
+        """Samples of two seeds, with their trajectories."""
+        params = reference.Params(sampler=SAMPLER, seeds=Seeds(first=0, count=2), batch_size=2, sqnr_seeds=2)
+        made = self.run(reference.KIND, params, reference.Inputs(model=self.model))
+        return made.outputs[reference.REFERENCE]
+
+    @cached_property
+    def block(self) -> str:
+        """State of the temporal information block."""
+        return self.run(temporal.KIND, *_temporal()(self)).outputs[temporal.STATE]
+
+    @cached_property
+    def states(self) -> tuple[str, ...]:
+        """States of the units, rounded."""
+        return tuple(self.run(round.KIND, *_round()(self)).outputs.values())
+
+    @cached_property
+    def effects(self) -> str:
+        """What bits of each step do."""
+        return self.run(step_effects.KIND, *_step_effects()(self)).outputs[step_effects.EFFECTS]
+
+    @cached_property
+    def errors(self) -> str:
+        """What bits of channels do."""
+        return self.run(channel_errors.KIND, *_channel_errors()(self)).outputs[channel_errors.ERRORS]
+
+    @cached_property
+    def packed(self) -> str:
+        """The packed model."""
+        return self.run(pack.KIND, *_pack()(self)).outputs[pack.PACKED]
+
+    @cached_property
+    def noise(self) -> str:
+        """Noise of the packed model."""
+        return self.run(noise.KIND, *_noise()(self)).outputs[noise.NOISE]
+
+    @cached_property
+    def evaluation(self) -> str:
+        """Samples of the packed model."""
+        return self.run(evaluate.KIND, *_evaluate()(self)).outputs[evaluate.EVALUATION]
+
+    @cached_property
+    def score(self) -> str:
+        """Figures of the packed model."""
+        return self.run(score.KIND, *_score()(self)).outputs[score.SCORE]
+
+    @cached_property
+    def artifact(self) -> str:
+        """The release."""
+        return self.run(release.KIND, *_release()(self)).outputs[release.ARTIFACT]
+
+
+Case = Callable[[Tasks], tuple[TaskParams, TaskInputs[str]]]
+
+
+def _inspect() -> Case:
+    return lambda tasks: (inspect.Params(), inspect.Inputs(model=tasks.model))
+
+
+def _calibrate(steps: int | None = None) -> Case:
+    params = calibrate.Params(sampler=SAMPLER, seeds=Seeds(first=0, count=1), batch_size=1, steps=steps)
+    return lambda tasks: (params, calibrate.Inputs(model=tasks.model))
+
+
+def _reference(sqnr_seeds: int) -> Case:
+    params = reference.Params(sampler=SAMPLER, seeds=Seeds(first=0, count=1), batch_size=1, sqnr_seeds=sqnr_seeds)
+    return lambda tasks: (params, reference.Inputs(model=tasks.model))
+
+
+def _temporal(**changes: Any) -> Case:
+    settings = {"method": TemporalRounding.NEAREST} | changes
+
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        layers = {name: tasks.layer(name) for name in tasks.inspection["temporal"]}
+        params = temporal.Params(unit="@temporal", layers=layers, attentions={}, **settings)
+        return params, temporal.Inputs(model=tasks.model, calibration=tasks.calibration)
+
+    return case
+
+
+def _scale(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        params = scale.Params(units=tasks.units(), **GROUP, **changes)
+        return params, scale.Inputs(model=tasks.model, calibration=tasks.calibration)
+
+    return case
+
+
+def _round(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        params = round.Params(units=tasks.units(), **GROUP, **changes)
+        return params, round.Inputs(model=tasks.model, calibration=tasks.calibration)
+
+    return case
+
+
+def _round_what_was_chosen(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+    step = tasks.run(step_bits.KIND, *_step_bits()(tasks)).outputs[step_bits.STEP_BITS]
+    bits = tasks.run(allocate.KIND, *_allocate()(tasks)).outputs[allocate.ALLOCATION]
+    factors = tuple(tasks.run(scale.KIND, *_scale(**FEW)(tasks)).outputs.values())
+    inputs = round.Inputs(tasks.model, tasks.calibration, step_bits=step, factors=factors, allocation=bits)
+    return round.Params(units=tasks.units(None, allocated=True), **GROUP), inputs
+
+
+def _reconstruct(place: int = 0, **changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        params = reconstruct.Params(**GROUP, **FEW, cache_bytes=1 << 28, **changes)
+        inputs = reconstruct.Inputs(model=tasks.model, calibration=tasks.calibration, state=tasks.states[place])
+        if params.inputs is UnitInputs.QUANTIZED:
+            inputs = replace(inputs, earlier=tasks.states[:place], temporal=tasks.block)
+        return params, inputs
+
+    return case
+
+
+def _step_effects() -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        layers = {
+            name: VariedLayer(layer.activation.symmetric, MINMAX, layer.split)
+            for unit in tasks.units(None)
+            for name, layer in unit.layers.items()
+            if layer.activation is not None
+        }
+        seeds = Seeds(first=20, count=2)
+        params = step_effects.Params(sampler=SAMPLER, seeds=seeds, batch_size=2, choices=(4, 8), layers=layers, seed=0)
+        return params, step_effects.Inputs(model=tasks.model, calibration=tasks.calibration)
+
+    return case
+
+
+def _step_bits(**changes: Any) -> Case:
+    return lambda tasks: (step_bits.Params(**changes), step_bits.Inputs(effects=(tasks.effects,)))
+
+
+def _channel_errors() -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        units = tasks.units()
+        names = tuple(name for unit in units for name in unit.layers)
+        params = channel_errors.Params(units=units, layers=names, samples=2, positions=4, **GROUP)
+        return params, channel_errors.Inputs(model=tasks.model, calibration=tasks.calibration)
+
+    return case
+
+
+def _allocate(**changes: Any) -> Case:
+    return lambda tasks: (allocate.Params(**changes), allocate.Inputs(errors=(tasks.errors,)))
+
+
+def _distill(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        params = distill.Params(seed=0, batch_size=2, **FEW, **changes)
+        inputs = distill.Inputs(model=tasks.model, trajectories=(tasks.reference,), states=tasks.states)
+        return params, inputs
+
+    return case
+
+
+def _pack(**changes: Any) -> Case:
+    return lambda tasks: (
+        pack.Params(sampler=SAMPLER, **changes),
+        pack.Inputs(model=tasks.model, states=(tasks.block, *tasks.states)),
+    )
+
+
+def _noise() -> Case:
+    params = noise.Params(sampler=SAMPLER, batch_size=2)
+    return lambda tasks: (params, noise.Inputs(packed=tasks.packed, reference=tasks.reference))
+
+
+def _correct(**changes: Any) -> Case:
+    params = correct.Params(channel_dim=1, **changes)
+    return lambda tasks: (
+        params,
+        correct.Inputs(packed=tasks.packed, noise=(tasks.noise,), held_out=(tasks.noise,)),
+    )
+
+
+def _evaluate() -> Case:
+    params = evaluate.Params(sampler=SAMPLER, seeds=Seeds(first=0, count=2), batch_size=2)
+    return lambda tasks: (params, evaluate.Inputs(packed=tasks.packed, reference=tasks.reference))
+
+
+def _score() -> Case:
+    params = score.Params(
+        sampler=SAMPLER,
+        seeds=Seeds(first=0, count=2),
+        sqnr_seeds=2,
+        extractor=Extractor.EFFICIENTNET_LITE0,
+        grid=1,
+    )
+    return lambda tasks: (
+        params,
+        score.Inputs(tasks.packed, references=(tasks.reference,), evaluations=(tasks.evaluation,), model=tasks.model),
+    )
+
+
+def _release() -> Case:
+    params = release.Params(
+        model=release.Origin(name="digits", class_name="UNet2DModel", source=None),
+        recipe=release.ResolvedRecipe(name="recipe", digest="0" * 64, config={"seed": 0}),
+    )
+    return lambda tasks: (params, release.Inputs(tasks.packed, tasks.score, tasks.calibration, tasks.model))
+
+
+def _export() -> Case:
+    return lambda tasks: (export.Params(), export.Inputs(artifact=tasks.artifact))
+
+
+def _bench(compiled: bool) -> Case:
+    params = bench.Params(
+        sampler=SAMPLER, batches=(1,), seconds=0.01, backend=KernelBackend.REFERENCE, compile=compiled
+    )
+    return lambda tasks: (params, bench.Inputs(artifact=tasks.artifact, model=tasks.model))
+
+
+def _layers() -> Case:
+    return lambda tasks: (
+        layer_table.Params(backend=KernelBackend.REFERENCE),
+        layer_table.Inputs(artifact=tasks.artifact),
+    )
+
+
+def _card() -> Case:
+    figures = {"step_ms": {"1": 2.0}, "images_per_second": 1.0, "peak_memory_bytes": 1, "bytes": 1}
+    sides = dict.fromkeys(("release_figures", "original_figures", "bf16_figures", "bf16_compiled_figures"), figures)
+    params = card.Params(bench=sides | {"device": "a CPU", "threads": 1, "backend": "cpu", "layers": {"cpu": 1}})
+    return lambda tasks: (params, card.Inputs(artifact=tasks.artifact))
+
+
+def _noop(**changes: Any) -> Case:
+    return lambda tasks: (noop.Params(**changes), noop.Inputs())
+
+
+LEARNED: dict[str, Any] = FEW | {"method": Scaling.LEARNED}
+#: By kind, tasks under every choice that decides which other parameters matter.
+CASES: dict[str, dict[str, Case]] = {
+    "inspect": {"": _inspect()},
+    "calibrate": {"all steps": _calibrate(), "one step": _calibrate(1)},
+    "reference": {"samples": _reference(0), "trajectories": _reference(1)},
+    "temporal": {
+        "nearest": _temporal(),
+        "closed_form": _temporal(method=TemporalRounding.CLOSED_FORM),
+        "reconstruct": _temporal(method=TemporalRounding.RECONSTRUCT, **FEW),
+        "cache": _temporal(cache=True),
+        "closed_form, cache": _temporal(method=TemporalRounding.CLOSED_FORM, cache=True),
+        "reconstruct, cache": _temporal(method=TemporalRounding.RECONSTRUCT, cache=True, **FEW),
+    },
+    "scale": {
+        "adaptive": _scale(**LEARNED),
+        "early": _scale(**LEARNED, weighting=Weighting.EARLY),
+        "uniform": _scale(**LEARNED, weighting=Weighting.UNIFORM),
+        "nearest": _scale(**LEARNED, rounding=RoundingMethod.NEAREST),
+        "held out": _scale(**LEARNED, held_out=0.5),
+        "learned, skip": _scale(**LEARNED, shift=Shift.SKIP),
+        "learned, variance": _scale(**LEARNED, shift=Shift.VARIANCE, least_spread=0.01),
+        "smooth": _scale(method=Scaling.SMOOTH),
+        "smooth, skip": _scale(method=Scaling.SMOOTH, shift=Shift.SKIP),
+        "smooth, variance": _scale(method=Scaling.SMOOTH, shift=Shift.VARIANCE, least_spread=0.01),
+        "skip": _scale(method=Scaling.NONE, shift=Shift.SKIP),
+        "variance": _scale(method=Scaling.NONE, shift=Shift.VARIANCE, least_spread=0.01),
+    },
+    "round": {
+        "nearest": _round(),
+        "closed_form": _round(method=RoundingMethod.CLOSED_FORM),
+        "what was chosen": _round_what_was_chosen,
+    },
+    "reconstruct": {
+        "rounding": _reconstruct(),
+        "scales": _reconstruct(learn_activation_scales=True),
+        "attention": _reconstruct(1),
+        "from round": _reconstruct(start=StartCodes.ROUND),
+        "quantized inputs": _reconstruct(1, inputs=UnitInputs.QUANTIZED),
+        "no regulariser": _reconstruct(rounding_weight=0.0),
+    },
+    "step_effects": {"": _step_effects()},
+    "step_bits": {
+        "joint": _step_bits(),
+        "joint, last": _step_bits(least_last=8),
+        "effect": _step_bits(method=StepBitsMethod.EFFECT),
+        "effect, last": _step_bits(method=StepBitsMethod.EFFECT, least_last=8),
+        "snr": _step_bits(method=StepBitsMethod.SNR),
+        "snr, threshold": _step_bits(method=StepBitsMethod.SNR, threshold=2.0),
+        "early_low": _step_bits(method=StepBitsMethod.EARLY_LOW),
+        "late_low": _step_bits(method=StepBitsMethod.LATE_LOW),
+    },
+    "channel_errors": {"": _channel_errors()},
+    "allocate": {
+        "kurtosis": _allocate(),
+        "global": _allocate(method=AllocationMethod.GLOBAL),
+        "kurtosis, extra": _allocate(extra=0.1),
+    },
+    "distill": {"relations": _distill(), "predictions": _distill(relations=False)},
+    "pack": {"": _pack(), "nearest timestep": _pack(unknown_timestep=UnknownTimestep.NEAREST)},
+    "noise": {"": _noise()},
+    "correct": {
+        "all": _correct(),
+        "scale": _correct(bias=False, variance=False),
+        "bias": _correct(scale=False, variance=False),
+        "variance": _correct(scale=False, bias=False),
+        "not held out": _correct(held_out=False),
+        "none": _correct(scale=False, bias=False, variance=False),
+    },
+    "evaluate": {"": _evaluate()},
+    "score": {"": _score()},
+    "release": {"": _release()},
+    "export": {"": _export()},
+    "bench": {"": _bench(False)},
+    "layers": {"": _layers()},
+    "card": {"": _card()},
+    "noop": {"": _noop(), "payload": _noop(payload=[1], seconds=0.01)},
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tasks]:
+    """Tasks on the digits model, on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Tasks(tmp_path_factory.mktemp("tasks"))
+    torch.set_num_threads(before)
+
+
+def test_every_kind_is_here() -> None:
+    assert CASES.keys() == KINDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        pytest.param(kind, case, id=f"{kind} {name}".strip())
+        for kind, cases in CASES.items()
+        for name, case in cases.items()
+    ],
+)
+def test_parameters_that_name_a_task_are_read(tasks: Tasks, kind: str, case: Case) -> None:
+    tasks.run(KINDS[kind], *case(tasks))
+
+
+def test_a_parameter_that_nothing_reads_is_noticed(tasks: Tasks) -> None:
+    class Params(noop.Params):
+        new: int = 1
+
+    kind = replace(noop.KIND, params=Params)
+    with pytest.raises(AssertionError, match=r"noop: unread \['new'\]"):
+        tasks.run(kind, Params(), noop.Inputs())
+
+
+def test_writing_parameters_is_no_reading() -> None:
+    recorded, reads = record_reads(noop.Params(payload=1))
+    assert json.dumps(recorded.to_json()) == '{"payload": 1}'
+    assert reads == set()

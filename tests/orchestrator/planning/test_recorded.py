@@ -1,0 +1,119 @@
+"""The names of all tasks of the shipped recipes on the shipped models stay what they were.
+
+`recorded/tasks.json` has kind and id of each task, in the order planned, from before task parameters became records;
+an id is the digest of kind, version, parameters and inputs, so all of these are recorded by it. Kinds whose version has
+risen since then are in `RISEN`: for them a plan's parameters plus those that were removed must have the recorded name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.db.rows import ModelRow
+from orchestrator.graph import TaskNode, TaskRef
+from orchestrator.planning.planner import plan
+from orchestrator.recipes.load import load_recipe
+from quant_spec.keys import task_digest
+from quant_spec.kinds import KINDS
+
+RECORDED = Path(__file__).parent / "recorded"
+TASKS: dict[str, dict[str, list[list[str]]]] = json.loads((RECORDED / "tasks.json").read_text())
+CASES = [(model, recipe) for model, recipes in TASKS.items() for recipe in recipes]
+DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Risen:
+    """A kind whose version has risen, and what it was told before and is not any more."""
+
+    old: int
+    new: int
+    removed: Callable[[TaskNode, Plan], Mapping[str, Any]]
+
+
+class Plan:
+    """The tasks of a job, and what the removed parameters said of it."""
+
+    def __init__(self, nodes: list[TaskNode]) -> None:
+        self.nodes = nodes
+        self.by_id = {node.id: node for node in nodes}
+        self.units = {unit["unit"]: unit for node in nodes if node.kind == "round" for unit in node.params["units"]}
+        #: in the order in which they run
+        self.names = [node.params["unit"] for node in nodes if node.kind == "temporal"] + list(self.units)
+
+    def source(self, node: TaskNode, name: str) -> TaskNode:
+        """Return the task that gives a task's only input of a name."""
+        (item,) = node.inputs[name]
+        assert isinstance(item, TaskRef)
+        return self.by_id[item.task]
+
+
+RISEN = {
+    "round": Risen(1, 2, lambda node, plan: {"cache_bytes": 2 * 2**30, "inputs": "fp"}),
+    "reconstruct": Risen(1, 2, lambda node, plan: plan.units[node.label]),
+    "distill": Risen(2, 3, lambda node, plan: {"units": plan.names}),
+    "pack": Risen(2, 3, lambda node, plan: {"units": plan.names}),
+    "evaluate": Risen(1, 2, lambda node, plan: {"sqnr_seeds": plan.source(node, "reference").params["sqnr_seeds"]}),
+}
+
+
+@cache
+def planned(model: str, recipe: str) -> Plan:
+    """Plan a shipped recipe for a shipped model, whose inspection is recorded too."""
+    row = json.loads((RECORDED / f"{model}.json").read_text())
+    return Plan(list(plan(ModelRow(name=model, source="/models", **row), load_recipe(recipe).recipe)[0]))
+
+
+@pytest.mark.parametrize(("model", "recipe"), CASES)
+def test_every_task_has_its_recorded_name_once_removed_parameters_are_put_back(model: str, recipe: str) -> None:
+    job, recorded = planned(model, recipe), TASKS[model][recipe]
+    assert [node.kind for node in job.nodes] == [kind for kind, _ in recorded]
+    before: dict[str, str] = {}  # id -> the id that it had
+    for node, (_, name) in zip(job.nodes, recorded, strict=True):
+        params, version = dict(node.params), node.version
+        if node.kind in RISEN:
+            removed = RISEN[node.kind].removed(node, job)
+            assert not params.keys() & removed.keys(), f"{node.kind} is told {', '.join(removed)} again"
+            params, version = params | removed, RISEN[node.kind].old
+        inputs = {
+            key: [
+                {"task": before[item.task], "output": item.output} if isinstance(item, TaskRef) else item
+                for item in items
+            ]
+            for key, items in node.inputs.items()
+        }
+        before[node.id] = task_digest(node.kind, version, params, inputs)
+        assert before[node.id][:DIGITS] == name, f"{node.kind} {node.label}"
+
+
+@pytest.mark.parametrize(("model", "recipe"), CASES)
+def test_tasks_that_follow_no_risen_kind_have_their_recorded_ids(model: str, recipe: str) -> None:
+    job = planned(model, recipe)
+    renamed: set[str] = set()
+    kept: set[str] = set()
+    for node, (_, name) in zip(job.nodes, TASKS[model][recipe], strict=True):
+        if node.kind in RISEN or node.sources() & renamed:
+            renamed.add(node.id)
+            assert node.id[:DIGITS] != name
+        else:
+            kept.add(node.kind)
+            assert node.id[:DIGITS] == name, f"{node.kind} {node.label}"
+    assert {"calibrate", "reference"} <= kept
+
+
+def test_only_the_kinds_that_are_listed_have_risen() -> None:
+    assert {kind: risen.new for kind, risen in RISEN.items()} == {kind: KINDS[kind].version for kind in RISEN}
+    kinds = {kind for recipes in TASKS.values() for tasks in recipes.values() for kind, _ in tasks}
+    kept = {
+        **{"calibrate": 1, "reference": 1, "temporal": 1, "scale": 2, "step_effects": 1, "step_bits": 2},
+        **{"channel_errors": 3, "allocate": 2, "noise": 1, "correct": 1, "score": 1, "release": 1},
+    }
+    assert kinds == kept.keys() | RISEN.keys()
+    assert kept == {kind: KINDS[kind].version for kind in kept}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def test_scale_comes_before_each_round_and_changes_nothing_else():
 
 
 def test_scale_parameters_are_those_that_matter():
-    def params(*overrides: str) -> dict[str, Any]:
+    def params(*overrides: str) -> Mapping[str, Any]:
         return by_kind(nodes_of(recipe("base", "passes.scale={}", *overrides)), "scale")[0].params
 
     assert params()["rounding"] == "nearest"
@@ -141,7 +142,7 @@ def test_passes_of_several_methods_compose():
 
 
 def test_temporal_parameters_are_those_that_matter():
-    def params(*overrides: str) -> dict[str, Any]:
+    def params(*overrides: str) -> Mapping[str, Any]:
         nodes = timed_nodes("qdiffusion-w4a8", "passes.temporal={}", *overrides)
         return only(nodes, "temporal").params
 

@@ -18,6 +18,7 @@ from quant_core.diffusion.conditioning import draw_conditioning
 from quant_core.diffusion.denoiser import call_denoiser
 from quant_core.metrics.sqnr import sqnr_db
 from quant_core.nn.layers import QuantLayer
+from quant_spec.errors import QuantizationError
 from workers.execution.context import TaskOutput
 from workers.storage.manifest import pull_tree
 from workers.storage.store import NodeStore
@@ -213,7 +214,7 @@ def test_round_needs_the_bits_that_its_formats_leave_open(
     run_task: RunTask, digits: str, calibration_digits: list[str], varied: list[dict[str, Any]], common: dict[str, Any]
 ) -> None:
     inputs = {"model": [digits], "calibration": calibration_digits}
-    with pytest.raises(quant_core.errors.QuantizationError, match="got null bits, wanted a number"):
+    with pytest.raises(QuantizationError, match="got null bits, wanted a number"):
         run_task("round", {"units": varied[4:5], "method": "nearest"} | common, inputs)
 
 

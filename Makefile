@@ -1,10 +1,11 @@
-# make demo | make test: each alone creates .venv, installs the pinned dependencies and runs.
+# make demo | make test | make docs: each alone creates .venv, installs the pinned dependencies and runs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: install demo test test-slow check fmt reference clean
+.PHONY: install demo test test-slow check format lint contracts types fmt reference docs clean
 
 install: $(STAMP)
 
@@ -15,33 +16,49 @@ $(STAMP): pyproject.toml kernels/_native.c
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $(STAMP)
 
+# Apart from the others, because building the handbook is no part of the tests.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch $(DOCS_STAMP)
+
 demo: install
 	$(BIN)/python -m examples.demo
 
 # One thread for each process: tests start workers beside themselves, and threads that wait for a core spin.
 test test-slow: export OMP_NUM_THREADS = 1
 
-test: install
-	$(BIN)/lint-imports
-	$(BIN)/ruff check .
+# Everything that guards the code; CI runs this.
+test: check
 	$(BIN)/python -m pytest -q
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
 
-check: install
+check: format lint contracts types
+
+format: install
 	$(BIN)/ruff format --check .
+
+lint: install
 	$(BIN)/ruff check .
+
+contracts: install
 	$(BIN)/lint-imports
+
+types: install
 	$(BIN)/mypy
 
 fmt: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Writes what docs/ says of recipes from the records in quant_spec/.
+# docs/recipe.schema.json and the tables of docs/recipes.md, from the records in quant_spec.
 reference: install
 	$(BIN)/python -m orchestrator.recipes.reference
 
+# The handbook, in site/; a warning is an error.
+docs: $(DOCS_STAMP)
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

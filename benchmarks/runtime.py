@@ -179,7 +179,7 @@ def emoji(
     result: dict[str, Any] = {"batches": {}}
     for batch in batches:
         steps = {}
-        timestep = 0.0
+        timestep: Any = 0.0
         for name, folder in releases.items():
             packed = runtime(folder)
             timestep = packed.config.quantization_config.timesteps[7]  # type: ignore[union-attr]

@@ -81,7 +81,7 @@ def train(steps: int) -> UNet2DModel:
     for step in range(steps):
         rows = torch.randint(len(images), (BATCH,))
         clean, noise = images[rows], torch.randn(BATCH, 1, SIZE, SIZE)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (BATCH,))
+        timesteps = torch.randint(scheduler.config["num_train_timesteps"], (BATCH,))
         noisy = scheduler.add_noise(clean, noise, timesteps)
         loss = F.mse_loss(model(noisy, timesteps, labels[rows]).sample, noise)
         optimizer.zero_grad()

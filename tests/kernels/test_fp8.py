@@ -63,8 +63,8 @@ def test_products_are_those_of_the_values(m: int, n: int, k: int, device: str) -
     low_rank = LowRank(hidden.to(device), up.to(device))
     epilogue = Epilogue(torch.float32, bias.to(device), residual.to(device), low_rank)
     for backend in BACKENDS:
-        there = [Fp8Matrix(a.values.to(device), a.scale.to(device)) for a in (x, weight)]
-        got = linear_fp8(*there, epilogue, backend)
+        left_there, right_there = (Fp8Matrix(a.values.to(device), a.scale.to(device)) for a in (x, weight))
+        got = linear_fp8(left_there, right_there, epilogue, backend)
         assert bool(((got.cpu() - want).abs() <= FP8_TOLERANCE * terms).all()), backend
 
 

@@ -14,7 +14,7 @@ from kernels.activations import ActivationTable, quantize_by_table, quantize_dyn
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
 from kernels.cpu_activation import quantize_cpu_by_table
-from kernels.cpu_weight import pack_cpu_weight
+from kernels.cpu_weight import CpuWeight, pack_cpu_weight
 from kernels.epilogue import Epilogue, LowRank
 from kernels.fp8 import linear_fp8, quantize_fp8
 from kernels.gemm import linear_float, linear_int
@@ -68,10 +68,11 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
         lambda x: cpu_conv2d(quantize_cpu_by_table(x, TABLE, step(x)), CPU_CONV, Epilogue(bias=BIAS)),
     ),
 }
-CPU_LINEAR, CPU_CONV = pack_cpu_weight([LINEAR]), pack_cpu_weight([CONV], SAME)
+CPU_LINEAR: CpuWeight = pack_cpu_weight([LINEAR])
+CPU_CONV: CpuWeight = pack_cpu_weight([CONV], SAME)
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(cpu_weight, "SMALL_MATRIX", 0)
-    CPU_LARGE = pack_cpu_weight([LINEAR])
+    CPU_LARGE: CpuWeight = pack_cpu_weight([LINEAR])
 
 
 def noise(shape: tuple[int, ...]) -> Tensor:

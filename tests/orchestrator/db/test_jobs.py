@@ -274,7 +274,7 @@ def test_job_counts_and_kinds_follow_the_tasks(queue: Driver) -> None:
     }  # fmt: skip
     with queue.database.session(read_only=True) as session:
         kinds = job_kinds(session, job)
-    zero = {"cached": 0, "succeeded": 0, "failed": 0, "cancelled": 0, "running": 0, "queued": 0}
+    zero: dict[str, float] = {"cached": 0, "succeeded": 0, "failed": 0, "cancelled": 0, "running": 0, "queued": 0}
     zero |= {"seconds": 0.0, "work": 0.0, "work_left": 0.0}
     assert kinds == [
         KindRow(**{"kind": "round", "total": 1, **zero, "cached": 1, "succeeded": 1}),

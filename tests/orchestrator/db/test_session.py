@@ -61,7 +61,7 @@ def test_session_converts_the_driver_s_errors(database: Database) -> None:
 
 
 def test_the_clock_is_that_of_the_database_in_seconds(database: Database) -> None:
-    readings = []
+    readings: list[Any] = []
     for _ in range(3):
         before = time.time()
         with database.session(read_only=True) as session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def test_scale_comes_before_each_round_and_changes_nothing_else():
 
 
 def test_scale_parameters_are_those_that_matter():
-    def params(*overrides: str) -> dict[str, Any]:
+    def params(*overrides: str) -> Mapping[str, Any]:
         return by_kind(nodes_of(recipe("base", "passes.scale={}", *overrides)), "scale")[0].params
 
     assert params()["rounding"] == "nearest"
@@ -150,7 +151,7 @@ def test_temporal_block_is_rounded_to_nearest_without_damping():
 
 
 def test_temporal_parameters_are_those_that_matter():
-    def params(*overrides: str) -> dict[str, Any]:
+    def params(*overrides: str) -> Mapping[str, Any]:
         nodes = timed_nodes("qdiffusion-w4a8", "passes.temporal={}", *overrides)
         return only(nodes, "temporal").params
 

@@ -65,10 +65,9 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     ]
     assert (recipe.passes.temporal is not None and recipe.passes.temporal.cache) == is_tfmq
     if name != "base":
-        bits = {"w4a8": (4, 8), "w4a6": (4, 6), "w8a8": (8, 8), "mixed": (4, 8)}
-        bits |= {f"w{bits}a4": (bits, 4) for bits in (4, 3, 2)}
-        bits = bits[name.removesuffix("-plus").rpartition("-")[2]]
-        assert (recipe.weights.bits, recipe.activations.bits) == bits
+        both = {"w4a8": (4, 8), "w4a6": (4, 6), "w8a8": (8, 8), "mixed": (4, 8)}
+        both |= {f"w{bits}a4": (bits, 4) for bits in (4, 3, 2)}
+        assert (recipe.weights.bits, recipe.activations.bits) == both[name.removesuffix("-plus").rpartition("-")[2]]
     assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
     assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq", "dmq"))
     scale = recipe.passes.scale

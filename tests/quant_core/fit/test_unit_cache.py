@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from quant_core.inspect.units import find_units
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
 
 # (family, unit): which of its inputs vary with the sample
-CASES = {
+CASES: dict[tuple[str, str], dict[str, Any]] = {
     ("digits", "up_blocks.1.resnets.0"): {"args": [True, True]},
     ("text_unet", "down_blocks.0.attentions.0.transformer_blocks.0"): {"encoder_hidden_states": True},
     ("dit", "transformer_blocks.1"): {"args": [True], "timestep": True, "class_labels": True},

@@ -3,6 +3,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,14 +33,14 @@ def operands() -> tuple[Tensor, Tensor, Tensor]:
     return random(*SHAPE), random(*SHAPE, seed=1), random(*SHAPE, seed=2)
 
 
-MASKS: dict[str, dict[str, object]] = {
+MASKS: dict[str, dict[str, Any]] = {
     "none": {},
     "bool": {"attn_mask": torch.rand(6, 6, generator=torch.Generator().manual_seed(3)) < 0.7},
     "float": {"attn_mask": random(2, 1, 6, 6, seed=4)},
     "causal": {"is_causal": True},
     "scale": {"scale": 0.21},
 }
-MASKS["bool"]["attn_mask"] |= torch.eye(6, dtype=torch.bool)  # type: ignore[operator]
+MASKS["bool"]["attn_mask"] |= torch.eye(6, dtype=torch.bool)
 
 
 def static(bits: int, softmax_bits: int) -> AttentionQuantizer:
@@ -65,7 +66,7 @@ def by_hand(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
 def test_it_equals_quantized_operands_by_hand(operands: tuple[Tensor, Tensor, Tensor], kind: str) -> None:
     made, arguments = static(4, 3), MASKS[kind]
     with ReplacedAttention(made):
-        got = F.scaled_dot_product_attention(*operands, **arguments)  # type: ignore[arg-type]
+        got = F.scaled_dot_product_attention(*operands, **arguments)
     query, key, value = (by_hand(x, getattr(made, name)) for x, name in zip(operands, OPERANDS[:3], strict=True))
     scores = query @ key.transpose(-1, -2) * arguments.get("scale", 1 / math.sqrt(8))
     mask = arguments.get("attn_mask")
@@ -75,16 +76,16 @@ def test_it_equals_quantized_operands_by_hand(operands: tuple[Tensor, Tensor, Te
         keep = torch.ones(6, 6, dtype=torch.bool).tril() if kind == "causal" else mask
         scores = torch.where(keep, scores, torch.tensor(-torch.inf))
     assert torch.equal(got, by_hand(scores.softmax(-1), made.probabilities) @ value)
-    plain = F.scaled_dot_product_attention(*operands, **arguments)  # type: ignore[arg-type]
+    plain = F.scaled_dot_product_attention(*operands, **arguments)
     assert not torch.allclose(got, plain, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", list(MASKS))
 @torch.no_grad()
 def test_eight_bits_are_close_to_float(operands: tuple[Tensor, Tensor, Tensor], kind: str) -> None:
-    wanted = F.scaled_dot_product_attention(*operands, **MASKS[kind])  # type: ignore[arg-type]
+    wanted = F.scaled_dot_product_attention(*operands, **MASKS[kind])
     with ReplacedAttention(AttentionQuantizer(DYNAMIC, StepClock(()))):
-        got = F.scaled_dot_product_attention(*operands, **MASKS[kind])  # type: ignore[arg-type]
+        got = F.scaled_dot_product_attention(*operands, **MASKS[kind])
     assert 0 < float((got - wanted).norm()) < 0.02 * float(wanted.norm())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -276,7 +277,8 @@ def test_steps_are_found_without_waiting_for_the_device(timestep: Tensor) -> Non
     with HostReads() as reads, torch.no_grad():
         clock.set_timestep(timestep)
         # The interpreter of Triton reads everything; the reference of the same operators stands for the kernel.
-        model[0].run = dataclasses.replace(model[0].run, backend=REFERENCE)
+        layer: Any = model[0]
+        layer.run = dataclasses.replace(layer.run, backend=REFERENCE)
         got = model(x)
     assert reads.count == 0
     with HostReads() as reads, torch.no_grad():

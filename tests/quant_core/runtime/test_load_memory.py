@@ -18,6 +18,7 @@ import quant_core
 from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_artifact
 from quant_core.nn.layers import QUANTIZABLE, QuantLayer
 from quant_core.nn.model import build_quantized
+from quant_core.runtime.loader import load_folder
 from quant_spec.enums import ActivationMode
 from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
 
@@ -96,7 +97,7 @@ def test_no_weight_becomes_float(tmp_path: Path, backend: str) -> None:
     with LargestFloat() as seen:
         model: Any = quant_core.load_quantized(tmp_path / "model", backend=backend)
     with LargestFloat() as reference:
-        layer = quant_core.runtime.loader.load_folder(tmp_path / "model").get_submodule("mid_block.resnets.0.conv1")
+        layer = load_folder(tmp_path / "model").get_submodule("mid_block.resnets.0.conv1")
         assert isinstance(layer, QuantLayer)
         weight = layer.weight
     assert reference.numel == weight.numel() == 64 * 64 * 9, "this mode sees a dequantized weight"

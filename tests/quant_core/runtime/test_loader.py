@@ -79,7 +79,8 @@ def test_triton_layers_come_from_a_folder(packed: Path) -> None:
 
 
 def test_plain_diffusers_loads_the_reference(simulated: nn.Module, packed: Path) -> None:
-    model = type(simulated).from_pretrained(packed)
+    family: Any = type(simulated)
+    model = family.from_pretrained(packed)
     assert torch.equal(predict(model), predict(simulated))
     assert {run.reason for run in quant_core.layer_runs(model)} == {"no runtime was built"}
 
@@ -108,7 +109,12 @@ def test_without_a_resolver_the_installed_registry_is_asked(packed: Path, monkey
     from workers.storage import resolve
 
     asked: list[str] = []
-    monkeypatch.setattr(resolve, "pull", lambda name: (asked.append(name), packed)[1])
+
+    def pull(name: str) -> Path:
+        asked.append(name)
+        return packed
+
+    monkeypatch.setattr(resolve, "pull", pull)
     assert isinstance(quant_core.load_quantized("emoji@prod"), nn.Module)
     assert asked == ["emoji@prod"]
 

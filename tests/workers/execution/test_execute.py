@@ -226,9 +226,9 @@ def test_subprocess_raises_the_errors_of_the_task(call: TaskCall, tmp_path: Path
         with pytest.raises(TaskError, match=r"task noop: seconds?: ") as refused:
             run_in_subprocess(replace(call, params=params))
         assert refused.value.exit_code == 2
-    with pytest.raises(TaskError, match="version 7") as caught:
+    with pytest.raises(TaskError, match="version 7") as other:
         run_in_subprocess(replace(call, version=7))
-    assert caught.value.exit_code == 2
+    assert other.value.exit_code == 2
     with pytest.raises(TaskFailedError, match="not a folder") as caught:
         run_in_subprocess(replace(call, store_url=str(tmp_path / "gone")))
     assert caught.value.exit_code == 2

@@ -22,7 +22,10 @@ ROOT = Path(__file__).parents[3]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = {"_class_name": "UNet2DModel", "sample_size": 8}
 SCHEDULER = {"_class_name": "DDIMScheduler"}
-TENSORS = {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "b.bias": np.ones(5, dtype=np.float16)}
+TENSORS: dict[str, Any] = {
+    "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "b.bias": np.ones(5, dtype=np.float16),
+}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -209,7 +212,7 @@ def test_header_that_contradicts_itself_is_refused(model: Path, folder_store: No
 def test_weights_that_are_not_finite_are_refused_by_name(
     model: Path, folder_store: NodeStore, dtype: type, value: float
 ) -> None:
-    bad = np.ones((3, 4), dtype=dtype)
+    bad: Any = np.ones((3, 4), dtype=dtype)
     bad[1, 2] = value
     save_file(TENSORS | {"bad.weight": bad}, model / "unet" / WEIGHTS)
     refuse(folder_store, model, r"1 of 12 values NaN or infinite in bad\.weight")

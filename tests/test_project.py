@@ -1,0 +1,58 @@
+"""What the repository says of itself: links lead somewhere, hooks and CI call what `make` calls, types are shipped."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+FENCES = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+def links(page: Path) -> list[str]:
+    """Return where a page's links lead, without what lies outside and within the page itself."""
+    text = FENCES.sub("", page.read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target.partition("#")[0] for target in targets if not target.startswith(("#", "http", "mailto:"))]
+
+
+def prerequisites(target: str) -> list[str]:
+    """Return what a target of the Makefile is made of."""
+    found = re.search(rf"^{target}:([^=\n]*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1].split() if found else []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    gone = [target for target in links(page) if not (page.parent / target).exists()]
+    assert not gone, f"{page.relative_to(ROOT)}: got links to {', '.join(gone)}, wanted files"
+
+
+def test_handbook_lists_every_page() -> None:
+    # Tags that name Python objects are for mkdocs alone.
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r"[\w/.-]+\.md", config))
+    assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+
+
+def test_hooks_and_ci_call_what_make_calls() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    assert [hook["entry"] for hook in hooks] == [f"make {target}" for target in prerequisites("check")]
+    assert "check" in prerequisites("test")
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    commands = [step["run"] for job in steps.values() for step in job["steps"] if "run" in step]
+    assert commands == [".ci/run", "make docs"]
+    assert (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()[-1] == "make test"
+
+
+def test_packages_ship_their_types_and_licence() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = project["tool"]["importlinter"]["root_packages"]
+    assert [name for name in packages if not (ROOT / name / "py.typed").is_file()] == []
+    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["*"]
+    assert [name for name in project["project"]["license-files"] if not (ROOT / name).is_file()] == []

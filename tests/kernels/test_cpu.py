@@ -27,8 +27,8 @@ from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_int
 from kernels.packing import pack_codes
-from kernels.weights import PackedWeight, pack_weight, weight_integers, weight_values
-from tests.kernels.example_layers import Layer, random_layer
+from kernels.weights import PackedWeight, pack_weight, weight_integers
+from tests.kernels.example_layers import Layer, random_layer, weight_values
 
 GEOMETRIES = (
     ConvGeometry((3, 3), padding=(1, 1)),

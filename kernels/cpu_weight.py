@@ -56,10 +56,10 @@ class ConvLayout:
 
     __slots__ = ("_shape", "packed", "unpadded", "zeros")
 
-    def __init__(self, weight: Tensor, geometry: ConvGeometry) -> None:
+    def __init__(self, weight: Tensor, geometry: ConvGeometry, shape: Sequence[int] | None = None) -> None:
         self.unpadded = replace(geometry, padding=(0, 0))
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
-        self._shape: tuple[int, ...] | None = None
+        self._shape = None if shape is None else tuple(shape)
         self.packed = self._order(weight)
 
     def __deepcopy__(self, memo: dict[int, object]) -> ConvLayout:

@@ -7,23 +7,15 @@ computed in float32, with a true division (x * (1 / scale) rounds differently) a
 `torch.round` does: 0.5 -> 0, 1.5 -> 2, 2.5 -> 2. `zero_point` holds whole numbers, so the sums are exact. Whatever
 x is, x_hat of a code equal to its zero point is +0.0. Infinities saturate; NaN has no code.
 
-`scale` and `zero_point` have any shape that broadcasts to x's. The three granularities of a tensor (C, ..., n), and the
-shapes of their parameters:
-
-    per_tensor    (1, ..., 1)
-    per_channel   (C, 1, ..., 1)               one for each index of the first dimension
-    per_group     (C, ..., ceil(n / group))    one for each run along the last dimension; the last run may be shorter
+`scale` and `zero_point` have any shape that broadcasts to x's.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kernels.errors import KernelError
-from quant_spec.enums import Granularity
 
 
 def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
@@ -115,81 +107,6 @@ def fake_quantize_affine(
         return torch.minimum(codes, quant_max.to(codes)).sub_(zero_point).mul_(factor)
     _code_dtype(quant_min, quant_max)
     return _grid(x, scale, zero_point, quant_min, quant_max).sub_(zero_point).mul_(factor)
-
-
-def qparams_shape(shape: Sequence[int], granularity: Granularity, group_size: int | None = None) -> tuple[int, ...]:
-    """Shape of the scales and zero points of a tensor of `shape` (the table in this module's docstring).
-
-    Raises
-    ------
-    KernelError
-        If `group_size` is missing, below 1, or given without per_group, or the tensor has no dimension to take.
-    """
-    if (granularity == Granularity.PER_GROUP) != (group_size is not None):
-        raise KernelError(f"group_size: got {group_size} with {granularity}, wanted it with per_group and only there")
-    if granularity == Granularity.PER_TENSOR:
-        return (1,) * len(shape)
-    if not shape:
-        raise KernelError(f"{granularity}: got a scalar, wanted at least one dimension")
-    if granularity == Granularity.PER_CHANNEL:
-        return (shape[0], *(1,) * (len(shape) - 1))
-    if group_size is None or group_size < 1:
-        raise KernelError(f"group_size: got {group_size}, wanted 1 or more")
-    return (*shape[:-1], -(-shape[-1] // group_size))
-
-
-def expand_groups(values: Tensor, n: int, group_size: int) -> Tensor:
-    """Repeat per-group parameters (..., ceil(n / group_size)) to (..., n), so that they broadcast to the tensor.
-
-    Raises
-    ------
-    KernelError
-        If `values` does not hold ceil(n / group_size) groups.
-    """
-    groups = -(-n // group_size)
-    if values.shape[-1] != groups:
-        raise KernelError(f"groups of {group_size} in {n} values: got {values.shape[-1]}, wanted {groups}")
-    return values.repeat_interleave(group_size, dim=-1)[..., :n]
-
-
-def min_max(x: Tensor, granularity: Granularity, group_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Least and greatest value in each set of values that shares parameters.
-
-    Parameters
-    ----------
-    x : Tensor, shape (C, ..., n), not empty
-    granularity : Granularity
-    group_size : int or None
-        Values in a group, with per_group only.
-
-    Returns
-    -------
-    (Tensor, Tensor), both of shape `qparams_shape(x.shape, granularity, group_size)`, dtype as `x`
-
-    Raises
-    ------
-    KernelError
-        If `x` is empty, or as `qparams_shape`.
-    """
-    shape = qparams_shape(x.shape, granularity, group_size)
-    if x.numel() == 0:
-        raise KernelError(f"min_max: got an empty tensor of shape {tuple(x.shape)}, wanted at least one value")
-    if granularity == Granularity.PER_TENSOR:
-        least, greatest = torch.aminmax(x)
-    elif granularity == Granularity.PER_CHANNEL:
-        least, greatest = torch.aminmax(x.flatten(1) if x.ndim > 1 else x.unsqueeze(1), dim=1)
-    else:
-        assert group_size is not None  # qparams_shape refuses its absence
-        least, greatest = torch.aminmax(_group_runs(x, group_size), dim=-1)
-    return least.reshape(shape), greatest.reshape(shape)
-
-
-def _group_runs(x: Tensor, group_size: int) -> Tensor:
-    """View (..., n) as (..., groups, group_size); a ragged last group repeats its last value: same min and max."""
-    missing = -x.shape[-1] % group_size
-    if missing:
-        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], dim=-1)
-    return x.unflatten(-1, (-1, group_size))
 
 
 def _grid(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:

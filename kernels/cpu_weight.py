@@ -56,7 +56,7 @@ class ConvLayout:
 
     __slots__ = ("_shape", "packed", "unpadded", "zeros")
 
-    def __init__(self, weight: Tensor, geometry: ConvGeometry, shape: Sequence[int] | None) -> None:
+    def __init__(self, weight: Tensor, geometry: ConvGeometry, shape: Sequence[int] | None = None) -> None:
         self.unpadded = replace(geometry, padding=(0, 0))
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         self._shape = None if shape is None else tuple(shape)
@@ -134,9 +134,7 @@ class CpuWeight:
         )
 
 
-def pack_cpu_weight(
-    weights: Sequence[PackedWeight], geometry: ConvGeometry | None = None, input_shape: Sequence[int] | None = None
-) -> CpuWeight:
+def pack_cpu_weight(weights: Sequence[PackedWeight], geometry: ConvGeometry | None = None) -> CpuWeight:
     """Unpack a layer's weight to int8 and have oneDNN lay it out.
 
     Parameters
@@ -145,8 +143,6 @@ def pack_cpu_weight(
         One that holds all output channels, or several that divide them; on the CPU.
     geometry : ConvGeometry, optional
         Of a Conv2d; without it, the layer is a Linear.
-    input_shape : sequence of int, optional
-        A Conv2d's (B, C, H, W) with padding: the shape that oneDNN chooses its layout for, again when another comes.
 
     Raises
     ------
@@ -184,7 +180,7 @@ def pack_cpu_weight(
         packed = torch.ops.onednn.qlinear_prepack(matrix[:, 0], None)
     else:
         image = matrix.view(len(matrix), *geometry.kernel, channels).permute(0, 3, 1, 2).contiguous()
-        packed = ConvLayout(image, geometry, input_shape)
+        packed = ConvLayout(image, geometry)
     return CpuWeight(packed, row_scale, sums.int(), zero_term, correction, n, count, channels, geometry)
 
 

@@ -218,11 +218,6 @@ def weight_integers(weight: PackedWeight) -> Tensor:
     return codes - expand_weight_groups(weight.zero_point.int(), layout)
 
 
-def weight_values(weight: PackedWeight) -> Tensor:
-    """Return the dequantized weight, shape (N, taps, channels), dtype float32."""
-    return weight_integers(weight).float() * expand_weight_groups(weight.scale.float(), weight.layout)
-
-
 def expand_weight_groups(values: Tensor, layout: WeightLayout) -> Tensor:
     """Repeat (N, G) to what broadcasts against (N, taps, channels)."""
     if layout.groups == 1:

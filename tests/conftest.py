@@ -27,6 +27,11 @@ _numbers = itertools.count()
 KEY, SECRET = "testkey", "testsecret"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests that start Ray first: they wait more than they compute, and would else be all that runs in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
 @pytest.fixture(scope="session")
 def postgres_url() -> Iterator[str]:
     """A Postgres server from its wheel, for this run alone; the URL is of its empty maintenance database."""

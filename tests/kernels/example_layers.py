@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.packing import pack_codes
-from kernels.weights import PackedWeight, pack_weight
+from kernels.weights import PackedWeight, expand_weight_groups, pack_weight, weight_integers
 
 
 @dataclass(frozen=True)
@@ -57,3 +57,8 @@ def random_layer(
         group_size=group_size, channel=channel,
     )  # fmt: skip
     return Layer(codes, scale, zero, packed.to(device))
+
+
+def weight_values(weight: PackedWeight) -> Tensor:
+    """Return the dequantized weight, shape (N, taps, channels), dtype float32."""
+    return weight_integers(weight).float() * expand_weight_groups(weight.scale.float(), weight.layout)

@@ -27,8 +27,8 @@ from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_int
 from kernels.packing import pack_codes
-from kernels.weights import PackedWeight, pack_weight, weight_integers, weight_values
-from tests.kernels.example_layers import Layer, random_layer
+from kernels.weights import PackedWeight, pack_weight, weight_integers
+from tests.kernels.example_layers import Layer, random_layer, weight_values
 
 GEOMETRIES = (
     ConvGeometry((3, 3), padding=(1, 1)),
@@ -117,7 +117,7 @@ def test_conv_sums_are_the_references_integers(geometry: ConvGeometry, bits: int
     for runs in (1, 2):
         x, same = codes(2, 7, 6, 24, runs=runs)
         want = conv2d_int(same, [layer.packed], geometry, Epilogue())
-        got = cpu_conv2d(x, packed([layer.packed], geometry, (2, 24, 7, 6)), Epilogue())
+        got = cpu_conv2d(x, packed([layer.packed], geometry), Epilogue())
         assert got.is_contiguous()
         assert torch.equal(got, want)
 

@@ -10,8 +10,7 @@ from kernels.activations import QuantizedActivation
 from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_float, linear_int
-from kernels.weights import weight_values
-from tests.kernels.example_layers import random_layer
+from tests.kernels.example_layers import random_layer, weight_values
 
 BACKENDS = ("reference", "triton")
 

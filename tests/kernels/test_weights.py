@@ -5,8 +5,8 @@ import torch
 
 from kernels.errors import KernelError
 from kernels.packing import pack_codes
-from kernels.weights import MAX_COLUMNS, pack_weight, weight_integers, weight_values
-from tests.kernels.example_layers import random_layer
+from kernels.weights import MAX_COLUMNS, pack_weight, weight_integers
+from tests.kernels.example_layers import random_layer, weight_values
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])

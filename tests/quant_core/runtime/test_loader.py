@@ -197,15 +197,16 @@ def test_it_runs_on_the_gpu(simulated: nn.Module, packed: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+# bfloat16 has 8 bits where float16 has 11, and CPUs differ in how they sum its products (AMX).
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float16, 0.05), (torch.bfloat16, 0.1)])
 def test_a_model_may_compute_in_half_precision(
-    simulated: nn.Module, packed: Path, backend: str, dtype: torch.dtype
+    simulated: nn.Module, packed: Path, backend: str, dtype: torch.dtype, share: float
 ) -> None:
     model: Any = quant_core.load_quantized(packed, backend=backend, dtype=dtype)
     assert model.dtype is dtype
     got, want = predict(model, dtype=dtype), predict(simulated)
     assert got.dtype is dtype
-    assert float((got.float() - want).norm()) < 0.05 * float(want.norm())
+    assert float((got.float() - want).norm()) < share * float(want.norm())
     with pytest.raises(QuantizationError, match=r"dtype: got torch.int8, wanted one of torch.float32"):
         quant_core.load_quantized(packed, dtype=torch.int8)
 

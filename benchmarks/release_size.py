@@ -24,12 +24,12 @@ from diffusers import UNet2DConditionModel
 
 from benchmarks.sdxl import SDXL
 from quant_core.artifact.compact import packed_shape, zero_point_bits
-from quant_core.artifact.folder import quantization_config
 from quant_core.diffusion.denoiser import load_denoiser
 from quant_core.nn.layers import QUANTIZABLE
 from quant_core.nn.model import build_quantized
 from quant_spec.enums import Granularity
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.quantization_config import quantization_config
 
 STEPS = 20
 _DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import json
 
-from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_artifact
+from quant_core.artifact.folder import WEIGHTS_FILE, write_artifact
 from quant_core.diffusion.sampler import SamplerSpec, make_scheduler
 from quant_core.fit.unit_state import UnitState, load_states, merge_plans
 from quant_core.nn.model import build_quantized
 from quant_spec.enums import UnknownTimestep
+from quant_spec.quantization_config import quantization_config
 from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.storage.manifest import put_tree
 from workers.tasks.common import fetch_model

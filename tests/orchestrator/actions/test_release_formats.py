@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.actions.releases import layer_bits
-from quant_core.artifact.folder import quantization_config
 from quant_spec.formats import ActivationSpec, LayerSpec, QuantizationPlan, WeightSpec
+from quant_spec.quantization_config import quantization_config
 
 
 def test_bits_of_layers_are_read_from_both_versions() -> None:

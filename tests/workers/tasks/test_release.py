@@ -10,9 +10,10 @@ import pytest
 from diffusers import UNet2DModel
 
 import quant_core
-from quant_core.artifact.folder import quantization_config, write_artifact
+from quant_core.artifact.folder import write_artifact
 from quant_core.errors import ArtifactError
 from quant_spec.formats import QuantizationPlan
+from quant_spec.quantization_config import quantization_config
 from workers.errors import TaskError
 from workers.execution.context import TaskContext
 from workers.storage.manifest import pull_tree, put_tree, read_manifest, tree_bytes

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quant_core
-from quant_core.artifact.folder import quantization_config, write_artifact
+from quant_core.artifact.folder import write_artifact
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.diffusion.sampler import SamplerSpec
@@ -19,6 +19,7 @@ from quant_core.methods.mpqdm.distillation import Distillation, DistillConfig, D
 from quant_core.methods.mpqdm.relation import relation_loss
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec
+from quant_spec.quantization_config import quantization_config
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
 PlanUnits = Callable[..., list[tuple[UnitFormats, UnitRanges]]]

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from orchestrator.actions.releases import layer_bits, read_release_json
+from orchestrator.actions.diff import release_bits
+from orchestrator.actions.releases import read_release_json
 from orchestrator.actions.views import recipe_yaml
 from orchestrator.db.jobs import find_job, list_tasks
 from orchestrator.db.registry import find_model
@@ -141,21 +142,20 @@ def _tensors(store: Store, digest: str) -> dict[str, NDArray[np.float32]]:
 
 def _layers(store: Store, digest: str, model: ModelRow, tasks: Sequence[TaskRow]) -> tuple[LayerRow, ...]:
     """Return the model's layers in the order of execution, with the bits that the release has them in."""
-    bits = layer_bits(read_release_json(store, digest, "config.json"))
+    bits = release_bits(store, digest)
     errors = _layer_errors(tasks)
     described = model.inspection["layers"]
     rows = []
     for unit in model.inspection["units"]:
         for name in unit["layers"]:
-            layer, own = described[name], bits.get(name, {})
+            layer = described[name]
             rows.append(
                 LayerRow(
                     name=name,
                     unit=unit["name"],
                     kind=layer["type"],
                     shape=tuple(layer["shape"]),
-                    weight_bits=own.get("weights"),
-                    act_bits=own.get("activations"),
+                    bits=bits.get(name),
                     gmacs=layer["macs"] / 1e9,
                     sqnr_db=errors.get(name),
                 )

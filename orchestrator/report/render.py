@@ -14,6 +14,8 @@ from markupsafe import Markup
 from orchestrator.report.charts import Column, column_chart, line_chart
 from orchestrator.report.data import CorrectionRow, FeatureRow, LayerRow, ReportData, UnitRow
 from orchestrator.text import human_bytes, human_count, human_seconds
+from quant_spec.formats import SUPPORTED_BITS
+from quant_spec.layer_bits import LayerBits
 
 _FOLDER = Path(__file__).parent
 
@@ -123,17 +125,28 @@ def size_rows(metrics: Mapping[str, Any]) -> list[SizeRow]:
 
 
 def bit_classes(layers: Sequence[LayerRow]) -> list[tuple[str, str]]:
-    """Return the key of the layer chart: what the layers' weight bits are called, and their CSS classes."""
-    bits = sorted(
-        {layer.weight_bits for layer in layers if layer.weight_bits is not None and layer.sqnr_db is not None}
-    )
-    return [(f"{each} bit weights", _css_class(each)) for each in bits]
+    """Return the key of the layer chart: what the layers' weight bits are called, and their CSS classes.
+
+    Layers whose channels differ have the colour of the width that is nearest to their mean.
+    """
+    mixed: dict[int, bool] = {}
+    for layer in layers:
+        if layer.sqnr_db is not None and layer.bits is not None and layer.bits.weights is not None:
+            width = _nearest_width(layer.bits.weights)
+            mixed[width] = mixed.get(width, False) or bool(layer.bits.mixture)
+    return [
+        (f"{'about ' if is_mixed else ''}{width} bit weights", f"bits{width}")
+        for width, is_mixed in sorted(mixed.items())
+    ]
 
 
-def _css_class(bits: int | None) -> str:
-    if bits is None:
-        return "before"
-    return f"bits{bits}"
+def _css_class(bits: float | None) -> str:
+    return "before" if bits is None else f"bits{_nearest_width(bits)}"
+
+
+def _nearest_width(bits: float) -> int:
+    """Return the width that has a colour: the nearest, of two the smaller."""
+    return min(SUPPORTED_BITS, key=lambda width: abs(width - bits))
 
 
 def _step_chart(metrics: Mapping[str, Any]) -> str:
@@ -142,7 +155,7 @@ def _step_chart(metrics: Mapping[str, Any]) -> str:
 
 def _layer_chart(layers: Sequence[LayerRow]) -> str:
     columns = [
-        Column(layer.sqnr_db, _css_class(layer.weight_bits), _layer_title(layer))
+        Column(layer.sqnr_db, _css_class(layer.bits.weights if layer.bits else None), _layer_title(layer))
         for layer in layers
         if layer.sqnr_db is not None
     ]
@@ -150,8 +163,12 @@ def _layer_chart(layers: Sequence[LayerRow]) -> str:
 
 
 def _layer_title(layer: LayerRow) -> str:
-    act = "float" if layer.act_bits is None else f"A{layer.act_bits}"
-    return f"{layer.name}: W{layer.weight_bits} {act}, {layer.sqnr_db:.1f} dB"
+    bits = layer.bits or LayerBits()
+    words = bits.weights_text or "float"
+    if bits.weights is not None:
+        activations = "float" if bits.activations is None else f"A{bits.activations_text}"
+        words = f"W{words} {activations}"
+    return f"{layer.name}: {words}, {layer.sqnr_db:.1f} dB"
 
 
 def _feature_chart(features: Sequence[FeatureRow]) -> str:

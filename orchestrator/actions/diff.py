@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.actions.releases import get_release, read_release_json
 from orchestrator.service import Service
 from quant_spec.layer_bits import LayerBits, layer_bits
+from quant_spec.metrics import numbers
 from quant_spec.quantization_config import parse_quantization_config
 from workers.storage.store import Store
 
@@ -31,12 +32,12 @@ def compare_releases(service: Service, ref_a: str, ref_b: str) -> dict[str, Any]
         side: {name: each.to_json() for name, each in release_bits(service.store, row.digest).items()}
         for side, row in sides.items()
     }
-    numbers = {side: _numbers(row.metrics) for side, row in sides.items()}
+    metrics = {side: numbers(row.metrics) for side, row in sides.items()}
     return {
         "a": sides["a"].ref,
         "b": sides["b"].ref,
         "same_bytes": sides["a"].digest == sides["b"].digest,
-        "metrics": {name: _pair(numbers, name) for name in _keys(numbers)},
+        "metrics": {name: _pair(metrics, name) for name in _keys(metrics)},
         "recipe": {
             name: _pair(recipes, name)
             for name in _keys(recipes)
@@ -66,11 +67,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics that are single numbers."""
-    return {name: value for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def _keys(sides: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from orchestrator.db.session import current, open_database
 from orchestrator.service import open_store_of
 from orchestrator.settings import Settings
-from orchestrator.text import human_bytes
 from quant_spec.errors import QuantServiceError
+from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
 
 _PYTHON = (3, 11)

@@ -18,9 +18,11 @@ from orchestrator.actions.views import release_view
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.cli.jobs import metric_lines
 from orchestrator.db.releases import list_releases, set_alias
-from orchestrator.text import human_bytes, table
+from orchestrator.text import table
 from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
 from quant_spec.layer_bits import LayerBits, activation_bits_text, weight_bits_text
+from quant_spec.metrics import Place, headings, lines
+from quant_spec.numbers import human_bytes
 
 
 @click.group(cls=Group)
@@ -165,19 +167,21 @@ def artifacts_export(app: App, ref: str, layout: str, out: Path | None) -> None:
 def _release_table(views: list[dict[str, Any]]) -> str:
     if not views:
         return "no releases yet; quantmill run RECIPE --model M publishes one"
-    rows = [
-        (
-            f"{view['name']}@{view['version']}",
-            view["digest"][:12],
-            human_bytes(view["bytes"]),
-            f"{view['metrics']['psnr_db']:.2f} dB",
-            f"{view['metrics']['weight_bits_mean']:.2f}/{view['metrics']['act_bits_mean']:.2f}",
-            ", ".join(view["aliases"]),
-            view["created_at"],
+    columns = headings(Place.RELEASES)
+    rows = []
+    for view in views:
+        shown = lines(Place.RELEASES, view["metrics"])
+        rows.append(
+            (
+                f"{view['name']}@{view['version']}",
+                view["digest"][:12],
+                human_bytes(view["bytes"]),
+                *(shown[name][1] if name in shown else None for name in columns),
+                ", ".join(view["aliases"]),
+                view["created_at"],
+            )
         )
-        for view in views
-    ]
-    return table(("RELEASE", "DIGEST", "SIZE", "PSNR", "BITS W/A", "ALIASES", "CREATED"), rows)
+    return table(("RELEASE", "DIGEST", "SIZE", *columns.values(), "ALIASES", "CREATED"), rows)
 
 
 def _layer_table(found: dict[str, Any]) -> str:

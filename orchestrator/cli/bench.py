@@ -8,7 +8,8 @@ import click
 
 from orchestrator.actions.bench import SIDES, BenchOptions, bench_release, publish_bench
 from orchestrator.cli.app import App, Command, pass_app
-from orchestrator.text import human_bytes, table
+from orchestrator.text import table
+from quant_spec.numbers import human_bytes
 
 _HEADS = ("RELEASE", "FP32", "BF16", "BF16 COMPILED")
 

@@ -8,7 +8,8 @@ from orchestrator.actions.registration import add_model_from
 from orchestrator.actions.views import model_view
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.registry import find_model, list_models
-from orchestrator.text import human_bytes, human_count, table
+from orchestrator.text import table
+from quant_spec.numbers import human_bytes, human_count
 
 
 @click.group(cls=Group)

@@ -13,7 +13,8 @@ from orchestrator.actions.submission import Request, Submitted
 from orchestrator.actions.submission import submit as submit_job
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.cli.jobs import job_text
-from orchestrator.text import human_bytes, human_seconds, table
+from orchestrator.text import human_seconds, table
+from quant_spec.numbers import human_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 

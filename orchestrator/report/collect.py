@@ -25,15 +25,11 @@ from orchestrator.service import Service
 from orchestrator.states import JobState
 from orchestrator.text import utc_text
 from quant_spec.errors import InvalidInputError
+from quant_spec.metrics import Listing, protocol
 from workers.storage.store import Store
 
 #: A strip is this many pixels wide at most, and holds this many images at most.
 _STRIP_PIXELS, _STRIP_IMAGES = 640, 8
-#: Metrics that are not part of the protocol.
-_FIGURES = {
-    *("psnr_db", "psnr_db_ci95", "fd", "weight_bits_mean", "act_bits_mean", "bytes", "bytes_fp16", "bops", "bops_fp32"),
-    *("sqnr_db_per_step", "timesteps"),
-}
 
 
 def collect(service: Service, prefix: str) -> ReportData:
@@ -74,7 +70,9 @@ def collect(service: Service, prefix: str) -> ReportData:
         finished=utc_text(job.finished_at) or "",
         wall_seconds=(job.finished_at or job.created_at) - job.created_at,
         metrics=metrics,
-        protocol=tuple((name.replace("_", " "), _plain(metrics[name])) for name in metrics if name not in _FIGURES),
+        protocol=tuple(
+            (name.replace("_", " "), _plain(value)) for name, value in protocol(Listing.REPORT, metrics).items()
+        ),
         provenance=_provenance(service.store, job, model),
         strips=_strips(service.store, tasks),
         layers=_layers(service.store, job.digest, model, tasks),

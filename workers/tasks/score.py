@@ -7,8 +7,9 @@ inputs
     packed, model: trees; references, evaluations: shards, in the order of their seeds; extractor_weights: one file, for
     inception-v3
 outputs
-    score: JSON, DESIGN's `metrics`; grid: PNG with rows full precision, quantized, difference x 4, a column per seed;
-    samples: safetensors with the same images, `reference` and `quantized` (k, 3, H, W) float32 in [-1, 1]
+    score: JSON, the metrics of `quant_spec.metrics`; grid: PNG with rows full precision, quantized, difference x 4, a
+    column per seed; samples: safetensors with the same images, `reference` and `quantized` (k, 3, H, W) float32 in
+    [-1, 1]
 metrics
     metrics: as in `score`
 """
@@ -29,6 +30,7 @@ from quant_core.metrics.cost import model_cost
 from quant_core.metrics.evaluation import Quality, summarize
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, inception_v3
 from quant_core.metrics.images import difference, grid
+from quant_spec.metrics import check_computed
 from workers.errors import TaskError
 from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.storage.manifest import read_manifest
@@ -50,6 +52,7 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     )
     protocol = {name: params[name] for name in ("sampler", "seeds", "sqnr_seeds")}
     metrics = quality.metrics | _costs(inputs, context) | protocol
+    check_computed(metrics)
     images = {"reference": quality.reference_rgb.contiguous(), "quantized": quality.quantized_rgb.contiguous()}
     outputs = {
         "score": context.store.put_bytes(to_json(metrics)),

@@ -11,7 +11,7 @@ OrchestratorError
 ├── ResultError                   a task's outputs or metrics cannot be recorded (1)
 └── RecipeError                   a recipe cannot be read, resolved or planned (2)
 
-Other bad input from a user is `kernels.errors.InvalidInputError` itself.
+Other bad input from a user is `quant_spec.errors.InvalidInputError` itself.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _HEADS = ("RELEASE", "FP32", "BF16", "BF16 COMPILED")
 def bench(app: App, ref: str, device: str, threads: int | None, backend: str, compiled: bool, publishes: bool) -> None:
     """Measure a release and its original (float32, bfloat16, compiled), in one run on the device at hand."""
     with app.service() as service:
-        found = bench_release(service, ref, BenchOptions(device, threads, backend, compiled), tell=app.tell)
+        found = bench_release(service, ref, BenchOptions(device, threads, backend, compiled), notify=app.notify)
         if publishes:
             found["published"] = publish_bench(service, found)
     app.answer(found, lambda: _text(found))

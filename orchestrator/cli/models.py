@@ -24,9 +24,9 @@ def models() -> None:
 def models_add(app: App, source: str, name: str | None) -> None:
     """Check a diffusers folder, copy it into the store and register it; hf:owner/name@revision comes from the Hub."""
     with app.service() as service:
-        view = model_view(add_model_from(service, source, name, tell=app.tell))
+        view = model_view(add_model_from(service, source, name, notify=app.notify))
     app.answer(view, lambda: f"model {view['name']} ({view['class_name']}), digest {view['digest'][:12]}")
-    app.tell(
+    app.notify(
         f"next: {app.command('run', 'RECIPE', '--model', view['name'])}    (recipes: {app.command('recipes', 'ls')})"
     )
 

@@ -133,7 +133,7 @@ def _write_events(session: Session) -> None:
 
 
 def lock_graph(session: Session) -> None:
-    """Be the only transaction that promotes, settles, revives or cancels; take it before any row."""
+    """Be the only transaction that promotes, ends, revives or cancels; take it before any row."""
     _lock(session, _GRAPH_LOCK)
 
 

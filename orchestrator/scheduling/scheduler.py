@@ -158,7 +158,7 @@ class Scheduler:
         if not self._executor.alive():
             self._lose_executor(self._executor)
         if self._ended or time.monotonic() >= self._next_claim:
-            self._settle_and_claim()
+            self._record_and_claim()
         self._reap()
 
     def _collect(self, executor: Executor) -> None:
@@ -190,7 +190,7 @@ class Scheduler:
                 executor.cancel(handle)
                 del self._in_flight[handle]
 
-    def _settle_and_claim(self) -> None:
+    def _record_and_claim(self) -> None:
         """Record what has ended and claim what there is room for, in one transaction; then start it."""
         assert self._executor is not None
         executor = self._executor

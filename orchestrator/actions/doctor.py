@@ -47,15 +47,13 @@ class Check:
     detail: str
 
 
-def examine(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[Check]:
+def examine(settings: Settings) -> list[Check]:
     """Run every check.
 
     Parameters
     ----------
     settings
         Where the database and the store are.
-    environ
-        Read for Ray's `RAY_AUTH_MODE`.
 
     Returns
     -------
@@ -66,7 +64,7 @@ def examine(settings: Settings, environ: Mapping[str, str] = os.environ) -> list
         "python": _python,
         "torch": _torch,
         "kernels": _kernels,
-        "ray": lambda: _ray(settings.ray_address, environ),
+        "ray": lambda: _ray(settings.ray_address, os.environ),
         "database": lambda: _database(settings),
         "store": lambda: _store(settings),
         "disk": lambda: _disk(settings.home),

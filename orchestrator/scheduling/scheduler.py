@@ -96,7 +96,6 @@ class Scheduler:
         drain: bool = False,
         stop: threading.Event | None = None,
         until_job: str | None = None,
-        on_tick: Callable[[], None] | None = None,
     ) -> None:
         """Schedule until told to end; a scheduler runs once.
 
@@ -108,8 +107,6 @@ class Scheduler:
             End when it is set: tasks in flight are given back, at no cost to them.
         until_job
             End when this job has ended.
-        on_tick
-            Called several times a second, for progress views.
 
         Raises
         ------
@@ -124,8 +121,6 @@ class Scheduler:
         try:
             while not self._stop.is_set() and not self._is_done(drain, until_job):
                 self._pass()
-                if on_tick is not None:
-                    on_tick()
         finally:
             self._close()
 

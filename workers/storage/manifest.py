@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import ManifestError, NotFoundError, StoreError
-from workers.storage.blobs import check_digest, digest_of, disk_error
+from workers.storage.blobs import check_digest, disk_error
 from workers.storage.names import check_path, check_paths
 from workers.storage.store import NodeStore, Store
 
@@ -240,13 +240,3 @@ def _check_blob(store: Store, digest: str, folder: Path) -> int:
         return place.stat().st_size
     finally:
         place.unlink(missing_ok=True)
-
-
-def tree_bytes(manifest: Mapping[str, Any]) -> int:
-    """Return the size of a tree's files in bytes, without the manifest itself."""
-    return sum(int(entry["bytes"]) for entry in manifest["files"].values())
-
-
-def tree_digest(manifest: Mapping[str, Any]) -> str:
-    """Return the digest that names a tree with this manifest."""
-    return digest_of(manifest_bytes(manifest))

@@ -76,7 +76,7 @@ def test_strips_hold_the_images_side_by_side(channels: int) -> None:
     reference[1] = 1.0
     quantized = reference.copy()
     quantized[0] += 0.1
-    strips = make_strips(reference, quantized, (5, 6), gain=4)
+    strips = make_strips(reference, quantized, (5, 6))
     pixels = decode(strips.reference)
     assert pixels.size == (6 + GAP + 6, 4) == (strips.width, 4)
     assert pixels.convert("L").getpixel((0, 0)) == 0

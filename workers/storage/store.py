@@ -109,7 +109,7 @@ def open_store(url: str) -> Store:
     return _open_folder(url)
 
 
-def open_cached(url: str, cache_dir: Path) -> NodeStore:
+def open_cached(url: str, cache_dir: Path, limit_bytes: int = CACHE_LIMIT_BYTES) -> NodeStore:
     """Open a store with local files for its blobs: a folder's own, or those of a read-through cache.
 
     Parameters
@@ -117,13 +117,14 @@ def open_cached(url: str, cache_dir: Path) -> NodeStore:
     url
         As for `open_store`.
     cache_dir
-        The node's cache; any number of processes may share it. It is cut back to `CACHE_LIMIT_BYTES`, least recently
-        used first; files in use are spared.
+        The node's cache; any number of processes may share it.
+    limit_bytes
+        The cache is cut back to this size, least recently used first; files in use are spared.
     """
     if urlsplit(url).scheme == "s3":
         from workers.storage.cache import CachedStore
 
-        return CachedStore(open_store(url), cache_dir, CACHE_LIMIT_BYTES)
+        return CachedStore(open_store(url), cache_dir, limit_bytes)
     return _open_folder(url)
 
 

@@ -15,15 +15,15 @@ paired by seed (`benchmarks.compare`).
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cli import give, parser, run_recipe
 from benchmarks.compare import compare, read_job
 from quant_core.metrics.frechet import efficientnet_lite0
+from quant_spec.metrics import METRICS
 
 #: What is left of the correction in each row, as overrides of a recipe.
 CORRECTION = {
@@ -76,26 +76,20 @@ MPQDM = {
     "global, predictions distilled": ["passes.distill.relations=false"],
     "global, relations distilled too": [],
 }
-TABLES = {
+TABLES: Mapping[str, Mapping[str, Sequence[str]]] = {
     "correction": CORRECTION,
     "step-bits": STEP_BITS,
     "temporal": TEMPORAL,
     "scaling": SCALING,
     "mpqdm": MPQDM,
 }
-_FIGURES = ("psnr_db", "psnr_db_ci95", "fd", "n", "act_bits_mean", "bops", "sqnr_db_per_step", "sampler")
 
 
-def run_row(recipe: str, model: str, home: Path, overrides: list[str]) -> dict[str, Any]:
-    """Run one job and return its figures."""
-    base = [sys.executable, "-m", "orchestrator.cli", "--home", str(home)]
-    sets = [argument for override in overrides for argument in ("--set", override)]
-    done = subprocess.run(
-        [*base, "run", recipe, "--model", model, *sets, "--json"], capture_output=True, check=True, text=True
-    )
-    job = json.loads(done.stdout)
-    figures = {name: job["metrics"][name] for name in _FIGURES}
-    return {"job": job["job"], "overrides": overrides, "seconds": job["seconds"], **figures}
+def run_row(recipe: str, model: str, home: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Run one job and return its figures, with what they were measured with."""
+    job = run_recipe(recipe, model, home, overrides)
+    figures = {name: job.metrics[name] for name, metric in METRICS.items() if metric.is_required}
+    return {"job": job.job, "overrides": list(overrides), "seconds": job.seconds, **figures}
 
 
 def add_differences(results: dict[str, dict[str, Any]], home: Path) -> None:
@@ -108,24 +102,23 @@ def add_differences(results: dict[str, dict[str, Any]], home: Path) -> None:
 
 def main() -> None:
     """Run the rows of one table and print one JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--recipe", default="fast-w4a8")
-    parser.add_argument("--model", default="examples/models/emoji32")
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", help="only these")
-    parser.add_argument("--set", action="append", default=[], dest="overrides", help="for all rows")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("table", choices=TABLES)
+    options.add_argument("--recipe", default="fast-w4a8")
+    options.add_argument("--model", default="examples/models/emoji32")
+    options.add_argument("--home", type=Path, required=True)
+    options.add_argument("--rows", nargs="+", help="only these")
+    options.add_argument("--set", action="append", default=[], dest="overrides", help="for all rows")
+    arguments = options.parse_args()
     rows = TABLES[arguments.table]
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in arguments.rows or rows:
         overrides = [*rows[name], *arguments.overrides]
         results[name] = run_row(arguments.recipe, arguments.model, arguments.home, overrides)
         psnr, interval, distance = (results[name][key] for key in ("psnr_db", "psnr_db_ci95", "fd"))
         sys.stderr.write(f"{name}: {psnr:.2f} +- {interval:.2f} dB, FD {distance:.3f}\n")
     add_differences(results, arguments.home)
-    document = {"table": arguments.table, "recipe": arguments.recipe, "model": arguments.model, "rows": results}
-    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+    give({"table": arguments.table, "recipe": arguments.recipe, "model": arguments.model, "rows": results})
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ and divided by the power of its output (without bias).
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cli import give, named, parser
 from benchmarks.records import Records
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
@@ -30,6 +29,7 @@ from quant_core.fit.unit_state import load_states, merge_formats
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer
 from quant_core.nn.model import build_quantized
+from quant_core.runtime.layer import layer_quantizers
 from quant_spec.sampler import Sampler
 
 
@@ -51,12 +51,12 @@ class Watched:
     """One layer's powers: of its output, and of what rounding and clipping of its input add, by trajectory step."""
 
     def __init__(self, original: nn.Module, quantized: QuantLayer) -> None:
-        self.original, self.quantizers = original, list(quantized.act_quantizers)
+        self.original, self.quantizers = original, layer_quantizers(quantized)
         self.parts = quantized.spec.split or (quantized.shape[1],)
         self.dim = -1 if quantized.kind is nn.Linear else 1
         self.powers: dict[int, Tensor] = {}
 
-    def _undone(self, quantizer: nn.Module, x: Tensor) -> Tensor:
+    def _undone(self, quantizer: ActivationQuantizer, x: Tensor) -> Tensor:
         """Return a quantizer's output multiplied by the channel scales, which else the weight holds."""
         channels = quantizer.channels
         return x * channels.shape(x, quantizer.channel_scale) if channels is not None and channels.scaled else x
@@ -123,14 +123,14 @@ def new_trajectories(denoiser: Denoiser, sampler: Sampler, seeds: Sequence[int],
 
 def main() -> None:
     """Print one JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--model", default="examples/models/emoji32")
-    parser.add_argument("--first-seed", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("jobs", nargs="+", metavar="NAME=JOB")
-    arguments = parser.parse_args()
-    jobs = {name: Records(arguments.home, job) for name, _, job in (each.rpartition("=") for each in arguments.jobs)}
+    options = parser(__doc__)
+    options.add_argument("--home", type=Path, required=True)
+    options.add_argument("--model", default="examples/models/emoji32")
+    options.add_argument("--first-seed", type=int, default=100)
+    options.add_argument("--seeds", type=int, default=4)
+    options.add_argument("jobs", nargs="+", metavar="NAME=JOB")
+    arguments = options.parse_args()
+    jobs = {name: Records(arguments.home, job) for name, job in named(arguments.jobs).items()}
     calibrate, _ = next(next(iter(jobs.values())).of("calibrate"))
     sampler = Sampler.from_json(calibrate["sampler"])
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
@@ -141,7 +141,7 @@ def main() -> None:
             rows[name] = measure(arguments.model, records, trajectories)
             sys.stderr.write(f"{name}: {rows[name]}\n")
     document = {"model": arguments.model, "sampler": sampler.to_json(), "seeds": [seeds.start, seeds.stop - 1]}
-    sys.stdout.write(json.dumps(document | {"rows": rows}, indent=1) + "\n")
+    give(document | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ recorded, so nothing is sampled again.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -18,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.cli import give, parser
 from benchmarks.records import Records
 from quant_core.metrics.frechet import BATCH, ResizedFeatures, efficientnet_lite0
 from quant_core.metrics.images import to_rgb
@@ -42,20 +40,14 @@ def read_job(home: Path, job: str, extractor: ResizedFeatures) -> Measured:
     records = Records(home, job)
     [(release, _)] = records.of("release")
     [(score, _)] = records.of("score")
-    evaluations = [(params["seeds"]["first"], outputs["evaluation"]) for params, outputs in records.of("evaluate")]
-    held_out = {first for first, _ in evaluations}
-    references = {p["seeds"]["first"]: o["reference"] for p, o in records.of("reference")}
-    truth = torch.cat([_tensor(records, references[first], "sample") for first in sorted(held_out)])
-    made = torch.cat([_tensor(records, digest, "sample") for _, digest in sorted(evaluations)])
-    psnr = torch.cat([_tensor(records, digest, "psnr_db") for _, digest in sorted(evaluations)])
+    evaluations, references = records.shards("evaluate"), records.shards("reference")
+    truth = torch.cat([records.tensor(references[first], "sample") for first in evaluations])
+    made, psnr = (
+        torch.cat([records.tensor(digest, name) for digest in evaluations.values()]) for name in ("sample", "psnr_db")
+    )
     assert len(psnr) == score["seeds"]["count"], "shards of all seeds"
     reference, features = (_features(to_rgb(images, truth), extractor) for images in (truth, made))
     return Measured(f"{release['recipe']['name']} ({records.job[:12]})", psnr, features, reference)
-
-
-def _tensor(records: Records, digest: str, name: str) -> Tensor:
-    with safe_open(records.path(digest), framework="pt") as shard:
-        return shard.get_tensor(name)
 
 
 @torch.no_grad()
@@ -101,12 +93,12 @@ def compare(base: Measured, other: Measured, draws: int, seed: int) -> dict[str,
 
 def main() -> None:
     """Print one JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--draws", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("jobs", nargs="+")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--home", type=Path, required=True)
+    options.add_argument("--draws", type=int, default=500)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("jobs", nargs="+")
+    arguments = options.parse_args()
     extractor = efficientnet_lite0()
     rows = []
     base: Measured | None = None
@@ -125,7 +117,7 @@ def main() -> None:
             row |= compare(base, measured, arguments.draws, arguments.seed)
         sys.stderr.write(f"{row}\n")
         rows.append(row)
-    print(json.dumps({"draws": arguments.draws, "seed": arguments.seed, "rows": rows}, indent=1))
+    give({"draws": arguments.draws, "seed": arguments.seed, "rows": rows})
 
 
 if __name__ == "__main__":

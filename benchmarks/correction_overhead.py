@@ -5,18 +5,15 @@ python -m benchmarks.correction_overhead FOLDER    a pulled release of a recipe 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import quant_core
+from benchmarks.cli import give, parser
+from benchmarks.timing import Call, take_turns, wall_ms
 from quant_core.diffusion.conditioning import draw_conditioning
 from quant_core.diffusion.denoiser import call_denoiser, sample_shape
 
@@ -24,15 +21,9 @@ BATCHES = (1, 8, 32)
 REPEATS = 5
 
 
-def median_ms(call: Callable[[], object], repeats: int) -> float:
+def median_ms(call: Call, repeats: int) -> float:
     """Return the median time of a call, after one that is not counted."""
-    call()
-    seen = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        seen.append(1000 * (time.perf_counter() - started))
-    return statistics.median(seen)
+    return statistics.median(take_turns({"": call}, repeats, wall_ms)[""])
 
 
 @torch.no_grad()
@@ -40,6 +31,7 @@ def measure(folder: Path, batch: int) -> dict[str, Any]:
     """Time one batch size."""
     model = quant_core.load_quantized(folder, backend="reference")
     scheduler = quant_core.QuantmillCorrectedScheduler.from_pretrained(folder, subfolder="scheduler")
+    assert isinstance(scheduler, quant_core.QuantmillCorrectedScheduler)
     scheduler.set_timesteps(len(scheduler.correction.timesteps))
     timestep = scheduler.timesteps[len(scheduler.timesteps) // 2]
     x = torch.randn(batch, *sample_shape(model))
@@ -53,11 +45,11 @@ def measure(folder: Path, batch: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print one JSON document."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    options = parser(__doc__)
+    options.add_argument("folder", type=Path)
+    folder = options.parse_args().folder
     rows = [measure(folder, batch) for batch in BATCHES]
-    sys.stdout.write(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
+    give({"threads": torch.get_num_threads(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ falls on all of them alike. Shapes: Stable Diffusion 1.5's UNet at batch 2, and 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.cli import give, parser
+from benchmarks.timing import take_turns, wall_ms
+from benchmarks.weights import random_weight
 from kernels.activations import ActivationTable
 from kernels.conv import ConvGeometry
 from kernels.cpu import cpu_conv2d, cpu_linear
 from kernels.cpu_activation import CpuActivation, cpu_grid, quantize_cpu
 from kernels.cpu_weight import pack_cpu_weight, sums_pairs_exactly
 from kernels.epilogue import Epilogue
-from kernels.packing import pack_codes
-from kernels.weights import PackedWeight, pack_weight
 
 TABLE = ActivationTable(torch.tensor([0.03]), torch.tensor([120.0]), 8)
 
@@ -59,18 +57,9 @@ SHAPES = (
 )
 
 
-def random_weight(shape: Shape, bits: int) -> PackedWeight:
-    """Make a symmetric per-channel weight."""
-    taps = max(1, shape.kernel**2)
-    codes = torch.randint(0, 1 << bits, (shape.outputs, taps * shape.channels), dtype=torch.uint8)
-    zero = torch.full((shape.outputs, 1), 1 << (bits - 1), dtype=torch.uint8)
-    scale = torch.full((shape.outputs, 1), 0.01)
-    return pack_weight(pack_codes(codes, bits), scale, zero, bits=bits, channels=shape.channels, taps=taps)
-
-
 def candidates(shape: Shape) -> dict[str, Callable[[], Tensor]]:
     """Build what is timed."""
-    weight = random_weight(shape, 8)
+    weight = random_weight(shape.outputs, shape.channels, max(1, shape.kernel**2), 8)
     if shape.kernel == 0:
         x, w = torch.randn(shape.size, shape.channels), torch.randn(shape.outputs, shape.channels)
         half, w_half = x.bfloat16(), w.bfloat16()
@@ -110,14 +99,7 @@ def candidates(shape: Shape) -> dict[str, Callable[[], Tensor]]:
 
 def measure(shape: Shape, repeats: int) -> dict[str, Any]:
     """Time the candidates of one layer in turn; milliseconds, the least of each."""
-    runs = candidates(shape)
-    best = dict.fromkeys(runs, float("inf"))
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat:  # the first round warms up
-                best[name] = min(best[name], 1000 * (time.perf_counter() - start))
+    best = {name: min(times) for name, times in take_turns(candidates(shape), repeats, wall_ms).items()}
     float32 = min(ms for name, ms in best.items() if name.startswith("float32"))
     total, half_total = best["integer"] + best["quantize"], best["integer to bfloat16"] + best["quantize bfloat16"]
     return {
@@ -130,15 +112,15 @@ def measure(shape: Shape, repeats: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of this module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
+    command = parser(__doc__)
+    command.add_argument("--repeats", type=int, default=20)
+    command.add_argument("--out", type=Path)
+    options = command.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with torch.inference_mode():
         layers = [measure(shape, options.repeats) for shape in SHAPES]
-    text = json.dumps(
+    give(
         {
             "threads": 1,
             "torch": torch.__version__,
@@ -146,11 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "exact_int8": sums_pairs_exactly(),
             "layers": layers,
         },
-        indent=1,
+        options.out,
     )
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
     return 0
 
 

@@ -15,9 +15,7 @@ Peak memory is some 30 GiB, of the bfloat16 model and one packed one.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import statistics
 import sys
 from collections import Counter
@@ -26,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from benchmarks.cuda_graph import captured
-from benchmarks.sdxl import SDXL
+from benchmarks.cli import give, parser
+from benchmarks.sdxl import SDXL, meta_unet
+from benchmarks.timing import captured, idle_cuda_ms, take_turns
+from quant_core import layer_runs
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QUANTIZABLE, QuantLayer
 from quant_core.nn.model import build_quantized
@@ -51,22 +50,16 @@ GRAPH_TOLERANCE = 0.01
 _FLOAT_LAYERS = ("conv_in", "conv_out")
 
 
-def empty_unet(shapes: dict[str, Any]) -> nn.Module:
-    """Return the UNet without memory for its weights."""
-    with torch.device("meta"):
-        return UNet2DConditionModel(**shapes).eval().requires_grad_(False)
-
-
 def half_unet(shapes: dict[str, Any], device: str) -> nn.Module:
     """Return the UNet in bfloat16, channels last."""
-    model = empty_unet(shapes).to(HALF).to_empty(device=device)
+    model = meta_unet(shapes).to(HALF).to_empty(device=device)
     _fill_floats(model)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def packed_unet(shapes: dict[str, Any], weight: WeightSpec, device: str, backend: KernelBackend) -> nn.Module:
     """Return the UNet with packed layers; what is not packed is in bfloat16."""
-    model = empty_unet(shapes)
+    model = meta_unet(shapes)
     named = ((name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZABLE))
     names = [name for name, _ in named if name not in _FLOAT_LAYERS]
     spec = LayerSpec(weight, ActivationSpec(8))
@@ -139,23 +132,6 @@ def ways(model: nn.Module, told: dict[str, Any]) -> Iterator[tuple[str, Call]]:
     yield "compiled, CUDA graph", replay
 
 
-def take_turns(calls: dict[str, Call], repeats: int) -> dict[str, float]:
-    """Return the median milliseconds of each call."""
-    seen: dict[str, list[float]] = {name: [] for name in calls}
-    for run in calls.values():
-        run()
-    for _ in range(repeats):
-        for name, run in calls.items():
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            start.record()
-            run()
-            stop.record()
-            stop.synchronize()
-            seen[name].append(start.elapsed_time(stop))
-    return {name: statistics.median(times) for name, times in seen.items()}
-
-
 def measure(formats: Sequence[str], batch: int, latents: int, repeats: int) -> dict[str, Any]:
     """Measure the formats at one batch size, each beside bfloat16."""
     told = inputs(SDXL, batch, latents, "cuda")
@@ -171,7 +147,8 @@ def measure(formats: Sequence[str], batch: int, latents: int, repeats: int) -> d
         plain_bytes = torch.cuda.memory_allocated() - before - packed_bytes
         models = {"bfloat16": plain, name: packed}
         calls = {f"{model}, {way}": run for model, each in models.items() for way, run in ways(each, told)}
-        times = take_turns(calls, repeats)
+        seen = take_turns(calls, repeats, idle_cuda_ms)
+        times = {key: statistics.median(each) for key, each in seen.items()}
         results[name] = {
             "ms": {key: round(ms, 3) for key, ms in times.items()},
             "speedup": {
@@ -179,7 +156,7 @@ def measure(formats: Sequence[str], batch: int, latents: int, repeats: int) -> d
                 for way in (key.removeprefix(f"{name}, ") for key in times if key.startswith(f"{name}, "))
             },
             "loaded_bytes": {"bfloat16": plain_bytes, name: packed_bytes},
-            "layers": dict(Counter(str(run.backend) for run in packed.quantmill_runs)),
+            "layers": dict(Counter(str(run.backend) for run in layer_runs(packed))),
         }
         del packed, plain, models, calls
     return results
@@ -187,15 +164,15 @@ def measure(formats: Sequence[str], batch: int, latents: int, repeats: int) -> d
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of this module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--latents", type=int, default=SDXL["sample_size"])
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
+    command = parser(__doc__)
+    command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    command.add_argument("--latents", type=int, default=SDXL["sample_size"])
+    command.add_argument("--repeats", type=int, default=20)
+    command.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    command.add_argument("--out", type=Path)
+    options = command.parse_args(arguments)
     if not torch.cuda.is_available():
-        parser.error("device: got no GPU, wanted one that Triton compiles for")
+        command.error("device: got no GPU, wanted one that Triton compiles for")
     import triton
 
     device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
@@ -203,10 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measured = {
             str(batch): measure(options.formats, batch, options.latents, options.repeats) for batch in options.batches
         }
-    text = json.dumps({"device": device, "latents": options.latents, "batches": measured}, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    give({"device": device, "latents": options.latents, "batches": measured}, options.out)
     return 0
 
 

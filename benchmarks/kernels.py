@@ -15,13 +15,13 @@ dominate.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.cuda_graph import captured
+from benchmarks.cli import give, parser
+from benchmarks.timing import captured, cuda_ms
+from benchmarks.weights import random_weight
 from kernels.activations import ActivationTable, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.epilogue import Epilogue
 from kernels.fp8 import linear_fp8, quantize_fp8
 from kernels.gemm import linear_float, linear_int
-from kernels.packing import pack_codes
-from kernels.weights import PackedWeight, pack_weight
+from kernels.weights import PackedWeight
 
 HALF = torch.bfloat16
 
@@ -76,26 +77,15 @@ LAYERS = (
 FEW_ROWS = 80
 
 
-def random_weight(
-    layer: Layer, bits: int, group_size: int | None = None, channel: Tensor | None = None
-) -> PackedWeight:
+def layer_weight(layer: Layer, bits: int, group_size: int | None = None, channel: Tensor | None = None) -> PackedWeight:
     """Make a symmetric weight on the GPU, of all output channels or of those that `channel` names."""
-    rows = layer.outputs if channel is None else len(channel)
-    groups = 1 if group_size is None else layer.taps * -(-layer.channels // group_size)
-    codes = torch.randint(0, 1 << bits, (rows, layer.taps * layer.channels), dtype=torch.uint8)
-    zero = torch.full((rows, groups), 1 << (bits - 1), dtype=torch.uint8)
-    scale = torch.full((rows, groups), 0.01, dtype=torch.float32 if group_size is None else HALF)
-    packed = pack_weight(
-        pack_codes(codes, bits), scale, zero, bits=bits, channels=layer.channels, taps=layer.taps,
-        group_size=group_size, channel=channel,
-    )  # fmt: skip
-    return packed.to("cuda")
+    return random_weight(layer.outputs, layer.channels, layer.taps, bits, group_size, channel).to("cuda")
 
 
 def mixed_weight(layer: Layer) -> list[PackedWeight]:
     """Make a weight whose output channels have 3, 4 or 5 bits, a third each."""
     order = torch.randperm(layer.outputs, generator=torch.Generator().manual_seed(0))
-    return [random_weight(layer, bits, None, part) for bits, part in zip((3, 4, 5), order.chunk(3), strict=True)]
+    return [layer_weight(layer, bits, None, part) for bits, part in zip((3, 4, 5), order.chunk(3), strict=True)]
 
 
 def table(channels: int = 0) -> ActivationTable:
@@ -104,6 +94,11 @@ def table(channels: int = 0) -> ActivationTable:
     return ActivationTable(
         torch.tensor([0.03], device="cuda"), torch.tensor([120.0], device="cuda"), 8, divisor=divisor
     )
+
+
+def _quantized(operator: Callable[..., Tensor], x: Tensor, grid: ActivationTable, *rest: Any) -> Tensor:
+    """Quantize the input of an integer operator, and call it."""
+    return operator(quantize_by_table(x, grid), *rest)
 
 
 def linear_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -117,10 +112,10 @@ def linear_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[
     grid, out = table(), Epilogue(HALF)
     codes = quantize_by_table(x, grid)
     for name, bits, group in (("W8A8", 8, None), ("W4A8", 4, None), ("W4A8 g64", 4, 64)):
-        weight = [random_weight(layer, bits, group)]
-        yield name, lambda weight=weight: linear_int(codes, weight, out)
-        yield f"{name} with quantization", lambda weight=weight: linear_int(quantize_by_table(x, grid), weight, out)
-    mixed, eight, scaled = mixed_weight(layer), [random_weight(layer, 8)], table(layer.channels)
+        weight = [layer_weight(layer, bits, group)]
+        yield name, partial(linear_int, codes, weight, out)
+        yield f"{name} with quantization", partial(_quantized, linear_int, x, grid, weight, out)
+    mixed, eight, scaled = mixed_weight(layer), [layer_weight(layer, 8)], table(layer.channels)
     yield "W3/4/5A8", lambda: linear_int(codes, mixed, out)
     yield "W8A8 with quantization of scaled channels", lambda: linear_int(quantize_by_table(x, scaled), eight, out)
     yield (
@@ -128,8 +123,8 @@ def linear_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[
         lambda: linear_int(quantize_dynamic(x, 8, symmetric=True, per_token=True), eight, out),
     )
     for name, group in (("W4A16", None), ("W4A16 g64", 64)):
-        four = [random_weight(layer, 4, group)]
-        yield name, lambda four=four: linear_float(x, four, out)
+        four = [layer_weight(layer, 4, group)]
+        yield name, partial(linear_float, x, four, out)
     if torch.cuda.get_device_capability() >= (8, 9):
         x8, w8 = quantize_fp8(x), quantize_fp8(w)
         yield "FP8", lambda: linear_fp8(x8, w8, out)
@@ -185,12 +180,9 @@ def conv_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[]
     rows, grid, out = image.permute(0, 2, 3, 1), table(), Epilogue(HALF)
     codes, geometry = quantize_by_table(rows, grid), ConvGeometry((layer.kernel, layer.kernel), padding=(pad, pad))
     for name, bits, group in (("W8A8", 8, None), ("W4A8", 4, None), ("W4A8 g64", 4, 64)):
-        weight = [random_weight(layer, bits, group)]
-        yield name, lambda weight=weight: conv2d_int(codes, weight, geometry, out)
-        yield (
-            f"{name} with quantization",
-            lambda weight=weight: conv2d_int(quantize_by_table(rows, grid), weight, geometry, out),
-        )
+        weight = [layer_weight(layer, bits, group)]
+        yield name, partial(conv2d_int, codes, weight, geometry, out)
+        yield f"{name} with quantization", partial(_quantized, conv2d_int, rows, grid, weight, geometry, out)
     mixed = mixed_weight(layer)
     yield "W3/4/5A8", lambda: conv2d_int(codes, mixed, geometry, out)
 
@@ -201,16 +193,12 @@ def microseconds(run: Callable[[], Any], repeats: int, flush: Tensor) -> float:
     Clearing the cache keeps the device busy while the host enqueues the replay, so the host's time does not count.
     """
     replay = captured(run)
-    times = []
-    for _ in range(repeats):
+
+    def cold_us() -> float:
         flush.zero_()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1000 * start.elapsed_time(stop))
-    return statistics.median(times)
+        return 1000 * cuda_ms(replay)
+
+    return statistics.median(cold_us() for _ in range(repeats))
 
 
 def peaks(repeats: int, flush: Tensor) -> dict[str, float]:
@@ -284,14 +272,14 @@ def figures(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of this module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--only", default="", help="layers whose name contains this")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args(arguments)
+    command = parser(__doc__)
+    command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    command.add_argument("--repeats", type=int, default=50)
+    command.add_argument("--only", default="", help="layers whose name contains this")
+    command.add_argument("--out", type=Path)
+    options = command.parse_args(arguments)
     if not torch.cuda.is_available():
-        parser.error("device: got no GPU, wanted one that Triton compiles for")
+        command.error("device: got no GPU, wanted one that Triton compiles for")
     import triton
 
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
@@ -307,10 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"batch {batch}, {layer.name}: done", file=sys.stderr)
             if options.out:  # so that a device that fails later does not take it along
                 options.out.write_text(json.dumps(found, indent=1) + "\n")
-    text = json.dumps(found | {"figures": figures(results)}, indent=1)
-    if options.out:
-        options.out.write_text(text + "\n")
-    print(text)
+    give(found | {"figures": figures(results)}, options.out)
     return 0
 
 

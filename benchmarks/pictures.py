@@ -7,14 +7,13 @@ Samples are those that the jobs' evaluations recorded: nothing is sampled again,
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.cli import named, parser
 from benchmarks.records import Records
 from quant_core.metrics.images import to_rgb
 
@@ -24,14 +23,9 @@ ZOOM, TITLE, GAP = 2, 16, 4
 
 def samples(records: Records, count: int) -> tuple[Tensor, Tensor]:
     """Return full precision's and the job's samples of the first seeds, each (count, C, H, W)."""
-    evaluations = {p["seeds"]["first"]: o["evaluation"] for p, o in records.of("evaluate")}
-    references = {p["seeds"]["first"]: o["reference"] for p, o in records.of("reference")}
+    evaluations, references = records.shards("evaluate"), records.shards("reference")
     first = min(evaluations)
-    found = []
-    for digest in (references[first], evaluations[first]):
-        with safe_open(records.path(digest), framework="pt") as shard:
-            found.append(shard.get_tensor("sample")[:count])
-    return found[0], found[1]
+    return records.tensor(references[first], "sample", count), records.tensor(evaluations[first], "sample", count)
 
 
 def row(images: Tensor) -> Image.Image:
@@ -56,15 +50,14 @@ def sheet(rows: dict[str, Image.Image]) -> Image.Image:
 
 def main() -> None:
     """Write one PNG."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=16)
-    parser.add_argument("jobs", nargs="+", metavar="NAME=JOB")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--home", type=Path, required=True)
+    options.add_argument("--out", type=Path, required=True)
+    options.add_argument("--seeds", type=int, default=16)
+    options.add_argument("jobs", nargs="+", metavar="NAME=JOB")
+    arguments = options.parse_args()
     rows: dict[str, Image.Image] = {}
-    for each in arguments.jobs:
-        name, _, job = each.rpartition("=")
+    for name, job in named(arguments.jobs).items():
         reference, made = samples(Records(arguments.home, job), arguments.seeds)
         rows.setdefault("full precision", row(reference))
         rows[name] = row(made)

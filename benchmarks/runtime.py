@@ -16,20 +16,19 @@ draws samples of the same seeds with the reference and the integer backend, and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from benchmarks.cli import give, named, parser
+from benchmarks.sdxl import meta_unet
+from benchmarks.timing import cpu_time, take_turns
 from quant_core.artifact.folder import SCHEDULER_FILE
 from quant_core.diffusion.denoiser import load_denoiser, sample_shape
 from quant_core.diffusion.sampler import make_scheduler, sample, trajectory_conditioning
@@ -61,30 +60,21 @@ def class_step(
     model: Callable[..., Any], batch: int, timestep: float, dtype: torch.dtype, layout: torch.memory_format
 ) -> Step:
     """Return one step of a class-conditional UNet that is in `dtype` and `layout`."""
-    plain = getattr(model, "_orig_mod", model)
+    plain: Any = getattr(model, "_orig_mod", model)
     x = torch.randn(batch, *sample_shape(plain), generator=torch.Generator().manual_seed(0))
     x, labels = x.to(dtype, memory_format=layout), torch.arange(batch) % plain.config.num_class_embeds
     return lambda: model(x, torch.tensor(timestep), class_labels=labels).sample
 
 
-def take_turns(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, float]]:
+def measured(steps: Mapping[str, Step], repeats: int) -> dict[str, dict[str, float]]:
     """Time every step in turn, in milliseconds."""
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for name, step in steps.items():
-        step()
-        print(f"{name}: warm", file=sys.stderr)
-    for _ in range(repeats):
-        for name, step in steps.items():
-            cpu, wall = time.thread_time(), time.perf_counter()
-            step()
-            seen[name].append((1000 * (time.thread_time() - cpu), 1000 * (time.perf_counter() - wall)))
     return {
         name: {
-            "cpu_ms": min(cpu for cpu, _ in times),
-            "cpu_ms_median": statistics.median(cpu for cpu, _ in times),
-            "wall_ms": min(wall for _, wall in times),
+            "cpu_ms": min(each.cpu_ms for each in times),
+            "cpu_ms_median": statistics.median(each.cpu_ms for each in times),
+            "wall_ms": min(each.wall_ms for each in times),
         }
-        for name, times in seen.items()
+        for name, times in take_turns(steps, repeats, cpu_time, progress=True).items()
     }
 
 
@@ -122,9 +112,7 @@ def image_psnr(folder: Path, seeds: int) -> dict[str, Any]:
 def stable_diffusion(size: int, repeats: int) -> dict[str, Any]:
     """Measure Stable Diffusion 1.5's shapes at batch 1."""
     shapes: dict[str, Any] = {"sample_size": size, "cross_attention_dim": 768}
-    with torch.device("meta"):
-        plain = UNet2DConditionModel(**shapes)
-    plain = plain.to_empty(device="cpu").eval().requires_grad_(False)
+    plain = meta_unet(shapes).to_empty(device="cpu")
     for tensor in plain.state_dict().values():
         tensor.normal_(std=0.02)
     text, x, t = torch.randn(1, 77, 768), torch.randn(1, 4, size, size), torch.tensor(500)
@@ -133,25 +121,24 @@ def stable_diffusion(size: int, repeats: int) -> dict[str, Any]:
         image = x.to(dtype, memory_format=torch.channels_last)
         return lambda: model(image, t, encoder_hidden_states=text.to(dtype)).sample
 
-    plain = plain.to(memory_format=torch.channels_last)
+    plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     steps = {
         "float32, channels last": step(plain, torch.float32),
         "bfloat16, channels last": step(_half_of(plain, shapes), torch.bfloat16),
         "W8A8": step(_random_codes(shapes), torch.float32),
         "W8A8, bfloat16 between layers": step(_random_codes(shapes).to(torch.bfloat16), torch.bfloat16),
     }
-    times = take_turns(steps, repeats)
+    times = measured(steps, repeats)
     return {"latents": size, "batch": 1, "times": times, "ratios": ratios(times)}
 
 
 def _random_codes(shapes: dict[str, Any]) -> nn.Module:
     """Return a packed UNet for the integer backend: symmetric 8-bit weights, one range for each layer."""
-    with torch.device("meta"):
-        packed = UNet2DConditionModel(**shapes)
+    packed = meta_unet(shapes)
     spec = LayerSpec(WeightSpec(8, symmetric=True), ActivationSpec(8, mode=ActivationMode.STATIC))
     names = [name for name, module in packed.named_modules() if isinstance(module, QUANTIZABLE)]
     build_quantized(packed, ModelFormat(dict.fromkeys(names, spec), {}))
-    packed = packed.to_empty(device="cpu").eval()
+    packed = packed.to_empty(device="cpu")
     for name, tensor in packed.state_dict().items():
         if name.endswith("zero_point"):
             tensor.fill_(128)
@@ -165,8 +152,7 @@ def _random_codes(shapes: dict[str, Any]) -> nn.Module:
 
 def _half_of(model: nn.Module, shapes: dict[str, Any]) -> nn.Module:
     """Return a bfloat16 copy without a second float32 one."""
-    with torch.device("meta"):
-        half = UNet2DConditionModel(**shapes).eval().requires_grad_(False)
+    half = meta_unet(shapes)
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     half.load_state_dict(state, assign=True)
     return half
@@ -182,7 +168,8 @@ def emoji(
         timestep: Any = 0.0
         for name, folder in releases.items():
             packed = runtime(folder)
-            timestep = packed.config.quantization_config.timesteps[7]  # type: ignore[union-attr]
+            config: Any = packed.config
+            timestep = config.quantization_config.timesteps[7]
             steps[name] = class_step(packed, batch, timestep, torch.float32, torch.channels_last)
             if compiled:
                 steps[name]()  # orders the weights for these images
@@ -193,38 +180,35 @@ def emoji(
             steps[name] = class_step(plain, batch, timestep, dtype, layout)
             if compiled:
                 steps[f"{name}, compiled"] = class_step(torch.compile(plain), batch, timestep, dtype, layout)
-        times = take_turns(steps, repeats)
+        times = measured(steps, repeats)
         result["batches"][str(batch)] = {"times": times, "ratios": ratios(times)}
     return result
 
 
 def main() -> None:
     """Measure, print JSON and write it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--release", action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--images", action="store_true")
-    parser.add_argument("--seeds", type=int, default=64)
-    parser.add_argument("--stable-diffusion", type=int, metavar="SIZE")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--model", type=Path)
+    options.add_argument("--release", action="append", default=[], metavar="NAME=FOLDER")
+    options.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    options.add_argument("--repeats", type=int, default=15)
+    options.add_argument("--compile", action="store_true")
+    options.add_argument("--images", action="store_true")
+    options.add_argument("--seeds", type=int, default=64)
+    options.add_argument("--stable-diffusion", type=int, metavar="SIZE")
+    options.add_argument("--out", type=Path)
+    args = options.parse_args()
     torch.set_num_threads(1)
     with torch.no_grad():
-        releases = {name: Path(folder) for name, _, folder in (each.partition("=") for each in args.release)}
+        releases = {name: Path(folder) for name, folder in named(args.release).items()}
         if args.stable_diffusion:
-            measured = stable_diffusion(args.stable_diffusion, args.repeats)
+            found = stable_diffusion(args.stable_diffusion, args.repeats)
         elif args.images:
-            measured = {name: image_psnr(folder, args.seeds) for name, folder in releases.items()}
+            found = {name: image_psnr(folder, args.seeds) for name, folder in releases.items()}
         else:
-            measured = emoji(args.model, releases, args.batches, args.repeats, args.compile)
-    said = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "threads": 1}
-    text = json.dumps(said | ({} if args.images else {"repeats": args.repeats}) | measured, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+            found = emoji(args.model, releases, args.batches, args.repeats, args.compile)
+    said: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "threads": 1}
+    give(said | ({} if args.images else {"repeats": args.repeats}) | found, args.out)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,18 @@ server is started from its wheel in a temporary folder.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.queue_throughput import wheel_postgres
+from benchmarks.cli import give, parser
+from benchmarks.queue_throughput import databases
 from orchestrator.db.queries import add_model, create_job, enqueue_graph, find_job
 from orchestrator.db.rows import ModelRow
-from orchestrator.db.session import Database, open_database, upgrade
+from orchestrator.db.session import Database, open_database
 from orchestrator.graph import TaskNode, TaskRef, task_node
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
 from orchestrator.states import JobState
@@ -80,25 +78,21 @@ def measure(url: str, nodes: Sequence[TaskNode], cpus: int) -> dict[str, float]:
 
 def main() -> int:
     """Measure, print the figures, and return 1 if one of them is too large."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, default=1000)
-    parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--postgres", metavar="URL", help="an empty Postgres database; default: one from the wheel")
-    options = parser.parse_args()
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quantmill-overhead-")))
-        postgres = options.postgres or stack.enter_context(wheel_postgres(folder / "postgres"))
-        urls = {"sqlite": f"sqlite:///{folder / 'quantmill.db'}", "postgres": postgres}
+    arguments = parser(__doc__)
+    arguments.add_argument("--tasks", type=int, default=1000)
+    arguments.add_argument("--cpus", type=int, default=2)
+    arguments.add_argument("--postgres", metavar="URL", help="an empty Postgres database; default: one from the wheel")
+    options = arguments.parse_args()
+    with databases(options.postgres) as urls:
         figures = {}
         for name, url in urls.items():
-            upgrade(url)
             figures[name] = {
                 "wide": measure(url, wide(options.tasks), options.cpus),
                 "chain": measure(url, chain(options.tasks), options.cpus),
             }
     ok = all(shape["ms"] < LIMIT_MS for each in figures.values() for shape in each.values())
     report = {"tasks": options.tasks, "cpus": options.cpus, **figures, "limit_ms": LIMIT_MS, "ok": ok}
-    sys.stdout.write(json.dumps(report, indent=2) + "\n")
+    give(report)
     return 0 if ok else 1
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
 #: Arguments of `UNet2DConditionModel` for the UNet of stabilityai/stable-diffusion-xl-base-1.0.
 SDXL: dict[str, Any] = {
     "sample_size": 128,
@@ -21,3 +25,11 @@ SDXL: dict[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
+
+
+def meta_unet(shapes: dict[str, Any]) -> nn.Module:
+    """Return a `UNet2DConditionModel` without memory for its weights, for inference."""
+    with torch.device("meta"):
+        model: Any = UNet2DConditionModel(**shapes)
+    built: nn.Module = model.eval().requires_grad_(False)
+    return built

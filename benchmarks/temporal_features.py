@@ -12,7 +12,6 @@ rows, so that the paired difference from the first row is sharper than the inter
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.cli import parser
 from benchmarks.records import Records
 from quant_core.diffusion.calibration import CalibrationSet, read_conditioning
 from quant_core.diffusion.denoiser import load_denoiser
@@ -32,7 +32,7 @@ from quant_core.methods.tfmq.temporal_block import fit
 from quant_core.metrics.psnr import mean_with_ci, psnr_per_sample
 from quant_core.nn.model import build_quantized
 from quant_core.nn.ranges import qparams_from_range
-from quant_spec.enums import ActivationMode
+from quant_spec.enums import ActivationMode, RangeMethod
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, UnitFormat
 from quant_spec.passes.temporal import TemporalFit
 from quant_spec.ranges import RangeSpec
@@ -103,12 +103,12 @@ def take_out(states: list[UnitState], names: set[str]) -> tuple[UnitState, list[
 
 def main() -> None:
     """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--home", type=Path, required=True)
-    parser.add_argument("--recipe", default="qdiffusion-w4a8")
-    parser.add_argument("--model", default="examples/models/emoji32")
-    parser.add_argument("--seeds", type=int, default=64)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--home", type=Path, required=True)
+    options.add_argument("--recipe", default="qdiffusion-w4a8")
+    options.add_argument("--model", default="examples/models/emoji32")
+    options.add_argument("--seeds", type=int, default=64)
+    arguments = options.parse_args()
     records = Records.of_recipe(arguments.home, arguments.recipe, Path(arguments.model).name)
     calibration = CalibrationSet([records.path(o["calibration"]) for _, o in records.of("calibrate")])
     finite = enumerate_set(load_denoiser(arguments.model).model, calibration)
@@ -116,7 +116,7 @@ def main() -> None:
 
     def fitted(block: UnitState, *, cache: bool) -> UnitState:
         layers = block.formats.layers
-        ranges = UnitRanges(dict.fromkeys(layers, RangeSpec("mse")), dict.fromkeys(layers, RangeSpec()))
+        ranges = UnitRanges(dict.fromkeys(layers, RangeSpec(RangeMethod.MSE)), dict.fromkeys(layers, RangeSpec()))
         model = load_denoiser(arguments.model).model
         return fit(model, calibration, block.formats, ranges, TemporalFit(cache=cache))[0]
 

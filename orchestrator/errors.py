@@ -6,12 +6,11 @@ OrchestratorError
 │   ├── DatabaseFullError         no room left for the database (2)
 │   └── SchemaError               the schema is behind or ahead of this Quantmill (2)
 ├── NotFoundError                 no job, model, release or alias of that name (102)
-├── IllegalTransitionError        a job or task cannot take that event in its state (1)
 ├── GraphError                    a task graph refers to a task it does not hold before it (1)
 ├── ResultError                   a task's outputs or metrics cannot be recorded (1)
 └── RecipeError                   a recipe cannot be read, resolved or planned (2)
 
-Other bad input from a user is `kernels.errors.InvalidInputError` itself.
+Other bad input from a user is `quant_spec.errors.InvalidInputError` itself.
 """
 
 from __future__ import annotations
@@ -49,10 +48,6 @@ class NotFoundError(OrchestratorError):
     """What was asked for by name, id or digest is not in the database."""
 
     exit_code = 102
-
-
-class IllegalTransitionError(OrchestratorError):
-    """An event does not apply to a job or task in its state; nothing was changed."""
 
 
 class GraphError(OrchestratorError, ValueError):

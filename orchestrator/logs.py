@@ -27,11 +27,11 @@ class _Stderr(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
-def log_to_stderr(level: int = logging.WARNING) -> None:
-    """Show the orchestrator's log records from `level` up on stderr; calling it again changes nothing."""
+def log_to_stderr() -> None:
+    """Show the orchestrator's warnings and errors on stderr; calling it again changes nothing."""
     logger = logging.getLogger("orchestrator")
     if not logger.handlers:
         handler = _Stderr(sys.stderr)
         handler.setFormatter(_Lines())
         logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(logging.WARNING)

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
 
-from orchestrator.errors import IllegalTransitionError
-
 
 class TaskState(StrEnum):
     """State of a task."""
@@ -105,37 +103,3 @@ JOB_TRANSITIONS: Mapping[JobEvent, Transition[JobState]] = {
 ACTIVE_JOBS = frozenset({JobState.QUEUED, JobState.RUNNING})
 #: Tasks that something may still happen to without a new request.
 UNFINISHED_TASKS = frozenset({TaskState.BLOCKED, TaskState.QUEUED, TaskState.RUNNING})
-
-
-def next_task_state(state: TaskState, event: TaskEvent) -> TaskState:
-    """Return the state that an event leads a task to.
-
-    Raises
-    ------
-    IllegalTransitionError
-        If the event does not apply in that state.
-    """
-    return _next(TASK_TRANSITIONS, state, event)
-
-
-def next_job_state(state: JobState, event: JobEvent) -> JobState:
-    """Return the state that an event leads a job to.
-
-    Raises
-    ------
-    IllegalTransitionError
-        If the event does not apply in that state.
-    """
-    return _next(JOB_TRANSITIONS, state, event)
-
-
-E = TypeVar("E", bound=StrEnum)
-
-
-def _next(table: Mapping[E, Transition[S]], state: S, event: E) -> S:
-    """Look one transition up."""
-    transition = table[event]
-    if state not in transition.sources:
-        wanted = ", ".join(sorted(transition.sources))
-        raise IllegalTransitionError(f"event {event.value!r}: got state {state.value!r}, wanted one of {wanted}")
-    return transition.target

@@ -1,27 +1,9 @@
-"""Numbers and tables for people: sizes, durations, columns."""
+"""Times and tables for people: durations, dates, columns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-
-
-def human_bytes(count: float) -> str:
-    """Return a size in bytes, kB, MB, … of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def human_count(count: float) -> str:
-    """Return a large number with k, M, G, T or P of 1000, three digits."""
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(count) < 1000:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g}P"
 
 
 def human_seconds(seconds: float) -> str:

@@ -34,7 +34,9 @@ class BenchOptions:
     compiled: bool = True
 
 
-def bench_release(service: Service, ref: str, options: BenchOptions, *, tell: Callable[[str], None]) -> dict[str, Any]:
+def bench_release(
+    service: Service, ref: str, options: BenchOptions, *, notify: Callable[[str], None]
+) -> dict[str, Any]:
     """Measure a release and its full-precision original in one process.
 
     Parameters
@@ -45,7 +47,7 @@ def bench_release(service: Service, ref: str, options: BenchOptions, *, tell: Ca
         name@3, name@alias, name, or a digest's beginning.
     options
         Where and how.
-    tell
+    notify
         Called with a line for a person before it starts.
 
     Returns
@@ -61,7 +63,7 @@ def bench_release(service: Service, ref: str, options: BenchOptions, *, tell: Ca
     with service.database.session(read_only=True) as session:
         release = find_release(session, ref)
         job = find_job(session, release.job)
-    tell(f"measuring {release.ref} and its original on {options.device}")
+    notify(f"measuring {release.ref} and its original on {options.device}")
     metrics = run_task(
         service.settings,
         bench.KIND,
@@ -77,13 +79,13 @@ def bench_release(service: Service, ref: str, options: BenchOptions, *, tell: Ca
         threads=options.threads or worker_count(),
     ).metrics
     if metrics["compile_error"] is not None:
-        tell(f"the compiled original was not measured: {metrics['compile_error']}")
+        notify(f"the compiled original was not measured: {metrics['compile_error']}")
     ours, original, half, compiled = (metrics[side] for side in SIDES)
-    said = ("device", "threads", "dtype", "backend", "layers", "compile_error")
+    copied = ("device", "threads", "dtype", "backend", "layers", "compile_error")
     return {
         "release": release.ref,
         "digest": release.digest,
-        **{name: metrics[name] for name in (*said, *SIDES)},
+        **{name: metrics[name] for name in (*copied, *SIDES)},
         "ratios": _ratios(ours, original),
         "ratios_bf16": _ratios(ours, half),
         "ratios_bf16_compiled": None if compiled is None else _ratios(ours, compiled),

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from orchestrator.db.session import current, open_database
 from orchestrator.service import open_store_of
 from orchestrator.settings import Settings
-from orchestrator.text import human_bytes
 from quant_spec.errors import QuantServiceError
+from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
 
 _PYTHON = (3, 11)
@@ -47,15 +47,13 @@ class Check:
     detail: str
 
 
-def examine(settings: Settings, environ: Mapping[str, str] = os.environ) -> list[Check]:
+def examine(settings: Settings) -> list[Check]:
     """Run every check.
 
     Parameters
     ----------
     settings
         Where the database and the store are.
-    environ
-        Read for Ray's `RAY_AUTH_MODE`.
 
     Returns
     -------
@@ -66,7 +64,7 @@ def examine(settings: Settings, environ: Mapping[str, str] = os.environ) -> list
         "python": _python,
         "torch": _torch,
         "kernels": _kernels,
-        "ray": lambda: _ray(settings.ray_address, environ),
+        "ray": lambda: _ray(settings.ray_address, os.environ),
         "database": lambda: _database(settings),
         "store": lambda: _store(settings),
         "disk": lambda: _disk(settings.home),

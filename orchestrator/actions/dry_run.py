@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.actions.registration import resolve_model
 from orchestrator.actions.submission import Request
 from orchestrator.db.registry import kind_timings, known_results
-from orchestrator.planning.estimate import Estimate, estimate, settled
+from orchestrator.planning.estimate import Estimate, cached_tasks, estimate
 from orchestrator.planning.planner import plan
 from orchestrator.recipes.load import load_recipe
 from orchestrator.service import Service
@@ -42,7 +42,7 @@ class DryRun:
         }
 
 
-def dry_run_job(service: Service, request: Request, *, tell: Callable[[str], None]) -> DryRun:
+def dry_run_job(service: Service, request: Request, *, notify: Callable[[str], None]) -> DryRun:
     """Estimate a job without queueing it, registering its model, or keeping anything of it in the store.
 
     Raises
@@ -51,10 +51,10 @@ def dry_run_job(service: Service, request: Request, *, tell: Callable[[str], Non
         As `orchestrator.actions.submission.submit` would.
     """
     loaded = load_recipe(request.recipe, request.overrides)
-    model = resolve_model(service, request.model, tell=tell, dry_run=True)
+    model = resolve_model(service, request.model, notify=notify, dry_run=True)
     workers = worker_count()
     with service.database.session(read_only=True) as session:
-        cached = settled(plan(model, loaded.recipe)[0], lambda keys: known_results(session, keys))
+        cached = cached_tasks(plan(model, loaded.recipe)[0], lambda keys: known_results(session, keys))
         timings = kind_timings(session)
     found = estimate(plan(model, loaded.recipe)[0], timings, cached, cpus=workers)
     return DryRun(model.name, loaded.recipe.name, workers, found)

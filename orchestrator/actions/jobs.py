@@ -18,7 +18,7 @@ from orchestrator.states import ACTIVE_JOBS, JobState
 POLL_SECONDS = 0.5
 _EVENTS_PER_READ = 500
 
-#: What the shell is told about a job; of one that has not ended: not finished in time.
+#: Exit codes of a job that has ended, and of one that has not within the time given.
 EXIT_CODES = {JobState.SUCCEEDED: 0, JobState.FAILED: 100, JobState.CANCELLED: 103}
 NOT_FINISHED = 101
 

@@ -8,11 +8,15 @@ from orchestrator.actions.local import run_task
 from orchestrator.actions.releases import get_release
 from orchestrator.service import Service
 from quant_spec.enums import KernelBackend
+from quant_spec.formats import LayerSpec
+from quant_spec.layer_bits import LayerBits
 from quant_spec.tasks import layer_table
 
 
 def release_layers(service: Service, ref: str, *, device: str, backend: KernelBackend) -> dict[str, Any]:
     """Return `release`, `digest`, `device`, `backend` and `layers` of a release, as the task `layers` describes them.
+
+    Each layer also has `bits`, as `LayerBits.to_json` has them: means, where channels or steps differ.
 
     Parameters
     ----------
@@ -33,4 +37,5 @@ def release_layers(service: Service, ref: str, *, device: str, backend: KernelBa
         layer_table.Inputs(artifact=release.digest),
         device=device,
     ).metrics
-    return {"release": release.ref, "digest": release.digest, **metrics}
+    layers = [{**each, "bits": LayerBits.of(LayerSpec.from_json(each)).to_json()} for each in metrics["layers"]]
+    return {"release": release.ref, "digest": release.digest, **metrics, "layers": layers}

@@ -98,14 +98,14 @@ def seconds_left(
     kinds: Sequence[KindRow], rates: Mapping[str, Rate], workers: int, steps: Sequence[RunningTask]
 ) -> float:
     """Estimate the time that is left, in seconds: what long tasks say themselves, then all that is not theirs."""
-    told = [each for each in steps if each.progress.seconds_left is not None]
+    timed = [each for each in steps if each.progress.seconds_left is not None]
     others = []
     for kind in kinds:
         left = kind.total - kind.succeeded - kind.failed - kind.cancelled
-        own = min(left, sum(each.kind == kind.kind for each in told))
+        own = min(left, sum(each.kind == kind.kind for each in timed))
         share = kind.work_left * (left - own) / max(left, 1)
         others.append(replace(kind, total=kind.total - own, work_left=share))
-    return max((each.progress.seconds_left or 0.0 for each in told), default=0.0) + remaining_seconds(
+    return max((each.progress.seconds_left or 0.0 for each in timed), default=0.0) + remaining_seconds(
         others, rates, workers
     )
 

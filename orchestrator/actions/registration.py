@@ -27,7 +27,7 @@ _SUFFIX_DIGITS = 8
 _NAME_LENGTH = 128 - _SUFFIX_DIGITS - 1
 
 
-def add_model_from(service: Service, source: str, name: str | None, *, tell: Callable[[str], None]) -> ModelRow:
+def add_model_from(service: Service, source: str, name: str | None, *, notify: Callable[[str], None]) -> ModelRow:
     """Register a model from a folder or the Hub; doing it again returns what is registered.
 
     Parameters
@@ -39,7 +39,7 @@ def add_model_from(service: Service, source: str, name: str | None, *, tell: Cal
     name
         To register it under. By default it is made from the source, and a model that is registered under any name
         stays as it is.
-    tell
+    notify
         Called with a line for a person before what takes seconds.
 
     Returns
@@ -56,7 +56,7 @@ def add_model_from(service: Service, source: str, name: str | None, *, tell: Cal
     """
     if name is not None:
         check_name(name)
-    model = look_at(service, source, service.store, tell=tell)
+    model = look_at(service, source, service.store, notify=notify)
     if name is not None:
         model = replace(model, name=name)
     elif (known := _registered(service, model.digest)) is not None:
@@ -67,7 +67,7 @@ def add_model_from(service: Service, source: str, name: str | None, *, tell: Cal
         return add_model(session, model)
 
 
-def resolve_model(service: Service, text: str, *, tell: Callable[[str], None], dry_run: bool = False) -> ModelRow:
+def resolve_model(service: Service, text: str, *, notify: Callable[[str], None], dry_run: bool = False) -> ModelRow:
     """Return the model that a name, a digest's beginning, a folder or hf:ID means.
 
     Parameters
@@ -76,7 +76,7 @@ def resolve_model(service: Service, text: str, *, tell: Callable[[str], None], d
         Knows the registered models, which come first.
     text
         What the user wrote.
-    tell
+    notify
         As for `add_model_from`.
     dry_run
         Do not register a model that is not registered yet, and leave nothing of it in the store.
@@ -96,25 +96,25 @@ def resolve_model(service: Service, text: str, *, tell: Callable[[str], None], d
                         f"model: got {text!r}, wanted a name of models ls, a folder or hf:owner/name"
                     ) from None
     if not dry_run:
-        return add_model_from(service, text, None, tell=tell)
+        return add_model_from(service, text, None, notify=notify)
     with tempfile.TemporaryDirectory(prefix="quantmill-dry-run-") as folder:
-        model = look_at(service, text, open_store(folder), tell=tell)
+        model = look_at(service, text, open_store(folder), notify=notify)
     return _registered(service, model.digest) or model
 
 
-def look_at(service: Service, source: str, store: Store, *, tell: Callable[[str], None]) -> ModelRow:
+def look_at(service: Service, source: str, store: Store, *, notify: Callable[[str], None]) -> ModelRow:
     """Check a model, copy it into a store and inspect it, without registering it.
 
     A model whose digest is registered is not inspected again, unless its inspection lacks what is looked for now.
     """
     if source.startswith(_HUB):
-        tell(f"fetching {source}")
+        notify(f"fetching {source}")
     record = import_model(store, resolve_source(source))
     known = _registered(service, record.digest)
     if known is not None and set(known.inspection) >= _INSPECTED:
         inspection = known.inspection
     else:
-        tell(f"inspecting {source}")
+        notify(f"inspecting {source}")
         model = inspect.Inputs(model=record.digest)
         task = run_task(service.settings, inspect.KIND, inspect.Params(), model, store_url=store.url)
         inspection = task.metrics["inspection"]

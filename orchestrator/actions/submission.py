@@ -38,7 +38,7 @@ class Submitted:
     counts: EnqueueCounts
 
 
-def submit(service: Service, request: Request, *, tell: Callable[[str], None]) -> Submitted:
+def submit(service: Service, request: Request, *, notify: Callable[[str], None]) -> Submitted:
     """Queue a job; its model is registered first if it is a folder or hf:ID that is not.
 
     Parameters
@@ -47,7 +47,7 @@ def submit(service: Service, request: Request, *, tell: Callable[[str], None]) -
         Where to.
     request
         What.
-    tell
+    notify
         Called with a line for a person when something takes a while.
 
     Returns
@@ -67,7 +67,7 @@ def submit(service: Service, request: Request, *, tell: Callable[[str], None]) -
     loaded = load_recipe(request.recipe, request.overrides)
     if request.release_name is not None:
         check_name(request.release_name)
-    model = resolve_model(service, request.model, tell=tell)
+    model = resolve_model(service, request.model, notify=notify)
     return enqueue(service, model, loaded, release_name=request.release_name, priority=request.priority)
 
 

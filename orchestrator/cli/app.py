@@ -59,7 +59,7 @@ class App:
         """Return a command that the user can type next, as this one was typed."""
         return shlex.join([*program(), *self.options, *words])
 
-    def tell(self, message: str) -> None:
+    def notify(self, message: str) -> None:
         """Write a message for a person, on stderr."""
         click.echo(message, err=True)
 

@@ -9,22 +9,21 @@ from typing import Any
 
 import click
 
+from orchestrator.actions.diff import compare_releases
 from orchestrator.actions.export import DEQUANTIZED, DIFFUSERS, export_release
+from orchestrator.actions.garbage import GRACE_SECONDS, collect_garbage
 from orchestrator.actions.layer_table import release_layers
-from orchestrator.actions.releases import (
-    GRACE_SECONDS,
-    collect_garbage,
-    compare_releases,
-    get_release,
-    pull_release,
-    verify_release,
-)
+from orchestrator.actions.releases import get_release, pull_release, verify_release
 from orchestrator.actions.views import release_view
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.cli.jobs import metric_lines
 from orchestrator.db.releases import list_releases, set_alias
-from orchestrator.text import human_bytes, table
+from orchestrator.text import table
 from quant_spec.enums import KernelBackend
+from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
+from quant_spec.layer_bits import LayerBits, activation_bits_text, weight_bits_text
+from quant_spec.metrics import Place, headings, lines
+from quant_spec.numbers import human_bytes
 
 
 @click.group(cls=Group)
@@ -171,53 +170,52 @@ def artifacts_export(app: App, ref: str, layout: str, out: Path | None) -> None:
 def _release_table(views: list[dict[str, Any]]) -> str:
     if not views:
         return "no releases yet; quantmill run RECIPE --model M publishes one"
-    rows = [
-        (
-            f"{view['name']}@{view['version']}",
-            view["digest"][:12],
-            human_bytes(view["bytes"]),
-            f"{view['metrics']['psnr_db']:.2f} dB",
-            f"{view['metrics']['weight_bits_mean']:.2f}/{view['metrics']['act_bits_mean']:.2f}",
-            ", ".join(view["aliases"]),
-            view["created_at"],
+    columns = headings(Place.RELEASES)
+    rows = []
+    for view in views:
+        shown = lines(Place.RELEASES, view["metrics"])
+        rows.append(
+            (
+                f"{view['name']}@{view['version']}",
+                view["digest"][:12],
+                human_bytes(view["bytes"]),
+                *(shown[name][1] if name in shown else None for name in columns),
+                ", ".join(view["aliases"]),
+                view["created_at"],
+            )
         )
-        for view in views
-    ]
-    return table(("RELEASE", "DIGEST", "SIZE", "PSNR", "BITS W/A", "ALIASES", "CREATED"), rows)
+    return table(("RELEASE", "DIGEST", "SIZE", *columns.values(), "ALIASES", "CREATED"), rows)
 
 
 def _layer_table(found: dict[str, Any]) -> str:
-    rows = [
-        (
-            each["layer"],
-            _weight_text(each["weight"]) + (f" in {len(each['split'])} parts" if each["split"] else ""),
-            _activation_text(each["activation"]) + _channels_text(each),
-            human_bytes(each["bytes"]),
-            each["backend"],
-            each["reason"],
+    rows = []
+    for each in found["layers"]:
+        spec = LayerSpec.from_json(each)
+        rows.append(
+            (
+                each["layer"],
+                _weight_text(spec.weight) + (f" in {len(spec.split)} parts" if spec.split else ""),
+                _activation_text(spec.activation) + _channels_text(spec),
+                human_bytes(each["bytes"]),
+                each["backend"],
+                each["reason"],
+            )
         )
-        for each in found["layers"]
-    ]
     head = f"{found['release']} on {found['device']}, {found['backend']} backend"
     return f"{head}\n\n" + table(("LAYER", "WEIGHTS", "INPUT", "BYTES", "RUNS ON", "HOW OR WHY"), rows)
 
 
-def _weight_text(weight: dict[str, Any]) -> str:
-    group = f" of {weight['group_size']}" if weight["group_size"] else ""
-    widths = [bits for bits, _ in weight.get("mixture", [])] or [weight["bits"]]
-    return f"{'/'.join(map(str, widths))} {weight['granularity']}{group}"
+def _weight_text(weight: WeightSpec) -> str:
+    group = f" of {weight.group_size}" if weight.group_size else ""
+    return f"{weight_bits_text(weight)} {weight.granularity}{group}"
 
 
-def _activation_text(activation: dict[str, Any] | None) -> str:
-    if activation is None:
-        return "float"
-    bits = sorted(set(activation.get("step_bits") or [activation["bits"]]))
-    return f"{'/'.join(map(str, bits))} {activation['mode']}"
+def _activation_text(activation: ActivationSpec | None) -> str:
+    return "float" if activation is None else f"{activation_bits_text(activation)} {activation.mode}"
 
 
-def _channels_text(layer: dict[str, Any]) -> str:
-    fields = {"channel_scale": "scaled", "channel_shift": "shifted"}
-    changed = [verb for field, verb in fields.items() if layer.get(field)]
+def _channels_text(spec: LayerSpec) -> str:
+    changed = [verb for verb, has in (("scaled", spec.channel_scale), ("shifted", spec.channel_shift)) if has]
     return f", {' and '.join(changed)} channels" if changed else ""
 
 
@@ -244,4 +242,4 @@ def _shown(value: Any) -> str | None:
 
 
 def _bits(bits: dict[str, Any] | None) -> str:
-    return "float" if bits is None else "/".join(str(bits[side] or "float") for side in ("weights", "activations"))
+    return "float" if bits is None else LayerBits.from_json(bits).text

@@ -8,8 +8,9 @@ import click
 
 from orchestrator.actions.bench import SIDES, BenchOptions, bench_release, publish_bench
 from orchestrator.cli.app import App, Command, pass_app
-from orchestrator.text import human_bytes, table
+from orchestrator.text import table
 from quant_spec.enums import KernelBackend
+from quant_spec.numbers import human_bytes
 
 _HEADS = ("RELEASE", "FP32", "BF16", "BF16 COMPILED")
 
@@ -32,7 +33,7 @@ def bench(app: App, ref: str, device: str, threads: int | None, backend: str, co
     """Measure a release and its original (float32, bfloat16, compiled), in one run on the device at hand."""
     with app.service() as service:
         found = bench_release(
-            service, ref, BenchOptions(device, threads, KernelBackend(backend), compiled), tell=app.tell
+            service, ref, BenchOptions(device, threads, KernelBackend(backend), compiled), notify=app.notify
         )
         if publishes:
             found["published"] = publish_bench(service, found)

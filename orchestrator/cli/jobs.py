@@ -12,7 +12,8 @@ from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.jobs import cancel_job, find_job, retry_job
 from orchestrator.scheduling.running import step_text
 from orchestrator.states import JobState
-from orchestrator.text import human_bytes, human_seconds, table
+from orchestrator.text import human_seconds, table
+from quant_spec.metrics import Place, lines
 
 
 @click.group(cls=Group)
@@ -120,7 +121,7 @@ def job_text(view: dict[str, Any]) -> str:
     """Return a job's view for a person."""
     tasks = view["tasks"]
     counts = ", ".join(f"{tasks[name]} {name}" for name in tasks if name != "total" and tasks[name])
-    lines = [
+    facts = [
         ("job", view["job"]),
         ("state", view["state"]),
         ("model", view["model"]),
@@ -133,23 +134,12 @@ def job_text(view: dict[str, Any]) -> str:
         *metric_lines(view["metrics"] or {}),
         ("error", view["error"]),
     ]
-    return "\n".join(f"{name:<9} {value}" for name, value in lines if value is not None)
+    return "\n".join(f"{name:<9} {value}" for name, value in facts if value is not None)
 
 
 def metric_lines(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """Return a release's metrics for a person, as (name, value)."""
-    if not metrics:
-        return []
-    ratio = metrics["bytes_fp16"] / metrics["bytes"]
-    interval = metrics["psnr_db_ci95"]
-    spread = f" ± {interval:.2f}" if isinstance(interval, int | float) else ""
-    return [
-        ("psnr", f"{metrics['psnr_db']:.2f} dB{spread} (same seeds against full precision, n={metrics['n']})"),
-        ("fd", f"{metrics['fd']:.4g} ({metrics['fd_extractor']}, against full precision's samples)"),
-        ("bits", f"weights {metrics['weight_bits_mean']:.2f}, activations {metrics['act_bits_mean']:.2f} on average"),
-        ("size", f"{human_bytes(metrics['bytes'])}, fp16 {human_bytes(metrics['bytes_fp16'])}: {ratio:.2f}x smaller"),
-        ("bops", f"{metrics['bops_fp32'] / metrics['bops']:.1f}x fewer than fp32"),
-    ]
+    return [(label, text) for label, text in lines(Place.JOB, metrics).values()]
 
 
 def _event_line(view: dict[str, Any]) -> str:

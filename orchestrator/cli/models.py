@@ -8,7 +8,8 @@ from orchestrator.actions.registration import add_model_from
 from orchestrator.actions.views import model_view
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.registry import find_model, list_models
-from orchestrator.text import human_bytes, human_count, table
+from orchestrator.text import table
+from quant_spec.numbers import human_bytes, human_count
 
 
 @click.group(cls=Group)
@@ -23,9 +24,9 @@ def models() -> None:
 def models_add(app: App, source: str, name: str | None) -> None:
     """Check a diffusers folder, copy it into the store and register it; hf:owner/name@revision comes from the Hub."""
     with app.service() as service:
-        view = model_view(add_model_from(service, source, name, tell=app.tell))
+        view = model_view(add_model_from(service, source, name, notify=app.notify))
     app.answer(view, lambda: f"model {view['name']} ({view['class_name']}), digest {view['digest'][:12]}")
-    app.tell(
+    app.notify(
         f"next: {app.command('run', 'RECIPE', '--model', view['name'])}    (recipes: {app.command('recipes', 'ls')})"
     )
 

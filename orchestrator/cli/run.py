@@ -37,12 +37,12 @@ def run(app: App, recipe: str, model: str, overrides: tuple[str, ...], name: str
         check_target(out)
     log_to_stderr()
     with app.service() as service, stop_on_signals() as stop:
-        submitted = submit(service, Request(recipe, model, overrides, name), tell=app.tell)
+        submitted = submit(service, Request(recipe, model, overrides, name), notify=app.notify)
         tell_next(app, submitted)
         job = run_job(service, submitted.job, stop)
         view = show_job(service, job.id)
         if job.state in ACTIVE_JOBS:
-            app.tell(f"job {job.id} is not finished; go on with: {app.command('serve', '--drain')}")
+            app.notify(f"job {job.id} is not finished; go on with: {app.command('serve', '--drain')}")
         elif job.state is JobState.SUCCEEDED:
             view |= _finish(service, job.id, out)
     app.answer(view, lambda: _text(app, view))

@@ -21,7 +21,7 @@ def serve(app: App, drain: bool) -> None:
     """
     log_to_stderr()
     with app.service() as service, stop_on_signals() as stop:
-        app.tell(f"serving {shown_url(app.settings.database_url)}, store {app.settings.store_url}")
+        app.notify(f"serving {shown_url(app.settings.database_url)}, store {app.settings.store_url}")
         serve_jobs(service, stop, drain=drain)
         drained = not stop.is_set()
     app.answer({"drained": drained}, str)

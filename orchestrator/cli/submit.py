@@ -13,7 +13,8 @@ from orchestrator.actions.submission import Request, Submitted
 from orchestrator.actions.submission import submit as submit_job
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.cli.jobs import job_text
-from orchestrator.text import human_bytes, human_seconds, table
+from orchestrator.text import human_seconds, table
+from quant_spec.numbers import human_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,12 +54,12 @@ def submit(
     request = Request(recipe, model, overrides, name, priority)
     with app.service() as service:
         if dry_run:
-            found = dry_run_job(service, request, tell=app.tell)
+            found = dry_run_job(service, request, notify=app.notify)
             app.answer(found.document(), lambda: dry_run_text(found))
             return 0
-        submitted = submit_job(service, request, tell=app.tell)
+        submitted = submit_job(service, request, notify=app.notify)
         tell_next(app, submitted)
-        app.tell(f"  {app.command('serve', '--drain')}    # execute what is queued, if nothing does")
+        app.notify(f"  {app.command('serve', '--drain')}    # execute what is queued, if nothing does")
         if not wait:
             job = submitted.job
             document = {"job": job.id, "state": job.state.value}
@@ -73,9 +74,9 @@ def submit(
 def tell_next(app: App, submitted: Submitted) -> None:
     """Say what was queued and how to go on."""
     job, counts = submitted.job, submitted.counts
-    app.tell(f"job {job.id}: {job.recipe_name} on {job.model_name}, {counts.total} tasks, {counts.cached} cached")
-    app.tell(f"  {app.command('jobs', 'logs', '-f', job.id)}    # what happens")
-    app.tell(f"  {app.command('jobs', 'cancel', job.id)}    # stop it")
+    app.notify(f"job {job.id}: {job.recipe_name} on {job.model_name}, {counts.total} tasks, {counts.cached} cached")
+    app.notify(f"  {app.command('jobs', 'logs', '-f', job.id)}    # what happens")
+    app.notify(f"  {app.command('jobs', 'cancel', job.id)}    # stop it")
 
 
 def dry_run_text(found: DryRun) -> str:

@@ -66,7 +66,7 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
 
 
 def start_tasks(session: Session, job_id: str) -> None:
-    """Want a job's tasks: revive the ended, queue the ready, settle the recorded; call it under `lock_graph`."""
+    """Want a job's tasks: revive the ended, queue the ready, note the recorded as cached; call under `lock_graph`."""
     wanted = select(JobTask.task_id).where(JobTask.job_id == job_id)
     priority = select(Job.priority).where(Job.id == job_id).scalar_subquery()
     revived = session.execute(

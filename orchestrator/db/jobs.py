@@ -12,10 +12,10 @@ from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.enqueue import start_tasks
+from orchestrator.db.job_ends import end_jobs
 from orchestrator.db.models import Event, Job, JobTask, Result, Task, in_states
 from orchestrator.db.rows import EventRow, JobRow, KindRow, ModelRow, TaskRow
 from orchestrator.db.session import lock_graph, record_event
-from orchestrator.db.settle import end_jobs
 from orchestrator.db.statements import move_job
 from orchestrator.errors import NotFoundError
 from orchestrator.graph import Resources

@@ -1,7 +1,7 @@
 """How one task's success moves the graph on.
 
 A task whose inputs all exist gets its key. If a result of that key is recorded the task has succeeded, and so on: a
-chain of recorded tasks settles level by level, in the transaction that started it. All of it runs under `lock_graph`.
+chain of recorded tasks succeeds level by level, in the transaction that started it. All of it runs under `lock_graph`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, cast
 from sqlalchemy import Table, bindparam, func, select, update
 from sqlalchemy.orm import Session
 
+from orchestrator.db.job_ends import fail_jobs_that_need, succeed_jobs
 from orchestrator.db.models import JobTask, Json, Result, Task, TaskInput, in_states
 from orchestrator.db.session import record_event
-from orchestrator.db.settle import fail_jobs_that_need, settle_jobs
 from orchestrator.db.statements import batches, move_task
 from orchestrator.states import TASK_TRANSITIONS, TaskEvent, TaskState
 from quant_spec.keys import task_key
@@ -30,11 +30,11 @@ def complete(session: Session, done: Sequence[str], ready: Sequence[str] = ()) -
             cached += _promote(session, batch)
         finished += cached
         ready = _unblock(session, cached)
-    settle_jobs(session, finished)
+    succeed_jobs(session, finished)
 
 
-def settle_twins(session: Session, key: str) -> list[str]:
-    """Settle the queued tasks of other ids that asked for a result that has just been recorded."""
+def mark_twins_cached(session: Session, key: str) -> list[str]:
+    """Mark as cached the queued tasks of other ids that ask for a result that has just been recorded; return them."""
     statement = move_task(TaskEvent.CACHE).where(Task.key == key, in_states(Task.state, [TaskState.QUEUED]))
     twins = list(session.scalars(statement.values(error=None).returning(Task.id)))
     _mark_cached(session, twins)

@@ -22,11 +22,11 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from orchestrator.db.clock import epoch_seconds
+from orchestrator.db.job_ends import fail_jobs_that_need
 from orchestrator.db.models import Job, JobTask, KindTiming, Result, Task, in_states
-from orchestrator.db.promote import complete, settle_twins
+from orchestrator.db.promote import complete, mark_twins_cached
 from orchestrator.db.rows import ClaimedTask, Lease
 from orchestrator.db.session import lock_graph, record_event
-from orchestrator.db.settle import fail_jobs_that_need
 from orchestrator.db.statements import batches, held, insert_into, insert_or_ignore, move_job, move_task
 from orchestrator.errors import ResultError
 from orchestrator.graph import Resources
@@ -231,7 +231,7 @@ def finish_task(
     _add_timing(session, {"kind": row.kind, "version": row.version, "work": row.work, "seconds": seconds})
     data = {"seconds": seconds}
     record_event(session, TaskEvent.FINISH, task=lease.task_id, attempt=lease.attempt, data=data)
-    complete(session, [lease.task_id, *settle_twins(session, row.key)])
+    complete(session, [lease.task_id, *mark_twins_cached(session, row.key)])
     return True
 
 

@@ -41,7 +41,10 @@ class SchemaState:
 
 @dataclass(slots=True)
 class Database:
-    """A database that can be opened for transactions; made by `open_database`, safe to share between threads."""
+    """A database that can be opened for transactions; made by `open_database`, safe to share between threads.
+
+    `commit_hook` is called with "before" and "after" around each commit: fault injection, which only tests set.
+    """
 
     engine: Engine
     location: URL
@@ -89,15 +92,13 @@ class Database:
         self.engine.dispose()
 
 
-def open_database(url: str, *, commit_hook: CommitHook | None = None) -> Database:
+def open_database(url: str) -> Database:
     """Open a database; connects only when the first session does, and creates nothing.
 
     Parameters
     ----------
     url
         `sqlite:////path/quantmill.db` or `postgresql://user@host/name`.
-    commit_hook
-        Called around each commit, to inject faults.
 
     Raises
     ------
@@ -105,7 +106,7 @@ def open_database(url: str, *, commit_hook: CommitHook | None = None) -> Databas
         If the URL is of neither form.
     """
     location = parse_url(url)
-    return Database(make_engine(location), location, commit_hook)
+    return Database(make_engine(location), location)
 
 
 def record_event(
@@ -133,7 +134,7 @@ def _write_events(session: Session) -> None:
 
 
 def lock_graph(session: Session) -> None:
-    """Be the only transaction that promotes, settles, revives or cancels; take it before any row."""
+    """Be the only transaction that promotes, ends, revives or cancels; take it before any row."""
     _lock(session, _GRAPH_LOCK)
 
 

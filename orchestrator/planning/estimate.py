@@ -89,7 +89,7 @@ def estimate(
     timings
         What recorded tasks of each kind took.
     cached
-        Ids of tasks that need no computing (`settled`).
+        Ids of tasks that need no computing (`cached_tasks`).
     cpus
         Tasks that run at once, at most.
 
@@ -149,7 +149,7 @@ def _fit(default: Rate, timing: Timing) -> Rate:
     return Rate(fixed, (timing.seconds - timing.n * fixed) / timing.work)
 
 
-def settled(nodes: Iterable[TaskNode], known_results: KnownResults) -> frozenset[str]:
+def cached_tasks(nodes: Iterable[TaskNode], known_results: KnownResults) -> frozenset[str]:
     """Find the tasks whose results are recorded already.
 
     Parameters

@@ -9,6 +9,7 @@ from html import escape
 
 WIDTH, HEIGHT = 1040, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+_TICKS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,8 @@ class _Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round numbers that enclose [low, high].
+def nice_ticks(low: float, high: float) -> list[float]:
+    """Return about five round numbers that enclose [low, high].
 
     Parameters
     ----------
@@ -43,7 +44,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """
     if not low < high:
         low, high = low - 0.5, high + 0.5
-    raw = (high - low) / max(count - 1, 1)
+    raw = (high - low) / (_TICKS - 1)
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

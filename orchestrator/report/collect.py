@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from orchestrator.actions.releases import layer_bits, read_release_json
+from orchestrator.actions.diff import release_bits
+from orchestrator.actions.releases import read_release_json
 from orchestrator.actions.views import recipe_yaml
 from orchestrator.db.jobs import find_job, list_tasks
 from orchestrator.db.registry import find_model
@@ -24,15 +25,11 @@ from orchestrator.service import Service
 from orchestrator.states import JobState
 from orchestrator.text import utc_text
 from quant_spec.errors import InvalidInputError
+from quant_spec.metrics import Listing, protocol
 from workers.storage.store import Store
 
 #: A strip is this many pixels wide at most, and holds this many images at most.
 _STRIP_PIXELS, _STRIP_IMAGES = 640, 8
-#: Metrics that are not part of the protocol.
-_FIGURES = {
-    *("psnr_db", "psnr_db_ci95", "fd", "weight_bits_mean", "act_bits_mean", "bytes", "bytes_fp16", "bops", "bops_fp32"),
-    *("sqnr_db_per_step", "timesteps"),
-}
 
 
 def collect(service: Service, prefix: str) -> ReportData:
@@ -73,7 +70,9 @@ def collect(service: Service, prefix: str) -> ReportData:
         finished=utc_text(job.finished_at) or "",
         wall_seconds=(job.finished_at or job.created_at) - job.created_at,
         metrics=metrics,
-        protocol=tuple((name.replace("_", " "), _plain(metrics[name])) for name in metrics if name not in _FIGURES),
+        protocol=tuple(
+            (name.replace("_", " "), _plain(value)) for name, value in protocol(Listing.REPORT, metrics).items()
+        ),
         provenance=_provenance(service.store, job, model),
         strips=_strips(service.store, tasks),
         layers=_layers(service.store, job.digest, model, tasks),
@@ -141,21 +140,20 @@ def _tensors(store: Store, digest: str) -> dict[str, NDArray[np.float32]]:
 
 def _layers(store: Store, digest: str, model: ModelRow, tasks: Sequence[TaskRow]) -> tuple[LayerRow, ...]:
     """Return the model's layers in the order of execution, with the bits that the release has them in."""
-    bits = layer_bits(read_release_json(store, digest, "config.json"))
+    bits = release_bits(store, digest)
     errors = _layer_errors(tasks)
     described = model.inspection["layers"]
     rows = []
     for unit in model.inspection["units"]:
         for name in unit["layers"]:
-            layer, own = described[name], bits.get(name, {})
+            layer = described[name]
             rows.append(
                 LayerRow(
                     name=name,
                     unit=unit["name"],
                     kind=layer["type"],
                     shape=tuple(layer["shape"]),
-                    weight_bits=own.get("weights"),
-                    act_bits=own.get("activations"),
+                    bits=bits.get(name),
                     gmacs=layer["macs"] / 1e9,
                     sqnr_db=errors.get(name),
                 )

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.report.images import Strips
+from quant_spec.layer_bits import LayerBits
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One layer: bits of its weights and activations (None: left as it is), and what rounding left of its signal."""
+    """One layer: the bits that the release has it in (None: full precision), and what rounding left of its signal."""
 
     name: str
     unit: str
     kind: str
     shape: tuple[int, ...]
-    weight_bits: int | None
-    act_bits: int | None
+    bits: LayerBits | None
     gmacs: float
     sqnr_db: float | None
 

@@ -12,6 +12,8 @@ from PIL import Image
 
 #: Pixels between two images of a strip.
 GAP = 2
+#: What the difference of two images is multiplied by.
+GAIN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +28,8 @@ class Strips:
     gain: int
 
 
-def make_strips(
-    reference: NDArray[np.float32], quantized: NDArray[np.float32], seeds: tuple[int, ...], *, gain: int = 4
-) -> Strips:
-    """Draw one strip of images for each side and one of their difference.
+def make_strips(reference: NDArray[np.float32], quantized: NDArray[np.float32], seeds: tuple[int, ...]) -> Strips:
+    """Draw one strip of images for each side and one of their difference times `GAIN`, in which grey means none.
 
     Parameters
     ----------
@@ -37,20 +37,18 @@ def make_strips(
         Samples of the same seeds. One or three channels are shown as they are, of any other number the first.
     seeds
         The n seeds.
-    gain
-        What the difference is multiplied by; grey means none.
     """
     if reference.shape != quantized.shape or reference.ndim != 4 or len(reference) != len(seeds):
         got = f"{reference.shape} and {quantized.shape}"
         raise ValueError(f"samples: got shapes {got} for {len(seeds)} seeds, wanted (n, c, h, w) twice")
-    delta = (quantized - reference) / 2 * gain
+    delta = (quantized - reference) / 2 * GAIN
     return Strips(
         seeds=seeds,
         width=(reference.shape[3] + GAP) * len(seeds) - GAP,
         reference=_strip((reference + 1) / 2),
         quantized=_strip((quantized + 1) / 2),
         difference=_strip(delta + 0.5),
-        gain=gain,
+        gain=GAIN,
     )
 
 

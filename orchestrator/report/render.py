@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,28 +12,22 @@ from markupsafe import Markup
 
 from orchestrator.report.charts import Column, column_chart, line_chart
 from orchestrator.report.data import CorrectionRow, FeatureRow, LayerRow, ReportData, UnitRow
-from orchestrator.text import human_bytes, human_count, human_seconds
+from orchestrator.text import human_seconds
+from quant_spec.formats import SUPPORTED_BITS
+from quant_spec.layer_bits import LayerBits
+from quant_spec.metrics import Place, lines
+from quant_spec.numbers import human_count
 
 _FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """One number at the top of the page."""
+class StepChart:
+    """A metric over the steps of the sampler: what is above its chart, what is said of it, and the chart."""
 
-    name: str
-    value: str
-    more: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class SizeRow:
-    """One line of the comparison with the original."""
-
-    name: str
-    ours: str
-    original: str
-    ratio: str
+    heading: str
+    note: str
+    chart: Markup
 
 
 def render_report(data: ReportData) -> str:
@@ -44,10 +37,10 @@ def render_report(data: ReportData) -> str:
     return environment.get_template("template.html").render(
         data=data,
         style=Markup((_FOLDER / "style.css").read_text(encoding="utf-8")),
-        figures=key_figures(data),
+        figures=list(lines(Place.REPORT, data.metrics).values()),
         protocol_line=protocol_line(data.metrics),
-        sizes=size_rows(data.metrics),
-        step_chart=Markup(_step_chart(data.metrics)),
+        costs=list(lines(Place.COST, data.metrics).values()),
+        step_charts=step_charts(data.metrics),
         layer_chart=Markup(_layer_chart(data.layers)),
         unit_chart=Markup(_unit_chart(data.units)),
         feature_chart=Markup(_feature_chart(data.features)),
@@ -56,30 +49,6 @@ def render_report(data: ReportData) -> str:
         bit_classes=bit_classes(data.layers),
         longest=max((kind.seconds for kind in data.kinds), default=0.0) or 1.0,
     )
-
-
-def key_figures(data: ReportData) -> list[Figure]:
-    """Return the numbers at the top."""
-    metrics = data.metrics
-    sqnr = [value for value in metrics["sqnr_db_per_step"] if math.isfinite(value)]
-    return [
-        Figure(
-            "PSNR, same seeds",
-            f"{metrics['psnr_db']:.2f} dB",
-            f"± {metrics['psnr_db_ci95']:.2f} (95 %), n = {metrics['n']}",
-        ),
-        Figure("SQNR, worst step", f"{min(sqnr):.1f} dB" if sqnr else "–", "of the prediction"),
-        Figure("Fréchet distance", f"{metrics['fd']:.3g}", str(metrics["fd_extractor"]).partition("-imagenet")[0]),
-        Figure(
-            "Weights",
-            human_bytes(metrics["bytes"]),
-            f"{metrics['bytes_fp16'] / metrics['bytes']:.2f}× under fp16",
-        ),
-        Figure(
-            "Mean bits", f"{metrics['weight_bits_mean']:.2f} / {metrics['act_bits_mean']:.2f}", "weights / activations"
-        ),
-        Figure("Bit operations", f"{metrics['bops_fp32'] / metrics['bops']:.1f}×", "fewer than fp32"),
-    ]
 
 
 def protocol_line(metrics: Mapping[str, Any]) -> str:
@@ -94,55 +63,44 @@ def protocol_line(metrics: Mapping[str, Any]) -> str:
     )
 
 
-def size_rows(metrics: Mapping[str, Any]) -> list[SizeRow]:
-    """Return the comparison with the original: size and bit operations."""
-    size, half = metrics["bytes"], metrics["bytes_fp16"]
-    bops, bops_fp32 = metrics["bops"], metrics["bops_fp32"]
-    return [
-        SizeRow("weights, against fp16", human_bytes(size), human_bytes(half), f"{half / size:.2f}×"),
-        SizeRow("weights, against fp32", human_bytes(size), human_bytes(2 * half), f"{2 * half / size:.2f}×"),
-        SizeRow(
-            "bit operations of one forward",
-            human_count(bops),
-            f"{human_count(bops_fp32)} (fp32)",
-            f"{bops_fp32 / bops:.2f}×",
-        ),
-        SizeRow(
-            "bits of a weight, mean",
-            f"{metrics['weight_bits_mean']:.2f}",
-            "32",
-            f"{32 / metrics['weight_bits_mean']:.2f}×",
-        ),
-        SizeRow(
-            "bits of an activation, mean",
-            f"{metrics['act_bits_mean']:.2f}",
-            "32",
-            f"{32 / metrics['act_bits_mean']:.2f}×",
-        ),
-    ]
+def step_charts(metrics: Mapping[str, Any]) -> list[StepChart]:
+    """Draw the metrics that have a value for each step; those without any are left out."""
+    found = []
+    for name, (heading, axis, note) in lines(Place.STEPS, metrics).items():
+        chart = line_chart(metrics[name], x_label="step of the sampler", y_label=axis)
+        if chart:
+            found.append(StepChart(heading, note, Markup(chart)))
+    return found
 
 
 def bit_classes(layers: Sequence[LayerRow]) -> list[tuple[str, str]]:
-    """Return the key of the layer chart: what the layers' weight bits are called, and their CSS classes."""
-    bits = sorted(
-        {layer.weight_bits for layer in layers if layer.weight_bits is not None and layer.sqnr_db is not None}
-    )
-    return [(f"{each} bit weights", _css_class(each)) for each in bits]
+    """Return the key of the layer chart: what the layers' weight bits are called, and their CSS classes.
+
+    Layers whose channels differ have the colour of the width that is nearest to their mean.
+    """
+    mixed: dict[int, bool] = {}
+    for layer in layers:
+        if layer.sqnr_db is not None and layer.bits is not None and layer.bits.weights is not None:
+            width = _nearest_width(layer.bits.weights)
+            mixed[width] = mixed.get(width, False) or bool(layer.bits.mixture)
+    return [
+        (f"{'about ' if is_mixed else ''}{width} bit weights", f"bits{width}")
+        for width, is_mixed in sorted(mixed.items())
+    ]
 
 
-def _css_class(bits: int | None) -> str:
-    if bits is None:
-        return "before"
-    return f"bits{bits}"
+def _css_class(bits: float | None) -> str:
+    return "before" if bits is None else f"bits{_nearest_width(bits)}"
 
 
-def _step_chart(metrics: Mapping[str, Any]) -> str:
-    return line_chart(metrics["sqnr_db_per_step"], x_label="step of the sampler", y_label="SQNR, dB")
+def _nearest_width(bits: float) -> int:
+    """Return the width that has a colour: the nearest, of two the smaller."""
+    return min(SUPPORTED_BITS, key=lambda width: abs(width - bits))
 
 
 def _layer_chart(layers: Sequence[LayerRow]) -> str:
     columns = [
-        Column(layer.sqnr_db, _css_class(layer.weight_bits), _layer_title(layer))
+        Column(layer.sqnr_db, _css_class(layer.bits.weights if layer.bits else None), _layer_title(layer))
         for layer in layers
         if layer.sqnr_db is not None
     ]
@@ -150,8 +108,12 @@ def _layer_chart(layers: Sequence[LayerRow]) -> str:
 
 
 def _layer_title(layer: LayerRow) -> str:
-    act = "float" if layer.act_bits is None else f"A{layer.act_bits}"
-    return f"{layer.name}: W{layer.weight_bits} {act}, {layer.sqnr_db:.1f} dB"
+    bits = layer.bits or LayerBits()
+    words = bits.weights_text or "float"
+    if bits.weights is not None:
+        activations = "float" if bits.activations is None else f"A{bits.activations_text}"
+        words = f"W{words} {activations}"
+    return f"{layer.name}: {words}, {layer.sqnr_db:.1f} dB"
 
 
 def _feature_chart(features: Sequence[FeatureRow]) -> str:

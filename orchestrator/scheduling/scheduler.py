@@ -96,7 +96,6 @@ class Scheduler:
         drain: bool = False,
         stop: threading.Event | None = None,
         until_job: str | None = None,
-        on_tick: Callable[[], None] | None = None,
     ) -> None:
         """Schedule until told to end; a scheduler runs once.
 
@@ -108,8 +107,6 @@ class Scheduler:
             End when it is set: tasks in flight are given back, at no cost to them.
         until_job
             End when this job has ended.
-        on_tick
-            Called several times a second, for progress views.
 
         Raises
         ------
@@ -124,8 +121,6 @@ class Scheduler:
         try:
             while not self._stop.is_set() and not self._is_done(drain, until_job):
                 self._pass()
-                if on_tick is not None:
-                    on_tick()
         finally:
             self._close()
 
@@ -158,7 +153,7 @@ class Scheduler:
         if not self._executor.alive():
             self._lose_executor(self._executor)
         if self._ended or time.monotonic() >= self._next_claim:
-            self._settle_and_claim()
+            self._record_and_claim()
         self._reap()
 
     def _collect(self, executor: Executor) -> None:
@@ -190,7 +185,7 @@ class Scheduler:
                 executor.cancel(handle)
                 del self._in_flight[handle]
 
-    def _settle_and_claim(self) -> None:
+    def _record_and_claim(self) -> None:
         """Record what has ended and claim what there is room for, in one transaction; then start it."""
         assert self._executor is not None
         executor = self._executor

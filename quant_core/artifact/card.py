@@ -10,20 +10,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from quant_core.errors import ArtifactError
+from quant_spec.metrics import Listing, Place, lines, missing, protocol
 
-#: Figures that every release has; whatever else its metrics hold is the protocol that they were measured with.
-FIGURES = (
-    "psnr_db",
-    "psnr_db_ci95",
-    "fd",
-    "weight_bits_mean",
-    "act_bits_mean",
-    "bytes",
-    "bytes_fp16",
-    "bops",
-    "bops_fp32",
-    "sqnr_db_per_step",
-)
 #: Columns of a measurement: heading to the key in what `quantmill bench` prints.
 BENCHED = {
     "this model": "release_figures",
@@ -107,7 +95,7 @@ def render_card(content: CardContent) -> str:
     ArtifactError
         If a figure is missing, or the figures come without their protocol.
     """
-    protocol = check_metrics(content.metrics)
+    settings = check_metrics(content.metrics)
     metrics = content.metrics
     label = f"W{round(metrics['weight_bits_mean'])}A{round(metrics['act_bits_mean'])}"
     title = f"{content.base_model.rpartition('/')[2]}, {content.recipe}"
@@ -131,8 +119,8 @@ def render_card(content: CardContent) -> str:
         recipe=content.recipe,
         label=label,
         corrected=content.corrected,
-        table=_table(metrics),
-        protocol=[(name.replace("_", " "), _plain(value)) for name, value in protocol.items()],
+        table=list(lines(Place.CARD, metrics).values()),
+        protocol=[(name.replace("_", " "), _plain(value)) for name, value in settings.items()],
     )
     return str(card).rstrip("\n") + "\n"
 
@@ -179,40 +167,24 @@ def _split_before(text: str, head: str) -> tuple[str, str]:
 
 def check_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return the protocol in a release's metrics, sorted by name; ArtifactError if that or a figure is missing."""
-    if missing := [name for name in (*FIGURES, "fd_extractor", "n", "sampler") if metrics.get(name) is None]:
-        raise ArtifactError(f"metrics: got none of {', '.join(missing)}; a figure is not stored without its protocol")
-    return {name: metrics[name] for name in sorted(metrics) if name not in FIGURES}
+    if names := missing(metrics):
+        raise ArtifactError(f"metrics: got none of {', '.join(names)}; a figure is not stored without its protocol")
+    return dict(sorted(protocol(Listing.CARD, metrics).items()))
 
 
 def _eval_results(metrics: Mapping[str, Any], task: str) -> list[EvalResult]:
     """Return the figures in the Hub's form."""
     dataset = f"samples of {metrics['n']} seeds"
-    kinds = {"psnr_db": ("psnr", "PSNR against full precision, dB"), "fd": ("fd", f"FD, {metrics['fd_extractor']}")}
     return [
         EvalResult(
             task_type=task,
             dataset_type="generated",
             dataset_name=dataset,
             metric_type=kind,
-            metric_name=name,
-            metric_value=metrics[key],
+            metric_name=label,
+            metric_value=metrics[name],
         )
-        for key, (kind, name) in kinds.items()
-    ]
-
-
-def _table(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return rows of (figure, this model, full precision)."""
-    low, high = (metrics["psnr_db"] + sign * metrics["psnr_db_ci95"] for sign in (-1, 1))
-    steps = metrics["sqnr_db_per_step"]
-    return [
-        ("weights, MiB", f"{metrics['bytes'] / 2**20:.2f}", f"{metrics['bytes_fp16'] / 2**20:.2f} (fp16)"),
-        ("weights, mean bits", f"{metrics['weight_bits_mean']:.2f}", "32"),
-        ("activations, mean bits", f"{metrics['act_bits_mean']:.2f}", "32"),
-        ("bit operations per forward", f"{metrics['bops']:.4g}", f"{metrics['bops_fp32']:.4g}"),
-        ("PSNR, dB (95 % interval)", f"{metrics['psnr_db']:.2f} ({low:.2f} to {high:.2f})", "–"),
-        (f"Fréchet distance, {metrics['fd_extractor']}", f"{metrics['fd']:.4g}", "0"),
-        ("SQNR of the prediction, dB, worst step", f"{min(steps):.2f}", "–"),
+        for name, (label, kind) in lines(Place.HUB, metrics).items()
     ]
 
 

@@ -1,47 +1,17 @@
-"""What makes an artifact smaller than its plain tensors and records (docs/adr/0009-artifact-version-2.md).
+"""Packed zero points, which make an artifact smaller (docs/adr/0009-artifact-version-2.md).
 
-zero points    of a layer with less than 8 bits are packed as its codes are (`kernels.packing`), row by row, where
-               that saves bytes: (C_out, ceil(G * bits / 8)) instead of (C_out, G). The shape says which it is.
-formats        `quantization_config` has each different format of a layer once, in the list `formats`; `layers`
-               then has each layer's place in it.
+The zero points of a layer with less than 8 bits are packed as its codes are (`kernels.packing`), row by row, where that
+saves bytes: (C_out, ceil(G * bits / 8)) instead of (C_out, G). The shape says which it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
 from kernels.packing import pack_codes, packed_size, unpack_codes
 from quant_core.nn.layers import QuantLayer
-
-
-def share_formats(model_format: Mapping[str, Any]) -> dict[str, Any]:
-    """Name each layer format of a model format's JSON once."""
-    formats: list[Any] = []
-    layers = {}
-    for name, spec in model_format["layers"].items():
-        if spec not in formats:
-            formats.append(spec)
-        layers[name] = formats.index(spec)
-    return {**model_format, "layers": layers, "formats": formats}
-
-
-def spell_formats(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo `share_formats`.
-
-    Raises
-    ------
-    IndexError, TypeError
-        If a layer's entry is not a place in the list.
-    """
-    formats = data["formats"]
-    for place in data["layers"].values():
-        if not 0 <= place < len(formats):
-            raise IndexError(f"got format {place} of {len(formats)}")
-    layers = {name: formats[place] for name, place in data["layers"].items()}
-    return {name: value for name, value in data.items() if name != "formats"} | {"layers": layers}
 
 
 def zero_point_bits(model: nn.Module) -> dict[str, int]:

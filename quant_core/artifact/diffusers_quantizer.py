@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from quant_core.artifact.compact import pack_zero_points, packed_shape, unpack_zero_points, zero_point_bits
 from quant_core.artifact.dequantize import dequantize
-from quant_core.artifact.folder import FORMAT_VERSION, QUANT_METHOD, parse_quantization_config
+from quant_core.artifact.folder import parse_quantization_config
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.attention import AttentionQuantizer
@@ -26,6 +26,7 @@ from quant_core.nn.feature_table import FeatureTable
 from quant_core.nn.layers import QuantLayer, check_channel_bits, weight_groups
 from quant_core.nn.model import build_quantized
 from quant_spec.errors import QuantizationError
+from quant_spec.quantization_config import FORMAT_VERSION, QUANT_METHOD
 
 _OWN_MODULES = (QuantLayer, ActivationQuantizer, AttentionQuantizer, FeatureTable)
 

@@ -26,15 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from quant_core.artifact.compact import pack_zero_points, share_formats, spell_formats, zero_point_bits
+from quant_core.artifact.compact import pack_zero_points, zero_point_bits
 from quant_core.errors import ArtifactError
 from quant_core.nn.layers import QuantLayer
+from quant_spec.errors import QuantizationError
 from quant_spec.formats import ModelFormat
+from quant_spec.quantization_config import parse_quantization_config as parse_config
 
-QUANT_METHOD = "quantmill"
-FORMAT_VERSION = 2
-#: Version 1 has zero points and the formats of layers at length.
-READABLE_VERSIONS = (1, 2)
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
@@ -43,28 +41,18 @@ MANIFEST_FILE = "manifest.json"
 _READ_BYTES = 1 << 20
 
 
-def quantization_config(model_format: ModelFormat) -> dict[str, Any]:
-    """Return the `quantization_config` of config.json that describes a model quantized by `model_format`."""
-    return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **share_formats(model_format.to_json())}
-
-
 def parse_quantization_config(data: Mapping[str, Any]) -> ModelFormat:
-    """Read back what `quantization_config` wrote.
+    """Read the `quantization_config` of config.json.
 
     Raises
     ------
     ArtifactError
         If it is another tool's, of another version, or malformed.
     """
-    if data.get("quant_method") != QUANT_METHOD:
-        raise ArtifactError(f"quant_method: got {data.get('quant_method')!r}, wanted {QUANT_METHOD!r}")
-    if data.get("version") not in READABLE_VERSIONS:
-        wanted = " or ".join(map(str, READABLE_VERSIONS))
-        raise ArtifactError(f"quantization_config version: got {data.get('version')!r}, wanted {wanted}")
     try:
-        return ModelFormat.from_json(data if data["version"] == 1 else spell_formats(data))
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise ArtifactError(f"quantization_config: malformed: {type(error).__name__}: {error}") from error
+        return parse_config(data)
+    except QuantizationError as error:
+        raise ArtifactError(str(error)) from error
 
 
 def write_artifact(
@@ -83,7 +71,7 @@ def write_artifact(
     base_config : mapping
         config.json of the full-precision model.
     config : mapping
-        As from `quantization_config`.
+        As from `quant_spec.quantization_config.quantization_config`.
     scheduler_config : mapping or None
         Of the sampler that was calibrated for.
     folder : Path

@@ -23,6 +23,7 @@ from quant_core.nn.steps import StepClock
 from quant_spec.enums import ActivationMode, Granularity
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import LayerSpec
+from quant_spec.layer_bits import activation_bits_text, weight_bits_text
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -281,10 +282,9 @@ class QuantLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
-        act = "float" if self.spec.activation is None else f"A{self.spec.activation.bits} {self.spec.activation.mode}"
-        return (
-            f"{self.kind.__name__}{self.shape}, W{self.spec.weight.bits_mean:g} {self.spec.weight.granularity}, {act}"
-        )
+        weight, activation = self.spec.weight, self.spec.activation
+        act = "float" if activation is None else f"A{activation_bits_text(activation)} {activation.mode}"
+        return f"{self.kind.__name__}{self.shape}, W{weight_bits_text(weight)} {weight.granularity}, {act}"
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -27,6 +27,7 @@ from quant_core.runtime.parts import LayerPart, lay_out_parts
 from quant_spec.enums import ActivationMode, KernelBackend
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec
+from quant_spec.layer_bits import weight_bits_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +184,7 @@ class RuntimeLayer(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
-        return f"{self.shape}, W{self.spec.weight.bits} {self.spec.weight.granularity}, {self.run.reason}"
+        return f"{self.shape}, W{weight_bits_text(self.spec.weight)} {self.spec.weight.granularity}, {self.run.reason}"
 
 
 def layer_quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:

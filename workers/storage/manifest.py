@@ -245,8 +245,3 @@ def _check_blob(store: Store, digest: str, folder: Path) -> int:
         return place.stat().st_size
     finally:
         place.unlink(missing_ok=True)
-
-
-def tree_bytes(manifest: Mapping[str, Any]) -> int:
-    """Return the size of a tree's files in bytes, without the manifest itself."""
-    return sum(int(entry["bytes"]) for entry in manifest["files"].values())

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 
-from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_artifact
+from quant_core.artifact.folder import WEIGHTS_FILE, write_artifact
 from quant_core.diffusion.sampler import make_scheduler
 from quant_core.fit.unit_state import load_states, merge_formats
 from quant_core.nn.model import build_quantized
+from quant_spec.quantization_config import quantization_config
 from quant_spec.tasks.pack import PACKED, Inputs, Params
 from workers.execution.context import TaskContext, TaskOutput
 from workers.storage.manifest import put_tree

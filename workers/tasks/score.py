@@ -23,6 +23,7 @@ from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, ince
 from quant_core.metrics.images import difference, grid
 from quant_spec.enums import Extractor
 from quant_spec.keys import canonical_json
+from quant_spec.metrics import check_computed
 from quant_spec.tasks.score import GRID, SAMPLES, SCORE, Inputs, Params
 from workers.errors import TaskError
 from workers.execution.context import TaskContext, TaskOutput
@@ -49,6 +50,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         "sqnr_seeds": params.sqnr_seeds,
     }
     metrics = quality.metrics | _costs(inputs, context) | protocol
+    check_computed(metrics)
     images = {"reference": quality.reference_rgb.contiguous(), "quantized": quality.quantized_rgb.contiguous()}
     outputs = {
         SCORE: context.store.put_bytes(canonical_json(metrics).encode()),

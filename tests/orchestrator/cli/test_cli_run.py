@@ -235,6 +235,7 @@ def test_show_layers(cli: Cli, done: dict[str, Any]) -> None:
     assert (found["release"], found["backend"]) == ("small@1", "reference")
     layers = {each["layer"]: each for each in found["layers"]}
     assert layers["conv_in"]["weight"]["bits"] == 8
+    assert layers["conv_in"]["bits"] == {"weights": 8, "activations": 8}
     assert {each["backend"] for each in found["layers"]} == {"reference"}
     assert all(each["bytes"] > 0 for each in found["layers"])
     text = cli("artifacts", "show", "small@1", "--layers").out

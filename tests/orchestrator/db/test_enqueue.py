@@ -134,7 +134,7 @@ def test_a_new_code_version_that_gives_the_same_bytes_cuts_off_early(queue: Driv
     job = queue.submit(new)
     assert queue.counts == EnqueueCounts(total=40, cached=0)
     queue.finish(queue.take(new[0]), "bytes of root")
-    # The one transaction that finished the root settled the 39 after it.
+    # The one transaction that finished the root ended the 39 after it.
     assert queue.job(job).state == "succeeded"
     assert set(queue.states(*new)) == {"succeeded"}
     cached = queue.rows("SELECT task_id FROM job_tasks WHERE job_id = :job AND cached", job=job)
@@ -151,7 +151,7 @@ def test_a_new_code_version_that_gives_other_bytes_runs_all_again(queue: Driver)
     assert queue.work() == ["0", "1", "2"]
 
 
-def test_recorded_results_settle_at_enqueueing_through_several_levels(queue: Driver) -> None:
+def test_recorded_results_count_at_enqueueing_through_several_levels(queue: Driver) -> None:
     # The new root is recorded under its key already: it is the same task written with a digest for a reference.
     nodes = chain(queue, 3)
     queue.submit(nodes)

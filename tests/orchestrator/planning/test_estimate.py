@@ -1,4 +1,4 @@
-"""Estimates: what is settled, rates fitted to records, the simulated queue."""
+"""Estimates: which tasks are cached, rates fitted to records, the simulated queue."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from orchestrator.planning.estimate import (
     SERVICE_BYTES,
     STARTUP_SECONDS,
     Estimate,
+    cached_tasks,
     estimate,
     fitted_rates,
-    settled,
 )
 from orchestrator.planning.planner import plan
 from orchestrator.recipes.load import load_recipe
@@ -72,36 +72,36 @@ class Results:
             self.outputs[key] = done[node.id]
 
 
-# --- settled
+# --- cached_tasks
 
 
-def test_settled_is_nothing_in_a_fresh_home_and_all_after_a_run():
+def test_cached_tasks_is_nothing_in_a_fresh_home_and_all_after_a_run():
     nodes, results = planned(), Results()
-    assert settled(nodes, results) == frozenset()
+    assert cached_tasks(nodes, results) == frozenset()
     results.run(nodes)
-    assert settled(iter(nodes), results) == {node.id for node in nodes}
+    assert cached_tasks(iter(nodes), results) == {node.id for node in nodes}
 
 
-def test_settled_stops_at_what_is_unknown():
+def test_cached_tasks_stops_at_what_is_unknown():
     nodes, results = planned(), Results()
     lost = [node for node in nodes if node.kind == "reconstruct"][2]
     results.run(nodes, without=[lost])
-    found = settled(nodes, results)
+    found = cached_tasks(nodes, results)
     missing = [node for node in nodes if node.id not in found]
     assert missing[0] is lost
     assert {node.kind for node in missing} == {"reconstruct", "pack", "evaluate", "score", "release"}
     assert sum(node.kind == "reconstruct" for node in missing) == 1
 
 
-def test_settled_counts_what_another_recipe_left():
+def test_cached_tasks_counts_what_another_recipe_left():
     results = Results()
     results.run(planned("minmax-w8a8"))
     nodes = planned("fast-w4a8")
-    found = settled(nodes, results)
+    found = cached_tasks(nodes, results)
     assert {node.kind for node in nodes if node.id in found} == {"calibrate", "reference"}
 
 
-def test_settled_follows_bytes_not_names():
+def test_cached_tasks_follows_bytes_not_names():
     """Two tasks upstream that gave the same bytes lead to one result downstream."""
     one, other = noop("one"), noop("other")
     below_one, below_other = noop("below", one), noop("below", other)
@@ -111,14 +111,14 @@ def test_settled_follows_bytes_not_names():
         results.outputs[task_key("noop", version, node.params, {"sources": []})] = {"out": "same bytes"}
     results.outputs[task_key("noop", version, below_one.params, {"sources": ["same bytes"]})] = {"out": "x"}
     nodes = [one, other, below_one, below_other]
-    assert settled(nodes, results) == {node.id for node in nodes}
+    assert cached_tasks(nodes, results) == {node.id for node in nodes}
 
 
-def test_settled_asks_in_batches():
+def test_cached_tasks_asks_in_batches():
     results = Results()
     nodes = [noop(str(i)) for i in range(1200)]
     results.run(nodes)
-    assert len(settled(nodes, results)) == 1200
+    assert len(cached_tasks(nodes, results)) == 1200
     assert results.calls == 3
 
 
@@ -263,7 +263,7 @@ def test_estimate_of_ten_thousand_tasks():
     nodes = planned(blocks=8800)
     results = Results()
     results.run(nodes[:2000])
-    found = settled(nodes, results)
+    found = cached_tasks(nodes, results)
     result: Any = estimate(nodes, {}, found, cpus=16)
     assert result.cached == len(found)
     assert math.isfinite(result.seconds)

@@ -142,7 +142,7 @@ def test_passes_of_several_methods_compose():
 
 
 def test_temporal_block_is_rounded_to_nearest_without_damping():
-    def params(*overrides: str) -> dict[str, Any]:
+    def params(*overrides: str) -> Mapping[str, Any]:
         nodes = timed_nodes("qdiffusion-w4a8", "passes.temporal={method: nearest}", *overrides)
         return only(nodes, "temporal").params
 

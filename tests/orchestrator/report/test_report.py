@@ -18,6 +18,7 @@ from orchestrator.report.charts import Column, column_chart, line_chart, nice_ti
 from orchestrator.report.data import CorrectionRow, FeatureRow, KindTime, LayerRow, ReportData, UnitRow
 from orchestrator.report.images import GAP, make_strips
 from orchestrator.report.render import render_report
+from quant_spec.layer_bits import LayerBits
 
 METRICS = {
     "psnr_db": 33.25,
@@ -75,7 +76,7 @@ def test_strips_hold_the_images_side_by_side(channels: int) -> None:
     reference[1] = 1.0
     quantized = reference.copy()
     quantized[0] += 0.1
-    strips = make_strips(reference, quantized, (5, 6), gain=4)
+    strips = make_strips(reference, quantized, (5, 6))
     pixels = decode(strips.reference)
     assert pixels.size == (6 + GAP + 6, 4) == (strips.width, 4)
     assert pixels.convert("L").getpixel((0, 0)) == 0
@@ -117,9 +118,9 @@ def data() -> ReportData:
         provenance=(("model", "thing, from /models/thing"),),
         strips=(make_strips(images, images * 0.9, (0, 1, 2)),),
         layers=(
-            LayerRow("conv_in", "conv_in", "Conv2d", (8, 3, 3, 3), 8, 8, 0.001, 41.5),
-            LayerRow("mid.to_q", "mid", "Linear", (8, 8), 4, None, 0.002, 22.25),
-            LayerRow("mid.kept", "mid", "Linear", (8, 8), None, None, 0.002, None),
+            LayerRow("conv_in", "conv_in", "Conv2d", (8, 3, 3, 3), LayerBits(8, 8), 0.001, 41.5),
+            LayerRow("mid.to_q", "mid", "Linear", (8, 8), LayerBits(4), 0.002, 22.25),
+            LayerRow("mid.kept", "mid", "Linear", (8, 8), None, 0.002, None),
         ),
         units=(UnitRow("conv_in", 41.5, 41.75), UnitRow("mid", 20.0, 26.5)),
         features=(FeatureRow("mid.time_emb_proj", "table, 8 bits", 37.5, 48.25, 0.999991),),

@@ -353,13 +353,6 @@ def test_database_that_stays_away_ends_the_scheduler(
     database.commit_hook = None
 
 
-def test_tick_is_called_while_tasks_run(database: Database, borrowed: Borrowed, config: SchedulerConfig) -> None:
-    submit(database, [noop("second", seconds=1.0)])
-    ticks: list[float] = []
-    Scheduler(database, lambda: borrowed, config).run(drain=True, on_tick=lambda: ticks.append(time.monotonic()))
-    assert len(ticks) >= 4
-
-
 def test_lost_ray_is_replaced_and_the_job_finishes(database: Database, config: SchedulerConfig) -> None:
     nodes = [noop(number, seconds=0.5) for number in range(8)]
     job = submit(database, [*nodes, noop("last", *nodes)])

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from quant_core.artifact.card import FIGURES, CardContent, add_speed, check_metrics, render_card
+from quant_core.artifact.card import CardContent, add_speed, check_metrics, render_card
 from quant_core.errors import ArtifactError
+from quant_spec.metrics import METRICS as METRICS_TABLE
 
 METRICS: dict[str, Any] = {
     "psnr_db": 33.25,
@@ -70,7 +71,7 @@ def test_the_card_is_the_same_every_time() -> None:
     assert render_card(CONTENT) == render_card(replace(CONTENT, metrics=shuffled))
 
 
-@pytest.mark.parametrize("missing", [*FIGURES, "fd_extractor", "n", "sampler"])
+@pytest.mark.parametrize("missing", [name for name, metric in METRICS_TABLE.items() if metric.is_required])
 def test_a_figure_without_its_protocol_is_refused(missing: str) -> None:
     with pytest.raises(ArtifactError, match=f"metrics: got none of {missing};"):
         check_metrics({name: value for name, value in METRICS.items() if name != missing})

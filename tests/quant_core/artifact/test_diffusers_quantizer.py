@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 import quant_core
 from quant_core.artifact.diffusers_quantizer import QuantmillConfig, QuantmillQuantizer, register
-from quant_core.artifact.folder import QUANT_METHOD, WEIGHTS_FILE, quantization_config, write_artifact
+from quant_core.artifact.folder import WEIGHTS_FILE, write_artifact
 from quant_core.errors import ArtifactError
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer
 from quant_spec.enums import ActivationMode
 from quant_spec.formats import ModelFormat
+from quant_spec.quantization_config import QUANT_METHOD, quantization_config
 
 Make = Callable[[str], nn.Module]
 Quantize = Callable[..., ModelFormat]

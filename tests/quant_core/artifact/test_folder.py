@@ -14,11 +14,9 @@ from torch import nn
 
 from quant_core.artifact.folder import (
     MANIFEST_FILE,
-    QUANT_METHOD,
     SCHEDULER_FILE,
     WEIGHTS_FILE,
     parse_quantization_config,
-    quantization_config,
     read_config,
     verify_folder,
     write_artifact,
@@ -26,6 +24,7 @@ from quant_core.artifact.folder import (
 from quant_core.errors import ArtifactError
 from quant_core.nn.layers import QuantLayer
 from quant_spec.formats import ModelFormat
+from quant_spec.quantization_config import QUANT_METHOD, quantization_config
 
 Make = Callable[[str], nn.Module]
 Quantize = Callable[..., ModelFormat]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 import quant_core
-from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_artifact
+from quant_core.artifact.folder import WEIGHTS_FILE, write_artifact
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.errors import UnknownTimestepError
@@ -23,6 +23,7 @@ from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.nn.model import build_quantized
 from quant_spec.enums import ActivationMode
 from quant_spec.formats import ActivationSpec, UnitFormat
+from quant_spec.quantization_config import quantization_config
 from tests.quant_core.params import reconstruction, rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import quant_core
 from kernels.activations import quantize_by_table_reference
 from quant_core.artifact.dequantize import dequantized_state
-from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_artifact
+from quant_core.artifact.folder import WEIGHTS_FILE, write_artifact
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.errors import ArtifactError
@@ -30,6 +30,7 @@ from quant_core.nn.steps import StepClock
 from quant_spec.enums import ActivationMode
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, LayerSpec, UnitFormat, WeightSpec
+from quant_spec.quantization_config import quantization_config
 from tests.quant_core.agreement import check_release
 from tests.quant_core.params import reconstruction, rounding
 

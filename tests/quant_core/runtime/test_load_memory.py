@@ -15,12 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import quant_core
-from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_artifact
+from quant_core.artifact.folder import WEIGHTS_FILE, write_artifact
 from quant_core.nn.layers import QUANTIZABLE, QuantLayer
 from quant_core.nn.model import build_quantized
 from quant_core.runtime.loader import load_folder
 from quant_spec.enums import ActivationMode
 from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
+from quant_spec.quantization_config import quantization_config
 
 # What the allocator, the config and the tensors' Python objects take, whatever the size of the model.
 FIXED_BYTES = 24 << 20

@@ -18,13 +18,14 @@ import quant_core
 from kernels.backend import BackendUnavailableError
 from kernels.cpu_weight import sums_pairs_exactly
 from kernels.errors import KernelError
-from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_artifact
+from quant_core.artifact.folder import WEIGHTS_FILE, write_artifact
 from quant_core.errors import ArtifactError
 from quant_core.nn.layers import QuantLayer
 from quant_core.runtime.loader import load_folder
 from quant_spec.enums import KernelBackend
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ModelFormat
+from quant_spec.quantization_config import quantization_config
 
 Make = Callable[[str], nn.Module]
 Quantize = Callable[..., ModelFormat]

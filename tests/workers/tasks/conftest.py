@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kernels.affine import quantize_affine
-from quant_core.artifact.folder import quantization_config, write_artifact
+from quant_core.artifact.folder import write_artifact
 from quant_core.diffusion.denoiser import load_denoiser
 from quant_core.diffusion.sampler import make_scheduler
 from quant_core.inspect.inspection import inspect_model
@@ -19,6 +19,7 @@ from quant_core.nn.model import build_quantized
 from quant_core.nn.ranges import qparams_from_range
 from quant_spec.formats import LayerSpec, ModelFormat, WeightSpec
 from quant_spec.kinds import KINDS
+from quant_spec.quantization_config import quantization_config
 from quant_spec.sampler import Sampler
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall, execute_call

@@ -11,13 +11,14 @@ import pytest
 from diffusers import UNet2DModel
 
 import quant_core
-from quant_core.artifact.folder import quantization_config, write_artifact
+from quant_core.artifact.folder import write_artifact
 from quant_core.errors import ArtifactError
 from quant_spec.formats import ModelFormat
+from quant_spec.quantization_config import quantization_config
 from quant_spec.tasks.release import Inputs, Origin, Params, ResolvedRecipe
 from workers.errors import TaskError
 from workers.execution.context import TaskContext
-from workers.storage.manifest import pull_tree, put_tree, read_manifest, tree_bytes
+from workers.storage.manifest import pull_tree, put_tree, read_manifest
 from workers.storage.store import open_cached
 from workers.tasks import release
 
@@ -84,7 +85,7 @@ def test_the_artifact_holds_every_file_and_loads(context: TaskContext, inputs: I
     assert set(done.outputs) == {"artifact"}
     assert done.metrics["metrics"] == METRICS
     manifest = read_manifest(context.store, done.outputs["artifact"])
-    assert done.metrics["artifact_bytes"] == tree_bytes(manifest)
+    assert done.metrics["artifact_bytes"] == sum(entry["bytes"] for entry in manifest["files"].values())
     assert set(manifest["files"]) == {
         "config.json",
         "diffusion_pytorch_model.safetensors",

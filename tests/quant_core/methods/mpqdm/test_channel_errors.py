@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quant_core
-from quant_core.artifact.folder import WEIGHTS_FILE, quantization_config, write_artifact
+from quant_core.artifact.folder import WEIGHTS_FILE, write_artifact
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.errors import ArtifactError
@@ -26,6 +26,7 @@ from quant_core.nn.model import build_quantized
 from quant_spec.enums import AllocationMethod
 from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, UnitFormat
 from quant_spec.passes.allocate import AllocateChoice
+from quant_spec.quantization_config import quantization_config
 from tests.quant_core.agreement import check_release
 from tests.quant_core.params import measurement, rounding
 

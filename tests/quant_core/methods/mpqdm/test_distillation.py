@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import quant_core
-from quant_core.artifact.folder import quantization_config, write_artifact
+from quant_core.artifact.folder import write_artifact
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.fit.rounding import UnitRanges, round_units
@@ -17,6 +17,7 @@ from quant_core.methods.mpqdm.distillation import Distillation, Distilled, featu
 from quant_core.methods.mpqdm.relation import relation_loss
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, UnitFormat
+from quant_spec.quantization_config import quantization_config
 from quant_spec.sampler import Sampler
 from quant_spec.tasks.distill import Params
 from tests.quant_core.params import distillation, rounding

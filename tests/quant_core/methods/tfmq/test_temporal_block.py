@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import quant_core
 from quant_core.artifact.dequantize import dequantized_state
-from quant_core.artifact.folder import quantization_config, write_artifact
+from quant_core.artifact.folder import write_artifact
 from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.errors import ArtifactError, ConditioningError, UnknownTimestepError
@@ -29,6 +29,7 @@ from quant_core.nn.model import build_quantized
 from quant_spec.enums import ActivationMode, StartCodes, TemporalRounding, UnknownTimestep
 from quant_spec.formats import ActivationSpec, FeatureSpec, UnitFormat
 from quant_spec.passes.temporal import TemporalFit
+from quant_spec.quantization_config import quantization_config
 from tests.quant_core.params import reconstruction, rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]

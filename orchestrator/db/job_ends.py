@@ -24,7 +24,7 @@ from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEve
 RELEASE_KIND = "release"
 
 
-def settle_jobs(session: Session, done: Sequence[str]) -> None:
+def succeed_jobs(session: Session, done: Sequence[str]) -> None:
     """End the active jobs whose target is among the tasks `done`; publish their releases."""
     for batch in batches(done):
         statement = (

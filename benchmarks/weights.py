@@ -1,0 +1,38 @@
+"""Random packed weights of a layer's shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.packing import pack_codes
+from kernels.weights import PackedWeight, pack_weight
+
+
+def random_weight(
+    outputs: int, channels: int, taps: int, bits: int, group_size: int | None = None, channel: Tensor | None = None
+) -> PackedWeight:
+    """Make a symmetric weight with scales 0.01, per channel or per `group_size` input channels of one tap.
+
+    Parameters
+    ----------
+    outputs, channels, taps
+        Channels that the layer writes and reads, positions of its kernel (1 of a Linear).
+    channel
+        Output channels that it is of, if not all.
+    """
+    rows = outputs if channel is None else len(channel)
+    groups = 1 if group_size is None else taps * -(-channels // group_size)
+    codes = torch.randint(0, 1 << bits, (rows, taps * channels), dtype=torch.uint8)
+    zero = torch.full((rows, groups), 1 << (bits - 1), dtype=torch.uint8)
+    scale = torch.full((rows, groups), 0.01, dtype=torch.float32 if group_size is None else torch.bfloat16)
+    return pack_weight(
+        pack_codes(codes, bits),
+        scale,
+        zero,
+        bits=bits,
+        channels=channels,
+        taps=taps,
+        group_size=group_size,
+        channel=channel,
+    )

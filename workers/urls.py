@@ -23,8 +23,8 @@ _PLAIN = re.compile(
     re.VERBOSE,
 )
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+(?:/.*)?", re.DOTALL)
-# Parameters of a database URL that hold no secret.
-_HARMLESS = {
+#: Parameters of a database URL that hold no secret.
+HARMLESS_PARAMETERS = {
     "application_name", "connect_timeout", "dbname", "host", "hostaddr", "port", "sslmode", "target_session_attrs",
     "user",
 }  # fmt: skip
@@ -45,8 +45,8 @@ def shown_url(url: str) -> str:
     Returns
     -------
     str
-        The same but for the password, the values of unknown parameters, and all after the scheme of a URL that can be
-        read in several ways. A path stays as it is.
+        The same but for the password, parameters among which one may be a secret, and all after the scheme of a URL
+        that can be read in several ways. A path stays as it is.
     """
     match = _SCHEME.fullmatch(url)
     if match is None:
@@ -68,13 +68,9 @@ def shown_url(url: str) -> str:
 
 
 def _shown_query(query: str) -> str:
-    """Return parameters up to the first that may hold a secret: behind an unquoted `&`, the rest may be part of it."""
-    shown: list[str] = []
-    for item in query.split("&"):
-        if item.partition("=")[0] not in _HARMLESS:
-            return "&".join([*shown, HIDDEN])
-        shown.append(item)
-    return "&".join(shown)
+    """Return parameters if none may hold a secret; else nothing, as what an unquoted `&` splits may be part of it."""
+    harmless = all(item.partition("=")[0] in HARMLESS_PARAMETERS for item in query.split("&"))
+    return query if harmless else HIDDEN
 
 
 def hide_passwords(text: str) -> str:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 
 from orchestrator.errors import DatabaseError, DatabaseFullError, DatabaseUnreachableError
 from quant_spec.errors import InvalidInputError
-from workers.urls import HIDDEN, hide_passwords, is_plain_url, shown_url
+from workers.urls import HARMLESS_PARAMETERS, HIDDEN, hide_passwords, is_plain_url, shown_url
 
 #: How long a SQLite connection waits for another's transaction, in seconds; enqueueing a large graph takes a few.
 BUSY_SECONDS = 60.0
@@ -167,6 +167,13 @@ def _convert(error: SQLAlchemyError, url: URL) -> DatabaseError:
 
 
 def _without_password(text: str, url: URL) -> str:
-    """Return a driver's text without the password, which a driver may quote; one of two letters is in any text."""
-    password = str(url.password or "")
-    return hide_passwords(text.replace(password, HIDDEN) if len(password) > 2 else text)
+    """Return a driver's text without what of its URL may be secret, which a driver may quote."""
+    secrets = [str(url.password or "")]
+    for name, values in url.query.items():
+        if name not in HARMLESS_PARAMETERS:
+            # The name too: behind an unquoted `&`, it is the rest of a password.
+            secrets += [f'"{name}"', *([values] if isinstance(values, str) else values)]
+    for secret in secrets:
+        # One or two letters are in any text.
+        text = text.replace(secret, HIDDEN) if len(secret) > 2 else text
+    return hide_passwords(text)

@@ -11,7 +11,7 @@ SHOWN = {
     "postgresql+psycopg://me:p%40ss%2Fw%25rd@[::1]/name": "postgresql+psycopg://me:***@[::1]/name",
     "postgresql://me@host/name": "postgresql://me@host/name",
     "postgresql:///name?host=/tmp/socket&port=5": "postgresql:///name?host=/tmp/socket&port=5",
-    "postgresql://host/name?user=me&password=secret&host=part-of-it": "postgresql://host/name?user=me&***",
+    "postgresql://host/name?user=me&password=secret&host=part-of-it": "postgresql://host/name?***",
     "mysql://me:secret@host/name": "mysql://me:***@host/name",
     "sqlite:////a/b@c/100%25?d#e.db": "sqlite:////a/b@c/100%25?d#e.db",
     "sqlite://me:secret@host/name": "sqlite://me:***@host/name",
@@ -37,7 +37,12 @@ AMBIGUOUS = [
     "postgresql://host/name?password=sec@ret",
     "s3://KEY:sec/ret@bucket/prefix",
 ]
-NO_URLS = ["postgresql:/me:secret@host/name", "postgresql//me:secret@host", "me:secret@host/name", "//me:secret@host/name"]
+NO_URLS = [
+    "postgresql:/me:secret@host/name",
+    "postgresql//me:secret@host",
+    "me:secret@host/name",
+    "//me:secret@host/name",
+]
 
 
 @pytest.mark.parametrize("url", SHOWN)

@@ -2,8 +2,9 @@
 
 A variant is a model saved under other names. diffusers writes `variant="fp16"` as
 `diffusion_pytorch_model.fp16.safetensors` or, in shards, as `diffusion_pytorch_model.fp16-00001-of-00002.safetensors`
-with the index `diffusion_pytorch_model.safetensors.index.fp16.json` (earlier versions put the variant behind the shard's
-number). In the store the files have the names of a model that is no variant: it is the same model, and loads as one.
+with the index `diffusion_pytorch_model.safetensors.index.fp16.json` (earlier versions put the variant after the number
+of the shard). In the store the files have the names of a model that is no variant: it is the same model, and loads as
+one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names and folders of models: a name means what was registered, a path what is there; neither is taken for the other."""
+"""A model's name means what was registered, a path what is there now; neither is taken for the other."""
 
 from __future__ import annotations
 

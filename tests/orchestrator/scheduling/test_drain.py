@@ -117,6 +117,9 @@ def test_a_job_that_is_being_submitted_is_not_missed(
             enqueue_graph(session, job, [node], node)
         thread.start()
         assert first_look.wait(60)
+        # One that does not wait for this transaction has ended by now.
+        thread.join(0.5)
+        assert thread.is_alive()
         if begun == "created":
             enqueue_graph(session, job, [node], node)
     thread.join(60)

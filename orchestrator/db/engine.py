@@ -34,7 +34,10 @@ _dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan
 
 _POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
 _WANTED = "wanted sqlite:////absolute/path.db or postgresql://user@host/name"
-_QUOTING = "wanted postgresql://user:password@host:port/name with @ : / ? # % and spaces as %40 %3A %2F %3F %23 %25 %20"
+_QUOTING = (
+    "wanted postgresql://user@host/name, in a password %40 for @, %3A for :, %2F for /, %3F for ?, %23 for #, %25 for %, "
+    "%20 for a space"
+)
 
 
 def sqlite_url(path: Path) -> str:

@@ -80,6 +80,11 @@ def test_by_the_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bad == {"database", "store"}
 
 
+def test_how_to_quote_is_said(cli: Cli) -> None:
+    refused = cli("--db", DATABASES[3], "init")
+    assert "got 'postgresql://***', wanted postgresql://user@host/name, in a password %40 for @, " in refused.err
+
+
 @pytest.mark.parametrize("url", STORES)
 def test_of_a_store(cli: Cli, url: str) -> None:
     for words in (["init"], ["artifacts", "gc"]):

@@ -35,8 +35,8 @@ _dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan
 _POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
 _WANTED = "wanted sqlite:////absolute/path.db or postgresql://user@host/name"
 _QUOTING = (
-    "wanted postgresql://user@host/name, in a password %40 for @, %3A for :, %2F for /, %3F for ?, %23 for #, %25 for %, "
-    "%20 for a space"
+    "wanted postgresql://user@host/name, in a password %40 for @, %3A for :, %2F for /, %3F for ?, %23 for #, "
+    "%25 for %, %20 for a space"
 )
 
 

@@ -6,6 +6,8 @@ import logging
 import sys
 from typing import TextIO
 
+from workers.urls import hide_passwords
+
 _FIELDS = ("task", "attempt", "kind", "fault")
 
 
@@ -16,7 +18,7 @@ class _Lines(logging.Formatter):
         fields = [(name, getattr(record, name)) for name in _FIELDS if hasattr(record, name)]
         shown = [f"{name}={str(value)[:12] if name == 'task' else value}" for name, value in fields]
         time = self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
-        return " ".join([time, record.levelname.lower(), " ".join(record.getMessage().split()), *shown])
+        return " ".join([time, record.levelname.lower(), hide_passwords(" ".join(record.getMessage().split())), *shown])
 
 
 class _Stderr(logging.StreamHandler[TextIO]):

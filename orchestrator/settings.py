@@ -15,17 +15,32 @@ from workers.storage.store import CACHE_LIMIT_BYTES
 class Settings:
     """What every command works with.
 
-    `database_url` and `store_url` lie in the home folder unless they were given; `ray_address` is None where a local
-    Ray is to be started. `cache_bytes` limits each node's copies of what lies in a remote store.
+    The database and the store lie in the home folder unless `given_database_url` or another `store_url` say otherwise;
+    `ray_address` is None where a local Ray is to be started. `cache_bytes` limits each node's copies of what lies in a
+    remote store.
     """
 
     home: Path
-    database_url: str
+    given_database_url: str | None
     store_url: str
     ray_address: str | None
-    embedded_database: bool
     embedded_store: bool
     cache_bytes: int
+
+    @property
+    def embedded_database(self) -> bool:
+        """Whether the database is the home's own file."""
+        return self.given_database_url is None
+
+    @property
+    def database_url(self) -> str:
+        """Return the database's URL, with its password if it has one."""
+        if self.given_database_url is not None:
+            return self.given_database_url
+        # Imported here: SQLAlchemy takes longer than the commands that need no database.
+        from orchestrator.db.engine import sqlite_url
+
+        return sqlite_url(self.database_path)
 
     @property
     def cache_dir(self) -> Path:
@@ -68,10 +83,9 @@ def resolve_settings(
         given_store = str(Path(given_store).expanduser().absolute())
     return Settings(
         home=folder,
-        database_url=given_database or f"sqlite:///{folder / 'quantmill.db'}",
+        given_database_url=given_database or None,
         store_url=given_store or str(folder / "store"),
         ray_address=ray_address or environ.get("RAY_ADDRESS") or None,
-        embedded_database=not given_database,
         embedded_store=not given_store,
         cache_bytes=_cache_bytes(environ.get("QUANTMILL_CACHE_GIB")),
     )

@@ -20,6 +20,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from quant_spec.errors import InvalidInputError, QuantServiceError
+from workers.urls import hide_passwords
 
 
 class WorkerError(QuantServiceError):
@@ -103,9 +104,9 @@ def fault_of(error: BaseException) -> Fault:
 
 
 def describe(error: BaseException) -> str:
-    """Return one line for an exception: its message, preceded by its class when it is not one of ours."""
+    """Return one line for an exception: its message, preceded by its class when it is not one of ours; no passwords."""
     lines = str(error).split("\n")
-    text = " ".join(line.strip() for line in lines if line.strip())
+    text = hide_passwords(" ".join(line.strip() for line in lines if line.strip()))
     if isinstance(error, QuantServiceError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

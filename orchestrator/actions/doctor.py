@@ -21,6 +21,7 @@ from orchestrator.settings import Settings
 from quant_spec.errors import QuantServiceError
 from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
+from workers.urls import hide_passwords
 
 _PYTHON = (3, 11)
 #: Before this version anyone's browser could delete jobs through Ray's dashboard (CVE-2026-27482).
@@ -76,7 +77,7 @@ def _run(name: str, check: Callable[[], tuple[bool, str]]) -> Check:
     try:
         ok, detail = check()
     except (QuantServiceError, OSError, ValueError, metadata.PackageNotFoundError) as error:
-        ok, detail = False, " ".join(str(error).split())
+        ok, detail = False, hide_passwords(" ".join(str(error).split()))
     return Check(name, ok, detail)
 
 
@@ -141,7 +142,7 @@ def _database(settings: Settings) -> tuple[bool, str]:
     try:
         # Takes the write lock on SQLite, which a file system without locks or rights refuses.
         with database.session():
-            return True, f"{database.location.render_as_string(hide_password=True)}, schema {state.revision}"
+            return True, f"{database.shown_url}, schema {state.revision}"
     finally:
         database.close()
 

@@ -9,7 +9,7 @@ from orchestrator.actions.dry_run import worker_count
 from orchestrator.actions.progress import Progress
 from orchestrator.db.jobs import find_job
 from orchestrator.db.rows import JobRow
-from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
+from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig, Served
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS
 from workers.execution.executor import RayExecutor
@@ -33,9 +33,9 @@ def run_job(service: Service, job: JobRow, stop: threading.Event) -> JobRow:
         return find_job(session, job.id)
 
 
-def serve(service: Service, stop: threading.Event, *, drain: bool) -> None:
-    """Execute whatever is queued until `stop` is set or, with `drain`, until nothing is left."""
-    make_scheduler(service).run(stop=stop, drain=drain)
+def serve(service: Service, stop: threading.Event, *, drain: bool) -> Served:
+    """Execute whatever is queued until `stop` is set or, with `drain`, until nothing is left; return what was done."""
+    return make_scheduler(service).run(stop=stop, drain=drain)
 
 
 def make_scheduler(service: Service) -> Scheduler:

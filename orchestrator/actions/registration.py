@@ -1,7 +1,12 @@
-"""Registering models: check a folder, copy it into the store, look at its units, remember it under a name."""
+"""Registering models: check a folder, copy it into the store, look at its units, remember it under a name.
+
+A name means the registered bytes, a path the bytes that lie there now. Where a folder of the name lies in the current
+folder with other bytes, neither is chosen; where the folder that a model was registered from has changed, that is said.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Callable
@@ -9,12 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.actions.local import run_task
-from orchestrator.db.registry import add_model, find_model
+from orchestrator.db.registry import add_model, find_model, list_models
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import NotFoundError
 from orchestrator.service import Service
+from orchestrator.text import utc_text
+from quant_spec.errors import InvalidInputError
 from quant_spec.tasks import inspect
-from workers.storage.model_folder import import_model, resolve_source
+from workers.errors import ModelError
+from workers.storage.model_folder import changed_since, import_model, model_digest, resolve_source
+from workers.storage.model_folder import find_model as find_model_folder
 from workers.storage.names import check_name
 from workers.storage.store import Store, open_store
 
@@ -62,13 +71,13 @@ def add_model_from(service: Service, source: str, name: str | None, *, notify: C
     elif (known := _registered(service, model.digest)) is not None:
         model = replace(known, inspection=model.inspection)
     else:
-        model = _with_free_name(service, model)
+        model = _with_free_name(service, model, notify, "registered")
     with service.database.session() as session:
         return add_model(session, model)
 
 
 def resolve_model(service: Service, text: str, *, notify: Callable[[str], None], dry_run: bool = False) -> ModelRow:
-    """Return the model that a name, a digest's beginning, a folder or hf:ID means.
+    """Return the model that a name, `name@digest`, a digest's beginning, a folder or hf:ID means.
 
     Parameters
     ----------
@@ -85,21 +94,22 @@ def resolve_model(service: Service, text: str, *, notify: Callable[[str], None],
     ------
     NotFoundError
         If it is none of these.
+    InvalidInputError
+        If it is a registered model's name, and a folder of that name in the current folder holds another model.
     """
     if not text.startswith(_HUB) and "/" not in text:
-        with service.database.session(read_only=True) as session:
-            try:
-                return find_model(session, text)
-            except NotFoundError:
-                if not Path(text).is_dir():
-                    raise NotFoundError(
-                        f"model: got {text!r}, wanted a name of models ls, a folder or hf:owner/name"
-                    ) from None
+        known = _find(service, text)
+        if known is not None:
+            _check_same(known, text)
+            _say_if_changed(known, notify)
+            return known
+        if not Path(text).is_dir():
+            raise NotFoundError(f"model: got {text!r}, wanted a name of models ls, a folder or hf:owner/name")
     if not dry_run:
         return add_model_from(service, text, None, notify=notify)
     with tempfile.TemporaryDirectory(prefix="quantmill-dry-run-") as folder:
         model = look_at(service, text, open_store(folder), notify=notify)
-    return _registered(service, model.digest) or model
+    return _registered(service, model.digest) or _with_free_name(service, model, notify, "would be registered")
 
 
 def look_at(service: Service, source: str, store: Store, *, notify: Callable[[str], None]) -> ModelRow:
@@ -139,19 +149,90 @@ def default_model_name(source: str) -> str:
     return name[:_NAME_LENGTH] or "model"
 
 
-def _registered(service: Service, digest: str) -> ModelRow | None:
+def _check_same(known: ModelRow, text: str) -> None:
+    """Refuse a registered model's name that is also the name of a folder here with another model in it."""
+    path = Path(text)
+    if not path.is_dir():
+        return
+    try:
+        digest = model_digest(path)
+    except ModelError as error:
+        # A folder of another purpose, with no model in it, is not what is meant.
+        if not _has_model(path):
+            return
+        folder = f"which cannot be read: {error}"
+    else:
+        if digest == known.digest:
+            return
+        folder = f"digest {digest[:_SUFFIX_DIGITS]}"
+    named = f"{known.name}@{known.digest[:_SUFFIX_DIGITS]}"
+    raise InvalidInputError(
+        f"model: got {text!r}, which names a registered model (digest {known.digest[:_SUFFIX_DIGITS]}) and a folder "
+        f"here with other bytes ({folder}); wanted ./{text} for the folder or {named} for the registered model"
+    )
+
+
+def _has_model(path: Path) -> bool:
+    try:
+        find_model_folder(path)
+    except ModelError:
+        return False
+    return True
+
+
+def _say_if_changed(known: ModelRow, notify: Callable[[str], None]) -> None:
+    """Say that the folder which a model was registered from has changed since: its name means what was registered."""
+    source = Path(known.source)
+    if known.source.startswith(_HUB) or not source.is_dir():
+        return
+    try:
+        # Without this look at the files' times, every use of a name would read gigabytes.
+        if known.created_at is not None and not changed_since(source, known.created_at):
+            return
+        same = model_digest(source) == known.digest
+    except (ModelError, OSError):
+        # No model is there any more, or none that can be read: nothing to be mixed up with.
+        return
+    if not same:
+        notify(
+            f"{known.name}: the folder {source} has changed since {utc_text(known.created_at)}, when it was "
+            "registered; this is the model as it was, the folder's path would be the one that is there now"
+        )
+
+
+def _find(service: Service, name: str) -> ModelRow | None:
     with service.database.session(read_only=True) as session:
         try:
-            return find_model(session, digest)
+            return find_model(session, name)
         except NotFoundError:
             return None
 
 
-def _with_free_name(service: Service, model: ModelRow) -> ModelRow:
-    """Return the model under its name, or that and some of its digest if another model has the name."""
+def _registered(service: Service, digest: str) -> ModelRow | None:
+    return _find(service, digest)
+
+
+def _with_free_name(service: Service, model: ModelRow, notify: Callable[[str], None], what: str) -> ModelRow:
+    """Return the model under its name, or that and some of its digest if another model has the name.
+
+    If another model came from the same place, or has the name, that is said.
+    """
     with service.database.session(read_only=True) as session:
-        try:
-            find_model(session, model.name)
-        except NotFoundError:
-            return model
-    return replace(model, name=f"{model.name}-{model.digest[:_SUFFIX_DIGITS]}")
+        rows = list_models(session)
+    taken = next((row for row in rows if row.name == model.name), None)
+    name = model.name if taken is None else f"{model.name}-{model.digest[:_SUFFIX_DIGITS]}"
+    before = [row for row in rows if _same_place(row.source, model.source)]
+    if before:
+        last = max(before, key=lambda row: row.created_at or 0.0)
+        since = f"since {utc_text(last.created_at)}, when it was registered as {last.name}"
+        notify(f"{model.name}: the weights or configs in {model.source} have changed {since}; {what} as {name}")
+    elif taken is not None:
+        notify(f"{model.name}: this name is that of another model, from {taken.source}; {what} as {name}")
+    return replace(model, name=name)
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Say whether two sources are the same repository and revision, or the same folder by whatever path."""
+    if one.startswith(_HUB) or other.startswith(_HUB):
+        return one == other
+    return os.path.realpath(one) == os.path.realpath(other)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.settings import Settings, resolve_settings
+from workers.urls import shown_url
 
 if TYPE_CHECKING:
     from orchestrator.service import Service
@@ -29,7 +31,8 @@ JSON_KEY = "quantmill.json"
 class App:
     """The settings of one call, and the two ways to answer: text, or one JSON document.
 
-    `options` are the global options as they were given, to be repeated in the commands that the answer suggests.
+    `options` are the global options as they were given, but for passwords, to be repeated in the commands that the
+    answer suggests.
     """
 
     settings: Settings
@@ -60,11 +63,19 @@ class App:
         return shlex.join([*program(), *self.options, *words])
 
     def notify(self, message: str) -> None:
-        """Write a message for a person, on stderr."""
-        click.echo(message, err=True)
+        """Write a message for a person, on stderr; one that nobody can read any more stops no work."""
+        with suppress(BrokenPipeError):
+            click.echo(message, err=True)
 
 
 pass_app = click.make_pass_decorator(App)
+
+
+def _output_is_gone() -> bool:
+    """Say whether nobody reads stdout any more."""
+    look = select.poll()
+    look.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in look.poll(0))
 
 
 def _set_json(context: click.Context, _parameter: click.Parameter, given: bool) -> None:
@@ -83,11 +94,24 @@ def _json_option() -> click.Option:
 
 
 class Command(click.Command):
-    """A command that takes `--json`."""
+    """A command that takes `--json`, and that no broken pipe ends in silence."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params.append(_json_option())
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; that the reader of our output is gone (`| head`) is no error, but there is no more to do.
+
+        Any other broken pipe is an error. Left to click, it would end the program without a line.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            if not _output_is_gone():
+                raise RuntimeError(f"a pipe broke that is not the output ({error})") from error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
 
 class Group(click.Group):
@@ -131,7 +155,7 @@ class LazyGroup(Group):
 def make_app(home: str | None, db: str | None, store: str | None, ray: str | None) -> App:
     """Resolve the global options against the environment."""
     given = {"--home": home, "--db": db, "--store": store, "--ray": ray}
-    options = tuple(word for name, value in given.items() if value for word in (name, value))
+    options = tuple(word for name, value in given.items() if value for word in (name, shown_url(value)))
     return App(resolve_settings(os.environ, home=home, database_url=db, store_url=store, ray_address=ray), options)
 
 

@@ -7,6 +7,7 @@ import click
 from orchestrator.cli.app import App, Command, Group, pass_app
 from orchestrator.db.session import SchemaState, current, upgrade
 from orchestrator.service import initialise
+from workers.urls import shown_url
 
 
 @click.command(cls=Command)
@@ -17,7 +18,7 @@ def init(app: App) -> None:
     document = {
         "home": str(app.settings.home),
         "database": shown_url(app.settings.database_url),
-        "store": app.settings.store_url,
+        "store": shown_url(app.settings.store_url),
         "schema": state.revision,
     }
     app.answer(document, lambda: "\n".join(f"{name:<9} {value}" for name, value in document.items()))
@@ -45,10 +46,3 @@ def db_upgrade(app: App) -> None:
 def _show(app: App, state: SchemaState) -> None:
     document = {"revision": state.revision, "head": state.head, "current": state.revision == state.head}
     app.answer(document, lambda: f"schema {state.revision or 'none'}, wanted {state.head}")
-
-
-def shown_url(url: str) -> str:
-    """Return a database URL without its password."""
-    head, at, tail = url.rpartition("@")
-    scheme, colon, credentials = head.partition("://")
-    return f"{scheme}{colon}{credentials.partition(':')[0]}@{tail}" if at and colon else url

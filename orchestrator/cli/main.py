@@ -7,7 +7,7 @@ Exit codes: 0 done, 1 our fault, 2 usage or invalid input, 100 job failed, 101 n
 from __future__ import annotations
 
 import errno
-import os
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ import click
 
 from orchestrator.cli.app import LazyGroup, make_app
 from quant_spec.errors import QuantServiceError
+from workers.urls import hide_passwords, shown_url
 
 COMMANDS = {
     "init": ("orchestrator.cli.home:init", "Create the home, the database and the store."),
@@ -64,30 +65,42 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
             args=list(arguments) if arguments is not None else None, prog_name="quantmill", standalone_mode=False
         )
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        words = arguments if arguments is not None else sys.argv[1:]
+        click.echo(_without_passwords(said.getvalue(), words), err=True, nl=False)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except QuantServiceError as error:
         return _fail(_one_line(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader of our output (`| head`) is gone; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
         if error.errno not in NO_ROOM:
-            traceback.print_exc()
+            _print_traceback()
             return _fail(_one_line(error), 1)
         where = error.filename or "a file"
         return _fail(f"no room left to write {where}: got {error.strerror}, wanted free space", 2)
     except Exception as error:
-        traceback.print_exc()
+        _print_traceback()
         return _fail(f"this is a fault of Quantmill: {_one_line(error)}", 1)
     return result if isinstance(result, int) else 0
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return hide_passwords(" ".join(str(error).split())) or type(error).__name__
+
+
+def _without_passwords(message: str, arguments: Sequence[str]) -> str:
+    """Hide the passwords in what click says of the arguments, which it quotes: a URL in a wrong place, say."""
+    for argument in sorted(arguments, key=len, reverse=True):
+        option, equals, value = argument.partition("=")
+        for text in (argument, value if equals and option.startswith("-") else ""):
+            message = message.replace(text, shown_url(text)) if text else message
+    return hide_passwords(message)
+
+
+def _print_traceback() -> None:
+    click.echo(hide_passwords(traceback.format_exc()), err=True, nl=False)
 
 
 def _fail(message: str, code: int) -> int:

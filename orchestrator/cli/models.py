@@ -22,7 +22,11 @@ def models() -> None:
 @click.option("--name", help="Name to register it under; the folder's by default.")
 @pass_app
 def models_add(app: App, source: str, name: str | None) -> None:
-    """Check a diffusers folder, copy it into the store and register it; hf:owner/name@revision comes from the Hub."""
+    """Check a diffusers folder, copy it into the store and register it; hf:owner/name@revision comes from the Hub.
+
+    What is registered stays: of a folder that has changed since, a new model is registered, under its name and some
+    digits of its digest if the name is taken.
+    """
     with app.service() as service:
         view = model_view(add_model_from(service, source, name, notify=app.notify))
     app.answer(view, lambda: f"model {view['name']} ({view['class_name']}), digest {view['digest'][:12]}")
@@ -58,7 +62,7 @@ def models_ls(app: App) -> None:
 @click.argument("name")
 @pass_app
 def models_show(app: App, name: str) -> None:
-    """Show a model and its units; NAME may be a unique beginning of its digest."""
+    """Show a model and its units; NAME may be NAME@DIGEST or a unique beginning of the digest."""
     with app.service() as service, service.database.session(read_only=True) as session:
         row = find_model(session, name)
     view = {**model_view(row), "inspection": row.inspection}

@@ -5,23 +5,35 @@ from __future__ import annotations
 import click
 
 from orchestrator.actions.execution import serve as serve_jobs
+from orchestrator.actions.jobs import NOT_FINISHED
 from orchestrator.cli.app import App, Command, pass_app
-from orchestrator.cli.home import shown_url
 from orchestrator.logs import log_to_stderr
-from orchestrator.scheduling.scheduler import stop_on_signals
+from orchestrator.scheduling.scheduler import Served, stop_on_signals
+from workers.urls import shown_url
 
 
 @click.command(cls=Command)
 @click.option("--drain", is_flag=True, help="Exit when no job is left to execute.")
 @pass_app
-def serve(app: App, drain: bool) -> None:
+def serve(app: App, drain: bool) -> int:
     """Execute queued jobs on Ray. Any number may run on one database, on any machines.
 
-    Ctrl-C or SIGTERM gives the tasks in flight back, and exits.
+    Ctrl-C or SIGTERM gives the tasks in flight back, and exits: with code 101 if --drain was to empty the queue.
+    The last line on stderr says why it ended and how many tasks it executed.
     """
     log_to_stderr()
     with app.service() as service, stop_on_signals() as stop:
-        app.notify(f"serving {shown_url(app.settings.database_url)}, store {app.settings.store_url}")
-        serve_jobs(service, stop, drain=drain)
-        drained = not stop.is_set()
-    app.answer({"drained": drained}, str)
+        app.notify(f"serving {shown_url(app.settings.database_url)}, store {shown_url(app.settings.store_url)}")
+        served = serve_jobs(service, stop, drain=drain)
+    app.notify(_ending(served))
+    app.answer({"drained": not served.stopped, "executed": served.executed}, str)
+    return NOT_FINISHED if drain and served.stopped else 0
+
+
+def _ending(served: Served) -> str:
+    """Say why a scheduler ended; never nothing, as one that did nothing would be taken for one that did all."""
+    if served.stopped:
+        return f"stopped by a signal: {served.executed} tasks executed here, unfinished jobs stay queued"
+    if not served.found_work:
+        return "nothing queued: no job to execute"
+    return f"drained: {served.executed} tasks executed here, no job is left"

@@ -18,12 +18,18 @@ from quant_spec.numbers import human_bytes
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_MODEL_HELP = (
+    "Name of models ls, diffusers folder or hf:owner/name[@revision]. A name means the bytes that were registered, a "
+    "path those that are there now. Where a registered model and a folder here with other bytes have the same NAME, "
+    "./NAME is the folder, and NAME@DIGEST the registered model."
+)
+
 
 def request_options(function: F) -> F:
     """Give a command the options that make up a request."""
     options = (
         click.argument("recipe"),
-        click.option("--model", required=True, metavar="M", help="Registered name, diffusers folder or hf:owner/name."),
+        click.option("--model", required=True, metavar="M", help=_MODEL_HELP),
         click.option(
             "--set", "overrides", metavar="A.B=V", multiple=True, help="Change a value of the recipe; may be repeated."
         ),

@@ -16,25 +16,33 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 
 from orchestrator.errors import DatabaseError, DatabaseFullError, DatabaseUnreachableError
 from quant_spec.errors import InvalidInputError
+from workers.urls import HARMLESS_PARAMETERS, HIDDEN, hide_passwords, is_plain_url, shown_url
 
 #: How long a SQLite connection waits for another's transaction, in seconds; enqueueing a large graph takes a few.
 BUSY_SECONDS = 60.0
 #: After how many idle seconds Postgres ends a transaction whose owner was stopped or cut off while it held locks.
 IDLE_IN_TRANSACTION_SECONDS = 60
 
-_UNREACHABLE = (
-    "unable to open database file",
-    "file is not a database",
-    "connection failed",
-    "connection refused",
-    "could not translate host name",
-    "connection timeout expired",
-)
+# What SQLite says; whatever Postgres' driver says while it connects means the same.
+_UNREACHABLE = ("unable to open database file", "file is not a database")
 _FULL = ("database or disk is full", "no space left on device")
 # SQLite could not make its shared-memory file as large as it needs; its message is "disk I/O error".
 _FULL_SQLITE = "SQLITE_IOERR_SHMSIZE"
 
 _dump = partial(json.dumps, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+_POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
+_WANTED = "wanted sqlite:////absolute/path.db or postgresql://user@host/name"
+_QUOTING = (
+    "wanted postgresql://user@host/name, in a password %40 for @, %3A for :, %2F for /, %3F for ?, %23 for #, "
+    "%25 for %, %20 for a space"
+)
+
+
+def sqlite_url(path: Path) -> str:
+    """Return the URL of a SQLite file, whatever characters its path has."""
+    return URL.create("sqlite", database=str(path)).render_as_string()
 
 
 def parse_url(url: str) -> URL:
@@ -43,21 +51,28 @@ def parse_url(url: str) -> URL:
     Raises
     ------
     InvalidInputError
-        If it is neither a SQLite file nor a Postgres server.
+        If it is neither a SQLite file nor a Postgres server, or a Postgres URL that can be read in several ways, as one
+        with an unquoted `@` in its password: what follows it would be taken, and shown, for a host.
     """
+    shown = HIDDEN if "@" in url and "://" not in url else shown_url(url)
+    if "://" in url and not url.startswith("sqlite") and not is_plain_url(url):
+        raise InvalidInputError(f"database URL: got {shown!r}, {_QUOTING}")
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
-        raise InvalidInputError(f"database URL: got {url!r}, {_WANTED}") from error
-    if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
+    except (ArgumentError, ValueError):
+        # Not `from` the error, whose text may hold parts of the URL.
+        raise InvalidInputError(f"database URL: got {shown!r}, {_WANTED}") from None
+    if parsed.drivername in _POSTGRES:
         return parsed.set(drivername="postgresql+psycopg")
-    if parsed.drivername == "sqlite" and parsed.database and parsed.database != ":memory:":
+    is_file = not (parsed.host or parsed.username or parsed.password)
+    if parsed.drivername == "sqlite" and is_file and parsed.database and parsed.database != ":memory:":
         return parsed.set(database=str(Path(parsed.database).expanduser().absolute()))
-    shown = parsed.render_as_string(hide_password=True)
     raise InvalidInputError(f"database URL: got {shown!r}, {_WANTED}")
 
 
-_WANTED = "wanted sqlite:////absolute/path.db or postgresql://user@host/name"
+def shown_location(url: URL) -> str:
+    """Return a database's URL for people: without its password."""
+    return shown_url(url.render_as_string(hide_password=False))
 
 
 def make_engine(url: URL, *, create: bool = False) -> Engine:
@@ -72,6 +87,16 @@ def make_engine(url: URL, *, create: bool = False) -> Engine:
         max_overflow=20,
         connect_args={"connect_timeout": 10, "application_name": "quantmill"},
     )
+
+    @event.listens_for(engine, "do_connect")
+    def _connect(dialect: Any, record: Any, arguments: list[Any], parameters: dict[str, Any]) -> Any:
+        try:
+            return dialect.connect(*arguments, **parameters)
+        except (dialect.loaded_dbapi.Error, OSError, ValueError) as error:
+            # Resolving a name raises OSError, and UnicodeError for one that cannot be a name.
+            text = _without_password(" ".join(str(error).split()) or type(error).__name__, url)
+            # Not `from error`, for the same reason as the text is looked through.
+            raise DatabaseUnreachableError(f"database {shown_location(url)}: cannot be reached ({text})") from None
 
     @event.listens_for(engine, "connect")
     def _limit(connection: Any, record: Any) -> None:
@@ -133,8 +158,8 @@ def converted_errors(url: URL) -> Iterator[None]:
 
 def _convert(error: SQLAlchemyError, url: URL) -> DatabaseError:
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    text = " ".join(str(cause).split()) or type(cause).__name__
-    where = f"database {url.render_as_string(hide_password=True)}"
+    text = _without_password(" ".join(str(cause).split()) or type(cause).__name__, url)
+    where = f"database {shown_location(url)}"
     low = text.lower()
     if any(sign in low for sign in _FULL) or getattr(cause, "sqlite_errorname", None) == _FULL_SQLITE:
         return DatabaseFullError(f"{where}: no room left, nothing was changed ({text})")
@@ -142,3 +167,16 @@ def _convert(error: SQLAlchemyError, url: URL) -> DatabaseError:
     if lost and any(sign in low for sign in _UNREACHABLE):
         return DatabaseUnreachableError(f"{where}: cannot be reached ({text})")
     return DatabaseError(f"{where}: {text}")
+
+
+def _without_password(text: str, url: URL) -> str:
+    """Return a driver's text without what of its URL may be secret, which a driver may quote."""
+    secrets = [str(url.password or "")]
+    for name, values in url.query.items():
+        if name not in HARMLESS_PARAMETERS:
+            # The name too: behind an unquoted `&`, it is the rest of a password.
+            secrets += [f'"{name}"', *([values] if isinstance(values, str) else values)]
+    for secret in secrets:
+        # One or two letters are in any text.
+        text = text.replace(secret, HIDDEN) if len(secret) > 2 else text
+    return hide_passwords(text)

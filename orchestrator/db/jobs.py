@@ -15,7 +15,7 @@ from orchestrator.db.enqueue import start_tasks
 from orchestrator.db.job_ends import end_jobs
 from orchestrator.db.models import Event, Job, JobTask, Result, Task, in_states
 from orchestrator.db.rows import EventRow, JobRow, KindRow, ModelRow, TaskRow
-from orchestrator.db.session import lock_graph, record_event
+from orchestrator.db.session import lock_enqueue, lock_graph, record_event
 from orchestrator.db.statements import move_job
 from orchestrator.errors import NotFoundError
 from orchestrator.graph import Resources
@@ -52,6 +52,8 @@ def create_job(
         check_name(release_name)
     if abs(priority) > _PRIORITY_BOUND:
         raise InvalidInputError(f"priority: got {priority}, wanted -2^30 to 2^30")
+    # From here on `nothing_left` waits for this transaction; enqueueing takes the same lock.
+    lock_enqueue(session)
     job_id = secrets.token_hex(6)
     values = {"id": job_id, "state": JobState.QUEUED.value, "priority": priority, "release_name": release_name}
     values |= {"model_name": model.name, "model_digest": model.digest, "created_at": epoch_seconds()}
@@ -125,6 +127,16 @@ def list_jobs(session: Session, *, states: Iterable[JobState] = (), limit: int =
 def work_left(session: Session) -> bool:
     """Return whether any job has not ended."""
     return session.scalar(select(Job.id).where(in_states(Job.state, ACTIVE_JOBS)).limit(1)) is not None
+
+
+def nothing_left(session: Session) -> bool:
+    """Return whether no job is left, having waited for those that are being submitted or retried at this moment.
+
+    Without waiting, a job whose transaction has begun and not ended would not be seen.
+    """
+    lock_enqueue(session)
+    lock_graph(session)
+    return not work_left(session)
 
 
 def job_counts(session: Session, job_id: str) -> dict[str, int]:

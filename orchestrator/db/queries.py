@@ -13,6 +13,7 @@ from orchestrator.db.jobs import (
     job_kinds,
     list_jobs,
     list_tasks,
+    nothing_left,
     retry_job,
     work_left,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "find_task",
     "events",
     "work_left",
+    "nothing_left",
     "claim_tasks",
     "renew_leases",
     "finish_task",

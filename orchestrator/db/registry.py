@@ -49,6 +49,8 @@ def add_model(session: Session, model: ModelRow) -> ModelRow:
 def find_model(session: Session, name: str) -> ModelRow:
     """Return a model by its name, or by at least 4 digits of its digest (of several names, the first registered).
 
+    `name@digits` is the model of that name, if its digest begins with these digits.
+
     Raises
     ------
     NotFoundError
@@ -56,7 +58,12 @@ def find_model(session: Session, name: str) -> ModelRow:
     InvalidInputError
         If the digits fit several models.
     """
-    model = session.get(Model, name)
+    own, at, digits = name.partition("@")
+    model = session.get(Model, own)
+    if model is not None and at and not (_DIGEST_PREFIX.fullmatch(digits) and model.digest.startswith(digits)):
+        raise NotFoundError(
+            f"model: got {name!r}, but the digest of {own} is {model.digest[:12]}; wanted one of models ls"
+        )
     if model is not None:
         return _model_row(model)
     rows: Sequence[Model] = []

@@ -20,7 +20,7 @@ from sqlalchemy import URL, Connection, Engine, func, insert, inspect, select, t
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
-from orchestrator.db.engine import converted_errors, make_engine, parse_url
+from orchestrator.db.engine import converted_errors, make_engine, parse_url, shown_location
 from orchestrator.db.models import REVISIONS, Event
 from orchestrator.errors import DatabaseUnreachableError, SchemaError
 
@@ -61,6 +61,11 @@ class Database:
     def url(self) -> str:
         """The URL, with its password."""
         return self.location.render_as_string(hide_password=False)
+
+    @property
+    def shown_url(self) -> str:
+        """The URL for people, without its password."""
+        return shown_location(self.location)
 
     @contextmanager
     def session(self, *, read_only: bool = False) -> Iterator[Session]:
@@ -175,7 +180,7 @@ def require_current(database: Database) -> None:
     state = _current(database)
     if state.revision == state.head:
         return
-    where = f"database {database.location.render_as_string(hide_password=True)}"
+    where = f"database {database.shown_url}"
     if state.revision is None:
         raise SchemaError(f"{where}: got no schema, wanted {state.head}; run quantmill init or quantmill db upgrade")
     if state.revision in REVISIONS:
@@ -239,7 +244,8 @@ def run_alembic(connection: Connection, revision: str) -> None:
     if version is not None and version not in REVISIONS:
         raise SchemaError(f"database: got schema {version} of a newer Quantmill, wanted {revision}; upgrade Quantmill")
     config = Config(attributes={"connection": connection})
-    config.set_main_option("script_location", str(migrations_folder()))
+    # Alembic's configuration expands %.
+    config.set_main_option("script_location", str(migrations_folder()).replace("%", "%%"))
     target = -1 if revision == "base" else REVISIONS.index(revision)
     try:
         if version is not None and REVISIONS.index(version) > target:

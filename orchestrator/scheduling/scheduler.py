@@ -27,6 +27,7 @@ from orchestrator.db.queries import (
     fail_task,
     find_job,
     finish_task,
+    nothing_left,
     reap_expired,
     release_task,
     work_left,
@@ -74,6 +75,18 @@ class SchedulerConfig:
     owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a scheduler has done: whether it came to its end or was stopped, and what it found to do.
+
+    `executed` counts the tasks that ended well here; `found_work` is False if no job was ever left to execute.
+    """
+
+    stopped: bool
+    found_work: bool
+    executed: int
+
+
 class Scheduler:
     """One orchestrator; any number may work on one database."""
 
@@ -87,6 +100,8 @@ class Scheduler:
         self._ended: list[tuple[ClaimedTask, Finished]] = []
         self._keeper = LeaseKeeper(database, config.lease_seconds)
         self._stop = threading.Event()
+        self._found_work = self._said_no_capacity = False
+        self._executed = 0
         self._poll = _SHORTEST_POLL_SECONDS
         self._next_claim = self._next_reap = self._next_look = 0.0
 
@@ -96,7 +111,7 @@ class Scheduler:
         drain: bool = False,
         stop: threading.Event | None = None,
         until_job: str | None = None,
-    ) -> None:
+    ) -> Served:
         """Schedule until told to end; a scheduler runs once.
 
         Parameters
@@ -107,6 +122,11 @@ class Scheduler:
             End when it is set: tasks in flight are given back, at no cost to them.
         until_job
             End when this job has ended.
+
+        Returns
+        -------
+        Served
+            `stopped` is False exactly if what `drain` or `until_job` wait for has come.
 
         Raises
         ------
@@ -119,10 +139,12 @@ class Scheduler:
             self._stop = stop
         self._keeper.start()
         try:
-            while not self._stop.is_set() and not self._is_done(drain, until_job):
+            done = False
+            while not self._stop.is_set() and not (done := self._is_done(drain, until_job)):
                 self._pass()
         finally:
             self._close()
+        return Served(not done, self._found_work, self._executed)
 
     def _is_done(self, drain: bool, until_job: str | None) -> bool:
         """Say whether what the scheduler was started for has been reached; starts the executor if it is needed."""
@@ -132,7 +154,8 @@ class Scheduler:
             return False
         self._next_look = now + _LONGEST_WAIT_SECONDS
         ended, left = self._patiently(lambda: self._look(until_job))
-        if ended or (drain and idle and not left):
+        self._found_work = self._found_work or left
+        if ended or (drain and idle and not left and self._patiently(self._is_drained)):
             return True
         if self._executor is None and left:
             self._start_executor()
@@ -143,6 +166,11 @@ class Scheduler:
         with self._database.session(read_only=True) as session:
             ended = job is not None and find_job(session, job).state not in ACTIVE_JOBS
             return ended, work_left(session)
+
+    def _is_drained(self) -> bool:
+        """Say whether no job is left, nor one that is being submitted: the look above sees what has been committed."""
+        with self._database.session() as session:
+            return nothing_left(session)
 
     def _pass(self) -> None:
         """Wait for something to do, and do it."""
@@ -173,6 +201,7 @@ class Scheduler:
         if finished.output is None:
             log.warning("task failed: %s", finished.error, extra=_about(task) | {"fault": str(finished.fault)})
         else:
+            self._executed += 1
             log.debug("task finished", extra=_about(task))
         self._ended.append((task, finished))
 
@@ -190,6 +219,9 @@ class Scheduler:
         assert self._executor is not None
         executor = self._executor
         room = None if self._stop.is_set() else self._room(executor)
+        if room is None and not (self._in_flight or self._stop.is_set() or self._said_no_capacity):
+            self._said_no_capacity = True
+            log.warning("waiting for the cluster, which has no CPU or memory for a task: %s", executor.capacity())
         claimed = self._patiently(lambda: self._record(room))
         self._keeper.drop([task.lease for task, _ in self._ended])
         self._keeper.add([task.lease for task in claimed])

@@ -188,14 +188,17 @@ class RayExecutor:
     def _read(self) -> None:
         """Take the child's messages until it ends."""
         assert self._process.stdout is not None
-        with self._process.stdout as answers:
-            for line in answers:
-                # A child that is killed may leave half a line.
-                if line.endswith(b"\n"):
-                    self._take(json.loads(line))
-        with self._changed:
-            self._lost = True
-            self._changed.notify_all()
+        try:
+            with self._process.stdout as answers:
+                for line in answers:
+                    # A child that is killed may leave half a line.
+                    if line.endswith(b"\n"):
+                        self._take(json.loads(line))
+        finally:
+            # Also after an answer that cannot be read: nobody would take the next ones.
+            with self._changed:
+                self._lost = True
+                self._changed.notify_all()
 
     def _take(self, message: dict[str, Any]) -> None:
         with self._changed:

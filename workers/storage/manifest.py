@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import ManifestError, NotFoundError, StoreError
-from workers.storage.blobs import check_digest, disk_error
+from workers.storage.blobs import check_digest, digest_of, disk_error
 from workers.storage.names import check_path, check_paths
 from workers.storage.store import NodeStore, Store
 
@@ -44,10 +44,18 @@ def put_manifest(store: Store, files: Mapping[str, tuple[str, int]]) -> str:
     ManifestError
         If a path is not acceptable.
     """
+    return store.put_bytes(manifest_bytes(_manifest(files)))
+
+
+def manifest_digest(files: Mapping[str, tuple[str, int]]) -> str:
+    """Return the digest of the tree that `put_manifest` would make of these files, storing nothing."""
+    return digest_of(manifest_bytes(_manifest(files)))
+
+
+def _manifest(files: Mapping[str, tuple[str, int]]) -> dict[str, Any]:
+    """Return the manifest of files, checked."""
     entries = {path: {"sha256": digest, "bytes": size} for path, (digest, size) in files.items()}
-    manifest = {"format": FORMAT, "files": entries}
-    _check(manifest, "manifest")
-    return store.put_bytes(manifest_bytes(manifest))
+    return _check({"format": FORMAT, "files": entries}, "manifest")
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:

@@ -14,18 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import ModelError
-from workers.storage.manifest import put_manifest
+from workers.storage.blobs import digest_of, digest_of_file
+from workers.storage.manifest import manifest_digest, put_manifest
 from workers.storage.safetensors_check import check_finite
 from workers.storage.store import Store
+from workers.storage.weights import INDEX, WEIGHT_PATTERNS, find_weights
 
 #: Where a denoiser may lie in a model folder, first match first; the first is the folder itself.
 DENOISER_SUBFOLDERS = ("", "denoiser", "unet", "transformer")
 CONDITIONING_FILE = "conditioning.safetensors"
 SCHEDULER_PATH = "scheduler/scheduler_config.json"
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_INDEX = f"{_WEIGHTS}.index.json"
-_PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 # What diffusers notes about where a config came from; no part of what the model is.
 _PLACES = {"_name_or_path"}
 _HUB = "hf:"
@@ -112,44 +111,6 @@ def _first(folders: tuple[Path, ...], name: str) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def find_weights(folder: Path) -> list[Path]:
-    """Return the safetensors files of a denoiser's folder: one, or the shards that its index names.
-
-    Raises
-    ------
-    ModelError
-        If there are none, only pickles, several that no index joins, or the index names files that are not there.
-    """
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    if (folder / _INDEX).is_file():
-        return _shards(folder)
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return found
-    if found:
-        names = ", ".join(path.name for path in found)
-        raise ModelError(f"{folder}: got several weight files ({names}) and no {_INDEX}, wanted one file or an index")
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"{folder}: got weights as pickles only ({pickles[0]}), which are never loaded, wanted safetensors"
-        )
-    raise ModelError(f"{folder}: got no weights, wanted {_WEIGHTS}")
-
-
-def _shards(folder: Path) -> list[Path]:
-    """Return the files that the index names."""
-    try:
-        names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / _INDEX}: got no weight_map, wanted an index of shards") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise ModelError(f"{folder / _INDEX}: got {name!r}, which is not in the folder, wanted every shard there")
-    return [folder / name for name in names]
-
-
 def check_model(folder: ModelFolder) -> int:
     """Read every weight, and return how many numbers there are.
 
@@ -160,7 +121,7 @@ def check_model(folder: ModelFolder) -> int:
     """
     names: dict[str, Path] = {}
     parameters = 0
-    for path in find_weights(folder.denoiser):
+    for path in find_weights(folder.denoiser).files.values():
         for entry in check_finite(path):
             if entry.name in names:
                 raise ModelError(f"{path}: got {entry.name}, which {names[entry.name].name} has too, wanted it once")
@@ -195,38 +156,75 @@ def import_model(store: Store, path: Path) -> ModelRecord:
     """
     folder = find_model(path)
     parameters = check_model(folder)
-    scheduler = None if folder.scheduler is None else _read_config(folder.scheduler)
-    if folder.scheduler is not None and scheduler is None:
-        raise ModelError(f"{folder.scheduler}: got no _class_name, wanted a diffusers scheduler config")
-    files = {"denoiser/config.json": _put_config(store, folder.config)}
-    weights = find_weights(folder.denoiser)
-    if (folder.denoiser / _INDEX).is_file() and weights[0].name != _WEIGHTS:
-        files |= {f"denoiser/{shard.name}": _put_file(store, shard) for shard in weights}
-        files[f"denoiser/{_INDEX}"] = _put_file(store, folder.denoiser / _INDEX)
-    else:
-        files[f"denoiser/{_WEIGHTS}"] = _put_file(store, weights[0])
-    if scheduler is not None:
-        files[SCHEDULER_PATH] = _put_config(store, scheduler)
-    if folder.conditioning is not None:
-        files[CONDITIONING_FILE] = _put_file(store, folder.conditioning)
+    put = {
+        name: (store.put_file(each), each.stat().st_size)
+        if isinstance(each, Path)
+        else (store.put_bytes(each), len(each))
+        for name, each in _tree(folder).items()
+    }
     return ModelRecord(
-        digest=put_manifest(store, files),
+        digest=put_manifest(store, put),
         class_name=folder.class_name,
-        bytes=sum(size for _, size in files.values()),
+        bytes=sum(size for _, size in put.values()),
         parameters=parameters,
     )
 
 
-def _put_config(store: Store, config: Mapping[str, Any]) -> tuple[str, int]:
-    """Store a config in one form, without the place it came from; return its digest and bytes."""
+def model_digest(path: Path) -> str:
+    """Return the digest that a model folder would have in the store, by reading its files.
+
+    Raises
+    ------
+    ModelError
+        If it is not a model folder, or its weights are not there.
+    """
+    tree = _tree(find_model(path))
+    return manifest_digest(
+        {
+            name: (digest_of_file(each), each.stat().st_size)
+            if isinstance(each, Path)
+            else (digest_of(each), len(each))
+            for name, each in tree.items()
+        }
+    )
+
+
+def changed_since(path: Path, epoch: float) -> bool:
+    """Say whether any file of a model folder was written, or put in place, after a time in seconds since 1970.
+
+    Raises
+    ------
+    ModelError
+        As `model_digest`.
+    """
+    folder = find_model(path)
+    files = [each for each in _tree(folder).values() if isinstance(each, Path)]
+    files += [each for each in (folder.denoiser / "config.json", folder.scheduler) if each is not None]
+    # The time of the last change of the entry, which no copying or unpacking sets back.
+    return any(max(each.stat().st_ctime, each.lstat().st_ctime) > epoch for each in files)
+
+
+def _tree(folder: ModelFolder) -> dict[str, Path | bytes]:
+    """Return what a model consists of: its paths in the store, each with a file or the bytes themselves."""
+    tree: dict[str, Path | bytes] = {"denoiser/config.json": _config_bytes(folder.config)}
+    weights = find_weights(folder.denoiser)
+    tree |= {f"denoiser/{name}": path for name, path in weights.files.items()}
+    if weights.index is not None:
+        tree[f"denoiser/{INDEX}"] = weights.index
+    if folder.scheduler is not None:
+        scheduler = _read_config(folder.scheduler)
+        if scheduler is None:
+            raise ModelError(f"{folder.scheduler}: got no _class_name, wanted a diffusers scheduler config")
+        tree[SCHEDULER_PATH] = _config_bytes(scheduler)
+    if folder.conditioning is not None:
+        tree[CONDITIONING_FILE] = folder.conditioning
+    return tree
+
+
+def _config_bytes(config: Mapping[str, Any]) -> bytes:
+    """Return a config in one form, without the place it came from."""
     kept = {key: value for key, value in config.items() if key not in _PLACES}
-    data = json.dumps(kept, sort_keys=True, indent=2).encode()
-    return store.put_bytes(data), len(data)
-
-
-def _put_file(store: Store, path: Path) -> tuple[str, int]:
-    """Store a file; return its digest and bytes."""
-    return store.put_file(path), path.stat().st_size
+    return json.dumps(kept, sort_keys=True, indent=2).encode()
 
 
 def resolve_source(source: str) -> Path:
@@ -248,9 +246,13 @@ def resolve_source(source: str) -> Path:
     repository, _, revision = source.removeprefix(_HUB).partition("@")
     folder = _fetch(source, repository, revision or None, _HUB_CONFIGS)
     home = find_model(folder).denoiser_subfolder
-    inside = f"{home}/" if home else ""
     # The commit that was found first: a branch may move between the two calls.
-    return _fetch(source, repository, folder.name, [f"{inside}*.safetensors", f"{inside}*.safetensors.index.json"])
+    return _fetch(source, repository, folder.name, hub_patterns(home))
+
+
+def hub_patterns(subfolder: str) -> list[str]:
+    """Return the patterns of a repository's files that may be the weights of the denoiser in a subfolder ("": none)."""
+    return [f"{subfolder}/{pattern}".lstrip("/") for pattern in WEIGHT_PATTERNS]
 
 
 def _fetch(source: str, repository: str, revision: str | None, patterns: list[str]) -> Path:

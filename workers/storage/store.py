@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from workers.errors import StoreUnreachableError
+from workers.urls import shown_url
 
+#: How the URLs of the two kinds of store begin; a folder may also be given by its path.
+S3 = "s3://"
+_FILE = "file://"
 #: Size limit of a node's cache, unless another is given: 20 GiB.
 CACHE_LIMIT_BYTES = 20 << 30
 
@@ -101,8 +105,7 @@ def open_store(url: str) -> Store:
     StoreUnreachableError
         If there is no such store, it does not answer, or it does not let us in.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "s3":
+    if url.startswith(S3):
         from workers.storage.store_s3 import S3Store  # boto3 takes long to import
 
         return S3Store(url)
@@ -121,7 +124,7 @@ def open_cached(url: str, cache_dir: Path, limit_bytes: int = CACHE_LIMIT_BYTES)
     limit_bytes
         The cache is cut back to this size, least recently used first; files in use are spared.
     """
-    if urlsplit(url).scheme == "s3":
+    if url.startswith(S3):
         from workers.storage.cache import CachedStore
 
         return CachedStore(open_store(url), cache_dir, limit_bytes)
@@ -132,9 +135,11 @@ def _open_folder(url: str) -> NodeStore:
     """Open a folder store by path or file URL."""
     from workers.storage.store_folder import FolderStore
 
-    parts = urlsplit(url)
-    if parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        return FolderStore(Path(unquote(parts.path)))
-    if "://" in url or not url:
-        raise StoreUnreachableError(f"store: got {url!r}, wanted a folder, file:///folder or s3://bucket/prefix")
-    return FolderStore(Path(url).expanduser())
+    # A path is taken as it is: `%`, `#` and `?` mean something in URLs only.
+    if "://" not in url and url:
+        return FolderStore(Path(url).expanduser())
+    host, slash, path = url.removeprefix(_FILE).partition("/")
+    if not url.startswith(_FILE) or host not in ("", "localhost") or set("?#") & set(path):
+        wanted = "a folder, file:///folder (with ? and # as %3F and %23) or s3://bucket/prefix"
+        raise StoreUnreachableError(f"store: got {shown_url(url)!r}, wanted {wanted}")
+    return FolderStore(Path(unquote(slash + path)))

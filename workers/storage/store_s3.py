@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -28,12 +28,15 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from workers.errors import NotFoundError, StoreError, StoreUnreachableError
 from workers.storage.blobs import blob_key, check_bytes, digest_of, digest_of_file, note_key, writing
+from workers.storage.store import S3
+from workers.urls import hide_passwords, shown_url
 
 #: Files from this size on are sent in parts of this size, a few at a time.
 PART_BYTES = 16 << 20
 
 # A blob older than this is written again by a put, so that a garbage collection does not take it as old.
 _RENEW_SECONDS = 3600.0
+_BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _THERE = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket", "ExpiredToken"}
@@ -44,19 +47,21 @@ class S3Store:
 
     def __init__(self, url: str) -> None:
         """Open `s3://bucket/prefix`; StoreUnreachableError if the bucket does not answer or does not let us in."""
-        parts = urlsplit(url)
-        if not parts.netloc or parts.query or parts.fragment:
-            raise StoreUnreachableError(f"store: got {url!r}, wanted s3://bucket/prefix")
+        # As AWS' own tools do: the prefix is part of the objects' keys, character by character, and nothing is quoted.
+        bucket, _, prefix = url.removeprefix(S3).partition("/")
+        if not _BUCKET.fullmatch(bucket):
+            wanted = "s3://bucket/prefix, with credentials in the usual AWS variables or files"
+            raise StoreUnreachableError(f"store: got {shown_url(url)!r}, wanted {wanted}")
         self.url = url
-        self._bucket = parts.netloc
-        self._prefix = parts.path.strip("/") + "/" if parts.path.strip("/") else ""
+        self._bucket = bucket
+        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._transfer = TransferConfig(
             multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4
         )
         try:
             self._client = _client()
         except (BotoCoreError, ValueError) as error:
-            raise StoreUnreachableError(f"{url}: got {error}, wanted usable AWS settings") from error
+            raise StoreUnreachableError(f"{url}: got {_text(error)}, wanted usable AWS settings") from error
         # Its connections end with this object, also when what follows fails.
         weakref.finalize(self, self._client.close)
         try:
@@ -66,7 +71,7 @@ class S3Store:
             reason = {404: "there is no such bucket", 403: "access is denied"}.get(status, f"status {status}")
             raise StoreUnreachableError(f"{url}: got the answer that {reason}, wanted a bucket to use") from error
         except BotoCoreError as error:
-            raise StoreUnreachableError(f"{url}: got {error}, wanted a bucket to use") from error
+            raise StoreUnreachableError(f"{url}: got {_text(error)}, wanted a bucket to use") from error
 
     def _key(self, digest: str) -> str:
         return self._prefix + blob_key(digest)
@@ -229,11 +234,11 @@ class S3Store:
             if _code(error) in _MISSING:
                 raise NotFoundError(f"{self.url}: got no blob {digest}, wanted it in the store") from error
             if _code(error) in _DENIED:
-                raise StoreUnreachableError(f"{self.url}: got {error}, wanted access to the bucket") from error
-            raise StoreError(f"{self.url}: got {error}, wanted the request to be served") from error
+                raise StoreUnreachableError(f"{self.url}: got {_text(error)}, wanted access to the bucket") from error
+            raise StoreError(f"{self.url}: got {_text(error)}, wanted the request to be served") from error
         except (BotoCoreError, Boto3Error) as error:
             # No answer, or one that broke off, after the retries of the client.
-            raise StoreUnreachableError(f"{self.url}: got {error}, wanted an answer") from error
+            raise StoreUnreachableError(f"{self.url}: got {_text(error)}, wanted an answer") from error
 
 
 def _client() -> Any:
@@ -258,6 +263,11 @@ def _is_young(head: dict[str, Any] | None, size: int) -> bool:
         return False
     age: float = time.time() - head["LastModified"].timestamp()
     return age < _RENEW_SECONDS
+
+
+def _text(error: Exception) -> str:
+    """Return what boto3 says, without the password that an endpoint's URL may have."""
+    return hide_passwords(str(error))
 
 
 def _code(error: ClientError) -> str:

@@ -27,7 +27,6 @@ from orchestrator.actions.progress import (
 )
 from orchestrator.actions.registration import default_model_name
 from orchestrator.actions.submission import default_release_name
-from orchestrator.cli.home import shown_url
 from orchestrator.cli.main import COMMANDS
 from orchestrator.cli.main import cli as root_command
 from orchestrator.db.rows import KindRow
@@ -147,11 +146,6 @@ def test_init_is_idempotent(cli: Cli, home: Path, snapshot: Callable[[], dict[st
     assert first.json == second.json
     assert first.json["home"] == str(home)
     assert snapshot() == before
-
-
-def test_init_does_not_show_a_password() -> None:
-    assert shown_url("postgresql://me:secret@host/name") == "postgresql://me@host/name"
-    assert shown_url("sqlite:////a/b.db") == "sqlite:////a/b.db"
 
 
 def test_settings_come_from_options_then_environment_then_defaults(tmp_path: Path) -> None:

@@ -254,11 +254,30 @@ def test_s3_sweep_aborts_unfinished_uploads(s3_url: str) -> None:
     assert not store._client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads")
 
 
-@pytest.mark.parametrize("url", ["", "http://host/folder", "s3://", "s3://blobs/x?y=1"])
+@pytest.mark.parametrize(
+    "url",
+    ["", "http://host/folder", "s3://", "s3://KEY:secret@blobs/x", "s3://KEY:sec/ret@b/x", "file:///a?b", "file://x/a"],
+)
 def test_odd_urls_are_refused(url: str) -> None:
     with pytest.raises(StoreUnreachableError, match="wanted") as caught:
         open_store(url)
     assert caught.value.exit_code == 2
+    assert "sec" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["feature%2Flogin", "a b", "what?", "#1", "ü@:&+"])
+def test_odd_characters_of_a_store_are_taken_as_they_are(name: str, tmp_path: Path, s3_url: str) -> None:
+    (tmp_path / name).mkdir()
+    digest = open_store(str(tmp_path / name)).put_bytes(b"blob")
+    assert (tmp_path / name / blob_key(digest)).read_bytes() == b"blob"
+    assert open_cached(str(tmp_path / name), tmp_path / "cache").get_bytes(digest) == b"blob"
+    remote = open_store(f"{s3_url}/{name}/below")
+    assert isinstance(remote, S3Store)
+    remote.put_bytes(b"blob")
+    assert [each for each, _, _ in remote.list()] == [digest]
+    assert remote.get_bytes(digest) == b"blob"
+    keys = remote._client.list_objects_v2(Bucket="blobs", Prefix=s3_url.removeprefix("s3://blobs/"))["Contents"]
+    assert [each["Key"] for each in keys] == [f"{s3_url.removeprefix('s3://blobs/')}/{name}/below/{blob_key(digest)}"]
 
 
 def test_file_url_opens_a_folder(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from quant_core.diffusion.conditioning import (
 )
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler, is_corrected, unwrap_config
 from quant_core.diffusion.denoiser import call_denoiser, sample_shape
+from quant_core.diffusion.scheduler import build_scheduler
 from quant_spec.errors import QuantizationError
 
 
@@ -37,7 +38,7 @@ class SamplerSpec:
     Attributes
     ----------
     scheduler : str | None
-        Class name in diffusers; None is the model's own.
+        Class name in diffusers; None is the class of the config at hand, as it is.
     num_inference_steps : int
     eta : float
         Share of DDPM's noise in DDIM-like schedulers, 0 to 1; others ignore it.
@@ -93,26 +94,13 @@ def make_scheduler(spec: SamplerSpec, scheduler_config: Mapping[str, Any] | None
     Raises
     ------
     QuantizationError
-        If diffusers has no such scheduler, neither the spec nor the model names one, or the config holds a correction
-        for another scheduler.
+        If neither the spec nor the model names a scheduler, it does not fit the model, or the config holds a
+        correction for another scheduler.
     """
-    import diffusers
-
     config = dict(scheduler_config or {})
     if is_corrected(config):
         return _corrected(spec, config)
-    name = spec.scheduler or config.get("_class_name")
-    if name is None:
-        raise QuantizationError("sampler: the model has no scheduler config, wanted sampler.scheduler")
-    cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and hasattr(cls, "set_timesteps") and hasattr(cls, "step")):
-        raise QuantizationError(
-            f"sampler.scheduler: got {name!r}, wanted a scheduler class of diffusers {diffusers.__version__}"
-        )
-    if str(config.get("variance_type", "")).startswith("learned"):
-        config["variance_type"] = "fixed_small"  # call_denoiser drops the learned variance's channels
-    scheduler: Any = cls.from_config(config | dict(spec.options))  # type: ignore[attr-defined]
-    return scheduler
+    return build_scheduler(spec.scheduler, config, spec.options)
 
 
 def _corrected(spec: SamplerSpec, config: Mapping[str, Any]) -> QuantmillCorrectedScheduler:

@@ -25,6 +25,7 @@ from benchmarks.records import Records
 from quant_core.metrics.frechet import BATCH, ResizedFeatures, efficientnet_lite0
 from quant_core.metrics.images import to_rgb
 from quant_core.metrics.psnr import mean_with_ci
+from quant_spec.enums import SampleSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ def read_job(home: Path, job: str, extractor: ResizedFeatures) -> Measured:
     made = torch.cat([_tensor(records, digest, "sample") for _, digest in sorted(evaluations)])
     psnr = torch.cat([_tensor(records, digest, "psnr_db") for _, digest in sorted(evaluations)])
     assert len(psnr) == score["seeds"]["count"], "shards of all seeds"
-    reference, features = (_features(to_rgb(images, truth), extractor) for images in (truth, made))
+    space = SampleSpace(score["samples"])
+    reference, features = (_features(to_rgb(images, truth, space), extractor) for images in (truth, made))
     return Measured(f"{release['recipe']['name']} ({records.job[:12]})", psnr, features, reference)
 
 

@@ -34,6 +34,7 @@ from quant_core.nn.model import build_quantized
 from quant_core.nn.ranges import qparams_from_range
 from quant_spec.enums import ActivationMode
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec
+from quant_spec.pipeline import sample_space
 from quant_spec.ranges import RangeSpec
 
 BLOCK = "@temporal"
@@ -169,7 +170,7 @@ def print_images(folder: str, records: Records, rest: list[UnitState], variants:
         scheduler = make_scheduler(sampler, denoiser.scheduler_config)
         told = read_conditioning(expected, seeds * (2 if sampler.is_guided else 1))
         made = sample(denoiser.model, scheduler, sampler, range(first, first + seeds), told, batch_size=32)
-        psnr = psnr_per_sample(expected["sample"][:seeds], made)
+        psnr = psnr_per_sample(expected["sample"][:seeds], made, sample_space(made.shape[1:], denoiser.pipeline))
         base = psnr if base is None else base
         paired, value = psnr - base, mean_with_ci(psnr.tolist())
         half = 1.96 * float(paired.std()) / math.sqrt(seeds)

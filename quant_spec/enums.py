@@ -101,3 +101,10 @@ class KernelBackend(StrEnum):
     REFERENCE = "reference"
     TRITON = "triton"
     CPU = "cpu"
+
+
+class SampleSpace(StrEnum):
+    """What a denoiser's samples are."""
+
+    PIXELS = "pixels"  # of images, in [-1, 1]: compared and shown after clamping to that
+    LATENTS = "latents"  # whatever their range: compared as they are

@@ -24,7 +24,7 @@ class TaskKind:
 
 
 _ALL = (
-    TaskKind("inspect", 2, "workers.tasks.inspect:run"),
+    TaskKind("inspect", 3, "workers.tasks.inspect:run"),
     TaskKind("calibrate", 1, "workers.tasks.calibrate:run"),
     TaskKind("reference", 1, "workers.tasks.reference:run"),
     TaskKind("temporal", 1, "workers.tasks.temporal:run"),
@@ -39,8 +39,8 @@ _ALL = (
     TaskKind("pack", 2, "workers.tasks.pack:run"),
     TaskKind("noise", 1, "workers.tasks.noise:run"),
     TaskKind("correct", 1, "workers.tasks.correct:run"),
-    TaskKind("evaluate", 1, "workers.tasks.evaluate:run"),
-    TaskKind("score", 1, "workers.tasks.score:run"),
+    TaskKind("evaluate", 2, "workers.tasks.evaluate:run"),
+    TaskKind("score", 2, "workers.tasks.score:run"),
     TaskKind("release", 1, "workers.tasks.release:run"),
     # Run at once for the command line, not queued.
     TaskKind("export", 1, "workers.tasks.export:run"),

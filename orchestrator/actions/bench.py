@@ -63,7 +63,7 @@ def bench_release(service: Service, ref: str, options: BenchOptions, *, tell: Ca
         service.settings,
         "bench",
         {
-            "sampler": job.recipe["sampler"],
+            "sampler": release.metrics["sampler"],
             "batches": list(BATCHES),
             "seconds": SECONDS,
             "backend": options.backend,

@@ -12,14 +12,17 @@ from orchestrator.actions.local import run_task
 from orchestrator.db.registry import add_model, find_model
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import NotFoundError
+from orchestrator.planning.model import INSPECTED
 from orchestrator.service import Service
+from quant_spec.errors import InvalidInputError
+from workers.errors import ModelError
+from workers.storage.model_folder import find_model as find_folder
 from workers.storage.model_folder import import_model, resolve_source
 from workers.storage.names import check_name
+from workers.storage.pipeline_index import read_decoders
 from workers.storage.store import Store, open_store
 
 _HUB = "hf:"
-#: What an inspection must have; one of an earlier version may lack some of it.
-_INSPECTED = {"units", "layers", "attentions", "temporal"}
 #: Digits of the digest that are put behind a name which another model has.
 _SUFFIX_DIGITS = 8
 #: Length of a name that leaves room for them.
@@ -88,17 +91,49 @@ def resolve_model(service: Service, text: str, *, tell: Callable[[str], None], d
     if not text.startswith(_HUB) and "/" not in text:
         with service.database.session(read_only=True) as session:
             try:
-                return find_model(session, text)
+                found = find_model(session, text)
             except NotFoundError:
+                found = None
                 if not Path(text).is_dir():
                     raise NotFoundError(
                         f"model: got {text!r}, wanted a name of models ls, a folder or hf:owner/name"
                     ) from None
+        if found is not None:
+            return _up_to_date(service, found, tell)
     if not dry_run:
         return add_model_from(service, text, None, tell=tell)
     with tempfile.TemporaryDirectory(prefix="quantmill-dry-run-") as folder:
         model = look_at(service, text, open_store(folder), tell=tell)
-    return _registered(service, model.digest) or model
+    known = _registered(service, model.digest)
+    return model if known is None else replace(known, inspection=model.inspection)
+
+
+def _up_to_date(service: Service, model: ModelRow, tell: Callable[[str], None]) -> ModelRow:
+    """Return a registered model, inspected again if that was done by an older release that looked for less."""
+    if model.inspection.keys() >= INSPECTED:
+        return model
+    _check_decoder(model)
+    tell(f"inspecting {model.name} again: an older release registered it, and looked for less")
+    task = run_task(service.settings, "inspect", {}, {"model": [model.digest]})
+    with service.database.session() as session:
+        return add_model(session, replace(model, inspection=task.metrics["inspection"]))
+
+
+def _check_decoder(model: ModelRow) -> None:
+    """Refuse a model that an older release registered without its pipeline's decoder, so that latents look like pixels.
+
+    Its bytes say nothing of a pipeline; the folder that it came from still may.
+    """
+    try:
+        folder = find_folder(Path(model.source))
+        decoders = read_decoders(folder.denoiser, folder.config)
+    except ModelError:
+        return
+    if decoders:
+        raise InvalidInputError(
+            f"model {model.name}: got a registration by an older release, which took its latents for pixels, wanted it "
+            f"added again: quantmill models add {model.source} --name ANOTHER"
+        )
 
 
 def look_at(service: Service, source: str, store: Store, *, tell: Callable[[str], None]) -> ModelRow:
@@ -110,7 +145,7 @@ def look_at(service: Service, source: str, store: Store, *, tell: Callable[[str]
         tell(f"fetching {source}")
     record = import_model(store, resolve_source(source))
     known = _registered(service, record.digest)
-    if known is not None and set(known.inspection) >= _INSPECTED:
+    if known is not None and known.inspection.keys() >= INSPECTED:
         inspection = known.inspection
     else:
         tell(f"inspecting {source}")

@@ -12,7 +12,8 @@ round; with `distill`, that task and the trajectories that it needs between reco
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine.
 
-Parameters, inputs and outputs by kind (`sampler`: the recipe's section; `seeds`: {"first", "count"}; `unit`: a unit's
+Parameters, inputs and outputs by kind (`sampler`: the recipe's section, its scheduler resolved; `samples`: pixels or
+latents; `seeds`: {"first", "count"}; `unit`: a unit's
 name with the formats of its layers and attentions, see `orchestrator.planning.formats`):
 
 =========== ================================================== ========================================== ==============
@@ -37,9 +38,9 @@ distill     units (names), seed, pass                          model, trajectori
 pack        sampler, units (names), unknown_timestep           model, states                              packed
 noise       sampler, batch_size                                packed, reference                          noise
 correct     pass, channel_dim                                  packed, noise, held_out (noise of others)  packed
-evaluate    sampler, seeds, batch_size, sqnr_seeds             packed, reference                          evaluation
-score       sampler, seeds, sqnr_seeds, extractor, grid        packed, references, evaluations, model,    score, grid
-                                                               extractor_weights (if the recipe has any)
+evaluate    sampler, seeds, batch_size, sqnr_seeds, samples    packed, reference                          evaluation
+score       sampler, seeds, sqnr_seeds, extractor, grid,       packed, references, evaluations, model,    score, grid
+            samples                                            extractor_weights (if the recipe has any)
 release     model: {"name", "class_name", "source"},           packed, score, calibration, model          artifact
             recipe: {"name", "digest", "config"}
 =========== ================================================== ========================================== ==============
@@ -62,6 +63,7 @@ from orchestrator.planning.formats import UnitPlan, allocated_layers, plan_forma
 from orchestrator.planning.groups import group_label, round_groups
 from orchestrator.planning.model import ModelInfo
 from orchestrator.planning.mpqdm import allocation_tasks, distill_tasks
+from orchestrator.planning.sampler import with_scheduler
 from orchestrator.planning.scaling import scale_parameters
 from orchestrator.planning.shards import shards
 from orchestrator.planning.step_bits import step_bits_tasks
@@ -90,6 +92,8 @@ def plan(model: ModelRow, recipe: Recipe, *, gpus_per_task: float = 0.0) -> tupl
     ------
     RecipeError
         If the recipe does not fit the model; before anything is returned.
+    QuantizationError
+        If its scheduler does not.
     """
     planner = _Planner(model, recipe, gpus_per_task)
     target = deque(planner.nodes(), maxlen=1)[0]
@@ -102,7 +106,9 @@ class _Planner:
     def __init__(self, model: ModelRow, recipe: Recipe, gpus: float) -> None:
         info = ModelInfo.read(model.digest, model.inspection)
         self.row = model
-        self.recipe = recipe
+        self.given = recipe
+        self.recipe = recipe = with_scheduler(recipe, model)
+        self.samples = str(info.samples)
         self.gpus = gpus
         self.plans = plan_formats(info, recipe)
         self.temporal: UnitPlan | None = None
@@ -327,13 +333,14 @@ class _Planner:
         section = self.recipe.evaluation
         for shard in shards(section.first_seed, section.seeds, section.shard_seeds, section.sqnr_seeds):
             batch = min(section.batch_size, shard.count)
-            params = {"sampler": self.sampler, "seeds": shard.seeds, "batch_size": batch, "sqnr_seeds": shard.sqnr}
+            params: dict[str, Any] = {"sampler": self.sampler, "seeds": shard.seeds, "batch_size": batch}
+            params["sqnr_seeds"] = shard.sqnr
             cost = self.costs.sample(shard.count, batch, recorded=shard.sqnr)
             reference = self._node("reference", params, {"model": self.model}, cost, shard.label)
             yield reference
             inputs = {"packed": [packed], "reference": [TaskRef(reference.id, "reference")]}
             cost = self.costs.evaluate(shard.count, batch, shard.sqnr)
-            yield self._node("evaluate", params, inputs, cost, shard.label)
+            yield self._node("evaluate", params | {"samples": self.samples}, inputs, cost, shard.label)
 
     def _score(self, packed: TaskRef, references: Sequence[TaskRef], evaluations: Sequence[TaskRef]) -> TaskNode:
         section = self.recipe.evaluation
@@ -347,11 +354,12 @@ class _Planner:
             "sqnr_seeds": min(section.sqnr_seeds, section.seeds),
             "extractor": section.extractor,
             "grid": min(section.grid, section.seeds),
+            "samples": self.samples,
         }
         return self._node("score", params, inputs, self.costs.score(), f"{section.seeds} seeds")
 
     def _release(self, packed: TaskRef, score: TaskRef, calibration: Sequence[TaskRef]) -> TaskNode:
-        resolved = resolve(self.recipe)
+        resolved = resolve(self.given)
         return self._node(
             "release",
             {

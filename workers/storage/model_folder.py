@@ -2,7 +2,8 @@
 
 A model in the store is a tree with fixed paths, so that the same config and weights have the same digest wherever they
 came from: `denoiser/config.json`, `denoiser/*.safetensors` (and their index), `scheduler/scheduler_config.json` and
-`conditioning.safetensors` where there are any. `hf:owner/name@revision` is fetched from the Hugging Face Hub first.
+`conditioning.safetensors` where there are any, and `model_index.json` with the pipeline's decoders where samples would
+be taken for pixels without it. `hf:owner/name@revision` is fetched from the Hugging Face Hub first.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant_spec.pipeline import MODEL_INDEX
 from workers.errors import ModelError
 from workers.storage.manifest import put_manifest
+from workers.storage.pipeline_index import read_decoders
 from workers.storage.safetensors_check import check_finite
 from workers.storage.store import Store
 
@@ -33,6 +36,7 @@ _HUB_CONFIGS = [
     *(f"{subfolder}/config.json".lstrip("/") for subfolder in DENOISER_SUBFOLDERS),
     SCHEDULER_PATH,
     CONDITIONING_FILE,
+    MODEL_INDEX,
 ]
 
 
@@ -207,6 +211,8 @@ def import_model(store: Store, path: Path) -> ModelRecord:
         files[f"denoiser/{_WEIGHTS}"] = _put_file(store, weights[0])
     if scheduler is not None:
         files[SCHEDULER_PATH] = _put_config(store, scheduler)
+    if (decoders := read_decoders(folder.denoiser, folder.config)) is not None:
+        files[MODEL_INDEX] = _put_config(store, decoders)
     if folder.conditioning is not None:
         files[CONDITIONING_FILE] = _put_file(store, folder.conditioning)
     return ModelRecord(

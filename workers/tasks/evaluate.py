@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from quant_core import load_quantized
 from quant_core.diffusion.sampler import SamplerSpec
 from quant_core.metrics.evaluation import evaluate_shard
+from quant_spec.enums import SampleSpace
 from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.tasks.common import fetch_packed, local_files, only, scheduler_config, seed_range
 
@@ -35,6 +36,7 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
         local_files([only(inputs, "reference")], context)[0],
         path,
         batch_size=params["batch_size"],
+        space=SampleSpace(params["samples"]),
     )
     values = load_file(path)["psnr_db"]
     metrics = {"psnr_db": round(float(values.mean()), 6), "n": len(values)}

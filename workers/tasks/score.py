@@ -2,7 +2,8 @@
 
 params
     sampler, seeds {"first", "count"}, sqnr_seeds: the protocol, repeated in the figures; extractor:
-    "efficientnet-lite0" or "inception-v3"; grid: how many seeds are shown
+    "efficientnet-lite0" or "inception-v3"; grid: how many seeds are shown; samples: "pixels" or
+    "latents"
 inputs
     packed, model: trees; references, evaluations: shards, in the order of their seeds; extractor_weights: one file, for
     inception-v3
@@ -29,6 +30,7 @@ from quant_core.metrics.cost import model_cost
 from quant_core.metrics.evaluation import Quality, summarize
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, inception_v3
 from quant_core.metrics.images import difference, grid
+from quant_spec.enums import SampleSpace
 from workers.errors import TaskError
 from workers.execution.context import Inputs, Params, TaskContext, TaskOutput
 from workers.storage.manifest import read_manifest
@@ -47,6 +49,7 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
         local_files(evaluations, context),
         _extractor(params["extractor"], inputs, context),
         params["grid"],
+        SampleSpace(params["samples"]),
     )
     protocol = {name: params[name] for name in ("sampler", "seeds", "sqnr_seeds")}
     metrics = quality.metrics | _costs(inputs, context) | protocol

@@ -156,7 +156,7 @@ def test_plan_pairs_each_evaluation_with_the_reference_of_its_seeds():
     for node in by_kind(nodes, "evaluate"):
         (reference,) = node.inputs["reference"]
         assert isinstance(reference, TaskRef)
-        assert index[reference.task].params == node.params
+        assert index[reference.task].params | {"samples": "pixels"} == node.params
         assert node.inputs["packed"] == (TaskRef(pack.id, "packed"),)
     assert score.inputs["references"] == tuple(TaskRef(n.id, "reference") for n in by_kind(nodes, "reference"))
     assert score.inputs["evaluations"] == tuple(TaskRef(n.id, "evaluation") for n in by_kind(nodes, "evaluate"))

@@ -95,7 +95,8 @@ def seeds() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def evaluated_digits(run_task: RunTask, packed_digits: str, reference_digits: list[str]) -> list[TaskOutput]:
     """The evaluations of the packed digits model on the two reference shards."""
-    parameters = [{**protocol(0, 3), "sqnr_seeds": 2}, {**protocol(3, 1), "sqnr_seeds": 0}]
+    pixels = {"samples": "pixels"}
+    parameters = [{**protocol(0, 3), "sqnr_seeds": 2} | pixels, {**protocol(3, 1), "sqnr_seeds": 0} | pixels]
     return [
         run_task("evaluate", params, {"packed": [packed_digits], "reference": [digest]})
         for params, digest in zip(parameters, reference_digits, strict=True)

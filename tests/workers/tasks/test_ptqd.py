@@ -106,7 +106,7 @@ def test_evaluation_samples_as_a_user_does(
     tmp_path: Path,
 ) -> None:
     inputs = {"packed": [corrected.outputs["packed"]], "reference": [reference_digits[0]]}
-    made = run_task("evaluate", seeds(0, 3, 3) | {"sqnr_seeds": 2}, inputs)
+    made = run_task("evaluate", seeds(0, 3, 3) | {"sqnr_seeds": 2, "samples": "pixels"}, inputs)
     found = load_file(task_store.local_path(made.outputs["evaluation"]))
     pull_tree(task_store, corrected.outputs["packed"], tmp_path / "packed")
     unet = quant_core.load_quantized(tmp_path / "packed", backend="reference")
@@ -221,7 +221,11 @@ def test_score_counts_bit_operations_by_step(
     run_task: RunTask, seeds: Seeds, digits: str, mixed: str, step_bits: TaskOutput, reference_digits: list[str]
 ) -> None:
     evaluated = [
-        run_task("evaluate", seeds(*shard) | {"sqnr_seeds": sqnr}, {"packed": [mixed], "reference": [digest]})
+        run_task(
+            "evaluate",
+            seeds(*shard) | {"sqnr_seeds": sqnr, "samples": "pixels"},
+            {"packed": [mixed], "reference": [digest]},
+        )
         for (shard, sqnr), digest in zip([((0, 3), 2), ((3, 1), 0)], reference_digits, strict=True)
     ]
     params = {
@@ -230,6 +234,7 @@ def test_score_counts_bit_operations_by_step(
         "sqnr_seeds": 2,
         "extractor": "efficientnet-lite0",
         "grid": 2,
+        "samples": "pixels",
     }
     inputs = {
         "packed": [mixed],

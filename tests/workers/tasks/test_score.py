@@ -29,6 +29,7 @@ def parameters(seeds: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         "sqnr_seeds": 2,
         "extractor": "efficientnet-lite0",
         "grid": 3,
+        "samples": "pixels",
     }
 
 

@@ -202,6 +202,7 @@ def import_model(store: Store, path: Path) -> ModelRecord:
     scheduler = None if folder.scheduler is None else _read_config(folder.scheduler)
     if folder.scheduler is not None and scheduler is None:
         raise ModelError(f"{folder.scheduler}: got no _class_name, wanted a diffusers scheduler config")
+    decoders = read_decoders(folder.denoiser, folder.config)
     files = {"denoiser/config.json": _put_config(store, folder.config)}
     weights = find_weights(folder.denoiser)
     if (folder.denoiser / _INDEX).is_file() and weights[0].name != _WEIGHTS:
@@ -211,7 +212,7 @@ def import_model(store: Store, path: Path) -> ModelRecord:
         files[f"denoiser/{_WEIGHTS}"] = _put_file(store, weights[0])
     if scheduler is not None:
         files[SCHEDULER_PATH] = _put_config(store, scheduler)
-    if (decoders := read_decoders(folder.denoiser, folder.config)) is not None:
+    if decoders is not None:
         files[MODEL_INDEX] = _put_config(store, decoders)
     if folder.conditioning is not None:
         files[CONDITIONING_FILE] = _put_file(store, folder.conditioning)

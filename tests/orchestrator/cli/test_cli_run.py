@@ -90,6 +90,10 @@ def test_run_answers_with_the_contracts_keys(finished: tuple[Path, dict[str, Any
     assert view["metrics"]["n"] == 8
     assert view["metrics"]["fd_extractor"]
     assert view["metrics"]["sampler"]["num_inference_steps"] == 4
+    assert (
+        view["metrics"]["sampler"]["scheduler"] == "DDIMScheduler"
+    )  # the model's own, that it was trained with, is DDPM
+    assert view["metrics"]["samples"] == "pixels"
     assert Path(view["report"]).parent == home / "reports"
 
 

@@ -34,6 +34,17 @@ def test_evaluate_compares_with_the_reference(
     assert metrics["psnr_db"] == pytest.approx(float(found["psnr_db"].mean()), abs=1e-5)
 
 
+def test_evaluate_does_not_clamp_latents(
+    run_task: RunTask, seeds: Seeds, task_store: NodeStore, packed_digits: str, reference_digits: list[str]
+) -> None:
+    inputs = {"packed": [packed_digits], "reference": [reference_digits[0]]}
+    output = run_task("evaluate", seeds(0, 3) | {"sqnr_seeds": 2, "samples": "latents"}, inputs)
+    reference = load_file(task_store.local_path(reference_digits[0]))
+    found = load_file(task_store.local_path(output.outputs["evaluation"]))
+    assert torch.equal(found["psnr_db"], psnr_per_sample(reference["sample"], found["sample"], SampleSpace.LATENTS))
+    assert not torch.equal(found["psnr_db"], psnr_per_sample(reference["sample"], found["sample"], SampleSpace.PIXELS))
+
+
 def test_evaluate_without_a_trajectory(task_store: NodeStore, evaluated_digits: list[TaskOutput]) -> None:
     found = load_file(task_store.local_path(evaluated_digits[1].outputs["evaluation"]))
     assert "power" not in found

@@ -289,11 +289,11 @@ def test_report_shows_what_the_passes_did(home_with_digits: Path, cli: Cli, home
 
 
 def test_a_failing_job_exits_100(cli: Cli, done: dict[str, Any]) -> None:
-    words = ["run", "minmax-w8a8", "--model", "digits", *SET, "--set", "sampler.scheduler=NoSuchScheduler", "--json"]
-    answer = cli(*words)
+    words = ["run", "minmax-w8a8", "--model", "digits", *SET, "--set", "sampler.options={num_train_timesteps: many}"]
+    answer = cli(*words, "--json")
     assert answer.code == 100
     assert answer.json["state"] == "failed"
-    assert "NoSuchScheduler" in answer.json["error"]
+    assert "DDIMScheduler of diffusers" in answer.json["error"]
     assert answer.json["release"] is None
     job = answer.json["job"]
     assert cli("jobs", "wait", job).code == 100

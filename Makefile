@@ -52,9 +52,10 @@ fmt: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# docs/recipe.schema.json and the tables of docs/recipes.md, from the records in quant_spec.
+# docs/recipe.schema.json and the tables of docs/recipes.md and docs/metrics.md, from the records in quant_spec.
 reference: install
 	$(BIN)/python -m orchestrator.recipes.reference
+	$(BIN)/python -m quant_spec.metrics_page docs/metrics.md
 
 # The handbook, in site/; a warning is an error.
 docs: $(DOCS_STAMP)

@@ -23,6 +23,7 @@ from benchmarks.records import Records
 from quant_core.metrics.frechet import BATCH, ResizedFeatures, efficientnet_lite0
 from quant_core.metrics.images import to_rgb
 from quant_core.metrics.psnr import mean_with_ci
+from quant_spec.enums import SampleSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ def read_job(home: Path, job: str, extractor: ResizedFeatures) -> Measured:
         torch.cat([records.tensor(digest, name) for digest in evaluations.values()]) for name in ("sample", "psnr_db")
     )
     assert len(psnr) == score["seeds"]["count"], "shards of all seeds"
-    reference, features = (_features(to_rgb(images, truth), extractor) for images in (truth, made))
+    space = SampleSpace(score["samples"])
+    reference, features = (_features(to_rgb(images, truth, space), extractor) for images in (truth, made))
     return Measured(f"{release['recipe']['name']} ({records.job[:12]})", psnr, features, reference)
 
 

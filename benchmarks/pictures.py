@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.cli import named, parser
 from benchmarks.records import Records
 from quant_core.metrics.images import to_rgb
+from quant_spec.pipeline import sample_space
 
 #: Pixels of a pixel, of the row's name above it, and between rows.
 ZOOM, TITLE, GAP = 2, 16, 4
@@ -30,7 +31,7 @@ def samples(records: Records, count: int) -> tuple[Tensor, Tensor]:
 
 def row(images: Tensor) -> Image.Image:
     """Put samples (N, C, H, W) side by side."""
-    pixels = ((to_rgb(images, images) + 1) * 127.5).round().byte()
+    pixels = ((to_rgb(images, images, sample_space(images.shape[1:])) + 1) * 127.5).round().byte()
     wide = torch.cat(list(pixels), dim=2).permute(1, 2, 0)
     picture = Image.fromarray(wide.numpy())
     return picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST)

@@ -35,6 +35,7 @@ from quant_core.nn.ranges import qparams_from_range
 from quant_spec.enums import ActivationMode, RangeMethod
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, UnitFormat
 from quant_spec.passes.temporal import TemporalFit
+from quant_spec.pipeline import sample_space
 from quant_spec.ranges import RangeSpec
 from quant_spec.sampler import Sampler
 
@@ -171,7 +172,7 @@ def print_images(folder: str, records: Records, rest: list[UnitState], variants:
         scheduler = make_scheduler(sampler, denoiser.scheduler_config)
         told = read_conditioning(expected, seeds * (2 if sampler.is_guided else 1))
         made = sample(denoiser.model, scheduler, sampler, range(first, first + seeds), told, batch_size=32)
-        psnr = psnr_per_sample(expected["sample"][:seeds], made)
+        psnr = psnr_per_sample(expected["sample"][:seeds], made, sample_space(made.shape[1:], denoiser.pipeline))
         base = psnr if base is None else base
         paired, value = psnr - base, mean_with_ci(psnr.tolist())
         half = 1.96 * float(paired.std()) / math.sqrt(seeds)

@@ -123,3 +123,10 @@ class Extractor(StrEnum):
 
     EFFICIENTNET_LITE0 = "efficientnet-lite0"
     INCEPTION_V3 = "inception-v3"
+
+
+class SampleSpace(StrEnum):
+    """What a denoiser's samples are."""
+
+    PIXELS = "pixels"  # of images, in [-1, 1]: compared and shown after clamping to that
+    LATENTS = "latents"  # whatever their range: compared as they are

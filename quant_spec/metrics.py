@@ -333,6 +333,10 @@ METRICS: dict[str, Metric] = {
         "How many samples psnr_db and fd are of", is_required=True, is_number=True, format="d", listed=EVERYWHERE
     ),
     "sqnr_seeds": Metric("How many of the seeds sqnr_db_per_step is of", is_number=True, format="d", listed=EVERYWHERE),
+    "samples": Metric(
+        "Whether samples are pixels, compared after clamping to [-1, 1], or latents, compared as they are",
+        listed=EVERYWHERE,
+    ),
     "fd_extractor": Metric(
         "Network whose features fd compares, and the pixels that it gets", is_required=True, listed=EVERYWHERE
     ),

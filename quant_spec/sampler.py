@@ -13,7 +13,8 @@ class Sampler(Record):
     """How samples are drawn: for calibration, for the references and for the evaluation alike."""
 
     scheduler: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9]*$")] | None = Field(
-        default=None, description="Scheduler class of diffusers; null takes the model's own."
+        default=None,
+        description="Scheduler class of diffusers that fits the model; null is the model's own, DDIM if that is DDPM.",
     )
     num_inference_steps: Count = Field(default=20, description="Steps of a trajectory.")
     eta: Annotated[float, Field(ge=0, le=1)] = Field(

@@ -68,7 +68,7 @@ def bench_release(
         service.settings,
         bench.KIND,
         bench.Params(
-            sampler=Sampler(**job.recipe["sampler"]),
+            sampler=Sampler.from_json(release.metrics["sampler"]),
             batches=BATCHES,
             seconds=SECONDS,
             backend=options.backend,

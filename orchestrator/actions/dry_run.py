@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.actions.registration import resolve_model
-from orchestrator.actions.submission import Request
+from orchestrator.actions.submission import Request, notify_scheduler
 from orchestrator.db.registry import kind_timings, known_results
 from orchestrator.planning.estimate import Estimate, cached_tasks, estimate
 from orchestrator.planning.planner import plan
@@ -47,11 +47,12 @@ def dry_run_job(service: Service, request: Request, *, notify: Callable[[str], N
 
     Raises
     ------
-    RecipeError, ModelError, NotFoundError
+    RecipeError, QuantizationError, ModelError, NotFoundError
         As `orchestrator.actions.submission.submit` would.
     """
     loaded = load_recipe(request.recipe, request.overrides)
     model = resolve_model(service, request.model, notify=notify, dry_run=True)
+    notify_scheduler(model, loaded.recipe, notify)
     workers = worker_count()
     with service.database.session(read_only=True) as session:
         cached = cached_tasks(plan(model, loaded.recipe)[0], lambda keys: known_results(session, keys))

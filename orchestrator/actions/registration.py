@@ -17,6 +17,7 @@ from orchestrator.actions.local import run_task
 from orchestrator.db.registry import add_model, find_model, list_models
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import NotFoundError
+from orchestrator.planning.model import INSPECTED
 from orchestrator.service import Service
 from orchestrator.text import utc_text
 from quant_spec.errors import InvalidInputError
@@ -25,11 +26,10 @@ from workers.errors import ModelError
 from workers.storage.model_folder import changed_since, import_model, model_digest, resolve_source
 from workers.storage.model_folder import find_model as find_model_folder
 from workers.storage.names import check_name
+from workers.storage.pipeline_index import read_decoders
 from workers.storage.store import Store, open_store
 
 _HUB = "hf:"
-#: What an inspection must have; one of an earlier version may lack some of it.
-_INSPECTED = {"units", "layers", "attentions", "temporal"}
 #: Digits of the digest that are put behind a name which another model has.
 _SUFFIX_DIGITS = 8
 #: Length of a name that leaves room for them.
@@ -102,14 +102,45 @@ def resolve_model(service: Service, text: str, *, notify: Callable[[str], None],
         if known is not None:
             _check_same(known, text)
             _say_if_changed(known, notify)
-            return known
+            return _up_to_date(service, known, notify)
         if not Path(text).is_dir():
             raise NotFoundError(f"model: got {text!r}, wanted a name of models ls, a folder or hf:owner/name")
     if not dry_run:
         return add_model_from(service, text, None, notify=notify)
     with tempfile.TemporaryDirectory(prefix="quantmill-dry-run-") as folder:
         model = look_at(service, text, open_store(folder), notify=notify)
-    return _registered(service, model.digest) or _with_free_name(service, model, notify, "would be registered")
+    registered = _registered(service, model.digest)
+    if registered is not None:
+        return replace(registered, inspection=model.inspection)
+    return _with_free_name(service, model, notify, "would be registered")
+
+
+def _up_to_date(service: Service, model: ModelRow, notify: Callable[[str], None]) -> ModelRow:
+    """Return a registered model, inspected again if that was done by an older release that looked for less."""
+    if model.inspection.keys() >= INSPECTED:
+        return model
+    _check_decoder(model)
+    notify(f"inspecting {model.name} again: an older release registered it, and looked for less")
+    task = run_task(service.settings, inspect.KIND, inspect.Params(), inspect.Inputs(model=model.digest))
+    with service.database.session() as session:
+        return add_model(session, replace(model, inspection=task.metrics["inspection"]))
+
+
+def _check_decoder(model: ModelRow) -> None:
+    """Refuse a model that an older release registered without its pipeline's decoder, so that latents look like pixels.
+
+    Its bytes say nothing of a pipeline; the folder that it came from still may.
+    """
+    try:
+        folder = find_model_folder(Path(model.source))
+        decoders = read_decoders(folder.denoiser, folder.config)
+    except ModelError:
+        return
+    if decoders:
+        raise InvalidInputError(
+            f"model {model.name}: got a registration by an older release, which took its latents for pixels, wanted it "
+            f"added again: quantmill models add {model.source} --name ANOTHER"
+        )
 
 
 def look_at(service: Service, source: str, store: Store, *, notify: Callable[[str], None]) -> ModelRow:
@@ -121,7 +152,7 @@ def look_at(service: Service, source: str, store: Store, *, notify: Callable[[st
         notify(f"fetching {source}")
     record = import_model(store, resolve_source(source))
     known = _registered(service, record.digest)
-    if known is not None and set(known.inspection) >= _INSPECTED:
+    if known is not None and known.inspection.keys() >= INSPECTED:
         inspection = known.inspection
     else:
         notify(f"inspecting {source}")

@@ -11,8 +11,10 @@ from orchestrator.db.enqueue import enqueue_graph
 from orchestrator.db.jobs import create_job, find_job
 from orchestrator.db.rows import EnqueueCounts, JobRow, ModelRow
 from orchestrator.planning.planner import plan
+from orchestrator.planning.sampler import choice_for
 from orchestrator.recipes.load import LoadedRecipe, load_recipe, resolve
 from orchestrator.service import Service
+from quant_spec.recipe import Recipe
 from workers.storage.names import check_name
 
 #: Release names are this long at most.
@@ -59,6 +61,8 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
     ------
     RecipeError
         If the recipe is not valid or does not fit the model.
+    QuantizationError
+        If its scheduler does not.
     ModelError
         If the model folder cannot be used.
     NotFoundError
@@ -68,6 +72,7 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
     if request.release_name is not None:
         check_name(request.release_name)
     model = resolve_model(service, request.model, notify=notify)
+    notify_scheduler(model, loaded.recipe, notify)
     return enqueue(service, model, loaded, release_name=request.release_name, priority=request.priority)
 
 
@@ -92,6 +97,19 @@ def enqueue(
         counts = enqueue_graph(session, job_id, nodes, target)
         job = find_job(session, job_id)
     return Submitted(job, counts)
+
+
+def notify_scheduler(model: ModelRow, recipe: Recipe, notify: Callable[[str], None]) -> None:
+    """Say which fields of the recipe's scheduler are not the model's own.
+
+    Raises
+    ------
+    QuantizationError
+        If the scheduler does not fit the model.
+    """
+    note = choice_for(model, recipe).note
+    if note is not None:
+        notify(note)
 
 
 def default_release_name(model: str, recipe: str) -> str:

@@ -10,6 +10,7 @@ from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.planning.costs import GIB, Cost, Costs
 from orchestrator.planning.formats import QuantizedUnit, choose_formats
 from orchestrator.planning.model import ModelInfo
+from orchestrator.planning.sampler import with_scheduler
 from quant_spec.recipe import Recipe
 from quant_spec.sampler import Sampler
 from quant_spec.task import TaskInputs, TaskKind, TaskParams
@@ -26,8 +27,10 @@ class Draft:
     ----------
     row, model
         The model as it is registered, and as the planner sees it.
+    given
+        The recipe as it was written.
     recipe, sampler
-        What is asked for; `sampler` is what tasks are told.
+        The same with its scheduler named, which is what tasks are told.
     gpus
         Which each computing task asks for.
     costs
@@ -54,6 +57,7 @@ class Draft:
 
     row: ModelRow
     model: ModelInfo
+    given: Recipe
     recipe: Recipe
     sampler: Sampler
     gpus: float
@@ -76,10 +80,13 @@ class Draft:
         ------
         RecipeError
             If the recipe does not fit the model.
+        QuantizationError
+            If its scheduler does not.
         """
+        given, recipe = recipe, with_scheduler(recipe, row)
         model = ModelInfo.read(row.digest, row.inspection)
         units = tuple(choose_formats(model, recipe))
-        return cls(row, model, recipe, recipe.sampler, gpus, Costs(model, recipe), units)
+        return cls(row, model, given, recipe, recipe.sampler, gpus, Costs(model, recipe), units)
 
     @property
     def cache_bytes(self) -> int:

@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from quant_spec.enums import SampleSpace
+
+#: What an inspection must have; one of an earlier version may lack some of it.
+INSPECTED = frozenset({"units", "layers", "attentions", "temporal", "scheduler", "samples"})
+
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
@@ -74,6 +79,7 @@ class ModelInfo:
     activation_bytes: int
     units: tuple[UnitInfo, ...]
     temporal: tuple[str, ...] | None  # layers of the temporal information block; None if not looked for
+    samples: SampleSpace
 
     @classmethod
     def read(cls, digest: str, inspection: Mapping[str, Any]) -> Self:
@@ -87,6 +93,7 @@ class ModelInfo:
             activation_bytes=inspection["activation_bytes"],
             units=tuple(_unit(data, layers) for data in inspection["units"]),
             temporal=tuple(inspection["temporal"]) if "temporal" in inspection else None,
+            samples=SampleSpace(inspection["samples"]),
         )
 
     @property

@@ -63,6 +63,8 @@ def plan(model: ModelRow, recipe: Recipe, *, gpus_per_task: float = 0.0) -> tupl
     ------
     RecipeError
         If the recipe does not fit the model; before anything is returned.
+    QuantizationError
+        If its scheduler does not.
     """
     draft = take_out(Draft.begin(model, recipe, gpus_per_task))
     target = deque(_nodes(draft), maxlen=1)[0]

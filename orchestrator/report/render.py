@@ -56,10 +56,11 @@ def protocol_line(metrics: Mapping[str, Any]) -> str:
     sampler, seeds = metrics["sampler"], metrics["seeds"]
     scheduler = sampler["scheduler"] or "the model's own sampler"
     guidance = "" if sampler["guidance_scale"] == 1 else f", guidance {sampler['guidance_scale']:g}"
+    latents = ", latents compared as they are" if metrics.get("samples") == "latents" else ""
     return (
         f"Measured on the packed file, loaded again: {scheduler}, "
         f"{sampler['num_inference_steps']} steps, eta {sampler['eta']:g}{guidance}, "
-        f"seeds {seeds['first']} to {seeds['first'] + seeds['count'] - 1}."
+        f"seeds {seeds['first']} to {seeds['first'] + seeds['count'] - 1}{latents}."
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.errors import DenoiserError
+from quant_spec.pipeline import MODEL_INDEX
 
 DENOISER_FOLDERS = ("denoiser", "unet", "transformer")
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
@@ -32,6 +33,7 @@ class Denoiser:
     config: Mapping[str, Any]
     scheduler_config: Mapping[str, Any] | None
     conditioning: Path | None  # safetensors with prompts' conditioning
+    pipeline: Mapping[str, Any] | None = None  # the pipeline's model_index.json, or what of it is known
 
 
 def load_denoiser(folder: str | Path) -> Denoiser:
@@ -59,11 +61,13 @@ def load_denoiser(folder: str | Path) -> Denoiser:
     config = json.loads((home / "config.json").read_text())
     beside = (root,) if home != root else (root, root.parent)
     scheduler = _first_file(beside, SCHEDULER_CONFIG)
+    index = home.parent / MODEL_INDEX
     return Denoiser(
         model=_load_model(home, config),
         config=config,
         scheduler_config=None if scheduler is None else json.loads(scheduler.read_text()),
         conditioning=_first_file(beside, Path(CONDITIONING_FILE)),
+        pipeline=json.loads(index.read_text()) if home != root and index.is_file() else None,
     )
 
 

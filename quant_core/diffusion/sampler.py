@@ -27,6 +27,7 @@ from quant_core.diffusion.conditioning import (
 )
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler, is_corrected, unwrap_config
 from quant_core.diffusion.denoiser import call_denoiser, sample_shape
+from quant_core.diffusion.scheduler import build_scheduler
 from quant_spec.errors import QuantizationError
 from quant_spec.sampler import Sampler
 
@@ -42,26 +43,13 @@ def make_scheduler(sampler: Sampler, scheduler_config: Mapping[str, Any] | None)
     Raises
     ------
     QuantizationError
-        If diffusers has no such scheduler, neither the sampler nor the model names one, or the config holds a
+        If neither the sampler nor the model names a scheduler, it does not fit the model, or the config holds a
         correction for another scheduler.
     """
-    import diffusers
-
     config = dict(scheduler_config or {})
     if is_corrected(config):
         return _corrected(sampler, config)
-    name = sampler.scheduler or config.get("_class_name")
-    if name is None:
-        raise QuantizationError("sampler: the model has no scheduler config, wanted sampler.scheduler")
-    cls = getattr(diffusers, name, None)
-    if not (isinstance(cls, type) and hasattr(cls, "set_timesteps") and hasattr(cls, "step")):
-        raise QuantizationError(
-            f"sampler.scheduler: got {name!r}, wanted a scheduler class of diffusers {diffusers.__version__}"
-        )
-    if str(config.get("variance_type", "")).startswith("learned"):
-        config["variance_type"] = "fixed_small"  # call_denoiser drops the learned variance's channels
-    scheduler: Any = cls.from_config(config | dict(sampler.options))  # type: ignore[attr-defined]
-    return scheduler
+    return build_scheduler(sampler.scheduler, config, sampler.options)
 
 
 def _corrected(sampler: Sampler, config: Mapping[str, Any]) -> QuantmillCorrectedScheduler:

@@ -4,6 +4,7 @@ values."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from quant_core.inspect.temporal import trace_temporal
 from quant_core.inspect.trace import Trace, trace_denoiser
 from quant_core.inspect.units import Unit, find_units
 from quant_core.nn.layers import QUANTIZABLE
+from quant_spec.pipeline import sample_space
 
 GIGA = 1e9
 _FLOAT_BYTES = 4
@@ -55,7 +57,8 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         float32 bytes of its inputs and outputs per sample, bytes of its layers' Hessians (float32, per convolution
         group), and `depth`, the share of the forward's MACs done when it has first finished. Per layer: type, weight
         shape, MACs, split of its input. Per attention: MACs of its two matmuls. All at batch 1. `temporal`: the layers
-        of the temporal information block, see `quant_core.inspect.temporal.TemporalLayer`.
+        of the temporal information block, see `quant_core.inspect.temporal.TemporalLayer`. `scheduler`: the model's own
+        scheduler config, null if it has none; numbers that are not finite as text. `samples`: "pixels" or "latents".
     """
     model = denoiser.model
     trace = trace_model(denoiser)
@@ -76,7 +79,18 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         "attentions": {name: {"macs": macs} for name, macs in trace.attentions.items()},
         "unused": list(found.unused),
         "temporal": _describe_temporal(denoiser),
+        "scheduler": _finite(denoiser.scheduler_config),
+        "samples": str(sample_space(trace.output_shape[1:], denoiser.pipeline)),
     }
+
+
+def _finite(value: Any) -> Any:
+    """Return JSON with numbers that JSON has none of (-inf of a schedule's log-SNR) as text."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _finished(trace: Trace) -> dict[str, float]:

@@ -21,6 +21,7 @@ from quant_core.metrics.frechet import ResizedFeatures, frechet_distance
 from quant_core.metrics.images import to_rgb
 from quant_core.metrics.psnr import mean_with_ci, psnr_per_sample
 from quant_core.metrics.sqnr import error_power, sqnr_db
+from quant_spec.enums import SampleSpace
 from quant_spec.errors import QuantizationError
 from quant_spec.sampler import Sampler
 
@@ -44,6 +45,7 @@ def evaluate_shard(
     path: Path,
     *,
     batch_size: int,
+    space: SampleSpace,
 ) -> None:
     """Sample the seeds of a reference shard with a quantized model and write what came out to `path`.
 
@@ -68,7 +70,7 @@ def evaluate_shard(
             f"{_ends(timesteps)}"
         )
     samples = sample(model, scheduler, sampler, seeds, read_conditioning(expected), batch_size=batch_size)
-    results = {"sample": samples, "psnr_db": psnr_per_sample(expected["sample"], samples)}
+    results = {"sample": samples, "psnr_db": psnr_per_sample(expected["sample"], samples, space)}
     with safe_open(reference, framework="pt") as handle:
         if "x" in handle.keys():  # noqa: SIM118 - not a mapping
             results["power"] = _power(model, scheduler, sampler, reference, handle, batch_size)
@@ -106,7 +108,11 @@ class Quality:
 
 
 def summarize(
-    references: Sequence[Path], evaluations: Sequence[Path], extractor: ResizedFeatures, shown: int
+    references: Sequence[Path],
+    evaluations: Sequence[Path],
+    extractor: ResizedFeatures,
+    shown: int,
+    space: SampleSpace,
 ) -> Quality:
     """Join shards into the figures of a release.
 
@@ -116,16 +122,19 @@ def summarize(
         Shards of the same seeds, in the same order.
     shown : int
         How many samples are returned as images.
+    space : SampleSpace
+        Whether samples are pixels.
 
     Returns
     -------
     Quality
-        `metrics` holds psnr_db, psnr_db_ci95, n, fd, fd_extractor, sqnr_db_per_step and timesteps.
+        `metrics` holds psnr_db, psnr_db_ci95, n, fd, fd_extractor, sqnr_db_per_step, timesteps and
+        samples ("pixels", clamped to [-1, 1] before they were compared, or "latents", as they are).
     """
     expected, measured = [_read(path) for path in references], [_read(path) for path in evaluations]
     truth = torch.cat([shard["sample"] for shard in expected])
     samples = torch.cat([shard["sample"] for shard in measured])
-    reference_rgb, quantized_rgb = to_rgb(truth, truth), to_rgb(samples, truth)
+    reference_rgb, quantized_rgb = to_rgb(truth, truth, space), to_rgb(samples, truth, space)
     psnr = mean_with_ci(torch.cat([shard["psnr_db"] for shard in measured]).tolist())
     powers = [shard["power"] for shard in measured if "power" in shard]
     power = torch.stack(powers).sum(0).tolist() if powers else [[], []]
@@ -137,5 +146,6 @@ def summarize(
         "fd_extractor": extractor.name,
         "sqnr_db_per_step": [round(value, _DECIMALS) for value in sqnr_db(*power)],
         "timesteps": expected[0]["timesteps"].tolist(),
+        "samples": str(space),
     }
     return Quality(metrics, reference_rgb[:shown], quantized_rgb[:shown])

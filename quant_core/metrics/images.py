@@ -1,4 +1,4 @@
-"""Samples as pictures: whether they are images, RGB views of anything else, and grids to look at."""
+"""Samples as pictures: RGB views of pixels and of anything else, and grids to look at."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from quant_spec.enums import SampleSpace
+
 DIFFERENCE_GAIN = 4.0
 #: White pixels between the images of a grid.
 GRID_GAP = 2
 
 
-def is_image(shape: tuple[int, ...]) -> bool:
-    """Whether samples of this shape (C, H, W) are images in [-1, 1] (1 or 3 channels) and not latents."""
-    return len(shape) == 3 and shape[0] in (1, 3)
-
-
-def to_rgb(samples: Tensor, reference: Tensor) -> Tensor:
+def to_rgb(samples: Tensor, reference: Tensor, space: SampleSpace) -> Tensor:
     """Show samples as RGB images.
 
     Parameters
@@ -25,13 +22,15 @@ def to_rgb(samples: Tensor, reference: Tensor) -> Tensor:
     samples : Tensor, shape (n, C, H, W), (n, C, L) or (n, tokens, C), dtype float32
     reference : Tensor, shape (m, ...) like `samples`
         Full-precision samples: they fix the range in which latents are shown.
+    space : SampleSpace
+        Whether the samples are pixels.
 
     Returns
     -------
     Tensor, shape (n, 3, H', W'), dtype float32, in [-1, 1]
-        Images are only clamped; of latents, the first three channels, each scaled to the reference's range.
+        Pixels are only clamped; of latents, the first three channels, each scaled to the reference's range.
     """
-    if is_image(tuple(samples.shape[1:])):
+    if space is SampleSpace.PIXELS:
         return samples.clamp(-1, 1).expand(-1, 3, -1, -1)
     shown, frame = _as_map(samples)[:, :3], _as_map(reference)[:, :3]
     low, high = frame.amin(dim=(0, 2, 3), keepdim=True), frame.amax(dim=(0, 2, 3), keepdim=True)

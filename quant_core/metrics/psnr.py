@@ -11,7 +11,7 @@ import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from quant_core.metrics.images import is_image
+from quant_spec.enums import SampleSpace
 
 #: PSNR of two samples that are equal bit for bit: one part in 2**24, float32's mantissa.
 IDENTICAL_DB = 144.0
@@ -26,14 +26,15 @@ class Mean:
     n: int
 
 
-def psnr_per_sample(reference: Tensor, quantized: Tensor) -> Tensor:
+def psnr_per_sample(reference: Tensor, quantized: Tensor, space: SampleSpace) -> Tensor:
     """Return the PSNR of each sample in dB.
 
     Parameters
     ----------
     reference, quantized : Tensor, shape (n, ...), dtype float32
-        Images (1 or 3 channels) are clamped to [-1, 1] and their peak is 2. Latents are not clamped; their peak is the
-        range of the reference sample.
+    space : SampleSpace
+        Pixels are clamped to [-1, 1] and their peak is 2. Latents are not clamped; their peak is the range of the
+        reference sample.
 
     Returns
     -------
@@ -41,7 +42,7 @@ def psnr_per_sample(reference: Tensor, quantized: Tensor) -> Tensor:
         At most 144 dB, which stands for equal samples.
     """
     reference, quantized = reference.double(), quantized.double()
-    if is_image(tuple(reference.shape[1:])):
+    if space is SampleSpace.PIXELS:
         reference, quantized = reference.clamp(-1, 1), quantized.clamp(-1, 1)
         peak = torch.full((len(reference),), 2.0, dtype=torch.float64)
     else:

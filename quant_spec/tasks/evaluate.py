@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
+from quant_spec.enums import SampleSpace
 from quant_spec.record import Count
 from quant_spec.sampler import Sampler
 from quant_spec.task import Seeds, Source, TaskInputs, TaskKind, TaskParams
@@ -19,6 +20,7 @@ class Params(TaskParams):
     sampler: Sampler
     seeds: Seeds
     batch_size: Count = Field(description="Seeds per denoiser call.")
+    samples: SampleSpace = Field(description="Whether samples are pixels.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,4 +20,4 @@ class Inputs(TaskInputs[Source]):
     model: Source
 
 
-KIND = TaskKind("inspect", 2, "workers.tasks.inspect:run", Params, Inputs, (INSPECTION,))
+KIND = TaskKind("inspect", 3, "workers.tasks.inspect:run", Params, Inputs, (INSPECTION,))

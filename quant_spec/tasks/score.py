@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import Field
 
-from quant_spec.enums import Extractor
+from quant_spec.enums import Extractor, SampleSpace
 from quant_spec.record import Count
 from quant_spec.sampler import Sampler
 from quant_spec.task import Seeds, Source, TaskInputs, TaskKind, TaskParams
@@ -22,6 +22,7 @@ class Params(TaskParams):
     sqnr_seeds: Count = Field(description="Seeds that the per-step SQNR was taken over.")
     extractor: Extractor
     grid: Count = Field(description="Images in the sample grid.")
+    samples: SampleSpace = Field(description="Whether samples are pixels.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,4 +36,4 @@ class Inputs(TaskInputs[Source]):
     extractor_weights: Source | None = None
 
 
-KIND = TaskKind("score", 1, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))
+KIND = TaskKind("score", 2, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))

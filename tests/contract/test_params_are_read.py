@@ -23,6 +23,7 @@ from quant_spec.enums import (
     Extractor,
     KernelBackend,
     RoundingMethod,
+    SampleSpace,
     Scaling,
     Shift,
     StartCodes,
@@ -349,7 +350,7 @@ def _correct(**changes: Any) -> Case:
 
 
 def _evaluate() -> Case:
-    params = evaluate.Params(sampler=SAMPLER, seeds=Seeds(first=0, count=2), batch_size=2)
+    params = evaluate.Params(sampler=SAMPLER, seeds=Seeds(first=0, count=2), batch_size=2, samples=SampleSpace.PIXELS)
     return lambda tasks: (params, evaluate.Inputs(packed=tasks.packed, reference=tasks.reference))
 
 
@@ -358,6 +359,7 @@ def _score() -> Case:
         sampler=SAMPLER,
         seeds=Seeds(first=0, count=2),
         sqnr_seeds=2,
+        samples=SampleSpace.PIXELS,
         extractor=Extractor.EFFICIENTNET_LITE0,
         grid=1,
     )

@@ -92,6 +92,8 @@ def inspection(blocks: int = 4, channels: int = 16, side: int = 8, *, timed: boo
                 for block in range(blocks if timed else 0)
             },
         },
+        "scheduler": {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"},
+        "samples": "pixels",
     }
 
 

@@ -2,7 +2,8 @@
 
 A model in the store is a tree with fixed paths, so that the same config and weights have the same digest wherever they
 came from: `denoiser/config.json`, `denoiser/*.safetensors` (and their index), `scheduler/scheduler_config.json` and
-`conditioning.safetensors` where there are any. `hf:owner/name@revision` is fetched from the Hugging Face Hub first.
+`conditioning.safetensors` where there are any, and `model_index.json` with the pipeline's decoders where samples would
+be taken for pixels without it. `hf:owner/name@revision` is fetched from the Hugging Face Hub first.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant_spec.pipeline import MODEL_INDEX
 from workers.errors import ModelError
 from workers.storage.blobs import digest_of, digest_of_file
 from workers.storage.manifest import manifest_digest, put_manifest
+from workers.storage.pipeline_index import read_decoders
 from workers.storage.safetensors_check import check_finite
 from workers.storage.store import Store
 from workers.storage.weights import INDEX, WEIGHT_PATTERNS, find_weights
@@ -32,6 +35,7 @@ _HUB_CONFIGS = [
     *(f"{subfolder}/config.json".lstrip("/") for subfolder in DENOISER_SUBFOLDERS),
     SCHEDULER_PATH,
     CONDITIONING_FILE,
+    MODEL_INDEX,
 ]
 
 
@@ -216,6 +220,9 @@ def _tree(folder: ModelFolder) -> dict[str, Path | bytes]:
         if scheduler is None:
             raise ModelError(f"{folder.scheduler}: got no _class_name, wanted a diffusers scheduler config")
         tree[SCHEDULER_PATH] = _config_bytes(scheduler)
+    decoders = read_decoders(folder.denoiser, folder.config)
+    if decoders is not None:
+        tree[MODEL_INDEX] = _config_bytes(decoders)
     if folder.conditioning is not None:
         tree[CONDITIONING_FILE] = folder.conditioning
     return tree

@@ -28,6 +28,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         context.store.local_path(inputs.reference),
         path,
         batch_size=params.batch_size,
+        space=params.samples,
     )
     values = load_file(path)["psnr_db"]
     metrics = {"psnr_db": round(float(values.mean()), 6), "n": len(values)}

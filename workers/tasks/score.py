@@ -43,6 +43,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         local_files(evaluations, context),
         _extractor(params.extractor, inputs.extractor_weights, context),
         params.grid,
+        params.samples,
     )
     protocol = {
         "sampler": params.sampler.to_json(),

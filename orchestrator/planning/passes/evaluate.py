@@ -30,7 +30,9 @@ def evaluate(draft: Draft) -> Drawing:
         references.append(TaskRef(sampled.id, REFERENCE))
         yield sampled
         batch = min(section.batch_size, shard.count)
-        params = shard_task.Params(sampler=draft.sampler, seeds=shard.seeds, batch_size=batch)
+        params = shard_task.Params(
+            sampler=draft.sampler, seeds=shard.seeds, batch_size=batch, samples=draft.model.samples
+        )
         inputs = shard_task.Inputs(draft.packed_model, references[-1])
         cost = evaluate_cost(draft.costs, shard.count, batch, shard.recorded)
         node = draft.node(shard_task.KIND, params, inputs, cost, shard.label)
@@ -66,6 +68,7 @@ def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[Ta
         sqnr_seeds=min(section.sqnr_seeds, section.seeds),
         extractor=section.extractor,
         grid=min(section.grid, section.seeds),
+        samples=draft.model.samples,
     )
     inputs = score.Inputs(
         packed=draft.packed_model,

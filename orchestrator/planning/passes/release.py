@@ -14,7 +14,7 @@ _HUB = "hf:"
 
 def release(draft: Draft) -> Drawing:
     """Make the job's last task."""
-    row, recipe, resolved = draft.row, draft.recipe, resolve(draft.recipe)
+    row, recipe, resolved = draft.row, draft.given, resolve(draft.given)
     # a folder's path means nothing on another machine
     origin = Origin(
         name=row.name, class_name=row.class_name, source=row.source if row.source.startswith(_HUB) else None

@@ -90,6 +90,10 @@ def test_run_answers_with_the_contracts_keys(finished: tuple[Path, dict[str, Any
     assert view["metrics"]["n"] == 8
     assert view["metrics"]["fd_extractor"]
     assert view["metrics"]["sampler"]["num_inference_steps"] == 4
+    assert (
+        view["metrics"]["sampler"]["scheduler"] == "DDIMScheduler"
+    )  # the model's own, that it was trained with, is DDPM
+    assert view["metrics"]["samples"] == "pixels"
     assert Path(view["report"]).parent == home / "reports"
 
 
@@ -286,11 +290,11 @@ def test_report_shows_what_the_passes_did(home_with_digits: Path, cli: Cli, home
 
 
 def test_a_failing_job_exits_100(cli: Cli, done: dict[str, Any]) -> None:
-    words = ["run", "minmax-w8a8", "--model", "digits", *SET, "--set", "sampler.scheduler=NoSuchScheduler", "--json"]
-    answer = cli(*words)
+    words = ["run", "minmax-w8a8", "--model", "digits", *SET, "--set", "sampler.options={num_train_timesteps: many}"]
+    answer = cli(*words, "--json")
     assert answer.code == 100
     assert answer.json["state"] == "failed"
-    assert "NoSuchScheduler" in answer.json["error"]
+    assert "DDIMScheduler of diffusers" in answer.json["error"]
     assert answer.json["release"] is None
     job = answer.json["job"]
     assert cli("jobs", "wait", job).code == 100

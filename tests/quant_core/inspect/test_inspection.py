@@ -96,3 +96,14 @@ def test_inspect_shipped_model(emoji32: Path) -> None:
     assert found["parameters"] == 4319219
     assert len(found["units"]) == 27
     assert found["units"][-1]["name"] == "conv_out"
+
+
+def test_inspect_records_scheduler_and_kind_of_samples(tiny_model: Make) -> None:
+    config = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": float("-inf"), "trained_betas": None}
+    found = inspect_model(Denoiser(tiny_model("unet"), {}, config, None))
+    assert found["scheduler"] == config | {"lambda_min_clipped": "-inf"}
+    json.dumps(found, allow_nan=False)
+    assert found["samples"] == "pixels"
+    bare = inspect_model(Denoiser(tiny_model("unet"), {}, None, None, {"vqvae": ["diffusers", "VQModel"]}))
+    assert (bare["scheduler"], bare["samples"]) == (None, "latents")
+    assert inspect_model(Denoiser(tiny_model("unet"), {}, None, None, {"vae": [None, None]}))["samples"] == "pixels"

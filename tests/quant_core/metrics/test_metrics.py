@@ -18,9 +18,11 @@ from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, frec
 from quant_core.metrics.images import difference, grid, to_rgb, to_uint8
 from quant_core.metrics.psnr import IDENTICAL_DB, mean_with_ci, psnr_per_sample
 from quant_core.metrics.sqnr import error_power, sqnr_db
+from quant_spec.enums import SampleSpace
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, ModelFormat, WeightSpec
 from quant_spec.sampler import Sampler
 
+PIXELS, LATENTS = SampleSpace
 Make = Callable[[str], nn.Module]
 
 
@@ -32,15 +34,18 @@ def test_psnr_of_a_known_error() -> None:
     reference = torch.zeros(2, 3, 4, 4)
     quantized = torch.stack([torch.full((3, 4, 4), 0.02), torch.full((3, 4, 4), 0.2)])
     # peak 2, error 0.02 and 0.2: 40 and 20 dB
-    torch.testing.assert_close(psnr_per_sample(reference, quantized), torch.tensor([40.0, 20.0], dtype=torch.float64))
+    torch.testing.assert_close(
+        psnr_per_sample(reference, quantized, PIXELS), torch.tensor([40.0, 20.0], dtype=torch.float64)
+    )
 
 
 def test_psnr_clamps_images_and_not_latents() -> None:
     inside, outside = torch.ones(1, 3, 2, 2), torch.full((1, 3, 2, 2), 1.5)
-    assert psnr_per_sample(inside, outside).tolist() == [IDENTICAL_DB]
-    latents = torch.zeros(1, 4, 2, 2)
-    latents[0, 0, 0, 0] = 10.0  # the sample's range is its peak
-    assert psnr_per_sample(latents, latents + 0.1).item() == pytest.approx(40.0, abs=1e-4)
+    assert psnr_per_sample(inside, outside, PIXELS).tolist() == [IDENTICAL_DB]
+    for channels in (1, 3, 4):
+        latents = torch.zeros(1, channels, 2, 2)
+        latents[0, 0, 0, 0] = 10.0  # the sample's range is its peak
+        assert psnr_per_sample(latents, latents + 0.1, LATENTS).item() == pytest.approx(40.0, abs=1e-4)
 
 
 def test_mean_with_ci_is_students() -> None:
@@ -164,14 +169,14 @@ def test_cost_of_a_quantized_model_by_hand() -> None:
 
 def test_to_rgb_shows_anything() -> None:
     image = noise(2, 3, 4, 4)
-    assert torch.equal(to_rgb(image, image), image.clamp(-1, 1))
-    assert torch.equal(to_rgb(image[:, :1], image), image[:, :1].clamp(-1, 1).expand(-1, 3, -1, -1))
-    for latents in (noise(2, 4, 4, 4) * 9, noise(2, 2, 4, 4), noise(2, 16, 8), noise(2, 2, 7)):
-        shown = to_rgb(latents, latents)
+    assert torch.equal(to_rgb(image, image, PIXELS), image.clamp(-1, 1))
+    assert torch.equal(to_rgb(image[:, :1], image, PIXELS), image[:, :1].clamp(-1, 1).expand(-1, 3, -1, -1))
+    for latents in (image * 9, noise(2, 4, 4, 4) * 9, noise(2, 2, 4, 4), noise(2, 16, 8), noise(2, 2, 7)):
+        shown = to_rgb(latents, latents, LATENTS)
         assert shown.shape[:2] == (2, 3)
         assert float(shown.min()) == -1
         assert float(shown.max()) == 1
-    assert to_rgb(noise(2, 16, 8), noise(2, 16, 8)).shape == (2, 3, 4, 4)
+    assert to_rgb(noise(2, 16, 8), noise(2, 16, 8), LATENTS).shape == (2, 3, 4, 4)
 
 
 def test_grid_places_every_image() -> None:

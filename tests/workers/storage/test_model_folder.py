@@ -281,3 +281,40 @@ def test_hub_model_that_cannot_be_had_is_named(hub_cache: Path, source: str) -> 
         resolve_source(source)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("channels", "components", "kept"),
+    [
+        (3, {"vqvae": ["diffusers", "VQModel"]}, True),
+        (1, {"vae": ["diffusers", "AutoencoderKL"]}, True),
+        (4, {"vae": ["diffusers", "AutoencoderKL"]}, False),  # the channels tell
+        (3, {"safety_checker": ["x", "y"]}, False),  # pixels
+        (3, {"vae": [None, None]}, False),  # a component that was left out
+    ],
+)
+def test_a_decoder_is_part_of_a_model_where_samples_would_pass_for_pixels(
+    folder_store: NodeStore, model: Path, channels: int, components: dict[str, Any], kept: bool
+) -> None:
+    write_json(model / "unet" / "config.json", CONFIG | {"in_channels": channels})
+    alone = import_model(folder_store, model)
+    index = {"_class_name": "P", "unet": ["diffusers", "UNet2DModel"], **components}
+    write_json(model / "model_index.json", index)
+    inside = import_model(folder_store, model)
+    assert (inside.digest != alone.digest) is kept
+    assert ("model_index.json" in read_manifest(folder_store, inside.digest)["files"]) is kept
+    # the denoiser's own folder, given by itself, lies in the same pipeline
+    assert import_model(folder_store, model / "unet").digest == inside.digest
+
+
+def test_an_index_that_does_not_name_the_denoiser_is_not_its_pipelines(model: Path, folder_store: NodeStore) -> None:
+    write_json(model / "unet" / "config.json", CONFIG | {"in_channels": 3})
+    alone = import_model(folder_store, model)
+    write_json(model / "model_index.json", {"transformer": ["a", "b"], "vae": ["diffusers", "AutoencoderKL"]})
+    assert import_model(folder_store, model).digest == alone.digest
+
+
+def test_an_index_that_is_not_json_is_refused(model: Path, folder_store: NodeStore) -> None:
+    write_json(model / "unet" / "config.json", CONFIG | {"in_channels": 3})
+    (model / "model_index.json").write_text("{")
+    refuse(folder_store, model, "got text that is not JSON")

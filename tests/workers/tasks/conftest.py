@@ -97,7 +97,7 @@ def seeds() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def evaluated_digits(run_task: RunTask, packed_digits: str, reference_digits: list[str]) -> list[TaskOutput]:
     """The evaluations of the packed digits model on the two reference shards."""
-    parameters = [protocol(0, 3), protocol(3, 1)]
+    parameters = [protocol(0, 3) | {"samples": "pixels"}, protocol(3, 1) | {"samples": "pixels"}]
     return [
         run_task("evaluate", params, {"packed": [packed_digits], "reference": [digest]})
         for params, digest in zip(parameters, reference_digits, strict=True)

@@ -107,7 +107,7 @@ def test_evaluation_samples_as_a_user_does(
     tmp_path: Path,
 ) -> None:
     inputs = {"packed": [corrected.outputs["packed"]], "reference": [reference_digits[0]]}
-    made = run_task("evaluate", seeds(0, 3, 3), inputs)
+    made = run_task("evaluate", seeds(0, 3, 3) | {"samples": "pixels"}, inputs)
     found = load_file(task_store.local_path(made.outputs["evaluation"]))
     pull_tree(task_store, corrected.outputs["packed"], tmp_path / "packed")
     unet = quant_core.load_quantized(tmp_path / "packed", backend="reference")
@@ -222,7 +222,7 @@ def test_score_counts_bit_operations_by_step(
     run_task: RunTask, seeds: Seeds, digits: str, mixed: str, step_bits: TaskOutput, reference_digits: list[str]
 ) -> None:
     evaluated = [
-        run_task("evaluate", seeds(*shard), {"packed": [mixed], "reference": [digest]})
+        run_task("evaluate", seeds(*shard) | {"samples": "pixels"}, {"packed": [mixed], "reference": [digest]})
         for shard, digest in zip([(0, 3), (3, 1)], reference_digits, strict=True)
     ]
     params = {
@@ -231,6 +231,7 @@ def test_score_counts_bit_operations_by_step(
         "sqnr_seeds": 2,
         "extractor": "efficientnet-lite0",
         "grid": 2,
+        "samples": "pixels",
     }
     inputs = {
         "packed": [mixed],

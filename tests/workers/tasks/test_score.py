@@ -29,6 +29,7 @@ def parameters(seeds: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         "sqnr_seeds": 2,
         "extractor": "efficientnet-lite0",
         "grid": 3,
+        "samples": "pixels",
     }
 
 
@@ -107,3 +108,21 @@ def test_score_refuses_what_does_not_fit(
         run_task("score", parameters, inputs | {"references": inputs["references"][:1]})
     with pytest.raises(TaskError, match="input extractor_weights: got none with inception-v3, wanted its file"):
         run_task("score", parameters | {"extractor": "inception-v3"}, inputs)
+
+
+def test_score_of_latents_shows_them_in_their_own_range(
+    run_task: RunTask,
+    task_store: NodeStore,
+    scored: TaskOutput,
+    parameters: dict[str, Any],
+    inputs: dict[str, list[str]],
+) -> None:
+    latents = run_task("score", parameters | {"samples": "latents"}, inputs)
+    assert scored.metrics["metrics"]["samples"] == "pixels"
+    assert latents.metrics["metrics"]["samples"] == "latents"
+    assert latents.metrics["metrics"]["fd"] != scored.metrics["metrics"]["fd"]
+    shown, truth = load(task_store.get_bytes(latents.outputs["samples"])), inputs["references"]
+    samples = torch.cat([load_file(task_store.local_path(digest))["sample"] for digest in truth])
+    low, high = samples.min(), samples.max()
+    expected = (samples[:3] - low) / (high - low) * 2 - 1
+    torch.testing.assert_close(shown["reference"], expected.expand(-1, 3, -1, -1))

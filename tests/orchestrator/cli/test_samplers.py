@@ -1,0 +1,188 @@
+"""Which scheduler samples from a model, as a user meets it: the model's own, or a named one that fits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.cli.main import run_cli
+from orchestrator.settings import resolve_settings
+from workers.storage.manifest import read_manifest
+from workers.storage.store import open_store
+
+Cli = Callable[..., Any]
+Snapshot = Callable[[], dict[str, bytes]]
+
+#: The digits model with other schedulers of its own; None: with none.
+SCHEDULERS: dict[str, dict[str, Any] | None] = {
+    "solver": {
+        "_class_name": "DPMSolverMultistepScheduler",
+        "beta_schedule": "scaled_linear",
+        "lambda_min_clipped": float("-inf"),  # as diffusers saves it
+        "prediction_type": "v_prediction",
+    },
+    "flow": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    "bare": None,
+}
+
+
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
+    """A home with these models registered, and one of a pipeline with a decoder; to be copied, not used."""
+    folder = tmp_path_factory.mktemp("samplers")
+    for name, config in SCHEDULERS.items():
+        shutil.copytree(digits, folder / name)
+        if config is None:
+            shutil.rmtree(folder / name / "scheduler")
+        else:
+            (folder / name / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+        assert run_cli(["--home", str(folder / "home"), "models", "add", str(folder / name)]) == 0
+    shutil.copytree(digits, folder / "latent")
+    index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}
+    (folder / "latent" / "model_index.json").write_text(json.dumps(index))
+    assert run_cli(["--home", str(folder / "home"), "models", "add", str(folder / "latent")]) == 0
+    return folder / "home"
+
+
+@pytest.fixture
+def models(home: Path, registered: Path) -> Path:
+    """The test's home, with the models registered."""
+    shutil.copytree(registered, home)
+    return home
+
+
+def refused(answer: Any) -> str:
+    """Check for exit code 2, an empty stdout, and one line on stderr; return it."""
+    assert (answer.code, answer.out) == (2, ""), answer
+    (line,) = answer.err.strip().splitlines()
+    assert line.startswith("error: sampler.")
+    assert "wanted" in line
+    return str(line)
+
+
+def task_params(home: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the parameters of all queued tasks of a kind."""
+    with sqlite3.connect(home / "quantmill.db") as connection:
+        rows = connection.execute("SELECT params FROM tasks WHERE kind = ?", (kind,)).fetchall()
+    connection.close()
+    return [json.loads(row[0]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("model", "scheduler"), [("solver", "DPMSolverMultistepScheduler"), ("latent", "DDIMScheduler")]
+)
+def test_a_recipes_sampler_is_the_models_own(cli: Cli, models: Path, model: str, scheduler: str) -> None:
+    answer = cli("submit", "minmax-w8a8", "--model", model, "--json")
+    assert answer.code == 0
+    assert "sampler:" not in answer.err
+    for kind in ("calibrate", "reference", "pack", "evaluate", "score"):
+        assert {params["sampler"]["scheduler"] for params in task_params(models, kind)} == {scheduler}
+    (release,) = task_params(models, "release")
+    assert release["recipe"]["config"]["sampler"]["scheduler"] is None  # as the user wrote it
+
+
+@pytest.mark.parametrize("how", [["--dry-run"], []])
+def test_fields_that_the_models_config_lacks_are_said_once(cli: Cli, models: Path, how: list[str]) -> None:
+    answer = cli("submit", "minmax-w8a8", "--model", "solver", "--set", "sampler.scheduler=DDIMScheduler", *how)
+    assert answer.code == 0
+    assert [line for line in answer.err.splitlines() if "sampler" in line] == [
+        "sampler: DDIMScheduler instead of the model's DPMSolverMultistepScheduler: set_alpha_to_one=true, "
+        "timestep_spacing=leading (from DDIMScheduler's defaults); clip_sample=false (nothing in the model's config "
+        "clips)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "words"),
+    [
+        ("flow", ["scheduler=DDIMScheduler"], "got DDIMScheduler (diffusion) for a model of FlowMatchEulerDiscrete"),
+        (
+            "solver",
+            ["scheduler=FlowMatchEulerDiscreteScheduler"],
+            "got FlowMatchEulerDiscreteScheduler (flow matching)",
+        ),
+        ("solver", ["scheduler=EDMEulerScheduler"], "got EDMEulerScheduler (EDM) for a model of DPMSolverMultistep"),
+        ("solver", ["scheduler=LCMScheduler"], "got LCMScheduler (latent consistency)"),
+        ("solver", ["scheduler=UnCLIPScheduler"], "got UnCLIPScheduler for prediction_type=v_prediction"),
+        ("solver", ["scheduler=DDIMSheduler"], "the nearest is DDIMScheduler"),
+        ("solver", ["options={clip_samples: true}"], "got 'clip_samples'"),
+        ("bare", [], "got null for a model without scheduler/scheduler_config.json"),
+        ("bare", ["scheduler=DDIMScheduler"], "does not say num_train_timesteps, beta_start, beta_end, beta_schedule"),
+    ],
+)
+@pytest.mark.parametrize("how", [["--dry-run"], []])
+def test_a_scheduler_that_does_not_fit_is_refused(
+    cli: Cli, models: Path, snapshot: Snapshot, model: str, settings: list[str], words: str, how: list[str]
+) -> None:
+    before = snapshot()
+    changes = [word for setting in settings for word in ("--set", f"sampler.{setting}")]
+    assert words in refused(cli("submit", "minmax-w8a8", "--model", model, *changes, *how))
+    assert snapshot() == before
+
+
+def test_a_model_without_a_scheduler_is_told_by_options(cli: Cli, models: Path) -> None:
+    options = "{num_train_timesteps: 1000, beta_schedule: squaredcos_cap_v2, prediction_type: epsilon}"
+    settings = ["--set", "sampler.scheduler=DDIMScheduler", "--set", f"sampler.options={options}"]
+    answer = cli("submit", "minmax-w8a8", "--model", "bare", "--dry-run", *settings)
+    assert answer.code == 0
+    assert "sampler: DDIMScheduler for a model without a scheduler config: set_alpha_to_one=true" in answer.err
+
+
+def test_samples_of_a_pipeline_with_a_decoder_are_latents(cli: Cli, models: Path) -> None:
+    shown = {name: cli("models", "show", name, "--json").json for name in ("latent", "solver")}
+    assert shown["latent"]["inspection"]["samples"] == "latents"
+    assert shown["solver"]["inspection"]["samples"] == "pixels"
+    assert shown["latent"]["inspection"]["sample_shape"] == shown["solver"]["inspection"]["sample_shape"] == [1, 16, 16]
+    assert cli("submit", "minmax-w8a8", "--model", "latent").code == 0
+    for kind in ("evaluate", "score"):
+        assert {params["samples"] for params in task_params(models, kind)} == {"latents"}
+
+
+def forget(home: Path, name: str, *keys: str) -> None:
+    """Take entries out of a model's inspection, as if an older release had registered it."""
+    with sqlite3.connect(home / "quantmill.db") as connection:
+        (text,) = connection.execute("SELECT inspection FROM models WHERE name = ?", (name,)).fetchone()
+        kept = {key: value for key, value in json.loads(text).items() if key not in keys}
+        connection.execute("UPDATE models SET inspection = ? WHERE name = ?", (json.dumps(kept), name))
+    connection.close()
+
+
+def test_a_model_of_an_older_release_is_inspected_again(cli: Cli, models: Path) -> None:
+    before = cli("models", "show", "solver", "--json").json
+    forget(models, "solver", "scheduler", "samples")
+    answer = cli("submit", "minmax-w8a8", "--model", "solver", "--dry-run")
+    assert answer.code == 0
+    assert "inspecting solver again: an older release registered it" in answer.err
+    assert cli("models", "show", "solver", "--json").json == before
+    assert "inspecting" not in cli("submit", "minmax-w8a8", "--model", "solver", "--dry-run").err
+
+
+def test_latents_that_an_older_release_took_for_pixels_are_refused(
+    cli: Cli, models: Path, digits: Path, tmp_path: Path
+) -> None:
+    pipeline = shutil.copytree(digits, tmp_path / "old")
+    scheduler = pipeline / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"clip_sample": False}))
+    assert cli("models", "add", pipeline, "--name", "old").code == 0
+    forget(models, "old", "scheduler", "samples")
+    index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    answer = cli("submit", "minmax-w8a8", "--model", "old", "--dry-run")
+    assert answer.code == 2
+    assert answer.err.strip() == (
+        "error: model old: got a registration by an older release, which took its latents for pixels, wanted it added "
+        f"again: quantmill models add {pipeline} --name ANOTHER"
+    )
+
+
+def test_only_what_decides_is_kept_of_a_pipeline(cli: Cli, models: Path) -> None:
+    store = open_store(resolve_settings({}, home=str(models)).store_url)
+    digest = cli("models", "show", "latent", "--json").json["digest"]
+    kept = read_manifest(store, digest)["files"]["model_index.json"]["sha256"]
+    assert json.loads(store.get_bytes(kept)) == {"vqvae": ["diffusers", "VQModel"]}

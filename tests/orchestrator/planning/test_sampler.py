@@ -1,0 +1,58 @@
+"""Which scheduler tasks are told of, and whether samples are pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.planning.planner import plan
+from quant_spec.errors import QuantizationError
+from tests.orchestrator.planning_models import inspection, model, nodes_of, only, recipe
+
+SOLVER = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize(
+    ("own", "named", "scheduler"),
+    [
+        ({"_class_name": "DDPMScheduler"}, "null", "DDIMScheduler"),
+        (SOLVER, "null", "DPMSolverMultistepScheduler"),
+        (SOLVER, "DDIMScheduler", "DDIMScheduler"),
+    ],
+)
+def test_tasks_are_told_the_scheduler_and_the_release_the_recipe(
+    own: dict[str, Any], named: str, scheduler: str
+) -> None:
+    chosen = recipe("mpqdm-w4a4", f"sampler.scheduler={named}", "passes.correct={}")
+    nodes = nodes_of(chosen, model(inspection() | {"scheduler": own}))
+    told = [node.params["sampler"]["scheduler"] for node in nodes if "sampler" in node.params]
+    assert set(told) == {scheduler}
+    assert {node.kind for node in nodes if "sampler" in node.params} == {
+        *("calibrate", "reference", "pack", "noise", "evaluate", "score")
+    }
+    assert only(nodes, "release").params["recipe"]["config"]["sampler"]["scheduler"] == (
+        None if named == "null" else named
+    )
+
+
+def test_naming_the_models_own_scheduler_changes_no_task_but_the_release() -> None:
+    row = model(inspection() | {"scheduler": SOLVER})
+    null = nodes_of(recipe("fast-w4a8"), row)
+    named = nodes_of(recipe("fast-w4a8", "sampler.scheduler=DPMSolverMultistepScheduler"), row)
+    assert [node.id for node in null[:-1]] == [node.id for node in named[:-1]]
+
+
+@pytest.mark.parametrize("own", [{"_class_name": "FlowMatchEulerDiscreteScheduler"}, None])
+def test_a_scheduler_that_does_not_fit_is_refused_before_any_task(own: dict[str, Any] | None) -> None:
+    row = model(inspection() | {"scheduler": own})
+    with pytest.raises(QuantizationError, match=r"sampler\.scheduler: got DDIMScheduler"):
+        plan(row, recipe("base", "sampler.scheduler=DDIMScheduler"))
+
+
+def test_whether_samples_are_pixels_is_told_to_what_measures() -> None:
+    nodes = nodes_of(recipe(), model(inspection() | {"samples": "latents"}))
+    assert {node.kind: node.params["samples"] for node in nodes if "samples" in node.params} == {
+        "evaluate": "latents",
+        "score": "latents",
+    }

@@ -24,7 +24,7 @@ class TaskKind:
 
 
 _ALL = (
-    TaskKind("inspect", 2, "workers.tasks.inspect:run"),
+    TaskKind("inspect", 3, "workers.tasks.inspect:run"),
     TaskKind("calibrate", 1, "workers.tasks.calibrate:run"),
     TaskKind("reference", 1, "workers.tasks.reference:run"),
     TaskKind("temporal", 1, "workers.tasks.temporal:run"),

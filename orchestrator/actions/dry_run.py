@@ -51,7 +51,7 @@ def dry_run_job(service: Service, request: Request, *, tell: Callable[[str], Non
         As `orchestrator.actions.submission.submit` would.
     """
     loaded = load_recipe(request.recipe, request.overrides)
-    model = resolve_model(service, request.model, tell=tell, dry_run=True)
+    model = resolve_model(service, request.model, tell=tell, dry_run=True, sample_size=request.sample_size)
     workers = worker_count()
     with service.database.session(read_only=True) as session:
         cached = settled(plan(model, loaded.recipe)[0], lambda keys: known_results(session, keys))

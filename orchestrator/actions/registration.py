@@ -7,26 +7,35 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator.actions.local import run_task
 from orchestrator.db.registry import add_model, find_model
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import NotFoundError
 from orchestrator.service import Service
-from workers.storage.model_folder import import_model, resolve_source
+from quant_spec.errors import InvalidInputError
+from workers.storage.model_folder import SampleSize, import_model, resolve_source
 from workers.storage.names import check_name
 from workers.storage.store import Store, open_store
 
 _HUB = "hf:"
 #: What an inspection must have; one of an earlier version may lack some of it.
-_INSPECTED = {"units", "layers", "attentions", "temporal"}
+_INSPECTED = {"units", "layers", "attentions", "temporal", "has_tokens", "missing_conditioning"}
 #: Digits of the digest that are put behind a name which another model has.
 _SUFFIX_DIGITS = 8
 #: Length of a name that leaves room for them.
 _NAME_LENGTH = 128 - _SUFFIX_DIGITS - 1
 
 
-def add_model_from(service: Service, source: str, name: str | None, *, tell: Callable[[str], None]) -> ModelRow:
+def add_model_from(
+    service: Service,
+    source: str,
+    name: str | None,
+    *,
+    tell: Callable[[str], None],
+    sample_size: SampleSize | None = None,
+) -> ModelRow:
     """Register a model from a folder or the Hub; doing it again returns what is registered.
 
     Parameters
@@ -40,6 +49,8 @@ def add_model_from(service: Service, source: str, name: str | None, *, tell: Cal
         stays as it is.
     tell
         Called with a line for a person before what takes seconds.
+    sample_size
+        Of a sample, without channels, in place of what the model's config says.
 
     Returns
     -------
@@ -55,7 +66,7 @@ def add_model_from(service: Service, source: str, name: str | None, *, tell: Cal
     """
     if name is not None:
         check_name(name)
-    model = look_at(service, source, service.store, tell=tell)
+    model = look_at(service, source, service.store, tell=tell, sample_size=sample_size)
     if name is not None:
         model = replace(model, name=name)
     elif (known := _registered(service, model.digest)) is not None:
@@ -66,7 +77,14 @@ def add_model_from(service: Service, source: str, name: str | None, *, tell: Cal
         return add_model(session, model)
 
 
-def resolve_model(service: Service, text: str, *, tell: Callable[[str], None], dry_run: bool = False) -> ModelRow:
+def resolve_model(
+    service: Service,
+    text: str,
+    *,
+    tell: Callable[[str], None],
+    dry_run: bool = False,
+    sample_size: SampleSize | None = None,
+) -> ModelRow:
     """Return the model that a name, a digest's beginning, a folder or hf:ID means.
 
     Parameters
@@ -79,43 +97,85 @@ def resolve_model(service: Service, text: str, *, tell: Callable[[str], None], d
         As for `add_model_from`.
     dry_run
         Do not register a model that is not registered yet, and leave nothing of it in the store.
+    sample_size
+        As for `add_model_from`.
 
     Raises
     ------
     NotFoundError
         If it is none of these.
+    InvalidInputError
+        If a sample size is given with a registered model, which has one.
     """
     if not text.startswith(_HUB) and "/" not in text:
-        with service.database.session(read_only=True) as session:
-            try:
-                return find_model(session, text)
-            except NotFoundError:
-                if not Path(text).is_dir():
-                    raise NotFoundError(
-                        f"model: got {text!r}, wanted a name of models ls, a folder or hf:owner/name"
-                    ) from None
+        found = _find_named(service, text)
+        if found is not None and sample_size is not None:
+            raise InvalidInputError(
+                f"--sample-size: got one for {text!r}, which is registered; wanted a folder or hf:owner/name, or "
+                "models add with another --name"
+            )
+        if found is not None:
+            return _inspected_anew(service, found, tell=tell, dry_run=dry_run)
     if not dry_run:
-        return add_model_from(service, text, None, tell=tell)
+        return add_model_from(service, text, None, tell=tell, sample_size=sample_size)
     with tempfile.TemporaryDirectory(prefix="quantmill-dry-run-") as folder:
-        model = look_at(service, text, open_store(folder), tell=tell)
+        model = look_at(service, text, open_store(folder), tell=tell, sample_size=sample_size)
     return _registered(service, model.digest) or model
 
 
-def look_at(service: Service, source: str, store: Store, *, tell: Callable[[str], None]) -> ModelRow:
+def _find_named(service: Service, text: str) -> ModelRow | None:
+    """Return the registered model of that name or digest, or None if the text is a folder's."""
+    with service.database.session(read_only=True) as session:
+        try:
+            return find_model(session, text)
+        except NotFoundError:
+            if Path(text).is_dir():
+                return None
+            raise NotFoundError(f"model: got {text!r}, wanted a name of models ls, a folder or hf:owner/name") from None
+
+
+def _inspected_anew(service: Service, model: ModelRow, *, tell: Callable[[str], None], dry_run: bool) -> ModelRow:
+    """Return a registered model with an inspection of today, if an earlier Quantmill looked at less."""
+    if set(model.inspection) >= _INSPECTED:
+        return model
+    model = replace(model, inspection=_inspect(service, model.name, model.digest, service.store, tell=tell))
+    if dry_run:
+        return model
+    with service.database.session() as session:
+        return add_model(session, model)
+
+
+def _inspect(
+    service: Service, source: str, digest: str, store: Store, *, tell: Callable[[str], None]
+) -> dict[str, Any]:
+    """Look at a model in a store; return its inspection."""
+    tell(f"inspecting {source}")
+    inspection: dict[str, Any] = run_task(
+        service.settings, "inspect", {}, {"model": [digest]}, store_url=store.url
+    ).metrics["inspection"]
+    return inspection
+
+
+def look_at(
+    service: Service,
+    source: str,
+    store: Store,
+    *,
+    tell: Callable[[str], None],
+    sample_size: SampleSize | None = None,
+) -> ModelRow:
     """Check a model, copy it into a store and inspect it, without registering it.
 
     A model whose digest is registered is not inspected again, unless its inspection lacks what is looked for now.
     """
     if source.startswith(_HUB):
         tell(f"fetching {source}")
-    record = import_model(store, resolve_source(source))
+    record = import_model(store, resolve_source(source), sample_size)
     known = _registered(service, record.digest)
     if known is not None and set(known.inspection) >= _INSPECTED:
         inspection = known.inspection
     else:
-        tell(f"inspecting {source}")
-        task = run_task(service.settings, "inspect", {}, {"model": [record.digest]}, store_url=store.url)
-        inspection = task.metrics["inspection"]
+        inspection = _inspect(service, source, record.digest, store, tell=tell)
     return ModelRow(
         name=default_model_name(source),
         digest=record.digest,

@@ -13,6 +13,7 @@ from orchestrator.db.rows import EnqueueCounts, JobRow, ModelRow
 from orchestrator.planning.planner import plan
 from orchestrator.recipes.load import LoadedRecipe, load_recipe, resolve
 from orchestrator.service import Service
+from workers.storage.model_folder import SampleSize
 from workers.storage.names import check_name
 
 #: Release names are this long at most.
@@ -21,13 +22,17 @@ _NAME_LENGTH = 128
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to do to which model: a recipe's name or file, assignments on top, a model's name, folder or hf:ID."""
+    """What to do to which model: a recipe's name or file, assignments on top, a model's name, folder or hf:ID.
+
+    `sample_size` is for a folder or hf:ID whose config leaves it open.
+    """
 
     recipe: str
     model: str
     overrides: tuple[str, ...] = ()
     release_name: str | None = None
     priority: int = 0
+    sample_size: SampleSize | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ def submit(service: Service, request: Request, *, tell: Callable[[str], None]) -
     loaded = load_recipe(request.recipe, request.overrides)
     if request.release_name is not None:
         check_name(request.release_name)
-    model = resolve_model(service, request.model, tell=tell)
+    model = resolve_model(service, request.model, tell=tell, sample_size=request.sample_size)
     return enqueue(service, model, loaded, release_name=request.release_name, priority=request.priority)
 
 

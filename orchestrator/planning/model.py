@@ -70,6 +70,7 @@ class ModelInfo:
     digest: str
     parameters: int
     sample_shape: tuple[int, ...]
+    has_tokens: bool  # whether samples are packed tokens, (tokens, C), and not (C, ...)
     gmacs: float
     activation_bytes: int
     units: tuple[UnitInfo, ...]
@@ -83,6 +84,7 @@ class ModelInfo:
             digest=digest,
             parameters=inspection["parameters"],
             sample_shape=tuple(inspection["sample_shape"]),
+            has_tokens=inspection.get("has_tokens", len(inspection["sample_shape"]) == 2),
             gmacs=inspection["forward_gmacs"],
             activation_bytes=inspection["activation_bytes"],
             units=tuple(_unit(data, layers) for data in inspection["units"]),
@@ -102,7 +104,7 @@ class ModelInfo:
         """
         layers = self.layers
         readers = [layer for layer in layers if layer.type != "Linear" and layer.shape[1] == self.sample_shape[0]]
-        if not readers and len(self.sample_shape) == 2:  # tokens, channels
+        if not readers and self.has_tokens:
             readers = [layer for layer in layers if layer.shape[1] == self.sample_shape[1]]
         return (readers or layers)[0].name
 

@@ -57,6 +57,7 @@ from typing import Any
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
+from orchestrator.planning.conditioning import check_conditioning
 from orchestrator.planning.costs import GIB, Cost, Costs
 from orchestrator.planning.formats import UnitPlan, allocated_layers, plan_formats, varied_layers
 from orchestrator.planning.groups import group_label, round_groups
@@ -100,6 +101,7 @@ class _Planner:
     """Draws the graph of one model and recipe."""
 
     def __init__(self, model: ModelRow, recipe: Recipe, gpus: float) -> None:
+        check_conditioning(model, recipe.sampler)
         info = ModelInfo.read(model.digest, model.inspection)
         self.row = model
         self.recipe = recipe
@@ -112,7 +114,7 @@ class _Planner:
         self.model = (model.digest,)
         self.sampler = recipe.sampler.model_dump(mode="json")
         #: whether samples are packed tokens, (tokens, channels)
-        self.is_tokens = len(info.sample_shape) == 2
+        self.is_tokens = info.has_tokens
         self.cache_bytes = int(recipe.memory.budget_gib * GIB)
 
     def nodes(self) -> Iterator[TaskNode]:

@@ -27,6 +27,7 @@ from quant_core.diffusion.conditioning import (
 )
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler, is_corrected, unwrap_config
 from quant_core.diffusion.denoiser import call_denoiser, sample_shape
+from quant_core.diffusion.finite import Moment, check_step
 from quant_spec.errors import QuantizationError
 
 
@@ -225,6 +226,11 @@ def sample(
     -------
     Tensor, shape (len(seeds), ...), dtype float32, on the CPU
         Images in [-1, 1] or latents.
+
+    Raises
+    ------
+    NotFiniteError
+        At the first step where the model or the scheduler gives NaN or infinity.
     """
     rows = 2 if spec.is_guided else 1
     results = []
@@ -266,6 +272,7 @@ def _sample_batch(
         if on_step is not None:
             on_step(Step(index, told, row, x_in, conditioning, prediction))
         x = scheduler.step(guide(prediction, spec), timestep, x, return_dict=False, **extra)[0]
+        check_step(Moment(index, told), x_in, prediction, x, model=model, scheduler=scheduler)
     return x.to("cpu", torch.float32)
 
 

@@ -23,6 +23,9 @@ DENOISER_SUBFOLDERS = ("", "denoiser", "unet", "transformer")
 CONDITIONING_FILE = "conditioning.safetensors"
 SCHEDULER_PATH = "scheduler/scheduler_config.json"
 
+#: Side of a square sample or length of a signal, or one number for each dimension.
+SampleSize = int | tuple[int, ...]
+
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
@@ -173,7 +176,7 @@ def check_model(folder: ModelFolder) -> int:
     return parameters
 
 
-def import_model(store: Store, path: Path) -> ModelRecord:
+def import_model(store: Store, path: Path, sample_size: SampleSize | None = None) -> ModelRecord:
     """Check a model folder and copy what a job needs of it into the store.
 
     Parameters
@@ -182,6 +185,8 @@ def import_model(store: Store, path: Path) -> ModelRecord:
         Where to.
     path
         As for `find_model`.
+    sample_size
+        Of a sample, without channels; takes the place of the config's `sample_size`, so the digest tells it.
 
     Returns
     -------
@@ -198,7 +203,8 @@ def import_model(store: Store, path: Path) -> ModelRecord:
     scheduler = None if folder.scheduler is None else _read_config(folder.scheduler)
     if folder.scheduler is not None and scheduler is None:
         raise ModelError(f"{folder.scheduler}: got no _class_name, wanted a diffusers scheduler config")
-    files = {"denoiser/config.json": _put_config(store, folder.config)}
+    sized = {} if sample_size is None else {"sample_size": sample_size}
+    files = {"denoiser/config.json": _put_config(store, {**folder.config, **sized})}
     weights = find_weights(folder.denoiser)
     if (folder.denoiser / _INDEX).is_file() and weights[0].name != _WEIGHTS:
         files |= {f"denoiser/{shard.name}": _put_file(store, shard) for shard in weights}

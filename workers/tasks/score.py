@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from quant_core.artifact.folder import CONFIG_FILE, parse_quantization_config
+from quant_core.diffusion.denoiser import Denoiser, has_signals
 from quant_core.inspect.inspection import inspect_model
 from quant_core.metrics.cost import model_cost
 from quant_core.metrics.evaluation import Quality, summarize
@@ -42,14 +43,16 @@ def run(params: Params, inputs: Inputs, context: TaskContext) -> TaskOutput:
     references, evaluations = inputs["references"], inputs["evaluations"]
     if not references or len(references) != len(evaluations):
         raise TaskError(f"shards: got {len(references)} references, {len(evaluations)} evaluations, wanted pairs")
+    original = fetch_model(inputs, context)
     quality = summarize(
         local_files(references, context),
         local_files(evaluations, context),
         _extractor(params["extractor"], inputs, context),
         params["grid"],
+        are_signals=has_signals(original.model),
     )
     protocol = {name: params[name] for name in ("sampler", "seeds", "sqnr_seeds")}
-    metrics = quality.metrics | _costs(inputs, context) | protocol
+    metrics = quality.metrics | _costs(original, inputs, context) | protocol
     images = {"reference": quality.reference_rgb.contiguous(), "quantized": quality.quantized_rgb.contiguous()}
     outputs = {
         "score": context.store.put_bytes(to_json(metrics)),
@@ -68,11 +71,11 @@ def _extractor(name: str, inputs: Inputs, context: TaskContext) -> ResizedFeatur
     raise TaskError(f"extractor: got {name!r}, wanted efficientnet-lite0 or inception-v3")
 
 
-def _costs(inputs: Inputs, context: TaskContext) -> dict[str, Any]:
+def _costs(original: Denoiser, inputs: Inputs, context: TaskContext) -> dict[str, Any]:
     """Return bits, bit operations and bytes of the packed model."""
     files = read_manifest(context.store, only(inputs, "packed"))["files"]
     config = json.loads(context.store.get_bytes(files[CONFIG_FILE]["sha256"]))
-    inspection = inspect_model(fetch_model(inputs, context))
+    inspection = inspect_model(original)
     cost = model_cost(inspection, parse_quantization_config(config["quantization_config"]))
     per_step = {"bops_per_step": list(cost.bops_per_step)} if cost.bops_per_step else {}
     return {

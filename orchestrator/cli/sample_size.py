@@ -10,7 +10,7 @@ import click
 _SIZE = re.compile(r"[1-9][0-9]{0,6}(x[1-9][0-9]{0,6}){0,2}")
 
 
-class SampleSize(click.ParamType):
+class SampleSize(click.ParamType[int | tuple[int, ...]]):
     """`N` for a square (or the length of a signal), `HxW`, or `FxHxW` for video."""
 
     name = "N|HxW"
@@ -18,7 +18,7 @@ class SampleSize(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, ...]:
         """Return a number, or one number for each dimension."""
         if not isinstance(value, str):
-            return value  # type: ignore[no-any-return]
+            return value
         if not _SIZE.fullmatch(value):
             self.fail(f"got {value!r}, wanted a whole number above 0, or two as in 64x96", param, ctx)
         sizes = tuple(int(part) for part in value.split("x"))

@@ -5,6 +5,7 @@ QuantServiceError
     ├── UnknownTimestepError    a per-step model was called at a timestep that it was not calibrated for
     ├── ConditioningError       the denoiser wants conditioning that was not given
     ├── DenoiserError           a model folder that cannot be loaded or called
+    ├── NotFiniteError          NaN or infinity on a trajectory
     └── ArtifactError           a packed folder that is damaged or not ours
 """
 
@@ -31,6 +32,12 @@ class ConditioningError(QuantCoreError, InvalidInputError):
 
 class DenoiserError(QuantCoreError, InvalidInputError):
     """A model folder that cannot be loaded or called."""
+
+    exit_code = 2
+
+
+class NotFiniteError(QuantCoreError, InvalidInputError):
+    """NaN or infinity on a trajectory: the scheduler's doing or the model's, as the message says."""
 
     exit_code = 2
 

@@ -51,7 +51,7 @@ def dry_run_job(service: Service, request: Request, *, notify: Callable[[str], N
         As `orchestrator.actions.submission.submit` would.
     """
     loaded = load_recipe(request.recipe, request.overrides)
-    model = resolve_model(service, request.model, notify=notify, dry_run=True)
+    model = resolve_model(service, request.model, notify=notify, dry_run=True, sample_size=request.sample_size)
     notify_scheduler(model, loaded.recipe, notify)
     workers = worker_count()
     with service.database.session(read_only=True) as session:

@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.actions.views import event_view, job_view
 from orchestrator.db.clock import database_time
-from orchestrator.db.jobs import events, find_job, job_counts, list_jobs, list_tasks
+from orchestrator.db.jobs import events, find_job, is_invalid, job_counts, list_jobs, list_tasks
 from orchestrator.db.rows import JobRow
 from orchestrator.scheduling.running import REPORTING, running_tasks
 from orchestrator.service import Service
@@ -18,9 +18,19 @@ from orchestrator.states import ACTIVE_JOBS, JobState
 POLL_SECONDS = 0.5
 _EVENTS_PER_READ = 500
 
-#: Exit codes of a job that has ended, and of one that has not within the time given.
-EXIT_CODES = {JobState.SUCCEEDED: 0, JobState.FAILED: 100, JobState.CANCELLED: 103}
+#: Exit code of what has not ended within the time given, or was interrupted.
 NOT_FINISHED = 101
+_EXIT_CODES = {JobState.SUCCEEDED: 0, JobState.FAILED: 100, JobState.CANCELLED: 103}
+_INVALID_INPUT = 2
+
+
+def exit_code(service: Service, job: JobRow) -> int:
+    """Return what the shell is told about a job: 2 if it met bad input; of one that has not ended, 101."""
+    if job.state is JobState.FAILED:
+        with service.database.session(read_only=True) as session:
+            if is_invalid(session, job):
+                return _INVALID_INPUT
+    return _EXIT_CODES.get(job.state, NOT_FINISHED)
 
 
 def show_job(service: Service, prefix: str) -> dict[str, Any]:

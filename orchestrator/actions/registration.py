@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator.actions.local import run_task
 from orchestrator.db.registry import add_model, find_model, list_models
@@ -23,7 +24,7 @@ from orchestrator.text import utc_text
 from quant_spec.errors import InvalidInputError
 from quant_spec.tasks import inspect
 from workers.errors import ModelError
-from workers.storage.model_folder import changed_since, import_model, model_digest, resolve_source
+from workers.storage.model_folder import SampleSize, changed_since, import_model, model_digest, resolve_source
 from workers.storage.model_folder import find_model as find_model_folder
 from workers.storage.names import check_name
 from workers.storage.pipeline_index import read_decoders
@@ -36,7 +37,14 @@ _SUFFIX_DIGITS = 8
 _NAME_LENGTH = 128 - _SUFFIX_DIGITS - 1
 
 
-def add_model_from(service: Service, source: str, name: str | None, *, notify: Callable[[str], None]) -> ModelRow:
+def add_model_from(
+    service: Service,
+    source: str,
+    name: str | None,
+    *,
+    notify: Callable[[str], None],
+    sample_size: SampleSize | None = None,
+) -> ModelRow:
     """Register a model from a folder or the Hub; doing it again returns what is registered.
 
     Parameters
@@ -50,6 +58,8 @@ def add_model_from(service: Service, source: str, name: str | None, *, notify: C
         stays as it is.
     notify
         Called with a line for a person before what takes seconds.
+    sample_size
+        Of a sample, without channels, in place of what the model's config says.
 
     Returns
     -------
@@ -65,7 +75,7 @@ def add_model_from(service: Service, source: str, name: str | None, *, notify: C
     """
     if name is not None:
         check_name(name)
-    model = look_at(service, source, service.store, notify=notify)
+    model = look_at(service, source, service.store, notify=notify, sample_size=sample_size)
     if name is not None:
         model = replace(model, name=name)
     elif (known := _registered(service, model.digest)) is not None:
@@ -76,7 +86,14 @@ def add_model_from(service: Service, source: str, name: str | None, *, notify: C
         return add_model(session, model)
 
 
-def resolve_model(service: Service, text: str, *, notify: Callable[[str], None], dry_run: bool = False) -> ModelRow:
+def resolve_model(
+    service: Service,
+    text: str,
+    *,
+    notify: Callable[[str], None],
+    dry_run: bool = False,
+    sample_size: SampleSize | None = None,
+) -> ModelRow:
     """Return the model that a name, `name@digest`, a digest's beginning, a folder or hf:ID means.
 
     Parameters
@@ -89,41 +106,59 @@ def resolve_model(service: Service, text: str, *, notify: Callable[[str], None],
         As for `add_model_from`.
     dry_run
         Do not register a model that is not registered yet, and leave nothing of it in the store.
+    sample_size
+        As for `add_model_from`.
 
     Raises
     ------
     NotFoundError
         If it is none of these.
     InvalidInputError
-        If it is a registered model's name, and a folder of that name in the current folder holds another model.
+        If it is a registered model's name, and a folder of that name in the current folder holds another model; or if a
+        sample size is given with a registered model, which has one.
     """
     if not text.startswith(_HUB) and "/" not in text:
         known = _find(service, text)
         if known is not None:
+            if sample_size is not None:
+                raise InvalidInputError(
+                    f"--sample-size: got one for {text!r}, which is registered; wanted a folder or hf:owner/name, or "
+                    "models add with another --name"
+                )
             _check_same(known, text)
             _say_if_changed(known, notify)
-            return _up_to_date(service, known, notify)
+            return _up_to_date(service, known, notify=notify, dry_run=dry_run)
         if not Path(text).is_dir():
             raise NotFoundError(f"model: got {text!r}, wanted a name of models ls, a folder or hf:owner/name")
     if not dry_run:
-        return add_model_from(service, text, None, notify=notify)
+        return add_model_from(service, text, None, notify=notify, sample_size=sample_size)
     with tempfile.TemporaryDirectory(prefix="quantmill-dry-run-") as folder:
-        model = look_at(service, text, open_store(folder), notify=notify)
+        model = look_at(service, text, open_store(folder), notify=notify, sample_size=sample_size)
     registered = _registered(service, model.digest)
     if registered is not None:
         return replace(registered, inspection=model.inspection)
     return _with_free_name(service, model, notify, "would be registered")
 
 
-def _up_to_date(service: Service, model: ModelRow, notify: Callable[[str], None]) -> ModelRow:
+def _up_to_date(service: Service, model: ModelRow, *, notify: Callable[[str], None], dry_run: bool) -> ModelRow:
     """Return a registered model, inspected again if that was done by an older release that looked for less."""
     if model.inspection.keys() >= INSPECTED:
         return model
     _check_decoder(model)
     notify(f"inspecting {model.name} again: an older release registered it, and looked for less")
-    task = run_task(service.settings, inspect.KIND, inspect.Params(), inspect.Inputs(model=model.digest))
+    model = replace(model, inspection=_inspect(service, model.digest, service.store))
+    if dry_run:
+        return model
     with service.database.session() as session:
-        return add_model(session, replace(model, inspection=task.metrics["inspection"]))
+        return add_model(session, model)
+
+
+def _inspect(service: Service, digest: str, store: Store) -> dict[str, Any]:
+    """Look at a model in a store; return its inspection."""
+    inputs = inspect.Inputs(model=digest)
+    task = run_task(service.settings, inspect.KIND, inspect.Params(), inputs, store_url=store.url)
+    inspection: dict[str, Any] = task.metrics["inspection"]
+    return inspection
 
 
 def _check_decoder(model: ModelRow) -> None:
@@ -143,22 +178,27 @@ def _check_decoder(model: ModelRow) -> None:
         )
 
 
-def look_at(service: Service, source: str, store: Store, *, notify: Callable[[str], None]) -> ModelRow:
+def look_at(
+    service: Service,
+    source: str,
+    store: Store,
+    *,
+    notify: Callable[[str], None],
+    sample_size: SampleSize | None = None,
+) -> ModelRow:
     """Check a model, copy it into a store and inspect it, without registering it.
 
     A model whose digest is registered is not inspected again, unless its inspection lacks what is looked for now.
     """
     if source.startswith(_HUB):
         notify(f"fetching {source}")
-    record = import_model(store, resolve_source(source))
+    record = import_model(store, resolve_source(source), sample_size)
     known = _registered(service, record.digest)
     if known is not None and known.inspection.keys() >= INSPECTED:
         inspection = known.inspection
     else:
         notify(f"inspecting {source}")
-        model = inspect.Inputs(model=record.digest)
-        task = run_task(service.settings, inspect.KIND, inspect.Params(), model, store_url=store.url)
-        inspection = task.metrics["inspection"]
+        inspection = _inspect(service, record.digest, store)
     return ModelRow(
         name=default_model_name(source),
         digest=record.digest,

@@ -15,6 +15,7 @@ from orchestrator.planning.sampler import choice_for
 from orchestrator.recipes.load import LoadedRecipe, load_recipe, resolve
 from orchestrator.service import Service
 from quant_spec.recipe import Recipe
+from workers.storage.model_folder import SampleSize
 from workers.storage.names import check_name
 
 #: Release names are this long at most.
@@ -23,13 +24,17 @@ _NAME_LENGTH = 128
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to do to which model: a recipe's name or file, assignments on top, a model's name, folder or hf:ID."""
+    """What to do to which model: a recipe's name or file, assignments on top, a model's name, folder or hf:ID.
+
+    `sample_size` is for a folder or hf:ID whose config leaves it open.
+    """
 
     recipe: str
     model: str
     overrides: tuple[str, ...] = ()
     release_name: str | None = None
     priority: int = 0
+    sample_size: SampleSize | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,7 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
     loaded = load_recipe(request.recipe, request.overrides)
     if request.release_name is not None:
         check_name(request.release_name)
-    model = resolve_model(service, request.model, notify=notify)
+    model = resolve_model(service, request.model, notify=notify, sample_size=request.sample_size)
     notify_scheduler(model, loaded.recipe, notify)
     return enqueue(service, model, loaded, release_name=request.release_name, priority=request.priority)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from orchestrator.actions.jobs import EXIT_CODES, NOT_FINISHED, job_events, show_job, show_jobs, wait_for_job
+from orchestrator.actions.jobs import exit_code, job_events, show_job, show_jobs, wait_for_job
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.jobs import cancel_job, find_job, retry_job
 from orchestrator.scheduling.running import step_text
@@ -64,12 +64,15 @@ def jobs_logs(app: App, job: str, follow: bool) -> None:
 )
 @pass_app
 def jobs_wait(app: App, job: str, timeout: float | None) -> int:
-    """Wait until a job has ended. Exit code: 0 succeeded, 100 failed, 101 not finished in time, 103 cancelled."""
+    """Wait until a job has ended.
+
+    Exit code: 0 succeeded, 100 failed, 2 failed for bad input, 101 not finished in time, 103 cancelled.
+    """
     with app.service() as service:
         row = wait_for_job(service, job, timeout)
-        view = show_job(service, row.id)
+        view, code = show_job(service, row.id), exit_code(service, row)
     app.answer(view, lambda: job_text(view))
-    return EXIT_CODES.get(row.state, NOT_FINISHED)
+    return code
 
 
 @jobs.command("cancel")

@@ -1,7 +1,7 @@
 """`quantmill`: the table of commands, and what each way to fail returns to the shell.
 
-Exit codes: 0 done, 1 our fault, 2 usage or invalid input, 100 job failed, 101 not finished in time, 102 not found,
-103 cancelled.
+Exit codes: 0 done, 1 our fault, 2 usage or invalid input (also: met by a job as it ran), 100 job failed, 101 not
+finished in time, 102 not found, 103 cancelled.
 """
 
 from __future__ import annotations

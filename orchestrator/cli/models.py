@@ -7,9 +7,12 @@ import click
 from orchestrator.actions.registration import add_model_from
 from orchestrator.actions.views import model_view
 from orchestrator.cli.app import App, Group, pass_app
+from orchestrator.cli.sample_size import sample_size_option
 from orchestrator.db.registry import find_model, list_models
+from orchestrator.planning.conditioning import missing_conditioning
 from orchestrator.text import table
 from quant_spec.numbers import human_bytes, human_count
+from workers.storage.model_folder import SampleSize
 
 
 @click.group(cls=Group)
@@ -20,16 +23,21 @@ def models() -> None:
 @models.command("add")
 @click.argument("source", metavar="PATH|hf:ID")
 @click.option("--name", help="Name to register it under; the folder's by default.")
+@sample_size_option
 @pass_app
-def models_add(app: App, source: str, name: str | None) -> None:
+def models_add(app: App, source: str, name: str | None, sample_size: SampleSize | None) -> None:
     """Check a diffusers folder, copy it into the store and register it; hf:owner/name@revision comes from the Hub.
 
     What is registered stays: of a folder that has changed since, a new model is registered, under its name and some
     digits of its digest if the name is taken.
     """
     with app.service() as service:
-        view = model_view(add_model_from(service, source, name, notify=app.notify))
+        row = add_model_from(service, source, name, notify=app.notify, sample_size=sample_size)
+        view = model_view(row)
     app.answer(view, lambda: f"model {view['name']} ({view['class_name']}), digest {view['digest'][:12]}")
+    if missing := missing_conditioning(row):
+        app.notify(f"note: it has no {', '.join(missing)} yet; jobs want conditioning.safetensors beside the model")
+        return
     app.notify(
         f"next: {app.command('run', 'RECIPE', '--model', view['name'])}    (recipes: {app.command('recipes', 'ls')})"
     )

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from orchestrator.actions.execution import run_job
-from orchestrator.actions.jobs import EXIT_CODES, NOT_FINISHED, show_job
+from orchestrator.actions.jobs import exit_code, show_job
 from orchestrator.actions.releases import check_target, pull_release
 from orchestrator.actions.submission import Request, submit
 from orchestrator.cli.app import App, Command, pass_app
@@ -19,6 +19,7 @@ from orchestrator.report.write import write_report
 from orchestrator.scheduling.scheduler import stop_on_signals
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS, JobState
+from workers.storage.model_folder import SampleSize
 
 
 @click.command(cls=Command)
@@ -27,7 +28,15 @@ from orchestrator.states import ACTIVE_JOBS, JobState
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="New folder to write the release into at the end."
 )
 @pass_app
-def run(app: App, recipe: str, model: str, overrides: tuple[str, ...], name: str | None, out: Path | None) -> int:
+def run(
+    app: App,
+    recipe: str,
+    model: str,
+    overrides: tuple[str, ...],
+    sample_size: SampleSize | None,
+    name: str | None,
+    out: Path | None,
+) -> int:
     """Queue a job and execute it here, with progress. RECIPE is a YAML file or a name of `recipes ls`.
 
     Ctrl-C stops at once and loses at most the tasks in flight; the job stays queued, `quantmill serve --drain` or
@@ -37,16 +46,16 @@ def run(app: App, recipe: str, model: str, overrides: tuple[str, ...], name: str
         check_target(out)
     log_to_stderr()
     with app.service() as service, stop_on_signals() as stop:
-        submitted = submit(service, Request(recipe, model, overrides, name), notify=app.notify)
+        submitted = submit(service, Request(recipe, model, overrides, name, sample_size=sample_size), notify=app.notify)
         tell_next(app, submitted)
         job = run_job(service, submitted.job, stop)
-        view = show_job(service, job.id)
+        view, code = show_job(service, job.id), exit_code(service, job)
         if job.state in ACTIVE_JOBS:
             app.notify(f"job {job.id} is not finished; go on with: {app.command('serve', '--drain')}")
         elif job.state is JobState.SUCCEEDED:
             view |= _finish(service, job.id, out)
     app.answer(view, lambda: _text(app, view))
-    return EXIT_CODES.get(job.state, NOT_FINISHED)
+    return code
 
 
 def _finish(service: Service, job: str, out: Path | None) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 import click
 
 from orchestrator.actions.dry_run import DryRun, dry_run_job
-from orchestrator.actions.jobs import EXIT_CODES, NOT_FINISHED, show_job, wait_for_job
+from orchestrator.actions.jobs import exit_code, show_job, wait_for_job
 from orchestrator.actions.submission import Request, Submitted
 from orchestrator.actions.submission import submit as submit_job
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.cli.jobs import job_text
+from orchestrator.cli.sample_size import sample_size_option
 from orchestrator.text import human_seconds, table
 from quant_spec.numbers import human_bytes
+from workers.storage.model_folder import SampleSize
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +35,7 @@ def request_options(function: F) -> F:
         click.option(
             "--set", "overrides", metavar="A.B=V", multiple=True, help="Change a value of the recipe; may be repeated."
         ),
+        sample_size_option,
         click.option("--name", metavar="RELEASE", help="Name to publish under; MODEL-RECIPE by default."),
     )
     for option in reversed(options):
@@ -51,13 +54,14 @@ def submit(
     recipe: str,
     model: str,
     overrides: tuple[str, ...],
+    sample_size: SampleSize | None,
     name: str | None,
     priority: int,
     wait: bool,
     dry_run: bool,
 ) -> int:
     """Queue a job; `quantmill serve` executes it. RECIPE is a YAML file or a name of `recipes ls`."""
-    request = Request(recipe, model, overrides, name, priority)
+    request = Request(recipe, model, overrides, name, priority, sample_size)
     with app.service() as service:
         if dry_run:
             found = dry_run_job(service, request, notify=app.notify)
@@ -72,9 +76,9 @@ def submit(
             app.answer(document, lambda: f"job {job.id} is {job.state.value}")
             return 0
         row = wait_for_job(service, submitted.job.id)
-        view = show_job(service, row.id)
+        view, code = show_job(service, row.id), exit_code(service, row)
     app.answer(view, lambda: job_text(view))
-    return EXIT_CODES.get(row.state, NOT_FINISHED)
+    return code
 
 
 def tell_next(app: App, submitted: Submitted) -> None:

@@ -19,7 +19,7 @@ from orchestrator.db.session import lock_enqueue, lock_graph, record_event
 from orchestrator.db.statements import move_job
 from orchestrator.errors import NotFoundError
 from orchestrator.graph import Resources
-from orchestrator.states import ACTIVE_JOBS, JOB_TRANSITIONS, JobEvent, JobState, TaskState
+from orchestrator.states import ACTIVE_JOBS, JOB_TRANSITIONS, JobEvent, JobState, TaskEvent, TaskState
 from quant_spec.errors import InvalidInputError
 from workers.storage.names import check_name
 
@@ -223,6 +223,13 @@ def events(session: Session, job_id: str, after_id: int = 0, limit: int = 1000) 
         EventRow(each.id, each.job_id, each.task_id, each.attempt, each.at, each.event, each.data)
         for each in session.scalars(statement)
     ]
+
+
+def is_invalid(session: Session, job: JobRow) -> bool:
+    """Whether a failed job met bad input, which no retry mends, as it ran; its error is then that of the task."""
+    tasks = select(JobTask.task_id).where(JobTask.job_id == job.id)
+    statement = select(Event.data).where(Event.task_id.in_(tasks), Event.event == TaskEvent.FAIL.value)
+    return any(data["fault"] == "invalid" and data["error"] == job.error for data in session.scalars(statement))
 
 
 def _tasks_of(job_id: str) -> Select[Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
+from orchestrator.planning.conditioning import check_conditioning
 from orchestrator.planning.costs import GIB, Cost, Costs
 from orchestrator.planning.formats import QuantizedUnit, choose_formats
 from orchestrator.planning.model import ModelInfo
@@ -83,6 +84,7 @@ class Draft:
         QuantizationError
             If its scheduler does not.
         """
+        check_conditioning(row, recipe.sampler)
         given, recipe = recipe, with_scheduler(recipe, row)
         model = ModelInfo.read(row.digest, row.inspection)
         units = tuple(choose_formats(model, recipe))

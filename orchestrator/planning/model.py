@@ -10,7 +10,12 @@ from typing import Any, Self
 from quant_spec.enums import SampleSpace
 
 #: What an inspection must have; one of an earlier version may lack some of it.
-INSPECTED = frozenset({"units", "layers", "attentions", "temporal", "scheduler", "samples"})
+INSPECTED = frozenset(
+    {
+        *("units", "layers", "attentions", "temporal", "scheduler", "samples", "has_tokens"),
+        *("missing_conditioning", "null_conditioning", "label_count"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class ModelInfo:
     digest: str
     parameters: int
     sample_shape: tuple[int, ...]
+    has_tokens: bool  # whether samples are packed tokens, (tokens, C), and not (C, ...)
     gmacs: float
     activation_bytes: int
     units: tuple[UnitInfo, ...]
@@ -89,17 +95,13 @@ class ModelInfo:
             digest=digest,
             parameters=inspection["parameters"],
             sample_shape=tuple(inspection["sample_shape"]),
+            has_tokens=inspection["has_tokens"],
             gmacs=inspection["forward_gmacs"],
             activation_bytes=inspection["activation_bytes"],
             units=tuple(_unit(data, layers) for data in inspection["units"]),
             temporal=tuple(inspection["temporal"]) if "temporal" in inspection else None,
             samples=SampleSpace(inspection["samples"]),
         )
-
-    @property
-    def is_tokens(self) -> bool:
-        """Whether samples are packed tokens, (tokens, channels)."""
-        return len(self.sample_shape) == 2
 
     @property
     def layers(self) -> tuple[LayerInfo, ...]:
@@ -114,7 +116,7 @@ class ModelInfo:
         """
         layers = self.layers
         readers = [layer for layer in layers if layer.type != "Linear" and layer.shape[1] == self.sample_shape[0]]
-        if not readers and self.is_tokens:
+        if not readers and self.has_tokens:
             readers = [layer for layer in layers if layer.shape[1] == self.sample_shape[1]]
         return (readers or layers)[0].name
 

@@ -59,9 +59,15 @@ def conditioning_fields(model: nn.Module) -> dict[str, Field]:
 
 
 def _label_field(model: nn.Module) -> dict[str, Field]:
-    """Return the field `class_labels` if the model embeds classes."""
-    if config_value(model, "class_embed_type") in ("projection", "simple_projection"):
+    """Return the field `class_labels` if the model embeds classes, a noise level ("timestep") or vectors."""
+    kind = config_value(model, "class_embed_type")
+    if kind in ("projection", "simple_projection"):
         return {"class_labels": Field((config_value(model, "projection_class_embeddings_input_dim"),))}
+    if kind == "timestep":
+        return {"class_labels": Field(())}
+    if kind == "identity":
+        channels = config_value(model, "block_out_channels")
+        return {"class_labels": Field((config_value(model, "time_embedding_dim") or 4 * channels[0],))}
     classes = config_value(model, "num_class_embeds", "num_embeds_ada_norm")
     return {} if classes is None else {"class_labels": Field((), classes)}
 
@@ -107,11 +113,13 @@ def draw_conditioning(model: nn.Module, seeds: Sequence[int], file: Path | None)
     seeds : sequence of int
         One per sample; the same seed always gets the same label and the same row of the file.
     file : Path | None
-        Safetensors with one row per prompt, keys as in a conditioning.
+        Safetensors with one row per prompt, keys as in a conditioning. Floats of any width: text encoders of
+        half-precision pipelines give float16 or bfloat16.
 
     Returns
     -------
     dict of str to Tensor, leading dimension len(seeds) (but for `UNBATCHED`)
+        Floats are in the model's dtype.
 
     Raises
     ------
@@ -120,7 +128,7 @@ def draw_conditioning(model: nn.Module, seeds: Sequence[int], file: Path | None)
         of rows.
     """
     fields = conditioning_fields(model)
-    stored = {} if file is None else _read_rows(file, seeds)
+    stored = {} if file is None else _in_model_dtype(model, _read_rows(file, seeds))
     drawn = {
         key: torch.tensor([draw(seed, "class", field.classes) for seed in seeds])
         for key, field in fields.items()
@@ -165,7 +173,50 @@ def null_conditioning(
             f"guidance of {type(model).__name__}: got neither a null class nor null.* rows in {where}, "
             "wanted one of them for a guidance scale other than 1"
         )
+    nulls = _in_model_dtype(model, nulls)
+    for key, rows in nulls.items():
+        if key not in conditioning or rows.shape != conditioning[key].shape:
+            got = "no rows of that" if key not in conditioning else f"rows {tuple(conditioning[key].shape[1:])} of that"
+            raise ConditioningError(
+                f"guidance of {type(model).__name__}: got null.{key} of shape {tuple(rows.shape[1:])} and {got}, "
+                "wanted the same shape"
+            )
     return dict(conditioning) | nulls
+
+
+def _in_model_dtype(model: nn.Module, conditioning: Conditioning) -> dict[str, Tensor]:
+    """Cast floats to the dtype of the model's parameters; integers stay."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return {key: value.to(dtype) if value.is_floating_point() else value for key, value in conditioning.items()}
+
+
+def missing_conditioning(model: nn.Module, file: Path | None) -> list[str]:
+    """Return what a denoiser must be told that is neither drawn from seeds nor in its file, by forward keyword."""
+    fields = conditioning_fields(model)
+    needed = {key for key, field in fields.items() if field.classes is None} | _other_keywords(model, fields)
+    return sorted(needed - set(_stored_keys(file)))
+
+
+def _other_keywords(model: nn.Module, fields: Mapping[str, Field]) -> set[str]:
+    """Return the keywords that a forward has no default for and `conditioning_fields` knows nothing of."""
+    return set(forward_signature(model).required) - {key.partition(".")[0] for key in fields}
+
+
+def null_keys(model: nn.Module, file: Path | None) -> list[str]:
+    """Return what guidance's unconditional call is told otherwise without a null class being named; maybe nothing."""
+    found = {key.removeprefix(NULL) for key in _stored_keys(file) if key.startswith(NULL)}
+    label = conditioning_fields(model).get("class_labels")
+    if label is not None and label.classes is not None and _extra_class(model, label.classes) is not None:
+        found.add("class_labels")
+    return sorted(found)
+
+
+def _stored_keys(file: Path | None) -> list[str]:
+    """Return the names of a conditioning file's tensors."""
+    if file is None:
+        return []
+    with safe_open(file, framework="pt") as handle:
+        return sorted(handle.keys())
 
 
 def label_count(model: nn.Module) -> int | None:

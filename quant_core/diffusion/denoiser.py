@@ -203,14 +203,45 @@ def sample_shape(model: nn.Module, tokens: int | None = None) -> tuple[int, ...]
     Raises
     ------
     DenoiserError
-        If the config has no `in_channels`.
+        If the config has no `in_channels`, or no `sample_size` where a convolution reads the sample.
     """
     channels, size = config_value(model, "in_channels"), config_value(model, "sample_size")
+    name = type(model).__name__
     if channels is None:
-        raise DenoiserError(f"{type(model).__name__}: got a config without in_channels, wanted the sample's channels")
+        raise DenoiserError(f"{name}: got a config without in_channels, wanted the sample's channels")
+    kinds = _convolutions(model)
     if size is None:
+        if channels in kinds.values():
+            raise DenoiserError(
+                f"{name}: got sample_size null in its config, wanted the size of a sample: --sample-size N or HxW (the "
+                "latent's, not the image's), or sample_size in config.json"
+            )
         return (tokens or PACKED_TOKENS, channels)
     if not isinstance(size, int):
         return (channels, *size)
-    kinds = {type(module) for module in model.modules()}
     return (channels, size) if nn.Conv1d in kinds and nn.Conv2d not in kinds else (channels, size, size)
+
+
+def _convolutions(model: nn.Module) -> dict[type[nn.Module], int]:
+    """Return the kinds of convolutions, quantized or not, each with the input channels of the first that there is."""
+    found: dict[type[nn.Module], int] = {}
+    for module in model.modules():
+        kind = getattr(module, "kind", type(module))  # a quantized layer's: what it was
+        if kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            found.setdefault(kind, module.in_channels)  # type: ignore[arg-type]
+    return found
+
+
+def has_tokens(model: nn.Module) -> bool:
+    """Whether a denoiser's samples are packed tokens, shape (tokens, C), and not (C, H, W) or (C, L)."""
+    return config_value(model, "sample_size") is None
+
+
+def has_signals(model: nn.Module) -> bool:
+    """Whether a denoiser's samples are signals, shape (C, L), as audio is."""
+    return not has_tokens(model) and len(sample_shape(model)) == 2
+
+
+def channel_dim(model: nn.Module) -> int:
+    """Return the dimension of a batch of samples that holds the channels: the last of packed tokens, else 1."""
+    return -1 if has_tokens(model) else 1

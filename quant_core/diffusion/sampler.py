@@ -27,6 +27,7 @@ from quant_core.diffusion.conditioning import (
 )
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler, is_corrected, unwrap_config
 from quant_core.diffusion.denoiser import call_denoiser, sample_shape
+from quant_core.diffusion.finite import Moment, check_step
 from quant_core.diffusion.scheduler import build_scheduler
 from quant_spec.errors import QuantizationError
 from quant_spec.sampler import Sampler
@@ -162,6 +163,11 @@ def sample(
     -------
     Tensor, shape (len(seeds), ...), dtype float32, on the CPU
         Images in [-1, 1] or latents.
+
+    Raises
+    ------
+    NotFiniteError
+        At the first step where the model or the scheduler gives NaN or infinity.
     """
     rows = sampler.calls_per_step
     results = []
@@ -203,6 +209,7 @@ def _sample_batch(
         if on_step is not None:
             on_step(Step(index, t, row, x_in, conditioning, prediction))
         x = scheduler.step(guide(prediction, sampler), timestep, x, return_dict=False, **extra)[0]
+        check_step(Moment(index, t), x_in, prediction, x, model=model, scheduler=scheduler)
     return x.to("cpu", torch.float32)
 
 

@@ -8,16 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quant_core.diffusion.conditioning import (
-    UNBATCHED,
-    Conditioning,
-    conditioning_fields,
-    draw_conditioning,
-    dummy_conditioning,
-)
-from quant_core.diffusion.denoiser import Denoiser, sample_shape
+from quant_core.diffusion.conditioning import UNBATCHED, conditioning_fields
+from quant_core.diffusion.denoiser import Denoiser, has_tokens
+from quant_core.inspect.first_call import check_prediction_shape, describe_needs, explained, first_call
 from quant_core.inspect.temporal import trace_temporal
 from quant_core.inspect.trace import Trace, trace_denoiser
 from quant_core.inspect.units import Unit, find_units
@@ -29,22 +24,18 @@ _FLOAT_BYTES = 4
 
 
 def trace_model(denoiser: Denoiser) -> Trace:
-    """Trace one forward at batch 1, with the folder's first drawn conditioning or zeros where there is none."""
-    model = denoiser.model
-    x, conditioning = _first_call(denoiser)
-    return trace_denoiser(model, x, torch.tensor(0), conditioning)
+    """Trace one forward at batch 1, with the folder's first drawn conditioning or zeros where there is none.
 
-
-def _first_call(denoiser: Denoiser) -> tuple[Tensor, Conditioning]:
-    """Return a sample and conditioning to look at a forward with, one row."""
-    model = denoiser.model
-    conditioning = (
-        dummy_conditioning(model)
-        if denoiser.conditioning is None
-        else draw_conditioning(model, [0], denoiser.conditioning)
-    )
-    tokens = len(conditioning["img_ids"]) if "img_ids" in conditioning else None
-    return torch.zeros(1, *sample_shape(model, tokens)), conditioning
+    Raises
+    ------
+    DenoiserError, ConditioningError
+        If the model cannot be called so, or predicts something else than it takes; see `quant_core.inspect.first_call`.
+    """
+    x, conditioning = first_call(denoiser)
+    with explained(denoiser, x, conditioning):
+        trace = trace_denoiser(denoiser.model, x, torch.tensor(0), conditioning)
+    check_prediction_shape(denoiser.model, x, trace.output_shape)
+    return trace
 
 
 def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
@@ -59,6 +50,13 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         shape, MACs, split of its input. Per attention: MACs of its two matmuls. All at batch 1. `temporal`: the layers
         of the temporal information block, see `quant_core.inspect.temporal.TemporalLayer`. `scheduler`: the model's own
         scheduler config, null if it has none; numbers that are not finite as text. `samples`: "pixels" or "latents".
+        `has_tokens`: whether samples are packed tokens. `conditioning`: what a forward is told, with the number of
+        classes or the shape of a row; with it the entries of `quant_core.inspect.first_call.describe_needs`.
+
+    Raises
+    ------
+    DenoiserError, ConditioningError
+        As `trace_model`.
     """
     model = denoiser.model
     trace = trace_model(denoiser)
@@ -73,7 +71,9 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         "sample_shape": list(trace.output_shape[1:]),
         "forward_gmacs": trace.macs / GIGA,
         "activation_bytes": sum(layer.input_bytes for layer in trace.layers.values()),
+        "has_tokens": has_tokens(model),
         "conditioning": _describe_conditioning(denoiser),
+        **describe_needs(denoiser),
         "units": units,
         "layers": layers,
         "attentions": {name: {"macs": macs} for name, macs in trace.attentions.items()},
@@ -141,8 +141,9 @@ def _describe_layer(model: nn.Module, name: str, trace: Trace) -> dict[str, Any]
 
 
 def _describe_temporal(denoiser: Denoiser) -> dict[str, Any]:
-    x, conditioning = _first_call(denoiser)
-    found = trace_temporal(denoiser.model, x, torch.zeros(1), conditioning)
+    x, conditioning = first_call(denoiser)
+    with explained(denoiser, x, conditioning):
+        found = trace_temporal(denoiser.model, x, torch.zeros(1), conditioning)
     return {name: layer.to_json() for name, layer in found.layers.items()}
 
 

@@ -18,7 +18,7 @@ from quant_core.diffusion.denoiser import Denoiser
 from quant_core.diffusion.sampler import make_scheduler, model_timestep, sample, start
 from quant_core.methods.ptqd.noise import corrected_power
 from quant_core.metrics.frechet import ResizedFeatures, frechet_distance
-from quant_core.metrics.images import to_rgb
+from quant_core.metrics.images import signal_maps, to_rgb
 from quant_core.metrics.psnr import mean_with_ci, psnr_per_sample
 from quant_core.metrics.sqnr import error_power, sqnr_db
 from quant_spec.enums import SampleSpace
@@ -113,6 +113,8 @@ def summarize(
     extractor: ResizedFeatures,
     shown: int,
     space: SampleSpace,
+    *,
+    are_signals: bool = False,
 ) -> Quality:
     """Join shards into the figures of a release.
 
@@ -124,6 +126,8 @@ def summarize(
         How many samples are returned as images.
     space : SampleSpace
         Whether samples are pixels.
+    are_signals : bool
+        Samples are (C, L), which the extractor and people look at as `signal_maps`.
 
     Returns
     -------
@@ -134,6 +138,8 @@ def summarize(
     expected, measured = [_read(path) for path in references], [_read(path) for path in evaluations]
     truth = torch.cat([shard["sample"] for shard in expected])
     samples = torch.cat([shard["sample"] for shard in measured])
+    if are_signals:
+        truth, samples = signal_maps(truth), signal_maps(samples)
     reference_rgb, quantized_rgb = to_rgb(truth, truth, space), to_rgb(samples, truth, space)
     psnr = mean_with_ci(torch.cat([shard["psnr_db"] for shard in measured]).tolist())
     powers = [shard["power"] for shard in measured if "power" in shard]

@@ -19,7 +19,7 @@ def to_rgb(samples: Tensor, reference: Tensor, space: SampleSpace) -> Tensor:
 
     Parameters
     ----------
-    samples : Tensor, shape (n, C, H, W), (n, C, L) or (n, tokens, C), dtype float32
+    samples : Tensor, shape (n, C, H, W) or (n, tokens, C), dtype float32
     reference : Tensor, shape (m, ...) like `samples`
         Full-precision samples: they fix the range in which latents are shown.
     space : SampleSpace
@@ -47,6 +47,14 @@ def _as_map(samples: Tensor) -> Tensor:
     if side > 1 and side * side == samples.shape[1]:
         return samples.transpose(1, 2).unflatten(2, (side, side))
     return samples.unsqueeze(2)
+
+
+def signal_maps(signals: Tensor) -> Tensor:
+    """Write signals, shape (n, C, L), line by line into maps (n, C, H, W), as square as can be; zeros fill the end."""
+    length = signals.shape[2]
+    width = math.isqrt(length - 1) + 1
+    height = -(-length // width)
+    return torch.nn.functional.pad(signals, (0, height * width - length)).unflatten(2, (height, width))
 
 
 def to_uint8(images: Tensor) -> Tensor:

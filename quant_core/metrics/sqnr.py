@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
+from quant_core.diffusion.finite import Moment, check_prediction
 from quant_core.metrics.psnr import IDENTICAL_DB
 
 
@@ -34,6 +35,11 @@ def error_power(model: nn.Module, trajectory: CalibrationSet, predictions: Predi
     -------
     Tensor, shape (2, S), dtype float64
         Sums over rows of |eps|^2 and |eps_hat - eps|^2; sums of shards add up.
+
+    Raises
+    ------
+    NotFiniteError
+        If the model predicts NaN or infinity.
     """
     sums = torch.zeros(2, trajectory.steps, dtype=torch.float64)
     done = [0] * trajectory.steps
@@ -48,7 +54,9 @@ def error_power(model: nn.Module, trajectory: CalibrationSet, predictions: Predi
 
 @torch.no_grad()
 def _predict(model: nn.Module, batch: Batch) -> Tensor:
-    return replay(model, batch).to("cpu", torch.float64)
+    prediction = replay(model, batch).to("cpu", torch.float64)
+    check_prediction(Moment(int(batch.step[0]), batch.timestep[0]), prediction, model)
+    return prediction
 
 
 def sqnr_db(signal: Sequence[float], error: Sequence[float]) -> list[float]:

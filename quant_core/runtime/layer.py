@@ -56,6 +56,7 @@ class RuntimeLayer(nn.Module):
     def __init__(self, layer: QuantLayer, name: str, backend: KernelBackend) -> None:
         super().__init__()
         self.spec = layer.spec
+        self.kind = layer.kind
         self.shape = layer.shape
         self.device = layer.qweight.device
         self.bias = None if layer.bias is None else layer.bias.clone()  # not a part of the mapped file

@@ -94,6 +94,10 @@ def inspection(blocks: int = 4, channels: int = 16, side: int = 8, *, timed: boo
         },
         "scheduler": {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"},
         "samples": "pixels",
+        "has_tokens": False,
+        "missing_conditioning": [],
+        "null_conditioning": ["class_labels"],
+        "label_count": 10,
     }
 
 

@@ -28,6 +28,9 @@ DENOISER_SUBFOLDERS = ("", "denoiser", "unet", "transformer")
 CONDITIONING_FILE = "conditioning.safetensors"
 SCHEDULER_PATH = "scheduler/scheduler_config.json"
 
+
+#: Side of a square sample or length of a signal, or one number for each dimension.
+SampleSize = int | tuple[int, ...]
 # What diffusers notes about where a config came from; no part of what the model is.
 _PLACES = {"_name_or_path"}
 _HUB = "hf:"
@@ -138,7 +141,7 @@ def check_model(folder: ModelFolder) -> int:
     return parameters
 
 
-def import_model(store: Store, path: Path) -> ModelRecord:
+def import_model(store: Store, path: Path, sample_size: SampleSize | None = None) -> ModelRecord:
     """Check a model folder and copy what a job needs of it into the store.
 
     Parameters
@@ -147,6 +150,8 @@ def import_model(store: Store, path: Path) -> ModelRecord:
         Where to.
     path
         As for `find_model`.
+    sample_size
+        Of a sample, without channels; takes the place of the config's `sample_size`, so the digest tells it.
 
     Returns
     -------
@@ -164,7 +169,7 @@ def import_model(store: Store, path: Path) -> ModelRecord:
         name: (store.put_file(each), each.stat().st_size)
         if isinstance(each, Path)
         else (store.put_bytes(each), len(each))
-        for name, each in _tree(folder).items()
+        for name, each in _tree(folder, sample_size).items()
     }
     return ModelRecord(
         digest=put_manifest(store, put),
@@ -208,9 +213,10 @@ def changed_since(path: Path, epoch: float) -> bool:
     return any(max(each.stat().st_ctime, each.lstat().st_ctime) > epoch for each in files)
 
 
-def _tree(folder: ModelFolder) -> dict[str, Path | bytes]:
+def _tree(folder: ModelFolder, sample_size: SampleSize | None = None) -> dict[str, Path | bytes]:
     """Return what a model consists of: its paths in the store, each with a file or the bytes themselves."""
-    tree: dict[str, Path | bytes] = {"denoiser/config.json": _config_bytes(folder.config)}
+    sized = {} if sample_size is None else {"sample_size": sample_size}
+    tree: dict[str, Path | bytes] = {"denoiser/config.json": _config_bytes({**folder.config, **sized})}
     weights = find_weights(folder.denoiser)
     tree |= {f"denoiser/{name}": path for name, path in weights.files.items()}
     if weights.index is not None:

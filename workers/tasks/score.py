@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from quant_core.artifact.folder import CONFIG_FILE, parse_quantization_config
+from quant_core.diffusion.denoiser import Denoiser, has_signals
 from quant_core.inspect.inspection import inspect_model
 from quant_core.metrics.cost import model_cost
 from quant_core.metrics.evaluation import Quality, summarize
@@ -38,19 +39,21 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     references, evaluations = inputs.references, inputs.evaluations
     if not references or len(references) != len(evaluations):
         raise TaskError(f"shards: got {len(references)} references, {len(evaluations)} evaluations, wanted pairs")
+    original = fetch_model(inputs.model, context)
     quality = summarize(
         local_files(references, context),
         local_files(evaluations, context),
         _extractor(params.extractor, inputs.extractor_weights, context),
         params.grid,
         params.samples,
+        are_signals=has_signals(original.model),
     )
     protocol = {
         "sampler": params.sampler.to_json(),
         "seeds": params.seeds.to_json(),
         "sqnr_seeds": params.sqnr_seeds,
     }
-    metrics = quality.metrics | _costs(inputs, context) | protocol
+    metrics = quality.metrics | _costs(original, inputs, context) | protocol
     check_computed(metrics)
     images = {"reference": quality.reference_rgb.contiguous(), "quantized": quality.quantized_rgb.contiguous()}
     outputs = {
@@ -70,11 +73,11 @@ def _extractor(extractor: Extractor, weights: str | None, context: TaskContext) 
     return inception_v3(context.store.local_path(weights))
 
 
-def _costs(inputs: Inputs[str], context: TaskContext) -> dict[str, Any]:
+def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dict[str, Any]:
     """Return bits, bit operations and bytes of the packed model."""
     files = read_files(context.store, inputs.packed)
     config = json.loads(context.store.get_bytes(files[CONFIG_FILE][0]))
-    inspection = inspect_model(fetch_model(inputs.model, context))
+    inspection = inspect_model(original)
     cost = model_cost(inspection, parse_quantization_config(config["quantization_config"]))
     per_step = {"bops_per_step": list(cost.bops_per_step)} if cost.bops_per_step else {}
     return {

@@ -34,7 +34,7 @@ def correct(draft: Draft) -> Drawing:
         yield node
     node = draft.node(
         fit.KIND,
-        fit.Params.of(config, channel_dim=-1 if draft.model.is_tokens else 1),
+        fit.Params.of(config, channel_dim=-1 if draft.model.has_tokens else 1),
         fit.Inputs(draft.packed_model, tuple(moments[: len(fitted)]), tuple(moments[len(fitted) :])),
         SMALL,
         f"{config.seeds} seeds",

@@ -11,15 +11,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet, replay
+from quant_core.diffusion.denoiser import channel_dim
+from quant_core.diffusion.finite import Moment, check_prediction
 from quant_core.diffusion.sampler import guide, make_scheduler, model_timestep, start
 from quant_core.methods.ptqd.correction import NoiseMoments, pair_sums
 from quant_spec.errors import QuantizationError
 from quant_spec.sampler import Sampler
-
-
-def channel_dim(sample_shape: tuple[int, ...]) -> int:
-    """Return the dimension of a batch of predictions that holds the channels: the last of packed tokens, else 1."""
-    return -1 if len(sample_shape) == 2 else 1
 
 
 @torch.no_grad()
@@ -48,6 +45,8 @@ def measure_noise(
     ------
     QuantizationError
         If the shard is of another trajectory.
+    NotFiniteError
+        If the model predicts NaN or infinity.
     """
     trajectory = CalibrationSet([reference])
     timesteps = start(make_scheduler(sampler, scheduler_config), sampler, trajectory.sample_shape)
@@ -56,7 +55,7 @@ def measure_noise(
             f"reference {reference}: got {trajectory.steps} steps, wanted the trajectory of the model's scheduler, "
             f"{len(timesteps)} steps"
         )
-    dim = channel_dim(trajectory.sample_shape)
+    dim = channel_dim(model)
     # (B, *sample): the batch comes first, so a channel dimension counted from the front is one less without it
     channels = trajectory.sample_shape[dim if dim < 0 else dim - 1]
     moments = NoiseMoments.of(timesteps.double().tolist(), channels)
@@ -67,10 +66,18 @@ def measure_noise(
             elements = 0
             for first, stop in row_ranges(trajectory.samples, sampler, batch_size):
                 exact = guide(expected[step, first:stop], sampler)
-                found = guide(replay(model, trajectory.rows(step, first, stop)).to("cpu", torch.float32), sampler)
+                found = guide(_predict(model, trajectory, step, first, stop).to("cpu", torch.float32), sampler)
                 moments.sums[:, step] += pair_sums(exact, found - exact, dim)
                 elements += exact.numel() // channels
     return NoiseMoments(moments.timesteps, elements, moments.sums)
+
+
+def _predict(model: nn.Module, trajectory: CalibrationSet, step: int, first: int, stop: int) -> Tensor:
+    """Return a model's predictions for rows [first, stop) of a step; NotFiniteError if they are not finite."""
+    batch = trajectory.rows(step, first, stop)
+    prediction = replay(model, batch)
+    check_prediction(Moment(step, batch.timestep[0]), prediction, model)
+    return prediction
 
 
 def row_ranges(rows: int, sampler: Sampler, batch_size: int) -> list[tuple[int, int]]:
@@ -94,14 +101,14 @@ def corrected_power(model: nn.Module, scheduler: Any, sampler: Sampler, referenc
     Tensor, shape (2, S), dtype float64
     """
     trajectory = CalibrationSet([reference])
-    dim = channel_dim(trajectory.sample_shape)
+    dim = channel_dim(model)
     sums = torch.zeros(2, trajectory.steps, dtype=torch.float64)
     with safe_open(reference, framework="pt") as handle, torch.no_grad():
         expected = handle.get_slice("prediction")
         for step in range(trajectory.steps):
             for first, stop in row_ranges(trajectory.samples, sampler, batch_size):
                 exact = guide(expected[step, first:stop], sampler)
-                found = guide(replay(model, trajectory.rows(step, first, stop)), sampler)
+                found = guide(_predict(model, trajectory, step, first, stop), sampler)
                 found = scheduler.correct(found, scheduler.timesteps[step], exact.shape[dim]).cpu()
                 sums[0, step] += exact.double().square().sum()
                 sums[1, step] += (found.double() - exact.double()).square().sum()

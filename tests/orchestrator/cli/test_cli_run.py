@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from workers.storage.manifest import read_manifest
 from workers.storage.store import open_store
 
 ROOT = Path(__file__).parents[3]
@@ -289,12 +290,14 @@ def test_report_shows_what_the_passes_did(home_with_digits: Path, cli: Cli, home
     assert page.count("<svg") == 5, "errors along the trajectory, layers, features, bits, correction"
 
 
-def test_a_failing_job_exits_100(cli: Cli, done: dict[str, Any]) -> None:
-    words = ["run", "minmax-w8a8", "--model", "digits", *SET, "--set", "sampler.options={num_train_timesteps: many}"]
-    answer = cli(*words, "--json")
+def test_a_failing_job_exits_100(cli: Cli, done: dict[str, Any], home: Path) -> None:
+    store = open_store(str(home / "store"))
+    files = read_manifest(store, done["model_digest"])["files"]
+    store.delete(files["denoiser/diffusion_pytorch_model.safetensors"]["sha256"])
+    answer = cli("run", "minmax-w8a8", "--model", "digits", *SET, "--set", "sampler.num_inference_steps=3", "--json")
     assert answer.code == 100
     assert answer.json["state"] == "failed"
-    assert "DDIMScheduler of diffusers" in answer.json["error"]
+    assert files["denoiser/diffusion_pytorch_model.safetensors"]["sha256"] in answer.json["error"]
     assert answer.json["release"] is None
     job = answer.json["job"]
     assert cli("jobs", "wait", job).code == 100

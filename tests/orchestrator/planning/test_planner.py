@@ -418,7 +418,7 @@ def test_formats_exceptions_that_only_together_contradict_are_refused():
 )
 def test_first_layer_reads_the_sample(sample_shape: list[int], shapes: list[tuple[str, list[int]]], wanted: str):
     data = inspection()
-    data["sample_shape"] = sample_shape
+    data["sample_shape"], data["has_tokens"] = sample_shape, sample_shape == [256, 64]
     data["layers"] = {f"l{i}": {"type": k, "shape": s, "macs": 1, "split": None} for i, (k, s) in enumerate(shapes)}
     data["units"] = [{**data["units"][0], "layers": list(data["layers"])}]
     info = ModelInfo.read("a", data)

@@ -81,9 +81,13 @@ class WeightSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able mapping; it says nothing of a mixture where there is none."""
-        entries = asdict(self)
-        mixture = [list(entry) for entry in entries.pop("mixture")]
-        return entries | ({"mixture": mixture} if mixture else {})
+        return {
+            "bits": self.bits,
+            "symmetric": self.symmetric,
+            "granularity": self.granularity.value,
+            "group_size": self.group_size,
+            **({"mixture": [list(entry) for entry in self.mixture]} if self.mixture else {}),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +121,12 @@ class ActivationSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able mapping; bits that do not differ between steps are not repeated."""
-        entries = asdict(self)
-        step_bits = list(entries.pop("step_bits"))
-        return entries | {"step_bits": step_bits} if step_bits else entries
+        return {
+            "bits": self.bits,
+            "symmetric": self.symmetric,
+            "mode": self.mode.value,
+            **({"step_bits": list(self.step_bits)} if self.step_bits else {}),
+        }
 
     @property
     def is_dynamic(self) -> bool:

@@ -164,6 +164,10 @@ class PlannedUnit:
             "attentions": {name: attention.to_json() for name, attention in self.attentions.items()},
         }
 
+    def before_allocation(self) -> Self:
+        """Return the unit as tasks are told of it that lie before the allocation: it says nothing of one to come."""
+        return replace(self, layers={name: replace(layer, allocated=False) for name, layer in self.layers.items()})
+
 
 @dataclass(frozen=True, slots=True)
 class VariedLayer:

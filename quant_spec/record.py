@@ -68,7 +68,7 @@ class Record(BaseModel):
         except ValidationError as error:
             raise InvalidInputError(first_problem(error, cls)) from None
         told, wanted = dict(data), record.to_json()
-        if told != wanted:
+        if canonical_json(told) != canonical_json(wanted):
             raise InvalidInputError(f"got {', '.join(_differences(told, wanted))}, wanted {', '.join(sorted(wanted))}")
         return record
 

@@ -37,6 +37,14 @@ _SUFFIX_DIGITS = 8
 _NAME_LENGTH = 128 - _SUFFIX_DIGITS - 1
 
 
+#: Looks at a model before it is registered, and refuses it by raising.
+Check = Callable[[ModelRow], object]
+
+
+def _accept(model: ModelRow) -> None:
+    """Accept a model as it is."""
+
+
 def add_model_from(
     service: Service,
     source: str,
@@ -44,6 +52,7 @@ def add_model_from(
     *,
     notify: Callable[[str], None],
     sample_size: SampleSize | None = None,
+    check: Check = _accept,
 ) -> ModelRow:
     """Register a model from a folder or the Hub; doing it again returns what is registered.
 
@@ -60,6 +69,8 @@ def add_model_from(
         Called with a line for a person before what takes seconds.
     sample_size
         Of a sample, without channels, in place of what the model's config says.
+    check
+        Called with the model before it is registered; what it raises leaves none registered.
 
     Returns
     -------
@@ -82,6 +93,7 @@ def add_model_from(
         model = replace(known, inspection=model.inspection)
     else:
         model = _with_free_name(service, model, notify, "registered")
+    check(model)
     with service.database.session() as session:
         return add_model(session, model)
 
@@ -93,6 +105,7 @@ def resolve_model(
     notify: Callable[[str], None],
     dry_run: bool = False,
     sample_size: SampleSize | None = None,
+    check: Check = _accept,
 ) -> ModelRow:
     """Return the model that a name, `name@digest`, a digest's beginning, a folder or hf:ID means.
 
@@ -106,8 +119,8 @@ def resolve_model(
         As for `add_model_from`.
     dry_run
         Do not register a model that is not registered yet, and leave nothing of it in the store.
-    sample_size
-        As for `add_model_from`.
+    sample_size, check
+        As for `add_model_from`; `check` is called with a model that is registered already, too.
 
     Raises
     ------
@@ -127,17 +140,22 @@ def resolve_model(
                 )
             _check_same(known, text)
             _say_if_changed(known, notify)
-            return _up_to_date(service, known, notify=notify, dry_run=dry_run)
+            known = _up_to_date(service, known, notify=notify, dry_run=dry_run)
+            check(known)
+            return known
         if not Path(text).is_dir():
             raise NotFoundError(f"model: got {text!r}, wanted a name of models ls, a folder or hf:owner/name")
     if not dry_run:
-        return add_model_from(service, text, None, notify=notify, sample_size=sample_size)
+        return add_model_from(service, text, None, notify=notify, sample_size=sample_size, check=check)
     with tempfile.TemporaryDirectory(prefix="quantmill-dry-run-") as folder:
         model = look_at(service, text, open_store(folder), notify=notify, sample_size=sample_size)
     registered = _registered(service, model.digest)
     if registered is not None:
-        return replace(registered, inspection=model.inspection)
-    return _with_free_name(service, model, notify, "would be registered")
+        model = replace(registered, inspection=model.inspection)
+    else:
+        model = _with_free_name(service, model, notify, "would be registered")
+    check(model)
+    return model
 
 
 def _up_to_date(service: Service, model: ModelRow, *, notify: Callable[[str], None], dry_run: bool) -> ModelRow:

@@ -76,8 +76,12 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
     loaded = load_recipe(request.recipe, request.overrides)
     if request.release_name is not None:
         check_name(request.release_name)
-    model = resolve_model(service, request.model, notify=notify, sample_size=request.sample_size)
-    notify_scheduler(model, loaded.recipe, notify)
+
+    def check(model: ModelRow) -> None:
+        plan(model, loaded.recipe)
+        notify_scheduler(model, loaded.recipe, notify)
+
+    model = resolve_model(service, request.model, notify=notify, sample_size=request.sample_size, check=check)
     return enqueue(service, model, loaded, release_name=request.release_name, priority=request.priority)
 
 

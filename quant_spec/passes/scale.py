@@ -72,8 +72,11 @@ class Scale(Record):
     )
 
     def idle_fields(self) -> set[str]:
-        """Return the fields that cannot matter; a consensus is sought only on shifts."""
-        return super().idle_fields() | ({"consensus"} if self.shift is Shift.NONE else set())
+        """Return the fields that cannot matter; samples are looked at for shifts, and to learn."""
+        idle = super().idle_fields()
+        if self.shift is not Shift.NONE:
+            return idle
+        return idle | ({"consensus"} if self.method is Scaling.LEARNED else {"consensus", "samples"})
 
     @model_validator(mode="after")
     def _does_something(self) -> Self:

@@ -33,7 +33,7 @@ def allocate(draft: Draft) -> Drawing:
             continue
         params = errors.Params.of(
             config,
-            units=tuple(_with_closed_bits(unit.planned) for unit in group),
+            units=tuple(_with_closed_bits(unit.planned.before_allocation()) for unit in group),
             layers=names,
             seed=draft.recipe.seed,
             forward_batch_size=draft.recipe.calibration.batch_size,

@@ -30,7 +30,7 @@ def scale(draft: Draft) -> Drawing:
     for group in round_groups(draft.units, rounding, draft.cache_bytes):
         params = Params.of(
             config,
-            units=tuple(unit.planned for unit in group),
+            units=tuple(unit.planned.before_allocation() for unit in group),
             seed=draft.recipe.seed,
             forward_batch_size=draft.recipe.calibration.batch_size,
             rounding=rounding.method,

@@ -9,11 +9,12 @@ DOCS_STAMP := $(VENV)/.installed-docs
 
 install: $(STAMP)
 
+# Without compiling every module that is installed: Python compiles what is imported, once.
 $(STAMP): pyproject.toml kernels/_native.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Quantmill needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[dev]"
 	@touch $(STAMP)
 
 # Apart from the others, because building the handbook is no part of the tests.
@@ -27,9 +28,10 @@ demo: install
 # One thread for each process: tests start workers beside themselves, and threads that wait for a core spin.
 test test-slow: export OMP_NUM_THREADS = 1
 
-# Everything that guards the code; CI runs this.
+# Everything that guards the code; CI runs this. A file's tests run in one process, for what they share; three processes,
+# as those that start Ray wait for others most of the time.
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow

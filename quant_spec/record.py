@@ -67,9 +67,9 @@ class Record(BaseModel):
             record = cls.model_validate_json(canonical_json(data))
         except ValidationError as error:
             raise InvalidInputError(first_problem(error, cls)) from None
-        told, wanted = dict(data), record.to_json()
-        if canonical_json(told) != canonical_json(wanted):
-            raise InvalidInputError(f"got {', '.join(_differences(told, wanted))}, wanted {', '.join(sorted(wanted))}")
+        given, wanted = dict(data), record.to_json()
+        if canonical_json(given) != canonical_json(wanted):
+            raise InvalidInputError(f"got {', '.join(_differences(given, wanted))}, wanted {', '.join(sorted(wanted))}")
         return record
 
     def replaced(self, **changes: Any) -> Self:

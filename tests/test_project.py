@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
 FENCES = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
@@ -51,8 +52,20 @@ def test_hooks_and_ci_call_what_make_calls() -> None:
 
 
 def test_packages_ship_their_types_and_licence() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    packages = project["tool"]["importlinter"]["root_packages"]
+
+    packages = PROJECT["tool"]["importlinter"]["root_packages"]
     assert [name for name in packages if not (ROOT / name / "py.typed").is_file()] == []
-    assert "py.typed" in project["tool"]["setuptools"]["package-data"]["*"]
-    assert [name for name in project["project"]["license-files"] if not (ROOT / name).is_file()] == []
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["*"]
+    assert [name for name in PROJECT["project"]["license-files"] if not (ROOT / name).is_file()] == []
+
+
+def test_import_contracts_name_every_module() -> None:
+    """A contract that lists who may not import something holds for new modules too."""
+    contracts = {each["name"]: each for each in PROJECT["tool"]["importlinter"]["contracts"]}
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.glob("orchestrator/*")}
+    rooms = {name for name in modules if not name.endswith(("__init__", "py.typed", "__pycache__", "orchestrator.py"))}
+    listed = set(contracts["SQL only in orchestrator.db and migrations"]["source_modules"])
+    assert rooms - listed == {"orchestrator.db"}
+    execution = {f"workers.execution.{path.stem}" for path in ROOT.glob("workers/execution/*.py")}
+    bound = set(contracts["Ray only where tasks are handed to it"]["source_modules"])
+    assert execution - bound == {"workers.execution.__init__", "workers.execution.remote"}

@@ -1,7 +1,7 @@
-"""The forward that a model is looked at with: what it is told, and what is wrong if it cannot be called so.
+"""The forward that a model is looked at with: what it is called with, and what is wrong if it cannot be called so.
 
 Quantmill has never seen most models that it is given. What their forward raises says where inside it something did not
-fit; here it is told in terms of what the user gave.
+fit; here it is said in terms of what the user gave.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ def first_call(denoiser: Denoiser) -> tuple[Tensor, Conditioning]:
     """
     model, file = denoiser.model, denoiser.conditioning
     if file is None:
-        told = dummy_conditioning(model)
+        conditioning = dummy_conditioning(model)
     else:
-        told = draw_conditioning(model, [0], file)
-        _check_file(denoiser, told)
-    if missing := sorted(forward_signature(model).required - set(nest(told))):
+        conditioning = draw_conditioning(model, [0], file)
+        _check_file(denoiser, conditioning)
+    if missing := sorted(forward_signature(model).required - set(nest(conditioning))):
         raise ConditioningError(
             f"{type(model).__name__}: got no {', '.join(missing)}, wanted conditioning.safetensors beside the model, "
             "one row per prompt"
         )
-    tokens = len(told["img_ids"]) if "img_ids" in told else None
-    return torch.zeros(1, *sample_shape(model, tokens)), told
+    tokens = len(conditioning["img_ids"]) if "img_ids" in conditioning else None
+    return torch.zeros(1, *sample_shape(model, tokens)), conditioning
 
 
-def _check_file(denoiser: Denoiser, told: Conditioning) -> None:
+def _check_file(denoiser: Denoiser, conditioning: Conditioning) -> None:
     """Refuse labels that the model has no embedding for, and rows without a prompt that don't match those with one."""
     model, file, classes = denoiser.model, denoiser.conditioning, label_count(denoiser.model)
     assert file is not None
@@ -72,11 +72,11 @@ def _check_file(denoiser: Denoiser, told: Conditioning) -> None:
                 got = f"{labels.min():g} to {labels.max():g}, {labels.dtype} of shape {tuple(labels.shape)}"
                 raise ConditioningError(f"{file}: {key}: got {got}, wanted a list of integers from 0 to {classes - 1}")
     if any(key.startswith(NULL) for key in keys):
-        null_conditioning(model, told, file, None)
+        null_conditioning(model, conditioning, file, None)
 
 
 @contextmanager
-def explained(denoiser: Denoiser, x: Tensor, told: Conditioning) -> Iterator[None]:
+def explained(denoiser: Denoiser, x: Tensor, conditioning: Conditioning) -> Iterator[None]:
     """Turn whatever a forward raises into an error that says what the model was called with and what it wants.
 
     Raises
@@ -93,22 +93,22 @@ def explained(denoiser: Denoiser, x: Tensor, told: Conditioning) -> Iterator[Non
         if any(words in reason for words in _NO_MEMORY):
             raise
         model = denoiser.model
-        given = {forward_signature(model).sample: x, **told}
+        given = {forward_signature(model).sample: x, **conditioning}
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in given.items())
         raise DenoiserError(
             f"{type(model).__name__} cannot be called with {shapes}: got {type(error).__name__} ({reason}), wanted "
-            f"{'; '.join(_wanted(denoiser, told))}"
+            f"{'; '.join(_wanted(denoiser, conditioning))}"
         ) from error
 
 
-def _wanted(denoiser: Denoiser, told: Conditioning) -> list[str]:
+def _wanted(denoiser: Denoiser, conditioning: Conditioning) -> list[str]:
     """Return what to change, the likeliest first."""
     model = denoiser.model
     fields = conditioning_fields(model)
     wanted = [
         f"{key} with rows of {' x '.join(map(str, field.shape[-1:]))}"
         for key, field in fields.items()
-        if key in told and not _fits(field, told[key])
+        if key in conditioning and not _fits(field, conditioning[key])
     ]
     if config_value(model, "sample_size") is None:
         wanted.append("the size of a sample (--sample-size N or HxW)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.main import run_cli
+from tests.orchestrator.in_process import InProcess
+from tests.warm import WarmProcess
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = ("QUANTMILL_HOME", "QUANTMILL_DB", "QUANTMILL_STORE", "RAY_ADDRESS")
@@ -40,6 +42,22 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_tasks() -> Iterator[None]:
+    """Let tasks that the command line runs at once start without importing torch anew: as forks of one process."""
+    process = WarmProcess()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orchestrator.actions.local.run_in_subprocess", process.run)
+        yield
+    process.close()
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let jobs run in the test's own process, one task after another: what they give is not about Ray."""
+    monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
 
 
 @pytest.fixture

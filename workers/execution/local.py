@@ -62,6 +62,11 @@ def run_in_subprocess(call: TaskCall) -> TaskOutput:
         raise TaskFailedError(
             f"task {call.kind}: got exit status {process.returncode} ({last}), wanted an answer"
         ) from None
+    return read_answer(answer)
+
+
+def read_answer(answer: dict[str, Any]) -> TaskOutput:
+    """Return the output that `answer_call` made JSON of, or raise its error, as `run_in_subprocess` does."""
     if "error" in answer:
         error = (TaskError if answer["fault"] == Fault.INVALID else TaskFailedError)(answer["error"])
         error.exit_code = answer["exit_code"]

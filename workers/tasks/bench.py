@@ -159,13 +159,13 @@ def _with_float32_ends(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
     """Return a call of the denoiser as the sampler makes it for a batch of seeds, in the middle of the trajectory."""
-    told = trajectory_conditioning(model, bench.sampler, range(batch), bench.conditioning)
-    shape = sample_shape(model, token_count(told))
+    conditioning = trajectory_conditioning(model, bench.sampler, range(batch), bench.conditioning)
+    shape = sample_shape(model, token_count(conditioning))
     timesteps = start(make_scheduler(bench.sampler, bench.scheduler_config), bench.sampler, shape)
     timestep = model_timestep(timesteps[len(timesteps) // 2], bench.sampler).to(bench.device)
     rows = batch * (2 if bench.sampler.is_guided else 1)
     x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(0)).to(bench.device)
-    conditioning = to_device(told, bench.device)
+    conditioning = to_device(conditioning, bench.device)
 
     @torch.no_grad()
     def call() -> Tensor:
@@ -212,9 +212,9 @@ def _images_per_second(bench: _Bench, models: Mapping[str, nn.Module]) -> dict[s
     best = dict.fromkeys(models, 0.0)
     for _ in range(_TURNS):
         for name, model in models.items():
-            told = trajectory_conditioning(model, bench.sampler, seeds, bench.conditioning)
+            conditioning = trajectory_conditioning(model, bench.sampler, seeds, bench.conditioning)
             started = time.perf_counter()
-            sample(model, scheduler, bench.sampler, seeds, told, batch_size=len(seeds))
+            sample(model, scheduler, bench.sampler, seeds, conditioning, batch_size=len(seeds))
             best[name] = max(best[name], len(seeds) / (time.perf_counter() - started))
     return best
 

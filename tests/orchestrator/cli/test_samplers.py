@@ -159,6 +159,8 @@ def test_a_model_of_an_older_release_is_inspected_again(cli: Cli, models: Path) 
     answer = cli("submit", "minmax-w8a8", "--model", "solver", "--dry-run")
     assert answer.code == 0
     assert "inspecting solver again: an older release registered it" in answer.err
+    assert cli("models", "show", "solver", "--json").json != before, "a dry run changes nothing"
+    assert cli("submit", "minmax-w8a8", "--model", "solver").code == 0
     assert cli("models", "show", "solver", "--json").json == before
     assert "inspecting" not in cli("submit", "minmax-w8a8", "--model", "solver", "--dry-run").err
 

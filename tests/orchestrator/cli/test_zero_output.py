@@ -6,13 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-
-from orchestrator.db.engine import sqlite_url
-from orchestrator.db.session import open_database
-from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
-from tests.orchestrator.in_process import InProcess
 
 Cli = Callable[..., Any]
 
@@ -25,7 +21,8 @@ SMALL = {
 }
 
 
-def test_samples_that_are_equal_have_finite_metrics(cli: Cli, home: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_ray")
+def test_samples_that_are_equal_have_finite_metrics(cli: Cli, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = UNet2DModel(
         sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32),
@@ -37,13 +34,9 @@ def test_samples_that_are_equal_have_finite_metrics(cli: Cli, home: Path, tmp_pa
     model.save_pretrained(tmp_path / "zero" / "unet")
     DDIMScheduler().save_pretrained(tmp_path / "zero" / "scheduler")
     words = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
-    job = cli("submit", "minmax-w8a8", "--model", tmp_path / "zero", *words, "--json").json["job"]
-    database = open_database(sqlite_url(home / "quantmill.db"))
-    Scheduler(database, InProcess, SchedulerConfig(str(home / "store"), home / "cache")).run(drain=True)
-    database.close()
-    view = cli("jobs", "show", job, "--json").json
+    view = cli("run", "minmax-w8a8", "--model", tmp_path / "zero", *words, "--json").json
     assert (view["state"], view["error"]) == ("succeeded", None)
     assert view["metrics"]["psnr_db"] == 144.0
     assert view["metrics"]["psnr_db_ci95"] == 0.0
     assert view["metrics"]["fd"] < 1e-3
-    assert cli("report", job, "--out", tmp_path / "report.html").code == 0
+    assert cli("report", view["job"], "--out", tmp_path / "report.html").code == 0

@@ -127,7 +127,13 @@ def submit_recipe(home: Path, recipe: str, settings: tuple[str, ...]) -> str:
 DISTILL = (
     *("passes.distill.iterations=150", "passes.distill.seeds=4", "passes.distill.shard_seeds=2"),
     # What comes before and after it is of no matter here.
-    *("passes.scale=null", "passes.allocate=null", "evaluation.seeds=2", "evaluation.sqnr_seeds=2", "evaluation.grid=2"),
+    *(
+        "passes.scale=null",
+        "passes.allocate=null",
+        "evaluation.seeds=2",
+        "evaluation.sqnr_seeds=2",
+        "evaluation.grid=2",
+    ),
 )
 SCENARIOS = {
     "noop": Scenario(
@@ -294,7 +300,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dic
 
 
 def kill_points() -> list[Any]:
-    """Four kill points for each victim and scenario; one for each victim in every test run, the others in the slow ones.
+    """Four kill points for each victim and scenario; one for each victim in every run, the others in the slow ones.
 
     The distillation below kills a worker in a real job in every run.
     """

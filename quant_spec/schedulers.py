@@ -171,6 +171,9 @@ SCHEDULERS: Mapping[str, SchedulerClass] = {
 #: Schedules to train with, and what samples from their models by default, with the same fields.
 TRAINING_ONLY: Mapping[str, str] = {"DDPMScheduler": "DDIMScheduler", "DDPMParallelScheduler": "DDIMScheduler"}
 
+#: Classes that add a share of DDPM's noise, `eta`.
+TAKE_ETA = frozenset({"DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler", "TCDScheduler"})
+
 #: Fields that say how a model was trained, not how it is sampled from.
 TRAINED: frozenset[str] = frozenset(
     {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from orchestrator.db.rows import ModelRow
 from quant_spec.recipe import Recipe
 from quant_spec.scheduler_choice import SchedulerChoice, choose_scheduler, default_scheduler
+from quant_spec.schedulers import TAKE_ETA
 
 
 def choice_for(model: ModelRow, recipe: Recipe) -> SchedulerChoice:
@@ -20,6 +23,15 @@ def choice_for(model: ModelRow, recipe: Recipe) -> SchedulerChoice:
 
 
 def with_scheduler(recipe: Recipe, model: ModelRow) -> Recipe:
-    """Return the recipe with the scheduler named, as tasks are told it: null means another class for every model."""
-    named = recipe.sampler.replaced(scheduler=choice_for(model, recipe).name)
-    return recipe.model_copy(update={"sampler": named})  # a recipe that was checked stays one
+    """Return the recipe with the sampler as tasks are told it.
+
+    Its scheduler is named, as null means another class for every model; fields that this scheduler does not read, and
+    the null class where nothing is guided, have their defaults, so that recipes which differ only there share their
+    tasks.
+    """
+    choice, sampler = choice_for(model, recipe), recipe.sampler
+    idle: dict[str, Any] = {"eta": 0.0} if choice.name not in TAKE_ETA else {}
+    idle |= {} if choice.config.get("use_dynamic_shifting") else {"mu": None}
+    idle |= {} if sampler.is_guided else {"null_class": None}
+    told = sampler.replaced(scheduler=choice.name, **idle)
+    return recipe.model_copy(update={"sampler": told})  # a recipe that was checked stays one

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from quant_spec.schedulers import SCHEDULERS, TRAINING_ONLY, Family
+from quant_spec.schedulers import SCHEDULERS, TAKE_ETA, TRAINING_ONLY, Family
 
 # diffusers' own schedulers call numpy on torch tensors in a way that numpy 2 complains of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -97,3 +97,8 @@ def test_training_schedules_are_in_the_table() -> None:
     for trained, sampled in TRAINING_ONLY.items():
         assert SCHEDULERS[trained].family is SCHEDULERS[sampled].family is Family.DIFFUSION
         assert SCHEDULERS[trained].fields.keys() - SCHEDULERS[sampled].fields.keys() == {"variance_type"}
+
+
+def test_the_classes_that_take_eta() -> None:
+    takes = {name for name in SCHEDULERS if "eta" in inspect.signature(getattr(diffusers, name).step).parameters}
+    assert takes == TAKE_ETA

@@ -56,3 +56,24 @@ def test_whether_samples_are_pixels_is_told_to_what_measures() -> None:
         "evaluate": "latents",
         "score": "latents",
     }
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "idle", "read"),
+    [
+        ("DDIMScheduler", ["mu=0.5", "null_class=3"], ["eta=0.5", "guidance_scale=2"]),
+        ("EulerDiscreteScheduler", ["eta=0.5", "mu=0.5"], ["timestep_scale=0.5"]),
+    ],
+)
+def test_fields_that_a_sampler_does_not_read_name_no_task(scheduler: str, idle: list[str], read: list[str]) -> None:
+    def ids(*settings: str) -> list[str]:
+        changes = [f"sampler.{setting}" for setting in (f"scheduler={scheduler}", *settings)]
+        return [
+            node.id for node in nodes_of(recipe("fast-w4a8", *changes))[:-1]
+        ]  # the release has the recipe as written
+
+    plain = ids()
+    for setting in idle:
+        assert ids(setting) == plain, setting
+    for setting in read:
+        assert not set(ids(setting)) & set(plain), setting

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: install demo test test-slow check format lint contracts types fmt reference docs clean
+.PHONY: install demo test tests test-slow check format lint contracts types fmt reference docs clean
 
 install: $(STAMP)
 
@@ -26,11 +26,14 @@ demo: install
 	$(BIN)/python -m examples.demo
 
 # One thread for each process: tests start workers beside themselves, and threads that wait for a core spin.
-test test-slow: export OMP_NUM_THREADS = 1
+tests test-slow: export OMP_NUM_THREADS = 1
 
-# Everything that guards the code; CI runs this. A file's tests run in one process, for what they share; three processes,
-# as those that start Ray wait for others most of the time.
-test: check
+# Everything that guards the code; CI runs this. The checks run beside the tests.
+test: install
+	@$(MAKE) --no-print-directory --jobs=2 check tests
+
+# A file's tests run in one process, for what they share; in three processes, as those that start Ray mostly wait.
+tests: install
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: install

@@ -271,25 +271,25 @@ def test_report(cli: Cli, done: dict[str, Any], tmp_path: Path) -> None:
     assert cli("report", done["job"], "--out", tmp_path / "no" / "report.html").code == 2
 
 
-def test_report_shows_what_the_passes_did(home_with_digits: Path, cli: Cli, home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home_with_digits, home)
+@pytest.mark.usefixtures("with_digits", "without_ray")
+def test_report_shows_what_the_passes_did(cli: Cli, tmp_path: Path) -> None:
     passes = {
         "activations.step_bits": "{method: snr, target_mean: 6.0, choices: [4, 8]}",
         "passes.temporal": "{method: closed_form}",
         "passes.correct": "{seeds: 4, held_out_seeds: 2, shard_seeds: 3}",
     }
     words = [word for name, value in passes.items() for word in ("--set", f"{name}={value}")]
-    process = quantmill(home, "run", "fast-w4a8", "--model", "digits", *SET, *words, "--json")
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    answer = cli("run", "fast-w4a8", "--model", "digits", *SET, *words, "--json")
+    assert answer.code == 0, answer.err
     path = tmp_path / "report.html"
-    assert cli("report", json.loads(out)["job"], "--out", path).code == 0
+    assert cli("report", answer.json["job"], "--out", path).code == 0
     page = path.read_text()
     for heading in ("Temporal features", "Activation bits by step", "Correction of the predictions"):
         assert f"<h2>{heading}</h2>" in page
     assert page.count("<svg") == 5, "errors along the trajectory, layers, features, bits, correction"
 
 
+@pytest.mark.usefixtures("without_ray")
 def test_a_failing_job_exits_100(cli: Cli, done: dict[str, Any], home: Path) -> None:
     store = open_store(str(home / "store"))
     files = read_manifest(store, done["model_digest"])["files"]

@@ -353,6 +353,9 @@ def test_database_that_stays_away_ends_the_scheduler(
     database.commit_hook = None
 
 
+@pytest.mark.parametrize(
+    "backend", ["sqlite", pytest.param("postgres", marks=[pytest.mark.postgres, pytest.mark.slow])], indirect=True
+)
 def test_lost_ray_is_replaced_and_the_job_finishes(database: Database, config: SchedulerConfig) -> None:
     nodes = [noop(number, seconds=0.5) for number in range(8)]
     job = submit(database, [*nodes, noop("last", *nodes)])

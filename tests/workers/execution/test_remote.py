@@ -173,7 +173,7 @@ def test_shutdown_leaves_no_process_and_no_folder(call: TaskCall) -> None:
         executor.submit(call)
 
 
-@pytest.mark.parametrize("victim", ["raylet", "gcs_server", "driver"])
+@pytest.mark.parametrize("victim", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow), "driver"])
 def test_lost_ray_is_noticed_and_leaves_no_process(call: TaskCall, victim: str) -> None:
     executor = RayExecutor.start(cpus=1)
     try:

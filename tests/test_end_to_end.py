@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("embedded") / "home"
 
 
+def run_here(home: Path, *words: str) -> dict[str, Any]:
+    """Run a job in this process, one task after another: what it gives has nothing to do with Ray."""
+    answer = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(answer):
+        patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
+        assert run_cli(["--home", str(home), "run", RECIPE, "--model", str(MODEL), *SET, *words, "--json"]) == 0
+    found: dict[str, Any] = json.loads(answer.getvalue())
+    return found
+
+
 @pytest.fixture(scope="module")
 def job(home: Path) -> dict[str, Any]:
     """The job that ran there."""
-    found: dict[str, Any] = quantmill("--home", home, "run", RECIPE, "--model", MODEL, *SET)
-    return found
+    return run_here(home)
 
 
 def test_embedded_and_grown_up_give_the_same_artifact(
@@ -115,14 +126,8 @@ def test_jobs_share_what_their_recipes_have_in_common(job: dict[str, Any], home:
     assert other["tasks"]["cached"] == 2
 
 
-def test_inputs_from_the_quantized_model_give_another_artifact(
-    job: dict[str, Any], home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--home", home, "run", RECIPE, "--model", MODEL, *SET, "--set", "passes.reconstruct.inputs=quantized"]
-    # What it gives has nothing to do with Ray.
-    monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
-    assert run_cli([*map(str, words), "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)
+def test_inputs_from_the_quantized_model_give_another_artifact(job: dict[str, Any], home: Path) -> None:
+    found = run_here(home, "--set", "passes.reconstruct.inputs=quantized")
     assert found["digest"] != job["digest"]
     assert found["release"].endswith("@2")
     # Everything but the reconstruction and what follows from it is known already.

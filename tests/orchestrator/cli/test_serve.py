@@ -42,7 +42,7 @@ def test_draining_an_empty_queue_says_so(cli: Cli, home: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("words", "code"), [(["--drain"], 101), ([], 0)])
+@pytest.mark.parametrize(("words", "code"), [(["--drain"], 101), pytest.param([], 0, marks=pytest.mark.slow)])
 def test_a_signal_while_ray_starts_is_no_drained_queue(
     cli: Cli, with_digits: Path, words: list[str], code: int
 ) -> None:

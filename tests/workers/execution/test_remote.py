@@ -57,7 +57,7 @@ def family(executor: RayExecutor) -> list[psutil.Process]:
     return [driver, *driver.children(recursive=True)]
 
 
-def gone(processes: list[psutil.Process], seconds: float = 15.0) -> bool:
+def gone(processes: list[psutil.Process], seconds: float = 90.0) -> bool:
     """Wait until the processes have ended; one that only its parent could clear away has."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -67,7 +67,7 @@ def gone(processes: list[psutil.Process], seconds: float = 15.0) -> bool:
     return False
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 180.0) -> None:
     """Wait for something to become true."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -183,7 +183,7 @@ def test_lost_ray_is_noticed_and_leaves_no_process(call: TaskCall, victim: str) 
         chosen = processes[:1] if victim == "driver" else [each for each in processes if each.name() == victim]
         for process in chosen:
             process.kill()
-        until(lambda: not executor.alive(), 15.0)
+        until(lambda: not executor.alive(), 90.0)
         assert executor.wait(0.0) == []
         executor.shutdown()
         assert gone(processes)

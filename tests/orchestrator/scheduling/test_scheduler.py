@@ -219,7 +219,7 @@ def test_stop_gives_tasks_back_at_no_cost(database: Database, borrowed: Borrowed
     thread = in_thread(lambda: scheduler.run(stop=stop))
     until(lambda: state_of(database, nodes[0]) == "running")
     stop.set()
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
     assert [state_of(database, node) for node in nodes] == ["queued"] * 3
     faults = rows(database, "SELECT sum(faults_task + faults_infrastructure) AS faults FROM tasks")
@@ -242,7 +242,7 @@ def test_cancelled_job_stops_its_task(database: Database, borrowed: Borrowed, co
     until(lambda: state_of(database, node) == "running")
     with database.session() as session:
         cancel_job(session, job)
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
     assert job_row(database, job).state == JobState.CANCELLED
     until(lambda: not borrowed._handles or borrowed.wait(0.1))
@@ -261,7 +261,7 @@ def test_result_after_a_lost_lease_is_dropped(database: Database, borrowed: Borr
     until(lambda: borrowed.calls and not borrowed._handles)
     time.sleep(0.5)
     stop.set()
-    thread.join(60)
+    thread.join(300)
     assert state_of(database, node) == "running"
     assert rows(database, "SELECT * FROM results") == []
     assert job_row(database, job).state == JobState.RUNNING
@@ -277,7 +277,7 @@ def test_lease_lost_to_another_stops_the_task(database: Database, borrowed: Borr
         session.execute(text("UPDATE tasks SET lease_token = 'another', lease_until = lease_until + 3600"))
     until(lambda: not borrowed._handles or borrowed.wait(0.0))
     stop.set()
-    thread.join(60)
+    thread.join(300)
     assert state_of(database, node) == "running"
 
 
@@ -313,7 +313,7 @@ def test_faulty_task_is_tried_three_times(database: Database, borrowed: Borrowed
         return job_row(database, job).state == JobState.FAILED
 
     until(skip_backoff)
-    thread.join(60)
+    thread.join(300)
     assert len(borrowed.calls) == 3
     assert "OverflowError" in str(job_row(database, job).error)
 

@@ -41,7 +41,7 @@ def call(folder_store: NodeStore, tmp_path: Path) -> TaskCall:
     return TaskCall("noop", {"payload": 1}, {}, folder_store.url, str(tmp_path / "cache"))
 
 
-def collect(executor: RayExecutor, count: int, seconds: float = 60.0) -> dict[int, Finished]:
+def collect(executor: RayExecutor, count: int, seconds: float = 180.0) -> dict[int, Finished]:
     """Wait for so many calls to end."""
     ended: dict[int, Finished] = {}
     deadline = time.monotonic() + seconds
@@ -134,7 +134,7 @@ def test_ray_listens_on_loopback_addresses_alone(shared: RayExecutor) -> None:
 
 
 def test_cancel_stops_a_running_call(shared: RayExecutor, call: TaskCall) -> None:
-    handle = shared.submit(replace(call, params={"seconds": 300}))
+    handle = shared.submit(replace(call, params={"seconds": 300.0}))
     time.sleep(0.5)
     started = time.monotonic()
     shared.cancel(handle)
@@ -144,7 +144,7 @@ def test_cancel_stops_a_running_call(shared: RayExecutor, call: TaskCall) -> Non
 
 
 def test_killed_worker_is_a_fault_of_the_infrastructure(shared: RayExecutor, call: TaskCall) -> None:
-    handle = shared.submit(replace(call, params={"seconds": 300}))
+    handle = shared.submit(replace(call, params={"seconds": 300.0}))
 
     def running() -> list[psutil.Process]:
         return [process for process in family(shared) if process.name() == "ray::noop"]
@@ -162,7 +162,7 @@ def test_killed_worker_is_a_fault_of_the_infrastructure(shared: RayExecutor, cal
 
 def test_shutdown_leaves_no_process_and_no_folder(call: TaskCall) -> None:
     executor = RayExecutor.start(cpus=1)
-    executor.submit(replace(call, params={"seconds": 300}))
+    executor.submit(replace(call, params={"seconds": 300.0}))
     time.sleep(0.5)
     processes, folder = family(executor), executor._log.parent
     executor.shutdown()
@@ -177,7 +177,7 @@ def test_shutdown_leaves_no_process_and_no_folder(call: TaskCall) -> None:
 def test_lost_ray_is_noticed_and_leaves_no_process(call: TaskCall, victim: str) -> None:
     executor = RayExecutor.start(cpus=1)
     try:
-        executor.submit(replace(call, params={"seconds": 300}))
+        executor.submit(replace(call, params={"seconds": 300.0}))
         time.sleep(0.5)
         processes = family(executor)
         chosen = processes[:1] if victim == "driver" else [each for each in processes if each.name() == victim]
@@ -198,7 +198,7 @@ def test_killed_orchestrator_leaves_no_ray(call: TaskCall) -> None:
         "executor = RayExecutor.start(cpus=1); executor.submit(TaskCall(**json.loads(sys.argv[1]))); time.sleep(1)\n"
         "print(executor._process.pid, flush=True); time.sleep(300)"
     )
-    request = json.dumps(replace(call, params={"seconds": 300}).to_json())
+    request = json.dumps(replace(call, params={"seconds": 300.0}).to_json())
     with subprocess.Popen([sys.executable, "-c", code, request], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         driver = psutil.Process(int(process.stdout.readline()))

@@ -89,8 +89,14 @@ def _differences(told: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     """Say what makes a mapping, whose fields are right one by one, other than what a record writes."""
     missing = [f"no {name}" for name in sorted(wanted.keys() - told.keys())]
     idle = [f"{name}, which cannot matter beside the others" for name in sorted(told.keys() - wanted.keys())]
-    both = sorted(name for name in told.keys() & wanted.keys() if told[name] != wanted[name])
-    return missing + idle + [f"{name} {shown(told[name])}, of which not all is known" for name in both]
+    other = []
+    for name in sorted(told.keys() & wanted.keys()):
+        if told[name] != wanted[name]:
+            other.append(f"{name} {shown(told[name])}, of which not all is known")
+        elif canonical_json(told[name]) != canonical_json(wanted[name]):
+            # 1 and 1.0 are one number and two texts, which name different tasks.
+            other.append(f"{name} {shown(told[name])}, which is written {shown(wanted[name])}")
+    return missing + idle + other
 
 
 def to_json(value: Any) -> Any:

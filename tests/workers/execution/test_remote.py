@@ -57,6 +57,11 @@ def family(executor: RayExecutor) -> list[psutil.Process]:
     return [driver, *driver.children(recursive=True)]
 
 
+def running(executor: RayExecutor) -> list[psutil.Process]:
+    """Return the workers that are in the middle of a task."""
+    return [process for process in family(executor) if process.name() == "ray::noop"]
+
+
 def gone(processes: list[psutil.Process], seconds: float = 90.0) -> bool:
     """Wait until the processes have ended; one that only its parent could clear away has."""
     deadline = time.monotonic() + seconds
@@ -135,22 +140,19 @@ def test_ray_listens_on_loopback_addresses_alone(shared: RayExecutor) -> None:
 
 def test_cancel_stops_a_running_call(shared: RayExecutor, call: TaskCall) -> None:
     handle = shared.submit(replace(call, params={"seconds": 300.0}))
-    time.sleep(0.5)
+    until(lambda: bool(running(shared)))
     started = time.monotonic()
     shared.cancel(handle)
     ended = collect(shared, 1)
     assert ended[handle].output is None
+    assert ended[handle].fault == Fault.INFRASTRUCTURE
     assert time.monotonic() - started < 30
 
 
 def test_killed_worker_is_a_fault_of_the_infrastructure(shared: RayExecutor, call: TaskCall) -> None:
     handle = shared.submit(replace(call, params={"seconds": 300.0}))
-
-    def running() -> list[psutil.Process]:
-        return [process for process in family(shared) if process.name() == "ray::noop"]
-
-    until(lambda: bool(running()))
-    for process in running():
+    until(lambda: bool(running(shared)))
+    for process in running(shared):
         process.kill()
     ended = collect(shared, 1)
     assert ended[handle].fault == Fault.INFRASTRUCTURE
@@ -163,7 +165,7 @@ def test_killed_worker_is_a_fault_of_the_infrastructure(shared: RayExecutor, cal
 def test_shutdown_leaves_no_process_and_no_folder(call: TaskCall) -> None:
     executor = RayExecutor.start(cpus=1)
     executor.submit(replace(call, params={"seconds": 300.0}))
-    time.sleep(0.5)
+    until(lambda: bool(running(executor)))
     processes, folder = family(executor), executor._log.parent
     executor.shutdown()
     assert gone(processes)
@@ -178,7 +180,7 @@ def test_lost_ray_is_noticed_and_leaves_no_process(call: TaskCall, victim: str) 
     executor = RayExecutor.start(cpus=1)
     try:
         executor.submit(replace(call, params={"seconds": 300.0}))
-        time.sleep(0.5)
+        until(lambda: bool(running(executor)))
         processes = family(executor)
         chosen = processes[:1] if victim == "driver" else [each for each in processes if each.name() == victim]
         for process in chosen:

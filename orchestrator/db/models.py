@@ -2,6 +2,7 @@
 
 models ── jobs ─┬─ job_tasks ── tasks ── task_inputs (which task reads which)
                 └─ releases ── aliases      results (by key), kind_timings (sums over results), events
+service (which database this is), orchestrators (who works on it)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
+    false,
     literal_column,
     text,
 )
@@ -33,7 +35,7 @@ from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mappe
 from orchestrator.states import ACTIVE_JOBS, JobState, TaskState
 
 #: Schema revisions, oldest first, as named in migrations/versions. The last is the one that this code works with.
-REVISIONS = ("2026.11.0",)
+REVISIONS = ("2026.11.0", "2026.12.0")
 
 Digest = String(64)
 Name = String(128)
@@ -119,6 +121,8 @@ class Job(Base):
     release: Mapped[str | None] = mapped_column(String(160))
     digest: Mapped[str | None] = mapped_column(Digest)
     metrics: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    device: Mapped[str] = mapped_column(String(8), server_default="auto")
+    gpu_type: Mapped[str | None] = mapped_column(Name)
 
 
 class Task(Base):
@@ -127,6 +131,11 @@ class Task(Base):
     `inputs` holds digests and, while the task is blocked, references to other tasks' outputs; `waiting` counts the
     distinct tasks among them that have not succeeded. `seq` is the order of arrival. A lease's columns are set
     exactly while the task is running.
+
+    `gpus` and `gpu_memory_bytes` are what it takes on a GPU (0 bytes: no GPU helps), `device` ("auto", "cpu", "cuda")
+    and `gpu_type` what its jobs allow. `alone` asks for a whole GPU, `batch_divisor` for smaller batches, both after an
+    attempt that ran out of memory. `ran_on` is the node of the last attempt; `queued_at` since when it could have been
+    claimed; `repairs` how often it ran again because its outputs had been lost.
     """
 
     __tablename__ = "tasks"
@@ -182,6 +191,15 @@ class Task(Base):
     started_at: Mapped[float | None] = mapped_column(Seconds)
     finished_at: Mapped[float | None] = mapped_column(Seconds)
     error: Mapped[str | None] = mapped_column(Text)
+    gpu_memory_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    device: Mapped[str] = mapped_column(String(8), server_default="auto")
+    gpu_type: Mapped[str | None] = mapped_column(Name)
+    alone: Mapped[bool] = mapped_column(server_default=false())
+    batch_divisor: Mapped[int] = mapped_column(Integer, server_default="1")
+    deadline_seconds: Mapped[float | None] = mapped_column(Seconds)
+    ran_on: Mapped[str | None] = mapped_column(Text)
+    queued_at: Mapped[float | None] = mapped_column(Seconds)
+    repairs: Mapped[int] = mapped_column(Integer, server_default="0")
 
 
 class TaskInput(Base):
@@ -204,7 +222,10 @@ class JobTask(Base):
 
 
 class Result(Base):
-    """What a key's task gave: names to digests, and metrics. Written once."""
+    """What a key's task gave: names to digests, and metrics. Written once, and withdrawn if the bytes are lost.
+
+    `ran` says where: node, device type, versions of the code.
+    """
 
     __tablename__ = "results"
 
@@ -214,10 +235,14 @@ class Result(Base):
     metrics: Mapped[dict[str, Any]] = mapped_column(Json)
     seconds: Mapped[float] = mapped_column(Seconds)
     created_at: Mapped[float] = mapped_column(Seconds)
+    ran: Mapped[dict[str, Any]] = mapped_column(Json, server_default=text("'{}'"))
 
 
 class KindTiming(Base):
-    """Sums over the recorded results of one kind and version, kept as they come so that no one has to scan them."""
+    """Sums over the recorded results of one kind and version on one type of device, kept as they come.
+
+    `device` is "cpu" or a GPU's name; the peaks are the greatest that any task had.
+    """
 
     __tablename__ = "kind_timings"
 
@@ -226,6 +251,37 @@ class KindTiming(Base):
     n: Mapped[int] = mapped_column(BigInteger)
     seconds: Mapped[float] = mapped_column(Seconds)
     work: Mapped[float] = mapped_column(Float(53))
+    device: Mapped[str] = mapped_column(Name, primary_key=True, server_default="cpu")
+    peak_rss_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    peak_gpu_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
+
+
+class ServiceRow(Base):
+    """Which database this is: one row, made with the schema. `store_id` is that of the store that belongs to it."""
+
+    __tablename__ = "service"
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    store_id: Mapped[str | None] = mapped_column(String(32))
+    created_at: Mapped[float] = mapped_column(Seconds)
+
+
+class Orchestrator(Base):
+    """A process that works on this database; `state` is "working" or "waiting", then `reason` says for what.
+
+    `cluster` is JSON about the nodes that it sees and what of them is in use.
+    """
+
+    __tablename__ = "orchestrators"
+
+    id: Mapped[str] = mapped_column(Name, primary_key=True)
+    host: Mapped[str] = mapped_column(Text)
+    pid: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[float] = mapped_column(Seconds)
+    seen_at: Mapped[float] = mapped_column(Seconds)
+    state: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str | None] = mapped_column(Text)
+    cluster: Mapped[dict[str, Any]] = mapped_column(Json)
 
 
 class Event(Base):

@@ -248,7 +248,7 @@ def _check_result(lease: Lease, outputs: Mapping[str, Any], metrics: Mapping[str
 def _add_timing(session: Session, values: Mapping[str, Any]) -> None:
     statement = insert_into(session, KindTiming).values(**values, n=1)
     new = {name: getattr(KindTiming, name) + statement.excluded[name] for name in ("n", "seconds", "work")}
-    session.execute(statement.on_conflict_do_update(index_elements=["kind", "version"], set_=new))
+    session.execute(statement.on_conflict_do_update(index_elements=["kind", "version", "device"], set_=new))
 
 
 def fail_task(session: Session, lease: Lease, *, fault: str, error: str) -> bool:

@@ -92,8 +92,9 @@ def known_results(session: Session, keys: Iterable[str]) -> dict[str, dict[str, 
 
 
 def kind_timings(session: Session) -> dict[str, Timing]:
-    """Return what the recorded tasks of each kind took, of the newest version of the kind that has any."""
-    rows = session.scalars(select(KindTiming).order_by(KindTiming.kind, KindTiming.version))
+    """Return what the recorded tasks of each kind took on CPUs, of the newest version of the kind that has any."""
+    on_cpu = select(KindTiming).where(KindTiming.device == "cpu")
+    rows = session.scalars(on_cpu.order_by(KindTiming.kind, KindTiming.version))
     return {row.kind: Timing(row.n, row.seconds, row.work) for row in rows}
 
 

@@ -53,7 +53,11 @@ def schema(connection: Connection) -> dict[str, Any]:
     if connection.dialect.name == "sqlite":
         rows = connection.execute(text("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL"))
         statements = {row.name: row.sql for row in rows if row.name != "alembic_version"}
-        return {name: sorted(part.strip(" ,\t") for part in sql.split("\n")) for name, sql in statements.items()}
+        # A column that was added later stands in one line with the one before it.
+        return {
+            name: sorted(part.strip(" ,\t") for part in re.split(r"\n|, (?![^()]*\))", sql) if part.strip(" ,\t"))
+            for name, sql in statements.items()
+        }
     indexes = connection.execute(text("SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'"))
     return {
         "indexes": {row.indexname: row.indexdef for row in indexes if "alembic" not in row.indexname},
@@ -108,6 +112,17 @@ def test_migrations_go_down_and_up_again(empty: Database) -> None:
         assert schema(connection) == first
 
 
+def test_timings_of_an_older_database_are_kept_as_those_of_cpus(empty: Database) -> None:
+    with empty.engine.begin() as connection:
+        run_alembic(connection, "2026.11.0")
+        connection.execute(text("INSERT INTO kind_timings VALUES ('noop', 1, 5, 2.0, 3.0)"))
+        run_alembic(connection, "2026.12.0")
+        assert connection.execute(text("SELECT kind, n, device FROM kind_timings")).all() == [("noop", 5, "cpu")]
+        assert connection.scalar(text("SELECT count(*) FROM service WHERE length(id) = 32")) == 1
+        run_alembic(connection, "2026.11.0")
+        assert connection.execute(text("SELECT n FROM kind_timings")).all() == [(5,)]
+
+
 def test_a_migration_that_fails_leaves_nothing_behind(empty: Database) -> None:
     with empty.engine.begin() as connection:
         connection.execute(text("CREATE TABLE aliases (name text)"))
@@ -149,7 +164,9 @@ def test_upgrade_makes_a_database_and_is_idempotent(empty_url: str) -> None:
     assert upgrade(empty_url) == SchemaState(head, head)
     require_current(database)
     with database.session() as session:
-        session.execute(text("INSERT INTO kind_timings VALUES ('noop', 1, 1, 2.0, 3.0)"))
+        session.execute(
+            text("INSERT INTO kind_timings (kind, version, n, seconds, work) VALUES ('noop', 1, 1, 2.0, 3.0)")
+        )
     assert upgrade(empty_url) == current(empty_url) == SchemaState(head, head)
     with database.session(read_only=True) as session:
         assert session.scalar(text("SELECT count(*) FROM kind_timings")) == 1

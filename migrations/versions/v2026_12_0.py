@@ -1,0 +1,119 @@
+"""A GPU cluster: what tasks need and where they ran, who works on the database, which store belongs to it."""
+
+from __future__ import annotations
+
+import uuid
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "2026.12.0"
+down_revision = "2026.11.0"
+branch_labels = None
+depends_on = None
+
+JSON = sa.JSON(none_as_null=True)
+DOUBLE = sa.Float(precision=53)
+
+
+def upgrade() -> None:
+    """Add columns and tables; timings so far are of CPUs."""
+    # One after the other and not in a batch: SQLite would copy the table, and lose its indexes on expressions.
+    op.add_column("jobs", sa.Column("device", sa.String(8), nullable=False, server_default="auto"))
+    op.add_column("jobs", sa.Column("gpu_type", sa.String(128)))
+    for column in (
+        sa.Column("gpu_memory_bytes", sa.BigInteger(), nullable=False, server_default="0"),
+        sa.Column("device", sa.String(8), nullable=False, server_default="auto"),
+        sa.Column("gpu_type", sa.String(128)),
+        sa.Column("alone", sa.Boolean(), nullable=False, server_default=sa.false()),
+        sa.Column("batch_divisor", sa.Integer(), nullable=False, server_default="1"),
+        sa.Column("deadline_seconds", DOUBLE),
+        sa.Column("ran_on", sa.Text()),
+        sa.Column("queued_at", DOUBLE),
+        sa.Column("repairs", sa.Integer(), nullable=False, server_default="0"),
+    ):
+        op.add_column("tasks", column)
+    op.add_column("results", sa.Column("ran", JSON, nullable=False, server_default=sa.text("'{}'")))
+    op.rename_table("kind_timings", "kind_timings_before")
+    _make_timings(with_device=True)
+    op.execute(
+        "INSERT INTO kind_timings (kind, version, n, seconds, work) "
+        "SELECT kind, version, n, seconds, work FROM kind_timings_before"
+    )
+    op.drop_table("kind_timings_before")
+    op.create_table(
+        "service",
+        sa.Column("id", sa.String(32), nullable=False),
+        sa.Column("store_id", sa.String(32)),
+        sa.Column("created_at", DOUBLE, nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_service")),
+    )
+    op.create_table(
+        "orchestrators",
+        sa.Column("id", sa.String(128), nullable=False),
+        sa.Column("host", sa.Text(), nullable=False),
+        sa.Column("pid", sa.Integer(), nullable=False),
+        sa.Column("started_at", DOUBLE, nullable=False),
+        sa.Column("seen_at", DOUBLE, nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("reason", sa.Text()),
+        sa.Column("cluster", JSON, nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_orchestrators")),
+    )
+    clock = "extract(epoch FROM now())" if op.get_context().dialect.name == "postgresql" else "strftime('%s', 'now')"
+    insert = sa.text(f"INSERT INTO service (id, created_at) VALUES (:id, {clock})")
+    op.get_bind().execute(insert.bindparams(id=uuid.uuid4().hex))
+
+
+def downgrade() -> None:
+    """Go back; times on GPUs, and where tasks ran, are forgotten."""
+    op.drop_table("orchestrators")
+    op.drop_table("service")
+    op.rename_table("kind_timings", "kind_timings_before")
+    _make_timings(with_device=False)
+    op.execute(
+        "INSERT INTO kind_timings (kind, version, n, seconds, work) "
+        "SELECT kind, version, n, seconds, work FROM kind_timings_before WHERE device = 'cpu'"
+    )
+    op.drop_table("kind_timings_before")
+    op.drop_column("results", "ran")
+    for column in (
+        "repairs",
+        "queued_at",
+        "ran_on",
+        "deadline_seconds",
+        "batch_divisor",
+        "alone",
+        "gpu_type",
+        "device",
+    ):
+        op.drop_column("tasks", column)
+    op.drop_column("tasks", "gpu_memory_bytes")
+    op.drop_column("jobs", "gpu_type")
+    op.drop_column("jobs", "device")
+
+
+def _make_timings(*, with_device: bool) -> None:
+    """Make the table of timings; its primary key differs, which SQLite cannot change in place."""
+    if _is_postgres():
+        op.execute("ALTER TABLE kind_timings_before DROP CONSTRAINT pk_kind_timings")
+    columns = [
+        sa.Column("kind", sa.String(64), nullable=False),
+        sa.Column("version", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("n", sa.BigInteger(), nullable=False),
+        sa.Column("seconds", DOUBLE, nullable=False),
+        sa.Column("work", DOUBLE, nullable=False),
+    ]
+    key = ["kind", "version"]
+    if with_device:
+        columns += [
+            sa.Column("device", sa.String(128), nullable=False, server_default="cpu"),
+            sa.Column("peak_rss_bytes", sa.BigInteger(), nullable=False, server_default="0"),
+            sa.Column("peak_gpu_bytes", sa.BigInteger(), nullable=False, server_default="0"),
+        ]
+        key.append("device")
+    op.create_table("kind_timings", *columns, sa.PrimaryKeyConstraint(*key, name=op.f("pk_kind_timings")))
+
+
+def _is_postgres() -> bool:
+    return op.get_context().dialect.name == "postgresql"

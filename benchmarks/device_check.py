@@ -22,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,9 +35,9 @@ from benchmarks.cli import keep, parser
 
 RECIPES = ("fast-w4a8", "tfmq-w8a8", "mpqdm-w4a4")
 #: Shares of the minutes; the jobs' is what is left.
-SHARES = {"tests": 0.25, "tune": 0.35, "kernels": 0.2, "jobs": 0.2}
+SHARES = {"tests": 0.25, "tune": 0.45, "kernels": 0.15, "jobs": 0.15}
 STAGES = tuple(SHARES)
-LOG_LINES = 40
+LOG_LINES = 80
 #: Processes of the tests: compiling is what takes their time.
 PROCESSES = 6
 
@@ -104,8 +105,7 @@ class Check:
         self.device, self.out, self.install = device, out, install
         self.minutes, self.began = minutes, time.monotonic()
         self.found: dict[str, Any] = {"device": device, "versions": versions(), "stages": {}}
-        self.folder = out.parent / f"{out.stem}-stages"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="quantmill-check-"))
         self.beside: list[Running] = []
 
     def left(self) -> float:

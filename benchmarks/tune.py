@@ -1,9 +1,9 @@
 """Time tiles of the 8-bit kernels on this GPU, for the layers of SD 1.5, SDXL, DiT-XL, SD3 and Flux.
 
-    python -m benchmarks.tune [--minutes 6] [--workers 8] [--out FILE] [--install]
+    python -m benchmarks.tune [--minutes 6] [--workers 12] [--out FILE] [--install]
 
 First every tile is compiled and checked, in processes of their own: each multiplies a small problem with tails, zero
-points, bias and residual, and what is not the reference's is left out, as is what does not end. Then each layer is
+points and bias, and what is not the reference's is left out, as is what does not end. Then each layer is
 timed with today's choice, in bfloat16 (cuBLAS, cuDNN) and with each tile that passed, from a CUDA graph with a cold L2
 cache, on codes of quantized normal data. Prints one JSON document with all times, and a table of before and after;
 `entries` in it are what `kernels/_triton/tuned/<device>.json` holds, which `--install` writes. A shape's entry is the
@@ -54,10 +54,13 @@ from kernels.fp8 import Fp8Matrix, linear_fp8_reference, quantize_fp8
 from kernels.gemm import linear_int_reference
 
 HALF = torch.bfloat16
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where only what needs no GPU is called
 #: What a tile must gain over today's choice to be kept.
 GAIN = 1.02
-#: Seconds that one tile's compilation and check may take.
-CHECK_SECONDS = 40.0
+#: Of the minutes, what compiling and checking may take.
+CHECK_SHARE = 0.6
+#: Sides of the images that tiles are checked on, most important first.
+SIDES = (64, 32, 128)
 REPEATS = 9
 #: Relative to a value rounded to bfloat16: half a step of its 8 bits, twice, for additions in another order.
 TOLERANCE = 2.0**-7
@@ -124,26 +127,22 @@ def tiles(op: str, capability: tuple[int, int]) -> list[Tile]:
     pointers = [
         Tile(POINTERS, m, n, k, warps, stages)
         for m, n, k, warps, stages in (
-            *((128, 128, 128, 8, 3), (128, 128, 128, 4, 3), (128, 256, 128, 8, 3), (128, 128, 64, 8, 4)),
-            *((128, 128, 64, 4, 4), (64, 128, 128, 4, 3), (128, 64, 128, 4, 3), (64, 64, 128, 4, 4)),
+            *((128, 128, 128, 8, 3), (128, 128, 128, 4, 3), (128, 256, 128, 8, 3), (128, 128, 64, 4, 4)),
+            *((64, 128, 128, 4, 3), (128, 64, 128, 4, 3)),
         )
     ]
     hopper = [
         Tile(HOPPER, m, n, k, warps, stages, halves=halves, per_processor=programs)
         for m, n, k, warps, stages, halves, programs in (
-            *((128, 128, 128, 4, 3, 2, 2), (128, 128, 128, 8, 4, 1, 1), (128, 256, 128, 8, 3, 1, 1)),
-            *((256, 128, 128, 8, 3, 1, 1), (128, 256, 128, 8, 4, 2, 1), (256, 128, 128, 8, 4, 2, 1)),
-            *((128, 128, 64, 4, 4, 1, 2), (128, 128, 64, 8, 6, 1, 1), (64, 128, 128, 4, 4, 1, 2)),
-            *((128, 64, 128, 4, 4, 1, 2), (64, 256, 128, 4, 4, 1, 1), (128, 256, 64, 8, 6, 2, 1)),
+            *((128, 128, 128, 4, 3, 2, 2), (128, 256, 128, 8, 3, 1, 1), (256, 128, 128, 8, 3, 1, 1)),
+            *((128, 128, 128, 8, 4, 1, 1), (128, 128, 64, 4, 4, 1, 2), (256, 128, 128, 8, 4, 2, 1)),
+            *((128, 64, 128, 4, 4, 1, 2), (64, 256, 128, 4, 3, 1, 1)),
         )
     ]
-    return pointers + (hopper if capability[0] == 9 else [])
-
-
-def normal_codes(*shape: int) -> Tensor:
-    """Return int8 codes of normal data: a step of 0.03, so that four standard deviations fill the grid."""
-    grid = ActivationTable(torch.tensor([0.03], device="cuda"), torch.tensor([120.0], device="cuda"), 8)
-    return quantize_by_table(torch.randn(*shape, device="cuda", dtype=HALF), grid).codes
+    if op == CONV_INT8:
+        # A rectangle of pixels is another kernel for each size of image, so that fewer are tried.
+        pointers, hopper = pointers[:4], hopper[:6]
+    return (hopper if capability[0] == 9 else []) + pointers
 
 
 Run = Callable[[Tile | None], Tensor]
@@ -151,21 +150,21 @@ Run = Callable[[Tile | None], Tensor]
 
 def problem(op: str, shape: Shape, image: tuple[int, int] | None) -> tuple[Run, Callable[[], Tensor]]:
     """Return an operator on data of a shape, to be run with a tile, and the same layer in bfloat16."""
-    out = EpilogueRows(torch.zeros(shape.n, device="cuda", dtype=HALF), None, None, None)
+    out = EpilogueRows(torch.zeros(shape.n, device=DEVICE, dtype=HALF), None, None, None)
     if op == LINEAR_FP8:
-        x, w = (torch.randn(size, shape.k, device="cuda", dtype=HALF) for size in (shape.m, shape.n))
+        x, w = (torch.randn(size, shape.k, device=DEVICE, dtype=HALF) for size in (shape.m, shape.n))
         left, right = quantize_fp8(x), quantize_fp8(w)
         return lambda tile: launch_linear_fp8(left, right, out, HALF, tile), lambda: F.linear(x, w)
-    weight = [random_weight(shape.n, shape.k, shape.taps, 8, uniform=False, device="cuda")]
-    grid = ActivationTable(torch.tensor([0.03], device="cuda"), torch.tensor([120.0], device="cuda"), 8)
+    weight = [random_weight(shape.n, shape.k, shape.taps, 8, uniform=False, device=DEVICE)]
+    grid = ActivationTable(torch.tensor([0.03], device=DEVICE), torch.tensor([120.0], device=DEVICE), 8)
     if image is None:
-        x = torch.randn(shape.m, shape.k, device="cuda", dtype=HALF)
-        w = torch.randn(shape.n, shape.k, device="cuda", dtype=HALF)
+        x = torch.randn(shape.m, shape.k, device=DEVICE, dtype=HALF)
+        w = torch.randn(shape.n, shape.k, device=DEVICE, dtype=HALF)
         codes = quantize_by_table(x, grid)
         return lambda tile: launch_linear_int(codes, weight, out, shape.n, HALF, tile), lambda: F.linear(x, w)
     batch, side = image
-    x = torch.randn(batch, side, side, shape.k, device="cuda", dtype=HALF)
-    kernel = torch.randn(shape.n, shape.k, 3, 3, device="cuda", dtype=HALF).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, side, side, shape.k, device=DEVICE, dtype=HALF)
+    kernel = torch.randn(shape.n, shape.k, 3, 3, device=DEVICE, dtype=HALF).to(memory_format=torch.channels_last)
     codes, nchw, geometry = quantize_by_table(x, grid), x.permute(0, 3, 1, 2), ConvGeometry((3, 3), padding=(1, 1))
     return (
         lambda tile: launch_conv2d_int(codes, weight, geometry, out, shape.n, HALF, tile),
@@ -173,24 +172,22 @@ def problem(op: str, shape: Shape, image: tuple[int, int] | None) -> tuple[Run, 
     )
 
 
-def check(op: str, tile: Tile) -> str:
-    """Multiply a small problem with tails; say what is wrong with the result, or nothing."""
+def check(op: str, tile: Tile, side: int) -> str:
+    """Multiply a small problem with tails, of images of `side` if it convolves; say what is wrong with the result.
+
+    Sizes are multiples of 16 as those of real layers are, so that the same kernels are compiled.
+    """
     torch.manual_seed(0)
-    n, k = 392, 336
-    bias = torch.randn(n, device="cuda", dtype=HALF)
+    m, n, k = 1008, 400, 336
+    rows = EpilogueRows(torch.randn(n, device=DEVICE, dtype=HALF), None, None, None)
     if op == LINEAR_FP8:
-        left, right = (quantize_fp8(torch.randn(size, k, device="cuda")) for size in (1000, n))
-        residual = torch.randn(1000, n, device="cuda", dtype=HALF)
-        rows = EpilogueRows(bias, residual, None, None)
+        left, right = (quantize_fp8(torch.randn(size, k, device=DEVICE)) for size in (m, n))
         got = launch_linear_fp8(left, right, rows, HALF, tile)
-        want = linear_fp8_reference(Fp8Matrix(left.values, left.scale), right, rows, torch.float32)
-        return distance(got, want)
-    taps = 9 if op == CONV_INT8 else 1
-    weight = random_weight(n, k, taps, 8, uniform=False, device="cuda")
-    shape = (2, 20, 24, k) if op == CONV_INT8 else (1000, k)
-    grid = ActivationTable(torch.tensor([0.03, 0.02], device="cuda"), torch.tensor([120.0, 3.0], device="cuda"), 8)
-    x = quantize_by_table(torch.randn(*shape, device="cuda"), grid, torch.tensor([0, 1], device="cuda"))
-    rows = EpilogueRows(bias, torch.randn(x.codes.numel() // k, n, device="cuda", dtype=HALF), None, None)
+        return distance(got, linear_fp8_reference(Fp8Matrix(left.values, left.scale), right, rows, torch.float32))
+    weight = random_weight(n, k, 9 if op == CONV_INT8 else 1, 8, uniform=False, device=DEVICE)
+    shape = (2, side, side, k) if op == CONV_INT8 else (m, k)
+    grid = ActivationTable(torch.tensor([0.03, 0.02], device=DEVICE), torch.tensor([120.0, 3.0], device=DEVICE), 8)
+    x = quantize_by_table(torch.randn(*shape, device=DEVICE), grid, torch.tensor([0, 1], device=DEVICE))
     if op == CONV_INT8:
         geometry = ConvGeometry((3, 3), padding=(1, 1))
         got = launch_conv2d_int(x, [weight], geometry, rows, n, HALF, tile)
@@ -212,27 +209,45 @@ def difference(got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> str:
     return "" if worst <= tolerance else f"got a relative difference of {worst:.2g}, wanted at most {tolerance:.2g}"
 
 
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A tile to check for an operator; `side` of the images that it convolves, 0 of a Linear."""
+
+    op: str
+    tile: Tile
+    side: int = 0
+
+
+def trials(capability: tuple[int, int]) -> list[Trial]:
+    """Return what is checked, the first tiles of every operator first."""
+    ops = (LINEAR_INT8, CONV_INT8, *((LINEAR_FP8,) if capability >= (8, 9) else ()))
+    found = [
+        (place, Trial(op, tile, side))
+        for op in ops
+        for place, tile in enumerate(tiles(op, capability))
+        for side in (SIDES if op == CONV_INT8 else (0,))
+        if tile.kernel == HOPPER or side in (0, SIDES[0])
+    ]
+    return [trial for _, trial in sorted(found, key=lambda pair: pair[0])]
+
+
 def check_share(part: int, parts: int, path: Path) -> None:
-    """Check each `parts`th tile, writing a line before and one after, so that one that does not end is known."""
-    capability = torch.cuda.get_device_capability()
+    """Check each `parts`th trial, writing a line before and one after, so that one that does not end is known."""
     with path.open("a", encoding="utf-8", buffering=1) as lines:
-        for op, tile in pairs(capability)[part::parts]:
-            lines.write(json.dumps({"op": op, "tile": asdict(tile)}) + "\n")
+        for trial in trials(torch.cuda.get_device_capability())[part::parts]:
+            lines.write(json.dumps(asdict(trial)) + "\n")
+            started = time.monotonic()
             try:
-                wrong = check(op, tile)
+                wrong = check(trial.op, trial.tile, trial.side)
             except Exception as error:  # a tile that the compiler or the device refuses is left out
                 wrong = f"{type(error).__name__}: {(str(error).splitlines() or [''])[-1][:200]}"
-            lines.write(json.dumps({"op": op, "tile": asdict(tile), "wrong": wrong}) + "\n")
+            seconds = round(time.monotonic() - started, 1)
+            lines.write(json.dumps(asdict(trial) | {"wrong": wrong, "seconds": seconds}) + "\n")
 
 
-def pairs(capability: tuple[int, int]) -> list[tuple[str, Tile]]:
-    """Return every operator with every tile of it."""
-    ops = (LINEAR_INT8, CONV_INT8, *((LINEAR_FP8,) if capability >= (8, 9) else ()))
-    return [(op, tile) for tile_at in range(64) for op in ops for tile in tiles(op, capability)[tile_at : tile_at + 1]]
-
-
-def checked(workers: int, seconds: float) -> dict[tuple[str, Tile], str]:
-    """Check all tiles in processes of their own; return what is wrong with each, nothing with those that passed."""
+def checked(workers: int, seconds: float) -> list[dict[str, Any]]:
+    """Check all trials in processes of their own; return each as JSON, with what is `wrong` with it ("" of those that
+    passed) and what it took."""  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="quantmill-tune-") as folder:
         paths = [Path(folder, f"{part}.jsonl") for part in range(workers)]
         command = [sys.executable, "-m", "benchmarks.tune", "--check"]
@@ -247,12 +262,20 @@ def checked(workers: int, seconds: float) -> dict[tuple[str, Tile], str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        found: dict[tuple[str, Tile], str] = {}
-        for path in paths:
-            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-                row = json.loads(line)
-                found[row["op"], Tile(**row["tile"])] = row.get("wrong", "did not end")
-        return found
+        lines = [line for path in paths if path.is_file() for line in path.read_text(encoding="utf-8").splitlines()]
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        row = json.loads(line)
+        found[json.dumps([row["op"], row["tile"], row["side"]])] = {"wrong": "did not end", "seconds": 0.0} | row
+    return list(found.values())
+
+
+def passed(op: str, side: int, verdicts: Sequence[dict[str, Any]]) -> list[Tile]:
+    """Return the tiles of an operator that passed, on images of this size or, where it was not tried, on any."""
+    sides = {side} if side in SIDES else set(SIDES) | {0}
+    rows = [row for row in verdicts if row["op"] == op and not row["wrong"]]
+    tried = {Tile(**row["tile"]) for row in rows if row["side"] in sides or row["tile"]["kernel"] == POINTERS}
+    return [tile for tile in tiles(op, torch.cuda.get_device_capability()) if tile in tried]
 
 
 def cold_us(run: Callable[[], Any], flush: Tensor) -> float:
@@ -274,14 +297,14 @@ def ops_of(layer: Layer, capability: tuple[int, int]) -> Iterator[str]:
         yield from (LINEAR_INT8, *((LINEAR_FP8,) if capability >= (8, 9) else ()))
 
 
-def measure(layer: Layer, op: str, passed: Sequence[Tile], flush: Tensor) -> dict[str, Any]:
+def measure(layer: Layer, op: str, candidates: Sequence[Tile], flush: Tensor) -> dict[str, Any]:
     """Time a layer in bfloat16, with today's choice and with each tile."""
     run, plain = problem(op, layer.shape, layer.image)
     want = run(None)
     times: list[tuple[float, Tile]] = []
     failed: dict[str, str] = {}
     before = cold_us(lambda: run(None), flush)
-    for tile in passed:
+    for tile in candidates:
         try:
             got = run(tile)
             # Both were rounded to bfloat16, from sums that were added up in another order.
@@ -328,21 +351,19 @@ def tune(minutes: float, workers: int, out: Path | None) -> dict[str, Any]:
 
     end = time.monotonic() + 60 * minutes
     capability = torch.cuda.get_device_capability()
-    verdicts = checked(workers, min(30 * minutes, 150.0))
-    name = torch.cuda.get_device_name()
-    wrong = [{"op": op, "tile": asdict(tile), "wrong": text} for (op, tile), text in verdicts.items() if text]
+    verdicts = checked(workers, 60 * minutes * CHECK_SHARE)
     measured: list[dict[str, Any]] = []
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    result: dict[str, Any] = {"left_out": wrong, "measured": measured, "finished": False}
-    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    result = document(torch.cuda.get_device_name(), versions, [])
+    result |= {"checked": verdicts, "measured": measured, "finished": False}
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
     for layer in LAYERS:
         for op in ops_of(layer, capability):
             if time.monotonic() > end:
-                break
-            passed = [tile for (of, tile), text in verdicts.items() if of == op and not text]
-            measured.append(measure(layer, op, passed, flush))
-            rows = [row for row in map(best, measured) if row is not None]
-            result |= document(name, versions, rows)
+                return result
+            side = layer.image[1] if layer.image else 0
+            measured.append(measure(layer, op, passed(op, side, verdicts), flush))
+            result["entries"] = [row for row in map(best, measured) if row is not None]
             if out is not None:
                 keep(result, out)
     return result | {"finished": True}
@@ -352,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of this module's docstring."""
     command = parser(__doc__)
     command.add_argument("--minutes", type=float, default=6.0)
-    command.add_argument("--workers", type=int, default=8, help="processes that compile and check")
+    command.add_argument("--workers", type=int, default=12, help="processes that compile and check")
     command.add_argument("--out", type=Path)
     command.add_argument("--install", action="store_true", help="write the table that the kernels read")
     command.add_argument("--check", nargs=3, metavar=("PART", "PARTS", "FILE"), help="check a share of the tiles")

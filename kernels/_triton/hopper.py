@@ -71,7 +71,8 @@ def issue(
     return tile, tap, c, tile_m, tile_n
 
 
-@gluon.jit
+# One compilation for all sizes: these integers are never known to be 1, or multiples of 16.
+@gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_h", "tiles_w", "H", "W", "rows_per_scale"])
 def product_kernel(
     x_desc,  # (M, K), or (B, H, W, C) of a convolution: int8 or float8e4nv
     w_desc,  # (N, taps * tap_bytes)

@@ -5,7 +5,7 @@
 Stages, each a process of its own with a share of the time, which is killed when that is over; FILE is written anew
 after each, and holds what a killed one had written:
 
-tests     pytest -m gpu on tests/kernels
+tests     tests of tests/kernels, on the device
 tune      benchmarks.tune: tiles of the kernels, timed; with --install, kernels of the later stages use the table
 kernels   benchmarks.kernels: each layer's kernels beside bfloat16, and the kernels that quantize beside a copy
 jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine's CPUs, which run beside the other
@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,9 @@ SHARES = {"tests": 0.25, "tune": 0.45, "kernels": 0.15, "jobs": 0.15}
 STAGES = tuple(SHARES)
 LOG_LINES = 80
 #: Processes of the tests: compiling is what takes their time.
-PROCESSES = 6
+PROCESSES = 8
+#: Files of tests/kernels that run on the device, what is newest first.
+TESTED = ("hopper", "activations", "fp8", "norms", "gemm", "conv", "operators")
 
 
 @dataclass(slots=True)
@@ -92,10 +95,23 @@ def job(recipe: str, device: str, threads: int) -> list[str]:
 
 def tests(device: str) -> list[str]:
     """Return the command of the kernels' tests; the root's conftest wants packages that may not be there."""
-    mark = "gpu" if device == "cuda" else "not gpu and not slow"
+    mark = "not slow" if device == "cuda" else "not gpu and not slow"
     plain = ["-o", "filterwarnings=default", "-p", "no:cacheprovider", "--confcutdir=tests/kernels"]
     spread_out = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
-    return ["-m", "pytest", "-q", "-m", mark, *plain, *spread_out, "tests/kernels"]
+    files = [f"tests/kernels/test_{name}.py" for name in TESTED]
+    return ["-m", "pytest", "-v", "--no-header", "-m", mark, *plain, *spread_out, *files]
+
+
+def verdicts(log: Path) -> dict[str, Any]:
+    """Count the tests that passed, and name those that did not, also of a run that was cut."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    found = {
+        (name, verdict)
+        for verdict, name in re.findall(r"(PASSED|FAILED|ERROR|SKIPPED)(?: \[ *\d+%\])? (\S+::\S+)", text)
+    }
+    found |= {(name, verdict) for name, verdict in re.findall(r"(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)", text)}
+    failed = sorted(name for name, verdict in found if verdict in ("FAILED", "ERROR"))
+    return {"passed": len({name for name, verdict in found if verdict == "PASSED"}), "failed": failed}
 
 
 class Check:
@@ -133,7 +149,9 @@ class Check:
                 name, hidden = f"{recipe} on cpu", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
                 self.beside.append(start(name, job(recipe, "cpu", threads), self.folder, hidden))
         if "tests" in stages:
-            self.note("tests", start("tests", tests(self.device), self.folder).finish(self.share("tests")))
+            running = start("tests", tests(self.device), self.folder)
+            found = running.finish(self.share("tests"))
+            self.note("tests", found | {"result": verdicts(running.log)})
         if "tune" in stages:
             seconds = self.share("tune")
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
@@ -168,7 +186,7 @@ def summary(stages: dict[str, Any]) -> dict[str, Any]:
     """Return the figures to look at first."""
     found: dict[str, Any] = {}
     if "tests" in stages:
-        found["tests"] = (stages["tests"]["log"] or [""])[-1]
+        found["tests"] = stages["tests"]["result"]
     tuned = stages.get("tune", {}).get("result", {})
     for op in sorted({row["op"] for row in tuned.get("measured", ())}):
         rows = [row for row in tuned["measured"] if row["op"] == op]

@@ -138,7 +138,7 @@ def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry:
         SUM=gl.int32 if is_int else gl.float32, LAYOUT=layout, TAPS_H=kernel[0], TAPS_W=kernel[1],
         PAD_H=0 if geometry is None else geometry.padding[0], PAD_W=0 if geometry is None else geometry.padding[1],
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, SWIZZLE=tile.swizzle, STAGES=tile.stages,
-        num_warps=tile.warps,
+        num_warps=tile.warps, enable_fp_fusion=False,
     )  # fmt: skip
 
 

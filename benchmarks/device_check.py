@@ -1,12 +1,13 @@
 """Everything that only a GPU can show, in one command that ends in time and keeps what it has.
 
-    python -m benchmarks.device_check [--minutes 8] [--stages tests tune kernels jobs] [--out FILE] [--device cuda]
+    python -m benchmarks.device_check [--minutes 8] [--stages tests tune step kernels jobs] [--out FILE] [--device cuda]
 
 Stages, each a process of its own with a share of the time, which is killed when that is over; FILE is written anew
 after each, and holds what a killed one had written:
 
 tests     tests of tests/kernels, on the device
 tune      benchmarks.tune: tiles of the kernels, timed; with --install, kernels of the later stages use the table
+step      benchmarks.gpu_step: a step of an SDXL-sized UNet at batch 4, W8A8 beside bfloat16, under a CUDA graph
 kernels   benchmarks.kernels: each layer's kernels beside bfloat16, and the kernels that quantize beside a copy
 jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine's CPUs, which run beside the other
           stages: seconds by kind of task, PSNR of both, and what the tasks spend their time in
@@ -36,7 +37,7 @@ from benchmarks.cli import keep, parser
 
 RECIPES = ("fast-w4a8", "tfmq-w8a8", "mpqdm-w4a4")
 #: Shares of the minutes; the jobs' is what is left.
-SHARES = {"tests": 0.25, "tune": 0.45, "kernels": 0.15, "jobs": 0.15}
+SHARES = {"tests": 0.2, "tune": 0.35, "step": 0.2, "kernels": 0.15, "jobs": 0.1}
 STAGES = tuple(SHARES)
 LOG_LINES = 80
 #: Processes of the tests: compiling is what takes their time.
@@ -157,6 +158,9 @@ class Check:
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
             command = ["-m", "benchmarks.tune", *minutes, "--out", "{out}", *["--install"] * self.install]
             self.note("tune", start("tune", command, self.folder).finish(seconds))
+        if "step" in stages:
+            command = ["-m", "benchmarks.gpu_step", "--batches", "4", "--formats", "W8A8", "--repeats", "7"]
+            self.note("step", start("step", [*command, "--out", "{out}"], self.folder).finish(self.share("step")))
         if "kernels" in stages:
             seconds = self.share("kernels")
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
@@ -195,6 +199,9 @@ def summary(stages: dict[str, Any]) -> dict[str, Any]:
         found[f"{op}, of bfloat16's speed"] = {
             "layers": len(rows), "before": spread(before), "after": spread(after),
         }  # fmt: skip
+    for batch, formats in stages.get("step", {}).get("result", {}).get("batches", {}).items():
+        for name, times in formats.items():
+            found[f"SDXL-sized step, batch {batch}, {name}"] = times["ms"] | {"speedup": times["speedup"]}
     layers = stages.get("kernels", {}).get("result", {}).get("batches", {}).get("8", {})
     for name in ("torch._int_mm", "torch._int_mm, uniform codes", "W8A8", "W8A8, uniform codes", "FP8"):
         speeds = [timed[name]["speedup"] for timed in layers.values() if "speedup" in timed.get(name, {})]

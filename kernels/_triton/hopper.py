@@ -38,29 +38,36 @@ def tile_of(tile, tiles_m, tiles_n, SWIZZLE: gl.constexpr):
 
 @gluon.jit
 def issue(
-    count, tile, tap, c, tile_m, tile_n, tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes,
+    count, tile, tap, c, m, n, top, left, tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes,
     x_desc, w_desc, bars, x_bufs, w_bufs,
     TAPS_H: gl.constexpr, TAPS_W: gl.constexpr, PAD_H: gl.constexpr, PAD_W: gl.constexpr,
     SWIZZLE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start copying the operands of one step into their buffers; return the next step."""
+    """Start copying the operands of one step into their buffers; return the next step.
+
+    `m` is the first row of the tile, or its image, and `top` and `left` the first pixel of the image; `n` the first
+    column.
+    """
     CONV: gl.constexpr = len(x_desc.block_type.shape) == 4
     if (tap == 0) & (c == 0):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, SWIZZLE)
+        n = tile_n * w_desc.block_type.shape[0]
+        if CONV:
+            m = tile_m // (tiles_h * tiles_w)
+            top = tile_m % (tiles_h * tiles_w) // tiles_w * x_desc.block_type.shape[1] - PAD_H
+            left = tile_m % tiles_w * x_desc.block_type.shape[2] - PAD_W
+        else:
+            m = tile_m * x_desc.block_type.shape[0]
     live = tile < tiles_m * tiles_n
     slot = count % STAGES
     bar = bars.index(slot)
+    first = c * w_desc.block_type.shape[1]
     mbarrier.expect(bar, x_desc.block_type.nbytes + w_desc.block_type.nbytes, pred=live)
     if CONV:
-        first = c * x_desc.block_type.shape[3]
-        image = tile_m // (tiles_h * tiles_w)
-        top = tile_m % (tiles_h * tiles_w) // tiles_w * x_desc.block_type.shape[1] + tap // TAPS_W - PAD_H
-        left = tile_m % tiles_w * x_desc.block_type.shape[2] + tap % TAPS_W - PAD_W
-        load_tile(x_desc, [image, top, left, first], bar, x_bufs.index(slot), live)
+        load_tile(x_desc, [m, top + tap // TAPS_W, left + tap % TAPS_W, first], bar, x_bufs.index(slot), live)
     else:
-        first = c * x_desc.block_type.shape[1]
-        load_tile(x_desc, [tile_m * x_desc.block_type.shape[0], first], bar, x_bufs.index(slot), live)
-    load_tile(w_desc, [tile_n * w_desc.block_type.shape[0], tap * tap_bytes + first], bar, w_bufs.index(slot), live)
+        load_tile(x_desc, [m, first], bar, x_bufs.index(slot), live)
+    load_tile(w_desc, [n, tap * tap_bytes + first], bar, w_bufs.index(slot), live)
     c += 1
     if c == c_tiles:
         c = 0
@@ -68,7 +75,7 @@ def issue(
         if tap == TAPS_H * TAPS_W:
             tap = 0
             tile += gl.num_programs(0)
-    return tile, tap, c, tile_m, tile_n
+    return tile, tap, c, m, n, top, left
 
 
 # One compilation for all sizes: these integers are never known to be 1, or multiples of 16.
@@ -120,11 +127,11 @@ def product_kernel(
         mbarrier.init(bars.index(i), count=1)
     tiles_n = gl.cdiv(N, BLOCK_N)
     c_tiles = gl.cdiv(C, BLOCK_K)
-    next_tile, next_tap, next_c, next_m, next_n = gl.program_id(0), 0, 0, 0, 0
+    next_tile, next_tap, next_c = gl.program_id(0), 0, 0
+    next_m, next_n, next_top, next_left = 0, 0, 0, 0
     for i in gl.static_range(STAGES - 1):
-        next_tile, next_tap, next_c, next_m, next_n = issue(
-            i, next_tile, next_tap, next_c, next_m, next_n, tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes,
-            x_desc, w_desc, bars, x_bufs, w_bufs, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE, STAGES,
+        next_tile, next_tap, next_c, next_m, next_n, next_top, next_left = issue(
+            i, next_tile, next_tap, next_c, next_m, next_n, next_top, next_left, tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes, x_desc, w_desc, bars, x_bufs, w_bufs, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE, STAGES,
         )  # fmt: skip
     count = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
@@ -138,9 +145,9 @@ def product_kernel(
             acc = warpgroup_mma(x, w_bufs.index(slot).permute((1, 0)), acc, is_async=True)
             # One product stays in flight; the one before has ended, and its buffers are free.
             acc = warpgroup_mma_wait(1, (acc,))
-            next_tile, next_tap, next_c, next_m, next_n = issue(
-                count + STAGES - 1, next_tile, next_tap, next_c, next_m, next_n, tiles_m, tiles_n, c_tiles, tiles_h,
-                tiles_w, tap_bytes, x_desc, w_desc, bars, x_bufs, w_bufs, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE,
+            next_tile, next_tap, next_c, next_m, next_n, next_top, next_left = issue(
+                count + STAGES - 1, next_tile, next_tap, next_c, next_m, next_n, next_top, next_left, tiles_m, tiles_n,
+                c_tiles, tiles_h, tiles_w, tap_bytes, x_desc, w_desc, bars, x_bufs, w_bufs, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE,
                 STAGES,
             )  # fmt: skip
             count += 1

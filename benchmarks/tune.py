@@ -43,6 +43,7 @@ from kernels._triton.tuned import (
     Entry,
     Shape,
     Tile,
+    chip_of,
     document,
     file_of,
     row_of,
@@ -354,7 +355,7 @@ def tune(minutes: float, workers: int, out: Path | None) -> dict[str, Any]:
     verdicts = checked(workers, 60 * minutes * CHECK_SHARE)
     measured: list[dict[str, Any]] = []
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    result = document(torch.cuda.get_device_name(), versions, [])
+    result = document(chip_of(torch.device("cuda", torch.cuda.current_device())), versions, [])
     result |= {"checked": verdicts, "measured": measured, "finished": False}
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
     for layer in LAYERS:
@@ -389,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.install:
         path = file_of(found["device"])
         path.parent.mkdir(exist_ok=True)
-        keep({name: found[name] for name in ("device", "torch", "triton", "entries")}, path)
+        keep({name: found[name] for name in ("device", "capability", "processors", "torch", "triton", "entries")}, path)
     return 0
 
 

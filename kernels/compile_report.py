@@ -123,8 +123,11 @@ class Usage:
             return f"{self.kernel} on {self.arch}: got {self.shared} bytes of shared memory, wanted at most {limit}"
         if self.matrix == "none" and self.kernel.startswith(("linear", "conv")):
             return f"{self.kernel} on {self.arch}: got no matrix instruction, wanted at least one"
-        if self.kernel.endswith(OWN_LOOP) and (
-            self.loop is None or self.loop.in_flight < 1 or self.loop.stores or self.loop.conversions
+        # Sums that are scaled by groups end within the loop.
+        if (
+            self.kernel.endswith(OWN_LOOP)
+            and " g" not in self.kernel
+            and (self.loop is None or self.loop.in_flight < 1 or self.loop.stores or self.loop.conversions)
         ):
             return f"{self.kernel} on {self.arch}: got {self.loop} in its loop, wanted one in flight, nothing prepared"
         return None
@@ -306,11 +309,14 @@ def _hopper_cases() -> Iterator[Case]:
 
     from kernels._triton.hopper import product_kernel
 
-    for label, element, (m, n, k, warps, stages, halves), rectangle in (
-        ("linear W8A8", "i8", (128, 128, 128, 8, 4, 1), None),
-        ("linear W8A8", "i8", (256, 128, 128, 8, 3, 1), None),
-        ("linear FP8", "fp8e4nv", (128, 256, 128, 8, 3, 1), None),
-        ("conv 3x3/1 W8A8", "i8", (128, 128, 128, 8, 4, 1), (2, 64)),
+    for label, element, (m, n, k, warps, stages, halves), rectangle, group_steps in (
+        ("linear W8A8", "i8", (128, 128, 128, 4, 3, 2), None, 0),
+        ("linear W8A8", "i8", (256, 128, 128, 8, 3, 1), None, 0),
+        ("linear W8A8 g128", "i8", (64, 128, 128, 4, 2, 1), None, 1),
+        ("linear W8A8 g128", "i8", (128, 128, 128, 8, 4, 1), None, 1),
+        ("linear FP8", "fp8e4nv", (128, 256, 128, 8, 3, 1), None, 0),
+        ("conv 3x3/1 W8A8", "i8", (128, 128, 128, 4, 3, 2), (2, 64), 0),
+        ("conv 3x3/1 W8A8 g128", "i8", (64, 128, 128, 4, 2, 1), (1, 64), 1),
     ):
         is_int = element == "i8"
         instruction = [16, min(n, 128 if is_int else 256), 32]
@@ -319,6 +325,7 @@ def _hopper_cases() -> Iterator[Case]:
         constants = {
             "SUM": gl.int32 if is_int else gl.float32, "LAYOUT": layout, "TAPS_H": taps, "TAPS_W": taps,
             "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "HALVES": halves,
+            "GROUP_STEPS": group_steps,
             "SWIZZLE": 8, "STAGES": stages, "residual_ptr": None, "x_sum_ptr": None, "zero_ptr": None,
             **({} if is_int else {"x_zero_ptr": None, "total_ptr": None}),
         }  # fmt: skip
@@ -327,6 +334,8 @@ def _hopper_cases() -> Iterator[Case]:
             "x_desc": _descriptor(element, [*(lead or [m]), k]), "w_desc": _descriptor(element, [n, k]),
             "out_desc": _descriptor("bf16", [*(lead or [m]), n // halves]),
         }  # fmt: skip
+        if group_steps:
+            types["total_ptr"] = "*fp32"
         yield Case(f"{label}, {m} x {n}{OWN_LOOP}", product_kernel, constants, types, warps, stages)
 
 

@@ -23,6 +23,7 @@ import triton
 FOLDER = Path(__file__).parent / "tuned"
 #: Operators that have entries.
 LINEAR_INT8, CONV_INT8, LINEAR_FP8 = "linear_int8", "conv_int8", "linear_fp8"
+LINEAR_GROUPS, CONV_GROUPS = "linear_int8_groups", "conv_int8_groups"
 #: Kernels that an entry may name: Triton's own pipeline over pointers, or `kernels._triton.hopper`.
 POINTERS, HOPPER = "pointers", "hopper"
 #: How far (in powers of two, summed over rows, columns and depth) a shape may be from one that was measured.

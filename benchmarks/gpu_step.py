@@ -44,7 +44,7 @@ STEPS = tuple(float(t) for t in range(951, 0, -50))
 FORMATS = {
     "W8A8": WeightSpec(8),
     "W4A8": WeightSpec(4),
-    "W4A8 g64": WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=64),
+    "W4A8 g128": WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=128),
 }
 # Kernels are the same with and without a graph, but libraries may choose others for it; a wrong step is far beyond.
 GRAPH_TOLERANCE = 0.01

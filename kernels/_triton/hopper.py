@@ -214,14 +214,15 @@ def product_kernel(
                 x_zero = gl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
                 sums = gl.zeros((BLOCK_N,), dtype=gl.int32, layout=gl.SliceLayout(0, LAYOUT))
                 for tap in range(TAPS):
-                    total = gl.load(total_ptr + n * TAPS + tap, mask=in_n, other=0).to(gl.int32)
-                    sums += total
-                    if PAD_H > 0 or PAD_W > 0:
-                        # A tap that falls on padding has no part in the correction.
+                    sums += gl.load(total_ptr + n * TAPS + tap, mask=in_n, other=0).to(gl.int32)
+                acc -= x_zero[:, None] * sums[None, :]
+                if PAD_H > 0 or PAD_W > 0:
+                    # A tap that falls on padding has no part in the correction.
+                    for tap in range(TAPS):
                         outside = is_outside(y, x_at, tap, H, W, TAPS_W, PAD_H, PAD_W) & in_m
                         if gl.max(outside.to(gl.int32), axis=0) > 0:
+                            total = gl.load(total_ptr + n * TAPS + tap, mask=in_n, other=0).to(gl.int32)
                             acc += gl.where(outside, x_zero, 0)[:, None] * total[None, :]
-                acc -= x_zero[:, None] * sums[None, :]
             if x_sum_ptr is not None:
                 x_sum = gl.load(x_sum_ptr + m, mask=in_m, other=0)
                 acc -= x_sum[:, None] * gl.load(zero_ptr + n, mask=in_n, other=0).to(gl.int32)[None, :]

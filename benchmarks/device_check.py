@@ -7,7 +7,7 @@ after each, and holds what a killed one had written:
 
 tests     tests of tests/kernels, on the device
 tune      benchmarks.tune: tiles of the kernels, timed; with --install, kernels of the later stages use the table
-step      benchmarks.gpu_step: a step of an SDXL-sized UNet at batch 4, W8A8 beside bfloat16, under a CUDA graph
+step      benchmarks.gpu_step: a step of an SDXL-sized UNet at batch 4, FORMATS beside bfloat16, under a CUDA graph
 kernels   benchmarks.kernels: each layer's kernels beside bfloat16, and the kernels that quantize beside a copy
 jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine's CPUs, which run beside the other
           stages: seconds by kind of task, PSNR of both, and what the tasks spend their time in
@@ -36,14 +36,22 @@ from typing import Any
 from benchmarks.cli import keep, parser
 
 RECIPES = ("fast-w4a8", "tfmq-w8a8", "mpqdm-w4a4")
+FORMATS = ("W8A8", "W4A8 g128")
 #: Shares of the minutes; the jobs' is what is left.
-SHARES = {"tests": 0.2, "tune": 0.35, "step": 0.2, "kernels": 0.15, "jobs": 0.1}
+SHARES = {"tests": 0.2, "tune": 0.35, "step": 0.25, "kernels": 0.2, "jobs": 0.1}
 STAGES = tuple(SHARES)
 LOG_LINES = 80
+#: Candidates of benchmarks.kernels that are in the summary.
+KERNELS = (
+    *("torch._int_mm", "torch._int_mm, uniform codes", "W8A8, uniform codes"),
+    *("W8A8", "W8A8 with quantization", "W8A8, zero points", "W8A8, zero points with quantization"),
+    *("W4A8", "W4A8, unpacked", "W4A8, unpacked with quantization", "W4A8 g128", "W4A8 g128, unpacked"),
+    *("W3/4/5A8", "W3/4/5A8, unpacked", "FP8", "FP8 with quantization"),
+)
 #: Processes of the tests: compiling is what takes their time.
 PROCESSES = 8
 #: Files of tests/kernels that run on the device, what is newest first.
-TESTED = ("hopper", "activations", "fp8", "norms", "gemm", "conv", "operators")
+TESTED = ("hopper", "activations", "fp8", "norms", "sums", "weights", "gemm", "conv", "operators")
 
 
 @dataclass(slots=True)
@@ -159,7 +167,17 @@ class Check:
             command = ["-m", "benchmarks.tune", *minutes, "--out", "{out}", *["--install"] * self.install]
             self.note("tune", start("tune", command, self.folder).finish(seconds))
         if "step" in stages:
-            command = ["-m", "benchmarks.gpu_step", "--batches", "4", "--formats", "W8A8", "--repeats", "7"]
+            command = [
+                "-m",
+                "benchmarks.gpu_step",
+                "--batches",
+                "4",
+                "--formats",
+                "W8A8",
+                "W4A8 g128",
+                "--repeats",
+                "7",
+            ]
             self.note("step", start("step", [*command, "--out", "{out}"], self.folder).finish(self.share("step")))
         if "kernels" in stages:
             seconds = self.share("kernels")
@@ -203,10 +221,14 @@ def summary(stages: dict[str, Any]) -> dict[str, Any]:
         for name, times in formats.items():
             found[f"SDXL-sized step, batch {batch}, {name}"] = times["ms"] | {"speedup": times["speedup"]}
     layers = stages.get("kernels", {}).get("result", {}).get("batches", {}).get("8", {})
-    for name in ("torch._int_mm", "torch._int_mm, uniform codes", "W8A8", "W8A8, uniform codes", "FP8"):
+    for name in KERNELS:
         speeds = [timed[name]["speedup"] for timed in layers.values() if "speedup" in timed.get(name, {})]
         if speeds:
             found[f"kernels: {name}"] = spread(speeds)
+    quantizing = stages.get("kernels", {}).get("result", {}).get("quantize", {})
+    found["quantize, of a copy's bandwidth"] = {
+        name: row.get("of_copy", row.get("error")) for name, row in quantizing.items()
+    }
     for name, stage in stages.items():
         if " on " in name and "result" in stage:
             result = stage["result"]

@@ -409,6 +409,17 @@ def tune(minutes: float, workers: int, out: Path | None) -> dict[str, Any]:
     return result | {"finished": True}
 
 
+def install(found: dict[str, Any]) -> None:
+    """Write the table that the kernels read; what an older one has of shapes that were not measured now stays in it."""
+    path = file_of(found["device"])
+    path.parent.mkdir(exist_ok=True)
+    now = {json.dumps([each["op"], each["shape"]]) for each in found["measured"]}
+    older = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
+    kept = [row for row in older if json.dumps([row["op"], row["shape"]]) not in now]
+    table = {name: found[name] for name in ("device", "capability", "processors", "torch", "triton")}
+    keep(table | {"entries": [*found["entries"], *kept]}, path)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of this module's docstring."""
     command = parser(__doc__)
@@ -427,9 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     give(found, options.out)
     print(table(found["measured"]), file=sys.stderr)
     if options.install:
-        path = file_of(found["device"])
-        path.parent.mkdir(exist_ok=True)
-        keep({name: found[name] for name in ("device", "capability", "processors", "torch", "triton", "entries")}, path)
+        install(found)
     return 0
 
 

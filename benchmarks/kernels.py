@@ -11,8 +11,7 @@ of 128, packed and unpacked to int8), W4A16, FP8 on sm_90, and those with the qu
 scaled channels, and channels of 3, 4 and 5 bits; torchao and gemlite where installed. Weights are normal, quantized,
 as real ones are; "uniform codes" beside it has each code as often as any other, on which tensor cores draw more power
 and clock lower. `quantize` has the kernels that make codes, in bytes per microsecond, as a fraction of what a copy
-moves. What fails is recorded with its error. --minutes leaves out what is not reached by then.
-`figures` has the
+moves. What fails is recorded with its error. --minutes leaves out what is not reached by then. `figures` has the
 least, median and greatest speedup over layers: of W8A8 at the largest batch, of W4A16 at the least where weights
 dominate.
 """

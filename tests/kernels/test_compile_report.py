@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kernels.compile_report import ARCHITECTURES, SPILL_LIMIT, Usage, problems, table
+from kernels.compile_report import ARCHITECTURES, OWN_LOOP, SPILL_LIMIT, Loop, Usage, main_loop, problems, table
 
 # A few kernels of each kind where registers are scarcest.
 QUICK = [
@@ -67,6 +67,45 @@ def test_limits_are_reported() -> None:
         "got no matrix instruction",
     ]
     assert "| linear | sm_90 | 255 | 64 | 1.0 | wgmma.mma_async x 4 |" in table([fine])
+
+
+# What nvdisasm prints of a loop, and of what is before and after it.
+ASSEMBLY = """
+.L_x_0:
+        /*0f60*/                   IMAD R1, R2, R3, R4 ;
+.L_x_5:
+        /*1b20*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*1c80*/                   WARPGROUP.ARRIVE ;
+        /*1cd0*/                   IGMMA.64x128x32.S8.S8 R88, gdesc[UR24], R88 ;
+        /*1e20*/                   IGMMA.64x128x32.S8.S8 R24, gdesc[UR16], R24, gsb0 ;
+        /*1e30*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*1e40*/              @!P0 I2F R7, R8 ;
+        /*1e50*/                   I2F.RP R10, R11 ;
+        /*1e60*/                   STS [R1], R2 ;
+        /*25e0*/               @P0 BRA `(.L_x_5) ;
+        /*3f20*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*7360*/              @!P0 BRA `(.L_x_0) ;
+"""
+
+
+def test_a_loop_is_counted() -> None:
+    loop = main_loop(ASSEMBLY)
+    assert loop == Loop(products=2, in_flight=1, stores=1, conversions=1, barriers=1, others=4)
+    assert main_loop(ASSEMBLY.replace("IGMMA", "IMAD")) is None
+
+
+def test_a_loop_that_waits_or_prepares_operands_is_a_problem() -> None:
+    fine = Loop(products=4, in_flight=1, stores=0, conversions=0, barriers=4, others=150)
+    waits = Loop(products=4, in_flight=0, stores=0, conversions=0, barriers=4, others=150)
+    prepares = Loop(products=4, in_flight=1, stores=8, conversions=0, barriers=4, others=150)
+    rows = [
+        Usage(f"linear{OWN_LOOP}", "sm_90", 200, 0, 1024, "wgmma.mma_async x 4", loop)
+        for loop in (fine, waits, prepares)
+    ]
+    assert [text.split("got ")[1].split(", ")[1:3] for text in problems(rows)] == [
+        ["0 in flight", "0 stores"],
+        ["1 in flight", "8 stores"],
+    ]
 
 
 def test_an_interpreter_compiles_nothing() -> None:

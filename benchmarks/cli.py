@@ -59,7 +59,13 @@ def named(pairs: Iterable[str]) -> dict[str, str]:
 
 def give(document: Mapping[str, Any], out: Path | None = None) -> None:
     """Print a benchmark's result as one JSON document, and write it to a file."""
-    text = json.dumps(document, indent=1) + "\n"
     if out is not None:
-        out.write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
+        keep(document, out)
+    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+def keep(document: Mapping[str, Any], out: Path) -> None:
+    """Write what a benchmark has so far; a process that is killed meanwhile leaves the file as it was."""
+    half = out.with_name(f"{out.name}.part")
+    half.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    half.replace(out)

@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU, on shapes of SDXL's UNet and of a DiT-XL, against what is there already.
 
-    python -m benchmarks.kernels [--batches 1 8] [--repeats 50] [--only TEXT] [--out FILE]
+    python -m benchmarks.kernels [--batches 1 8] [--repeats 50] [--only TEXT] [--minutes M] [--out FILE]
 
 Prints one JSON document: for each batch size, layer and candidate the microseconds (median of `--repeats`, each a
 replay of a CUDA graph timed by events, so that launches from Python do not count, the L2 cache cleared before each),
@@ -8,7 +8,10 @@ tera-operations per second, the speedup over bfloat16, and the fraction of the r
 device needs for the operations at its measured peak and for the bytes at its measured bandwidth, over the time taken.
 Candidates: bfloat16 (cuBLAS, cuDNN channels last), torch._int_mm, this package's W8A8, W4A8 (per channel and groups of
 64), W4A16, FP8 on sm_90, and those with the quantization of the input; W8A8 with scaled channels, and channels of 3, 4
-and 5 bits; torchao and gemlite where installed. What fails of those two is recorded with its error. `figures` has the
+and 5 bits; torchao and gemlite where installed. Weights are normal, quantized, as real ones are; "uniform codes" beside
+it has each code as often as any other, on which tensor cores draw more power and clock lower. `quantize` has the
+kernels that make codes, in bytes per microsecond, as a fraction of what a copy moves. What fails is recorded with its
+error. --minutes leaves out what is not reached by then. `figures` has the
 least, median and greatest speedup over layers: of W8A8 at the largest batch, of W4A16 at the least where weights
 dominate.
 """
@@ -16,9 +19,9 @@ dominate.
 from __future__ import annotations
 
 import importlib.util
-import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,14 +32,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.cli import give, parser
+from benchmarks.cli import give, keep, parser
 from benchmarks.timing import captured, cuda_ms
 from benchmarks.weights import random_weight
-from kernels.activations import ActivationTable, quantize_by_table, quantize_dynamic
+from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.epilogue import Epilogue
 from kernels.fp8 import linear_fp8, quantize_fp8
 from kernels.gemm import linear_float, linear_int
+from kernels.norms import GroupNorm, LayerNorm, group_norm_quantize, layer_norm_quantize
 from kernels.weights import PackedWeight
 
 HALF = torch.bfloat16
@@ -77,9 +81,17 @@ LAYERS = (
 FEW_ROWS = 80
 
 
-def layer_weight(layer: Layer, bits: int, group_size: int | None = None, channel: Tensor | None = None) -> PackedWeight:
+def layer_weight(
+    layer: Layer,
+    bits: int,
+    group_size: int | None = None,
+    channel: Tensor | None = None,
+    *,
+    uniform: bool = False,
+) -> PackedWeight:
     """Make a symmetric weight on the GPU, of all output channels or of those that `channel` names."""
-    return random_weight(layer.outputs, layer.channels, layer.taps, bits, group_size, channel).to("cuda")
+    sizes = (layer.outputs, layer.channels, layer.taps, bits, group_size, channel)
+    return random_weight(*sizes, uniform=uniform, device="cuda")
 
 
 def mixed_weight(layer: Layer) -> list[PackedWeight]:
@@ -96,6 +108,13 @@ def table(channels: int = 0) -> ActivationTable:
     )
 
 
+def uniform_codes(x: Tensor) -> QuantizedActivation:
+    """Return codes of the shape of `x`, each as often as any other."""
+    codes = torch.randint(-128, 128, x.shape, device="cuda", dtype=torch.int8)
+    scale, zero = (torch.tensor([value], device="cuda") for value in (0.03, 3))
+    return QuantizedActivation(codes, scale, zero.int(), symmetric=False)
+
+
 def _quantized(operator: Callable[..., Tensor], x: Tensor, grid: ActivationTable, *rest: Any) -> Tensor:
     """Quantize the input of an integer operator, and call it."""
     return operator(quantize_by_table(x, grid), *rest)
@@ -106,11 +125,14 @@ def linear_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[
     x = torch.randn(batch * layer.size, layer.channels, device="cuda", dtype=HALF)
     w = torch.randn(layer.outputs, layer.channels, device="cuda", dtype=HALF)
     yield "bfloat16", lambda: F.linear(x, w)
-    if x.shape[0] > 16 and layer.channels % 8 == 0:
-        left, right = (torch.randint(-128, 128, t.shape, device="cuda", dtype=torch.int8) for t in (x, w))
-        yield "torch._int_mm", lambda: torch._int_mm(left, right.t())
     grid, out = table(), Epilogue(HALF)
-    codes = quantize_by_table(x, grid)
+    codes, flat = quantize_by_table(x, grid), uniform_codes(x)
+    if x.shape[0] > 16 and layer.channels % 8 == 0:
+        right = quantize_by_table(w, grid).codes
+        yield "torch._int_mm", lambda: torch._int_mm(codes.codes, right.t())
+        even, odd = flat.codes, uniform_codes(w).codes
+        yield "torch._int_mm, uniform codes", lambda: torch._int_mm(even, odd.t())
+    yield "W8A8, uniform codes", partial(linear_int, flat, [layer_weight(layer, 8, uniform=True)], out)
     for name, bits, group in (("W8A8", 8, None), ("W4A8", 4, None), ("W4A8 g64", 4, 64)):
         weight = [layer_weight(layer, bits, group)]
         yield name, partial(linear_int, codes, weight, out)
@@ -179,12 +201,49 @@ def conv_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[]
     yield "bfloat16", lambda: F.conv2d(image, kernel, padding=pad)
     rows, grid, out = image.permute(0, 2, 3, 1), table(), Epilogue(HALF)
     codes, geometry = quantize_by_table(rows, grid), ConvGeometry((layer.kernel, layer.kernel), padding=(pad, pad))
+    even = [layer_weight(layer, 8, uniform=True)]
+    yield "W8A8, uniform codes", partial(conv2d_int, uniform_codes(rows), even, geometry, out)
     for name, bits, group in (("W8A8", 8, None), ("W4A8", 4, None), ("W4A8 g64", 4, 64)):
         weight = [layer_weight(layer, bits, group)]
         yield name, partial(conv2d_int, codes, weight, geometry, out)
         yield f"{name} with quantization", partial(_quantized, conv2d_int, rows, grid, weight, geometry, out)
     mixed = mixed_weight(layer)
     yield "W3/4/5A8", lambda: conv2d_int(codes, mixed, geometry, out)
+
+
+def quantize_candidates() -> Iterator[tuple[str, int, Callable[[], Any]]]:
+    """Yield what makes codes: its name, the bytes that it has to read and write, its call."""
+    for rows, channels in ((32768, 640), (8192, 1280), (8192, 5120), (2048, 1152)):
+        x = torch.randn(rows, channels, device="cuda", dtype=HALF)
+        moved, size = 3 * x.numel(), f"{rows}x{channels}"
+        grid, scaled = table(), table(channels)
+        yield f"by table {size}", moved, partial(quantize_by_table, x, grid)
+        yield f"by table, scaled channels {size}", moved, partial(quantize_by_table, x, scaled)
+        yield f"tokens {size}", moved, partial(quantize_dynamic, x, 8, symmetric=True, per_token=True)
+        if torch.cuda.get_device_capability() >= (8, 9):
+            yield f"FP8 tokens {size}", moved, partial(quantize_fp8, x)
+        tokens = x.view(8, -1, channels)
+        shift, scale = (torch.randn(8, channels, device="cuda", dtype=HALF) for _ in range(2))
+        modulated = partial(layer_norm_quantize, tokens, LayerNorm(1e-6, scale=scale, shift=shift), 8)
+        yield f"layer norm, modulated, tokens {size}", moved, modulated
+    for batch, side, channels in ((8, 128, 320), (8, 64, 640), (8, 32, 1280)):
+        image = torch.randn(batch, side, side, channels, device="cuda", dtype=HALF)
+        weight, bias = (torch.randn(channels, device="cuda", dtype=HALF) for _ in range(2))
+        grid, moved = table(), 5 * image.numel()  # read for its statistics, and again
+        norm = partial(group_norm_quantize, image, GroupNorm(32, 1e-5, weight, bias), grid)
+        yield f"group norm, SiLU {batch}x{side}x{side}x{channels}", moved, norm
+
+
+def quantize_times(repeats: int, peak: dict[str, float], flush: Tensor) -> dict[str, Any]:
+    """Time what makes codes."""
+    found: dict[str, Any] = {}
+    for name, moved, run in quantize_candidates():
+        try:
+            us = microseconds(run, repeats, flush)
+            found[name] = {"us": round(us, 2), "of_copy": round(moved / us / peak["bytes"], 3)}
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return found
 
 
 def microseconds(run: Callable[[], Any], repeats: int, flush: Tensor) -> float:
@@ -206,12 +265,13 @@ def peaks(repeats: int, flush: Tensor) -> dict[str, float]:
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=HALF) for _ in range(2))
     x, y = (torch.randint(-128, 128, (n, n), device="cuda", dtype=torch.int8) for _ in range(2))
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    source = torch.ones(2**28, device="cuda")
     target = torch.empty_like(source)
     return {
         "bfloat16": 2 * n**3 / microseconds(lambda: a @ b, repeats, flush),
         "int8": 2 * n**3 / microseconds(lambda: torch._int_mm(x, y.t()), repeats, flush),
-        "bytes": 2 * source.numel() / microseconds(lambda: target.copy_(source), repeats, flush),
+        # By an elementwise kernel: what a copy node of a graph moves depends on how the driver copies.
+        "bytes": 8 * source.numel() / microseconds(lambda: torch.neg(source, out=target), repeats, flush),
     }
 
 
@@ -240,15 +300,19 @@ def measure(layer: Layer, batch: int, repeats: int, peak: dict[str, float], flus
         }
         timed[name]["speedup"] = round(timed["bfloat16"]["us"] / us, 3)
 
-    for name, run in (conv_candidates if layer.kernel else linear_candidates)(layer, batch):
-        note(name, run)
     stream = torch.cuda.current_stream()
-    for name, build in () if layer.kernel else other_libraries(layer, batch):
+
+    def attempt(name: str, build: Callable[[], Callable[[], Any]]) -> None:
         try:
             note(name, build())
-        except Exception as error:  # of libraries whose versions and limits are not ours
+        except Exception as error:  # what one candidate cannot do leaves the others' times
             torch.cuda.set_stream(stream)  # a capture that fails leaves its own
             timed[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+    for name, run in (conv_candidates if layer.kernel else linear_candidates)(layer, batch):
+        attempt(name, lambda run=run: run)  # type: ignore[misc]
+    for name, build in () if layer.kernel else other_libraries(layer, batch):
+        attempt(name, build)
     return timed
 
 
@@ -263,10 +327,11 @@ def figures(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
         ],
         "W4A16, least batch": [timed["W4A16"] for name, timed in small.items() if name in few],
     }
-    found = {name: sorted(each["speedup"] for each in timed) for name, timed in chosen.items() if timed}
+    found = {name: sorted(each["speedup"] for each in timed if "us" in each) for name, timed in chosen.items()}
     return {
         name: {"least": all_[0], "median": statistics.median(all_), "greatest": all_[-1]}
         for name, all_ in found.items()
+        if all_
     }
 
 
@@ -276,25 +341,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     command.add_argument("--repeats", type=int, default=50)
     command.add_argument("--only", default="", help="layers whose name contains this")
+    command.add_argument("--minutes", type=float, default=60.0, help="stop before a layer that starts later than this")
     command.add_argument("--out", type=Path)
     options = command.parse_args(arguments)
     if not torch.cuda.is_available():
         command.error("device: got no GPU, wanted one that Triton compiles for")
     import triton
 
+    end = time.monotonic() + 60 * options.minutes
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
     peak = peaks(options.repeats, flush)
     layers = [layer for layer in LAYERS if options.only in layer.name]
     results: dict[str, dict[str, Any]] = {}
     device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    found = {"device": device, "peak_per_us": peak, "batches": results}
+    found: dict[str, Any] = {"device": device, "peak_per_us": peak, "batches": results}
+    found["quantize"] = quantize_times(options.repeats, peak, flush)
     for batch in options.batches:
         results[str(batch)] = {}
         for layer in layers:
+            if time.monotonic() > end:
+                break
             results[str(batch)][layer.name] = measure(layer, batch, options.repeats, peak, flush)
             print(f"batch {batch}, {layer.name}: done", file=sys.stderr)
             if options.out:  # so that a device that fails later does not take it along
-                options.out.write_text(json.dumps(found, indent=1) + "\n")
+                keep(found, options.out)
     give(found | {"figures": figures(results)}, options.out)
     return 0
 

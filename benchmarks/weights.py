@@ -8,9 +8,20 @@ from torch import Tensor
 from kernels.packing import pack_codes
 from kernels.weights import PackedWeight, pack_weight
 
+#: Standard deviations of a normal weight that the codes of one channel span, to both sides.
+SPAN = 4.0
+
 
 def random_weight(
-    outputs: int, channels: int, taps: int, bits: int, group_size: int | None = None, channel: Tensor | None = None
+    outputs: int,
+    channels: int,
+    taps: int,
+    bits: int,
+    group_size: int | None = None,
+    channel: Tensor | None = None,
+    *,
+    uniform: bool = True,
+    device: str = "cpu",
 ) -> PackedWeight:
     """Make a symmetric weight with scales 0.01, per channel or per `group_size` input channels of one tap.
 
@@ -20,12 +31,21 @@ def random_weight(
         Channels that the layer writes and reads, positions of its kernel (1 of a Linear).
     channel
         Output channels that it is of, if not all.
+    uniform
+        Every code is as frequent; else they are those of a quantized normal weight, as real ones are. It matters for
+        the time: tensor cores draw more power, and clock lower, on codes whose bits change more often.
     """
     rows = outputs if channel is None else len(channel)
     groups = 1 if group_size is None else taps * -(-channels // group_size)
-    codes = torch.randint(0, 1 << bits, (rows, taps * channels), dtype=torch.uint8)
-    zero = torch.full((rows, groups), 1 << (bits - 1), dtype=torch.uint8)
+    half = 1 << (bits - 1)
+    if uniform:
+        codes = torch.randint(0, 1 << bits, (rows, taps * channels), dtype=torch.uint8, device=device)
+    else:
+        steps = torch.randn(rows, taps * channels, device=device) * (half / SPAN)
+        codes = (steps.round() + half).clamp(0, 2 * half - 1).to(torch.uint8)
+    zero = torch.full((rows, groups), half, dtype=torch.uint8, device=device)
     scale = torch.full((rows, groups), 0.01, dtype=torch.float32 if group_size is None else torch.bfloat16)
+    scale = scale.to(device)
     return pack_weight(
         pack_codes(codes, bits),
         scale,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from kernels._triton.tuned import POINTERS, Tile
 from kernels.weights import WeightLayout
 
 # Streaming multiprocessors (compute units on gfx942): a grid smaller than this leaves some idle.
@@ -36,8 +37,12 @@ def architecture(device: torch.device) -> str:
     return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
 
 
-def int_blocks(arch: str, m: int, n: int, layout: WeightLayout, *, heavy: bool = False) -> Blocks:
+def int_blocks(
+    arch: str, m: int, n: int, layout: WeightLayout, *, heavy: bool = False, tile: Tile | None = None
+) -> Blocks:
     """Blocks of an integer GEMM or convolution with M rows and N columns; `heavy` asks for more registers a value.
+
+    A `tile` that was measured counts for weights of 8 bits with one scale a channel and a plain epilogue.
 
     128 x 128 is the smallest tile at which int8 tensor cores are not limited by shared memory; a grid that does not
     fill the device takes 64 columns, few rows take as few as a tensor-core instruction has. Groups of scales keep an
@@ -46,6 +51,8 @@ def int_blocks(arch: str, m: int, n: int, layout: WeightLayout, *, heavy: bool =
     k = 64 if layout.group_size % 64 == 0 else 32
     if arch == INTERPRETER:
         return Blocks(32, 32, k, 4, 1, 2)
+    if layout.bits == 8 and not layout.group_size and not heavy and (measured := _of(tile)) is not None:
+        return measured
     if m <= 64:
         rows = 16 if m <= 16 else 32 if m <= 32 else 64
         return Blocks(rows, 64, k, 4, 2 if arch == "gfx942" else 4)
@@ -93,13 +100,22 @@ def float_precision(arch: str, dtype: torch.dtype) -> str:
     return "tf32x3" if dtype is torch.float32 and arch.startswith("sm_") else "ieee"
 
 
-def fp8_blocks(arch: str, m: int, n: int) -> Blocks:
-    """Blocks of an FP8 GEMM."""
+def fp8_blocks(arch: str, m: int, n: int, *, tile: Tile | None = None) -> Blocks:
+    """Blocks of an FP8 GEMM: those of a `tile` that was measured, if there is one."""
     if arch == INTERPRETER:
         return Blocks(32, 32, 32, 4, 1, 2)
+    if (measured := _of(tile)) is not None:
+        return measured
     rows = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
     columns = 128 if -(-m // 128) * -(-n // 128) >= PROCESSORS[arch] and m > 64 else 64
     return Blocks(rows, columns, 128 if arch != "sm_80" else 64, 8 if rows == 128 else 4, 3)
+
+
+def _of(tile: Tile | None) -> Blocks | None:
+    """Return the blocks of a tile that is for Triton's own pipeline."""
+    if tile is None or tile.kernel != POINTERS:
+        return None
+    return Blocks(tile.m, tile.n, tile.k, tile.warps, tile.stages, tile.swizzle)
 
 
 def splits_of_k(arch: str, tiles: int, blocks: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels._triton.blocks import architecture, int_blocks, rank_block
 from kernels._triton.common import finish_tile, lane_of, tile_of
 from kernels._triton.gemm import stride_of
+from kernels._triton.tuned import CONV_INT8, HOPPER, Shape, Tile, tuned_tile
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
 from kernels.epilogue import EpilogueRows
@@ -171,8 +172,9 @@ def launch_conv2d_int(
     rows: EpilogueRows,
     n: int,
     dtype: torch.dtype,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """Run `conv2d_int_kernel` once for each part of the output channels."""
+    """Run `conv2d_int_kernel` once for each part of the output channels; `tile` as for `launch_linear_int`."""
     batch, height, width, channels = x.codes.shape
     out_h, out_w = geometry.output_size(height, width)
     out = torch.empty(batch, out_h, out_w, n, dtype=dtype, device=x.codes.device)
@@ -180,11 +182,19 @@ def launch_conv2d_int(
     if out.numel() == 0:
         return out
     arch = architecture(out.device)
+    tile = tile or tuned_tile(out.device, CONV_INT8, Shape(m, n, channels, geometry.taps))
+    if tile is not None and tile.kernel == HOPPER:
+        from kernels._triton import hopper_launch as hopper
+
+        fits = hopper.takes_weights(weights) and hopper.takes_image(x.codes, geometry)
+        if fits and hopper.takes(x.codes, weights[0].codes, rows, n, dtype):
+            hopper.conv_int8(x, weights[0], geometry, rows, out, tile)
+            return out
     for weight in weights:
         layout = weight.layout
         heavy = rows.rank > 0 or weight.channel is not None
         heavy = heavy or (arch == "sm_80" and not x.symmetric)
-        blocks = int_blocks(arch, m, weight.rows, layout, heavy=heavy)
+        blocks = int_blocks(arch, m, weight.rows, layout, heavy=heavy, tile=tile)
         lane = blocks.k if layout.bits == 8 else layout.lane
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         conv2d_int_kernel[grid](

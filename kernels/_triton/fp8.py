@@ -11,6 +11,7 @@ from kernels._triton.activations import row_view
 from kernels._triton.blocks import architecture, fp8_blocks, rank_block
 from kernels._triton.common import finish_tile, nan_unless_finite, tile_of
 from kernels._triton.gemm import stride_of
+from kernels._triton.tuned import HOPPER, LINEAR_FP8, Shape, Tile, tuned_tile
 from kernels.epilogue import EpilogueRows
 from kernels.errors import KernelError
 from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR, Fp8Matrix
@@ -122,15 +123,24 @@ def launch_quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
-def launch_linear_fp8(x: Fp8Matrix, weight: Fp8Matrix, rows: EpilogueRows, dtype: torch.dtype) -> Tensor:
-    """Run `linear_fp8_kernel`."""
+def launch_linear_fp8(
+    x: Fp8Matrix, weight: Fp8Matrix, rows: EpilogueRows, dtype: torch.dtype, tile: Tile | None = None
+) -> Tensor:
+    """Run `linear_fp8_kernel`, with `tile` or what was measured on the device."""
     _check_hardware(x.values)
     m, columns = x.values.shape
     n = weight.values.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.values.device)
     if out.numel() == 0:
         return out
-    blocks = fp8_blocks(architecture(out.device), m, n)
+    tile = tile or tuned_tile(out.device, LINEAR_FP8, Shape(m, n, columns))
+    if tile is not None and tile.kernel == HOPPER:
+        from kernels._triton import hopper_launch as hopper
+
+        if hopper.takes(x.values, weight.values, rows, n, dtype):
+            hopper.linear_fp8(x, weight, rows, out, tile)
+            return out
+    blocks = fp8_blocks(architecture(out.device), m, n, tile=tile)
     linear_fp8_kernel[(triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),)](
         x.values, x.scale, weight.values, weight.scale, rows.bias, rows.residual, rows.down, rows.up, out,
         m, n, columns, x.values.stride(0), columns, stride_of(rows.residual), n,

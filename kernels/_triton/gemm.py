@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels._triton.blocks import architecture, float_blocks, float_precision, int_blocks, rank_block, splits_of_k
 from kernels._triton.common import finish_tile, lane_of, tile_of
+from kernels._triton.tuned import HOPPER, LINEAR_INT8, Shape, Tile, tuned_tile
 from kernels.activations import QuantizedActivation
 from kernels.epilogue import EpilogueRows
 from kernels.weights import PackedWeight
@@ -236,18 +237,33 @@ def sum_splits_kernel(
 
 
 def launch_linear_int(
-    x: QuantizedActivation, weights: Sequence[PackedWeight], rows: EpilogueRows, n: int, dtype: torch.dtype
+    x: QuantizedActivation,
+    weights: Sequence[PackedWeight],
+    rows: EpilogueRows,
+    n: int,
+    dtype: torch.dtype,
+    tile: Tile | None = None,
 ) -> Tensor:
-    """Run `linear_int_kernel` once for each part of the output channels; `x.codes` is (M, K)."""
+    """Run `linear_int_kernel` once for each part of the output channels; `x.codes` is (M, K).
+
+    `tile` is for 8-bit weights; by default it is what was measured on the device.
+    """
     m, columns = x.codes.shape
     out = torch.empty(m, n, dtype=dtype, device=x.codes.device)
     if out.numel() == 0:
         return out
     arch = architecture(out.device)
+    tile = tile or tuned_tile(out.device, LINEAR_INT8, Shape(m, n, columns))
+    if tile is not None and tile.kernel == HOPPER:
+        from kernels._triton import hopper_launch as hopper
+
+        if hopper.takes_weights(weights) and hopper.takes(x.codes, weights[0].codes, rows, n, dtype):
+            hopper.linear_int8(x, weights[0], rows, out, tile)
+            return out
     for weight in weights:
         layout = weight.layout
         heavy = rows.rank > 0 or weight.channel is not None
-        blocks = int_blocks(arch, m, weight.rows, layout, heavy=heavy)
+        blocks = int_blocks(arch, m, weight.rows, layout, heavy=heavy, tile=tile)
         lane = blocks.k if layout.bits == 8 else layout.lane
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         linear_int_kernel[grid](

@@ -115,6 +115,7 @@ def summarize(
     space: SampleSpace,
     *,
     are_signals: bool = False,
+    device: str = "cpu",
 ) -> Quality:
     """Join shards into the figures of a release.
 
@@ -128,6 +129,8 @@ def summarize(
         Whether samples are pixels.
     are_signals : bool
         Samples are (C, L), which the extractor and people look at as `signal_maps`.
+    device : str
+        Where the extractor runs, which is most of the work.
 
     Returns
     -------
@@ -148,7 +151,7 @@ def summarize(
         "psnr_db": round(psnr.value, _DECIMALS),
         "psnr_db_ci95": round(psnr.ci95, _DECIMALS),
         "n": psnr.n,
-        "fd": round(frechet_distance(reference_rgb, quantized_rgb, extractor), _DECIMALS),
+        "fd": round(frechet_distance(reference_rgb, quantized_rgb, extractor, device=device), _DECIMALS),
         "fd_extractor": extractor.name,
         "sqnr_db_per_step": [round(value, _DECIMALS) for value in sqnr_db(*power)],
         "timesteps": expected[0]["timesteps"].tolist(),

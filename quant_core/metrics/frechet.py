@@ -104,18 +104,24 @@ def inception_v3(path: Path) -> ResizedFeatures:
 
 
 @torch.no_grad()
-def frechet_distance(reference: Tensor, quantized: Tensor, extractor: ResizedFeatures) -> float:
+def frechet_distance(
+    reference: Tensor, quantized: Tensor, extractor: ResizedFeatures, *, device: str | torch.device = "cpu"
+) -> float:
     """Return the Fréchet distance between the features of two sets of RGB images.
 
     Parameters
     ----------
-    reference, quantized : Tensor, shape (n, 3, H, W), dtype float32, in [-1, 1]
+    reference, quantized : Tensor, shape (n, 3, H, W), dtype float32, in [-1, 1], on the CPU
         At least two each.
+    device
+        Where the features are computed, in full float32 everywhere; the distance between them is computed on the CPU.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=extractor)
-    for images, real in ((reference, True), (quantized, False)):
-        for batch in images.split(BATCH):
-            metric.update(batch, real=real)
-    return max(0.0, float(metric.compute()))
+    metric = FrechetInceptionDistance(feature=extractor).to(device)
+    deterministic = torch.backends.cudnn.deterministic
+    with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic, allow_tf32=False):
+        for images, real in ((reference, True), (quantized, False)):
+            for batch in images.split(BATCH):
+                metric.update(batch.to(device), real=real)
+    return max(0.0, float(metric.to("cpu").compute()))

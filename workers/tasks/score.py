@@ -47,6 +47,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         params.grid,
         params.samples,
         are_signals=has_signals(original.model),
+        device=context.device,
     )
     protocol = {
         "sampler": params.sampler.to_json(),

@@ -1,0 +1,222 @@
+"""Everything that only a GPU can show, in one command that ends in time and keeps what it has.
+
+    python -m benchmarks.device_check [--minutes 8] [--stages tests tune kernels jobs] [--out FILE] [--device cuda]
+
+Stages, each a process of its own with a share of the time, which is killed when that is over; FILE is written anew
+after each, and holds what a killed one had written:
+
+tests     pytest -m gpu on tests/kernels
+tune      benchmarks.tune: tiles of the kernels, timed; with --install, kernels of the later stages use the table
+kernels   benchmarks.kernels: each layer's kernels beside bfloat16, and the kernels that quantize beside a copy
+jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine's CPUs, which run beside the other
+          stages: seconds by kind of task, PSNR of both, and what the tasks spend their time in
+
+`summary` in FILE has the figures to look at first; it is printed as well.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.cli import keep, parser
+
+RECIPES = ("fast-w4a8", "tfmq-w8a8", "mpqdm-w4a4")
+#: Shares of the minutes; the jobs' is what is left.
+SHARES = {"tests": 0.25, "tune": 0.45, "kernels": 0.15, "jobs": 0.15}
+STAGES = tuple(SHARES)
+LOG_LINES = 80
+#: Processes of the tests: compiling is what takes their time.
+PROCESSES = 6
+
+
+@dataclass(slots=True)
+class Running:
+    """A stage's process, the file that it writes, and its log."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    out: Path
+    log: Path
+    started: float
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Wait that long, kill what is left of it, and return what it wrote."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, seconds))
+        return self.end()
+
+    def end(self) -> dict[str, Any]:
+        """Kill it if it runs, and return what it wrote."""
+        cut = self.process.poll() is None
+        took = time.monotonic() - self.started
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what it started
+        code = self.process.wait()
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        found = {"seconds": round(took, 1), "cut": cut, "exit_code": code, "log": lines}
+        if self.out.is_file():
+            found["result"] = json.loads(self.out.read_text(encoding="utf-8"))
+        return found
+
+
+def start(name: str, command: Sequence[str], folder: Path, environment: dict[str, str] | None = None) -> Running:
+    """Start a stage; {out} in its command is the file that it writes."""
+    out, log = folder / f"{name}.json", folder / f"{name}.log"
+    arguments = [sys.executable, *(text.replace("{out}", str(out)) for text in command)]
+    with log.open("wb") as target:
+        process = subprocess.Popen(
+            arguments, stdout=target, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (environment or {}),
+        )  # fmt: skip
+    return Running(name, process, out, log, time.monotonic())
+
+
+def job(recipe: str, device: str, threads: int) -> list[str]:
+    """Return the command of a job."""
+    place = ["--device", device, "--threads", str(threads)]
+    return ["-m", "benchmarks.device_jobs", "--recipe", recipe, *place, "--out", "{out}"]
+
+
+def tests(device: str) -> list[str]:
+    """Return the command of the kernels' tests; the root's conftest wants packages that may not be there."""
+    mark = "gpu" if device == "cuda" else "not gpu and not slow"
+    plain = ["-o", "filterwarnings=default", "-p", "no:cacheprovider", "--confcutdir=tests/kernels"]
+    spread_out = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
+    return ["-m", "pytest", "-q", "-m", mark, *plain, *spread_out, "tests/kernels"]
+
+
+class Check:
+    """The stages of one run, and the file that holds what they found."""
+
+    def __init__(self, device: str, minutes: float, out: Path, install: bool) -> None:
+        self.device, self.out, self.install = device, out, install
+        self.minutes, self.began = minutes, time.monotonic()
+        self.found: dict[str, Any] = {"device": device, "versions": versions(), "stages": {}}
+        self.folder = Path(tempfile.mkdtemp(prefix="quantmill-check-"))
+        self.beside: list[Running] = []
+
+    def left(self) -> float:
+        """Return the seconds that are left in all."""
+        return 60 * self.minutes - (time.monotonic() - self.began)
+
+    def note(self, name: str, found: dict[str, Any]) -> None:
+        """Keep what a stage found."""
+        self.found["stages"][name] = found
+        self.found["seconds"] = round(time.monotonic() - self.began, 1)
+        self.found["summary"] = summary(self.found["stages"])
+        keep(self.found, self.out)
+        print(f"{name}: {found['seconds']} s, exit code {found['exit_code']}{', cut' * found['cut']}", flush=True)
+
+    def share(self, stage: str) -> float:
+        """Return the seconds of a stage."""
+        return max(5.0, min(60 * self.minutes * SHARES[stage], self.left()))
+
+    def run(self, stages: Sequence[str], recipes: Sequence[str]) -> None:
+        """Run the stages, in the order of STAGES."""
+        if "jobs" in stages and self.device != "cpu":
+            for recipe in recipes:
+                # Half of the cores stay with what drives the device.
+                threads = max(1, (os.cpu_count() or 2) // (2 * len(recipes)))
+                name, hidden = f"{recipe} on cpu", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
+                self.beside.append(start(name, job(recipe, "cpu", threads), self.folder, hidden))
+        if "tests" in stages:
+            self.note("tests", start("tests", tests(self.device), self.folder).finish(self.share("tests")))
+        if "tune" in stages:
+            seconds = self.share("tune")
+            minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
+            command = ["-m", "benchmarks.tune", *minutes, "--out", "{out}", *["--install"] * self.install]
+            self.note("tune", start("tune", command, self.folder).finish(seconds))
+        if "kernels" in stages:
+            seconds = self.share("kernels")
+            minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
+            command = ["-m", "benchmarks.kernels", "--batches", "8", "--repeats", "15", *minutes, "--out", "{out}"]
+            self.note("kernels", start("kernels", command, self.folder).finish(seconds))
+        for recipe in recipes if "jobs" in stages else ():
+            name = f"{recipe} on {self.device}"
+            if self.left() > 0:
+                command = job(recipe, self.device, min(4, os.cpu_count() or 1))
+                self.note(name, start(name, command, self.folder).finish(self.left()))
+        for running in self.beside:
+            self.note(running.name, running.finish(self.left()))
+
+
+def versions() -> dict[str, str]:
+    """Return what the figures depend on."""
+    from importlib import metadata
+
+    found = {"python": sys.version.split()[0], "cores": str(os.cpu_count())}
+    for name in ("torch", "triton", "diffusers"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def summary(stages: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures to look at first."""
+    found: dict[str, Any] = {}
+    if "tests" in stages:
+        found["tests"] = (stages["tests"]["log"] or [""])[-1]
+    tuned = stages.get("tune", {}).get("result", {})
+    for op in sorted({row["op"] for row in tuned.get("measured", ())}):
+        rows = [row for row in tuned["measured"] if row["op"] == op]
+        before = [row["bfloat16_us"] / row["before_us"] for row in rows]
+        after = [row["bfloat16_us"] / min(row["before_us"], *(t["us"] for t in row["tiles"])) for row in rows]
+        found[f"{op}, of bfloat16's speed"] = {
+            "layers": len(rows), "before": spread(before), "after": spread(after),
+        }  # fmt: skip
+    layers = stages.get("kernels", {}).get("result", {}).get("batches", {}).get("8", {})
+    for name in ("torch._int_mm", "torch._int_mm, uniform codes", "W8A8", "W8A8, uniform codes", "FP8"):
+        speeds = [timed[name]["speedup"] for timed in layers.values() if "speedup" in timed.get(name, {})]
+        if speeds:
+            found[f"kernels: {name}"] = spread(speeds)
+    for name, stage in stages.items():
+        if " on " in name and "result" in stage:
+            result = stage["result"]
+            kinds = {kind: round(spent["seconds"], 1) for kind, spent in result["kinds"].items()}
+            found[name] = {
+                "finished": result["finished"], "psnr_db": result["metrics"].get("psnr_db"),
+                "seconds": round(result["seconds"], 1), "by_kind": kinds,
+            }  # fmt: skip
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return least, median and greatest."""
+    return {"least": round(min(values), 3), "median": round(median(values), 3), "greatest": round(max(values), 3)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command of this module's docstring."""
+    command = parser(__doc__)
+    command.add_argument("--minutes", type=float, default=8.0)
+    command.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    command.add_argument("--recipes", nargs="+", default=RECIPES)
+    command.add_argument("--device", default="cuda", help="cpu tries the command out where there is no GPU")
+    command.add_argument("--install", action="store_true", help="as benchmarks.tune takes it")
+    command.add_argument("--out", type=Path, default=Path("device-check.json"))
+    options = command.parse_args(arguments)
+    stages = [stage for stage in STAGES if stage in options.stages]
+    if options.device == "cpu":
+        stages = [stage for stage in stages if stage in ("tests", "jobs")]
+    check = Check(options.device, options.minutes, options.out, options.install)
+    check.run(stages, options.recipes)
+    print(json.dumps(check.found["summary"], indent=1))
+    cut = any(stage["exit_code"] for stage in check.found["stages"].values())
+    return 1 if cut else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

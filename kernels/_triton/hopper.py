@@ -1,0 +1,214 @@
+"""The main loop of 8-bit matrix products and convolutions on Hopper (sm_90), written in Gluon.
+
+Triton's own pipeline waits for every integer wgmma before it goes on: it keeps a product in flight only if its sum is
+float32 ("Rule 2.1" of its WGMMAPipeline). So the loop of integers is written out here: operands are copied by TMA
+into STAGES buffers, one product is always in flight while the next one's operands arrive, and tiles follow one another
+in a persistent grid, so that the first operands of a tile arrive during the epilogue of the one before. Sums are those
+of `kernels._triton.gemm` and `kernels._triton.conv`, bit for bit.
+
+A convolution (stride 1, dilation 1) is the same loop: a tile of rows is a rectangle of pixels of one image, which TMA
+reads shifted by each tap, with zeros beyond the image.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Gluon renamed them after triton 3.6.
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_tile = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@gluon.jit
+def tile_of(tile, tiles_m, tiles_n, SWIZZLE: gl.constexpr):
+    """Rows and columns of a tile, as `kernels._triton.common.tile_of`."""
+    width = SWIZZLE * tiles_n
+    first = (tile // width) * SWIZZLE
+    height = gl.minimum(tiles_m - first, SWIZZLE)
+    return first + (tile % width) % height, (tile % width) // height
+
+
+@gluon.jit
+def issue(
+    count, tile, tap, c, tile_m, tile_n, tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes,
+    x_desc, w_desc, bars, x_bufs, w_bufs,
+    TAPS_H: gl.constexpr, TAPS_W: gl.constexpr, PAD_H: gl.constexpr, PAD_W: gl.constexpr,
+    SWIZZLE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Start copying the operands of one step into their buffers; return the next step."""
+    CONV: gl.constexpr = len(x_desc.block_type.shape) == 4
+    if (tap == 0) & (c == 0):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, SWIZZLE)
+    live = tile < tiles_m * tiles_n
+    slot = count % STAGES
+    bar = bars.index(slot)
+    mbarrier.expect(bar, x_desc.block_type.nbytes + w_desc.block_type.nbytes, pred=live)
+    if CONV:
+        first = c * x_desc.block_type.shape[3]
+        image = tile_m // (tiles_h * tiles_w)
+        top = tile_m % (tiles_h * tiles_w) // tiles_w * x_desc.block_type.shape[1] + tap // TAPS_W - PAD_H
+        left = tile_m % tiles_w * x_desc.block_type.shape[2] + tap % TAPS_W - PAD_W
+        load_tile(x_desc, [image, top, left, first], bar, x_bufs.index(slot), live)
+    else:
+        first = c * x_desc.block_type.shape[1]
+        load_tile(x_desc, [tile_m * x_desc.block_type.shape[0], first], bar, x_bufs.index(slot), live)
+    load_tile(w_desc, [tile_n * w_desc.block_type.shape[0], tap * tap_bytes + first], bar, w_bufs.index(slot), live)
+    c += 1
+    if c == c_tiles:
+        c = 0
+        tap += 1
+        if tap == TAPS_H * TAPS_W:
+            tap = 0
+            tile += gl.num_programs(0)
+    return tile, tap, c, tile_m, tile_n
+
+
+# One compilation for all sizes: these integers are never known to be 1, or multiples of 16.
+@gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_h", "tiles_w", "H", "W", "rows_per_scale"])
+def product_kernel(
+    x_desc,  # (M, K), or (B, H, W, C) of a convolution: int8 or float8e4nv
+    w_desc,  # (N, taps * tap_bytes)
+    out_desc,  # (M, N), or (B, H, W, N)
+    x_scale_ptr,  # (R,) float32
+    x_zero_ptr,  # (R,) int32 or None
+    x_sum_ptr,  # (M,) int32 or None: sums of the codes of each row, where weights have zero points
+    scale_ptr,  # (N,) float32
+    zero_ptr,  # (N,) int8
+    total_ptr,  # (N, taps) int32
+    bias_ptr,  # (N,) or None
+    residual_ptr,  # (M, N) or None
+    M,
+    N,
+    C,
+    tiles_m,
+    tiles_h,
+    tiles_w,
+    H,
+    W,
+    tap_bytes,
+    rows_per_scale,
+    stride_residual,
+    SUM: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    TAPS_H: gl.constexpr,
+    TAPS_W: gl.constexpr,
+    PAD_H: gl.constexpr,
+    PAD_W: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    HALVES: gl.constexpr,
+    SWIZZLE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Tiles of codes times codes, summed in SUM and scaled in float32; each program takes every nth tile."""
+    CONV: gl.constexpr = len(x_desc.block_type.shape) == 4
+    TAPS: gl.constexpr = TAPS_H * TAPS_W
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)  # noqa: RUF005
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
+    out_buf = gl.allocate_shared_memory(out_desc.dtype, out_desc.block_type.shape, out_desc.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(bars.index(i), count=1)
+    tiles_n = gl.cdiv(N, BLOCK_N)
+    c_tiles = gl.cdiv(C, BLOCK_K)
+    next_tile, next_tap, next_c, next_m, next_n = gl.program_id(0), 0, 0, 0, 0
+    for i in gl.static_range(STAGES - 1):
+        next_tile, next_tap, next_c, next_m, next_n = issue(
+            i, next_tile, next_tap, next_c, next_m, next_n, tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes,
+            x_desc, w_desc, bars, x_bufs, w_bufs, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE, STAGES,
+        )  # fmt: skip
+    count = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        acc = gl.zeros((BLOCK_M, BLOCK_N), dtype=SUM, layout=LAYOUT)
+        for _ in range(TAPS * c_tiles):
+            slot = count % STAGES
+            mbarrier.wait(bars.index(slot), count // STAGES & 1)
+            x = x_bufs.index(slot)
+            if CONV:
+                x = x.reshape((BLOCK_M, BLOCK_K))
+            acc = warpgroup_mma(x, w_bufs.index(slot).permute((1, 0)), acc, is_async=True)
+            # One product stays in flight; the one before has ended, and its buffers are free.
+            acc = warpgroup_mma_wait(1, (acc,))
+            next_tile, next_tap, next_c, next_m, next_n = issue(
+                count + STAGES - 1, next_tile, next_tap, next_c, next_m, next_n, tiles_m, tiles_n, c_tiles, tiles_h,
+                tiles_w, tap_bytes, x_desc, w_desc, bars, x_bufs, w_bufs, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE,
+                STAGES,
+            )  # fmt: skip
+            count += 1
+        acc = warpgroup_mma_wait(0, (acc,))
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, SWIZZLE)
+        row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+        image, top, left = 0, 0, 0
+        y, x_at = row, row
+        if CONV:
+            BLOCK_W: gl.constexpr = x_desc.block_type.shape[2]
+            image = tile_m // (tiles_h * tiles_w)
+            top = tile_m % (tiles_h * tiles_w) // tiles_w * x_desc.block_type.shape[1]
+            left = tile_m % tiles_w * BLOCK_W
+            y = top + row // BLOCK_W
+            x_at = left + row % BLOCK_W
+            m = (image * H + y) * W + x_at
+            in_m = (y < H) & (x_at < W)
+        else:
+            m = tile_m * BLOCK_M + row
+            in_m = m < M
+        n = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+        in_n = n < N
+        if x_zero_ptr is not None:
+            x_zero = gl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
+            whole = gl.zeros((BLOCK_N,), dtype=gl.int32, layout=gl.SliceLayout(0, LAYOUT))
+            for tap in range(TAPS):
+                total = gl.load(total_ptr + n * TAPS + tap, mask=in_n, other=0).to(gl.int32)
+                whole += total
+                if PAD_H > 0 or PAD_W > 0:
+                    # A tap that falls on padding has no part in the correction.
+                    row_in = y + (tap // TAPS_W - PAD_H)
+                    col_in = x_at + (tap % TAPS_W - PAD_W)
+                    outside = in_m & ((row_in < 0) | (row_in >= H) | (col_in < 0) | (col_in >= W))
+                    if gl.max(outside.to(gl.int32), axis=0) > 0:
+                        acc += gl.where(outside, x_zero, 0)[:, None] * total[None, :]
+            acc -= x_zero[:, None] * whole[None, :]
+        if x_sum_ptr is not None:
+            x_sum = gl.load(x_sum_ptr + m, mask=in_m, other=0)
+            acc -= x_sum[:, None] * gl.load(zero_ptr + n, mask=in_n, other=0).to(gl.int32)[None, :]
+        value = acc.to(gl.float32) * gl.load(scale_ptr + n, mask=in_n, other=0.0).to(gl.float32)[None, :]
+        value = value * gl.load(x_scale_ptr + m // rows_per_scale, mask=in_m, other=0.0)[:, None]
+        if bias_ptr is not None:
+            value += gl.load(bias_ptr + n, mask=in_n, other=0.0).to(gl.float32)[None, :]
+        if residual_ptr is not None:
+            at = residual_ptr + m.to(gl.int64)[:, None] * stride_residual + n[None, :]
+            value += gl.load(at, mask=in_m[:, None] & in_n[None, :], other=0.0).to(gl.float32)
+        narrow = value.to(out_desc.dtype)
+        if HALVES == 2:
+            left_half, right_half = narrow.reshape((BLOCK_M, 2, BLOCK_N // 2)).permute((0, 2, 1)).split()
+            put(left_half, out_buf, out_desc, image, top, left, tile_m * BLOCK_M, tile_n * BLOCK_N, BLOCK_M, CONV)
+            put(
+                right_half, out_buf, out_desc, image, top, left, tile_m * BLOCK_M, tile_n * BLOCK_N + BLOCK_N // 2,
+                BLOCK_M, CONV,
+            )  # fmt: skip
+        else:
+            put(narrow, out_buf, out_desc, image, top, left, tile_m * BLOCK_M, tile_n * BLOCK_N, BLOCK_M, CONV)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def put(value, buf, desc, image, top, left, m, n, BLOCK_M: gl.constexpr, CONV: gl.constexpr):
+    """Write a tile through shared memory; the copy to global memory goes on while the next tile is computed."""
+    tma.store_wait(0)
+    if CONV:
+        buf.reshape((BLOCK_M, desc.block_type.shape[3])).store(value)
+        fence_async_shared()
+        store_tile(desc, [image, top, left, n], buf)
+    else:
+        buf.store(value)
+        fence_async_shared()
+        store_tile(desc, [m, n], buf)

@@ -1,0 +1,147 @@
+"""Launch `kernels._triton.hopper`: which products it takes, and its descriptors and tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels._triton.hopper import product_kernel
+from kernels._triton.tuned import Tile
+from kernels.activations import QuantizedActivation
+from kernels.conv import ConvGeometry
+from kernels.epilogue import EpilogueRows
+from kernels.fp8 import FP8, Fp8Matrix
+from kernels.weights import PackedWeight
+
+# TMA copies from addresses and over strides that are multiples of this many bytes.
+ALIGNED = 16
+# Columns of the widest wgmma that Triton writes for integers, and of any.
+WIDEST_INT8, WIDEST = 128, 256
+_TYPES = {torch.int8: gl.int8, FP8: gl.float8e4nv, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """What the kernel multiplies, and what it adds after; fields as the kernel's arguments."""
+
+    x: Tensor
+    weight: Tensor
+    x_scale: Tensor
+    x_zero: Tensor | None
+    x_sum: Tensor | None
+    scale: Tensor
+    zero: Tensor | None
+    total: Tensor | None
+    rows: EpilogueRows
+
+
+def takes(x: Tensor, weight: Tensor, rows: EpilogueRows, n: int, dtype: torch.dtype) -> bool:
+    """Whether operands, (..., K) and (N, taps * K), and outputs lie as TMA needs them, without a low-rank branch."""
+    lines = [*x.stride()[:-1], weight.stride(0), n * torch.empty(0, dtype=dtype).element_size()]
+    aligned = all(line % ALIGNED == 0 for line in lines) and x.data_ptr() % ALIGNED == weight.data_ptr() % ALIGNED == 0
+    return aligned and x.stride(-1) == 1 and rows.rank == 0 and dtype in (torch.float16, torch.bfloat16)
+
+
+def takes_weights(weights: Sequence[PackedWeight]) -> bool:
+    """Whether a layer's weight is one of 8 bits, with a scale for each output channel."""
+    only = weights[0]
+    return len(weights) == 1 and only.channel is None and only.layout.bits == 8 and only.layout.group_size == 0
+
+
+def takes_image(x: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether a convolution keeps its image's size."""
+    plain = geometry.stride == (1, 1) and geometry.dilation == (1, 1)
+    return plain and geometry.output_size(*x.shape[1:3]) == tuple(x.shape[1:3])
+
+
+def linear_int8(x: QuantizedActivation, weight: PackedWeight, rows: EpilogueRows, out: Tensor, tile: Tile) -> None:
+    """Multiply (M, K) codes with a weight that `takes_weights`, into `out`, (M, N)."""
+    sums = None if weight.layout.symmetric else x.codes.sum(1, dtype=torch.int32)
+    _launch(_operands(x, weight, sums, rows), out, tile, out.shape[0] // len(x.scale))
+
+
+def linear_fp8(x: Fp8Matrix, weight: Fp8Matrix, rows: EpilogueRows, out: Tensor, tile: Tile) -> None:
+    """Multiply E4M3 rows (M, K) with E4M3 rows (N, K), into `out`, (M, N)."""
+    _launch(Operands(x.values, weight.values, x.scale, None, None, weight.scale, None, None, rows), out, tile, 1)
+
+
+def conv_int8(
+    x: QuantizedActivation, weight: PackedWeight, geometry: ConvGeometry, rows: EpilogueRows, out: Tensor, tile: Tile
+) -> None:
+    """Convolve (B, H, W, C) codes with a weight that `takes_weights`, into `out`, (B, H, W, N)."""
+    pixels = out.numel() // out.shape[-1]
+    sums = None if weight.layout.symmetric else window_sums(x.codes.sum(3, dtype=torch.int32), geometry)
+    _launch(_operands(x, weight, sums, rows), out, tile, pixels // len(x.scale), geometry)
+
+
+def window_sums(sums: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Add up what each position of a kernel sees of (B, H, W) integers, with zeros beyond; the same shape."""
+    for dim, size, pad in ((1, geometry.kernel[0], geometry.padding[0]), (2, geometry.kernel[1], geometry.padding[1])):
+        edges = (0, 0, pad, pad) if dim == 1 else (pad, pad)
+        sums = torch.nn.functional.pad(sums, edges).unfold(dim, size, 1).sum(-1, dtype=torch.int32)
+    return sums.contiguous()
+
+
+def _operands(x: QuantizedActivation, weight: PackedWeight, sums: Tensor | None, rows: EpilogueRows) -> Operands:
+    """Return a product's operands, with the corrections that its zero points ask for."""
+    x_zero, total = (None, None) if x.symmetric else (x.zero_point, weight.total)
+    zero = None if sums is None else weight.zero_point
+    return Operands(x.codes, weight.codes, x.scale, x_zero, sums, weight.scale, zero, total, rows)
+
+
+def rectangle(pixels: int, height: int, width: int) -> tuple[int, int]:
+    """Return height and width, powers of two, of the rectangle of `pixels` that covers an image with least to spare."""
+    best, least = (pixels, 1), float("inf")
+    across = 1
+    while across <= pixels:
+        down = pixels // across
+        covered = triton.cdiv(height, down) * down * triton.cdiv(width, across) * across
+        if covered <= least:
+            best, least = (down, across), covered
+        across *= 2
+    return best
+
+
+def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry: ConvGeometry | None = None) -> None:
+    columns, channels, half = out.shape[-1], o.x.shape[-1], tile.n // tile.halves
+    kernel = (1, 1) if geometry is None else geometry.kernel
+    tap_bytes = o.weight.shape[1] // (kernel[0] * kernel[1])
+    if geometry is None:
+        x_block, out_block, height, width = [tile.m, tile.k], [tile.m, half], 1, 1
+        tiles_m, tiles_h, tiles_w = triton.cdiv(out.shape[0], tile.m), 1, 1
+    else:
+        height, width = out.shape[1:3]
+        down, across = rectangle(tile.m, height, width)
+        x_block, out_block = [1, down, across, tile.k], [1, down, across, half]
+        tiles_h, tiles_w = triton.cdiv(height, down), triton.cdiv(width, across)
+        tiles_m = out.shape[0] * tiles_h * tiles_w
+    tiles = tiles_m * triton.cdiv(columns, tile.n)
+    programs = torch.cuda.get_device_properties(out.device).multi_processor_count * tile.per_processor
+    is_int = o.x.dtype is torch.int8
+    layout = gl.NVMMADistributedLayout(
+        version=[3, 0],
+        warps_per_cta=[tile.warps, 1],
+        instr_shape=[16, min(tile.n, WIDEST_INT8 if is_int else WIDEST), 32],
+    )
+    residual = o.rows.residual
+    product_kernel[(min(tiles, programs),)](
+        _descriptor(o.x, x_block), _descriptor(o.weight, [tile.n, tile.k]), _descriptor(out, out_block),
+        o.x_scale, o.x_zero, o.x_sum, o.scale, o.zero, o.total, o.rows.bias, residual,
+        out.numel() // columns, columns, channels, tiles_m, tiles_h, tiles_w, height, width, tap_bytes,
+        rows_per_scale, 0 if residual is None else residual.stride(0),
+        SUM=gl.int32 if is_int else gl.float32, LAYOUT=layout, TAPS_H=kernel[0], TAPS_W=kernel[1],
+        PAD_H=0 if geometry is None else geometry.padding[0], PAD_W=0 if geometry is None else geometry.padding[1],
+        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, SWIZZLE=tile.swizzle, STAGES=tile.stages,
+        num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[tensor.dtype])
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)

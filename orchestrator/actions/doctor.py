@@ -150,7 +150,7 @@ def _database(settings: Settings) -> tuple[bool, str]:
 def _store(settings: Settings) -> tuple[bool, str]:
     """Write, read and remove a blob that nobody else can have."""
     if settings.embedded_store and not Path(settings.store_url).is_dir():
-        return True, f"{settings.store_url} will be made on first use"
+        return True, f"{settings.store} will be made on first use"
     store = open_store_of(settings)
     data = b"quantmill doctor " + secrets.token_bytes(32)
     digest = store.put_bytes(data)

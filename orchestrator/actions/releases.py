@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from orchestrator.db.releases import find_release
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.service import Service
+from quant_spec.documents import read_json
 from quant_spec.errors import InvalidInputError
 from workers.errors import ManifestError
 from workers.storage.manifest import pull_tree, read_manifest, verify_tree
@@ -64,5 +64,5 @@ def read_release_json(store: Store, digest: str, path: str) -> dict[str, Any]:
     entry = read_manifest(store, digest)["files"].get(path)
     if entry is None:
         raise ManifestError(f"release {digest[:12]}: got no {path}, wanted one")
-    document: dict[str, Any] = json.loads(store.get_bytes(entry["sha256"]))
+    document: dict[str, Any] = read_json(store.get_bytes(entry["sha256"]), f"release {digest[:12]}: {path}")
     return document

@@ -9,7 +9,6 @@ from orchestrator.actions.jobs import NOT_FINISHED
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.logs import log_to_stderr
 from orchestrator.scheduling.scheduler import Served, stop_on_signals
-from workers.urls import shown_url
 
 
 @click.command(cls=Command)
@@ -23,7 +22,7 @@ def serve(app: App, drain: bool) -> int:
     """
     log_to_stderr()
     with app.service() as service, stop_on_signals() as stop:
-        app.notify(f"serving {shown_url(app.settings.database_url)}, store {shown_url(app.settings.store_url)}")
+        app.notify(f"serving {app.settings.database_url}, store {app.settings.store}")
         served = serve_jobs(service, stop, drain=drain)
     app.notify(_ending(served))
     app.answer({"drained": not served.stopped, "executed": served.executed}, str)

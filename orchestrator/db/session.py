@@ -23,6 +23,7 @@ from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.engine import converted_errors, make_engine, parse_url, shown_location
 from orchestrator.db.models import REVISIONS, Event
 from orchestrator.errors import DatabaseUnreachableError, SchemaError
+from workers.storage.private import make_private, make_private_file
 from workers.urls import SecretUrl
 
 # Advisory locks of Postgres; any numbers that nothing else in the same database uses.
@@ -219,7 +220,9 @@ def upgrade(url: SecretUrl | str) -> SchemaState:
     sqlite = location.get_backend_name() == "sqlite"
     if sqlite:
         try:
-            Path(str(location.database)).parent.mkdir(parents=True, exist_ok=True)
+            # SQLite gives the files beside it, with what is not in it yet, the same mode.
+            make_private(Path(str(location.database)).parent)
+            make_private_file(Path(str(location.database)))
         except OSError as error:
             raise DatabaseUnreachableError(f"database {location.database}: cannot make its folder ({error})") from error
     engine = make_engine(location, create=True)

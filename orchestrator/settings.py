@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quant_spec.errors import InvalidInputError
 from workers.storage.store import CACHE_LIMIT_BYTES
-from workers.urls import SecretUrl
+from workers.urls import HIDDEN, SecretUrl, shown_url
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +86,18 @@ def resolve_settings(
     Raises
     ------
     InvalidInputError
-        If the size of the cache is no size.
+        If the size of the cache is no size, or the store a URL gone wrong.
     """
     folder = Path(home or environ.get("QUANTMILL_HOME") or "~/.quantmill").expanduser().absolute()
     given_database = database_url or environ.get("QUANTMILL_DB")
     given_store = store_url or environ.get("QUANTMILL_STORE")
     if given_store and "://" not in given_store:
+        # Below, it becomes a path, whatever it was meant as.
+        if shown_url(given_store) == HIDDEN:
+            raise InvalidInputError(
+                "store: got what looks like a URL with a password but is none, wanted s3://bucket/prefix or a folder, "
+                "as ./NAME if that is its name"
+            )
         given_store = str(Path(given_store).expanduser().absolute())
     allowed = [*allowed_paths, *environ.get("QUANTMILL_ALLOWED_PATHS", "").split(os.pathsep)]
     return Settings(

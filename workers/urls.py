@@ -94,11 +94,11 @@ def shown_url(url: str) -> str:
     match = _SCHEME.fullmatch(url)
     if match is None:
         # `postgresql:/me:secret@host`, `me:secret@host` and `//me:secret@host` are no paths.
-        is_path = url.startswith("/") and not url.startswith("//")
+        is_path = url.startswith(("/", "./", "../", "~/")) and not url.startswith("//")
         is_login = "@" in url and (":" in url or "//" in url)
         # `password=secret`, as libpq takes it, and the query of a URL whose scheme was left out or misspelt.
         is_query = "://" in url or re.search(r"\?.*=", url, re.DOTALL) or _ASSIGNED.search(url)
-        return HIDDEN if (is_login or is_query) and not is_path else _without_query(url)
+        return HIDDEN if (is_login or is_query) and not is_path else url
     scheme, rest = match["scheme"], match["rest"]
     # A file has no password, and its path may hold any character.
     if scheme in ("file", "sqlite") and rest.startswith("/"):

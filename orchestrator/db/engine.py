@@ -66,8 +66,8 @@ def parse_url(given: SecretUrl | str) -> URL:
     if parsed.drivername in _POSTGRES:
         return parsed.set(drivername="postgresql+psycopg")
     is_file = not (parsed.host or parsed.username or parsed.password)
-    if parsed.drivername == "sqlite" and is_file and parsed.database and parsed.database != ":memory:":
-        return parsed.set(database=str(Path(parsed.database).expanduser().absolute()))
+    if parsed.drivername == "sqlite" and is_file and not parsed.query and parsed.database not in (None, "", ":memory:"):
+        return parsed.set(database=str(Path(str(parsed.database)).expanduser().absolute()))
     raise InvalidInputError(f"database URL: got {shown!r}, {_WANTED}")
 
 

@@ -23,7 +23,7 @@ from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
 from workers.execution.ray_security import token_file
 from workers.storage.private import is_private
-from workers.urls import hide_passwords
+from workers.urls import hide_passwords, known_secrets
 
 _PYTHON = (3, 11)
 #: Before this version anyone's browser could delete jobs through Ray's dashboard (CVE-2026-27482).
@@ -80,7 +80,7 @@ def _run(name: str, check: Callable[[], tuple[bool, str]]) -> Check:
     try:
         ok, detail = check()
     except (QuantServiceError, OSError, ValueError, metadata.PackageNotFoundError) as error:
-        ok, detail = False, hide_passwords(" ".join(str(error).split()))
+        ok, detail = False, hide_passwords(" ".join(str(error).split()), known_secrets(os.environ))
     return Check(name, ok, detail)
 
 

@@ -112,6 +112,11 @@ def read_manifest(store: Store, digest: str) -> dict[str, Any]:
     """
     data = store.get_bytes(digest)
     where = f"manifest {digest[:12]}"
+    return check_manifest(data, where)
+
+
+def check_manifest(data: bytes, where: str) -> dict[str, Any]:
+    """Return a manifest from its bytes, checked; raises as `read_manifest`."""
     return _check(read_json(data, where, error=ManifestError), where)
 
 

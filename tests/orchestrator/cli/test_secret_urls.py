@@ -158,6 +158,15 @@ def test_from_the_command_line(url: str, words: list[str]) -> None:
     assert_silent(out.getvalue(), err.getvalue())
 
 
+@pytest.fixture(scope="module")
+def a_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home that is there, for all examples."""
+    home = tmp_path_factory.mktemp("urls") / "home"
+    with redirect_stdout(io.StringIO()):
+        assert run_cli(["--home", str(home), "init"]) == 0
+    return home
+
+
 STORES = st.one_of(
     st.builds(str.format, st.sampled_from(["s3://KEY:{}@bucket/p", "ftp://user:{}@host/x", "user:{}@host/x"]), ANY),
     st.builds(str.format, st.sampled_from(["ftp://host/x?secret={}", "https://host/x?token={}"]), QUOTED),
@@ -166,10 +175,10 @@ STORES = st.one_of(
 
 @settings(max_examples=25, deadline=None)
 @given(STORES)
-def test_of_a_store_from_the_command_line(url: str) -> None:
+def test_of_a_store_from_the_command_line(a_home: Path, url: str) -> None:
     out, err = io.StringIO(), io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(out), redirect_stderr(err):
-        assert run_cli(["--home", str(Path(folder) / "home"), "--store", url, "artifacts", "gc"]) == 2
+    with redirect_stdout(out), redirect_stderr(err):
+        assert run_cli(["--home", str(a_home), "--store", url, "artifacts", "gc"]) == 2
     assert_silent(out.getvalue(), err.getvalue())
 
 

@@ -93,10 +93,11 @@ def read_plain_file(
     except (OSError, ValueError) as problem:
         reason = problem.strerror if isinstance(problem, OSError) else str(problem)
         raise error(f"{shown}: got {reason}, wanted a readable file") from problem
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise error(f"{shown}: got what is no plain file, wanted one")
     with open(handle, "rb") as file:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise error(f"{shown}: got what is no plain file, wanted one")
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
         raise error(f"{shown}: got {max(status.st_size, len(data))} bytes, wanted at most {most_bytes}")

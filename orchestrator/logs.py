@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import TextIO
 
-from workers.urls import hide_passwords
+from orchestrator.text import printable
+from workers.urls import hide_passwords, known_secrets
 
 _FIELDS = ("task", "attempt", "kind", "fault")
 
@@ -18,7 +20,8 @@ class _Lines(logging.Formatter):
         fields = [(name, getattr(record, name)) for name in _FIELDS if hasattr(record, name)]
         shown = [f"{name}={str(value)[:12] if name == 'task' else value}" for name, value in fields]
         time = self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
-        return " ".join([time, record.levelname.lower(), hide_passwords(" ".join(record.getMessage().split())), *shown])
+        message = hide_passwords(" ".join(record.getMessage().split()), known_secrets(os.environ))
+        return printable(" ".join([time, record.levelname.lower(), message, *shown]))
 
 
 class _Stderr(logging.StreamHandler[TextIO]):

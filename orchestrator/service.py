@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.db.session import Database, SchemaState, current, open_database, require_current, upgrade
 from orchestrator.settings import Settings
 from quant_spec.errors import InvalidInputError
+from workers.storage.private import is_private, make_private, tighten
 from workers.storage.store import Store, open_store
 
 
@@ -55,8 +56,9 @@ def initialise(settings: Settings) -> SchemaState:
     make_home(settings)
     if current(settings.database_url).revision is None:
         upgrade(settings.database_url)
+    _tighten_home(settings)
     if "://" not in settings.store_url:
-        _make_folder(Path(settings.store_url), "store")
+        _make_folder(Path(settings.store_url), "store", private=settings.embedded_store)
     with open_service(settings):
         return current(settings.database_url)
 
@@ -69,19 +71,40 @@ def make_home(settings: Settings) -> None:
     InvalidInputError
         If it cannot be made.
     """
-    _make_folder(settings.home, "home")
+    _make_folder(settings.home, "home", private=True)
 
 
 def open_store_of(settings: Settings) -> Store:
     """Open the store alone; an embedded one is made if it is not there."""
     if settings.embedded_store:
-        _make_folder(Path(settings.store_url), "store")
+        _make_folder(Path(settings.store_url), "store", private=True)
     return open_store(settings.store_url)
 
 
-def _make_folder(folder: Path, what: str) -> None:
+def private_paths(settings: Settings) -> list[Path]:
+    """Return what of a home there is and is for its owner alone: the home, its database, its store and its caches.
+
+    Below a home that nobody else may enter nothing can be reached; a copy of it, or a home opened on purpose, is
+    another matter.
+    """
+    database = settings.database_path
+    beside = [database.with_name(f"{database.name}{end}") for end in ("-wal", "-shm")]
+    folders = [settings.home / name for name in ("store", "cache", "releases")]
+    return [path for path in (settings.home, database, *beside, *folders) if path.exists()]
+
+
+def _tighten_home(settings: Settings) -> None:
+    """Take a home that an older release made from everybody but its owner."""
+    for path in private_paths(settings):
+        if not is_private(path):
+            with suppress(PermissionError):
+                tighten(path)
+
+
+def _make_folder(folder: Path, what: str, *, private: bool) -> None:
+    """Make a folder that is not there: for its owner alone, or as the umask says where others may share it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private(folder) if private else folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInputError(
             f"{what}: got {folder}, which cannot be made ({error.strerror}), wanted a folder that can be written"

@@ -22,8 +22,11 @@ from quant_spec.recipe_formats import (
     activations_for,
     weights_for,
 )
-from quant_spec.record import Count, Positive, Record, Seed
+from quant_spec.record import Count, Record, Seed
 from quant_spec.sampler import Sampler
+
+#: Tasks that the seeds of one section may be shared out among.
+MOST_SHARDS = 10_000
 
 
 class Passes(Record):
@@ -70,7 +73,7 @@ class Calibration(Record):
 class Memory(Record):
     """Bounds on memory."""
 
-    budget_gib: Positive = Field(
+    budget_gib: Annotated[float, Field(gt=0, le=65_536)] = Field(
         default=2.0, description="Activation cache of one task, GiB; what does not fit goes to disk."
     )
 
@@ -88,7 +91,7 @@ class Budget(Record):
 class Evaluation(Record):
     """How the packed model is compared with the original, on seeds that calibration did not see."""
 
-    seeds: Annotated[int, Field(ge=2)] = Field(
+    seeds: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         default=256, description="Samples that are compared with full precision, seed by seed."
     )
     first_seed: Seed = Field(default=0, description="First of their seeds.")
@@ -99,7 +102,7 @@ class Evaluation(Record):
         default=Extractor.EFFICIENTNET_LITE0,
         description="Features that the Fréchet distance is taken of; inception-v3 needs a file in extractor_weights.",
     )
-    extractor_weights: Annotated[str, Field(min_length=1)] | None = Field(
+    extractor_weights: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
         default=None,
         description="File with the extractor's weights, relative to the recipe (resolved: its SHA-256); only for "
         "inception-v3.",
@@ -122,7 +125,9 @@ class Recipe(Record):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")] = Field(
         default="recipe", description="Names the release, together with the model's; by default that of the file."
     )
-    description: str = Field(default="", description="What the recipe is, in one line.")
+    description: Annotated[str, Field(max_length=10_000)] = Field(
+        default="", description="What the recipe is, in one line."
+    )
     sampler: Sampler = Field(default=Sampler(), description="How samples are drawn.")
     calibration: Calibration = Field(default=Calibration(), description="What ranges and roundings are fitted on.")
     weights: Weights = Field(default=Weights(), description="Format of the weights.")
@@ -131,7 +136,7 @@ class Recipe(Record):
     skip_split: bool = Field(
         default=True, description="Split layers that read a concatenation: each part has its own ranges and scales."
     )
-    layers: tuple[LayerException, ...] = Field(
+    layers: Annotated[tuple[LayerException, ...], Field(max_length=10_000)] = Field(
         default=(), description="Exceptions, in order; of several that match a layer, later ones win, field by field."
     )
     passes: Passes = Field(default=Passes(), description="The steps of the method.")
@@ -145,6 +150,7 @@ class Recipe(Record):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         self._check_seeds()
+        self._check_shards()
         self._check_finite_set()
         if self.passes.scale is not None and self.activations.bits is None:
             raise ValueError("passes.scale: got activations.bits null, wanted quantized activations")
@@ -215,6 +221,27 @@ class Recipe(Record):
                 raise ValueError(
                     f"evaluation.first_seed: got seeds {held_out.first_seed}..{end - 1}, wanted none of {name}'s "
                     f"{first}..{first + count - 1}"
+                )
+
+    def _check_shards(self) -> None:
+        """Refuse seeds in so many shards that a job would have more tasks than anybody waits for."""
+        passes, step_bits = self.passes, self.activations.step_bits
+        sharded = [
+            ("calibration", self.calibration.seeds, self.calibration.shard_seeds),
+            ("evaluation", self.evaluation.seeds, self.evaluation.shard_seeds),
+        ]
+        if passes.correct is not None:
+            seeds = passes.correct.seeds + passes.correct.held_out_seeds
+            sharded.append(("passes.correct", seeds, passes.correct.shard_seeds))
+        if passes.distill is not None:
+            sharded.append(("passes.distill", passes.distill.seeds, passes.distill.shard_seeds))
+        if step_bits is not None:
+            sharded.append(("activations.step_bits", step_bits.seeds, step_bits.shard_seeds))
+        for name, seeds, shard in sharded:
+            if (tasks := -(-seeds // shard)) > MOST_SHARDS:
+                raise ValueError(
+                    f"{name}.shard_seeds: got {shard} of {seeds} seeds, which makes {tasks} tasks, wanted at least "
+                    f"{-(-seeds // MOST_SHARDS)}, for at most {MOST_SHARDS} tasks"
                 )
 
     def _fitted_seeds(self) -> list[tuple[str, int, int]]:

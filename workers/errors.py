@@ -17,10 +17,11 @@ WorkerError
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 
 from quant_spec.errors import InvalidInputError, QuantServiceError
-from workers.urls import hide_passwords
+from workers.urls import hide_passwords, known_secrets
 
 
 class WorkerError(QuantServiceError):
@@ -106,7 +107,8 @@ def fault_of(error: BaseException) -> Fault:
 def describe(error: BaseException) -> str:
     """Return one line for an exception: its message, preceded by its class when it is not one of ours; no passwords."""
     lines = str(error).split("\n")
-    text = hide_passwords(" ".join(line.strip() for line in lines if line.strip()))
+    said = " ".join(line.strip() for line in lines if line.strip())
+    text = hide_passwords(said, known_secrets(os.environ))
     if isinstance(error, QuantServiceError):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -60,6 +60,14 @@ def upgrade() -> None:
         sa.Column("cluster", JSON, nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_orchestrators")),
     )
+    op.create_table(
+        "signatures",
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("key_id", sa.String(64), nullable=False),
+        sa.Column("bundle", sa.Text(), nullable=False),
+        sa.Column("created_at", DOUBLE, nullable=False),
+        sa.PrimaryKeyConstraint("digest", "key_id", name=op.f("pk_signatures")),
+    )
     clock = "extract(epoch FROM now())" if op.get_context().dialect.name == "postgresql" else "strftime('%s', 'now')"
     insert = sa.text(f"INSERT INTO service (id, created_at) VALUES (:id, {clock})")
     op.get_bind().execute(insert.bindparams(id=uuid.uuid4().hex))
@@ -67,6 +75,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Go back; times on GPUs, and where tasks ran, are forgotten."""
+    op.drop_table("signatures")
     op.drop_table("orchestrators")
     op.drop_table("service")
     op.rename_table("kind_timings", "kind_timings_before")

@@ -16,12 +16,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from orchestrator.db.session import current, open_database
-from orchestrator.service import open_store_of
+from orchestrator.service import open_store_of, private_paths
 from orchestrator.settings import Settings
 from quant_spec.errors import QuantServiceError
 from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
-from workers.urls import hide_passwords
+from workers.execution.ray_security import token_file
+from workers.storage.private import is_private
+from workers.urls import hide_passwords, known_secrets
 
 _PYTHON = (3, 11)
 #: Before this version anyone's browser could delete jobs through Ray's dashboard (CVE-2026-27482).
@@ -68,6 +70,7 @@ def examine(settings: Settings) -> list[Check]:
         "ray": lambda: _ray(settings.ray_address, os.environ),
         "database": lambda: _database(settings),
         "store": lambda: _store(settings),
+        "home": lambda: _home(settings),
         "disk": lambda: _disk(settings.home),
     }
     return [_run(name, check) for name, check in checks.items()]
@@ -77,7 +80,7 @@ def _run(name: str, check: Callable[[], tuple[bool, str]]) -> Check:
     try:
         ok, detail = check()
     except (QuantServiceError, OSError, ValueError, metadata.PackageNotFoundError) as error:
-        ok, detail = False, hide_passwords(" ".join(str(error).split()))
+        ok, detail = False, hide_passwords(" ".join(str(error).split()), known_secrets(os.environ))
     return Check(name, ok, detail)
 
 
@@ -118,8 +121,11 @@ def _ray(address: str | None, environ: Mapping[str, str]) -> tuple[bool, str]:
     if tuple(int(part) for part in version.split(".")[:2]) < _RAY:
         return False, f"ray {version}, wanted at least {_RAY[0]}.{_RAY[1]}"
     if address is None or address == "local" or _is_loopback(address):
-        return True, f"ray {version}, local, reachable from this machine only"
+        return True, f"ray {version}, local, reachable from this machine only, with a token of its own"
     if environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        token = token_file(environ)
+        if token is not None and not is_private(token):
+            return False, f"others may read Ray's token in {token}, wanted for you alone: chmod 600 {token}"
         return True, f"ray {version} at {address}, RAY_AUTH_MODE=token"
     return False, f"ray {version} at {address} without RAY_AUTH_MODE=token: whoever reaches it runs commands there"
 
@@ -150,7 +156,7 @@ def _database(settings: Settings) -> tuple[bool, str]:
 def _store(settings: Settings) -> tuple[bool, str]:
     """Write, read and remove a blob that nobody else can have."""
     if settings.embedded_store and not Path(settings.store_url).is_dir():
-        return True, f"{settings.store_url} will be made on first use"
+        return True, f"{settings.store} will be made on first use"
     store = open_store_of(settings)
     data = b"quantmill doctor " + secrets.token_bytes(32)
     digest = store.put_bytes(data)
@@ -160,6 +166,19 @@ def _store(settings: Settings) -> tuple[bool, str]:
     finally:
         store.delete(digest)
     return True, f"{store.url}: writes, reads and deletes"
+
+
+def _home(settings: Settings) -> tuple[bool, str]:
+    """Find what other users of this machine could read or change."""
+    if not settings.home.is_dir():
+        return True, f"{settings.home} will be made on first use, for you alone"
+    wide = [str(path) for path in private_paths(settings) if not is_private(path)]
+    if wide:
+        return (
+            False,
+            f"others may read or enter {', '.join(wide)}, wanted for you alone: quantmill init, or chmod go-rwx",
+        )
+    return True, f"{settings.home}, for you alone"
 
 
 def _disk(home: Path) -> tuple[bool, str]:

@@ -50,7 +50,7 @@ def dry_run_job(service: Service, request: Request, *, notify: Callable[[str], N
     RecipeError, QuantizationError, ModelError, NotFoundError
         As `orchestrator.actions.submission.submit` would.
     """
-    loaded = load_recipe(request.recipe, request.overrides)
+    loaded = load_recipe(request.recipe, request.overrides, allowed=service.settings.allowed_paths)
     model = resolve_model(service, request.model, notify=notify, dry_run=True, sample_size=request.sample_size)
     notify_scheduler(model, loaded.recipe, notify)
     workers = worker_count()

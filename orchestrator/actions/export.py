@@ -11,6 +11,7 @@ from orchestrator.actions.local import run_task
 from orchestrator.actions.releases import check_target, get_release
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.service import Service
+from quant_spec.documents import read_json_file
 from quant_spec.tasks import export
 from workers.storage.manifest import MANIFEST_NAME, pull_tree
 
@@ -55,7 +56,7 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
 
 def _lay_out(pulled: Path, target: Path) -> None:
     """Move the denoiser, the scheduler and the card of a flat folder to where a pipeline has them."""
-    config = json.loads((pulled / "config.json").read_text(encoding="utf-8"))
+    config = read_json_file(pulled / "config.json")
     target.mkdir()
     for name in ("scheduler", "README.md"):
         if (pulled / name).exists():
@@ -72,7 +73,7 @@ def _model_index(config: dict[str, Any], scheduler: Path) -> dict[str, Any] | No
     conditional = config.get("num_class_embeds") or config.get("class_embed_type")
     if config["_class_name"] != "UNet2DModel" or conditional or not scheduler.is_file():
         return None
-    scheduler_class = json.loads(scheduler.read_text(encoding="utf-8"))["_class_name"]
+    scheduler_class = read_json_file(scheduler)["_class_name"]
     return {
         "_class_name": "DDIMPipeline",
         "_diffusers_version": config.get("_diffusers_version"),

@@ -20,7 +20,7 @@ from orchestrator.db.session import Database
 from orchestrator.errors import DatabaseError
 from orchestrator.planning.estimate import Rate, fitted_rates
 from orchestrator.scheduling.running import REPORTING, RunningTask, running_tasks, step_text
-from orchestrator.text import human_seconds
+from orchestrator.text import human_seconds, printable
 from workers.storage.store import Store
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class Progress:
             with suppress(DatabaseError):
                 snapshot = self._take()
                 if pace.is_due(snapshot, time.monotonic(), last=stopped):
-                    self._stream.write(progress_line(snapshot) + "\n")
+                    self._stream.write(printable(progress_line(snapshot)) + "\n")
                     self._stream.flush()
 
     def _show_live(self) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from orchestrator.db.releases import find_release
 from orchestrator.db.rows import ReleaseRow
+from orchestrator.db.signatures import find_signature
 from orchestrator.service import Service
+from quant_spec.documents import read_json
 from quant_spec.errors import InvalidInputError
 from workers.errors import ManifestError
 from workers.storage.manifest import pull_tree, read_manifest, verify_tree
+from workers.storage.signature import SIGNATURE_NAME
 from workers.storage.store import Store
 
 
@@ -21,8 +23,10 @@ def get_release(service: Service, ref: str) -> ReleaseRow:
         return find_release(session, ref)
 
 
-def pull_release(service: Service, ref: str, folder: Path) -> ReleaseRow:
+def pull_release(service: Service, ref: str, folder: Path, signature: str | None = None) -> ReleaseRow:
     """Write a release into a new folder, every file verified; nothing is left behind if that fails.
+
+    Its signature, the given or the oldest one, goes with it as `model.sig`.
 
     Raises
     ------
@@ -34,6 +38,11 @@ def pull_release(service: Service, ref: str, folder: Path) -> ReleaseRow:
     target = check_target(folder)
     release = get_release(service, ref)
     pull_tree(service.store, release.digest, target)
+    if signature is None:
+        with service.database.session(read_only=True) as session:
+            signature = find_signature(session, release.digest)
+    if signature is not None:
+        (target / SIGNATURE_NAME).write_text(signature, encoding="utf-8")
     return release
 
 
@@ -64,5 +73,5 @@ def read_release_json(store: Store, digest: str, path: str) -> dict[str, Any]:
     entry = read_manifest(store, digest)["files"].get(path)
     if entry is None:
         raise ManifestError(f"release {digest[:12]}: got no {path}, wanted one")
-    document: dict[str, Any] = json.loads(store.get_bytes(entry["sha256"]))
+    document: dict[str, Any] = read_json(store.get_bytes(entry["sha256"]), f"release {digest[:12]}: {path}")
     return document

@@ -10,6 +10,7 @@ from orchestrator.actions.registration import resolve_model
 from orchestrator.db.enqueue import enqueue_graph
 from orchestrator.db.jobs import create_job, find_job
 from orchestrator.db.rows import EnqueueCounts, JobRow, ModelRow
+from orchestrator.errors import RecipeError
 from orchestrator.planning.planner import plan
 from orchestrator.planning.sampler import choice_for
 from orchestrator.recipes.load import LoadedRecipe, load_recipe, resolve
@@ -73,7 +74,7 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
     NotFoundError
         If the model is neither registered nor there.
     """
-    loaded = load_recipe(request.recipe, request.overrides)
+    loaded = load_recipe(request.recipe, request.overrides, allowed=service.settings.allowed_paths)
     if request.release_name is not None:
         check_name(request.release_name)
 
@@ -90,8 +91,9 @@ def enqueue(
 ) -> Submitted:
     """Plan a job for a registered model and queue it, in one transaction."""
     nodes, target = plan(model, loaded.recipe)
-    for path in loaded.files.values():
-        service.store.put_file(path)
+    for digest, path in loaded.files.items():
+        if service.store.put_file(path) != digest:
+            raise RecipeError(f"{path}: got other bytes than a moment ago, wanted the file left alone")
     resolved = resolve(loaded.recipe)
     with service.database.session() as session:
         job_id = create_job(

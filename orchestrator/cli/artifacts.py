@@ -14,9 +14,11 @@ from orchestrator.actions.export import DEQUANTIZED, DIFFUSERS, export_release
 from orchestrator.actions.garbage import GRACE_SECONDS, collect_garbage
 from orchestrator.actions.layer_table import release_layers
 from orchestrator.actions.releases import get_release, pull_release, verify_release
+from orchestrator.actions.signing import check_signature, pull_signed, read_signing_key, sign_release, verify_folder
 from orchestrator.actions.views import release_view
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.cli.jobs import metric_lines
+from orchestrator.cli.keys import key_option
 from orchestrator.db.releases import list_releases, set_alias
 from orchestrator.text import table
 from quant_spec.enums import KernelBackend
@@ -24,6 +26,7 @@ from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
 from quant_spec.layer_bits import LayerBits, activation_bits_text, weight_bits_text
 from quant_spec.metrics import Place, headings, lines
 from quant_spec.numbers import human_bytes
+from workers.storage.signature import load_verifying_key
 
 
 @click.group(cls=Group)
@@ -77,11 +80,16 @@ def artifacts_show(app: App, ref: str, layers: bool, device: str | None, backend
 @artifacts.command("pull")
 @click.argument("ref")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@key_option
 @pass_app
-def artifacts_pull(app: App, ref: str, folder: Path) -> None:
-    """Write a release into a new folder, every file verified. It is there whole or not at all."""
+def artifacts_pull(app: App, ref: str, folder: Path, key_file: Path | None) -> None:
+    """Write a release into a new folder, every file verified. It is there whole or not at all.
+
+    If somebody signed it, the signature goes with it as model.sig; with --key, it must be that key's.
+    """
+    key = load_verifying_key(key_file) if key_file is not None else None
     with app.service() as service:
-        release = pull_release(service, ref, folder)
+        release = pull_release(service, ref, folder) if key is None else pull_signed(service, ref, folder, key)
     document = {
         "release": release.ref,
         "digest": release.digest,
@@ -93,15 +101,45 @@ def artifacts_pull(app: App, ref: str, folder: Path) -> None:
 
 @artifacts.command("verify")
 @click.argument("ref")
+@key_option
 @pass_app
-def artifacts_verify(app: App, ref: str) -> int:
-    """Read every byte of a release in the store; exit code 2 if something is missing or damaged."""
-    with app.service() as service:
-        release, problems = verify_release(service, ref)
-    document = {"release": release.ref, "digest": release.digest, "ok": not problems, "problems": problems}
-    good = f"{release.ref} is complete, every byte as its digest says"
+def artifacts_verify(app: App, ref: str, key_file: Path | None) -> int:
+    """Read every byte of a release in the store; exit code 2 if something is missing or damaged.
+
+    REF may also be a folder that `artifacts pull` wrote, as ./NAME. With --key, it must be signed by that key too.
+    """
+    key = load_verifying_key(key_file) if key_file is not None else None
+    if "/" in ref:
+        name, (digest, problems) = ref, verify_folder(Path(ref), key)
+    else:
+        with app.service() as service:
+            release, problems = verify_release(service, ref)
+            problems += [] if key is None else check_signature(service, release, key)
+        name, digest = release.ref, release.digest
+    document = {
+        "release": name,
+        "digest": digest,
+        "ok": not problems,
+        "signed_by": key.id if key is not None and not problems else None,
+        "problems": problems,
+    }
+    good = f"{name} is complete, every byte as its digest says"
+    good += "" if key is None else f", signed by key {key.id[:12]}"
     app.answer(document, lambda: "\n".join(problems) or good)
     return 2 if problems else 0
+
+
+@artifacts.command("sign")
+@click.argument("ref")
+@click.option("--key", "key_file", type=click.Path(path_type=Path), metavar="KEY", required=True, help="Private key.")
+@pass_app
+def artifacts_sign(app: App, ref: str, key_file: Path) -> None:
+    """Sign a release that is published already; `run` and `serve` sign what they publish with --sign KEY."""
+    key = read_signing_key(key_file)
+    with app.service() as service:
+        release = sign_release(service, ref, key)
+    document = {"release": release.ref, "digest": release.digest, "signed_by": key.id}
+    app.answer(document, lambda: f"{release.ref} is signed by key {key.id[:12]}")
 
 
 @artifacts.command("alias")

@@ -7,7 +7,6 @@ import click
 from orchestrator.cli.app import App, Command, Group, pass_app
 from orchestrator.db.session import SchemaState, current, upgrade
 from orchestrator.service import initialise
-from workers.urls import shown_url
 
 
 @click.command(cls=Command)
@@ -17,8 +16,8 @@ def init(app: App) -> None:
     state = initialise(app.settings)
     document = {
         "home": str(app.settings.home),
-        "database": shown_url(app.settings.database_url),
-        "store": shown_url(app.settings.store_url),
+        "database": str(app.settings.database_url),
+        "store": str(app.settings.store),
         "schema": state.revision,
     }
     app.answer(document, lambda: "\n".join(f"{name:<9} {value}" for name, value in document.items()))

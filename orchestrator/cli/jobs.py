@@ -12,7 +12,7 @@ from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.jobs import cancel_job, find_job, retry_job
 from orchestrator.scheduling.running import step_text
 from orchestrator.states import JobState
-from orchestrator.text import human_seconds, table
+from orchestrator.text import human_seconds, printable, table
 from quant_spec.metrics import Place, lines
 
 
@@ -54,7 +54,7 @@ def jobs_logs(app: App, job: str, follow: bool) -> None:
             app.answer(list(rows), str)
             return
         for row in rows:
-            click.echo(_event_line(row))
+            click.echo(printable(_event_line(row)))
 
 
 @jobs.command("wait")

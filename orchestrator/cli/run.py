@@ -10,9 +10,11 @@ import click
 from orchestrator.actions.execution import run_job
 from orchestrator.actions.jobs import exit_code, show_job
 from orchestrator.actions.releases import check_target, pull_release
+from orchestrator.actions.signing import read_signing_key, sign_release
 from orchestrator.actions.submission import Request, submit
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.cli.jobs import job_text
+from orchestrator.cli.keys import sign_option
 from orchestrator.cli.submit import request_options, tell_next
 from orchestrator.logs import log_to_stderr
 from orchestrator.report.write import write_report
@@ -20,6 +22,7 @@ from orchestrator.scheduling.scheduler import stop_on_signals
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS, JobState
 from workers.storage.model_folder import SampleSize
+from workers.storage.signature import SigningKey
 
 
 @click.command(cls=Command)
@@ -27,6 +30,7 @@ from workers.storage.model_folder import SampleSize
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="New folder to write the release into at the end."
 )
+@sign_option
 @pass_app
 def run(
     app: App,
@@ -36,6 +40,7 @@ def run(
     sample_size: SampleSize | None,
     name: str | None,
     out: Path | None,
+    key_file: Path | None,
 ) -> int:
     """Queue a job and execute it here, with progress. RECIPE is a YAML file or a name of `recipes ls`.
 
@@ -44,6 +49,7 @@ def run(
     """
     if out is not None:
         check_target(out)
+    key = read_signing_key(key_file) if key_file is not None else None
     log_to_stderr()
     with app.service() as service, stop_on_signals() as stop:
         submitted = submit(service, Request(recipe, model, overrides, name, sample_size=sample_size), notify=app.notify)
@@ -53,13 +59,15 @@ def run(
         if job.state in ACTIVE_JOBS:
             app.notify(f"job {job.id} is not finished; go on with: {app.command('serve', '--drain')}")
         elif job.state is JobState.SUCCEEDED:
-            view |= _finish(service, job.id, out)
+            view |= _finish(service, job.id, out, key)
     app.answer(view, lambda: _text(app, view))
     return code
 
 
-def _finish(service: Service, job: str, out: Path | None) -> dict[str, Any]:
-    """Write the report, and the release if asked to; return where they are."""
+def _finish(service: Service, job: str, out: Path | None, key: SigningKey | None) -> dict[str, Any]:
+    """Sign the release, and write the report and the release, if asked to; return where they are."""
+    if key is not None:
+        sign_release(service, show_job(service, job)["release"], key)
     written = {"report": str(write_report(service, job)), "folder": None}
     if out is not None:
         ref = show_job(service, job)["release"]

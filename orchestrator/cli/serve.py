@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from orchestrator.actions.execution import serve as serve_jobs
 from orchestrator.actions.jobs import NOT_FINISHED
+from orchestrator.actions.signing import read_signing_key, signing
 from orchestrator.cli.app import App, Command, pass_app
+from orchestrator.cli.keys import sign_option
 from orchestrator.logs import log_to_stderr
 from orchestrator.scheduling.scheduler import Served, stop_on_signals
-from workers.urls import shown_url
 
 
 @click.command(cls=Command)
 @click.option("--drain", is_flag=True, help="Exit when no job is left to execute.")
+@sign_option
 @pass_app
-def serve(app: App, drain: bool) -> int:
+def serve(app: App, drain: bool, key_file: Path | None) -> int:
     """Execute queued jobs on Ray. Any number may run on one database, on any machines.
 
     Ctrl-C or SIGTERM gives the tasks in flight back, and exits: with code 101 if --drain was to empty the queue.
     The last line on stderr says why it ended and how many tasks it executed.
     """
     log_to_stderr()
-    with app.service() as service, stop_on_signals() as stop:
-        app.notify(f"serving {shown_url(app.settings.database_url)}, store {shown_url(app.settings.store_url)}")
+    key = read_signing_key(key_file) if key_file is not None else None
+    with app.service() as service, signing(service, key), stop_on_signals() as stop:
+        app.notify(f"serving {app.settings.database_url}, store {app.settings.store}")
         served = serve_jobs(service, stop, drain=drain)
     app.notify(_ending(served))
     app.answer({"drained": not served.stopped, "executed": served.executed}, str)

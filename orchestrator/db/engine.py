@@ -16,7 +16,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 
 from orchestrator.errors import DatabaseError, DatabaseFullError, DatabaseUnreachableError
 from quant_spec.errors import InvalidInputError
-from workers.urls import HARMLESS_PARAMETERS, HIDDEN, hide_passwords, is_plain_url, shown_url
+from workers.urls import HARMLESS_PARAMETERS, HIDDEN, SecretUrl, hide_passwords, is_plain_url, reveal, shown_url
 
 #: How long a SQLite connection waits for another's transaction, in seconds; enqueueing a large graph takes a few.
 BUSY_SECONDS = 60.0
@@ -45,7 +45,7 @@ def sqlite_url(path: Path) -> str:
     return URL.create("sqlite", database=str(path)).render_as_string()
 
 
-def parse_url(url: str) -> URL:
+def parse_url(given: SecretUrl | str) -> URL:
     """Read a database URL; Postgres gets the psycopg driver.
 
     Raises
@@ -54,6 +54,7 @@ def parse_url(url: str) -> URL:
         If it is neither a SQLite file nor a Postgres server, or a Postgres URL that can be read in several ways, as one
         with an unquoted `@` in its password: what follows it would be taken, and shown, for a host.
     """
+    url = reveal(given)
     shown = HIDDEN if "@" in url and "://" not in url else shown_url(url)
     if "://" in url and not url.startswith("sqlite") and not is_plain_url(url):
         raise InvalidInputError(f"database URL: got {shown!r}, {_QUOTING}")
@@ -65,8 +66,8 @@ def parse_url(url: str) -> URL:
     if parsed.drivername in _POSTGRES:
         return parsed.set(drivername="postgresql+psycopg")
     is_file = not (parsed.host or parsed.username or parsed.password)
-    if parsed.drivername == "sqlite" and is_file and parsed.database and parsed.database != ":memory:":
-        return parsed.set(database=str(Path(parsed.database).expanduser().absolute()))
+    if parsed.drivername == "sqlite" and is_file and not parsed.query and parsed.database not in (None, "", ":memory:"):
+        return parsed.set(database=str(Path(str(parsed.database)).expanduser().absolute()))
     raise InvalidInputError(f"database URL: got {shown!r}, {_WANTED}")
 
 

@@ -2,7 +2,7 @@
 
 models ── jobs ─┬─ job_tasks ── tasks ── task_inputs (which task reads which)
                 └─ releases ── aliases      results (by key), kind_timings (sums over results), events
-service (which database this is), orchestrators (who works on it)
+signatures (of what was released, by key), service (which database this is), orchestrators (who works on it)
 """
 
 from __future__ import annotations
@@ -316,6 +316,17 @@ class Release(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     created_at: Mapped[float] = mapped_column(Seconds)
     metrics: Mapped[dict[str, Any]] = mapped_column(Json)
+
+
+class Signature(Base):
+    """Who vouches for an artifact: a Sigstore bundle, as JSON, by the key that made it."""
+
+    __tablename__ = "signatures"
+
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    key_id: Mapped[str] = mapped_column(Digest, primary_key=True)
+    bundle: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[float] = mapped_column(Seconds)
 
 
 class Alias(Base):

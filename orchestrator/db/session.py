@@ -23,6 +23,8 @@ from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.engine import converted_errors, make_engine, parse_url, shown_location
 from orchestrator.db.models import REVISIONS, Event
 from orchestrator.errors import DatabaseUnreachableError, SchemaError
+from workers.storage.private import make_private, make_private_file
+from workers.urls import SecretUrl
 
 # Advisory locks of Postgres; any numbers that nothing else in the same database uses.
 _GRAPH_LOCK, _ENQUEUE_LOCK, _EVENT_LOCK, _SCHEMA_LOCK = (0x514D0000 + number for number in range(4))
@@ -46,8 +48,9 @@ class Database:
     `commit_hook` is called with "before" and "after" around each commit: fault injection, which only tests set.
     """
 
-    engine: Engine
-    location: URL
+    # Not in its text: SQLAlchemy hides a password there, but no parameter that is one.
+    engine: Engine = field(repr=False)
+    location: URL = field(repr=False)
     commit_hook: CommitHook | None = None
     _reader: Engine = field(init=False, repr=False)
 
@@ -97,7 +100,7 @@ class Database:
         self.engine.dispose()
 
 
-def open_database(url: str) -> Database:
+def open_database(url: SecretUrl | str) -> Database:
     """Open a database; connects only when the first session does, and creates nothing.
 
     Parameters
@@ -154,7 +157,7 @@ def _lock(session: Session, number: int) -> None:
         session.execute(select(func.pg_advisory_xact_lock(number)))
 
 
-def current(url: str) -> SchemaState:
+def current(url: SecretUrl | str) -> SchemaState:
     """Return which revision a database is at; creates nothing.
 
     Raises
@@ -201,7 +204,7 @@ def _current(database: Database) -> SchemaState:
     return SchemaState(revision, REVISIONS[-1])
 
 
-def upgrade(url: str) -> SchemaState:
+def upgrade(url: SecretUrl | str) -> SchemaState:
     """Bring a database to this code's schema, creating a SQLite file and its folder if need be.
 
     Any number of processes may do so at once: one works, the others wait and find it done.
@@ -217,7 +220,9 @@ def upgrade(url: str) -> SchemaState:
     sqlite = location.get_backend_name() == "sqlite"
     if sqlite:
         try:
-            Path(str(location.database)).parent.mkdir(parents=True, exist_ok=True)
+            # SQLite gives the files beside it, with what is not in it yet, the same mode.
+            make_private(Path(str(location.database)).parent)
+            make_private_file(Path(str(location.database)))
         except OSError as error:
             raise DatabaseUnreachableError(f"database {location.database}: cannot make its folder ({error})") from error
     engine = make_engine(location, create=True)

@@ -26,6 +26,7 @@ from workers.errors import ExecutorError, Fault
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall
 from workers.execution.local import python_path
+from workers.execution.ray_security import local_environment, session_folder, worker_environment
 from workers.storage.locks import own_folder
 
 # Ray's sockets lie in this folder, and a socket's path may have 107 characters at most.
@@ -112,7 +113,12 @@ class RayExecutor:
         try:
             folder = self._resources.enter_context(own_folder(_TEMPORARY, "quantmill-ray-"))
             self._log = folder / "driver.log"
-            config = {"address": address, "cpus": cpus, "memory_bytes": memory_bytes, "temporary": str(folder)}
+            config = {
+                "address": address,
+                "cpus": cpus,
+                "memory_bytes": memory_bytes,
+                "temporary": str(session_folder(folder)),
+            }
             self._process = self._spawn(folder, config)
             self._reader = threading.Thread(target=self._read, name="ray-answers", daemon=True)
             self._reader.start()
@@ -150,13 +156,13 @@ class RayExecutor:
         return cls(None if address in (None, "", "local") else address, cpus, memory_bytes, timeout)
 
     def _spawn(self, folder: Path, config: dict[str, Any]) -> subprocess.Popen[bytes]:
-        environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": python_path()}
+        environment = worker_environment(os.environ) | _ENVIRONMENT | {"PYTHONPATH": python_path()}
         # Ray sets it to the CPUs of a task, in every worker, if it is not set.
         environment.pop("OMP_NUM_THREADS", None)
         # It would make `ray.init` connect instead of starting a Ray of our own.
         environment.pop("RAY_ADDRESS", None)
         if self._local:
-            environment |= _LOCAL_ENVIRONMENT
+            environment |= _LOCAL_ENVIRONMENT | local_environment()
         with self._log.open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", "-c", "from workers.execution.remote import main; main()", json.dumps(config)],

@@ -18,6 +18,7 @@ from quant_spec.errors import QuantServiceError
 from workers.errors import Fault, TaskError, TaskFailedError, describe, fault_of
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall, execute_call
+from workers.execution.ray_security import worker_environment
 
 #: The folder that Python must search to import this package.
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ def run_in_subprocess(call: TaskCall) -> TaskOutput:
     TaskFailedError
         If it failed otherwise, or the process died; `exit_code` is that of the task's own error.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(call.threads), "PYTHONPATH": python_path()}
+    environment = worker_environment(os.environ) | {"OMP_NUM_THREADS": str(call.threads), "PYTHONPATH": python_path()}
     # Safe: our own module, in the interpreter that is running.
     process = subprocess.run(
         [sys.executable, "-P", "-m", "workers.execution.local", call.kind],

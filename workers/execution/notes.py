@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from quant_spec.documents import read_json
 from workers.errors import StoreError
 from workers.storage.store import Store
 
@@ -93,6 +94,6 @@ def read_progress(store: Store, key: str) -> TaskProgress | None:
     """Return how far the task with this key is, if it says so."""
     try:
         data = store.get_note(PROGRESS, key)
-        return None if data is None else TaskProgress(**json.loads(data))
+        return None if data is None else TaskProgress(**read_json(data, "note"))
     except (StoreError, ValueError, TypeError):
         return None  # a note is never worth a failure

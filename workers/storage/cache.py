@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from workers.errors import StoreError
 from workers.storage.blobs import blob_key, check_digest, digest_of_file, disk_error, writing
 from workers.storage.locks import hold
+from workers.storage.private import make_private
 from workers.storage.store import Store
 
 
@@ -35,7 +36,7 @@ class CachedStore:
         # Inode, size and time of the files that this process has verified.
         self._verified: dict[str, tuple[int, int, int]] = {}
         try:
-            (self._folder / "locks").mkdir(parents=True, exist_ok=True)
+            make_private(self._folder / "locks")
         except OSError as error:
             raise StoreError(f"cache: got {error.strerror} for {folder}, wanted a folder to write to") from error
 
@@ -133,7 +134,7 @@ class CachedStore:
         path = self._folder / blob_key(digest)
         with FileLock(self._folder / "locks" / digest[:2], timeout=-1 if wait else 0):
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_private(path.parent)
             except OSError as error:
                 raise disk_error(error, path) from error
             yield path

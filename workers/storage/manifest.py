@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quant_spec.documents import read_json
 from workers.errors import ManifestError, NotFoundError, StoreError
 from workers.storage.blobs import check_digest, digest_of, disk_error
 from workers.storage.names import check_path, check_paths
@@ -111,11 +112,12 @@ def read_manifest(store: Store, digest: str) -> dict[str, Any]:
     """
     data = store.get_bytes(digest)
     where = f"manifest {digest[:12]}"
-    try:
-        manifest = json.loads(data)
-    except ValueError as error:
-        raise ManifestError(f"{where}: got bytes that are not JSON, wanted a manifest") from error
-    return _check(manifest, where)
+    return check_manifest(data, where)
+
+
+def check_manifest(data: bytes, where: str) -> dict[str, Any]:
+    """Return a manifest from its bytes, checked; raises as `read_manifest`."""
+    return _check(read_json(data, where, error=ManifestError), where)
 
 
 def read_files(store: Store, digest: str) -> dict[str, tuple[str, int]]:

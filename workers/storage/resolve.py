@@ -18,6 +18,7 @@ from pathlib import Path
 from quant_spec.errors import InvalidInputError
 from workers.errors import NotFoundError, WorkerError
 from workers.storage.manifest import MANIFEST_NAME, pull_tree
+from workers.storage.private import make_private
 from workers.storage.store import open_store
 
 _PULL = (sys.executable, "-P", "-m", "orchestrator.cli", "artifacts", "pull")
@@ -66,7 +67,7 @@ def pull(reference: str) -> Path:
 
 def _pull_into(folder: Path, fill: Callable[[Path], object]) -> Path:
     """Let `fill` write a new folder, and keep it under its manifest's digest; on failure nothing is left."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     work = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
         fresh = work / "tree"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
 from quant_core.fit.channel_scaling import ChannelScaling
 from quant_core.fit.unit_state import UnitState
+from quant_spec.documents import read_json, read_json_file
 from workers.execution.context import TaskContext
 from workers.storage.manifest import link_tree, pull_tree
 
@@ -33,7 +33,7 @@ def fetch_packed(digest: str, context: TaskContext) -> Path:
 def scheduler_config(folder: Path) -> dict[str, Any] | None:
     """Read the scheduler that lies in a packed folder."""
     path = folder / SCHEDULER_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json_file(path) if path.is_file() else None
 
 
 def local_files(digests: Sequence[str], context: TaskContext) -> list[Path]:
@@ -60,5 +60,5 @@ def read_step_bits(digest: str | None, context: TaskContext) -> list[int] | None
     """Read the activation bits of each trajectory step, if they were chosen."""
     if digest is None:
         return None
-    table: dict[str, list[int]] = json.loads(context.store.get_bytes(digest))
+    table: dict[str, list[int]] = read_json(context.store.get_bytes(digest), digest[:12])
     return table["bits"]

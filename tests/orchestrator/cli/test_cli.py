@@ -154,7 +154,7 @@ def test_settings_come_from_options_then_environment_then_defaults(tmp_path: Pat
     assert settings.home == tmp_path / "flag"
     assert settings.store_url == "s3://bucket/prefix"
     assert not settings.embedded_store
-    assert settings.database_url == f"sqlite:///{tmp_path / 'flag' / 'quantmill.db'}"
+    assert settings.database_url.reveal() == f"sqlite:///{tmp_path / 'flag' / 'quantmill.db'}"
     assert settings.embedded_database
     assert settings.ray_address is None
     assert settings.cache_bytes == 20 * 2**30

@@ -6,7 +6,7 @@ the claim costs the same with ten or with fifty thousand tasks in front that do 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import Row
@@ -28,16 +28,28 @@ _GROUPS = f"""
         %s
     )
 """
-_NEXT = f"""
-    SELECT {_NEEDS} FROM tasks WHERE state = 'queued' AND (needs, alone) > (groups.needs, groups.alone)
-    ORDER BY needs, alone LIMIT 1
+_GROUPS_POSTGRES = (
+    _GROUPS
+    % f"""
+    SELECT next.* FROM groups CROSS JOIN LATERAL (
+        SELECT {_NEEDS} FROM tasks WHERE state = 'queued' AND (needs, alone) > (groups.needs, groups.alone)
+        ORDER BY needs, alone LIMIT 1
+    ) AS next
 """
-_GROUPS_POSTGRES = _GROUPS % f"SELECT next.* FROM groups CROSS JOIN LATERAL ({_NEXT}) AS next"
-# SQLite has no LATERAL: it finds the next group's first row by number.
-_NEXT_SEQ = _NEXT.replace(_NEEDS, "seq", 1)
-_GROUPS_SQLITE = _GROUPS % (
-    f"SELECT {', '.join(f'tasks.{name}' for name in _NEEDS.split(', '))} "
-    f"FROM groups JOIN tasks ON tasks.seq = ({_NEXT_SEQ.replace('FROM tasks', 'FROM tasks AS following')})"
+)
+# SQLite has no LATERAL, so it finds the next group's first row by number; and comparing two columns at once, it would
+# read the whole group.
+_GROUPS_SQLITE = (
+    _GROUPS
+    % f"""
+    SELECT {", ".join(f"tasks.{name}" for name in _NEEDS.split(", "))}
+    FROM groups JOIN tasks ON tasks.seq = coalesce(
+        (SELECT seq FROM tasks AS following WHERE state = 'queued' AND needs = groups.needs AND alone > groups.alone
+         ORDER BY alone LIMIT 1),
+        (SELECT seq FROM tasks AS following WHERE state = 'queued' AND needs > groups.needs
+         ORDER BY needs, alone LIMIT 1)
+    )
+"""
 )
 _FITS = "cpus <= :cpus AND gpus <= :gpus AND memory_bytes <= :memory"
 _READY = """
@@ -96,15 +108,23 @@ def claim_statement(session: Session) -> Statement:
     return _READ if is_postgres(session) else _READ_HEAD
 
 
-def fill(candidates: Sequence[Candidate], capacity: Resources | None) -> list[Candidate]:
-    """Choose those that fit `capacity` together, the first first."""
+def fill(
+    candidates: Sequence[Candidate],
+    capacity: Resources | None,
+    weight: Callable[[str, int], float] = lambda kind, version: 1.0,
+) -> list[Candidate]:
+    """Choose those that fit `capacity` together, the first first; each takes up `weight` of what it asks for."""
     if capacity is None:
         return list(candidates)
     chosen: list[Candidate] = []
-    cpus, gpus, memory = capacity.cpus, capacity.gpus, capacity.memory_bytes
+    cpus, gpus, memory = capacity.cpus, capacity.gpus, float(capacity.memory_bytes)
     for each in candidates:
-        asked = each.resources
-        if asked.cpus <= cpus and asked.gpus <= gpus and asked.memory_bytes <= memory:
+        asked, share = each.resources, weight(each.kind, each.version)
+        if asked.cpus * share <= cpus and asked.gpus * share <= gpus and asked.memory_bytes * share <= memory:
             chosen.append(each)
-            cpus, gpus, memory = cpus - asked.cpus, gpus - asked.gpus, memory - asked.memory_bytes
+            cpus, gpus, memory = (
+                cpus - asked.cpus * share,
+                gpus - asked.gpus * share,
+                memory - asked.memory_bytes * share,
+            )
     return chosen

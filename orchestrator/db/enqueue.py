@@ -18,7 +18,7 @@ from orchestrator.db.event_log import record_event
 from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
 from orchestrator.db.promote import complete, recount
 from orchestrator.db.rows import EnqueueCounts
-from orchestrator.db.session import lock_enqueue, lock_graph
+from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
 from orchestrator.db.statements import batches, insert_rows, move_job, move_task
 from orchestrator.errors import GraphError, NotFoundError
 from orchestrator.graph import TaskNode, inputs_json
@@ -59,6 +59,7 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
     session.execute(statement, execution_options={"synchronize_session": False})
     lock_graph(session)
     start_tasks(session, job_id)
+    tell_others(session)
     cached = JobTask.cached
     total, done = session.execute(
         select(func.count(), func.count().filter(cached)).where(JobTask.job_id == job_id)

@@ -31,7 +31,7 @@ from sqlalchemy.orm import Session
 from orchestrator.db.event_log import record_event
 from orchestrator.db.job_ends import fail_jobs_that_need, succeed_jobs
 from orchestrator.db.models import JobTask, Task, TaskInput, in_states, sql_list
-from orchestrator.db.session import is_alone, need_graph
+from orchestrator.db.session import is_alone, need_graph, note_ready
 from orchestrator.db.sql import dump, read_json, rows_json, run, statement
 from orchestrator.db.statements import batches, move_task, sources, target
 from orchestrator.states import ACTIVE_JOBS, TaskEvent, TaskState
@@ -95,7 +95,8 @@ _LOCK_KEYS = statement(
     "SELECT 1",
     {"key": "text"},
     postgres=f"""
-    SELECT pg_advisory_xact_lock({KEY_LOCK.format("key")}) FROM (SELECT key FROM {{given}} ORDER BY key OFFSET 0) AS keys
+    SELECT pg_advisory_xact_lock({KEY_LOCK.format("key")})
+    FROM (SELECT key FROM {{given}} ORDER BY key OFFSET 0) AS keys
     """,
 )
 _RECORDED = "EXISTS (SELECT 1 FROM results WHERE results.key = given.key)"
@@ -226,6 +227,7 @@ def _give_keys(session: Session, changes: Sequence[dict[str, Any]]) -> list[str]
     for change in changes:
         if states.get(change["id"]) == TaskState.QUEUED.value:
             record_event(session, TaskEvent.PROMOTE, task=change["id"])
+    note_ready(session, len(changes) - len(cached))
     _mark_cached(session, cached)
     return cached
 

@@ -18,6 +18,7 @@ from orchestrator.db.jobs import (
     work_left,
 )
 from orchestrator.db.queue import (
+    check_end,
     claim_tasks,
     fail_task,
     finish_task,
@@ -47,6 +48,7 @@ __all__ = [
     "events",
     "work_left",
     "nothing_left",
+    "check_end",
     "claim_tasks",
     "renew_leases",
     "finish_task",

@@ -9,8 +9,8 @@ Contract, the same on SQLite and Postgres, for any number of orchestrators:
 * faults of a task's own and of the infrastructure under it are counted apart; a lease given back counts as neither.
 
 Every function is about many tasks at once, in a few statements (`sql.py`). Claims skip rows that another transaction
-holds. Finishing, renewing and giving back share the graph with each other, and take rows in order of `seq`; a finish that
-ends a job, and faults, have the graph for themselves (`session.py`, `promote.py`).
+holds. Finishing, renewing and giving back share the graph with each other, and take rows in order of `seq`; a finish
+that ends a job, and faults, have the graph for themselves (`session.py`, `promote.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from orchestrator.db.job_ends import fail_jobs_that_need
 from orchestrator.db.models import Task, in_states
 from orchestrator.db.promote import KEY_LOCK, complete, has_twins, mark_twins_cached
 from orchestrator.db.rows import Candidate, ClaimedTask, Lease, TaskEnd
-from orchestrator.db.session import GraphNeededError, lock_graph, need_graph, share_graph, trying_shared
+from orchestrator.db.session import GraphNeededError, lock_graph, need_graph, share_graph, tell_others, trying_shared
 from orchestrator.db.sql import dump, is_postgres, read_json, rows_json, run, statement
 from orchestrator.db.statements import batches, held, move_task, sources, target
 from orchestrator.errors import ResultError
@@ -431,6 +431,8 @@ def release_tasks(session: Session, leases: Sequence[Lease]) -> list[str]:
         for row in run(session, _RELEASE, given=rows_json(_lease_rows(batch))):
             record_event(session, TaskEvent.RELEASE, task=row.id, attempt=row.attempt)
             released.append(row.id)
+    if released:
+        tell_others(session)
     return released
 
 

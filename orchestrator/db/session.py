@@ -32,6 +32,8 @@ from orchestrator.errors import ConflictError, DatabaseUnreachableError, SchemaE
 # Advisory locks of Postgres; any numbers that nothing else in the same database uses.
 _GRAPH_LOCK, _ENQUEUE_LOCK, _SCHEMA_LOCK = (0x514D0000 + number for number in (0, 1, 3))
 
+#: Postgres' channel on which orchestrators are woken.
+CHANNEL = "quantmill"
 #: How often a transaction is tried that others get in the way of.
 CONFLICTS = 10
 
@@ -96,6 +98,8 @@ class Database:
             session.info["events"] = []
             yield session
             write_events(session)
+            if "news" in session.info:
+                session.connection().exec_driver_sql(f"NOTIFY {CHANNEL}")
             if self.commit_hook is not None:
                 self.commit_hook("before")
             session.commit()
@@ -192,6 +196,23 @@ def need_graph(session: Session) -> None:
     """Raise GraphNeededError if the graph is only shared; for blocks of `trying_shared`."""
     if not is_alone(session):
         raise GraphNeededError
+
+
+def note_ready(session: Session, tasks: int) -> None:
+    """Count tasks that this transaction made ready."""
+    session.info["ready"] = ready_count(session) + tasks
+
+
+def ready_count(session: Session) -> int:
+    """Return how many tasks this transaction has made ready."""
+    count: int = session.info.get("ready", 0)
+    return count
+
+
+def tell_others(session: Session) -> None:
+    """Wake orchestrators that wait for something to claim, when the session commits."""
+    if is_postgres(session):
+        session.info["news"] = True
 
 
 def lock_enqueue(session: Session) -> None:

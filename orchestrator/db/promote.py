@@ -9,7 +9,7 @@ All of it runs under `lock_graph` or, where tasks merely finish, under `share_gr
   of one reader count one after the other, and the second, which promotes it, sees what the first recorded.
 * Who records a result of a key, and who gives a key to a task, holds that key's advisory lock (`KEY_LOCK`) from before
   he looks at what the other may have done: either the task finds the result recorded, or the result finds the task
-  queued (`has_twins`). Otherwise both could miss each other.
+  queued (`_FOLLOWERS`). Otherwise both could miss each other.
 * What reaches further than the readers of the finished tasks (a result that is recorded already, another task of the
   same key, a job that ends) is left to one who is alone: `need_graph`.
 
@@ -21,18 +21,18 @@ transactions, which is run again (`Database.transact`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, func, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.event_log import record_event
 from orchestrator.db.job_ends import fail_jobs_that_need, succeed_jobs
 from orchestrator.db.models import JobTask, Task, TaskInput, in_states, sql_list
 from orchestrator.db.session import is_alone, need_graph, note_ready
-from orchestrator.db.sql import dump, read_json, rows_json, run, statement
+from orchestrator.db.sql import dump, read_json, rows_json, run, run_together, statement
 from orchestrator.db.statements import batches, move_task, sources, target
 from orchestrator.states import ACTIVE_JOBS, TaskEvent, TaskState
 from quant_spec.keys import task_key
@@ -74,16 +74,16 @@ _SELECT_READY = statement(
     """,
     {"id": "text"},
 )
-_HAS_TARGETS = statement(
+_FOLLOWERS = statement(
     f"""
     SELECT EXISTS (
+        SELECT 1 FROM {{given}} JOIN tasks ON tasks.key = given.key AND tasks.state = '{TaskState.QUEUED.value}'
+    ) AS twins, EXISTS (
         SELECT 1 FROM {{given}} JOIN jobs ON jobs.target_task = given.id WHERE jobs.state IN ({sql_list(ACTIVE_JOBS)})
-    )
+    ) AS jobs
     """,
-    {"id": "text"},
+    {"id": "text", "key": "text"},
 )
-_TWIN = f"tasks.key = given.key AND tasks.state = '{TaskState.QUEUED.value}'"
-_HAS_TWINS = statement(f"SELECT EXISTS (SELECT 1 FROM {{given}} JOIN tasks ON {_TWIN})", {"key": "text"})
 _OUTPUTS = statement(
     """
     SELECT tasks.id, results.outputs
@@ -125,24 +125,33 @@ class _Ready:
     inputs: dict[str, list[Any]]
 
 
+def complete_finished(session: Session, keys: Mapping[str, str]) -> None:
+    """Draw every consequence of the success of tasks whose results have just been recorded; `keys` is by task."""
+    given = rows_json([{"id": task, "key": key} for task, key in keys.items()])
+    (followers,), counted = run_together(session, (_FOLLOWERS, {"given": given}), (_COUNT_DOWN, {"given": given}))
+    if followers.twins or followers.jobs:
+        need_graph(session)
+    twins = mark_twins_cached(session, list(keys.values())) if followers.twins else []
+    ready = [*_ready_rows(counted), *_count_down(session, twins)]
+    _complete(session, [*keys, *twins], ready, ends_jobs=bool(twins or followers.jobs))
+
+
 def complete(session: Session, done: Sequence[str], ready: Sequence[str] = ()) -> None:
     """Draw every consequence of the success of the tasks `done`, and of the tasks `ready` having all inputs."""
-    finished = list(done)
-    pending = [*_select_ready(session, ready), *_count_down(session, done)]
+    _complete(session, done, [*_select_ready(session, ready), *_count_down(session, done)], ends_jobs=True)
+
+
+def _complete(session: Session, done: Sequence[str], ready: Sequence[_Ready], *, ends_jobs: bool) -> None:
+    """Queue tasks that have all inputs, go on with those whose results are recorded, and end jobs."""
+    finished, pending = list(done), ready
     while pending:
         cached: list[str] = []
         for batch in batches(pending):
             cached += _promote(session, batch)
         finished += cached
         pending = _count_down(session, cached)
-    if any(run(session, _HAS_TARGETS, given=_ids(batch)).scalar_one() for batch in batches(finished)):
-        need_graph(session)
+    if ends_jobs or len(finished) > len(done):
         succeed_jobs(session, finished)
-
-
-def has_twins(session: Session, keys: Sequence[str]) -> bool:
-    """Say whether queued tasks ask for the results of these keys, which have just been recorded."""
-    return bool(run(session, _HAS_TWINS, given=rows_json([{"key": key} for key in keys])).scalar_one())
 
 
 def mark_twins_cached(session: Session, keys: Sequence[str]) -> list[str]:
@@ -178,16 +187,19 @@ def _count_down(session: Session, done: Sequence[str]) -> list[_Ready]:
     """Count down the tasks that read the outputs of `done`; return those that have all their inputs now."""
     ready: list[_Ready] = []
     for batch in batches(done):
-        rows = run(session, _COUNT_DOWN, given=_ids(batch)).all()
-        ready += [_ready(row) for row in rows if row.waiting == 0]
+        ready += _ready_rows(run(session, _COUNT_DOWN, given=_ids(batch)))
     return sorted(ready, key=lambda each: each.seq)
+
+
+def _ready_rows(counted: Iterable[Any]) -> list[_Ready]:
+    return sorted((_ready(row) for row in counted if row.waiting == 0), key=lambda each: each.seq)
 
 
 def _select_ready(session: Session, tasks: Sequence[str]) -> list[_Ready]:
     return [_ready(row) for batch in batches(tasks) for row in run(session, _SELECT_READY, given=_ids(batch))]
 
 
-def _ready(row: Row[Any]) -> _Ready:
+def _ready(row: Any) -> _Ready:
     return _Ready(row.seq, row.id, row.kind, row.version, read_json(row.params), read_json(row.inputs))
 
 
@@ -218,9 +230,9 @@ def _give_keys(session: Session, changes: Sequence[dict[str, Any]]) -> list[str]
     if not changes:
         return []
     given = rows_json(changes)
-    if not is_alone(session):
-        run(session, _LOCK_KEYS, given=given)
-    states = {row.id: row.state for row in run(session, _PROMOTE, given=given)}
+    locks = [] if is_alone(session) else [(_LOCK_KEYS, {"given": given})]
+    *_, rows = run_together(session, *locks, (_PROMOTE, {"given": given}))
+    states = {row.id: row.state for row in rows}
     cached = [change["id"] for change in changes if states.get(change["id"]) == TaskState.SUCCEEDED.value]
     if cached:
         need_graph(session)

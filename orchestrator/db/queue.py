@@ -27,9 +27,9 @@ from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.event_log import record_event
 from orchestrator.db.job_ends import fail_jobs_that_need
 from orchestrator.db.models import Task, in_states
-from orchestrator.db.promote import KEY_LOCK, complete, has_twins, mark_twins_cached
+from orchestrator.db.promote import KEY_LOCK, complete_finished
 from orchestrator.db.rows import Candidate, ClaimedTask, Lease, TaskEnd
-from orchestrator.db.session import GraphNeededError, lock_graph, need_graph, share_graph, tell_others, trying_shared
+from orchestrator.db.session import GraphNeededError, lock_graph, share_graph, tell_others, trying_shared
 from orchestrator.db.sql import dump, is_postgres, read_json, rows_json, run, statement
 from orchestrator.db.statements import batches, held, move_task, sources, target
 from orchestrator.errors import ResultError
@@ -100,6 +100,12 @@ _TAKE_LEASE = f"""
     started_at = {{now}}, lease_until = {{now}} + CAST(:seconds AS double precision)
 """
 _KEY_IS_FREE = "NOT EXISTS (SELECT 1 FROM tasks AS other WHERE other.key = tasks.key AND other.state = 'running')"
+_WAITING_JOBS = f"""
+    SELECT jobs.id FROM jobs WHERE jobs.state {sources(JobEvent.START)}
+    AND jobs.id IN (SELECT job_tasks.job_id FROM %s JOIN job_tasks ON job_tasks.task_id = %s.id)
+"""
+_START = f"UPDATE jobs SET state = {target(JobEvent.START)}, started_at = {{now}}"
+# On SQLite two statements.
 _CLAIM = statement(
     f"""
     UPDATE tasks SET {_TAKE_LEASE} FROM {{given}}
@@ -111,27 +117,19 @@ _CLAIM = statement(
     WITH chosen AS MATERIALIZED (
         SELECT tasks.seq, pg_try_advisory_xact_lock({KEY_LOCK.format("tasks.key")}) AS is_mine
         FROM {{given}} JOIN tasks ON tasks.id = given.id WHERE tasks.state {sources(TaskEvent.CLAIM)}
+    ), taken AS (
+        UPDATE tasks SET {_TAKE_LEASE} FROM chosen WHERE tasks.seq = chosen.seq AND chosen.is_mine AND {_KEY_IS_FREE}
+        RETURNING {_CLAIMED}
+    ), waiting AS MATERIALIZED (
+        -- One that another transaction holds is begun, or ended, by that: no claim waits.
+        {_WAITING_JOBS % ("taken", "taken")} ORDER BY jobs.id FOR NO KEY UPDATE OF jobs SKIP LOCKED
+    ), started AS (
+        {_START} FROM waiting WHERE jobs.id = waiting.id RETURNING jobs.id
     )
-    UPDATE tasks SET {_TAKE_LEASE} FROM chosen WHERE tasks.seq = chosen.seq AND chosen.is_mine AND {_KEY_IS_FREE}
-    RETURNING {_CLAIMED}
+    SELECT taken.*, (SELECT json_agg(started.id) FROM started) AS started FROM taken
     """,
 )
-_WAITING_JOBS = f"""
-    SELECT jobs.id FROM jobs WHERE jobs.state {sources(JobEvent.START)}
-    AND jobs.id IN (SELECT job_tasks.job_id FROM {{given}} JOIN job_tasks ON job_tasks.task_id = given.id)
-"""
-_START_JOBS = statement(
-    f"""
-    UPDATE jobs SET state = {target(JobEvent.START)}, started_at = {{now}} WHERE id IN ({_WAITING_JOBS}) RETURNING id
-    """,
-    {"id": "text"},
-    # One that another transaction holds is begun, or ended, by that: no claim waits.
-    postgres=f"""
-    WITH waiting AS MATERIALIZED ({_WAITING_JOBS} ORDER BY jobs.id FOR NO KEY UPDATE OF jobs SKIP LOCKED)
-    UPDATE jobs SET state = {target(JobEvent.START)}, started_at = {{now}} FROM waiting WHERE jobs.id = waiting.id
-    RETURNING jobs.id
-    """,
-)
+_START_JOBS = statement(f"{_START} WHERE id IN ({_WAITING_JOBS % ('{given}', 'given')}) RETURNING id", {"id": "text"})
 _RENEW = _on_good_leases(
     "lease_until = {now} + CAST(:seconds AS double precision)", "tasks.id, tasks.attempt, tasks.lease_token"
 )
@@ -241,10 +239,18 @@ def claim_tasks(
     rows = sorted(rows, key=lambda row: order[row.id])
     for row in rows:
         record_event(session, TaskEvent.CLAIM, task=row.id, attempt=row.attempt, data={"owner": owner})
-    if rows:
-        for job in run(session, _START_JOBS, given=given).scalars():
-            record_event(session, JobEvent.START, job=job)
+    for job in _started_jobs(session, rows):
+        record_event(session, JobEvent.START, job=job)
     return [_claimed_task(row, token) for row in rows]
+
+
+def _started_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[str]:
+    """Return the jobs that begin with these tasks."""
+    if not rows:
+        return []
+    if is_postgres(session):
+        return rows[0].started or []
+    return list(run(session, _START_JOBS, given=rows_json([{"id": row.id} for row in rows])).scalars())
 
 
 def _claimed_task(row: Row[Any], token: str) -> ClaimedTask:
@@ -333,11 +339,7 @@ def _finish(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
     for end in kept:
         data = {"seconds": end.seconds, **({"ran": end.ran} if end.ran else {})}
         record_event(session, TaskEvent.FINISH, task=end.lease.task_id, attempt=end.lease.attempt, data=data)
-    done, keys = [end.lease.task_id for end in kept], [row.key for row in rows.values()]
-    if has_twins(session, keys):
-        need_graph(session)
-        done += mark_twins_cached(session, keys)
-    complete(session, done)
+    complete_finished(session, {end.lease.task_id: rows[end.lease.task_id, end.lease.attempt].key for end in kept})
     return [end.lease for end in kept]
 
 

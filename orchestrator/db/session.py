@@ -181,15 +181,14 @@ def trying_shared(session: Session) -> Iterator[None]:
         yield
         return
     noted = len(session.info["events"])
-    driver = session.connection().exec_driver_sql
-    driver(f"SAVEPOINT shared; SELECT pg_advisory_xact_lock_shared({_GRAPH_LOCK})")
+    session.connection().exec_driver_sql(f"SAVEPOINT shared; SELECT pg_advisory_xact_lock_shared({_GRAPH_LOCK})")
     try:
         yield
     except GraphNeededError:
-        driver("ROLLBACK TO SAVEPOINT shared; RELEASE SAVEPOINT shared")
+        session.connection().exec_driver_sql("ROLLBACK TO SAVEPOINT shared; RELEASE SAVEPOINT shared")
         del session.info["events"][noted:]
         raise
-    driver("RELEASE SAVEPOINT shared")
+    # The savepoint stays: the commit does away with it, and each statement costs.
 
 
 def need_graph(session: Session) -> None:

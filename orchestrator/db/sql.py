@@ -10,10 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import psycopg
+from psycopg.rows import namedtuple_row
 from sqlalchemy import CursorResult, TextClause, text
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 POSTGRES = "postgresql"
@@ -63,6 +67,38 @@ def _compose(template: str, dialect: str, given: Mapping[str, str]) -> TextClaus
 def run(session: Session, statement: Statement, **parameters: Any) -> CursorResult[Any]:
     """Execute a statement in the session's transaction."""
     return session.connection().execute(statement.postgresql if is_postgres(session) else statement.sqlite, parameters)
+
+
+def run_together(session: Session, *calls: tuple[Statement, Mapping[str, Any]]) -> list[Sequence[Any]]:
+    """Execute statements one after the other and return the rows of each; on Postgres in one round trip.
+
+    Each still sees what was committed before it began, also while one before it waited.
+    """
+    if not is_postgres(session):
+        return [_rows(run(session, call, **parameters)) for call, parameters in calls]
+    connection = session.connection()
+    driver: Any = connection.connection.driver_connection
+    try:
+        with driver.pipeline():
+            cursors = [
+                driver.cursor(row_factory=namedtuple_row).execute(_driver_text(call.postgresql), parameters)
+                for call, parameters in calls
+            ]
+            return [cursor.fetchall() if cursor.description else [] for cursor in cursors]
+    except psycopg.Error as error:
+        raise DBAPIError.instance(
+            "several statements", None, error, psycopg.Error, dialect=connection.dialect
+        ) from error
+
+
+def _rows(result: CursorResult[Any]) -> Sequence[Any]:
+    return result.all() if result.returns_rows else []
+
+
+@cache
+def _driver_text(statement: TextClause) -> str:
+    """Return a statement with parameters as psycopg writes them."""
+    return str(statement.compile(dialect=PGDialect_psycopg()))
 
 
 def is_postgres(session: Session) -> bool:

@@ -91,6 +91,7 @@ _OUTPUTS = statement(
     """,
     {"id": "text"},
 )
+# On SQLite, where whoever writes is alone, not used.
 _LOCK_KEYS = statement(
     "SELECT 1",
     {"key": "text"},

@@ -70,12 +70,12 @@ def run(session: Session, statement: Statement, **parameters: Any) -> CursorResu
 
 
 def run_together(session: Session, *calls: tuple[Statement, Mapping[str, Any]]) -> list[Sequence[Any]]:
-    """Execute statements one after the other and return the rows of each; on Postgres in one round trip.
+    """Execute statements that return rows, one after the other, and return those; on Postgres in one round trip.
 
     Each still sees what was committed before it began, also while one before it waited.
     """
     if not is_postgres(session):
-        return [_rows(run(session, call, **parameters)) for call, parameters in calls]
+        return [run(session, call, **parameters).all() for call, parameters in calls]
     connection = session.connection()
     driver: Any = connection.connection.driver_connection
     try:
@@ -84,15 +84,11 @@ def run_together(session: Session, *calls: tuple[Statement, Mapping[str, Any]]) 
                 driver.cursor(row_factory=namedtuple_row).execute(_driver_text(call.postgresql), parameters)
                 for call, parameters in calls
             ]
-            return [cursor.fetchall() if cursor.description else [] for cursor in cursors]
+            return [cursor.fetchall() for cursor in cursors]
     except psycopg.Error as error:
         raise DBAPIError.instance(
             "several statements", None, error, psycopg.Error, dialect=connection.dialect
         ) from error
-
-
-def _rows(result: CursorResult[Any]) -> Sequence[Any]:
-    return result.all() if result.returns_rows else []
 
 
 @cache

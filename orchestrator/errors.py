@@ -4,6 +4,7 @@ OrchestratorError
 ├── DatabaseError                 the database refused or lost a statement (exit code 1)
 │   ├── DatabaseUnreachableError  no such file, server, user or database (2)
 │   ├── DatabaseFullError         no room left for the database (2)
+│   ├── ConflictError             the transaction ran into another and gave way; to be run again (1)
 │   └── SchemaError               the schema is behind or ahead of this Quantmill (2)
 ├── NotFoundError                 no job, model, release or alias of that name (102)
 ├── GraphError                    a task graph refers to a task it does not hold before it (1)
@@ -36,6 +37,10 @@ class DatabaseFullError(DatabaseError, InvalidInputError):
     """There is no room left where the database lies; the transaction was rolled back."""
 
     exit_code = 2
+
+
+class ConflictError(DatabaseError):
+    """Two transactions waited for each other or claimed the same key; this one was rolled back, to be run again."""
 
 
 class SchemaError(DatabaseError, InvalidInputError):

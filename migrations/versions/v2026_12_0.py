@@ -31,8 +31,14 @@ def upgrade() -> None:
         sa.Column("ran_on", sa.Text()),
         sa.Column("queued_at", DOUBLE),
         sa.Column("repairs", sa.Integer(), nullable=False, server_default="0"),
+        sa.Column("needs", sa.Text(), nullable=False, server_default=""),
     ):
         op.add_column("tasks", column)
+    _name_needs()
+    op.drop_index("ix_tasks_queued", "tasks")
+    op.drop_index("ix_tasks_queued_cpu", "tasks")
+    queued = ["needs", "alone", sa.text("priority DESC"), "seq"]
+    op.create_index("ix_tasks_queued_needs", "tasks", queued, **_where("state = 'queued'"))
     op.add_column("results", sa.Column("ran", JSON, nullable=False, server_default=sa.text("'{}'")))
     op.rename_table("kind_timings", "kind_timings_before")
     _make_timings(with_device=True)
@@ -82,11 +88,18 @@ def downgrade() -> None:
     _make_timings(with_device=False)
     op.execute(
         "INSERT INTO kind_timings (kind, version, n, seconds, work) "
-        "SELECT kind, version, n, seconds, work FROM kind_timings_before WHERE device = 'cpu'"
+        "SELECT kind, version, sum(n), sum(seconds), sum(work) FROM kind_timings_before "
+        "WHERE device = 'cpu' GROUP BY kind, version"
     )
     op.drop_table("kind_timings_before")
     op.drop_column("results", "ran")
+    op.drop_index("ix_tasks_queued_needs", "tasks")
+    op.create_index("ix_tasks_queued", "tasks", [sa.text("priority DESC"), "seq"], **_where("state = 'queued'"))
+    op.create_index(
+        "ix_tasks_queued_cpu", "tasks", [sa.text("priority DESC"), "seq"], **_where("state = 'queued' AND gpus = 0")
+    )
     for column in (
+        "needs",
         "repairs",
         "queued_at",
         "ran_on",
@@ -119,9 +132,28 @@ def _make_timings(*, with_device: bool) -> None:
             sa.Column("device", sa.String(128), nullable=False, server_default="cpu"),
             sa.Column("peak_rss_bytes", sa.BigInteger(), nullable=False, server_default="0"),
             sa.Column("peak_gpu_bytes", sa.BigInteger(), nullable=False, server_default="0"),
+            sa.Column("shard", sa.Integer(), autoincrement=False, nullable=False, server_default="0"),
         ]
-        key.append("device")
+        key += ["device", "shard"]
     op.create_table("kind_timings", *columns, sa.PrimaryKeyConstraint(*key, name=op.f("pk_kind_timings")))
+
+
+def _name_needs() -> None:
+    """Name what the tasks ask for that are not over, as `orchestrator.db.enqueue.needs_of` does for new ones."""
+    unfinished = "state IN ('blocked', 'queued', 'running', 'failed', 'cancelled')"
+    asked = op.get_bind().execute(sa.text(f"SELECT DISTINCT cpus, gpus, memory_bytes FROM tasks WHERE {unfinished}"))
+    for cpus, gpus, memory in asked.all():
+        statement = sa.text(
+            f"UPDATE tasks SET needs = :needs WHERE {unfinished} "
+            "AND cpus = :cpus AND gpus = :gpus AND memory_bytes = :memory"
+        )
+        needs = f"{cpus}/{gpus}/{memory}/0/auto/None"
+        op.execute(statement.bindparams(needs=needs, cpus=cpus, gpus=gpus, memory=memory))
+
+
+def _where(condition: str) -> dict[str, sa.TextClause]:
+    """Restrict an index to some rows, on both databases."""
+    return {"postgresql_where": sa.text(condition), "sqlite_where": sa.text(condition)}
 
 
 def _is_postgres() -> bool:

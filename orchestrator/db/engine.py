@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
-from orchestrator.errors import DatabaseError, DatabaseFullError, DatabaseUnreachableError
+from orchestrator.errors import ConflictError, DatabaseError, DatabaseFullError, DatabaseUnreachableError
 from quant_spec.errors import InvalidInputError
 from workers.urls import HARMLESS_PARAMETERS, HIDDEN, SecretUrl, hide_passwords, is_plain_url, reveal, shown_url
 
@@ -26,6 +26,8 @@ IDLE_IN_TRANSACTION_SECONDS = 60
 # What SQLite says; whatever Postgres' driver says while it connects means the same.
 _UNREACHABLE = ("unable to open database file", "file is not a database")
 _FULL = ("database or disk is full", "no space left on device")
+# Postgres found that two transactions wait for each other; two claimed one key under different ids at the same moment.
+_DEADLOCK, _SAME_KEY = "40P01", "uq_tasks_running_key"
 # SQLite could not make its shared-memory file as large as it needs; its message is "disk I/O error".
 _FULL_SQLITE = "SQLITE_IOERR_SHMSIZE"
 
@@ -102,6 +104,8 @@ def make_engine(url: URL, *, create: bool = False) -> Engine:
     @event.listens_for(engine, "connect")
     def _limit(connection: Any, record: Any) -> None:
         connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_IN_TRANSACTION_SECONDS}s'")
+        # Statements of the queue are planned once for a connection, which may be when its tables are still small.
+        connection.execute("SET enable_seqscan = off")
         connection.commit()
 
     return engine
@@ -164,6 +168,8 @@ def _convert(error: SQLAlchemyError, url: URL) -> DatabaseError:
     low = text.lower()
     if any(sign in low for sign in _FULL) or getattr(cause, "sqlite_errorname", None) == _FULL_SQLITE:
         return DatabaseFullError(f"{where}: no room left, nothing was changed ({text})")
+    if getattr(cause, "sqlstate", None) == _DEADLOCK or _SAME_KEY in low:
+        return ConflictError(f"{where}: {text}")
     lost = isinstance(error, OperationalError | InterfaceError) or "file is not a database" in low
     if lost and any(sign in low for sign in _UNREACHABLE):
         return DatabaseUnreachableError(f"{where}: cannot be reached ({text})")

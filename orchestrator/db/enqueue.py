@@ -7,18 +7,19 @@ needs `lock_graph`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
+from orchestrator.db.event_log import record_event
 from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
 from orchestrator.db.promote import complete, recount
 from orchestrator.db.rows import EnqueueCounts
-from orchestrator.db.session import lock_enqueue, lock_graph, record_event
-from orchestrator.db.statements import batches, insert_or_ignore, move_job, move_task
+from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
+from orchestrator.db.statements import batches, insert_rows, move_job, move_task
 from orchestrator.errors import GraphError, NotFoundError
 from orchestrator.graph import TaskNode, inputs_json
 from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEvent, TaskState
@@ -58,6 +59,7 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
     session.execute(statement, execution_options={"synchronize_session": False})
     lock_graph(session)
     start_tasks(session, job_id)
+    tell_others(session)
     cached = JobTask.cached
     total, done = session.execute(
         select(func.count(), func.count().filter(cached)).where(JobTask.job_id == job_id)
@@ -136,15 +138,30 @@ def _add(session: Session, job_id: str, priority: int, nodes: Sequence[TaskNode]
     ids = [node.id for node in nodes]
     present = set(session.scalars(select(Task.id).where(Task.id.in_(ids))))
     new = [node for node in nodes if node.id not in present]
-    if new:
-        session.execute(insert(Task), [_task_values(node, priority) for node in new])
+    insert_rows(session, Task, [_task_values(node, priority) for node in new])
     edges = [{"task_id": node.id, "source_id": source} for node in new for source in sorted(node.sources())]
-    if edges:
-        session.execute(insert(TaskInput), edges)
-    insert_or_ignore(session, JobTask, [{"job_id": job_id, "task_id": each, "cached": False} for each in ids])
+    insert_rows(session, TaskInput, edges)
+    wanted = [{"job_id": job_id, "task_id": each, "cached": False} for each in ids]
+    insert_rows(session, JobTask, wanted, or_ignore=True)
+
+
+#: What a task asks for; the claim reads tasks that ask for the same as one group.
+NEEDS = ("cpus", "gpus", "memory_bytes", "gpu_memory_bytes", "device", "gpu_type")
+_DEFAULT_NEEDS: Mapping[str, Any] = {"gpu_memory_bytes": 0, "device": "auto", "gpu_type": None}
+
+
+def needs_of(values: Mapping[str, Any]) -> str:
+    """Name what a task asks for, by the values of its columns."""
+    asked = {**_DEFAULT_NEEDS, **values, "cpus": float(values["cpus"]), "gpus": float(values["gpus"])}
+    return "/".join(str(asked[name]) for name in NEEDS)
 
 
 def _task_values(node: TaskNode, priority: int) -> dict[str, Any]:
+    values = _plain_values(node, priority)
+    return values | {"needs": needs_of(values)}
+
+
+def _plain_values(node: TaskNode, priority: int) -> dict[str, Any]:
     return {
         "id": node.id,
         "kind": node.kind,

@@ -14,9 +14,9 @@ from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
+from orchestrator.db.event_log import record_event
 from orchestrator.db.models import Job, JobTask, Result, Task, in_states
 from orchestrator.db.releases import publish
-from orchestrator.db.session import record_event
 from orchestrator.db.statements import batches, move_job, move_task
 from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEvent
 

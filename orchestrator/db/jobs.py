@@ -12,10 +12,11 @@ from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.enqueue import start_tasks
+from orchestrator.db.event_log import last_settled_event, record_event
 from orchestrator.db.job_ends import end_jobs
 from orchestrator.db.models import Event, Job, JobTask, Result, Task, in_states
 from orchestrator.db.rows import EventRow, JobRow, KindRow, ModelRow, TaskRow
-from orchestrator.db.session import lock_enqueue, lock_graph, record_event
+from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
 from orchestrator.db.statements import move_job
 from orchestrator.errors import NotFoundError
 from orchestrator.graph import Resources
@@ -94,6 +95,7 @@ def retry_job(session: Session, job_id: str) -> None:
         raise InvalidInputError(f"job {job_id}: got state {state}, wanted {wanted}")
     record_event(session, JobEvent.RETRY, job=job_id)
     start_tasks(session, job_id)
+    tell_others(session)
 
 
 def find_job(session: Session, prefix: str) -> JobRow:
@@ -210,11 +212,12 @@ def events(session: Session, job_id: str, after_id: int = 0, limit: int = 1000) 
     after_id
         Only events with a greater id; with the last one seen, this follows the log and misses nothing.
     """
+    last = last_settled_event(session)
     first = select(func.min(Event.id)).where(Event.job_id == job_id).scalar_subquery()
     tasks = select(JobTask.task_id).where(JobTask.job_id == job_id)
     statement = (
         select(Event)
-        .where(Event.id > after_id, Event.id >= first)
+        .where(Event.id > after_id, Event.id >= first, *([] if last is None else [Event.id <= last]))
         .where(or_(Event.job_id == job_id, Event.task_id.in_(tasks)))
         .order_by(Event.id)
         .limit(limit)

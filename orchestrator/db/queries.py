@@ -17,7 +17,17 @@ from orchestrator.db.jobs import (
     retry_job,
     work_left,
 )
-from orchestrator.db.queue import claim_tasks, fail_task, finish_task, reap_expired, release_task, renew_leases
+from orchestrator.db.queue import (
+    check_end,
+    claim_tasks,
+    fail_task,
+    finish_task,
+    finish_tasks,
+    reap_expired,
+    release_task,
+    release_tasks,
+    renew_leases,
+)
 from orchestrator.db.registry import add_model, find_model, kind_timings, known_results, list_models, live_digests
 from orchestrator.db.releases import find_release, list_releases, set_alias
 
@@ -38,11 +48,14 @@ __all__ = [
     "events",
     "work_left",
     "nothing_left",
+    "check_end",
     "claim_tasks",
     "renew_leases",
     "finish_task",
+    "finish_tasks",
     "fail_task",
     "release_task",
+    "release_tasks",
     "reap_expired",
     "known_results",
     "kind_timings",

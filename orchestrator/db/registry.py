@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
@@ -93,9 +93,12 @@ def known_results(session: Session, keys: Iterable[str]) -> dict[str, dict[str, 
 
 def kind_timings(session: Session) -> dict[str, Timing]:
     """Return what the recorded tasks of each kind took on CPUs, of the newest version of the kind that has any."""
-    on_cpu = select(KindTiming).where(KindTiming.device == "cpu")
-    rows = session.scalars(on_cpu.order_by(KindTiming.kind, KindTiming.version))
-    return {row.kind: Timing(row.n, row.seconds, row.work) for row in rows}
+    sums = (func.sum(KindTiming.n), func.sum(KindTiming.seconds), func.sum(KindTiming.work))
+    on_cpu = select(KindTiming.kind, *sums).where(KindTiming.device == "cpu")
+    rows = session.execute(
+        on_cpu.group_by(KindTiming.kind, KindTiming.version).order_by(KindTiming.kind, KindTiming.version)
+    )
+    return {kind: Timing(int(n), seconds, work) for kind, n, seconds, work in rows}
 
 
 def live_digests(session: Session) -> Iterator[str]:

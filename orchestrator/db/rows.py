@@ -6,7 +6,7 @@ Times are seconds since 1970 UTC by the database's clock; sizes are bytes; work 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.graph import Resources
@@ -34,6 +34,35 @@ class ClaimedTask:
     resources: Resources
     work: float
     label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A task that could be claimed, as far as a choice among candidates needs to know it."""
+
+    id: str
+    key: str
+    kind: str
+    version: int
+    priority: int
+    resources: Resources
+    work: float
+    alone: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEnd:
+    """What a task gave: output names to digests of bytes that are in the store, and metrics (JSON, finite numbers).
+
+    `seconds` is how long it computed, `device` what on ("cpu" or a GPU's name), `ran` where.
+    """
+
+    lease: Lease
+    outputs: Mapping[str, str]
+    metrics: Mapping[str, Any]
+    seconds: float
+    device: str = "cpu"
+    ran: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

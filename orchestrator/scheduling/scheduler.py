@@ -22,21 +22,25 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from orchestrator.db.candidates import fill
 from orchestrator.db.queries import (
+    check_end,
     claim_tasks,
     fail_task,
     find_job,
-    finish_task,
+    finish_tasks,
     nothing_left,
     reap_expired,
-    release_task,
+    release_tasks,
     work_left,
 )
-from orchestrator.db.rows import ClaimedTask, Lease
-from orchestrator.db.session import Database
+from orchestrator.db.rows import Candidate, ClaimedTask, Lease, TaskEnd
+from orchestrator.db.session import Database, Session, lock_graph, ready_count, tell_others
 from orchestrator.errors import DatabaseError, ResultError
 from orchestrator.graph import Resources
 from orchestrator.scheduling.leases import LeaseKeeper
+from orchestrator.scheduling.pace import Pace
+from orchestrator.scheduling.wakeup import Wakeup
 from orchestrator.states import ACTIVE_JOBS
 from workers.errors import ExecutorError, Fault
 from workers.execution.execute import TaskCall
@@ -47,8 +51,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A claim reads at most so many rows.
+# A claim takes at most so many tasks.
 _CLAIM_LIMIT = 64
+# With more tasks in flight than this for each CPU, ends are collected for a moment and recorded together.
+_MANY_PER_CPU = 4.0
+_LINGER_SECONDS = 0.005
+# Others are told of tasks that became ready and were not claimed here at most this often.
+_TELL_SECONDS = 0.1
 _SHORTEST_POLL_SECONDS = 0.02
 # Signals and lost leases are noticed within this time.
 _LONGEST_WAIT_SECONDS = 0.25
@@ -99,11 +108,13 @@ class Scheduler:
         self._in_flight: dict[int, ClaimedTask] = {}
         self._ended: list[tuple[ClaimedTask, Finished]] = []
         self._keeper = LeaseKeeper(database, config.lease_seconds)
+        self._wakeup = Wakeup(database)
+        self._pace = Pace()
         self._stop = threading.Event()
         self._found_work = self._said_no_capacity = False
         self._executed = 0
         self._poll = _SHORTEST_POLL_SECONDS
-        self._next_claim = self._next_reap = self._next_look = 0.0
+        self._next_claim = self._next_reap = self._next_look = self._next_telling = 0.0
 
     def run(
         self,
@@ -138,6 +149,7 @@ class Scheduler:
         if stop is not None:
             self._stop = stop
         self._keeper.start()
+        self._wakeup.start()
         try:
             done = False
             while not self._stop.is_set() and not (done := self._is_done(drain, until_job)):
@@ -175,7 +187,7 @@ class Scheduler:
     def _pass(self) -> None:
         """Wait for something to do, and do it."""
         if self._executor is None:
-            self._stop.wait(min(self._config.poll_seconds, _LONGEST_WAIT_SECONDS))
+            self._idle(min(self._config.poll_seconds, _LONGEST_WAIT_SECONDS))
             return
         self._collect(self._executor)
         if not self._executor.alive():
@@ -188,13 +200,25 @@ class Scheduler:
         """Wait for tasks to end; drop those whose leases were lost."""
         timeout = max(0.0, min(self._next_claim - time.monotonic(), _LONGEST_WAIT_SECONDS))
         if self._in_flight:
-            for finished in executor.wait(timeout):
-                # One whose lease was lost is no longer known here: what it did is another's business now.
-                if finished.handle in self._in_flight:
-                    self._end(self._in_flight.pop(finished.handle), finished)
+            self._take(executor.wait(timeout))
+            if self._ended and len(self._in_flight) > _MANY_PER_CPU * executor.capacity().cpus:
+                self._stop.wait(_LINGER_SECONDS)
+                self._take(executor.wait(0.0))
         else:
-            self._stop.wait(timeout)
+            self._idle(timeout)
         self._drop_lost(executor)
+
+    def _take(self, ended: list[Finished]) -> None:
+        for finished in ended:
+            # One whose lease was lost is no longer known here: what it did is another's business now.
+            if finished.handle in self._in_flight:
+                self._end(self._in_flight.pop(finished.handle), finished)
+
+    def _idle(self, seconds: float) -> None:
+        """Wait, but not on when there may be something to claim."""
+        if self._wakeup.wait(seconds):
+            self._next_claim = self._next_look = 0.0
+            self._poll = _SHORTEST_POLL_SECONDS
 
     def _end(self, task: ClaimedTask, finished: Finished) -> None:
         """Note the end of a task, to be recorded with the next transaction."""
@@ -202,6 +226,7 @@ class Scheduler:
             log.warning("task failed: %s", finished.error, extra=_about(task) | {"fault": str(finished.fault)})
         else:
             self._executed += 1
+            self._pace.note(task.kind, task.version, float(finished.output.metrics["seconds"]))
             log.debug("task finished", extra=_about(task))
         self._ended.append((task, finished))
 
@@ -233,40 +258,76 @@ class Scheduler:
 
     def _record(self, room: Resources | None, give_back: Sequence[Lease] = ()) -> list[ClaimedTask]:
         """In one transaction, record the ends of tasks, give tasks back, and claim what fits into `room`."""
-        config, dropped = self._config, []
-        with self._database.session() as session:
-            for task, finished in self._ended:
-                output, fault, error = finished.output, finished.fault or Fault.INFRASTRUCTURE, finished.error
-                if output is not None:
-                    try:
-                        kept = finish_task(
-                            session, task.lease, output.outputs, output.metrics, float(output.metrics["seconds"])
-                        )
-                    except ResultError as refusal:
-                        output, fault, error = None, Fault.TASK, str(refusal)
-                if output is None:
-                    kept = fail_task(session, task.lease, fault=fault.value, error=error)
-                if not kept:
-                    dropped.append(task)
-            for lease in give_back:
-                release_task(session, lease)
-            claim = partial(claim_tasks, session, owner=config.owner, lease_seconds=config.lease_seconds)
-            claimed = claim(limit=_CLAIM_LIMIT, capacity=room) if room is not None else []
-            if room is not None and not claimed and not self._in_flight:
-                # A task that asks for more than the cluster has runs when nothing else does.
-                huge = Resources(cpus=float(sys.maxsize), gpus=room.gpus, memory_bytes=sys.maxsize)
-                claimed = claim(limit=1, capacity=huge)
-        for task in dropped:
-            log.warning("result dropped: the lease was lost", extra=_about(task))
+        ends, faults = self._sorted_ends()
+        claimed, kept = self._database.transact(partial(self._write, room, give_back, ends, faults))
+        for task, _ in self._ended:
+            if task.lease not in kept:
+                log.warning("result dropped: the lease was lost", extra=_about(task))
+        return claimed
+
+    def _sorted_ends(self) -> tuple[list[TaskEnd], list[tuple[Lease, Fault, str]]]:
+        """Return the ends that can be recorded as results, and the faults, with an error each."""
+        ends: list[TaskEnd] = []
+        faults: list[tuple[Lease, Fault, str]] = []
+        for task, finished in self._ended:
+            if finished.output is None:
+                faults.append((task.lease, finished.fault or Fault.INFRASTRUCTURE, finished.error))
+                continue
+            metrics = finished.output.metrics
+            end = TaskEnd(task.lease, finished.output.outputs, metrics, float(metrics["seconds"]))
+            try:
+                check_end(end)
+            except ResultError as refusal:
+                faults.append((task.lease, Fault.TASK, str(refusal)))
+            else:
+                ends.append(end)
+        return ends, faults
+
+    def _write(
+        self,
+        room: Resources | None,
+        give_back: Sequence[Lease],
+        ends: Sequence[TaskEnd],
+        faults: Sequence[tuple[Lease, Fault, str]],
+        session: Session,
+    ) -> tuple[list[ClaimedTask], set[Lease]]:
+        """Do what `_record` says; return what was claimed, and the leases of the ends that were recorded."""
+        if faults:
+            # They need the graph alone, and who has shared it before cannot have it without a risk of deadlock.
+            lock_graph(session)
+        kept = set(finish_tasks(session, ends))
+        for lease, fault, error in faults:
+            if fail_task(session, lease, fault=fault.value, error=error):
+                kept.add(lease)
+        release_tasks(session, give_back)
+        claimed = self._claim(session, room) if room is not None else []
+        now = time.monotonic()
+        if ready_count(session) > len(claimed) and now >= self._next_telling:
+            self._next_telling = now + _TELL_SECONDS
+            tell_others(session)
+        return claimed, kept
+
+    def _claim(self, session: Session, room: Resources) -> list[ClaimedTask]:
+        """Claim what fits into `room`; of short tasks, more than that."""
+
+        def choose(candidates: Sequence[Candidate]) -> list[Candidate]:
+            return fill(candidates, room, self._pace.weight)
+
+        claim = partial(claim_tasks, session, owner=self._config.owner, lease_seconds=self._config.lease_seconds)
+        claimed = claim(limit=_CLAIM_LIMIT, capacity=room, choose=choose)
+        if not claimed and not self._in_flight:
+            # A task that asks for more than the cluster has runs when nothing else does.
+            huge = Resources(cpus=float(sys.maxsize), gpus=room.gpus, memory_bytes=sys.maxsize)
+            claimed = claim(limit=1, capacity=huge)
         return claimed
 
     def _room(self, executor: Executor) -> Resources | None:
         """Return what may still be claimed; None if nothing."""
         capacity, factor = executor.capacity(), self._config.in_flight
-        used = [task.resources for task in self._in_flight.values()]
-        cpus = capacity.cpus * factor - sum(each.cpus for each in used)
-        memory = int(capacity.memory_bytes * factor) - sum(each.memory_bytes for each in used)
-        gpus = max(0.0, capacity.gpus * factor - sum(each.gpus for each in used))
+        used = [(task.resources, self._pace.weight(task.kind, task.version)) for task in self._in_flight.values()]
+        cpus = capacity.cpus * factor - sum(each.cpus * weight for each, weight in used)
+        memory = int(capacity.memory_bytes * factor - sum(each.memory_bytes * weight for each, weight in used))
+        gpus = max(0.0, capacity.gpus * factor - sum(each.gpus * weight for each, weight in used))
         return Resources(cpus, gpus, memory) if cpus > 0 and memory >= 0 else None
 
     def _submit(self, executor: Executor, claimed: list[ClaimedTask]) -> None:
@@ -328,6 +389,7 @@ class Scheduler:
     def _close(self) -> None:
         """Give back what is in flight, and stop the executor."""
         self._keeper.stop()
+        self._wakeup.stop()
         leases = [task.lease for task in self._in_flight.values()]
         try:
             if leases or self._ended:

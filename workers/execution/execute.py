@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,8 @@ class TaskCall:
 
     def to_json(self) -> dict[str, Any]:
         """Return the call as JSON."""
-        return asdict(self)
+        # Not asdict, which copies parameters and inputs through and through.
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 def execute_call(call: TaskCall) -> TaskOutput:

@@ -33,6 +33,7 @@ from workers.storage.locks import own_folder
 _TEMPORARY = Path("/tmp")
 _START_SECONDS = 120.0
 _STOP_SECONDS = 5.0
+_CHUNK_BYTES = 1 << 20
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -196,27 +197,33 @@ class RayExecutor:
         assert self._process.stdout is not None
         try:
             with self._process.stdout as answers:
-                for line in answers:
+                rest = b""
+                # All that has come at once, so that the scheduler records it at once.
+                while chunk := answers.read1(_CHUNK_BYTES):  # type: ignore[attr-defined]
+                    *lines, rest = (rest + chunk).split(b"\n")
                     # A child that is killed may leave half a line.
-                    if line.endswith(b"\n"):
-                        self._take(json.loads(line))
+                    self._take([json.loads(line) for line in lines])
         finally:
             # Also after an answer that cannot be read: nobody would take the next ones.
             with self._changed:
                 self._lost = True
                 self._changed.notify_all()
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _take(self, messages: list[dict[str, Any]]) -> None:
         with self._changed:
-            if "capacity" in message:
-                self._capacity = Capacity(**message["capacity"])
-            elif "failed" in message:
-                self._failure = message["failed"][:300]
-            elif "error" in message:
-                self._finished.append(Finished(message["id"], None, Fault(message["fault"]), message["error"]))
-            else:
-                self._finished.append(Finished(message["id"], TaskOutput(message["outputs"], message["metrics"])))
+            for message in messages:
+                self._note(message)
             self._changed.notify_all()
+
+    def _note(self, message: dict[str, Any]) -> None:
+        if "capacity" in message:
+            self._capacity = Capacity(**message["capacity"])
+        elif "failed" in message:
+            self._failure = message["failed"][:300]
+        elif "error" in message:
+            self._finished.append(Finished(message["id"], None, Fault(message["fault"]), message["error"]))
+        else:
+            self._finished.append(Finished(message["id"], TaskOutput(message["outputs"], message["metrics"])))
 
     def capacity(self) -> Capacity:
         """Return what the cluster has now."""

@@ -35,6 +35,7 @@ _OBJECT_STORE_BYTES = 80 << 20
 _MEMORY_SHARE = 0.9
 # Tasks that ask for the same share a worker's lease, so memory is asked for in these steps.
 _MEMORY_STEP = 256 << 20
+_MOST_FUNCTIONS = 1000
 _LOOK_SECONDS = 0.5
 _PROBE_SECONDS = 5.0
 _SILENCE_SECONDS = 60.0
@@ -55,6 +56,7 @@ class Driver:
         self._writing = threading.Lock()
         self._running: dict[int, Any] = {}
         self._remote = ray.remote(max_retries=0, max_calls=0)(run_call)
+        self._functions: dict[tuple[tuple[str, Any], ...], Any] = {}
         self._capacity: dict[str, float] = {}
         self._node_cpus = self._node_memory = 0.0
         self._last_probe = time.monotonic()
@@ -84,12 +86,20 @@ class Driver:
         memory = min(math.ceil(call["memory_bytes"] / _MEMORY_STEP) * _MEMORY_STEP, int(self._node_memory))
         options = {"num_cpus": cpus, "num_gpus": call["gpus"], "memory": memory or None, "name": call["kind"]}
         try:
-            reference = self._remote.options(**options).remote(json.dumps(call))
+            reference = self._function(tuple(options.items())).remote(json.dumps(call))
         except (RayError, ValueError) as error:
             self._send({"id": number, "error": f"ray: {describe(error)}", "fault": Fault.INFRASTRUCTURE})
             return
         self._running[number] = reference
         reference.future().add_done_callback(lambda future: self._report(number, future))
+
+    def _function(self, options: tuple[tuple[str, Any], ...]) -> Any:
+        """Return the remote function with these options; making one anew for each call takes longer than the call."""
+        if options not in self._functions:
+            if len(self._functions) >= _MOST_FUNCTIONS:
+                self._functions.clear()
+            self._functions[options] = self._remote.options(**dict(options))
+        return self._functions[options]
 
     def _report(self, number: int, future: Future[str]) -> None:
         """Send the end of a call; runs in a thread of Ray's."""

@@ -31,6 +31,7 @@ def upgrade() -> None:
         sa.Column("ran_on", sa.Text()),
         sa.Column("queued_at", DOUBLE),
         sa.Column("repairs", sa.Integer(), nullable=False, server_default="0"),
+        sa.Column("deterministic", sa.Boolean(), nullable=False, server_default=sa.false()),
     ):
         op.add_column("tasks", column)
     op.add_column("results", sa.Column("ran", JSON, nullable=False, server_default=sa.text("'{}'")))
@@ -78,6 +79,7 @@ def downgrade() -> None:
     op.drop_table("kind_timings_before")
     op.drop_column("results", "ran")
     for column in (
+        "deterministic",
         "repairs",
         "queued_at",
         "ran_on",
@@ -110,6 +112,8 @@ def _make_timings(*, with_device: bool) -> None:
             sa.Column("device", sa.String(128), nullable=False, server_default="cpu"),
             sa.Column("peak_rss_bytes", sa.BigInteger(), nullable=False, server_default="0"),
             sa.Column("peak_gpu_bytes", sa.BigInteger(), nullable=False, server_default="0"),
+            sa.Column("memory_ratio", DOUBLE, nullable=False, server_default="0"),
+            sa.Column("gpu_memory_ratio", DOUBLE, nullable=False, server_default="0"),
         ]
         key.append("device")
     op.create_table("kind_timings", *columns, sa.PrimaryKeyConstraint(*key, name=op.f("pk_kind_timings")))

@@ -35,6 +35,8 @@ def run(
     overrides: tuple[str, ...],
     sample_size: SampleSize | None,
     name: str | None,
+    device: str | None,
+    gpu_type: str | None,
     out: Path | None,
 ) -> int:
     """Queue a job and execute it here, with progress. RECIPE is a YAML file or a name of `recipes ls`.
@@ -46,7 +48,8 @@ def run(
         check_target(out)
     log_to_stderr()
     with app.service() as service, stop_on_signals() as stop:
-        submitted = submit(service, Request(recipe, model, overrides, name, sample_size=sample_size), notify=app.notify)
+        wish = {"sample_size": sample_size, "device": device, "gpu_type": gpu_type}
+        submitted = submit(service, Request(recipe, model, overrides, name, **wish), notify=app.notify)
         tell_next(app, submitted)
         job = run_job(service, submitted.job, stop)
         view, code = show_job(service, job.id), exit_code(service, job)

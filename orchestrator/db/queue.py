@@ -17,17 +17,19 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, case, exists, literal_column, select, tuple_, update
+from sqlalchemy import ColumnElement, Row, case, exists, func, literal_column, or_, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.job_ends import fail_jobs_that_need
-from orchestrator.db.models import Job, JobTask, KindTiming, Result, Task, in_states
+from orchestrator.db.models import Job, JobTask, Result, Task, in_states
+from orchestrator.db.picking import WISHES, Picker, after_out_of_memory, pick, wishes_of
 from orchestrator.db.promote import complete, mark_twins_cached
 from orchestrator.db.rows import ClaimedTask, Lease
 from orchestrator.db.session import lock_graph, record_event
-from orchestrator.db.statements import batches, held, insert_into, insert_or_ignore, move_job, move_task
+from orchestrator.db.statements import batches, held, insert_or_ignore, move_job, move_task
+from orchestrator.db.timings import add_timing
 from orchestrator.errors import ResultError
 from orchestrator.graph import Resources
 from orchestrator.states import JobEvent, JobState, TaskEvent, TaskState
@@ -42,6 +44,8 @@ INFRASTRUCTURE_BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0)
 FAULTS: Mapping[str, tuple[Any, tuple[float, ...]]] = {
     "task": (Task.faults_task, TASK_BACKOFF),
     "infrastructure": (Task.faults_infrastructure, INFRASTRUCTURE_BACKOFF),
+    "memory": (Task.faults_infrastructure, INFRASTRUCTURE_BACKOFF),
+    "refused": (Task.faults_infrastructure, INFRASTRUCTURE_BACKOFF),
     "invalid": (Task.faults_task, ()),
 }
 
@@ -52,7 +56,13 @@ _RUNNING = in_states(Task.state, [TaskState.RUNNING])
 
 
 def claim_tasks(
-    session: Session, *, owner: str, limit: int, lease_seconds: float, capacity: Resources | None = None
+    session: Session,
+    *,
+    owner: str,
+    limit: int,
+    lease_seconds: float,
+    capacity: Resources | None = None,
+    picker: Picker | None = None,
 ) -> list[ClaimedTask]:
     """Take leases on the next tasks: highest priority first, then those that came first.
 
@@ -66,20 +76,27 @@ def claim_tasks(
         How long the leases last unless renewed.
     capacity
         What the claimed tasks may occupy together; one that does not fit is passed over. None: no bound.
+    picker
+        Decides in place of `capacity` which tasks start now, and on which node.
 
     Notes
     -----
     O(limit · log n): it reads the head of a partial index. A task whose key is running under another id is left
     queued; it succeeds when that one does.
     """
-    chosen = _choose(session, limit, capacity)
+    where: Mapping[str, str] = {}
+    if picker is None:
+        chosen = _choose(session, limit, capacity)
+    else:
+        where = pick(session, picker, lambda *bounds: session.execute(claim_candidates(limit, *bounds)).all())
+        chosen = list(where)
     if not chosen:
         return []
     token = secrets.token_hex(16)
-    claimed = _claim(session, chosen, owner, lease_seconds, token)
+    claimed = _claim(session, chosen, owner, lease_seconds, token, where)
     if claimed is None:
         # Someone else claimed one of these keys under another id between our two statements: find out which.
-        claimed = [row for each in chosen for row in _claim(session, [each], owner, lease_seconds, token) or ()]
+        claimed = [row for each in chosen for row in _claim(session, [each], owner, lease_seconds, token, where) or ()]
     order = {task: position for position, task in enumerate(chosen)}
     claimed = sorted(claimed, key=lambda row: order[row.id])
     for row in claimed:
@@ -88,8 +105,16 @@ def claim_tasks(
     return [_claimed_task(row, token) for row in claimed]
 
 
-def claim_candidates(limit: int, capacity: Resources | None) -> Any:
-    """Return the statement that finds what can be claimed, best first."""
+def claim_candidates(limit: int, capacity: Resources | None, gpu_types: Sequence[str] | None = None) -> Any:
+    """Return the statement that finds what can be claimed, best first.
+
+    Parameters
+    ----------
+    capacity
+        What one task may ask for.
+    gpu_types
+        Those that there are, in lower case; tasks that must have another are passed over. None: no matter.
+    """
     other = aliased(Task)
     same_key = exists().where(other.key == Task.key, in_states(other.state, [TaskState.RUNNING]))
     where: list[ColumnElement[bool]] = [_QUEUED, Task.not_before <= epoch_seconds(), ~same_key]
@@ -97,8 +122,19 @@ def claim_candidates(limit: int, capacity: Resources | None) -> Any:
         # A literal 0, so that a machine without GPU reads the index that has no GPU tasks in it.
         where.append(Task.gpus <= capacity.gpus if capacity.gpus > 0 else Task.gpus == _ZERO)
         where += [Task.cpus <= capacity.cpus, Task.memory_bytes <= capacity.memory_bytes]
+    if gpu_types is not None and capacity is not None and capacity.gpus > 0:
+        where.append(or_(Task.gpus == _ZERO, Task.gpu_type.is_(None), func.lower(Task.gpu_type).in_(gpu_types)))
     return (
-        select(Task.id, Task.key, Task.cpus, Task.gpus, Task.memory_bytes)
+        select(
+            Task.id,
+            Task.key,
+            Task.kind,
+            Task.cpus,
+            Task.gpus,
+            Task.memory_bytes,
+            Task.gpu_memory_bytes,
+            *WISHES,
+        )
         .where(*where)
         .order_by(Task.priority.desc(), Task.seq)
         .limit(limit)
@@ -123,7 +159,7 @@ def _choose(session: Session, limit: int, capacity: Resources | None) -> list[st
 
 
 def _claim(
-    session: Session, tasks: Sequence[str], owner: str, lease_seconds: float, token: str
+    session: Session, tasks: Sequence[str], owner: str, lease_seconds: float, token: str, where: Mapping[str, str]
 ) -> Sequence[Row[Any]] | None:
     """Set leases; None, and nothing changed, if one of the keys is running by now."""
     statement = (
@@ -133,9 +169,11 @@ def _claim(
         .values(lease_until=epoch_seconds() + lease_seconds)
         .returning(
             Task.id, Task.attempt, Task.kind, Task.version, Task.params, Task.inputs,
-            Task.cpus, Task.gpus, Task.memory_bytes, Task.work, Task.label,
+            Task.cpus, Task.gpus, Task.memory_bytes, Task.gpu_memory_bytes, Task.work, Task.label, *WISHES,
         )
     )  # fmt: skip
+    if any(where.values()):
+        statement = statement.values(ran_on=case(dict(where), value=Task.id, else_=None))
     try:
         with session.begin_nested():
             return session.execute(statement).all()
@@ -162,9 +200,10 @@ def _claimed_task(row: Row[Any], token: str) -> ClaimedTask:
         version=row.version,
         params=row.params,
         inputs=row.inputs,
-        resources=Resources(row.cpus, row.gpus, row.memory_bytes),
+        resources=Resources(row.cpus, row.gpus, row.memory_bytes, row.gpu_memory_bytes),
         work=row.work,
         label=row.label,
+        wishes=wishes_of(row),
     )
 
 
@@ -190,7 +229,12 @@ def renew_leases(session: Session, leases: Sequence[Lease], lease_seconds: float
 
 
 def finish_task(
-    session: Session, lease: Lease, outputs: Mapping[str, str], metrics: Mapping[str, Any], seconds: float
+    session: Session,
+    lease: Lease,
+    outputs: Mapping[str, str],
+    metrics: Mapping[str, Any],
+    seconds: float,
+    ran: Mapping[str, Any] | None = None,
 ) -> bool:
     """Record a task's result and everything that follows from it.
 
@@ -205,6 +249,8 @@ def finish_task(
         JSON; numbers must be finite.
     seconds
         How long the task computed.
+    ran
+        JSON about where: node, device, versions, peaks of memory.
 
     Returns
     -------
@@ -222,14 +268,18 @@ def finish_task(
         move_task(TaskEvent.FINISH)
         .where(*held(lease))
         .values(error=None)
-        .returning(Task.key, Task.kind, Task.version, Task.work)
+        .returning(
+            Task.key, Task.kind, Task.version, Task.work, Task.memory_bytes, Task.gpu_memory_bytes, Task.batch_divisor
+        )
     ).one_or_none()
     if row is None:
         return False
+    ran = dict(ran or {})
     result = {"key": row.key, "kind": row.kind, "outputs": dict(outputs), "metrics": dict(metrics), "seconds": seconds}
+    result["ran"] = ran
     insert_or_ignore(session, Result, [{**result, "created_at": session.scalar(select(epoch_seconds()))}])
-    _add_timing(session, {"kind": row.kind, "version": row.version, "work": row.work, "seconds": seconds})
-    data = {"seconds": seconds}
+    add_timing(session, row, seconds, ran)
+    data = {"seconds": seconds, **ran}
     record_event(session, TaskEvent.FINISH, task=lease.task_id, attempt=lease.attempt, data=data)
     complete(session, [lease.task_id, *mark_twins_cached(session, row.key)])
     return True
@@ -245,19 +295,15 @@ def _check_result(lease: Lease, outputs: Mapping[str, Any], metrics: Mapping[str
         raise ResultError(f"task {lease.task_id[:12]}: metrics cannot be recorded as JSON ({error})") from error
 
 
-def _add_timing(session: Session, values: Mapping[str, Any]) -> None:
-    statement = insert_into(session, KindTiming).values(**values, n=1)
-    new = {name: getattr(KindTiming, name) + statement.excluded[name] for name in ("n", "seconds", "work")}
-    session.execute(statement.on_conflict_do_update(index_elements=["kind", "version", "device"], set_=new))
-
-
 def fail_task(session: Session, lease: Lease, *, fault: str, error: str) -> bool:
     """Record that an attempt failed: the task runs again after a while, or has failed for good, and its jobs with it.
 
     Parameters
     ----------
     fault
-        "task" (its own), "infrastructure" (a worker, node or store was lost) or "invalid" (bad input, final).
+        "task" (its own), "infrastructure" (a worker, node or store was lost), "memory" (device's or host's ran out: the
+        next attempt is alone, with half the batch where that is free), "refused" (by a node that is not fit for it) or
+        "invalid" (bad input, final).
     error
         One line for people.
 
@@ -277,6 +323,8 @@ def _fault(
     counter, backoff = FAULTS[fault]
     error = _storable(error)
     values: dict[str, Any] = {counter.key: counter + 1, "error": error}
+    if fault == "memory":
+        values |= after_out_of_memory()
     returning = (Task.attempt, counter.label("faults"))
     if backoff:
         delay = case(dict(enumerate(backoff)), value=counter)

@@ -9,8 +9,8 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
-from orchestrator.db.models import KindTiming, Model, Release, Result
-from orchestrator.db.rows import ModelRow, Timing
+from orchestrator.db.models import Model, Release, Result
+from orchestrator.db.rows import ModelRow
 from orchestrator.db.session import lock_enqueue
 from orchestrator.db.statements import batches
 from orchestrator.errors import NotFoundError
@@ -89,13 +89,6 @@ def known_results(session: Session, keys: Iterable[str]) -> dict[str, dict[str, 
         statement = select(Result.key, Result.outputs).where(Result.key.in_(batch))
         known.update((row.key, row.outputs) for row in session.execute(statement))
     return known
-
-
-def kind_timings(session: Session) -> dict[str, Timing]:
-    """Return what the recorded tasks of each kind took on CPUs, of the newest version of the kind that has any."""
-    on_cpu = select(KindTiming).where(KindTiming.device == "cpu")
-    rows = session.scalars(on_cpu.order_by(KindTiming.kind, KindTiming.version))
-    return {row.kind: Timing(row.n, row.seconds, row.work) for row in rows}
 
 
 def live_digests(session: Session) -> Iterator[str]:

@@ -11,17 +11,16 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from orchestrator.db.orchestrators import forget_orchestrator, note_cluster
 from orchestrator.db.queries import (
     claim_tasks,
     fail_task,
@@ -34,11 +33,13 @@ from orchestrator.db.queries import (
 )
 from orchestrator.db.rows import ClaimedTask, Lease
 from orchestrator.db.session import Database
+from orchestrator.db.timings import device_timings
 from orchestrator.errors import DatabaseError, ResultError
-from orchestrator.graph import Resources
 from orchestrator.scheduling.leases import LeaseKeeper
+from orchestrator.scheduling.picker import Places
 from orchestrator.states import ACTIVE_JOBS
 from workers.errors import ExecutorError, Fault
+from workers.execution.cluster import own_versions
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Executor, Finished
 from workers.storage.store import CACHE_LIMIT_BYTES
@@ -53,6 +54,7 @@ _SHORTEST_POLL_SECONDS = 0.02
 # Signals and lost leases are noticed within this time.
 _LONGEST_WAIT_SECONDS = 0.25
 _FIRST_RETRY_SECONDS = 0.2
+_LEARNING_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +99,14 @@ class Scheduler:
         self._config = config
         self._executor: Executor | None = None
         self._in_flight: dict[int, ClaimedTask] = {}
+        self._places = Places(config.in_flight)
         self._ended: list[tuple[ClaimedTask, Finished]] = []
         self._keeper = LeaseKeeper(database, config.lease_seconds)
         self._stop = threading.Event()
         self._found_work = self._said_no_capacity = False
         self._executed = 0
         self._poll = _SHORTEST_POLL_SECONDS
-        self._next_claim = self._next_reap = self._next_look = 0.0
+        self._next_claim = self._next_reap = self._next_look = self._next_learning = 0.0
 
     def run(
         self,
@@ -203,6 +206,9 @@ class Scheduler:
         else:
             self._executed += 1
             log.debug("task finished", extra=_about(task))
+        if finished.fault is Fault.REFUSED:
+            self._places.refuse(task.lease.task_id, finished.error)
+        self._places.end(task.lease.task_id)
         self._ended.append((task, finished))
 
     def _drop_lost(self, executor: Executor) -> None:
@@ -212,17 +218,22 @@ class Scheduler:
             if task.lease in lost:
                 log.warning("lease lost", extra=_about(task))
                 executor.cancel(handle)
+                self._places.end(task.lease.task_id)
                 del self._in_flight[handle]
 
     def _record_and_claim(self) -> None:
         """Record what has ended and claim what there is room for, in one transaction; then start it."""
         assert self._executor is not None
         executor = self._executor
-        room = None if self._stop.is_set() else self._room(executor)
-        if room is None and not (self._in_flight or self._stop.is_set() or self._said_no_capacity):
+        self._places.look(executor.capacity().node_list())
+        room = not self._stop.is_set() and self._places.has_room()
+        if not (room or self._in_flight or self._stop.is_set() or self._said_no_capacity):
             self._said_no_capacity = True
-            log.warning("waiting for the cluster, which has no CPU or memory for a task: %s", executor.capacity())
-        claimed = self._patiently(lambda: self._record(room))
+            log.warning("waiting for the cluster, which has no CPU or memory for a task: %s", self._places.document())
+        if room and time.monotonic() >= self._next_learning:
+            self._next_learning = time.monotonic() + _LEARNING_SECONDS
+            self._patiently(self._learn)
+        claimed = self._patiently(lambda: self._record(claim=room))
         self._keeper.drop([task.lease for task, _ in self._ended])
         self._keeper.add([task.lease for task in claimed])
         progress = bool(claimed or self._ended)
@@ -231,16 +242,22 @@ class Scheduler:
         self._next_claim = time.monotonic() + self._poll
         self._submit(executor, claimed)
 
-    def _record(self, room: Resources | None, give_back: Sequence[Lease] = ()) -> list[ClaimedTask]:
-        """In one transaction, record the ends of tasks, give tasks back, and claim what fits into `room`."""
+    def _record(self, *, claim: bool, give_back: Sequence[Lease] = ()) -> list[ClaimedTask]:
+        """In one transaction, record the ends of tasks, give tasks back, and claim what there is room for."""
         config, dropped = self._config, []
+        picker = self._places.picker()
         with self._database.session() as session:
             for task, finished in self._ended:
                 output, fault, error = finished.output, finished.fault or Fault.INFRASTRUCTURE, finished.error
                 if output is not None:
                     try:
                         kept = finish_task(
-                            session, task.lease, output.outputs, output.metrics, float(output.metrics["seconds"])
+                            session,
+                            task.lease,
+                            output.outputs,
+                            output.metrics,
+                            float(output.metrics["seconds"]),
+                            output.ran,
                         )
                     except ResultError as refusal:
                         output, fault, error = None, Fault.TASK, str(refusal)
@@ -250,24 +267,23 @@ class Scheduler:
                     dropped.append(task)
             for lease in give_back:
                 release_task(session, lease)
-            claim = partial(claim_tasks, session, owner=config.owner, lease_seconds=config.lease_seconds)
-            claimed = claim(limit=_CLAIM_LIMIT, capacity=room) if room is not None else []
-            if room is not None and not claimed and not self._in_flight:
-                # A task that asks for more than the cluster has runs when nothing else does.
-                huge = Resources(cpus=float(sys.maxsize), gpus=room.gpus, memory_bytes=sys.maxsize)
-                claimed = claim(limit=1, capacity=huge)
+            claimed = []
+            if claim:
+                lease = {"owner": config.owner, "lease_seconds": config.lease_seconds}
+                claimed = claim_tasks(session, limit=_CLAIM_LIMIT, picker=picker, **lease)
+        self._places.running |= {task.lease.task_id: picker.placements[task.lease.task_id] for task in claimed}
         for task in dropped:
             log.warning("result dropped: the lease was lost", extra=_about(task))
         return claimed
 
-    def _room(self, executor: Executor) -> Resources | None:
-        """Return what may still be claimed; None if nothing."""
-        capacity, factor = executor.capacity(), self._config.in_flight
-        used = [task.resources for task in self._in_flight.values()]
-        cpus = capacity.cpus * factor - sum(each.cpus for each in used)
-        memory = int(capacity.memory_bytes * factor) - sum(each.memory_bytes for each in used)
-        gpus = max(0.0, capacity.gpus * factor - sum(each.gpus for each in used))
-        return Resources(cpus, gpus, memory) if cpus > 0 and memory >= 0 else None
+    def _learn(self) -> None:
+        """Read what tasks took, for the room that the next ones are given."""
+        with self._database.session(read_only=True) as session:
+            self._places.learned = device_timings(session)
+
+    def cluster(self) -> dict[str, Any]:
+        """Return the nodes that this scheduler sees and what of them is in use, as JSON; callable from any thread."""
+        return self._places.document()
 
     def _submit(self, executor: Executor, claimed: list[ClaimedTask]) -> None:
         """Start claimed tasks; a task for which the executor is gone is a fault of the infrastructure."""
@@ -281,7 +297,7 @@ class Scheduler:
                 log.debug("task started", extra=_about(task))
 
     def _call(self, task: ClaimedTask) -> TaskCall:
-        resources = task.resources
+        place = self._places.running[task.lease.task_id]
         return TaskCall(
             kind=task.kind,
             version=task.version,
@@ -290,11 +306,17 @@ class Scheduler:
             store_url=self._config.store_url,
             cache_dir=str(self._config.cache_dir),
             cache_bytes=self._config.cache_bytes,
-            device="cuda" if resources.gpus > 0 else "cpu",
-            threads=max(1, int(resources.cpus)),
-            cpus=resources.cpus,
-            gpus=resources.gpus,
-            memory_bytes=resources.memory_bytes,
+            device=place.device,
+            threads=max(1, int(task.resources.cpus)),
+            cpus=place.cpus,
+            gpus=place.gpus,
+            memory_bytes=place.memory_bytes,
+            node=place.node,
+            host=place.host,
+            gpu_type=place.gpu_type,
+            batch_divisor=task.wishes.batch_divisor,
+            deterministic=task.wishes.deterministic,
+            versions=dict(own_versions()),
         )
 
     def _reap(self) -> None:
@@ -307,7 +329,9 @@ class Scheduler:
                 log.warning("took back %d tasks whose leases ran out", len(reaped))
 
     def _reap_once(self) -> list[str]:
+        config = self._config
         with self._database.session() as session:
+            note_cluster(session, config.owner, socket.gethostname(), os.getpid(), self._places.document())
             return reap_expired(session)
 
     def _start_executor(self) -> None:
@@ -323,6 +347,7 @@ class Scheduler:
         self._in_flight.clear()
         executor.shutdown()
         self._executor = None
+        self._places = Places(self._config.in_flight, self._places.learned)
         self._start_executor()
 
     def _close(self) -> None:
@@ -331,8 +356,11 @@ class Scheduler:
         leases = [task.lease for task in self._in_flight.values()]
         try:
             if leases or self._ended:
-                self._record(None, leases)
+                self._record(claim=False, give_back=leases)
                 log.info("gave back %d tasks in flight", len(leases))
+            if self._next_reap:
+                with self._database.session() as session:
+                    forget_orchestrator(session, self._config.owner)
         except DatabaseError as error:
             # The leases run out by themselves.
             log.warning("tasks in flight not given back: %s", error)

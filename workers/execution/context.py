@@ -32,7 +32,11 @@ class TaskContext:
 
 @dataclass(frozen=True, slots=True)
 class TaskOutput:
-    """What a task gives back: `outputs`, names to digests of blobs that it stored, and `metrics`, JSON."""
+    """What a task gives back: `outputs`, names to digests of blobs that it stored, and `metrics`, JSON.
+
+    `ran` is JSON about where: node, device, versions, peaks of memory; the body leaves it empty.
+    """
 
     outputs: dict[str, str]
     metrics: dict[str, Any] = field(default_factory=dict)
+    ran: dict[str, Any] = field(default_factory=dict)

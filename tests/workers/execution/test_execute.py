@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import workers
 from quant_spec.kinds import KINDS
@@ -20,6 +21,7 @@ from workers.errors import (
     Fault,
     ModelError,
     NotFoundError,
+    RefusedError,
     StoreUnreachableError,
     TaskError,
     TaskFailedError,
@@ -195,7 +197,11 @@ def test_every_kind_has_its_name_and_an_entry() -> None:
     ("error", "fault"),
     [
         (ValueError("x"), Fault.TASK),
-        (MemoryError(), Fault.TASK),
+        (MemoryError(), Fault.MEMORY),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), Fault.MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Fault.MEMORY),
+        (RuntimeError("shapes differ"), Fault.TASK),
+        (RefusedError("x"), Fault.REFUSED),
         (DiskFullError("x"), Fault.TASK),
         (DigestMismatchError("x"), Fault.TASK),
         (NotFoundError("x"), Fault.TASK),
@@ -261,7 +267,12 @@ def test_module_exits_with_the_code_of_the_error(call: TaskCall, tmp_path: Path)
 
 def test_orchestrators_side_imports_no_torch() -> None:
     rooms = [Path(workers.__file__).parent / name for name in ("execution", "storage")]
-    modules = [f"{room.name}.{path.stem}" for room in rooms for path in room.glob("[a-z]*.py") if path.stem != "remote"]
+    modules = [
+        f"{room.name}.{path.stem}"
+        for room in rooms
+        for path in room.glob("[a-z]*.py")
+        if path.stem not in ("remote", "nodes")
+    ]
     assert {"execution.execute", "storage.store"} <= set(modules)
     code = "import sys; " + "; ".join(f"import workers.{name}" for name in [*modules, "tasks.noop"])
     code += "; sys.exit(sorted({'torch', 'diffusers', 'ray', 'quant_core'} & set(sys.modules)) or 0)"

@@ -1,0 +1,147 @@
+"""Claiming by placement: what can be claimed is shown to a picker, which says what starts now and where.
+
+A job may want one type of device for all its tasks (`deterministic`). The first of its tasks that gains by a GPU, and
+is picked, binds the job to the type that it got; the others follow.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from sqlalchemy import ColumnElement, Row, case, or_, select, update
+from sqlalchemy.orm import Session
+
+from orchestrator.db.models import Job, JobTask, Task, in_states
+from orchestrator.db.rows import Candidate, Wishes
+from orchestrator.graph import Resources
+from orchestrator.states import ACTIVE_JOBS
+from quant_spec.kinds import KINDS
+
+#: Columns of a task that make up its wishes.
+WISHES = (Task.device, Task.gpu_type, Task.alone, Task.batch_divisor, Task.deterministic)
+#: A batch is divided by no more than this.
+_MOST_DIVISOR = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """Where a task starts: the node's name, and "cpu" or the type of GPU; `pins` if its job is bound to that type."""
+
+    where: str
+    device: str
+    gpu_type: str | None = None
+    pins: bool = False
+
+
+class Picker(Protocol):
+    """Decides which tasks start now."""
+
+    def gpus(self) -> tuple[float, Sequence[str]]:
+        """Return the most GPUs that a task may ask for, and their types in lower case."""
+        ...
+
+    def pick(self, candidates: Sequence[Candidate]) -> Mapping[str, Picked]:
+        """Return the tasks that start now, best first, and where; may be called again with others."""
+        ...
+
+    def drop(self, task: str) -> None:
+        """Take note that a task that was picked does not start after all."""
+        ...
+
+    def room(self) -> Resources | None:
+        """Return what a task from further back in the queue may ask for to start now; None if none can."""
+        ...
+
+
+#: Finds candidates within bounds: what one task may ask for, and types of GPU.
+Find = Callable[[Resources, Sequence[str]], Sequence[Row[Any]]]
+
+_BOUNDLESS = 2.0**62
+
+
+def pick(session: Session, picker: Picker, find: Find) -> dict[str, str]:
+    """Return the tasks to claim, best first, and the name of the node of each.
+
+    What stands first in the queue is looked at first, whatever it asks for, so that room can be kept for it. If that
+    leaves anything free, the first tasks that would fit there are looked at too, however far back they are.
+    """
+    gpus, gpu_types = picker.gpus()
+    rows = find(Resources(_BOUNDLESS, gpus, int(_BOUNDLESS)), gpu_types)
+    found = _pick(session, picker, rows)
+    room = picker.room() if rows else None
+    if room is not None:
+        seen = {row.id for row in rows}
+        more = [row for row in find(room, gpu_types) if row.id not in seen]
+        found |= _pick(session, picker, more, {row.key for row in rows if row.id in found})
+    return found
+
+
+def _pick(session: Session, picker: Picker, rows: Sequence[Row[Any]], keys: set[str] | None = None) -> dict[str, str]:
+    keys = set() if keys is None else keys
+    candidates = []
+    for row in rows:
+        if row.key not in keys:  # a key runs once at a time
+            keys.add(row.key)
+            resources = Resources(row.cpus, row.gpus, row.memory_bytes, row.gpu_memory_bytes)
+            candidates.append(Candidate(row.id, row.key, row.kind, resources, wishes_of(row)))
+    found = {}
+    for task, picked in picker.pick(_with_pins(session, candidates)).items():
+        if picked.pins and not _pin(session, task, picked):
+            picker.drop(task)
+            continue
+        found[task] = picked.where
+    return found
+
+
+def wishes_of(row: Row[Any]) -> Wishes:
+    """Read the wishes of a task's row."""
+    return Wishes(row.device, row.gpu_type, row.alone, row.batch_divisor, row.deterministic)
+
+
+def _with_pins(session: Session, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Let tasks of jobs that are bound to a type of device ask for that."""
+    open_ = [each.id for each in candidates if each.is_unpinned]
+    if not open_:
+        return list(candidates)
+    pins: defaultdict[str, list[tuple[str, str | None]]] = defaultdict(list)
+    statement = (
+        select(JobTask.task_id, Job.device, Job.gpu_type)
+        .join(Job, Job.id == JobTask.job_id)
+        .where(JobTask.task_id.in_(open_), in_states(Job.state, ACTIVE_JOBS), _is_pinned())
+        .order_by(Job.created_at)
+    )
+    for row in session.execute(statement):
+        pins[row.task_id].append((row.device, row.gpu_type))
+    return [_pinned(each, pins[each.id][0]) if pins.get(each.id) else each for each in candidates]
+
+
+def _pinned(candidate: Candidate, pin: tuple[str, str | None]) -> Candidate:
+    return replace(candidate, wishes=replace(candidate.wishes, device=pin[0], gpu_type=pin[1]))
+
+
+def _is_pinned() -> ColumnElement[bool]:
+    return or_(Job.device == "cpu", Job.gpu_type.is_not(None))
+
+
+def _pin(session: Session, task: str, picked: Picked) -> bool:
+    """Bind the jobs of a task to a type of device; False if another transaction is doing that, or just did."""
+    jobs = select(Job.id, Job.recipe).join(JobTask, JobTask.job_id == Job.id)
+    jobs = jobs.where(JobTask.task_id == task, in_states(Job.state, ACTIVE_JOBS), ~_is_pinned())
+    wanted = {row.id for row in session.execute(jobs) if row.recipe.get("deterministic")}
+    free = {row.id for row in session.execute(jobs.with_for_update(of=Job, skip_locked=True))}
+    if not wanted or not wanted <= free:
+        return False
+    values = {"device": picked.device, "gpu_type": picked.gpu_type}
+    statement = update(Job).where(Job.id.in_(wanted)).values(**values)
+    session.execute(statement, execution_options={"synchronize_session": False})
+    return True
+
+
+def after_out_of_memory() -> dict[str, Any]:
+    """Return what changes of a task whose memory ran out: it is alone, with half the batch where that is free."""
+    free = [name for name, kind in KINDS.items() if kind.batch_free is not None]
+    may_halve = Task.kind.in_(free) & ~Task.deterministic & (Task.batch_divisor < _MOST_DIVISOR)
+    return {"alone": True, "batch_divisor": case((may_halve, Task.batch_divisor * 2), else_=Task.batch_divisor)}

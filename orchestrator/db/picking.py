@@ -62,16 +62,17 @@ Find = Callable[[Resources, Sequence[str]], Sequence[Row[Any]]]
 _BOUNDLESS = 2.0**62
 
 
-def pick(session: Session, picker: Picker, find: Find) -> dict[str, str]:
+def pick(session: Session, picker: Picker, find: Find, limit: int) -> dict[str, str]:
     """Return the tasks to claim, best first, and the name of the node of each.
 
     What stands first in the queue is looked at first, whatever it asks for, so that room can be kept for it. If that
-    leaves anything free, the first tasks that would fit there are looked at too, however far back they are.
+    leaves anything free, the first tasks that would fit there are looked at too, however far back they are: `find`
+    returns `limit` rows at most.
     """
     gpus, gpu_types = picker.gpus()
     rows = find(Resources(_BOUNDLESS, gpus, int(_BOUNDLESS)), gpu_types)
     found = _pick(session, picker, rows)
-    room = picker.room() if rows else None
+    room = picker.room() if len(rows) >= limit else None
     if room is not None:
         seen = {row.id for row in rows}
         more = [row for row in find(room, gpu_types) if row.id not in seen]

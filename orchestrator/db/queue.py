@@ -88,7 +88,7 @@ def claim_tasks(
     if picker is None:
         chosen = _choose(session, limit, capacity)
     else:
-        where = pick(session, picker, lambda *bounds: session.execute(claim_candidates(limit, *bounds)).all())
+        where = pick(session, picker, lambda *bounds: session.execute(claim_candidates(limit, *bounds)).all(), limit)
         chosen = list(where)
     if not chosen:
         return []

@@ -12,6 +12,7 @@ from orchestrator.db.models import KindTiming
 from orchestrator.db.rows import Timing
 from orchestrator.db.statements import insert_into
 from quant_spec.kinds import KINDS
+from workers.execution.cluster import CUDA_CONTEXT_BYTES
 
 _SUMS = ("n", "seconds", "work")
 _PEAKS = ("peak_rss_bytes", "peak_gpu_bytes", "memory_ratio", "gpu_memory_ratio")
@@ -32,7 +33,7 @@ def add_timing(session: Session, task: Row[Any], seconds: float, ran: Mapping[st
         "peak_gpu_bytes": gpu,
         "memory_ratio": _ratio(rss, task.memory_bytes),
         # With a part of the batch it needed less than the next task of its kind will.
-        "gpu_memory_ratio": _ratio(gpu * task.batch_divisor, task.gpu_memory_bytes),
+        "gpu_memory_ratio": _ratio(gpu and gpu * task.batch_divisor + CUDA_CONTEXT_BYTES, task.gpu_memory_bytes),
     }
     statement = insert_into(session, KindTiming).values(**values)
     new: dict[str, Any] = {name: getattr(KindTiming, name) + statement.excluded[name] for name in _SUMS}

@@ -17,12 +17,11 @@ from quant_spec.enums import RangeMethod, RoundingMethod
 from quant_spec.passes.round import RoundFit
 from quant_spec.planned import PlannedLayer
 from quant_spec.recipe import Recipe
+from workers.execution.cluster import CUDA_CONTEXT_BYTES
 
 GIB = 2**30
 #: A worker process with torch and diffusers loaded and nothing to do.
 WORKER_BYTES = int(0.7 * GIB)
-#: A process's CUDA context, and the workspaces of cuBLAS and cuDNN, with nothing to compute.
-CUDA_BYTES = int(0.6 * GIB)
 
 #: Of a backward pass, in forwards.
 BACKWARD = 2.0
@@ -57,7 +56,7 @@ class Cost:
     @property
     def gpu_memory_bytes(self) -> int:
         """Bytes on a GPU: what moves there, and what CUDA and its libraries take."""
-        return int(CUDA_BYTES + max(0.0, self.memory_bytes - WORKER_BYTES - self.host_bytes))
+        return int(CUDA_CONTEXT_BYTES + max(0.0, self.memory_bytes - WORKER_BYTES - self.host_bytes))
 
 
 #: Writing or choosing a few numbers.

@@ -43,10 +43,9 @@ class Places:
     def refuse(self, task: str, said: str) -> None:
         """Take note that the worker of a task refused it: of a task on a GPU, this node's GPUs are left out."""
         placement = self.running.get(task)
-        if placement is None:
-            return
-        # A node that refuses even what needs no GPU is of no use at all.
-        self._refused[placement.node] = (placement.device, said)
+        # A node that refuses even what needs no GPU is of no use at all, whatever it says then.
+        if placement is not None and self._refused.get(placement.node, ("", ""))[0] != CPU:
+            self._refused[placement.node] = (placement.device, said)
 
     def end(self, task: str) -> None:
         """Take note that a task has ended, or does not start after all."""

@@ -18,15 +18,12 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.db.rows import Candidate, Timing
 from orchestrator.graph import Resources
-from workers.execution.cluster import CPU, CUDA, Node, version_problem
+from orchestrator.planning.estimate import learned_memory
+from workers.execution.cluster import CPU, CUDA, MEMORY_STEP, Node, version_problem
 
 #: A share of a GPU is a multiple of this; more than `_WHOLE_FROM` of one is the whole.
 STEP = 1 / 16
 _WHOLE_FROM = 0.5
-#: What an estimate of memory is multiplied by, at least and at most, whatever earlier tasks of the kind took.
-_LEARNED = (0.25, 4.0)
-#: What a task needs beside what the largest of its kind took.
-_MARGIN = 1.1
 #: Host memory of a task that ran out of memory and runs on a GPU again, in estimates.
 _ALONE_MEMORY = 2
 
@@ -176,14 +173,6 @@ def gpu_share(needed_bytes: float, gpu_bytes: int) -> float:
     return 1.0 if share > _WHOLE_FROM else share
 
 
-def _scaled(estimate: int, ratio: float) -> float:
-    """Return an estimate as recorded tasks would have it."""
-    if ratio <= 0:
-        return estimate
-    least, most = _LEARNED
-    return estimate * min(max(ratio * _MARGIN, least), most)
-
-
 def _options(nodes: Sequence[Node], task: Candidate, learned: Learned) -> Iterator[Placement]:
     """Yield what a task would occupy on each node that could take it if nothing else ran."""
     asks = task.resources
@@ -207,7 +196,7 @@ def _gpu_option(node: Node, task: Candidate, learned: Learned) -> Placement | No
     if not node.gpus or not _is_type(node, task.wishes.gpu_type):
         return None
     known = learned.get((task.kind, node.gpu_type or CUDA))
-    needed = _scaled(task.resources.gpu_memory_bytes, known.gpu_memory_ratio if known else 0.0)
+    needed = learned_memory(task.resources.gpu_memory_bytes, known.gpu_memory_ratio if known else 0.0)
     if not 0 < node.gpu_memory_bytes < needed:
         share = 1.0 if task.wishes.alone else gpu_share(needed, node.gpu_memory_bytes)
         return _on(
@@ -237,7 +226,7 @@ def _on(node: Node, task: Candidate, device: str, gpus: float, learned: Learned)
     """Return what a task would occupy on a node."""
     asks, gpu_type = task.resources, node.gpu_type if device == CUDA else None
     known = learned.get((task.kind, CPU if device == CPU else gpu_type or CUDA))
-    memory = int(_scaled(asks.memory_bytes, known.memory_ratio if known else 0.0))
+    memory = int(learned_memory(asks.memory_bytes, known.memory_ratio if known else 0.0))
     if task.wishes.alone:
         memory = node.memory_bytes if device == CPU else min(_ALONE_MEMORY * memory, node.memory_bytes)
     cpus = asks.cpus
@@ -264,10 +253,14 @@ class _Free:
     def take(self, placement: Placement) -> None:
         """Occupy what a running task does."""
         self.cpus -= placement.cpus
-        self.memory -= placement.memory_bytes
+        self.memory -= self._given(placement)
         each = min(placement.gpus, 1.0)
         for slot in placement.slots:
             self.slots[slot] -= each
+
+    def _given(self, placement: Placement) -> int:
+        """Return the memory that the executor gives a task: in steps, and no more than there is."""
+        return min(math.ceil(placement.memory_bytes / MEMORY_STEP) * MEMORY_STEP, self.node.memory_bytes)
 
     def slots_for(self, option: Placement) -> tuple[int, ...] | None:
         """Return the GPUs that a task would get: the fullest that has the share, or as many empty ones; else None."""
@@ -283,7 +276,7 @@ class _Free:
         """Return the GPUs of a task that can start now, () if it takes none; None if it cannot."""
         idle = self.node.cpus == self.cpus
         beside = 0.0 if option.device == CUDA or idle else self.beside
-        if self.cpus - option.cpus < beside or self.memory < option.memory_bytes:
+        if self.cpus - option.cpus < beside or self.memory < self._given(option):
             return None
         return self.slots_for(option)
 
@@ -293,7 +286,7 @@ class _Free:
         if option.device == CUDA:
             there = max(self.slots) if option.gpus <= 1 else float(sum(left >= 1 for left in self.slots))
             gpus = max(0.0, option.gpus - there)
-        return gpus + max(0.0, option.cpus - self.cpus), max(0.0, option.memory_bytes - self.memory)
+        return gpus + max(0.0, option.cpus - self.cpus), max(0.0, self._given(option) - self.memory)
 
 
 class _Cluster:

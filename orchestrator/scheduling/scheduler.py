@@ -307,7 +307,7 @@ class Scheduler:
             cache_dir=str(self._config.cache_dir),
             cache_bytes=self._config.cache_bytes,
             device=place.device,
-            threads=max(1, int(task.resources.cpus)),
+            threads=max(1, int(place.cpus)),
             cpus=place.cpus,
             gpus=place.gpus,
             memory_bytes=place.memory_bytes,

@@ -15,6 +15,10 @@ PACKAGES = ("quantmill", "torch", "diffusers")
 #: drills of placement on machines without GPUs.
 LOGICAL_GPU_GIB = "QUANTMILL_LOGICAL_GPU_GIB"
 CPU, CUDA = "cpu", "cuda"
+#: What a process takes of a GPU before it computes anything: its CUDA context, workspaces of cuBLAS and cuDNN.
+CUDA_CONTEXT_BYTES = int(0.6 * 2**30)
+#: Host memory is given out in these steps: tasks that ask for the same share a worker process's place.
+MEMORY_STEP = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)

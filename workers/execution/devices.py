@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,23 @@ class TaskDevice:
 
     name: str
     type: str
+
+
+def _torch() -> Any:
+    """Import torch where a task needs it; the orchestrator, which reads this module too, never does."""
+    return importlib.import_module("torch")
+
+
+def device_number(given: Sequence[int | str], environ: Mapping[str, str]) -> int:
+    """Return torch's number of the first GPU that Ray gave a task.
+
+    Ray names GPUs as `CUDA_VISIBLE_DEVICES` does, where that is set; torch counts what is visible.
+    """
+    visible = [each.strip() for each in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+    first = str(given[0]) if given else "0"
+    if visible:
+        return visible.index(first) if first in visible else 0
+    return int(first)
 
 
 def take_device(name: str, gpu_type: str | None, host: str) -> TaskDevice:
@@ -50,7 +68,7 @@ def take_device(name: str, gpu_type: str | None, host: str) -> TaskDevice:
     if os.environ.get(LOGICAL_GPU_GIB):
         return TaskDevice(CPU, gpu_type or CUDA)
     os.environ.setdefault(*_CUBLAS)
-    import torch
+    torch = _torch()
 
     number = int(name.partition(":")[2] or 0)
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -67,7 +85,8 @@ def reset_peaks(device: TaskDevice) -> None:
         _CLEAR.write_text(_CLEAR_PEAK)
     torch = sys.modules.get("torch")
     if torch is not None and device.name.startswith(CUDA):
-        torch.cuda.reset_peak_memory_stats()
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(number)
 
 
 def read_peaks(device: TaskDevice) -> dict[str, Any]:
@@ -76,8 +95,13 @@ def read_peaks(device: TaskDevice) -> dict[str, Any]:
     on_gpu = torch is not None and device.name.startswith(CUDA)
     return {
         "peak_rss_bytes": _peak_rss_bytes(),
-        "peak_gpu_bytes": int(torch.cuda.max_memory_allocated()) if on_gpu and torch is not None else 0,
+        "peak_gpu_bytes": _peak_gpu_bytes(torch) if on_gpu else 0,
     }
+
+
+def _peak_gpu_bytes(torch: Any) -> int:
+    """Return the most that torch has held on all devices."""
+    return sum(int(torch.cuda.max_memory_allocated(number)) for number in range(torch.cuda.device_count()))
 
 
 def _peak_rss_bytes() -> int:
@@ -104,7 +128,7 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         yield
         return
     os.environ.setdefault(*_CUBLAS)
-    import torch
+    torch = _torch()
 
     cudnn = torch.backends.cudnn
     before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -42,7 +42,7 @@ class TaskCall:
     occupies; `threads` is how many it may use. `node` and `host` are the id and the name of the node that it is for, ""
     for any; `gpu_type` is what its GPUs are called. `batch_divisor` makes batches smaller that the result does not
     depend on; `deterministic` asks for torch's deterministic algorithms. `versions` are those that the orchestrator
-    has; a worker with others refuses.
+    has; a worker with others refuses. `devices` are all that a task with several GPUs has.
     """
 
     kind: str
@@ -63,6 +63,7 @@ class TaskCall:
     batch_divisor: int = 1
     deterministic: bool = False
     versions: dict[str, str] | None = None
+    devices: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the call as JSON."""
@@ -106,7 +107,7 @@ def execute_call(call: TaskCall) -> TaskOutput:
         ):
             started = time.perf_counter()
             notes = TaskNotes(store, task_key(kind.name, kind.version, call.params, call.inputs))
-            context = TaskContext(store, device.name, scratch, call.threads, notes)
+            context = TaskContext(store, device.name, scratch, call.threads, notes, tuple(call.devices))
             output = body(_smaller_batches(kind, params, call.batch_divisor), inputs, context)
             seconds = time.perf_counter() - started
             notes.clear()

@@ -19,7 +19,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,8 @@ from ray.exceptions import RayError, TaskCancelledError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.errors import Fault, describe, is_out_of_memory
+from workers.execution.cluster import MEMORY_STEP
+from workers.execution.devices import device_number
 from workers.execution.execute import TaskCall
 from workers.execution.local import answer_call
 from workers.execution.nodes import ClusterWatch
@@ -38,8 +39,6 @@ from workers.execution.nodes import ClusterWatch
 # Ray's object store holds calls and answers only; this is about the least it accepts.
 _OBJECT_STORE_BYTES = 80 << 20
 _MEMORY_SHARE = 0.9
-# Tasks that ask for the same share a worker's lease, so memory is asked for in these steps.
-_MEMORY_STEP = 256 << 20
 _LOOK_SECONDS = 0.5
 _PROBE_SECONDS = 5.0
 _SILENCE_SECONDS = 60.0
@@ -49,20 +48,9 @@ def run_call(text: str) -> str:
     """Run a call in a Ray worker; JSON in and out, so that no pickle of ours crosses the cluster."""
     call = TaskCall(**json.loads(text))
     if call.gpus > 0:
-        call = replace(call, device=f"cuda:{device_number(ray.get_gpu_ids(), os.environ)}")
+        devices = [f"cuda:{device_number([given], os.environ)}" for given in ray.get_gpu_ids()] or ["cuda"]
+        call = replace(call, device=devices[0], devices=devices if len(devices) > 1 else ())
     return json.dumps(answer_call(call))
-
-
-def device_number(given: Sequence[int | str], environ: Mapping[str, str]) -> int:
-    """Return torch's number of the first GPU that Ray gave a task.
-
-    Ray names GPUs as `CUDA_VISIBLE_DEVICES` does, where that is set; torch counts what is visible.
-    """
-    visible = [each.strip() for each in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-    first = str(given[0]) if given else "0"
-    if visible:
-        return visible.index(first) if first in visible else 0
-    return int(first)
 
 
 class Driver:
@@ -104,7 +92,7 @@ class Driver:
     def _submit(self, number: int, call: dict[str, Any]) -> None:
         # A task that asks for more than any machine has would wait for ever; it gets a whole machine instead.
         cpus = min(call["cpus"], self._node_cpus)
-        memory = min(math.ceil(call["memory_bytes"] / _MEMORY_STEP) * _MEMORY_STEP, int(self._node_memory))
+        memory = min(math.ceil(call["memory_bytes"] / MEMORY_STEP) * MEMORY_STEP, int(self._node_memory))
         options = {"num_cpus": cpus, "num_gpus": call["gpus"], "memory": memory or None, "name": call["kind"]}
         node = self._cluster.node(call["node"])
         if node is not None and self._cluster.size > 1:

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskNode, TaskRef
-from orchestrator.planning.costs import CUDA_BYTES, WORKER_BYTES, Costs
+from orchestrator.planning.costs import WORKER_BYTES, Costs
 from orchestrator.planning.formats import choose_formats
 from orchestrator.planning.groups import UNITS_PER_ROUND, round_groups
 from orchestrator.planning.model import ModelInfo
@@ -40,6 +40,7 @@ from tests.orchestrator.planning_models import (
     recipe,
     specs,
 )
+from workers.execution.cluster import CUDA_CONTEXT_BYTES
 
 ROOT = Path(__file__).parents[3]
 
@@ -216,7 +217,9 @@ def test_plan_says_of_each_task_what_it_takes_on_a_gpu_and_whether_one_helps():
     for node in nodes:
         if node.kind in helped:
             assert (
-                CUDA_BYTES < node.resources.gpu_memory_bytes <= node.resources.memory_bytes + CUDA_BYTES - WORKER_BYTES
+                CUDA_CONTEXT_BYTES
+                < node.resources.gpu_memory_bytes
+                <= node.resources.memory_bytes + CUDA_CONTEXT_BYTES - WORKER_BYTES
             )
 
 

@@ -66,13 +66,17 @@ def raylets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
     }
     small = {"object_store_memory": 80 << 20, "include_dashboard": False}
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        # A socket's path may have 107 characters at most, so not below pytest's folder.
+        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+    ):
+        (Path(folder) / "ray").mkdir()
+        patch.setenv("RAY_TMPDIR", folder)
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setitem(KINDS, "drill", drill.KIND)
-        cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 2, "memory": 4 * GIB, "temp_dir": folder, **small}
-        )
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "memory": 4 * GIB, **small})
         nodes = {"head": cluster.head_node}
         shapes: dict[str, dict[str, Any]] = {
             "a": {"num_cpus": 8, "num_gpus": 2, "labels": {"ray.io/accelerator-type": "A100"}, "gib": "40"},

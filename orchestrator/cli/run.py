@@ -48,8 +48,8 @@ def run(
         check_target(out)
     log_to_stderr()
     with app.service() as service, stop_on_signals() as stop:
-        wish = {"sample_size": sample_size, "device": device, "gpu_type": gpu_type}
-        submitted = submit(service, Request(recipe, model, overrides, name, **wish), notify=app.notify)
+        request = Request(recipe, model, overrides, name, 0, sample_size, device, gpu_type)
+        submitted = submit(service, request, notify=app.notify)
         tell_next(app, submitted)
         job = run_job(service, submitted.job, stop)
         view, code = show_job(service, job.id), exit_code(service, job)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import Row, case, func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from orchestrator.db.models import KindTiming
@@ -19,7 +19,7 @@ _PEAKS = ("peak_rss_bytes", "peak_gpu_bytes", "memory_ratio", "gpu_memory_ratio"
 _CPU = "cpu"
 
 
-def add_timing(session: Session, task: Row[Any], seconds: float, ran: Mapping[str, Any]) -> None:
+def add_timing(session: Session, task: Any, seconds: float, ran: Mapping[str, Any]) -> None:
     """Add a task that succeeded: its row, the seconds that it took, and where it ran (`device`, peaks of memory)."""
     rss, gpu = (int(ran.get(name) or 0) for name in ("peak_rss_bytes", "peak_gpu_bytes"))
     values = {

@@ -269,8 +269,13 @@ class Scheduler:
                 release_task(session, lease)
             claimed = []
             if claim:
-                lease = {"owner": config.owner, "lease_seconds": config.lease_seconds}
-                claimed = claim_tasks(session, limit=_CLAIM_LIMIT, picker=picker, **lease)
+                claimed = claim_tasks(
+                    session,
+                    owner=config.owner,
+                    limit=_CLAIM_LIMIT,
+                    lease_seconds=config.lease_seconds,
+                    picker=picker,
+                )
         self._places.running |= {task.lease.task_id: picker.placements[task.lease.task_id] for task in claimed}
         for task in dropped:
             log.warning("result dropped: the lease was lost", extra=_about(task))

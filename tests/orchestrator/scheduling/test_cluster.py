@@ -196,7 +196,7 @@ def test_out_of_memory_is_tried_again_alone_with_smaller_batches(service: Servic
 
 
 def test_deterministic_job_stays_on_one_type(raylets: Raylets, service: Service, scheduler: Scheduler) -> None:
-    nodes = [on_gpu(f"task {number}", 30) for number in range(6)]
+    nodes = [on_gpu(f"task {number}", 30) for number in range(3)]
     job = submit(service.database, [*nodes, noop("last", *nodes)], asked={"deterministic": True})
     scheduler.run(drain=True)
     found = places(service, job)

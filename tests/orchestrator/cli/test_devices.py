@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import insert
 
 from orchestrator.actions.gpu_check import judge
+from orchestrator.db.models import KindTiming
+from orchestrator.db.orchestrators import forget_orchestrator, note_cluster
+from orchestrator.db.session import open_database
+from orchestrator.scheduling.picker import Places
+from orchestrator.settings import resolve_settings
+from quant_spec.kinds import KINDS
 from tests.orchestrator.cli.test_cli_run import SET
 from tests.orchestrator.in_process import InProcess
 from workers.execution.cluster import LOGICAL_GPU_GIB, Node, own_versions
@@ -134,6 +141,33 @@ def test_bad_devices_are_refused(cli: Cli, home: Path, options: tuple[str, ...],
     assert answer.code == 2
     assert message in answer.err
     assert cli("jobs", "ls", "--json").json == []
+
+
+@pytest.mark.usefixtures("with_digits")
+def test_nodes_that_orchestrators_leave_out_are_named(cli: Cli, home: Path) -> None:
+    job = cli("submit", "minmax-w8a8", "--model", "digits", *SET, "--json").json["job"]
+    places = Places(2.0)
+    places.look((node("good", gpus=2), node("old", versions={"torch": "1.0"})))
+    database = open_database(resolve_settings({}, home=str(home)).database_url)
+    with database.session() as session:
+        note_cluster(session, "elsewhere:1", "elsewhere", 1, places.document())
+    wanted = f"old: got torch 1.0, wanted torch {own_versions()['torch']}, as the orchestrator has"
+    assert cli("jobs", "show", job, "--json").json["left_out"] == [wanted]
+    assert f"left out  {wanted}" in cli("jobs", "show", job).out
+    answer = cli("doctor", "--json")
+    assert (answer.code, {c["name"]: c["detail"] for c in answer.json["checks"]}["nodes"]) == (1, wanted)
+    dry = cli("submit", "minmax-w8a8", "--model", "digits", *SET, "--dry-run", "--json").json["estimated_seconds"]
+    with database.session() as session:
+        timing = {"kind": "evaluate", "version": KINDS["evaluate"].version, "device": "A100", "n": 1}
+        session.execute(insert(KindTiming).values(**timing, seconds=5000.0, work=0.001))
+    slow = cli("submit", "minmax-w8a8", "--model", "digits", *SET, "--dry-run", "--json").json["estimated_seconds"]
+    assert slow > 10 * dry  # what such tasks took on the type of GPU that the cluster has
+    with database.session() as session:
+        forget_orchestrator(session, "elsewhere:1")
+    assert cli("jobs", "show", job, "--json").json["left_out"] == []
+    again = cli("submit", "minmax-w8a8", "--model", "digits", *SET, "--dry-run", "--json").json["estimated_seconds"]
+    assert again == dry
+    database.close()
 
 
 def test_doctor_says_what_gpus_there_are(cli: Cli) -> None:

@@ -25,6 +25,7 @@ from orchestrator.settings import resolve_settings
 from quant_spec.kinds import KINDS
 from tests import drill
 from tests.orchestrator.scheduling.test_scheduler import Borrowed, in_thread, job_row, noop, rows, submit, until
+from workers.errors import Fault, fault_of
 from workers.execution.cluster import LOGICAL_GPU_GIB, own_versions
 from workers.execution.executor import RayExecutor
 from workers.execution.local import python_path
@@ -193,6 +194,13 @@ def test_out_of_memory_is_tried_again_alone_with_smaller_batches(service: Servic
     assert all(
         '"memory"' in each["data"] and "OutOfMemoryError: CUDA out of memory" in each["data"] for each in retried
     )
+
+
+def test_memory_that_rays_own_watch_found_used_up_is_a_fault_of_memory() -> None:
+    from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+
+    assert fault_of(OutOfMemoryError("Task was killed due to the node running low on memory.")) is Fault.MEMORY
+    assert fault_of(WorkerCrashedError()) is Fault.TASK
 
 
 def test_deterministic_job_stays_on_one_type(raylets: Raylets, service: Service, scheduler: Scheduler) -> None:

@@ -6,8 +6,7 @@ is picked, binds the job to the type that it got; the others follow.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ from sqlalchemy.orm import Session
 from orchestrator.db.models import Job, JobTask, Task, in_states
 from orchestrator.db.rows import Candidate, Wishes
 from orchestrator.graph import Resources
-from orchestrator.states import ACTIVE_JOBS
+from orchestrator.states import ACTIVE_JOBS, TaskState
 from quant_spec.kinds import KINDS
 
 #: Columns of a task that make up its wishes.
@@ -43,7 +42,7 @@ class Picker(Protocol):
         """Return the most GPUs that a task may ask for, and their types in lower case."""
         ...
 
-    def pick(self, candidates: Sequence[Candidate]) -> Mapping[str, Picked]:
+    def pick(self, candidates: Iterable[Candidate]) -> Mapping[str, Picked]:
         """Return the tasks that start now, best first, and where; may be called again with others."""
         ...
 
@@ -58,6 +57,9 @@ class Picker(Protocol):
 
 #: Finds candidates within bounds: what one task may ask for, and types of GPU.
 Find = Callable[[Resources, Sequence[str]], Sequence[Row[Any]]]
+
+#: "cpu" or "cuda", and the type of GPU.
+Pin = tuple[str, str | None]
 
 _BOUNDLESS = 2.0**62
 
@@ -81,15 +83,9 @@ def pick(session: Session, picker: Picker, find: Find, limit: int) -> dict[str, 
 
 
 def _pick(session: Session, picker: Picker, rows: Sequence[Row[Any]], keys: set[str] | None = None) -> dict[str, str]:
-    keys = set() if keys is None else keys
-    candidates = []
-    for row in rows:
-        if row.key not in keys:  # a key runs once at a time
-            keys.add(row.key)
-            resources = Resources(row.cpus, row.gpus, row.memory_bytes, row.gpu_memory_bytes)
-            candidates.append(Candidate(row.id, row.key, row.kind, resources, wishes_of(row)))
+    pins = _pins(session, [row.id for row in rows if row.deterministic])
     found = {}
-    for task, picked in picker.pick(_with_pins(session, candidates)).items():
+    for task, picked in picker.pick(_candidates(rows, set() if keys is None else keys, pins)).items():
         if picked.pins and not _pin(session, task, picked):
             picker.drop(task)
             continue
@@ -97,30 +93,36 @@ def _pick(session: Session, picker: Picker, rows: Sequence[Row[Any]], keys: set[
     return found
 
 
+def _candidates(rows: Sequence[Row[Any]], keys: set[str], pins: Mapping[str, Pin]) -> Iterator[Candidate]:
+    """Yield what rows describe, one of each key; tasks of jobs that are bound to a type of device ask for that."""
+    for row in rows:
+        if row.key in keys:  # a key runs once at a time
+            continue
+        keys.add(row.key)
+        resources = Resources(row.cpus, row.gpus, row.memory_bytes, row.gpu_memory_bytes)
+        candidate = Candidate(row.id, row.key, row.kind, resources, wishes_of(row))
+        if candidate.is_unpinned and row.id in pins:
+            device, gpu_type = pins[row.id]
+            candidate = replace(candidate, wishes=replace(candidate.wishes, device=device, gpu_type=gpu_type))
+        yield candidate
+
+
 def wishes_of(row: Row[Any]) -> Wishes:
     """Read the wishes of a task's row."""
     return Wishes(row.device, row.gpu_type, row.alone, row.batch_divisor, row.deterministic)
 
 
-def _with_pins(session: Session, candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Let tasks of jobs that are bound to a type of device ask for that."""
-    open_ = [each.id for each in candidates if each.is_unpinned]
-    if not open_:
-        return list(candidates)
-    pins: defaultdict[str, list[tuple[str, str | None]]] = defaultdict(list)
+def _pins(session: Session, tasks: Sequence[str]) -> dict[str, Pin]:
+    """Return what the jobs of tasks are bound to; of several, what the first is."""
+    if not tasks:
+        return {}
     statement = (
         select(JobTask.task_id, Job.device, Job.gpu_type)
         .join(Job, Job.id == JobTask.job_id)
-        .where(JobTask.task_id.in_(open_), in_states(Job.state, ACTIVE_JOBS), _is_pinned())
-        .order_by(Job.created_at)
+        .where(JobTask.task_id.in_(tasks), in_states(Job.state, ACTIVE_JOBS), _is_pinned())
+        .order_by(Job.created_at.desc())
     )
-    for row in session.execute(statement):
-        pins[row.task_id].append((row.device, row.gpu_type))
-    return [_pinned(each, pins[each.id][0]) if pins.get(each.id) else each for each in candidates]
-
-
-def _pinned(candidate: Candidate, pin: tuple[str, str | None]) -> Candidate:
-    return replace(candidate, wishes=replace(candidate.wishes, device=pin[0], gpu_type=pin[1]))
+    return {row.task_id: (row.device, row.gpu_type) for row in session.execute(statement)}
 
 
 def _is_pinned() -> ColumnElement[bool]:
@@ -139,6 +141,12 @@ def _pin(session: Session, task: str, picked: Picked) -> bool:
     statement = update(Job).where(Job.id.in_(wanted)).values(**values)
     session.execute(statement, execution_options={"synchronize_session": False})
     return True
+
+
+def wanted_gpus(session: Session) -> list[str]:
+    """Return the types of GPU that queued tasks cannot do without, "any" where none is named."""
+    statement = select(Task.gpu_type).where(in_states(Task.state, [TaskState.QUEUED]), Task.gpus > 0).distinct()
+    return sorted(gpu_type or "any" for gpu_type in session.scalars(statement.limit(10)))
 
 
 def after_out_of_memory() -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from orchestrator.db.picking import Picked
@@ -55,6 +56,11 @@ class Places:
         """Say whether any task could be claimed."""
         return has_room(self._usable, list(self.running.values()), self.in_flight - 1)
 
+    def gpu_text(self) -> str:
+        """Return the GPUs that may be used, for people."""
+        found = [f"{node.host}: {node.gpus} x {node.gpu_type or 'unknown'}" for node in self._usable if node.gpus]
+        return ", ".join(found) or "none"
+
     def picker(self) -> ClaimPicker:
         """Return what decides about one claim."""
         return ClaimPicker(self)
@@ -99,7 +105,7 @@ class ClaimPicker:
         types = sorted({node.gpu_type.casefold() for node in nodes if node.gpus and node.gpu_type})
         return float(max((node.gpus for node in nodes), default=0)), types
 
-    def pick(self, candidates: Sequence[Candidate]) -> Mapping[str, Picked]:
+    def pick(self, candidates: Iterable[Candidate]) -> Mapping[str, Picked]:
         """Return the tasks that start now, and where."""
         places = self._places
         # What kept room in the first look keeps it in the second.
@@ -107,13 +113,13 @@ class ClaimPicker:
         decision = place(
             places._usable,
             [*places.running.values(), *self.placements.values()],
-            [*first, *candidates],
+            chain(first, candidates),
             learned=places.learned,
             queued_per_running=places.in_flight - 1,
         )
         self.placements |= decision.placements
         if decision.kept_for is not None:
-            self._kept_for = next(each for each in (*first, *candidates) if each.id == decision.kept_for)
+            self._kept_for = decision.kept_for
         return {
             task: Picked(
                 placement.host,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.db.rows import Candidate, Timing
@@ -68,7 +68,7 @@ class Decision:
     to the type of device that they got."""
 
     placements: Mapping[str, Placement] = field(default_factory=dict)
-    kept_for: str | None = None
+    kept_for: Candidate | None = None
     pinned: frozenset[str] = frozenset()
 
 
@@ -110,7 +110,7 @@ def usable(
 def place(
     nodes: Sequence[Node],
     running: Sequence[Placement],
-    tasks: Sequence[Candidate],
+    tasks: Iterable[Candidate],
     *,
     learned: Learned | None = None,
     queued_per_running: float = 1.0,
@@ -124,7 +124,7 @@ def place(
     running
         What runs, or is queued, on them already.
     tasks
-        Best first.
+        Best first; no more are taken than have a chance.
     learned
         What recorded tasks took; scales the estimates.
     queued_per_running
@@ -132,7 +132,7 @@ def place(
     """
     state = _Cluster(nodes, running, queued_per_running)
     placements: dict[str, Placement] = {}
-    kept_for: str | None = None
+    kept_for: Candidate | None = None
     pinned: set[str] = set()
     for task in tasks:
         if task.is_unpinned and pinned:
@@ -143,8 +143,10 @@ def place(
         found = state.start(options) or (state.queue(options) if kept_for is None else None)
         if found is None:
             if kept_for is None:
-                kept_for = task.id
+                kept_for = task
                 state.keep(options)
+            if not state.has_cpu():
+                break
             continue
         placements[task.id] = found
         if task.is_unpinned:
@@ -325,6 +327,10 @@ class _Cluster:
             left = sum(free.slots[slot] for slot in slots) - option.gpus
             return (left, free.node.gpu_memory_bytes, -free.cpus)
         return (free.node.gpus > 0, -free.cpus)
+
+    def has_cpu(self) -> bool:
+        """Say whether a CPU is free anywhere."""
+        return any(free.cpus > 0 for free in self._free.values())
 
     def queue(self, options: Sequence[Placement]) -> Placement | None:
         """Queue a task behind one of its shape, where the fewest wait."""

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from orchestrator.db.orchestrators import forget_orchestrator, note_cluster
+from orchestrator.db.picking import wanted_gpus
 from orchestrator.db.queries import (
     claim_tasks,
     fail_task,
@@ -103,7 +104,7 @@ class Scheduler:
         self._ended: list[tuple[ClaimedTask, Finished]] = []
         self._keeper = LeaseKeeper(database, config.lease_seconds)
         self._stop = threading.Event()
-        self._found_work = self._said_no_capacity = False
+        self._found_work = self._said_no_capacity = self._said_no_gpu = False
         self._executed = 0
         self._poll = _SHORTEST_POLL_SECONDS
         self._next_claim = self._next_reap = self._next_look = self._next_learning = 0.0
@@ -234,6 +235,8 @@ class Scheduler:
             self._next_learning = time.monotonic() + _LEARNING_SECONDS
             self._patiently(self._learn)
         claimed = self._patiently(lambda: self._record(claim=room))
+        if room and not (claimed or self._in_flight or self._said_no_gpu):
+            self._patiently(self._say_what_waits)
         self._keeper.drop([task.lease for task, _ in self._ended])
         self._keeper.add([task.lease for task in claimed])
         progress = bool(claimed or self._ended)
@@ -280,6 +283,14 @@ class Scheduler:
         for task in dropped:
             log.warning("result dropped: the lease was lost", extra=_about(task))
         return claimed
+
+    def _say_what_waits(self) -> None:
+        """Warn, once, of tasks that wait for a GPU that the cluster does not have."""
+        with self._database.session(read_only=True) as session:
+            wanted = wanted_gpus(session)
+        if wanted:
+            self._said_no_gpu = True
+            log.warning("tasks wait for a GPU: wanted %s, got %s", " or ".join(wanted), self._places.gpu_text())
 
     def _learn(self) -> None:
         """Read what tasks took, for the room that the next ones are given."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -85,17 +87,45 @@ def test_submitted_device_is_where_tasks_run(cli: Cli, cluster: Callable[..., No
 
 
 @pytest.mark.usefixtures("with_digits")
-def test_run_is_on_gpus_where_there_are_some_unless_told_otherwise(cli: Cli, cluster: Callable[..., None]) -> None:
+def test_run_takes_gpus_where_there_are_some_and_a_deterministic_recipe_one_type(
+    cli: Cli, cluster: Callable[..., None]
+) -> None:
+    cluster(node("gpu-1", gpus=1), node("gpu-2", gpus=1, gpu_type="H100", gpu_memory_bytes=80 * GIB))
+    answer = cli("run", "minmax-w8a8", "--model", "digits", *SET, "--set", "deterministic=true", "--json")
+    view = answer.json
+    assert (view["device"], view["gpu_type"]) == ("cuda", "A100")
+    assert {task["device"] for task in view["ran"] if task["kind"] in GPU_KINDS} == {"A100"}
+    assert "GPUs " in answer.err
+    assert "/2 busy" in answer.err
+
+
+@pytest.mark.usefixtures("with_digits")
+def test_job_that_waits_for_a_gpu_says_so(
+    cli: Cli, cluster: Callable[..., None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cluster(node("gpu-1", gpus=1))
-    words = ("run", "minmax-w8a8", "--model", "digits", *SET)
-    on_cpu = cli(*words, "--device", "cpu", "--json")
-    assert {task["device"] for task in on_cpu.json["ran"]} == {"cpu"}
-    other = ("--set", "calibration.first_seed=5000000", "--set", "evaluation.first_seed=100")
-    auto = cli(*words, *other, "--json")
-    assert {task["device"] for task in auto.json["ran"] if task["kind"] in GPU_KINDS} == {"A100"}
-    assert auto.json["device"] == "auto"
-    assert "GPUs " in auto.err
-    assert "/1 busy" in auto.err
+    stop = threading.Event()
+    monkeypatch.setattr("orchestrator.cli.run.stop_on_signals", lambda: nullcontext(stop))
+
+    class Stopper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "tasks wait for a GPU" in record.getMessage():
+                stop.set()
+
+    log, stopper = logging.getLogger("orchestrator"), Stopper()
+    log.addHandler(stopper)
+    try:
+        answer = cli("run", "minmax-w8a8", "--model", "digits", *SET, "--device", "cuda", "--gpu-type", "H100")
+    finally:
+        log.removeHandler(stopper)
+    assert answer.code == 101
+    assert "tasks wait for a GPU: wanted H100, got gpu-1: 1 x A100" in caplog.text
+
+
+@pytest.mark.usefixtures("with_digits")
+def test_submitted_without_a_gpu_is_said(cli: Cli) -> None:
+    job = cli("submit", "minmax-w8a8", "--model", "digits", *SET, "--device", "cpu", "--json").json["job"]
+    assert cli("jobs", "show", job, "--json").json["device"] == "cpu"
 
 
 @pytest.mark.usefixtures("with_digits")
@@ -116,15 +146,6 @@ def test_node_that_refuses_is_left_out_and_the_job_goes_on(
     refused = [each for each in events if each["event"] == "retried"]
     assert refused
     assert {each["data"]["fault"] for each in refused} == {"refused"}
-
-
-@pytest.mark.usefixtures("with_digits")
-def test_deterministic_recipe_binds_its_job_to_one_type(cli: Cli, cluster: Callable[..., None]) -> None:
-    cluster(node("gpu-1", gpus=1), node("gpu-2", gpus=1, gpu_type="H100", gpu_memory_bytes=80 * GIB))
-    answer = cli("run", "minmax-w8a8", "--model", "digits", *SET, "--set", "deterministic=true", "--json")
-    view = answer.json
-    assert (view["device"], view["gpu_type"]) == ("cuda", "A100")
-    assert {task["device"] for task in view["ran"] if task["kind"] in GPU_KINDS} == {"A100"}
 
 
 @pytest.mark.usefixtures("with_digits")

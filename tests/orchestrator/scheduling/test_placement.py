@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -149,9 +150,22 @@ def test_first_that_does_not_fit_keeps_its_room() -> None:
     left = ended(left, "s2")
     assert len(left) == 1
     decision = place(nodes, list(left.values()), [task("big", cpus=2.0), *(task(f"t{n}") for n in range(9))])
-    assert (dict(decision.placements), decision.kept_for) == ({}, "big")
+    assert (dict(decision.placements), decision.kept_for) == ({}, task("big", cpus=2.0))
     after = place(nodes, [], [task("big", cpus=2.0), task("t")])
     assert list(where(after)) == ["big"]
+
+
+def test_no_more_of_the_queue_is_looked_at_than_has_a_chance() -> None:
+    seen: list[str] = []
+
+    def queue() -> Iterator[Candidate]:
+        for number in range(1000):
+            seen.append(f"t{number}")
+            yield task(f"t{number}")
+
+    found = place([node("a", 2.0)], [], queue())
+    assert len(found.placements) == 4
+    assert len(seen) == 5
 
 
 def test_others_go_beside_what_waits_where_they_leave_its_room() -> None:
@@ -160,7 +174,7 @@ def test_others_go_beside_what_waits_where_they_leave_its_room() -> None:
     assert {at[0] for at in where(busy).values()} == {"a", "b"}
     left = [placement for placement in running(busy) if placement.node == "a"]
     decision = place(nodes, left, [task("big", cpus=4.0), task("small"), task("other", cpus=2.0)])
-    assert decision.kept_for == "big"  # it waits for a
+    assert decision.kept_for == task("big", cpus=4.0)  # it waits for a
     assert where(decision) == {"small": ("b", "cpu", 0.0)}
 
 
@@ -169,7 +183,7 @@ def test_gpu_that_is_waited_for_is_kept_while_cores_are_filled() -> None:
     busy = place(nodes, [], [task("q", gpu_gib=10)])
     tasks = [task("whole", gpu_gib=30), task("q2", gpu_gib=20), task("pack")]
     decision = place(nodes, running(busy), tasks)
-    assert decision.kept_for == "whole"
+    assert decision.kept_for == tasks[0]
     assert where(decision) == {"pack": ("a", "cpu", 0.0)}
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from quant_spec.enums import Extractor, Shift
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
@@ -23,6 +23,7 @@ from quant_spec.recipe_formats import (
     weights_for,
 )
 from quant_spec.record import Count, Record, Seed
+from quant_spec.resources import JobResources
 from quant_spec.sampler import Sampler
 
 #: Tasks that the seeds of one section may be shared out among.
@@ -119,6 +120,10 @@ class Evaluation(Record):
         return self
 
 
+#: Fields that say how tasks run, and decide no byte of what they give.
+HOW_IT_RUNS = ("resources", "deterministic")
+
+
 class Recipe(Record):
     """A whole recipe, with every field set."""
 
@@ -146,6 +151,26 @@ class Recipe(Record):
         default=Evaluation(), description="How the packed model is compared with the original."
     )
     seed: Seed = Field(default=0, description="Of every random choice while fitting.")
+    resources: JobResources = Field(default=JobResources(), description="What tasks run on; names no task.")
+    deterministic: bool = Field(
+        default=False,
+        description="Run all tasks that use a GPU on one type of it, with torch's deterministic algorithms; names no "
+        "task.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_asked_for(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out how tasks run where nothing is said of it, so that the digests of recipes stay what they were."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name not in HOW_IT_RUNS or self.says(name)}
+
+    def says(self, name: str) -> bool:
+        """Whether a field has another value than its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    def without_how_it_runs(self) -> Self:
+        """Return the recipe as a release tells it: what decides its bytes, not where they were computed."""
+        return self.replaced(**{name: type(self).model_fields[name].default for name in HOW_IT_RUNS})
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

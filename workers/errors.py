@@ -9,6 +9,7 @@ WorkerError
 ├── ManifestError               a manifest or a path in it that is not acceptable (2)
 ├── ModelError                  a model folder that cannot be used (2)
 ├── TaskError                   a task cannot run with what it was given (2)
+├── RefusedError                a worker that is not fit for a task (1)
 ├── TaskFailedError             a task that ran in a process of its own failed there (1)
 └── ExecutorError               Ray cannot be started or reached (1)
 
@@ -74,6 +75,10 @@ class TaskError(WorkerError, InvalidInputError):
     exit_code = 2
 
 
+class RefusedError(WorkerError):
+    """This worker is not fit for the task: no CUDA device, or other versions; elsewhere it runs."""
+
+
 class TaskFailedError(WorkerError):
     """A task that ran in a process of its own failed there, or the process died."""
 
@@ -86,18 +91,40 @@ class Fault(StrEnum):
     """What an exception means to the queue.
 
     TASK: the task's own error, tried a few times. INFRASTRUCTURE: a worker, node or store was lost; counted apart and
-    tried more often. INVALID: bad input, never tried again.
+    tried more often. MEMORY: memory ran out, the device's or the host's; counted as infrastructure, tried again alone.
+    REFUSED: by a worker that is not fit for it; counted as infrastructure, tried again elsewhere. INVALID: bad input,
+    never tried again.
     """
 
     TASK = "task"
     INFRASTRUCTURE = "infrastructure"
+    MEMORY = "memory"
+    REFUSED = "refused"
     INVALID = "invalid"
+
+
+#: What CUDA's own libraries say when a device's memory has run out; torch passes it on as a plain RuntimeError.
+_NO_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether an exception means that memory ran out: Python's own, torch's or Ray's, known by their names."""
+    if isinstance(error, MemoryError):
+        return True
+    for cls in type(error).__mro__:
+        if cls.__name__ == "OutOfMemoryError" and cls.__module__.partition(".")[0] in ("torch", "ray"):
+            return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def fault_of(error: BaseException) -> Fault:
     """Return what an exception that left a task's body means to the queue."""
     if isinstance(error, StoreUnreachableError):
         return Fault.INFRASTRUCTURE
+    if isinstance(error, RefusedError):
+        return Fault.REFUSED
+    if is_out_of_memory(error):
+        return Fault.MEMORY
     # A full disk or a bad read may pass, on this node or on another.
     if isinstance(error, DiskFullError | DigestMismatchError):
         return Fault.TASK

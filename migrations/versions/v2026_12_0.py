@@ -32,6 +32,7 @@ def upgrade() -> None:
         sa.Column("queued_at", DOUBLE),
         sa.Column("repairs", sa.Integer(), nullable=False, server_default="0"),
         sa.Column("needs", sa.Text(), nullable=False, server_default=""),
+        sa.Column("deterministic", sa.Boolean(), nullable=False, server_default=sa.false()),
     ):
         op.add_column("tasks", column)
     _name_needs()
@@ -100,6 +101,7 @@ def downgrade() -> None:
     )
     for column in (
         "needs",
+        "deterministic",
         "repairs",
         "queued_at",
         "ran_on",
@@ -133,6 +135,8 @@ def _make_timings(*, with_device: bool) -> None:
             sa.Column("peak_rss_bytes", sa.BigInteger(), nullable=False, server_default="0"),
             sa.Column("peak_gpu_bytes", sa.BigInteger(), nullable=False, server_default="0"),
             sa.Column("shard", sa.Integer(), autoincrement=False, nullable=False, server_default="0"),
+            sa.Column("memory_ratio", DOUBLE, nullable=False, server_default="0"),
+            sa.Column("gpu_memory_ratio", DOUBLE, nullable=False, server_default="0"),
         ]
         key += ["device", "shard"]
     op.create_table("kind_timings", *columns, sa.PrimaryKeyConstraint(*key, name=op.f("pk_kind_timings")))

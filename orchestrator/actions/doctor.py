@@ -15,6 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from orchestrator.actions.cluster import left_out
+from orchestrator.actions.gpu_check import check_gpu
+from orchestrator.db.orchestrators import clusters
 from orchestrator.db.session import current, open_database
 from orchestrator.service import open_store_of, private_paths
 from orchestrator.settings import Settings
@@ -67,11 +70,13 @@ def examine(settings: Settings) -> list[Check]:
         "python": _python,
         "torch": _torch,
         "kernels": _kernels,
+        "gpu": check_gpu,
         "ray": lambda: _ray(settings.ray_address, os.environ),
         "database": lambda: _database(settings),
         "store": lambda: _store(settings),
         "home": lambda: _home(settings),
         "disk": lambda: _disk(settings.home),
+        "nodes": lambda: _nodes(settings),
     }
     return [_run(name, check) for name, check in checks.items()]
 
@@ -179,6 +184,25 @@ def _home(settings: Settings) -> tuple[bool, str]:
             f"others may read or enter {', '.join(wide)}, wanted for you alone: quantmill init, or chmod go-rwx",
         )
     return True, f"{settings.home}, for you alone"
+
+
+def _nodes(settings: Settings) -> tuple[bool, str]:
+    """Say what the orchestrators that work on this database see of their clusters, and which nodes they leave out."""
+    if current(settings.database_url).revision is None:
+        return True, "no orchestrator is at work"
+    database = open_database(settings.database_url)
+    try:
+        with database.session(read_only=True) as session:
+            found = clusters(session)
+    finally:
+        database.close()
+    if not found:
+        return True, "no orchestrator is at work"
+    if lines := left_out(found.values()):
+        return False, "; ".join(lines)
+    nodes = {node["node"]: node for cluster in found.values() for node in cluster.get("nodes", ())}
+    gpus = sum(node["gpus"] for node in nodes.values())
+    return True, f"{len(found)} orchestrators at work see {len(nodes)} nodes with {gpus} GPUs, and use all of them"
 
 
 def _disk(home: Path) -> tuple[bool, str]:

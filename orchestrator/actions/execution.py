@@ -27,8 +27,9 @@ def run_job(service: Service, job: JobRow, stop: threading.Event) -> JobRow:
         The job as it is now; if it has not ended, any orchestrator goes on with it.
     """
     if job.state in ACTIVE_JOBS:
-        with Progress(service.database, service.store, job.id, workers=worker_count()):
-            make_scheduler(service).run(stop=stop, until_job=job.id)
+        scheduler = make_scheduler(service)
+        with Progress(service.database, service.store, job.id, workers=worker_count(), cluster=scheduler.cluster):
+            scheduler.run(stop=stop, until_job=job.id)
     with service.database.session(read_only=True) as session:
         return find_job(session, job.id)
 

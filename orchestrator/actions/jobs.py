@@ -6,9 +6,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from orchestrator.actions.cluster import left_out
 from orchestrator.actions.views import event_view, job_view
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import events, find_job, is_invalid, job_counts, list_jobs, list_tasks
+from orchestrator.db.orchestrators import clusters
+from orchestrator.db.places import task_places
 from orchestrator.db.rows import JobRow
 from orchestrator.scheduling.running import REPORTING, running_tasks
 from orchestrator.service import Service
@@ -39,8 +42,14 @@ def show_job(service: Service, prefix: str) -> dict[str, Any]:
         job = find_job(session, prefix)
         view = job_view(job, job_counts(session, job.id), database_time(session))
         rows = [task for kind in REPORTING for task in list_tasks(session, job.id, kind=kind)]
+        ran = [each.document() for each in task_places(session, job.id)]
+        at_work = clusters(session) if job.state in ACTIVE_JOBS else {}
     steps = running_tasks(rows, service.store)
-    return view | {"steps": [each.document() for each in steps]}
+    return view | {
+        "steps": [each.document() for each in steps],
+        "ran": ran,
+        "left_out": left_out(at_work.values()),
+    }
 
 
 def show_jobs(service: Service, *, state: JobState | None = None, limit: int = 50) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ _NAME_LENGTH = 128
 class Request:
     """What to do to which model: a recipe's name or file, assignments on top, a model's name, folder or hf:ID.
 
-    `sample_size` is for a folder or hf:ID whose config leaves it open.
+    `sample_size` is for a folder or hf:ID whose config leaves it open. `device` and `gpu_type` go before what the
+    recipe says in `resources`.
     """
 
     recipe: str
@@ -36,6 +37,13 @@ class Request:
     release_name: str | None = None
     priority: int = 0
     sample_size: SampleSize | None = None
+    device: str | None = None
+    gpu_type: str | None = None
+
+    def assignments(self) -> tuple[str, ...]:
+        """Return what goes on top of the recipe, in order; what was said of devices is last."""
+        own = {"resources.device": self.device, "resources.gpu_type": self.gpu_type}
+        return self.overrides + tuple(f"{name}={json.dumps(value)}" for name, value in own.items() if value is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +82,7 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
     NotFoundError
         If the model is neither registered nor there.
     """
-    loaded = load_recipe(request.recipe, request.overrides, allowed=service.settings.allowed_paths)
+    loaded = load_recipe(request.recipe, request.assignments(), allowed=service.settings.allowed_paths)
     if request.release_name is not None:
         check_name(request.release_name)
 
@@ -104,6 +112,8 @@ def enqueue(
             recipe_digest=resolved.digest,
             release_name=release_name or default_release_name(model.name, loaded.recipe.name),
             priority=priority,
+            device=loaded.recipe.resources.device.value,
+            gpu_type=loaded.recipe.resources.gpu_type,
         )
         counts = enqueue_graph(session, job_id, nodes, target)
         job = find_job(session, job_id)

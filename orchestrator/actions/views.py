@@ -37,6 +37,8 @@ def job_view(job: JobRow, tasks: Mapping[str, int], now: float) -> dict[str, Any
         "metrics": job.metrics,
         "error": job.error,
         "priority": job.priority,
+        "device": job.device,
+        "gpu_type": job.gpu_type,
         "model_digest": job.model_digest,
         "recipe_digest": job.recipe_digest,
         "created_at": utc_text(job.created_at),

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from orchestrator.actions.cluster import ran_lines
 from orchestrator.actions.jobs import exit_code, job_events, show_job, show_jobs, wait_for_job
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.jobs import cancel_job, find_job, retry_job
@@ -14,6 +15,7 @@ from orchestrator.scheduling.running import step_text
 from orchestrator.states import JobState
 from orchestrator.text import human_seconds, printable, table
 from quant_spec.metrics import Place, lines
+from quant_spec.numbers import human_bytes
 
 
 @click.group(cls=Group)
@@ -34,12 +36,13 @@ def jobs_ls(app: App, state: str | None, limit: int) -> None:
 
 @jobs.command("show")
 @click.argument("job")
+@click.option("--tasks", "each", is_flag=True, help="List where each task ran, too.")
 @pass_app
-def jobs_show(app: App, job: str) -> None:
-    """Show one job."""
+def jobs_show(app: App, job: str, each: bool) -> None:
+    """Show one job, and on which nodes and devices its tasks ran."""
     with app.service() as service:
         view = show_job(service, job)
-    app.answer(view, lambda: job_text(view))
+    app.answer(view, lambda: job_text(view) + (f"\n\n{_task_table(view)}" if each else ""))
 
 
 @jobs.command("logs")
@@ -131,6 +134,9 @@ def job_text(view: dict[str, Any]) -> str:
         ("recipe", view["recipe"]),
         ("tasks", f"{tasks['total']}" + (f" ({counts})" if counts else "")),
         *(("now", step_text(step)) for step in view.get("steps", ())),
+        ("device", _device(view)),
+        *(("ran on", line) for line in ran_lines(view.get("ran", ()))),
+        *(("left out", line) for line in view.get("left_out", ())),
         ("time", human_seconds(view["seconds"])),
         ("release", view["release"]),
         ("digest", view["digest"]),
@@ -138,6 +144,30 @@ def job_text(view: dict[str, Any]) -> str:
         ("error", view["error"]),
     ]
     return "\n".join(f"{name:<9} {value}" for name, value in facts if value is not None)
+
+
+def _device(view: dict[str, Any]) -> str | None:
+    """Return what a job says of devices; None if nothing."""
+    words = [view["device"]] if view["device"] != "auto" or view["gpu_type"] else []
+    return " ".join([*words, *([view["gpu_type"]] if view["gpu_type"] else [])]) or None
+
+
+def _task_table(view: dict[str, Any]) -> str:
+    """Return where each task of a job ran."""
+    rows = [
+        (
+            task["task"][:12],
+            task["kind"],
+            task["label"],
+            "cached" if task["cached"] else task["state"],
+            task["node"],
+            task["device"],
+            None if task["seconds"] is None else human_seconds(task["seconds"]),
+            human_bytes(task["peak_gpu_bytes"]) if task["peak_gpu_bytes"] else None,
+        )
+        for task in view["ran"]
+    ]
+    return table(("TASK", "KIND", "LABEL", "STATE", "NODE", "DEVICE", "TIME", "GPU MEMORY"), rows)
 
 
 def metric_lines(metrics: dict[str, Any]) -> list[tuple[str, str]]:

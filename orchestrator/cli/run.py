@@ -39,6 +39,8 @@ def run(
     overrides: tuple[str, ...],
     sample_size: SampleSize | None,
     name: str | None,
+    device: str | None,
+    gpu_type: str | None,
     out: Path | None,
     key_file: Path | None,
 ) -> int:
@@ -52,7 +54,8 @@ def run(
     key = read_signing_key(key_file) if key_file is not None else None
     log_to_stderr()
     with app.service() as service, stop_on_signals() as stop:
-        submitted = submit(service, Request(recipe, model, overrides, name, sample_size=sample_size), notify=app.notify)
+        request = Request(recipe, model, overrides, name, 0, sample_size, device, gpu_type)
+        submitted = submit(service, request, notify=app.notify)
         tell_next(app, submitted)
         job = run_job(service, submitted.job, stop)
         view, code = show_job(service, job.id), exit_code(service, job)

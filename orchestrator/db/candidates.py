@@ -6,18 +6,21 @@ the claim costs the same with ten or with fifty thousand tasks in front that do 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Row
 from sqlalchemy.orm import Session
 
-from orchestrator.db.rows import Candidate
+from orchestrator.db.rows import Candidate, Wishes
 from orchestrator.db.sql import Statement, is_postgres, run, statement
 from orchestrator.graph import Resources
 
-_NEEDS = "needs, alone, cpus, gpus, memory_bytes"
-_COLUMNS = "seq, id, key, kind, version, priority, cpus, gpus, memory_bytes, work, alone"
+_NEEDS = "needs, alone, cpus, gpus, memory_bytes, gpu_type"
+_COLUMNS = (
+    "seq, id, key, kind, version, priority, cpus, gpus, memory_bytes, gpu_memory_bytes, "
+    "device, gpu_type, alone, batch_divisor, deterministic"
+)
 # Each group's first task stands for what the group asks for; the next group begins behind it in the index.
 _GROUPS = f"""
     WITH RECURSIVE groups AS (
@@ -51,7 +54,12 @@ _GROUPS_SQLITE = (
     )
 """
 )
-_FITS = "cpus <= :cpus AND gpus <= :gpus AND memory_bytes <= :memory"
+# A type of GPU matters to tasks that must have one.
+_FITS = """
+    cpus <= :cpus AND gpus <= :gpus AND memory_bytes <= :memory
+    AND (gpus = 0 OR gpu_type IS NULL OR CAST(:gpu_types AS text) IS NULL
+         OR CAST(:gpu_types AS text) LIKE '%|' || lower(gpu_type) || '|%')
+"""
 _READY = """
     state = 'queued' AND not_before <= {now}
     AND NOT EXISTS (SELECT 1 FROM tasks AS other WHERE other.key = tasks.key AND other.state = 'running')
@@ -73,9 +81,14 @@ _READ = statement(
 _NO_BOUND = Resources(cpus=1e300, gpus=1e300, memory_bytes=2**63 - 1)
 
 
-def read_candidates(session: Session, limit: int, capacity: Resources | None) -> list[Candidate]:
-    """Return what can be claimed and fits `capacity` by itself, best first: at most `limit` of each group, locked."""
-    rows = candidate_rows(session, limit, capacity)
+def read_candidates(
+    session: Session, limit: int, capacity: Resources | None, gpu_types: Sequence[str] | None = None
+) -> list[Candidate]:
+    """Return what can be claimed and fits `capacity` by itself, best first: at most `limit` of each group, locked.
+
+    Tasks that must have a type of GPU that is not among `gpu_types` (in lower case) are passed over; None: no matter.
+    """
+    rows = candidate_rows(session, limit, capacity, gpu_types)
     rows.sort(key=lambda row: (-row.priority, row.seq))
     candidates: dict[str, Candidate] = {}
     for row in rows:
@@ -84,19 +97,25 @@ def read_candidates(session: Session, limit: int, capacity: Resources | None) ->
                 id=row.id,
                 key=row.key,
                 kind=row.kind,
+                resources=Resources(row.cpus, row.gpus, row.memory_bytes, row.gpu_memory_bytes),
+                wishes=wishes_of(row),
                 version=row.version,
-                priority=row.priority,
-                resources=Resources(row.cpus, row.gpus, row.memory_bytes),
-                work=row.work,
-                alone=bool(row.alone),
             )
     return list(candidates.values())
 
 
-def candidate_rows(session: Session, limit: int, capacity: Resources | None) -> list[Row[Any]]:
+def wishes_of(row: Row[Any]) -> Wishes:
+    """Read the wishes of a task's row."""
+    return Wishes(row.device, row.gpu_type, bool(row.alone), row.batch_divisor, bool(row.deterministic))
+
+
+def candidate_rows(
+    session: Session, limit: int, capacity: Resources | None, gpu_types: Sequence[str] | None = None
+) -> list[Row[Any]]:
     """Return the rows of candidates, in no order."""
     bound = capacity or _NO_BOUND
-    fit = {"cpus": bound.cpus, "gpus": bound.gpus, "memory": bound.memory_bytes}
+    fit: dict[str, Any] = {"cpus": bound.cpus, "gpus": bound.gpus, "memory": bound.memory_bytes}
+    fit["gpu_types"] = None if gpu_types is None else f"|{'|'.join(gpu_types)}|"
     if is_postgres(session):
         return list(run(session, _READ, **fit, limit=limit))
     groups = run(session, _READ_GROUPS, **fit).all()
@@ -108,23 +127,15 @@ def claim_statement(session: Session) -> Statement:
     return _READ if is_postgres(session) else _READ_HEAD
 
 
-def fill(
-    candidates: Sequence[Candidate],
-    capacity: Resources | None,
-    weight: Callable[[str, int], float] = lambda kind, version: 1.0,
-) -> list[Candidate]:
-    """Choose those that fit `capacity` together, the first first; each takes up `weight` of what it asks for."""
+def fill(candidates: Sequence[Candidate], capacity: Resources | None) -> list[Candidate]:
+    """Choose those that fit `capacity` together, the first first."""
     if capacity is None:
         return list(candidates)
     chosen: list[Candidate] = []
-    cpus, gpus, memory = capacity.cpus, capacity.gpus, float(capacity.memory_bytes)
+    cpus, gpus, memory = capacity.cpus, capacity.gpus, capacity.memory_bytes
     for each in candidates:
-        asked, share = each.resources, weight(each.kind, each.version)
-        if asked.cpus * share <= cpus and asked.gpus * share <= gpus and asked.memory_bytes * share <= memory:
+        asked = each.resources
+        if asked.cpus <= cpus and asked.gpus <= gpus and asked.memory_bytes <= memory:
             chosen.append(each)
-            cpus, gpus, memory = (
-                cpus - asked.cpus * share,
-                gpus - asked.gpus * share,
-                memory - asked.memory_bytes * share,
-            )
+            cpus, gpus, memory = cpus - asked.cpus, gpus - asked.gpus, memory - asked.memory_bytes
     return chosen

@@ -49,10 +49,10 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
         If the job has ended.
     """
     lock_enqueue(session)
-    priority = _active_priority(session, job_id)
+    shared = _of_job(session, job_id)
     seen: set[str] = set()
     for batch in batches(nodes):
-        _add(session, job_id, priority, _unseen(batch, seen))
+        _add(session, job_id, shared, _unseen(batch, seen))
     if target.id not in seen:
         raise GraphError(f"graph of job {job_id}: got no target {target.id[:12]} among {len(seen)} tasks")
     statement = update(Job).where(Job.id == job_id).values(target_task=target.id)
@@ -86,6 +86,7 @@ def start_tasks(session: Session, job_id: str) -> None:
         .values(priority=priority),
         execution_options=plain,
     )
+    _share_wishes(session, job_id)
     succeeded = select(Task.id).where(Task.id.in_(wanted), in_states(Task.state, [TaskState.SUCCEEDED]))
     session.execute(
         update(JobTask).where(JobTask.job_id == job_id, JobTask.task_id.in_(succeeded)).values(cached=True),
@@ -95,6 +96,25 @@ def start_tasks(session: Session, job_id: str) -> None:
     done = list(session.scalars(succeeded.where(Task.id == target)))
     complete(session, done, recount(session, job_id))
     _start_job(session, job_id)
+
+
+def _share_wishes(session: Session, job_id: str) -> None:
+    """Let tasks that came with another job run where that or this one wants them; deterministic if one of them does."""
+    job = _of_job(session, job_id)
+    wanted = select(JobTask.task_id).where(JobTask.job_id == job_id)
+    unfinished = update(Task).where(in_states(Task.state, UNFINISHED_TASKS), Task.id.in_(wanted))
+    differs = (Task.device != job["device"]) | Task.gpu_type.is_distinct_from(job["gpu_type"])
+    plain = {"synchronize_session": False}
+    no_matter = unfinished.where(differs, Task.gpu_memory_bytes > 0).values(device="auto", gpu_type=None, gpus=0.0)
+    asked = (Task.cpus, Task.gpus, Task.memory_bytes, Task.gpu_memory_bytes, Task.device, Task.gpu_type)
+    groups: dict[str, list[str]] = {}
+    for row in session.execute(no_matter.returning(Task.id, *asked), execution_options=plain):
+        groups.setdefault(needs_of({name: getattr(row, name) for name in NEEDS}), []).append(row.id)
+    for needs, tasks in groups.items():
+        for batch in batches(tasks):
+            session.execute(update(Task).where(Task.id.in_(batch)).values(needs=needs), execution_options=plain)
+    if job["deterministic"]:
+        session.execute(unfinished.values(deterministic=True), execution_options=plain)
 
 
 def _start_job(session: Session, job_id: str) -> None:
@@ -109,13 +129,22 @@ def _start_job(session: Session, job_id: str) -> None:
         record_event(session, JobEvent.START, job=job_id)
 
 
-def _active_priority(session: Session, job_id: str) -> int:
-    row = session.execute(select(Job.priority, Job.state).where(Job.id == job_id)).one_or_none()
+def _of_job(session: Session, job_id: str) -> dict[str, Any]:
+    """Return the values that all tasks have from the job that brings them."""
+    columns = (Job.priority, Job.state, Job.device, Job.gpu_type, Job.recipe)
+    row = session.execute(select(*columns).where(Job.id == job_id)).one_or_none()
     if row is None:
         raise NotFoundError(f"job: got {job_id!r}, wanted one of jobs ls")
     if row.state not in ACTIVE_JOBS:
         raise InvalidInputError(f"job {job_id}: got state {row.state}, wanted one that has not ended")
-    return int(row.priority)
+    minutes = (row.recipe.get("resources") or {}).get("task_minutes")
+    return {
+        "priority": row.priority,
+        "device": row.device,
+        "gpu_type": row.gpu_type,
+        "deterministic": bool(row.recipe.get("deterministic")),
+        "deadline_seconds": None if minutes is None else 60.0 * minutes,
+    }
 
 
 def _unseen(batch: Sequence[TaskNode], seen: set[str]) -> list[TaskNode]:
@@ -133,12 +162,12 @@ def _unseen(batch: Sequence[TaskNode], seen: set[str]) -> list[TaskNode]:
     return new
 
 
-def _add(session: Session, job_id: str, priority: int, nodes: Sequence[TaskNode]) -> None:
+def _add(session: Session, job_id: str, shared: Mapping[str, Any], nodes: Sequence[TaskNode]) -> None:
     # Only enqueueing adds tasks, under its own lock, and nothing removes them: what is absent now stays absent.
     ids = [node.id for node in nodes]
     present = set(session.scalars(select(Task.id).where(Task.id.in_(ids))))
     new = [node for node in nodes if node.id not in present]
-    insert_rows(session, Task, [_task_values(node, priority) for node in new])
+    insert_rows(session, Task, [_task_values(node, shared) for node in new])
     edges = [{"task_id": node.id, "source_id": source} for node in new for source in sorted(node.sources())]
     insert_rows(session, TaskInput, edges)
     wanted = [{"job_id": job_id, "task_id": each, "cached": False} for each in ids]
@@ -156,26 +185,29 @@ def needs_of(values: Mapping[str, Any]) -> str:
     return "/".join(str(asked[name]) for name in NEEDS)
 
 
-def _task_values(node: TaskNode, priority: int) -> dict[str, Any]:
-    values = _plain_values(node, priority)
+def _task_values(node: TaskNode, shared: Mapping[str, Any]) -> dict[str, Any]:
+    values = _plain_values(node, shared)
     return values | {"needs": needs_of(values)}
 
 
-def _plain_values(node: TaskNode, priority: int) -> dict[str, Any]:
+def _plain_values(node: TaskNode, shared: Mapping[str, Any]) -> dict[str, Any]:
+    resources = node.resources
+    must = shared["device"] == "cuda" and resources.gpu_memory_bytes > 0
     return {
+        **shared,
         "id": node.id,
         "kind": node.kind,
         "version": node.version,
         "params": dict(node.params),
         "inputs": inputs_json(node.inputs),
         "cpus": node.resources.cpus,
-        "gpus": node.resources.gpus,
+        "gpus": max(resources.gpus, 1.0) if must else resources.gpus,
+        "gpu_memory_bytes": resources.gpu_memory_bytes,
         "memory_bytes": node.resources.memory_bytes,
         "work": node.work,
         "label": node.label,
         "state": TaskState.BLOCKED.value,
         "waiting": len(node.sources()),
-        "priority": priority,
         "not_before": 0.0,
         "attempt": 0,
         "faults_task": 0,

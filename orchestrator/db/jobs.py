@@ -41,6 +41,8 @@ def create_job(
     recipe_digest: str,
     release_name: str | None = None,
     priority: int = 0,
+    device: str = "auto",
+    gpu_type: str | None = None,
 ) -> str:
     """Make a job without tasks; return its id, 12 random hexadecimal digits.
 
@@ -59,6 +61,7 @@ def create_job(
     values = {"id": job_id, "state": JobState.QUEUED.value, "priority": priority, "release_name": release_name}
     values |= {"model_name": model.name, "model_digest": model.digest, "created_at": epoch_seconds()}
     values |= {"recipe_name": recipe_name, "recipe_digest": recipe_digest, "recipe": dict(recipe)}
+    values |= {"device": device, "gpu_type": gpu_type}
     session.execute(insert(Job).values(**values))
     data = {"model": model.name, "recipe": recipe_name, "priority": priority}
     record_event(session, "created", job=job_id, data=data)
@@ -237,7 +240,7 @@ def is_invalid(session: Session, job: JobRow) -> bool:
 
 def _tasks_of(job_id: str) -> Select[Any]:
     return (
-        select(Task, JobTask.cached, Result.seconds, Result.outputs, Result.metrics)
+        select(Task, JobTask.cached, Result.seconds, Result.outputs, Result.metrics, Result.ran)
         .join(JobTask, JobTask.task_id == Task.id)
         .outerjoin(Result, (Result.key == Task.key) & in_states(Task.state, [TaskState.SUCCEEDED]))
         .where(JobTask.job_id == job_id)
@@ -257,7 +260,7 @@ def _task_row(row: Row[Any]) -> TaskRow:
         faults_task=task.faults_task,
         faults_infrastructure=task.faults_infrastructure,
         priority=task.priority,
-        resources=Resources(task.cpus, task.gpus, task.memory_bytes),
+        resources=Resources(task.cpus, task.gpus, task.memory_bytes, task.gpu_memory_bytes),
         work=task.work,
         seconds=row.seconds,
         error=task.error,
@@ -267,6 +270,8 @@ def _task_row(row: Row[Any]) -> TaskRow:
         started_at=task.started_at,
         finished_at=task.finished_at,
         cached=row.cached,
+        ran_on=task.ran_on,
+        ran=row.ran,
     )
 
 
@@ -289,4 +294,6 @@ def _job_row(job: Job) -> JobRow:
         release=job.release,
         digest=job.digest,
         metrics=job.metrics,
+        device=job.device,
+        gpu_type=job.gpu_type,
     )

@@ -132,11 +132,12 @@ class Task(Base):
     distinct tasks among them that have not succeeded. `seq` is the order of arrival. A lease's columns are set
     exactly while the task is running.
 
-    `gpus` and `gpu_memory_bytes` are what it takes on a GPU (0 bytes: no GPU helps), `device` ("auto", "cpu", "cuda")
-    and `gpu_type` what its jobs allow. `alone` asks for a whole GPU, `batch_divisor` for smaller batches, both after an
-    attempt that ran out of memory. `ran_on` is the node of the last attempt; `queued_at` since when it could have been
-    claimed; `repairs` how often it ran again because its outputs had been lost. `needs` names all that it asks for
-    (`enqueue.needs_of`): tasks of equal needs are one group for the claim.
+    `gpu_memory_bytes` is what it takes on a GPU (0: no GPU helps), `gpus` how many it cannot do without; `device`
+    ("auto", "cpu", "cuda") and `gpu_type` are what its jobs allow, `deterministic` that one of them asks for.
+    `alone` asks for a whole GPU, `batch_divisor` for smaller batches, both after an attempt that ran out of memory.
+    `ran_on` is the node of the last attempt; `queued_at` since when it could have been claimed; `repairs` how often it
+    ran again because its outputs had been lost. `needs` names all that it asks for (`enqueue.needs_of`): tasks of equal
+    needs are one group for the claim.
     """
 
     __tablename__ = "tasks"
@@ -199,6 +200,7 @@ class Task(Base):
     queued_at: Mapped[float | None] = mapped_column(Seconds)
     repairs: Mapped[int] = mapped_column(Integer, server_default="0")
     needs: Mapped[str] = mapped_column(Text, server_default="")
+    deterministic: Mapped[bool] = mapped_column(server_default=false())
 
 
 class TaskInput(Base):
@@ -240,8 +242,9 @@ class Result(Base):
 class KindTiming(Base):
     """Sums over the recorded results of one kind and version on one type of device, kept as they come.
 
-    `device` is "cpu" or a GPU's name; the peaks are the greatest that any task had. Writers that finish tasks at the
-    same moment add to rows of different `shard`, as one would else wait for the other's commit; readers add them up.
+    `device` is "cpu" or a GPU's type; the peaks are the greatest that any task had, the ratios the greatest of a peak
+    to what had been estimated. Writers that finish tasks at the same moment add to rows of different `shard`, as one
+    would else wait for the other's commit; readers add them up.
     """
 
     __tablename__ = "kind_timings"
@@ -255,6 +258,8 @@ class KindTiming(Base):
     peak_rss_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
     peak_gpu_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
     shard: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False, server_default="0")
+    memory_ratio: Mapped[float] = mapped_column(Float(53), server_default="0")
+    gpu_memory_ratio: Mapped[float] = mapped_column(Float(53), server_default="0")
 
 
 class ServiceRow(Base):

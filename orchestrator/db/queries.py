@@ -28,8 +28,9 @@ from orchestrator.db.queue import (
     release_tasks,
     renew_leases,
 )
-from orchestrator.db.registry import add_model, find_model, kind_timings, known_results, list_models, live_digests
+from orchestrator.db.registry import add_model, find_model, known_results, list_models, live_digests
 from orchestrator.db.releases import find_release, list_releases, set_alias
+from orchestrator.db.timings import kind_timings
 
 __all__ = [
     "add_model",

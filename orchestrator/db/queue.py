@@ -16,19 +16,20 @@ that ends a job, and faults, have the graph for themselves (`session.py`, `promo
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, case, select
 from sqlalchemy.orm import Session
 
-from orchestrator.db.candidates import fill, read_candidates
+from orchestrator.db.candidates import fill, read_candidates, wishes_of
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.event_log import record_event
 from orchestrator.db.job_ends import fail_jobs_that_need
 from orchestrator.db.models import Task, in_states
+from orchestrator.db.picking import Picker, after_out_of_memory, pick
 from orchestrator.db.promote import KEY_LOCK, complete_finished
-from orchestrator.db.rows import Candidate, ClaimedTask, Lease, TaskEnd
+from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
 from orchestrator.db.session import GraphNeededError, lock_graph, share_graph, tell_others, trying_shared
 from orchestrator.db.sql import dump, is_postgres, read_json, rows_json, run, statement
 from orchestrator.db.statements import batches, held, move_task, sources, target
@@ -36,6 +37,7 @@ from orchestrator.errors import ResultError
 from orchestrator.graph import Resources
 from orchestrator.states import JobEvent, TaskEvent, TaskState
 from quant_spec.keys import canonical_json
+from workers.execution.cluster import CUDA_CONTEXT_BYTES
 
 #: Seconds to wait after the 1st, 2nd, ... fault of a task's own before it runs again; one more fault is final.
 TASK_BACKOFF = (2.0, 4.0)
@@ -46,6 +48,8 @@ INFRASTRUCTURE_BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0)
 FAULTS: Mapping[str, tuple[Any, tuple[float, ...]]] = {
     "task": (Task.faults_task, TASK_BACKOFF),
     "infrastructure": (Task.faults_infrastructure, INFRASTRUCTURE_BACKOFF),
+    "memory": (Task.faults_infrastructure, INFRASTRUCTURE_BACKOFF),
+    "refused": (Task.faults_infrastructure, INFRASTRUCTURE_BACKOFF),
     "invalid": (Task.faults_task, ()),
 }
 
@@ -91,13 +95,19 @@ _CLAIMED = ", ".join(
         "cpus",
         "gpus",
         "memory_bytes",
+        "gpu_memory_bytes",
         "work",
         "label",
+        "device",
+        "gpu_type",
+        "alone",
+        "batch_divisor",
+        "deterministic",
     )
 )
 _TAKE_LEASE = f"""
     state = {target(TaskEvent.CLAIM)}, attempt = tasks.attempt + 1, lease_token = :token, lease_owner = :owner,
-    started_at = {{now}}, lease_until = {{now}} + CAST(:seconds AS double precision)
+    started_at = {{now}}, lease_until = {{now}} + CAST(:seconds AS double precision), ran_on = %s.ran_on
 """
 _KEY_IS_FREE = "NOT EXISTS (SELECT 1 FROM tasks AS other WHERE other.key = tasks.key AND other.state = 'running')"
 _WAITING_JOBS = f"""
@@ -108,17 +118,18 @@ _START = f"UPDATE jobs SET state = {target(JobEvent.START)}, started_at = {{now}
 # On SQLite two statements.
 _CLAIM = statement(
     f"""
-    UPDATE tasks SET {_TAKE_LEASE} FROM {{given}}
+    UPDATE tasks SET {_TAKE_LEASE % "given"} FROM {{given}}
     WHERE tasks.id = given.id AND +tasks.state {sources(TaskEvent.CLAIM)} AND {_KEY_IS_FREE}
     RETURNING {_CLAIMED}
     """,
-    {"id": "text"},
+    {"id": "text", "ran_on": "text"},
     postgres=f"""
     WITH chosen AS MATERIALIZED (
-        SELECT tasks.seq, pg_try_advisory_xact_lock({KEY_LOCK.format("tasks.key")}) AS is_mine
+        SELECT tasks.seq, given.ran_on, pg_try_advisory_xact_lock({KEY_LOCK.format("tasks.key")}) AS is_mine
         FROM {{given}} JOIN tasks ON tasks.id = given.id WHERE tasks.state {sources(TaskEvent.CLAIM)}
     ), taken AS (
-        UPDATE tasks SET {_TAKE_LEASE} FROM chosen WHERE tasks.seq = chosen.seq AND chosen.is_mine AND {_KEY_IS_FREE}
+        UPDATE tasks SET {_TAKE_LEASE % "chosen"} FROM chosen
+        WHERE tasks.seq = chosen.seq AND chosen.is_mine AND {_KEY_IS_FREE}
         RETURNING {_CLAIMED}
     ), waiting AS MATERIALIZED (
         -- One that another transaction holds is begun, or ended, by that: no claim waits.
@@ -137,7 +148,8 @@ _RELEASE = _on_good_leases(
     f"state = {target(TaskEvent.RELEASE)}, queued_at = {{now}}, {_NO_LEASE}", "tasks.id, tasks.attempt"
 )
 _SUCCEED = f"state = {target(TaskEvent.FINISH)}, error = NULL, finished_at = {{now}}, {_NO_LEASE}"
-_FINISHED = "tasks.id, tasks.key, tasks.kind, tasks.version, tasks.work, tasks.attempt"
+_ESTIMATES = {"memory_bytes": "bigint", "gpu_memory_bytes": "bigint", "batch_divisor": "integer"}
+_FINISHED = ", ".join(f"tasks.{name}" for name in ("id", "key", "kind", "version", "work", "attempt", *_ESTIMATES))
 _END = {
     "outputs": "text",
     "metrics": "text",
@@ -148,11 +160,25 @@ _END = {
     "peak_gpu_bytes": "bigint",
 }
 _RESULT = "key, kind, outputs, metrics, ran, seconds, created_at"
-_TIMING = "kind, version, device, shard, n, seconds, work, peak_rss_bytes, peak_gpu_bytes"
-_SUMS = "count(*), sum(seconds), sum(work), max(peak_rss_bytes), max(peak_gpu_bytes)"
+_PEAKS = {
+    "peak_rss_bytes": "peak_rss_bytes",
+    "peak_gpu_bytes": "peak_gpu_bytes",
+    "memory_ratio": """
+        CASE WHEN peak_rss_bytes > 0 AND memory_bytes > 0
+        THEN CAST(peak_rss_bytes AS double precision) / memory_bytes ELSE 0 END
+    """,
+    # With a part of the batch it needed less than the next task of its kind will.
+    "gpu_memory_ratio": f"""
+        CASE WHEN peak_gpu_bytes > 0 AND gpu_memory_bytes > 0
+        THEN CAST(peak_gpu_bytes * batch_divisor + {CUDA_CONTEXT_BYTES} AS double precision) / gpu_memory_bytes
+        ELSE 0 END
+    """,
+}
+_TIMING = f"kind, version, device, shard, n, seconds, work, {', '.join(_PEAKS)}"
+_SUMS = f"count(*), sum(seconds), sum(work), {', '.join(f'max({peak})' for peak in _PEAKS.values())}"
 _ADD_UP = "ON CONFLICT (kind, version, device, shard) DO UPDATE SET " + ", ".join(
     [f"{name} = kind_timings.{name} + excluded.{name}" for name in ("n", "seconds", "work")]
-    + [f"{name} = {{max}}(kind_timings.{name}, excluded.{name})" for name in ("peak_rss_bytes", "peak_gpu_bytes")]
+    + [f"{name} = {{max}}(kind_timings.{name}, excluded.{name})" for name in _PEAKS]
 )
 #: Rows of one kind's timings that Postgres' connections are spread over.
 TIMING_SHARDS = 64
@@ -193,7 +219,7 @@ _TIME = statement(
     SELECT kind, version, device, 0, {_SUMS} FROM {{given}} WHERE true GROUP BY kind, version, device
     {_ADD_UP.format(max="max")}
     """,
-    {"kind": "text", "version": "integer", "work": "double precision"} | _END,
+    {"kind": "text", "version": "integer", "work": "double precision"} | _ESTIMATES | _END,
 )
 
 
@@ -204,7 +230,7 @@ def claim_tasks(
     limit: int,
     lease_seconds: float,
     capacity: Resources | None = None,
-    choose: Callable[[Sequence[Candidate]], Iterable[Candidate]] | None = None,
+    picker: Picker | None = None,
 ) -> list[ClaimedTask]:
     """Take leases on the next tasks: highest priority first, then those that came first.
 
@@ -218,9 +244,8 @@ def claim_tasks(
         How long the leases last unless renewed.
     capacity
         What the claimed tasks may occupy together; one that does not fit is passed over. None: no bound.
-    choose
-        Picks among candidates, which come in order, one of each key, `limit` of those of equal needs at most; only what
-        fits `capacity` by itself is among them. By default those that fit it together, the first first.
+    picker
+        Decides in place of `capacity` which tasks start now, and on which node.
 
     Notes
     -----
@@ -228,12 +253,16 @@ def claim_tasks(
     fit: it reads the head of each group. A task whose key is running under another id is left queued; it succeeds when
     that one does. One whose key another transaction is just finishing or claiming is left for the next claim.
     """
-    candidates = read_candidates(session, limit, capacity)
-    chosen = [each.id for each in (choose(candidates) if choose else fill(candidates, capacity))][:limit]
+    if picker is None:
+        where: Mapping[str, str] = {}
+        chosen = [each.id for each in fill(read_candidates(session, limit, capacity), capacity)][:limit]
+    else:
+        where = pick(session, picker, limit)
+        chosen = list(where)
     if not chosen:
         return []
     token = secrets.token_hex(16)
-    given = rows_json([{"id": task} for task in chosen])
+    given = rows_json([{"id": task, "ran_on": where.get(task)} for task in chosen])
     rows = run(session, _CLAIM, given=given, token=token, owner=owner, seconds=lease_seconds).all()
     order = {task: position for position, task in enumerate(chosen)}
     rows = sorted(rows, key=lambda row: order[row.id])
@@ -260,9 +289,10 @@ def _claimed_task(row: Row[Any], token: str) -> ClaimedTask:
         version=row.version,
         params=read_json(row.params),
         inputs=read_json(row.inputs),
-        resources=Resources(row.cpus, row.gpus, row.memory_bytes),
+        resources=Resources(row.cpus, row.gpus, row.memory_bytes, row.gpu_memory_bytes),
         work=row.work,
         label=row.label,
+        wishes=wishes_of(row),
     )
 
 
@@ -284,7 +314,12 @@ def _lease_rows(leases: Iterable[Lease]) -> list[dict[str, Any]]:
 
 
 def finish_task(
-    session: Session, lease: Lease, outputs: Mapping[str, str], metrics: Mapping[str, Any], seconds: float
+    session: Session,
+    lease: Lease,
+    outputs: Mapping[str, str],
+    metrics: Mapping[str, Any],
+    seconds: float,
+    ran: Mapping[str, Any] | None = None,
 ) -> bool:
     """Record one task's result, as `finish_tasks` does; return False if the lease is no longer good.
 
@@ -293,7 +328,7 @@ def finish_task(
     ResultError
         If outputs or metrics cannot be recorded.
     """
-    return bool(finish_tasks(session, [TaskEnd(lease, outputs, metrics, seconds)]))
+    return bool(finish_tasks(session, [TaskEnd(lease, outputs, metrics, seconds, ran or {})]))
 
 
 def finish_tasks(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
@@ -337,7 +372,7 @@ def _finish(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
         run(session, _RECORD, given=recorded)
         run(session, _TIME, given=recorded)
     for end in kept:
-        data = {"seconds": end.seconds, **({"ran": end.ran} if end.ran else {})}
+        data = {"seconds": end.seconds, **end.ran}
         record_event(session, TaskEvent.FINISH, task=end.lease.task_id, attempt=end.lease.attempt, data=data)
     complete_finished(session, {end.lease.task_id: rows[end.lease.task_id, end.lease.attempt].key for end in kept})
     return [end.lease for end in kept]
@@ -347,8 +382,8 @@ def _end_rows(ends: Sequence[TaskEnd]) -> list[dict[str, Any]]:
     rows = _lease_rows(end.lease for end in ends)
     for row, end in zip(rows, ends, strict=True):
         row.update(outputs=dump(dict(end.outputs)), metrics=dump(dict(end.metrics)), ran=dump(dict(end.ran)))
-        row.update(seconds=end.seconds, device=end.device)
-        row.update({name: int(end.metrics.get(name) or 0) for name in ("peak_rss_bytes", "peak_gpu_bytes")})
+        row.update(seconds=end.seconds, device=str(end.ran.get("device") or "cpu"))
+        row.update({name: int(end.ran.get(name) or 0) for name in ("peak_rss_bytes", "peak_gpu_bytes")})
     return rows
 
 
@@ -376,7 +411,9 @@ def fail_task(session: Session, lease: Lease, *, fault: str, error: str) -> bool
     Parameters
     ----------
     fault
-        "task" (its own), "infrastructure" (a worker, node or store was lost) or "invalid" (bad input, final).
+        "task" (its own), "infrastructure" (a worker, node or store was lost), "memory" (device's or host's ran out: the
+        next attempt is alone, with half the batch where that is free), "refused" (by a node that is not fit for it) or
+        "invalid" (bad input, final).
     error
         One line for people.
 
@@ -396,6 +433,8 @@ def _fault(
     counter, backoff = FAULTS[fault]
     error = _storable(error)
     values: dict[str, Any] = {counter.key: counter + 1, "error": error}
+    if fault == "memory":
+        values |= after_out_of_memory()
     returning = (Task.attempt, counter.label("faults"))
     if backoff:
         delay = case(dict(enumerate(backoff)), value=counter)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
-from orchestrator.db.models import KindTiming, Model, Release, Result
-from orchestrator.db.rows import ModelRow, Timing
+from orchestrator.db.models import Model, Release, Result
+from orchestrator.db.rows import ModelRow
 from orchestrator.db.session import lock_enqueue
 from orchestrator.db.statements import batches
 from orchestrator.errors import NotFoundError
@@ -89,16 +89,6 @@ def known_results(session: Session, keys: Iterable[str]) -> dict[str, dict[str, 
         statement = select(Result.key, Result.outputs).where(Result.key.in_(batch))
         known.update((row.key, row.outputs) for row in session.execute(statement))
     return known
-
-
-def kind_timings(session: Session) -> dict[str, Timing]:
-    """Return what the recorded tasks of each kind took on CPUs, of the newest version of the kind that has any."""
-    sums = (func.sum(KindTiming.n), func.sum(KindTiming.seconds), func.sum(KindTiming.work))
-    on_cpu = select(KindTiming.kind, *sums).where(KindTiming.device == "cpu")
-    rows = session.execute(
-        on_cpu.group_by(KindTiming.kind, KindTiming.version).order_by(KindTiming.kind, KindTiming.version)
-    )
-    return {kind: Timing(int(n), seconds, work) for kind, n, seconds, work in rows}
 
 
 def live_digests(session: Session) -> Iterator[str]:

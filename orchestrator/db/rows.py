@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.graph import Resources
 from orchestrator.states import JobState, TaskState
+from quant_spec.kinds import KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,46 @@ class Lease:
     task_id: str
     attempt: int
     token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the jobs of a task say of where it may run, and what earlier attempts have taught.
+
+    `device` is "auto", "cpu" or "cuda"; `alone` and `batch_divisor` follow from attempts that ran out of memory.
+    """
+
+    device: str = "auto"
+    gpu_type: str | None = None
+    alone: bool = False
+    batch_divisor: int = 1
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A queued task that could be claimed now, as placement sees it."""
+
+    id: str
+    key: str
+    kind: str
+    resources: Resources
+    wishes: Wishes = Wishes()
+    version: int = 1
+
+    @property
+    def shards(self) -> bool:
+        """Whether its kind can be spread over several GPUs."""
+        kind = KINDS.get(self.kind)
+        return kind is not None and kind.shards
+
+    @property
+    def is_unpinned(self) -> bool:
+        """Whether its job wants one type of device for all its tasks, and none is chosen yet."""
+        wishes = self.wishes
+        if not wishes.deterministic or self.resources.gpu_memory_bytes <= 0:
+            return False
+        return wishes.device != "cpu" and wishes.gpu_type is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,34 +75,21 @@ class ClaimedTask:
     resources: Resources
     work: float
     label: str
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A task that could be claimed, as far as a choice among candidates needs to know it."""
-
-    id: str
-    key: str
-    kind: str
-    version: int
-    priority: int
-    resources: Resources
-    work: float
-    alone: bool
+    wishes: Wishes = Wishes()
 
 
 @dataclass(frozen=True, slots=True)
 class TaskEnd:
     """What a task gave: output names to digests of bytes that are in the store, and metrics (JSON, finite numbers).
 
-    `seconds` is how long it computed, `device` what on ("cpu" or a GPU's name), `ran` where.
+    `seconds` is how long it computed, `ran` where: JSON, of which `device` ("cpu" or a GPU's type) and the peaks of
+    memory go into the kind's timings.
     """
 
     lease: Lease
     outputs: Mapping[str, str]
     metrics: Mapping[str, Any]
     seconds: float
-    device: str = "cpu"
     ran: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -108,6 +136,8 @@ class JobRow:
     release: str | None
     digest: str | None
     metrics: dict[str, Any] | None
+    device: str = "auto"
+    gpu_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +145,8 @@ class TaskRow:
     """A task as one job sees it: `cached` if it needed no computing for this job.
 
     `outputs`, `metrics` and `seconds` are those of the recorded result, else None. `attempt` counts the leases ever
-    given out; `faults_task` and `faults_infrastructure` those that ended in a fault of each sort.
+    given out; `faults_task` and `faults_infrastructure` those that ended in a fault of each sort. `ran_on` is the node
+    of the last attempt, `ran` what the recorded result says of where it came from.
     """
 
     id: str
@@ -138,6 +169,8 @@ class TaskRow:
     started_at: float | None
     finished_at: float | None
     cached: bool
+    ran_on: str | None = None
+    ran: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +228,14 @@ class ReleaseRow:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What recorded tasks of one kind took in all: how many, seconds, GMAC."""
+    """What recorded tasks of one kind took in all: how many, seconds, GMAC.
+
+    The ratios are the greatest of a task's peak of memory, of the host and of a GPU, to what had been estimated; 0
+    while nothing is known.
+    """
 
     n: int
     seconds: float
     work: float
+    memory_ratio: float = 0.0
+    gpu_memory_ratio: float = 0.0

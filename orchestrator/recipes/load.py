@@ -16,7 +16,7 @@ from orchestrator.errors import RecipeError
 from orchestrator.recipes.files import Layer, assign, merge, read_layers, recipe_path, shipped_names
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
-from quant_spec.recipe import Recipe
+from quant_spec.recipe import HOW_IT_RUNS, Recipe
 from workers.storage.plain_files import file_within
 
 #: What says nothing about the result.
@@ -110,7 +110,7 @@ def recipe_from_json(values: Mapping[str, Any]) -> Recipe:
 def resolve(recipe: Recipe) -> Resolved:
     """Return a recipe's canonical JSON and digest."""
     values = recipe.model_dump(mode="json")
-    digested = {key: value for key, value in values.items() if key not in _UNDIGESTED}
+    digested = {key: value for key, value in values.items() if key not in (*_UNDIGESTED, *HOW_IT_RUNS)}
     return Resolved(canonical_json(values), hashlib.sha256(canonical_json(digested).encode()).hexdigest())
 
 

@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose a node, and count the values that it stands for."""
-        event = self.peek_event()
+        event: Any = self.peek_event()
         before = self._total
         self._depth += 1
         if self._depth > DEEPEST:

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from orchestrator.db.candidates import fill
+from orchestrator.db.orchestrators import forget_orchestrator, note_cluster
+from orchestrator.db.picking import wanted_gpus
 from orchestrator.db.queries import (
     check_end,
     claim_tasks,
@@ -34,15 +34,17 @@ from orchestrator.db.queries import (
     release_tasks,
     work_left,
 )
-from orchestrator.db.rows import Candidate, ClaimedTask, Lease, TaskEnd
+from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
 from orchestrator.db.session import Database, Session, lock_graph, ready_count, tell_others
+from orchestrator.db.timings import device_timings
 from orchestrator.errors import DatabaseError, ResultError
-from orchestrator.graph import Resources
 from orchestrator.scheduling.leases import LeaseKeeper
-from orchestrator.scheduling.pace import Pace
+from orchestrator.scheduling.picker import Places
+from orchestrator.scheduling.placement import Placement
 from orchestrator.scheduling.wakeup import Wakeup
 from orchestrator.states import ACTIVE_JOBS
 from workers.errors import ExecutorError, Fault
+from workers.execution.cluster import own_versions
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Executor, Finished
 from workers.storage.store import CACHE_LIMIT_BYTES
@@ -62,6 +64,7 @@ _SHORTEST_POLL_SECONDS = 0.02
 # Signals and lost leases are noticed within this time.
 _LONGEST_WAIT_SECONDS = 0.25
 _FIRST_RETRY_SECONDS = 0.2
+_LEARNING_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +109,15 @@ class Scheduler:
         self._config = config
         self._executor: Executor | None = None
         self._in_flight: dict[int, ClaimedTask] = {}
+        self._places = Places(config.in_flight)
         self._ended: list[tuple[ClaimedTask, Finished]] = []
         self._keeper = LeaseKeeper(database, config.lease_seconds)
         self._wakeup = Wakeup(database)
-        self._pace = Pace()
         self._stop = threading.Event()
-        self._found_work = self._said_no_capacity = False
+        self._found_work = self._said_no_capacity = self._said_no_gpu = False
         self._executed = 0
         self._poll = _SHORTEST_POLL_SECONDS
-        self._next_claim = self._next_reap = self._next_look = self._next_telling = 0.0
+        self._next_claim = self._next_reap = self._next_look = self._next_telling = self._next_learning = 0.0
 
     def run(
         self,
@@ -226,8 +229,11 @@ class Scheduler:
             log.warning("task failed: %s", finished.error, extra=_about(task) | {"fault": str(finished.fault)})
         else:
             self._executed += 1
-            self._pace.note(task.kind, task.version, float(finished.output.metrics["seconds"]))
+            self._places.pace.note(task.kind, task.version, float(finished.output.metrics["seconds"]))
             log.debug("task finished", extra=_about(task))
+        if finished.fault is Fault.REFUSED:
+            self._places.refuse(task.lease.task_id, finished.error)
+        self._places.end(task.lease.task_id)
         self._ended.append((task, finished))
 
     def _drop_lost(self, executor: Executor) -> None:
@@ -237,17 +243,24 @@ class Scheduler:
             if task.lease in lost:
                 log.warning("lease lost", extra=_about(task))
                 executor.cancel(handle)
+                self._places.end(task.lease.task_id)
                 del self._in_flight[handle]
 
     def _record_and_claim(self) -> None:
         """Record what has ended and claim what there is room for, in one transaction; then start it."""
         assert self._executor is not None
         executor = self._executor
-        room = None if self._stop.is_set() else self._room(executor)
-        if room is None and not (self._in_flight or self._stop.is_set() or self._said_no_capacity):
+        self._places.look(executor.capacity().node_list())
+        room = not self._stop.is_set() and self._places.has_room()
+        if not (room or self._in_flight or self._stop.is_set() or self._said_no_capacity):
             self._said_no_capacity = True
-            log.warning("waiting for the cluster, which has no CPU or memory for a task: %s", executor.capacity())
-        claimed = self._patiently(lambda: self._record(room))
+            log.warning("waiting for the cluster, which has no CPU or memory for a task: %s", self._places.document())
+        if room and time.monotonic() >= self._next_learning:
+            self._next_learning = time.monotonic() + _LEARNING_SECONDS
+            self._patiently(self._learn)
+        claimed = self._patiently(lambda: self._record(claim=room))
+        if room and not (claimed or self._in_flight or self._said_no_gpu):
+            self._patiently(self._say_what_waits)
         self._keeper.drop([task.lease for task, _ in self._ended])
         self._keeper.add([task.lease for task in claimed])
         progress = bool(claimed or self._ended)
@@ -256,10 +269,11 @@ class Scheduler:
         self._next_claim = time.monotonic() + self._poll
         self._submit(executor, claimed)
 
-    def _record(self, room: Resources | None, give_back: Sequence[Lease] = ()) -> list[ClaimedTask]:
-        """In one transaction, record the ends of tasks, give tasks back, and claim what fits into `room`."""
+    def _record(self, *, claim: bool, give_back: Sequence[Lease] = ()) -> list[ClaimedTask]:
+        """In one transaction, record the ends of tasks, give tasks back, and claim what there is room for."""
         ends, faults = self._sorted_ends()
-        claimed, kept = self._database.transact(partial(self._write, room, give_back, ends, faults))
+        claimed, kept, places = self._database.transact(partial(self._write, claim, give_back, ends, faults))
+        self._places.running |= {task.lease.task_id: places[task.lease.task_id] for task in claimed}
         for task, _ in self._ended:
             if task.lease not in kept:
                 log.warning("result dropped: the lease was lost", extra=_about(task))
@@ -274,7 +288,7 @@ class Scheduler:
                 faults.append((task.lease, finished.fault or Fault.INFRASTRUCTURE, finished.error))
                 continue
             metrics = finished.output.metrics
-            end = TaskEnd(task.lease, finished.output.outputs, metrics, float(metrics["seconds"]))
+            end = TaskEnd(task.lease, finished.output.outputs, metrics, float(metrics["seconds"]), finished.output.ran)
             try:
                 check_end(end)
             except ResultError as refusal:
@@ -285,13 +299,13 @@ class Scheduler:
 
     def _write(
         self,
-        room: Resources | None,
+        claim: bool,
         give_back: Sequence[Lease],
         ends: Sequence[TaskEnd],
         faults: Sequence[tuple[Lease, Fault, str]],
         session: Session,
-    ) -> tuple[list[ClaimedTask], set[Lease]]:
-        """Do what `_record` says; return what was claimed, and the leases of the ends that were recorded."""
+    ) -> tuple[list[ClaimedTask], set[Lease], dict[str, Placement]]:
+        """Do what `_record` says; return what was claimed, the leases of the ends that were recorded, and places."""
         if faults:
             # They need the graph alone, and who has shared it before cannot have it without a risk of deadlock.
             lock_graph(session)
@@ -300,35 +314,35 @@ class Scheduler:
             if fail_task(session, lease, fault=fault.value, error=error):
                 kept.add(lease)
         release_tasks(session, give_back)
-        claimed = self._claim(session, room) if room is not None else []
+        picker = self._places.picker(_CLAIM_LIMIT)
+        claimed = []
+        if claim:
+            config = self._config
+            claimed = claim_tasks(
+                session, owner=config.owner, limit=_CLAIM_LIMIT, lease_seconds=config.lease_seconds, picker=picker
+            )
         now = time.monotonic()
         if ready_count(session) > len(claimed) and now >= self._next_telling:
             self._next_telling = now + _TELL_SECONDS
             tell_others(session)
-        return claimed, kept
+        return claimed, kept, picker.placements
 
-    def _claim(self, session: Session, room: Resources) -> list[ClaimedTask]:
-        """Claim what fits into `room`; of short tasks, more than that."""
+    def _say_what_waits(self) -> None:
+        """Warn, once, of tasks that wait for a GPU that the cluster does not have."""
+        with self._database.session(read_only=True) as session:
+            wanted = wanted_gpus(session)
+        if wanted:
+            self._said_no_gpu = True
+            log.warning("tasks wait for a GPU: wanted %s, got %s", " or ".join(wanted), self._places.gpu_text())
 
-        def choose(candidates: Sequence[Candidate]) -> list[Candidate]:
-            return fill(candidates, room, self._pace.weight)
+    def _learn(self) -> None:
+        """Read what tasks took, for the room that the next ones are given."""
+        with self._database.session(read_only=True) as session:
+            self._places.learned = device_timings(session)
 
-        claim = partial(claim_tasks, session, owner=self._config.owner, lease_seconds=self._config.lease_seconds)
-        claimed = claim(limit=_CLAIM_LIMIT, capacity=room, choose=choose)
-        if not claimed and not self._in_flight:
-            # A task that asks for more than the cluster has runs when nothing else does.
-            huge = Resources(cpus=float(sys.maxsize), gpus=room.gpus, memory_bytes=sys.maxsize)
-            claimed = claim(limit=1, capacity=huge)
-        return claimed
-
-    def _room(self, executor: Executor) -> Resources | None:
-        """Return what may still be claimed; None if nothing."""
-        capacity, factor = executor.capacity(), self._config.in_flight
-        used = [(task.resources, self._pace.weight(task.kind, task.version)) for task in self._in_flight.values()]
-        cpus = capacity.cpus * factor - sum(each.cpus * weight for each, weight in used)
-        memory = int(capacity.memory_bytes * factor - sum(each.memory_bytes * weight for each, weight in used))
-        gpus = max(0.0, capacity.gpus * factor - sum(each.gpus * weight for each, weight in used))
-        return Resources(cpus, gpus, memory) if cpus > 0 and memory >= 0 else None
+    def cluster(self) -> dict[str, Any]:
+        """Return the nodes that this scheduler sees and what of them is in use, as JSON; callable from any thread."""
+        return self._places.document()
 
     def _submit(self, executor: Executor, claimed: list[ClaimedTask]) -> None:
         """Start claimed tasks; a task for which the executor is gone is a fault of the infrastructure."""
@@ -342,7 +356,7 @@ class Scheduler:
                 log.debug("task started", extra=_about(task))
 
     def _call(self, task: ClaimedTask) -> TaskCall:
-        resources = task.resources
+        place = self._places.running[task.lease.task_id]
         return TaskCall(
             kind=task.kind,
             version=task.version,
@@ -351,11 +365,17 @@ class Scheduler:
             store_url=self._config.store_url,
             cache_dir=str(self._config.cache_dir),
             cache_bytes=self._config.cache_bytes,
-            device="cuda" if resources.gpus > 0 else "cpu",
-            threads=max(1, int(resources.cpus)),
-            cpus=resources.cpus,
-            gpus=resources.gpus,
-            memory_bytes=resources.memory_bytes,
+            device=place.device,
+            threads=max(1, int(place.cpus)),
+            cpus=place.cpus,
+            gpus=place.gpus,
+            memory_bytes=place.memory_bytes,
+            node=place.node,
+            host=place.host,
+            gpu_type=place.gpu_type,
+            batch_divisor=task.wishes.batch_divisor,
+            deterministic=task.wishes.deterministic,
+            versions=dict(own_versions()),
         )
 
     def _reap(self) -> None:
@@ -368,7 +388,9 @@ class Scheduler:
                 log.warning("took back %d tasks whose leases ran out", len(reaped))
 
     def _reap_once(self) -> list[str]:
+        config = self._config
         with self._database.session() as session:
+            note_cluster(session, config.owner, socket.gethostname(), os.getpid(), self._places.document())
             return reap_expired(session)
 
     def _start_executor(self) -> None:
@@ -384,6 +406,7 @@ class Scheduler:
         self._in_flight.clear()
         executor.shutdown()
         self._executor = None
+        self._places = Places(self._config.in_flight, self._places.learned)
         self._start_executor()
 
     def _close(self) -> None:
@@ -393,8 +416,11 @@ class Scheduler:
         leases = [task.lease for task in self._in_flight.values()]
         try:
             if leases or self._ended:
-                self._record(None, leases)
+                self._record(claim=False, give_back=leases)
                 log.info("gave back %d tasks in flight", len(leases))
+            if self._next_reap:
+                with self._database.session() as session:
+                    forget_orchestrator(session, self._config.owner)
         except DatabaseError as error:
             # The leases run out by themselves.
             log.warning("tasks in flight not given back: %s", error)

@@ -36,4 +36,13 @@ class Inputs(TaskInputs[Source]):
     temporal: Source | None = None
 
 
-KIND = TaskKind("reconstruct", 2, "workers.tasks.reconstruct:run", Params, Inputs, (STATE,))
+KIND = TaskKind(
+    "reconstruct",
+    2,
+    "workers.tasks.reconstruct:run",
+    Params,
+    Inputs,
+    (STATE,),
+    gpu=True,
+    batch_free="forward_batch_size",
+)

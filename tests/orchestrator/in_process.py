@@ -29,7 +29,7 @@ class InProcess:
         if "error" in answer:
             self._finished.append(Finished(handle, None, Fault(answer["fault"]), answer["error"]))
         else:
-            self._finished.append(Finished(handle, TaskOutput(answer["outputs"], answer["metrics"])))
+            self._finished.append(Finished(handle, TaskOutput(answer["outputs"], answer["metrics"], answer["ran"])))
         return handle
 
     def wait(self, timeout: float) -> list[Finished]:

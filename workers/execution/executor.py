@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from workers.errors import ExecutorError, Fault
+from workers.execution.cluster import Node, host_name
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall
 from workers.execution.local import python_path
@@ -37,9 +38,11 @@ _CHUNK_BYTES = 1 << 20
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Leave CUDA_VISIBLE_DEVICES empty for tasks that asked for no GPU, without a warning about a later default.
+    # Where Ray sets CUDA_VISIBLE_DEVICES, leave it empty for tasks without a GPU, and don't warn of a later default.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_DEDUP_LOGS": "0",
+    # Workers see all GPUs and are told the number of theirs: a process may then use one after another.
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }
 _LOCAL_ENVIRONMENT = {
     # With this name Ray switches off clusters of several machines, on any system: it binds to loopback addresses alone.
@@ -51,11 +54,18 @@ _LOCAL_ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a cluster has in all: CPUs, GPUs and bytes of memory."""
+    """What a cluster has in all: CPUs, GPUs and bytes of memory; and its nodes, where they are known one by one."""
 
     cpus: float
     gpus: float
     memory_bytes: int
+    nodes: tuple[Node, ...] = ()
+
+    def node_list(self) -> tuple[Node, ...]:
+        """Return the nodes; what is not known one by one is one node."""
+        if self.nodes:
+            return self.nodes
+        return (Node("", host_name(), self.cpus, self.memory_bytes, int(self.gpus), cuda_ok=self.gpus > 0),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +106,16 @@ class Executor(Protocol):
         ...
 
 
+def _output(message: dict[str, Any]) -> TaskOutput:
+    return TaskOutput(message["outputs"], message["metrics"], message.get("ran", {}))
+
+
 class RayExecutor:
     """Calls as Ray tasks, on a local Ray that lives as long as this object, or on a cluster."""
 
-    def __init__(self, address: str | None, cpus: int | None, memory_bytes: int | None, timeout: float) -> None:
+    def __init__(
+        self, address: str | None, cpus: int | None, memory_bytes: int | None, gpus: int | None, timeout: float
+    ) -> None:
         """Start the child and wait until it has a Ray; use `start`."""
         self._handles = itertools.count()
         self._finished: deque[Finished] = deque()
@@ -118,6 +134,7 @@ class RayExecutor:
                 "address": address,
                 "cpus": cpus,
                 "memory_bytes": memory_bytes,
+                "gpus": gpus,
                 "temporary": str(session_folder(folder)),
             }
             self._process = self._spawn(folder, config)
@@ -135,6 +152,7 @@ class RayExecutor:
         *,
         cpus: int | None = None,
         memory_bytes: int | None = None,
+        gpus: int | None = None,
         timeout: float = _START_SECONDS,
     ) -> RayExecutor:
         """Start a local Ray, or connect to one.
@@ -144,8 +162,8 @@ class RayExecutor:
         address
             None or "local": start one on this machine, on the loopback address, without a dashboard. Otherwise the
             address of a running cluster ("auto", "host:port"), whose nodes must have this version of Quantmill.
-        cpus, memory_bytes
-            What a local Ray may use; all CPUs and most of the memory that is free by default.
+        cpus, memory_bytes, gpus
+            What a local Ray may use; all CPUs, most of the memory that is free and all GPUs by default.
         timeout
             Seconds to wait for it.
 
@@ -154,7 +172,7 @@ class RayExecutor:
         ExecutorError
             If it does not start or cannot be reached.
         """
-        return cls(None if address in (None, "", "local") else address, cpus, memory_bytes, timeout)
+        return cls(None if address in (None, "", "local") else address, cpus, memory_bytes, gpus, timeout)
 
     def _spawn(self, folder: Path, config: dict[str, Any]) -> subprocess.Popen[bytes]:
         environment = worker_environment(os.environ) | _ENVIRONMENT | {"PYTHONPATH": python_path()}
@@ -217,13 +235,14 @@ class RayExecutor:
 
     def _note(self, message: dict[str, Any]) -> None:
         if "capacity" in message:
-            self._capacity = Capacity(**message["capacity"])
+            sums = message["capacity"]
+            self._capacity = Capacity(**{**sums, "nodes": tuple(map(Node.from_json, sums["nodes"]))})
         elif "failed" in message:
             self._failure = message["failed"][:300]
         elif "error" in message:
             self._finished.append(Finished(message["id"], None, Fault(message["fault"]), message["error"]))
         else:
-            self._finished.append(Finished(message["id"], TaskOutput(message["outputs"], message["metrics"])))
+            self._finished.append(Finished(message["id"], _output(message)))
 
     def capacity(self) -> Capacity:
         """Return what the cluster has now."""

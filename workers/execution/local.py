@@ -28,7 +28,7 @@ def answer_call(call: TaskCall) -> dict[str, Any]:
     """Run a call in this process and return its output, or its error, as JSON."""
     try:
         output = execute_call(call)
-        answer = {"outputs": output.outputs, "metrics": output.metrics}
+        answer = {"outputs": output.outputs, "metrics": output.metrics, "ran": output.ran}
         json.dumps(answer, allow_nan=False)
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, QuantServiceError) else 1
@@ -72,7 +72,7 @@ def read_answer(answer: dict[str, Any]) -> TaskOutput:
         error = (TaskError if answer["fault"] == Fault.INVALID else TaskFailedError)(answer["error"])
         error.exit_code = answer["exit_code"]
         raise error
-    return TaskOutput(answer["outputs"], answer["metrics"])
+    return TaskOutput(answer["outputs"], answer["metrics"], answer["ran"])
 
 
 def python_path() -> str:

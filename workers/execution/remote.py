@@ -1,8 +1,9 @@
-"""The process that drives Ray, and what runs on Ray; the only module that imports it. `executor.py` starts it.
+"""The process that drives Ray, and what runs on Ray; with `nodes.py` alone in importing it. `executor.py` starts it.
 
 Standard input: `{"submit": id, "call": {…}}` or `{"cancel": id}`, one a line. Standard output: `{"capacity": {…}}` when
-Ray is there and whenever it changes, and for each call `{"id":…, "outputs":…, "metrics":…}` or `{"id":…, "error":…,
-"fault":…}`. The process ends, with every process of a local Ray, when its input closes or Ray is lost.
+Ray is there and whenever it changes, with a list of its nodes, and for each call `{"id":…, "outputs":…, "metrics":…,
+"ran":…}` or `{"id":…, "error":…, "fault":…}`. The process ends, with every process of a local Ray, when its input
+closes or Ray is lost.
 
 Ray retries nothing (the queue does, and counts), keeps no results of ours (they are in the store), and keeps its worker
 processes, as importing torch takes seconds.
@@ -19,22 +20,25 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
 import ray
 from ray.exceptions import RayError, TaskCancelledError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from workers.errors import Fault, describe
+from workers.errors import Fault, describe, is_out_of_memory
+from workers.execution.cluster import MEMORY_STEP
+from workers.execution.devices import device_number
 from workers.execution.execute import TaskCall
 from workers.execution.local import answer_call
+from workers.execution.nodes import ClusterWatch
 
 # Ray's object store holds calls and answers only; this is about the least it accepts.
 _OBJECT_STORE_BYTES = 80 << 20
 _MEMORY_SHARE = 0.9
-# Tasks that ask for the same share a worker's lease, so memory is asked for in these steps.
-_MEMORY_STEP = 256 << 20
 _MOST_FUNCTIONS = 1000
 _LOOK_SECONDS = 0.5
 _PROBE_SECONDS = 5.0
@@ -43,7 +47,11 @@ _SILENCE_SECONDS = 60.0
 
 def run_call(text: str) -> str:
     """Run a call in a Ray worker; JSON in and out, so that no pickle of ours crosses the cluster."""
-    return json.dumps(answer_call(TaskCall(**json.loads(text))))
+    call = TaskCall(**json.loads(text))
+    if call.gpus > 0:
+        devices = [f"cuda:{device_number([given], os.environ)}" for given in ray.get_gpu_ids()] or ["cuda"]
+        call = replace(call, device=devices[0], devices=devices if len(devices) > 1 else ())
+    return json.dumps(answer_call(call))
 
 
 class Driver:
@@ -56,8 +64,11 @@ class Driver:
         self._writing = threading.Lock()
         self._running: dict[int, Any] = {}
         self._remote = ray.remote(max_retries=0, max_calls=0)(run_call)
-        self._functions: dict[tuple[tuple[str, Any], ...], Any] = {}
-        self._capacity: dict[str, float] = {}
+        self._functions: dict[tuple[Any, ...], Any] = {}
+        # A process that has begun to use one GPU cannot change to another that it did not see.
+        self._remote_once = ray.remote(max_retries=0, max_calls=1)(run_call)
+        self._cluster = ClusterWatch(local=local)
+        self._capacity: dict[str, Any] = {}
         self._node_cpus = self._node_memory = 0.0
         self._last_probe = time.monotonic()
 
@@ -83,23 +94,29 @@ class Driver:
     def _submit(self, number: int, call: dict[str, Any]) -> None:
         # A task that asks for more than any machine has would wait for ever; it gets a whole machine instead.
         cpus = min(call["cpus"], self._node_cpus)
-        memory = min(math.ceil(call["memory_bytes"] / _MEMORY_STEP) * _MEMORY_STEP, int(self._node_memory))
+        memory = min(math.ceil(call["memory_bytes"] / MEMORY_STEP) * MEMORY_STEP, int(self._node_memory))
         options = {"num_cpus": cpus, "num_gpus": call["gpus"], "memory": memory or None, "name": call["kind"]}
+        node = self._cluster.node(call["node"])
+        if node is not None and self._cluster.size > 1:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        once = call["gpus"] > 0 and (node is None or not node.by_number)
         try:
-            reference = self._function(tuple(options.items())).remote(json.dumps(call))
+            bound = node.id if "scheduling_strategy" in options and node is not None else ""
+            reference = self._function(options, bound, once=once).remote(json.dumps(call))
         except (RayError, ValueError) as error:
             self._send({"id": number, "error": f"ray: {describe(error)}", "fault": Fault.INFRASTRUCTURE})
             return
         self._running[number] = reference
         reference.future().add_done_callback(lambda future: self._report(number, future))
 
-    def _function(self, options: tuple[tuple[str, Any], ...]) -> Any:
+    def _function(self, options: dict[str, Any], node: str, *, once: bool) -> Any:
         """Return the remote function with these options; making one anew for each call takes longer than the call."""
-        if options not in self._functions:
+        name = (*(options[each] for each in ("num_cpus", "num_gpus", "memory", "name")), node, once)
+        if name not in self._functions:
             if len(self._functions) >= _MOST_FUNCTIONS:
                 self._functions.clear()
-            self._functions[options] = self._remote.options(**dict(options))
-        return self._functions[options]
+            self._functions[name] = (self._remote_once if once else self._remote).options(**options)
+        return self._functions[name]
 
     def _report(self, number: int, future: Future[str]) -> None:
         """Send the end of a call; runs in a thread of Ray's."""
@@ -110,7 +127,8 @@ class Driver:
         else:
             # A body's own exceptions are answers, so what comes this way is a worker, node or Ray that was lost.
             what = "cancelled" if isinstance(error, TaskCancelledError) else _first_line(error)
-            self._send({"id": number, "error": f"ray: {what}", "fault": Fault.INFRASTRUCTURE})
+            fault = Fault.MEMORY if is_out_of_memory(error) else Fault.INFRASTRUCTURE
+            self._send({"id": number, "error": f"ray: {what}", "fault": fault})
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._writing:
@@ -130,13 +148,14 @@ class Driver:
 
     def _probe(self) -> None:
         """Ask the cluster what it has, and report it if that changed."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._node_cpus = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
-        self._node_memory = max((node.get("memory", 0.0) for node in nodes), default=0.0)
+        nodes = self._cluster.look()
+        self._node_cpus = max((node.cpus for node in nodes), default=0.0)
+        self._node_memory = max((node.memory_bytes for node in nodes), default=0)
         capacity = {
-            "cpus": sum(node.get("CPU", 0.0) for node in nodes),
-            "gpus": sum(node.get("GPU", 0.0) for node in nodes),
-            "memory_bytes": int(sum(node.get("memory", 0.0) for node in nodes)),
+            "cpus": sum(node.cpus for node in nodes),
+            "gpus": sum(node.gpus for node in nodes),
+            "memory_bytes": sum(node.memory_bytes for node in nodes),
+            "nodes": [node.to_json() for node in nodes],
         }
         self._last_probe = time.monotonic()
         if capacity != self._capacity:
@@ -164,7 +183,9 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def start_ray(address: str | None, cpus: int | None, memory_bytes: int | None, temporary: Path) -> None:
+def start_ray(
+    address: str | None, cpus: int | None, memory_bytes: int | None, gpus: int | None, temporary: Path
+) -> None:
     """Start a local Ray on the loopback address, or connect to the cluster at `address`."""
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -172,6 +193,7 @@ def start_ray(address: str | None, cpus: int | None, memory_bytes: int | None, t
     ray.init(
         address="local",
         num_cpus=cpus,
+        num_gpus=gpus,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -188,7 +210,8 @@ def main() -> None:
     os.dup2(2, 1)
     config = json.loads(sys.argv[1])
     try:
-        start_ray(config["address"], config["cpus"], config["memory_bytes"], Path(config["temporary"]))
+        amounts = (config["cpus"], config["memory_bytes"], config["gpus"])
+        start_ray(config["address"], *amounts, Path(config["temporary"]))
         driver = Driver(answers, local=config["address"] is None)
     except Exception as error:
         # Ray raises whatever it likes here; all of it means that there is no Ray.

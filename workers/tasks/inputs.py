@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quant_core.artifact.folder import SCHEDULER_FILE
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
+from quant_core.diffusion.spread import spread
 from quant_core.fit.channel_scaling import ChannelScaling
 from quant_core.fit.unit_state import UnitState
 from quant_spec.documents import read_json, read_json_file
@@ -21,6 +23,13 @@ def fetch_model(digest: str, context: TaskContext, name: str = "model") -> Denoi
     folder = context.scratch / name
     link_tree(context.store, digest, folder)
     return load_denoiser(folder)
+
+
+def place_model(denoiser: Denoiser, context: TaskContext) -> tuple[Denoiser, str | None]:
+    """Spread a denoiser over several devices if the task has them; return it, and the device that it is to go to."""
+    if len(context.devices) < 2:
+        return denoiser, context.device
+    return replace(denoiser, model=spread(denoiser.model, context.devices)), None
 
 
 def fetch_packed(digest: str, context: TaskContext) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ from sqlalchemy import text
 from orchestrator.db.candidates import candidate_rows, claim_statement
 from orchestrator.db.queries import cancel_job, claim_tasks, finish_task, reap_expired, release_task, renew_leases
 from orchestrator.db.queue import INFRASTRUCTURE_BACKOFF, TASK_BACKOFF
-from orchestrator.db.rows import Candidate, Lease
+from orchestrator.db.rows import Lease
 from orchestrator.errors import ResultError
 from orchestrator.graph import Resources, TaskRef, task_node
 
@@ -472,25 +472,6 @@ def test_claim_tasks_passes_over_what_does_not_fit_a_group_at_a_time(queue: Driv
     assert [task.label for task in queue.claim(2, capacity=room)] == ["last", "small 0"]
 
 
-def test_claim_tasks_lets_the_caller_choose_among_candidates_in_order(queue: Driver) -> None:
-    nodes = [
-        queue.node(name, resources=Resources(cpus, 0, 0)) for name, cpus in (("a", 1), ("b", 2), ("c", 1), ("d", 9))
-    ]
-    queue.submit(nodes)
-    seen: list[Candidate] = []
-
-    def last_two(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
-        seen.extend(candidates)
-        return candidates[-2:]
-
-    with queue.database.session() as session:
-        room = Resources(4.0, 0, 10**9)
-        claimed = claim_tasks(session, owner="me", limit=5, lease_seconds=60, capacity=room, choose=last_two)
-    assert [each.resources.cpus for each in seen] == [1, 2, 1]
-    assert [task.label for task in claimed] == ["b", "c"]
-    assert queue.states(*nodes) == ["queued", "running", "running", "queued"]
-
-
 def test_claim_tasks_reads_few_rows_whatever_the_history(queue: Driver, backend: str) -> None:
     """Count what is really touched: the same for an empty history and a long one."""
     queue.submit([queue.node(number) for number in range(300)])
@@ -505,6 +486,7 @@ def touched_by_claim(queue: Driver, backend: str, capacity: Resources | None = N
         if backend == "postgres":
             bound = capacity or Resources(1e9, 1e9, 2**60)
             values = {"cpus": bound.cpus, "gpus": bound.gpus, "memory": bound.memory_bytes, "limit": 8}
+            values["gpu_types"] = None
             statement = claim_statement(session).postgresql.text
             plan = session.scalar(text(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"), values)
             return int(plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"])

@@ -105,7 +105,7 @@ class Evaluation(Record):
     )
     extractor_weights: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
         default=None,
-        description="File with the extractor's weights, relative to the recipe (resolved: its SHA-256); only for "
+        description="File with the extractor's weights, below the recipe's folder (resolved: its SHA-256); only for "
         "inception-v3.",
     )
     grid: Count = Field(default=16, description="Images in the sample grid, at most.")

@@ -54,14 +54,7 @@ def request_options(function: F) -> F:
 
 @click.command(cls=Command)
 @request_options
-@click.option(
-    "--priority",
-    type=click.IntRange(-1_000_000, 1_000_000),
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Higher goes first.",
-)
+@click.option("--priority", type=int, default=0, show_default=True, help="Higher goes first.")
 @click.option("--wait/--no-wait", default=False, help="Return only when the job has ended, with its exit code.")
 @click.option("--dry-run", is_flag=True, help="Queue nothing; say how many tasks, how long, how much memory.")
 @pass_app

@@ -13,7 +13,7 @@ from orchestrator.errors import RecipeError
 from quant_spec.messages import shown
 
 #: Characters of a text, levels of nesting, and values in all; an alias counts as what it stands for.
-LONGEST, DEEPEST, MOST_VALUES = 256 << 10, 64, 20_000
+LONGEST, DEEPEST, MOST_VALUES = 256 << 10, 64, 10_000
 #: Characters of a number.
 _LONGEST_NUMBER = 64
 
@@ -37,9 +37,9 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise yaml.composer.ComposerError(
-                    None, None, f"got *{event.anchor} within what it stands for", event.start_mark
-                )
+                # Its marks are of another type in types-PyYAML than a MarkedYAMLError takes.
+                mark: Any = event.start_mark
+                raise yaml.composer.ComposerError(None, None, f"got *{event.anchor} within what it stands for", mark)
             self._total += self._sizes[id(node)]
         else:
             self._total += 1

@@ -106,7 +106,7 @@ def test_commands_are_those_of_the_contract() -> None:
         "models": "add ls show",
         "recipes": "ls show validate",
         "jobs": "ls show logs wait cancel retry",
-        "artifacts": "ls show pull verify alias diff gc export",
+        "artifacts": "ls show pull verify sign alias diff gc export",
     }
     assert words == {f"{group} {name}".strip() for group, names in groups.items() for name in names.split()}
 
@@ -187,7 +187,7 @@ def test_doctor_finds_nothing_wrong(cli: Cli, tmp_path: Path, monkeypatch: pytes
     answer = cli("doctor", "--json")
     assert (answer.code, answer.json["ok"]) == (0, True), answer.out
     names = [check["name"] for check in answer.json["checks"]]
-    assert names == ["python", "torch", "kernels", "gpu", "ray", "database", "store", "disk", "nodes"]
+    assert names == ["python", "torch", "kernels", "gpu", "ray", "database", "store", "home", "disk", "nodes"]
 
 
 def test_doctor_names_what_is_wrong(cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ def test_reference_shows_bounds_choices_and_what_base_says():
     tables = {name: reference.field_table(name, section) for name, section in reference.sections()}
     assert "| `bits` | `null` (`base`: `8`) | `2`, `3`, `4`, `5`, `6`, `8` or null |" in tables["activations"]
     assert "| `warmup` | `0.0` | 0 ≤ number < 1 |" in tables["passes.reconstruct"]
-    assert "| `beta` | `[4.0, 2.0]` | [number > 0, number > 0] |" in tables["passes.reconstruct"]
+    assert "| `beta` | `[4.0, 2.0]` | [0 < number ≤ 10^9, 0 < number ≤ 10^9] |" in tables["passes.reconstruct"]
     assert "| `seed` | `0` | 0 ≤ integer < 2^62 |" in tables[reference.WHOLE]
     assert "| `range` | `minmax` | `minmax`, `mse`, `percentile` |" in tables["weights"]
 

@@ -86,7 +86,7 @@ def test_a_changed_bundle_is_refused(tmp_path: Path) -> None:
     key = load_verifying_key(public)
     envelope = content["dsseEnvelope"]
     other = base64.b64encode(base64.b64decode(envelope["payload"]).replace(b"a@1", b"a@2")).decode()
-    for changed in (
+    damaged: tuple[object, ...] = (
         content | {"dsseEnvelope": envelope | {"payload": other}},
         content | {"dsseEnvelope": envelope | {"payloadType": "text/plain"}},
         content | {"dsseEnvelope": envelope | {"signatures": [{"sig": base64.b64encode(b"x" * 70).decode()}]}},
@@ -95,7 +95,8 @@ def test_a_changed_bundle_is_refused(tmp_path: Path) -> None:
         {"mediaType": content["mediaType"]},
         [],
         "text",
-    ):
+    )
+    for changed in damaged:
         with pytest.raises(SignatureError, match=r"^signature: got "):
             key.verify(json.dumps(changed))
     for text in (b"\xff", b"{", b"[" * 100_000):

@@ -38,10 +38,10 @@ def spread(model: nn.Module, devices: Sequence[str]) -> nn.Module:
     whole = list(getattr(model, "_no_split_modules", None) or ())
     # Whole blocks leave some room on each device; the bound grows until all of it fits on these.
     for room in (1.1, 1.3, 1.6, 2.0):
-        bounds: dict[int | str, int] = {number: int(size / len(devices) * room) for number in range(len(devices))}
-        memory = {**bounds, "cpu": 0, "disk": 0}
-        found = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=whole)
-        if set(found.values()) <= set(bounds):
+        bounds: dict[int | str, int | str] = {number: int(size / len(devices) * room) for number in range(len(devices))}
+        bounds |= {"cpu": 0, "disk": 0}
+        found = infer_auto_device_map(model, max_memory=bounds, no_split_module_classes=whole)
+        if set(found.values()) <= set(range(len(devices))):
             placed = {name: devices[int(number)] for name, number in found.items()}
             return dispatch_model(model, placed, main_device=devices[0], force_hooks=True)
     raise QuantizationError(f"model: got parts that cannot be spread over {len(devices)} devices, wanted smaller ones")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sqlalchemy import URL, Connection, Engine, func, inspect, select, text
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session as Session
 
 from orchestrator.db.engine import converted_errors, make_engine, parse_url, shown_location
 from orchestrator.db.event_log import record_event as record_event

@@ -19,11 +19,14 @@ from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
 from orchestrator.db.promote import complete, recount
 from orchestrator.db.rows import EnqueueCounts
 from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
+from orchestrator.db.sql import rows_json, run, statement
 from orchestrator.db.statements import batches, insert_rows, move_job, move_task
 from orchestrator.errors import GraphError, NotFoundError
 from orchestrator.graph import TaskNode, inputs_json
 from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEvent, TaskState
 from quant_spec.errors import InvalidInputError
+
+_PRESENT = statement("SELECT tasks.id FROM {given} JOIN tasks ON tasks.id = given.id", {"id": "text"})
 
 
 def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], target: TaskNode) -> EnqueueCounts:
@@ -55,8 +58,8 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
         _add(session, job_id, shared, _unseen(batch, seen))
     if target.id not in seen:
         raise GraphError(f"graph of job {job_id}: got no target {target.id[:12]} among {len(seen)} tasks")
-    statement = update(Job).where(Job.id == job_id).values(target_task=target.id)
-    session.execute(statement, execution_options={"synchronize_session": False})
+    update_target = update(Job).where(Job.id == job_id).values(target_task=target.id)
+    session.execute(update_target, execution_options={"synchronize_session": False})
     lock_graph(session)
     start_tasks(session, job_id)
     tell_others(session)
@@ -124,8 +127,8 @@ def _start_job(session: Session, job_id: str) -> None:
         .join(JobTask, JobTask.task_id == Task.id)
         .where(JobTask.job_id == job_id, in_states(Task.state, [TaskState.RUNNING]))
     )
-    statement = move_job(JobEvent.START).where(Job.id == job_id, running.exists()).values(started_at=epoch_seconds())
-    if session.scalars(statement.returning(Job.id)).one_or_none() is not None:
+    begin = move_job(JobEvent.START).where(Job.id == job_id, running.exists()).values(started_at=epoch_seconds())
+    if session.scalars(begin.returning(Job.id)).one_or_none() is not None:
         record_event(session, JobEvent.START, job=job_id)
 
 
@@ -165,10 +168,10 @@ def _unseen(batch: Sequence[TaskNode], seen: set[str]) -> list[TaskNode]:
 def _add(session: Session, job_id: str, shared: Mapping[str, Any], nodes: Sequence[TaskNode]) -> None:
     # Only enqueueing adds tasks, under its own lock, and nothing removes them: what is absent now stays absent.
     ids = [node.id for node in nodes]
-    present = set(session.scalars(select(Task.id).where(Task.id.in_(ids))))
+    present = set(run(session, _PRESENT, given=rows_json([{"id": each} for each in ids])).scalars())
     new = [node for node in nodes if node.id not in present]
     insert_rows(session, Task, [_task_values(node, shared) for node in new])
-    edges = [{"task_id": node.id, "source_id": source} for node in new for source in sorted(node.sources())]
+    edges = [{"task_id": node.id, "source_id": source} for node in new for source in node.sources()]
     insert_rows(session, TaskInput, edges)
     wanted = [{"job_id": job_id, "task_id": each, "cached": False} for each in ids]
     insert_rows(session, JobTask, wanted, or_ignore=True)

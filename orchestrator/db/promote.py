@@ -177,7 +177,9 @@ def recount(session: Session, job_id: str) -> list[str]:
         .scalar_subquery()
     )
     blocked = (in_states(Task.state, [TaskState.BLOCKED]), Task.id.in_(wanted))
-    session.execute(update(Task).where(*blocked).values(waiting=missing), execution_options=_PLAIN)
+    # Rows that count right already, as those of new tasks do, are not written again.
+    statement = update(Task).where(*blocked, Task.waiting != missing).values(waiting=missing)
+    session.execute(statement, execution_options=_PLAIN)
     return list(session.scalars(select(Task.id).where(*blocked, Task.waiting == 0).order_by(Task.seq)))
 
 

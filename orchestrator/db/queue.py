@@ -31,7 +31,7 @@ from orchestrator.db.picking import Picker, after_out_of_memory, pick
 from orchestrator.db.promote import KEY_LOCK, complete_finished
 from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
 from orchestrator.db.session import GraphNeededError, lock_graph, share_graph, tell_others, trying_shared
-from orchestrator.db.sql import dump, is_postgres, read_json, rows_json, run, statement
+from orchestrator.db.sql import Statement, dump, is_postgres, read_json, rows_json, run, statement
 from orchestrator.db.statements import batches, held, move_task, sources, target
 from orchestrator.errors import ResultError
 from orchestrator.graph import Resources
@@ -71,7 +71,7 @@ _HELD = f"""
 _GIVEN = "given AS MATERIALIZED (SELECT * FROM {given})"
 
 
-def _on_good_leases(values: str, returning: str) -> Any:
+def _on_good_leases(values: str, returning: str) -> Statement:
     """Make the statement that changes the tasks of leases that are good."""
     return statement(
         f"UPDATE tasks SET {values} FROM {{given}} WHERE {_GOOD} RETURNING {returning}",

@@ -4,6 +4,7 @@ OrchestratorError
 ├── DatabaseError                 the database refused or lost a statement (exit code 1)
 │   ├── DatabaseUnreachableError  no such file, server, user or database (2)
 │   ├── DatabaseFullError         no room left for the database (2)
+│   ├── OutageError               it had answered, and then did not for longer than one waits (1)
 │   └── SchemaError               the schema is behind or ahead of this Quantmill (2)
 ├── NotFoundError                 no job, model, release or alias of that name (102)
 ├── GraphError                    a task graph refers to a task it does not hold before it (1)
@@ -36,6 +37,10 @@ class DatabaseFullError(DatabaseError, InvalidInputError):
     """There is no room left where the database lies; the transaction was rolled back."""
 
     exit_code = 2
+
+
+class OutageError(DatabaseError):
+    """The database had answered, and then did not for longer than one waits."""
 
 
 class SchemaError(DatabaseError, InvalidInputError):

@@ -92,6 +92,8 @@ class TaskKind:
         What it is told, and what it reads.
     outputs
         Names of what it gives; "name:*" is one for each of some units.
+    trees
+        Those outputs that are trees: manifests that name other blobs, which may be another task's.
     reports
         Its tasks are long and say how far they are.
     """
@@ -103,6 +105,7 @@ class TaskKind:
     inputs: type[TaskInputs[Any]] = TaskInputs
     outputs: tuple[str, ...] = ()
     reports: bool = False
+    trees: tuple[str, ...] = ()
 
     def check_outputs(self, names: Sequence[str]) -> None:
         """Raise InvalidInputError unless these are names of outputs of this kind."""

@@ -4,8 +4,9 @@ WorkerError
 ├── StoreError                  the object store (exit code 1)
 │   ├── StoreUnreachableError   no such folder, bucket, endpoint, or no right to it (2)
 │   ├── DiskFullError           no room left where bytes are written (2)
-│   ├── DigestMismatchError     the bytes are not those that their digest names (2)
-│   └── NotFoundError           no blob of that digest (102)
+│   └── BlobLostError           a blob that should be there is not, or not as it was written; it knows the digest
+│       ├── DigestMismatchError     the bytes are not those that their digest names (2)
+│       └── NotFoundError           no blob of that digest (102)
 ├── ManifestError               a manifest or a path in it that is not acceptable (2)
 ├── ModelError                  a model folder that cannot be used (2)
 ├── TaskError                   a task cannot run with what it was given (2)
@@ -43,13 +44,22 @@ class DiskFullError(StoreError, InvalidInputError):
     exit_code = 2
 
 
-class DigestMismatchError(StoreError, InvalidInputError):
+class BlobLostError(StoreError):
+    """A blob is missing or damaged; `digest` says which, so that whoever made it can be asked for it again."""
+
+    def __init__(self, message: str, digest: str) -> None:
+        """Say what was found of the blob with this digest."""
+        super().__init__(message)
+        self.digest = digest
+
+
+class DigestMismatchError(BlobLostError, InvalidInputError):
     """The bytes are not those that their digest names."""
 
     exit_code = 2
 
 
-class NotFoundError(StoreError):
+class NotFoundError(BlobLostError):
     """The store has no blob of that digest."""
 
     exit_code = 102
@@ -85,20 +95,24 @@ class Fault(StrEnum):
     """What an exception means to the queue.
 
     TASK: the task's own error, tried a few times. INFRASTRUCTURE: a worker, node or store was lost; counted apart and
-    tried more often. INVALID: bad input, never tried again.
+    tried more often. INVALID: bad input, never tried again. LOST: a blob that it reads is missing or damaged; it waits
+    until that has been made again.
     """
 
     TASK = "task"
     INFRASTRUCTURE = "infrastructure"
     INVALID = "invalid"
+    LOST = "lost"
 
 
 def fault_of(error: BaseException) -> Fault:
     """Return what an exception that left a task's body means to the queue."""
     if isinstance(error, StoreUnreachableError):
         return Fault.INFRASTRUCTURE
-    # A full disk or a bad read may pass, on this node or on another.
-    if isinstance(error, DiskFullError | DigestMismatchError):
+    if isinstance(error, BlobLostError):
+        return Fault.LOST
+    # A full disk may pass, on this node or on another.
+    if isinstance(error, DiskFullError):
         return Fault.TASK
     return Fault.INVALID if isinstance(error, InvalidInputError) else Fault.TASK
 

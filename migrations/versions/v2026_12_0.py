@@ -33,6 +33,7 @@ def upgrade() -> None:
         sa.Column("repairs", sa.Integer(), nullable=False, server_default="0"),
     ):
         op.add_column("tasks", column)
+    op.add_column("task_inputs", sa.Column("places", JSON))
     op.add_column("results", sa.Column("ran", JSON, nullable=False, server_default=sa.text("'{}'")))
     op.rename_table("kind_timings", "kind_timings_before")
     _make_timings(with_device=True)
@@ -77,6 +78,7 @@ def downgrade() -> None:
     )
     op.drop_table("kind_timings_before")
     op.drop_column("results", "ran")
+    op.drop_column("task_inputs", "places")
     for column in (
         "repairs",
         "queued_at",

@@ -18,9 +18,11 @@ from urllib.parse import urlsplit
 from orchestrator.db.session import current, open_database
 from orchestrator.service import open_store_of
 from orchestrator.settings import Settings
+from orchestrator.store_owner import StoreOwner, adopt_store
 from quant_spec.errors import QuantServiceError
 from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
+from workers.storage.store import Store
 from workers.urls import hide_passwords
 
 _PYTHON = (3, 11)
@@ -159,7 +161,21 @@ def _store(settings: Settings) -> tuple[bool, str]:
             raise StoreError(f"{store.url}: got other bytes back than were written")
     finally:
         store.delete(digest)
-    return True, f"{store.url}: writes, reads and deletes"
+    return True, f"{store.url}: writes, reads and deletes{_owner(settings, store)}"
+
+
+def _owner(settings: Settings, store: Store) -> str:
+    """Say whose the store is, if there is a database to compare it with."""
+    state = current(settings.database_url)
+    if state.revision != state.head:
+        return ""
+    database = open_database(settings.database_url)
+    try:
+        owner = adopt_store(database, store)
+    finally:
+        database.close()
+    kept = "" if owner is StoreOwner.OURS else ", so artifacts gc removes nothing (quantmill init --adopt)"
+    return f"; it belongs to {owner}{kept}"
 
 
 def _disk(home: Path) -> tuple[bool, str]:

@@ -12,8 +12,10 @@ import click
 from orchestrator.actions.diff import compare_releases
 from orchestrator.actions.export import DEQUANTIZED, DIFFUSERS, export_release
 from orchestrator.actions.garbage import GRACE_SECONDS, collect_garbage
+from orchestrator.actions.integrity import repair_store, survey_store
 from orchestrator.actions.layer_table import release_layers
 from orchestrator.actions.releases import get_release, pull_release, verify_release
+from orchestrator.actions.repair import remake
 from orchestrator.actions.views import release_view
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.cli.jobs import metric_lines
@@ -79,29 +81,86 @@ def artifacts_show(app: App, ref: str, layers: bool, device: str | None, backend
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @pass_app
 def artifacts_pull(app: App, ref: str, folder: Path) -> None:
-    """Write a release into a new folder, every file verified. It is there whole or not at all."""
+    """Write a release into a new folder, every file verified. It is there whole or not at all.
+
+    A folder that has it already is kept if every file in it still is as its digest says.
+    """
     with app.service() as service:
-        release = pull_release(service, ref, folder)
+        release, kept = pull_release(service, ref, folder)
     document = {
         "release": release.ref,
         "digest": release.digest,
         "bytes": release.bytes,
         "folder": str(folder.absolute()),
+        "kept": kept,
     }
-    app.answer(document, lambda: f"{release.ref} is in {folder}")
+    app.answer(document, lambda: f"{release.ref} is in {folder}" + (" already, every file checked" if kept else ""))
 
 
 @artifacts.command("verify")
-@click.argument("ref")
+@click.argument("ref", required=False)
+@click.option("--all", "everything", is_flag=True, help="All that models, releases, results and jobs refer to.")
+@click.option("--repair", is_flag=True, help="Queue what makes the lost bytes again, and nothing else.")
 @pass_app
-def artifacts_verify(app: App, ref: str) -> int:
-    """Read every byte of a release in the store; exit code 2 if something is missing or damaged."""
+def artifacts_verify(app: App, ref: str | None, everything: bool, repair: bool) -> int:
+    """Read every byte of a release in the store, or of everything.
+
+    Exit code 2 if something is missing or damaged; with --repair, if some of it cannot be made again, as a model's
+    files, which must be added again.
+    """
+    if (ref is None) != everything:
+        raise click.UsageError("artifacts verify: wanted either REF or --all")
+    if ref is not None:
+        return _verify_one(app, ref, repair)
+    with app.service() as service:
+        survey = survey_store(service)
+        repaired = repair_store(service, survey.losses) if repair and survey.losses else None
+    document = {
+        "blobs": survey.blobs,
+        "ok": survey.ok,
+        "missing": sum(not loss.damaged for loss in survey.losses),
+        "damaged": sum(loss.damaged for loss in survey.losses),
+        "losses": [loss.document() for loss in survey.losses],
+        "to_be_given": survey.to_be_given,
+    }
+    if repair:
+        document["withdrawn"] = repaired.results if repaired else 0
+        document["jobs"] = list(repaired.jobs) if repaired else []
+    app.answer(document, lambda: _survey_text(app, document))
+    return 2 if survey.to_be_given or (survey.losses and not repair) else 0
+
+
+def _verify_one(app: App, ref: str, repair: bool) -> int:
+    """Verify one release."""
     with app.service() as service:
         release, problems = verify_release(service, ref)
-    document = {"release": release.ref, "digest": release.digest, "ok": not problems, "problems": problems}
+        job = remake(service, release.job, problems) if repair else None
+    lines = list(problems.values())
+    document: dict[str, Any] = {
+        "release": release.ref, "digest": release.digest, "ok": not problems, "problems": lines
+    }  # fmt: skip
+    if repair:
+        document["job"] = job
+        if job is not None:
+            lines = [*lines, f"job {job} makes it again: {app.command('serve', '--drain')}"]
+        elif problems:
+            lines = [*lines, "no task of this database gives it any more: submit its recipe again"]
     good = f"{release.ref} is complete, every byte as its digest says"
-    app.answer(document, lambda: "\n".join(problems) or good)
-    return 2 if problems else 0
+    app.answer(document, lambda: "\n".join(lines) or good)
+    return 2 if problems and job is None else 0
+
+
+def _survey_text(app: App, found: dict[str, Any]) -> str:
+    """Return what `verify --all` found, for a person."""
+    lines = [f"{loss['digest']} is {loss['state']}: {', '.join(loss['of'])}" for loss in found["losses"]]
+    counts = ", ".join(f"{found[name]} {name}" for name in ("ok", "missing", "damaged"))
+    lines += [f"{found['blobs']} blobs: {counts}", *found["to_be_given"]]
+    if "jobs" in found:
+        lines.append(f"withdrew {found['withdrawn']} results, which are made again when they are wanted")
+        lines += [f"job {job} makes a release again: {app.command('serve', '--drain')}" for job in found["jobs"]]
+    elif found["losses"]:
+        lines.append(f"what tasks gave is made again by: {app.command('artifacts', 'verify', '--all', '--repair')}")
+    return "\n".join(lines)
 
 
 @artifacts.command("alias")
@@ -134,13 +193,17 @@ def artifacts_diff(app: App, ref_a: str, ref_b: str) -> None:
     default=GRACE_SECONDS / 3600,
     show_default=True,
     metavar="HOURS",
-    help="Keep what was stored since then.",
+    help="Keep what was stored since then, by the store's clock.",
 )
+@click.option("--yes", is_flag=True, help="Also if that is more than a third of the store's bytes.")
 @pass_app
-def artifacts_gc(app: App, dry_run: bool, grace: float) -> None:
-    """Remove from the store what no model, recorded result, release or job refers to."""
+def artifacts_gc(app: App, dry_run: bool, grace: float, yes: bool) -> None:
+    """Remove from the store what no model, recorded result, release or job refers to.
+
+    Only from the store that belongs to this database.
+    """
     with app.service() as service:
-        garbage = collect_garbage(service, grace_seconds=grace * 3600, dry_run=dry_run)
+        garbage = collect_garbage(service, grace_seconds=grace * 3600, dry_run=dry_run, any_share=yes)
     document = {**asdict(garbage), "dry_run": dry_run}
     verb = "would remove" if dry_run else "removed"
     app.answer(document, lambda: f"{verb} {garbage.blobs} blobs ({human_bytes(garbage.bytes)}), kept {garbage.kept}")

@@ -14,6 +14,7 @@ from sqlalchemy import func, insert, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
+from orchestrator.db.lineage import input_edges
 from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
 from orchestrator.db.promote import complete, recount
 from orchestrator.db.rows import EnqueueCounts
@@ -72,7 +73,7 @@ def start_tasks(session: Session, job_id: str) -> None:
     revived = session.execute(
         move_task(TaskEvent.REVIVE)
         .where(Task.id.in_(wanted))
-        .values(priority=priority, faults_task=0, faults_infrastructure=0, error=None, not_before=0.0, finished_at=None)
+        .values(priority=priority, faults_task=0, faults_infrastructure=0, error=None, finished_at=None)
         .returning(Task.id, Task.attempt)
     ).all()
     for row in revived:
@@ -138,7 +139,7 @@ def _add(session: Session, job_id: str, priority: int, nodes: Sequence[TaskNode]
     new = [node for node in nodes if node.id not in present]
     if new:
         session.execute(insert(Task), [_task_values(node, priority) for node in new])
-    edges = [{"task_id": node.id, "source_id": source} for node in new for source in sorted(node.sources())]
+    edges = [edge for node in new for edge in input_edges(node)]
     if edges:
         session.execute(insert(TaskInput), edges)
     insert_or_ignore(session, JobTask, [{"job_id": job_id, "task_id": each, "cached": False} for each in ids])

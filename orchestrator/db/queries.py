@@ -18,7 +18,8 @@ from orchestrator.db.jobs import (
     work_left,
 )
 from orchestrator.db.queue import claim_tasks, fail_task, finish_task, reap_expired, release_task, renew_leases
-from orchestrator.db.registry import add_model, find_model, kind_timings, known_results, list_models, live_digests
+from orchestrator.db.references import references
+from orchestrator.db.registry import add_model, find_model, kind_timings, known_results, list_models
 from orchestrator.db.releases import find_release, list_releases, set_alias
 
 __all__ = [
@@ -49,5 +50,5 @@ __all__ = [
     "list_releases",
     "find_release",
     "set_alias",
-    "live_digests",
+    "references",
 ]

@@ -25,6 +25,7 @@ from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.job_ends import fail_jobs_that_need
 from orchestrator.db.models import Job, JobTask, KindTiming, Result, Task, in_states
 from orchestrator.db.promote import complete, mark_twins_cached
+from orchestrator.db.repair import repair_lost
 from orchestrator.db.rows import ClaimedTask, Lease
 from orchestrator.db.session import lock_graph, record_event
 from orchestrator.db.statements import batches, held, insert_into, insert_or_ignore, move_job, move_task
@@ -251,15 +252,18 @@ def _add_timing(session: Session, values: Mapping[str, Any]) -> None:
     session.execute(statement.on_conflict_do_update(index_elements=["kind", "version", "device"], set_=new))
 
 
-def fail_task(session: Session, lease: Lease, *, fault: str, error: str) -> bool:
+def fail_task(session: Session, lease: Lease, *, fault: str, error: str, lost: Sequence[str] = ()) -> bool:
     """Record that an attempt failed: the task runs again after a while, or has failed for good, and its jobs with it.
 
     Parameters
     ----------
     fault
-        "task" (its own), "infrastructure" (a worker, node or store was lost) or "invalid" (bad input, final).
+        "task" (its own), "infrastructure" (a worker, node or store was lost), "invalid" (bad input, final) or "lost" (a
+        blob that it reads): then what gave the blob runs again, and the task after it (`orchestrator.db.repair`).
     error
         One line for people.
+    lost
+        For a "lost" one the blob, first, and the trees in which it is listed.
 
     Returns
     -------
@@ -267,6 +271,8 @@ def fail_task(session: Session, lease: Lease, *, fault: str, error: str) -> bool
         False if the lease is no longer good; then nothing was changed.
     """
     lock_graph(session)
+    if fault == "lost":
+        return repair_lost(session, lease, lost, _storable(error))
     return _fault(session, lease.task_id, held(lease), TaskEvent.RETRY, fault, error)
 
 

@@ -36,7 +36,9 @@ from orchestrator.db.rows import ClaimedTask, Lease
 from orchestrator.db.session import Database
 from orchestrator.errors import DatabaseError, ResultError
 from orchestrator.graph import Resources
+from orchestrator.patience import as_outage
 from orchestrator.scheduling.leases import LeaseKeeper
+from orchestrator.scheduling.losses import examine_loss
 from orchestrator.states import ACTIVE_JOBS
 from workers.errors import ExecutorError, Fault
 from workers.execution.execute import TaskCall
@@ -198,6 +200,9 @@ class Scheduler:
 
     def _end(self, task: ClaimedTask, finished: Finished) -> None:
         """Note the end of a task, to be recorded with the next transaction."""
+        if finished.fault is Fault.LOST:
+            look = partial(examine_loss, self._database, self._config.store_url, task.lease.task_id, finished)
+            finished = self._patiently(look)
         if finished.output is None:
             log.warning("task failed: %s", finished.error, extra=_about(task) | {"fault": str(finished.fault)})
         else:
@@ -245,7 +250,7 @@ class Scheduler:
                     except ResultError as refusal:
                         output, fault, error = None, Fault.TASK, str(refusal)
                 if output is None:
-                    kept = fail_task(session, task.lease, fault=fault.value, error=error)
+                    kept = fail_task(session, task.lease, fault=fault.value, error=error, lost=finished.lost)
                 if not kept:
                     dropped.append(task)
             for lease in give_back:
@@ -349,7 +354,7 @@ class Scheduler:
                 return work()
             except (DatabaseError, ExecutorError) as error:
                 if self._stop.is_set() or time.monotonic() + pause > deadline:
-                    raise
+                    raise (as_outage(error) if isinstance(error, DatabaseError) else error) from error
                 log.warning("trying again in %.1f s: %s", pause, error)
             self._stop.wait(pause)
             pause = min(pause * 2, 10.0)

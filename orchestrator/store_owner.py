@@ -36,12 +36,20 @@ class StoreOwner(StrEnum):
 class _Label:
     """What a store says of itself."""
 
-    store: str
+    store: str | None
     database: str
 
 
+def store_owner(database: Database, store: Store) -> StoreOwner:
+    """Return whose a store is; one without a label is this database's if that knows its blobs. Changes nothing."""
+    label, ours, sample = _look(database, store)
+    if label is not None:
+        return StoreOwner.OURS if _agree(label, ours) else StoreOwner.OTHER
+    return StoreOwner.OURS if _knows(sample, store) else StoreOwner.NOBODY
+
+
 def adopt_store(database: Database, store: Store, *, force: bool = False) -> StoreOwner:
-    """Return whose a store is; one without a label becomes this database's if that knows its blobs.
+    """Return whose a store is, and note that in both if it is this database's.
 
     Parameters
     ----------
@@ -55,20 +63,19 @@ def adopt_store(database: Database, store: Store, *, force: bool = False) -> Sto
     StoreError
         If the label cannot be read or written.
     """
-    label = _read_label(store)
-    with database.session(read_only=True) as session:
-        ours, sample = read_identity(session), some_digests(session, _SAMPLE)
-    if label is not None and label.database == ours.id and ours.store_id in (None, label.store):
-        if ours.store_id is None:
-            _set(database, label.store, replace=False)
+    owner = store_owner(database, store)
+    if owner is not StoreOwner.OURS and not force:
+        return owner
+    label, ours, _ = _look(database, store)
+    if label is not None and label == _Label(ours.store_id, ours.id):
         return StoreOwner.OURS
-    if label is not None and not force:
-        return StoreOwner.OTHER
-    if label is None and not force and not _knows(sample, store):
-        return StoreOwner.NOBODY
+    if label is not None and label.store:
+        wanted = label.store
+    else:
+        wanted = ours.store_id if ours.store_id is not None and owner is StoreOwner.OURS else uuid.uuid4().hex
     # The database first: of two processes that adopt at once, both then write what it holds.
-    wanted = label.store if label is not None else (None if force else ours.store_id) or uuid.uuid4().hex
-    ours = _set(database, wanted, replace=force)
+    with database.session() as session:
+        ours = set_store(session, wanted, replace=force)
     document = {"format": _FORMAT, "store": ours.store_id, "database": ours.id}
     store.write_label(json.dumps(document, indent=2).encode())
     return StoreOwner.OURS
@@ -100,9 +107,15 @@ def require_own(database: Database, store: Store) -> None:
         )
 
 
-def _set(database: Database, store_id: str, *, replace: bool) -> Identity:
-    with database.session() as session:
-        return set_store(session, store_id, replace=replace)
+def _look(database: Database, store: Store) -> tuple[_Label | None, Identity, list[str]]:
+    """Return what the store says of itself, which database this is, and some blobs that it refers to."""
+    label = _read_label(store)
+    with database.session(read_only=True) as session:
+        return label, read_identity(session), some_digests(session, _SAMPLE)
+
+
+def _agree(label: _Label, ours: Identity) -> bool:
+    return label.database == ours.id and ours.store_id in (None, label.store)
 
 
 def _knows(sample: list[str], store: Store) -> bool:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from orchestrator.db.session import current, open_database
 from orchestrator.service import open_store_of
 from orchestrator.settings import Settings
-from orchestrator.store_owner import StoreOwner, adopt_store
+from orchestrator.store_owner import StoreOwner, store_owner
 from quant_spec.errors import QuantServiceError
 from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
@@ -171,7 +171,7 @@ def _owner(settings: Settings, store: Store) -> str:
         return ""
     database = open_database(settings.database_url)
     try:
-        owner = adopt_store(database, store)
+        owner = store_owner(database, store)
     finally:
         database.close()
     kept = "" if owner is StoreOwner.OURS else ", so artifacts gc removes nothing (quantmill init --adopt)"

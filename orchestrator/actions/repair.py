@@ -35,10 +35,9 @@ def remake(service: Service, job_id: str, lost: Collection[str]) -> str | None:
     """
     with service.database.session(read_only=True) as session:
         target = find_job(session, job_id).target_task
-        trees = tree_outputs(session, [target]) if target is not None else set()
     if target is None or not lost:
         return None
-    blobs = {*lost, *(tree for tree in trees for blob in lost if tree not in lost and holds(service.store, tree, blob))}
+    blobs = _with_trees(service, target, lost)
     with service.database.session() as session:
         lock_enqueue(session)
         lock_graph(session)
@@ -54,14 +53,20 @@ def withdraw_if_lost(service: Service, target: str) -> bool:
     """
     with service.database.session(read_only=True) as session:
         outputs = recorded_outputs(session, target)
-        trees = tree_outputs(session, [target])
-    lost = sorted(blob for digest in outputs.values() for blob in _absent(service.store, digest, digest in trees))
+    lost = sorted(blob for digest, is_tree in outputs.items() for blob in _absent(service.store, digest, is_tree))
     if not lost:
         return False
-    named = [tree for tree in trees for blob in lost if tree not in lost and holds(service.store, tree, blob)]
+    blobs = _with_trees(service, target, lost)
     with service.database.session() as session:
         lock_graph(session)
-        return withdraw_lost(session, target, {*lost, *named}, lost[0]) > 0
+        return withdraw_lost(session, target, blobs, lost[0]) > 0
+
+
+def _with_trees(service: Service, target: str, lost: Collection[str]) -> set[str]:
+    """Return lost blobs, and the trees that list them among what a task depends on or gives."""
+    with service.database.session(read_only=True) as session:
+        trees = tree_outputs(session, [target])
+    return {*lost, *(tree for tree in trees for blob in lost if tree not in lost and holds(service.store, tree, blob))}
 
 
 def _absent(store: Store, digest: str, is_tree: bool) -> list[str]:

@@ -105,8 +105,8 @@ def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Re
         lock_enqueue(session)
         same = find_active_job(session, model.digest, resolved.digest, release_name) if request.resume else None
         if same is not None:
-            counts = job_counts(session, same.id)
-            return Submitted(same, EnqueueCounts(counts["total"], counts["succeeded"]), resumed=True)
+            tasks = job_counts(session, same.id)
+            return Submitted(same, EnqueueCounts(tasks["total"], tasks["succeeded"]), resumed=True)
         job_id = create_job(
             session,
             model=model,

@@ -80,7 +80,11 @@ def is_outdated(session: Session, task: str, inputs: Mapping[str, Sequence[Any]]
     )
 
 
-def recorded_outputs(session: Session, task: str) -> dict[str, str]:
-    """Return the outputs of a task that has succeeded; none of any other."""
-    statement = select(Result.outputs).join(Task, Task.key == Result.key)
-    return session.scalar(statement.where(Task.id == task, in_states(Task.state, [TaskState.SUCCEEDED]))) or {}
+def recorded_outputs(session: Session, task: str) -> dict[str, bool]:
+    """Return the digests of the outputs of a task that has succeeded, and whether each is a tree; none of any other."""
+    statement = select(Result.kind, Result.outputs).join(Task, Task.key == Result.key)
+    row = session.execute(statement.where(Task.id == task, in_states(Task.state, [TaskState.SUCCEEDED]))).one_or_none()
+    if row is None:
+        return {}
+    trees = KINDS[row.kind].trees if row.kind in KINDS else ()
+    return {digest: name in trees for name, digest in row.outputs.items()}

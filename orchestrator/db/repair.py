@@ -80,7 +80,7 @@ def withdraw(session: Session, keys: Iterable[str], blob: str) -> list[str]:
     list of str
         The tasks that are blocked now: those that run again, and those that read from them and have not run.
     """
-    repaired: list[Row[Any]] = []
+    repaired: list[tuple[str, int]] = []
     for batch in batches(keys):
         session.execute(delete(Result).where(Result.key.in_(batch)), execution_options=_PLAIN)
         statement = (
@@ -89,14 +89,13 @@ def withdraw(session: Session, keys: Iterable[str], blob: str) -> list[str]:
             .values(repairs=Task.repairs + 1, faults_task=0, faults_infrastructure=0)
             .values(not_before=0.0, finished_at=None, error=None)
         )
-        repaired += session.execute(statement.returning(Task.id, Task.attempt)).all()
-    tasks = [row.id for row in repaired]
+        repaired += [(row.id, row.attempt) for row in session.execute(statement.returning(Task.id, Task.attempt))]
+    tasks = [task for task, _ in repaired]
     _restore_inputs(session, tasks)
     jobs = _active_jobs(session, tasks)
-    for row in repaired:
-        for job in jobs.get(row.id, [None]):
-            data = {"digest": blob}
-            record_event(session, TaskEvent.REPAIR, job=job, task=row.id, attempt=row.attempt, data=data)
+    for task, attempt in repaired:
+        for job in jobs.get(task, [None]):
+            record_event(session, TaskEvent.REPAIR, job=job, task=task, attempt=attempt, data={"digest": blob})
     wanted = [task for task in tasks if task in jobs]
     _want_again(session, wanted)
     unwanted = [task for task in tasks if task not in jobs]
@@ -202,7 +201,7 @@ def _is_being_made(session: Session, task: str) -> bool:
 def _fail_worn_out(session: Session, reader: Row[Any], keys: Collection[str], blob: str) -> None:
     """Fail the jobs for which this blob was made again before, or its task often enough."""
     makers_of = select(Task.id, Task.kind, Task.label).where(Task.key.in_(keys)).order_by(Task.seq)
-    tasks = {row.id: _name(row) for row in session.execute(makers_of)}
+    tasks = {row.id: _name(row.kind, row.label) for row in session.execute(makers_of)}
     worn: list[str] = []
     for job in _active_jobs(session, [reader.id]).get(reader.id, []):
         before = select(Event.task_id, Event.data).where(Event.job_id == job, Event.event == TaskEvent.REPAIR.value)
@@ -211,9 +210,9 @@ def _fail_worn_out(session: Session, reader: Row[Any], keys: Collection[str], bl
         often = any(sum(row.task_id == task for row in rows) >= REPAIRS for task in tasks)
         worn += [job] if again or often else []
     if worn:
-        maker = next(iter(tasks.values()))
+        name, maker = _name(reader.kind, reader.label), next(iter(tasks.values()))
         error = (
-            f"{_name(reader)}: got no blob {blob} once more, after {maker} had made it again; wanted a store that "
+            f"{name}: got no blob {blob} once more, after {maker} had made it again; wanted a store that "
             "keeps what is written (quantmill doctor)"
         )
         end_jobs(session, worn, JobEvent.FAIL, error)
@@ -221,8 +220,7 @@ def _fail_worn_out(session: Session, reader: Row[Any], keys: Collection[str], bl
 
 def _fail_for_good(session: Session, lease: Lease, reader: Row[Any], error: str) -> None:
     """Fail a task that needs what nobody can make again, and every job that wants it."""
-    _move_failed = move_task(TaskEvent.FAIL).where(*held(lease)).values(error=error)
-    session.execute(_move_failed)
+    session.execute(move_task(TaskEvent.FAIL).where(*held(lease)).values(error=error))
     data = {"fault": "invalid", "error": error}
     record_event(session, TaskEvent.FAIL, task=reader.id, attempt=reader.attempt, data=data)
     fail_jobs_that_need(session, reader.id, error)
@@ -230,18 +228,18 @@ def _fail_for_good(session: Session, lease: Lease, reader: Row[Any], error: str)
 
 def _what_to_do(session: Session, reader: Row[Any], lost: Sequence[str], error: str) -> str:
     """Return what to say of a lost blob that no task gives."""
-    then = "then jobs retry"
+    name, then = _name(reader.kind, reader.label), "then jobs retry"
     model = session.scalars(select(Model).where(Model.digest.in_(lost)).order_by(Model.created_at).limit(1)).first()
     if model is not None:
         again = f"quantmill models add {model.source} --name {model.name}"
-        return f"{_name(reader)}: {error}; it is part of the model {model.name}, wanted it added again: {again}, {then}"
+        return f"{name}: {error}; it is part of the model {model.name}, wanted it added again: {again}, {then}"
     wanting = select(Job.recipe).join(JobTask, JobTask.job_id == Job.id).where(JobTask.task_id == reader.id)
     weights = {(recipe.get("evaluation") or {}).get("extractor_weights") for recipe in session.scalars(wanting)}
     if weights & set(lost):
         again = "submit the recipe again where its file is"
-        return f"{_name(reader)}: {error}; it is the recipe's evaluation.extractor_weights, {again}, {then}"
-    return f"{_name(reader)}: {error}; no task gives it"
+        return f"{name}: {error}; it is the recipe's evaluation.extractor_weights, {again}, {then}"
+    return f"{name}: {error}; no task gives it"
 
 
-def _name(task: Row[Any]) -> str:
-    return f"{task.kind} ({task.label})" if task.label else str(task.kind)
+def _name(kind: str, label: str) -> str:
+    return f"{kind} ({label})" if label else kind

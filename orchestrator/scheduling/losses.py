@@ -50,5 +50,5 @@ def examine_loss(database: Database, store_url: str, task: str, finished: Finish
             return replace(finished, lost=(blob, *sorted(tree for tree in trees if holds(store, tree, blob))))
     except StoreError as error:
         return replace(finished, fault=Fault.INFRASTRUCTURE, error=f"{finished.error}; {error}")
-    error = f"{finished.error}; but it is there, every byte: that node reads another store, or its disk is damaged"
-    return replace(finished, fault=Fault.INFRASTRUCTURE, error=error)
+    found = f"{finished.error}; but it is there, every byte: that node reads another store, or its disk is damaged"
+    return replace(finished, fault=Fault.INFRASTRUCTURE, error=found)

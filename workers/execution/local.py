@@ -32,8 +32,8 @@ def answer_call(call: TaskCall) -> dict[str, Any]:
         json.dumps(answer, allow_nan=False)
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, QuantServiceError) else 1
-        answer = {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code}
-        return answer | ({"lost": error.digest} if isinstance(error, BlobLostError) else {})
+        lost = {"lost": error.digest} if isinstance(error, BlobLostError) else {}
+        return {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code, **lost}
     return answer
 
 

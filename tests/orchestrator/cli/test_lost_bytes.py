@@ -6,6 +6,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from orchestrator.cli.main import run_cli
 from tests.orchestrator.in_process import InProcess
+from workers.execution.execute import TaskCall
 from workers.storage.blobs import blob_key
 from workers.storage.manifest import read_files
 from workers.storage.store import open_store
@@ -121,6 +123,51 @@ def test_run_makes_again_what_its_report_finds_damaged(cli: Cli, done: Path) -> 
     assert "makes it again" in again.err
     assert Path(again.json["report"]).is_file()
     assert cli("artifacts", "verify", "--all").code == 0
+
+
+def test_a_store_that_loses_the_same_blob_again_fails_the_job_and_says_what(
+    cli: Cli, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = next(iter(outputs(done, "round").values()))
+    lose(done, weights(done))
+
+    class Thief(InProcess):
+        """Takes what a packing is about to read."""
+
+        def submit(self, call: TaskCall) -> int:
+            if call.kind == "pack":
+                lose(done, digest)
+            return super().submit(call)
+
+    monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: Thief())
+    failed = cli(*RUN)
+    assert (failed.code, failed.json["state"]) == (100, "failed")
+    assert digest in failed.json["error"]
+    assert "once more, after round" in failed.json["error"]
+
+
+def test_a_task_on_a_node_that_sees_another_store_takes_back_no_result(
+    cli: Cli, done: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lose(done, weights(done))
+    (tmp_path / "elsewhere").mkdir()
+    blind = [True]
+
+    class BlindAtFirst(InProcess):
+        """Runs the first packing on a node whose store is empty."""
+
+        def submit(self, call: TaskCall) -> int:
+            if call.kind == "pack" and blind:
+                blind.clear()
+                call = replace(call, store_url=str(tmp_path / "elsewhere"))
+            return super().submit(call)
+
+    monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: BlindAtFirst())
+    again = cli(*RUN)
+    assert (again.code, again.json["release"]) == (0, "small@1"), again.err
+    events = cli("jobs", "logs", again.json["job"], "--json").json
+    assert [event["data"]["fault"] for event in events if event["event"] == "retried"] == ["infrastructure"]
+    assert "repaired" not in {event["event"] for event in events}
 
 
 def test_pull_of_a_damaged_release_says_how_to_repair_it(cli: Cli, done: Path, tmp_path: Path) -> None:

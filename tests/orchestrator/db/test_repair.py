@@ -186,6 +186,20 @@ def test_a_task_of_ended_jobs_is_cancelled_and_revived_by_the_next(queue: Driver
     assert queue.work() == ["first", "other"]
 
 
+def test_tasks_of_older_releases_whose_edges_say_no_places_are_repaired_to_the_same_bytes(queue: Driver) -> None:
+    first = queue.node("first")
+    reader = queue.node("reader", first)
+    job = queue.submit([first, reader])
+    assert queue.finish(queue.take(first), "bytes")
+    queue.execute("UPDATE task_inputs SET places = NULL")
+    assert lose(queue, queue.take(reader), "bytes")
+    assert queue.finish(queue.take(first), "bytes")
+    found, lease = inputs_of(queue, reader)
+    assert found == [queue.digest("bytes")]
+    assert queue.finish(lease)
+    assert queue.job(job).state == "succeeded"
+
+
 @pytest.mark.parametrize("blob", ["data", "nobody's"])
 def test_a_blob_that_no_task_gives_fails_the_job_as_bad_input(queue: Driver, blob: str) -> None:
     first = queue.node("first")

@@ -5,6 +5,7 @@ OrchestratorError
 │   ├── DatabaseUnreachableError  no such file, server, user or database (2)
 │   ├── DatabaseFullError         no room left for the database (2)
 │   ├── ConflictError             the transaction ran into another and gave way; to be run again (1)
+│   ├── OutageError               it had answered, and then did not for longer than one waits (1)
 │   └── SchemaError               the schema is behind or ahead of this Quantmill (2)
 ├── NotFoundError                 no job, model, release or alias of that name (102)
 ├── GraphError                    a task graph refers to a task it does not hold before it (1)
@@ -41,6 +42,10 @@ class DatabaseFullError(DatabaseError, InvalidInputError):
 
 class ConflictError(DatabaseError):
     """Two transactions waited for each other or claimed the same key; this one was rolled back, to be run again."""
+
+
+class OutageError(DatabaseError):
+    """The database had answered, and then did not for longer than one waits."""
 
 
 class SchemaError(DatabaseError, InvalidInputError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from orchestrator.db.session import Database, SchemaState, current, open_database, require_current, upgrade
 from orchestrator.settings import Settings
+from orchestrator.store_owner import StoreOwner, adopt_on_first_use, adopt_store
 from quant_spec.errors import InvalidInputError
 from workers.storage.private import is_private, make_private, tighten
 from workers.storage.store import Store, open_store
@@ -43,15 +44,18 @@ def open_service(settings: Settings) -> Iterator[Service]:
     database = open_database(settings.database_url)
     try:
         require_current(database)
-        yield Service(settings, database, open_store_of(settings))
+        store = open_store_of(settings)
+        adopt_on_first_use(database, store)
+        yield Service(settings, database, store)
     finally:
         database.close()
 
 
-def initialise(settings: Settings) -> SchemaState:
+def initialise(settings: Settings, *, adopt: bool = False) -> tuple[SchemaState, StoreOwner]:
     """Create the home, the database's schema and the store; what is there already is kept.
 
-    A schema that is behind is not touched: upgrading is a decision (`quantmill db upgrade`).
+    A schema that is behind is not touched: upgrading is a decision (`quantmill db upgrade`). Taking a store that is not
+    this database's is one too: `adopt`.
     """
     make_home(settings)
     if current(settings.database_url).revision is None:
@@ -59,8 +63,9 @@ def initialise(settings: Settings) -> SchemaState:
     _tighten_home(settings)
     if "://" not in settings.store_url:
         _make_folder(Path(settings.store_url), "store", private=settings.embedded_store)
-    with open_service(settings):
-        return current(settings.database_url)
+    with open_service(settings) as service:
+        owner = adopt_store(service.database, service.store, force=adopt)
+        return current(settings.database_url), owner
 
 
 def make_home(settings: Settings) -> None:

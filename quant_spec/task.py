@@ -92,6 +92,8 @@ class TaskKind:
         What it is told, and what it reads.
     outputs
         Names of what it gives; "name:*" is one for each of some units.
+    trees
+        Those outputs that are trees: manifests that name other blobs, which may be another task's.
     reports
         Its tasks are long and say how far they are.
     gpu
@@ -113,6 +115,7 @@ class TaskKind:
     gpu: bool = False
     batch_free: str | None = None
     shards: bool = False
+    trees: tuple[str, ...] = ()
 
     def check_outputs(self, names: Sequence[str]) -> None:
         """Raise InvalidInputError unless these are names of outputs of this kind."""

@@ -4,8 +4,9 @@ WorkerError
 ├── StoreError                  the object store (exit code 1)
 │   ├── StoreUnreachableError   no such folder, bucket, endpoint, or no right to it (2)
 │   ├── DiskFullError           no room left where bytes are written (2)
-│   ├── DigestMismatchError     the bytes are not those that their digest names (2)
-│   └── NotFoundError           no blob of that digest (102)
+│   └── BlobLostError           a blob that should be there is not, or not as it was written; it knows the digest
+│       ├── DigestMismatchError     the bytes are not those that their digest names (2)
+│       └── NotFoundError           no blob of that digest (102)
 ├── ManifestError               a manifest or a path in it that is not acceptable (2)
 ├── ModelError                  a model folder that cannot be used (2)
 ├── TaskError                   a task cannot run with what it was given (2)
@@ -45,13 +46,22 @@ class DiskFullError(StoreError, InvalidInputError):
     exit_code = 2
 
 
-class DigestMismatchError(StoreError, InvalidInputError):
+class BlobLostError(StoreError):
+    """A blob is missing or damaged; `digest` says which, so that whoever made it can be asked for it again."""
+
+    def __init__(self, message: str, digest: str) -> None:
+        """Say what was found of the blob with this digest."""
+        super().__init__(message)
+        self.digest = digest
+
+
+class DigestMismatchError(BlobLostError, InvalidInputError):
     """The bytes are not those that their digest names."""
 
     exit_code = 2
 
 
-class NotFoundError(StoreError):
+class NotFoundError(BlobLostError):
     """The store has no blob of that digest."""
 
     exit_code = 102
@@ -93,7 +103,7 @@ class Fault(StrEnum):
     TASK: the task's own error, tried a few times. INFRASTRUCTURE: a worker, node or store was lost; counted apart and
     tried more often. MEMORY: memory ran out, the device's or the host's; counted as infrastructure, tried again alone.
     REFUSED: by a worker that is not fit for it; counted as infrastructure, tried again elsewhere. INVALID: bad input,
-    never tried again.
+    never tried again. LOST: a blob that it reads is missing or damaged; it waits until that has been made again.
     """
 
     TASK = "task"
@@ -101,6 +111,7 @@ class Fault(StrEnum):
     MEMORY = "memory"
     REFUSED = "refused"
     INVALID = "invalid"
+    LOST = "lost"
 
 
 #: What CUDA's own libraries say when a device's memory has run out; torch passes it on as a plain RuntimeError.
@@ -125,8 +136,10 @@ def fault_of(error: BaseException) -> Fault:
         return Fault.REFUSED
     if is_out_of_memory(error):
         return Fault.MEMORY
-    # A full disk or a bad read may pass, on this node or on another.
-    if isinstance(error, DiskFullError | DigestMismatchError):
+    if isinstance(error, BlobLostError):
+        return Fault.LOST
+    # A full disk may pass, on this node or on another.
+    if isinstance(error, DiskFullError):
         return Fault.TASK
     return Fault.INVALID if isinstance(error, InvalidInputError) else Fault.TASK
 

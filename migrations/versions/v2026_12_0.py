@@ -40,6 +40,7 @@ def upgrade() -> None:
     op.drop_index("ix_tasks_queued_cpu", "tasks")
     queued = ["needs", "alone", sa.text("priority DESC"), "seq"]
     op.create_index("ix_tasks_queued_needs", "tasks", queued, **_where("state = 'queued'"))
+    op.add_column("task_inputs", sa.Column("places", JSON))
     op.add_column("results", sa.Column("ran", JSON, nullable=False, server_default=sa.text("'{}'")))
     op.rename_table("kind_timings", "kind_timings_before")
     _make_timings(with_device=True)
@@ -99,6 +100,7 @@ def downgrade() -> None:
     op.create_index(
         "ix_tasks_queued_cpu", "tasks", [sa.text("priority DESC"), "seq"], **_where("state = 'queued' AND gpus = 0")
     )
+    op.drop_column("task_inputs", "places")
     for column in (
         "needs",
         "deterministic",

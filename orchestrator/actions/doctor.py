@@ -21,11 +21,13 @@ from orchestrator.db.orchestrators import clusters
 from orchestrator.db.session import current, open_database
 from orchestrator.service import open_store_of, private_paths
 from orchestrator.settings import Settings
+from orchestrator.store_owner import StoreOwner, store_owner
 from quant_spec.errors import QuantServiceError
 from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
 from workers.execution.ray_security import token_file
 from workers.storage.private import is_private
+from workers.storage.store import Store
 from workers.urls import hide_passwords, known_secrets
 
 _PYTHON = (3, 11)
@@ -170,7 +172,21 @@ def _store(settings: Settings) -> tuple[bool, str]:
             raise StoreError(f"{store.url}: got other bytes back than were written")
     finally:
         store.delete(digest)
-    return True, f"{store.url}: writes, reads and deletes"
+    return True, f"{store.url}: writes, reads and deletes{_owner(settings, store)}"
+
+
+def _owner(settings: Settings, store: Store) -> str:
+    """Say whose the store is, if there is a database to compare it with."""
+    state = current(settings.database_url)
+    if state.revision != state.head:
+        return ""
+    database = open_database(settings.database_url)
+    try:
+        owner = store_owner(database, store)
+    finally:
+        database.close()
+    kept = "" if owner is StoreOwner.OURS else ", so artifacts gc removes nothing (quantmill init --adopt)"
+    return f"; it belongs to {owner}{kept}"
 
 
 def _home(settings: Settings) -> tuple[bool, str]:

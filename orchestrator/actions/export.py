@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.actions.local import run_task
 from orchestrator.actions.releases import check_target, get_release
+from orchestrator.actions.repair import saying_how_to_repair
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.service import Service
 from quant_spec.documents import read_json_file
@@ -42,11 +43,13 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
     release = get_release(service, ref)
     digest = release.digest
     if layout == DEQUANTIZED:
-        output = run_task(service.settings, export.KIND, export.Params(), export.Inputs(artifact=digest))
+        with saying_how_to_repair(service, release):
+            output = run_task(service.settings, export.KIND, export.Params(), export.Inputs(artifact=digest))
         digest = output.outputs[export.MODEL]
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-partial-", dir=folder.parent) as scratch:
         pulled, laid_out = Path(scratch, "pulled"), Path(scratch, "out")
-        pull_tree(service.store, digest, pulled)
+        with saying_how_to_repair(service, release):
+            pull_tree(service.store, digest, pulled)
         (pulled / MANIFEST_NAME).unlink()
         _lay_out(pulled, laid_out)
         laid_out.chmod(0o755)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from orchestrator.actions.cluster import left_out
@@ -12,7 +13,8 @@ from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import events, find_job, is_invalid, job_counts, list_jobs, list_tasks
 from orchestrator.db.orchestrators import clusters
 from orchestrator.db.places import task_places
-from orchestrator.db.rows import JobRow
+from orchestrator.db.rows import EventRow, JobRow
+from orchestrator.patience import look_patiently
 from orchestrator.scheduling.running import REPORTING, running_tasks
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS, JobState
@@ -71,30 +73,46 @@ def wait_for_job(service: Service, prefix: str, timeout_seconds: float | None = 
         Of its id.
     timeout_seconds
         None waits for ever.
+
+    Raises
+    ------
+    OutageError
+        If the database had answered, and then did not for minutes.
     """
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    while True:
+
+    def look() -> JobRow:
         with service.database.session(read_only=True) as session:
-            job = find_job(session, prefix)
+            return find_job(session, prefix)
+
+    job = look()
+    while True:
         left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
         if job.state not in ACTIVE_JOBS or left <= 0:
             return job
         time.sleep(min(POLL_SECONDS, left))
+        job = look_patiently(look, until=deadline) or job
 
 
 def job_events(service: Service, prefix: str, *, follow: bool) -> Iterator[dict[str, Any]]:
     """Yield what happened to a job and its tasks, oldest first, as JSON; with `follow`, until the job has ended."""
-    seen = 0
-    tasks: dict[str, tuple[str, str]] | None = None
-    while True:
+    tasks: dict[str, tuple[str, str]] = {}
+
+    def look(seen: int) -> tuple[JobRow, list[EventRow]]:
         with service.database.session(read_only=True) as session:
             job = find_job(session, prefix)
             rows = events(session, job.id, after_id=seen, limit=_EVENTS_PER_READ)
-            if rows and tasks is None:
+            if rows and not tasks:
                 # A job has all its tasks from the transaction that made it.
-                tasks = {task.id: (task.kind, task.label) for task in list_tasks(session, job.id)}
+                tasks.update((task.id, (task.kind, task.label)) for task in list_tasks(session, job.id))
+        return job, rows
+
+    seen = 0
+    found: tuple[JobRow, list[EventRow]] | None = look(seen)
+    while found is not None:
+        job, rows = found
         for row in rows:
-            kind, label = (tasks or {}).get(row.task or "", (None, None))
+            kind, label = tasks.get(row.task or "", (None, None))
             yield event_view(row, kind, label)
         if rows:
             seen = rows[-1].id
@@ -102,3 +120,4 @@ def job_events(service: Service, prefix: str, *, follow: bool) -> Iterator[dict[
             return
         else:
             time.sleep(POLL_SECONDS)
+        found = look_patiently(partial(look, seen))

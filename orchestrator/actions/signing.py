@@ -95,7 +95,7 @@ def _sign(service: Service, ref: str, digest: str, key: SigningKey) -> None:
         add_signature(session, digest, key.id, bundle)
 
 
-def pull_signed(service: Service, ref: str, folder: Path, key: VerifyingKey) -> ReleaseRow:
+def pull_signed(service: Service, ref: str, folder: Path, key: VerifyingKey) -> tuple[ReleaseRow, bool]:
     """Pull a release that a key must have signed; `pull_release` otherwise.
 
     Raises

@@ -95,7 +95,8 @@ def submit(
 def tell_next(app: App, submitted: Submitted) -> None:
     """Say what was queued and how to go on."""
     job, counts = submitted.job, submitted.counts
-    app.notify(f"job {job.id}: {job.recipe_name} on {job.model_name}, {counts.total} tasks, {counts.cached} cached")
+    known = f"{counts.cached} done, going on with it" if submitted.resumed else f"{counts.cached} cached"
+    app.notify(f"job {job.id}: {job.recipe_name} on {job.model_name}, {counts.total} tasks, {known}")
     app.notify(f"  {app.command('jobs', 'logs', '-f', job.id)}    # what happens")
     app.notify(f"  {app.command('jobs', 'cancel', job.id)}    # stop it")
 

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.event_log import record_event
+from orchestrator.db.lineage import input_edges
 from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
 from orchestrator.db.promote import complete, recount
 from orchestrator.db.rows import EnqueueCounts
@@ -77,7 +78,7 @@ def start_tasks(session: Session, job_id: str) -> None:
     revived = session.execute(
         move_task(TaskEvent.REVIVE)
         .where(Task.id.in_(wanted))
-        .values(priority=priority, faults_task=0, faults_infrastructure=0, error=None, not_before=0.0, finished_at=None)
+        .values(priority=priority, faults_task=0, faults_infrastructure=0, error=None, finished_at=None)
         .returning(Task.id, Task.attempt)
     ).all()
     for row in revived:
@@ -171,8 +172,7 @@ def _add(session: Session, job_id: str, shared: Mapping[str, Any], nodes: Sequen
     present = set(run(session, _PRESENT, given=rows_json([{"id": each} for each in ids])).scalars())
     new = [node for node in nodes if node.id not in present]
     insert_rows(session, Task, [_task_values(node, shared) for node in new])
-    edges = [{"task_id": node.id, "source_id": source} for node in new for source in node.sources()]
-    insert_rows(session, TaskInput, edges)
+    insert_rows(session, TaskInput, [edge for node in new for edge in input_edges(node)])
     wanted = [{"job_id": job_id, "task_id": each, "cached": False} for each in ids]
     insert_rows(session, JobTask, wanted, or_ignore=True)
 

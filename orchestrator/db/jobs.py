@@ -121,6 +121,27 @@ def find_job(session: Session, prefix: str) -> JobRow:
     return _job_row(rows[0])
 
 
+def find_active_job(
+    session: Session,
+    model_digest: str,
+    recipe_digest: str,
+    release_name: str,
+    *,
+    device: str = "auto",
+    gpu_type: str | None = None,
+) -> JobRow | None:
+    """Return the newest job that has not ended and does exactly this; None if there is none."""
+    statement = (
+        select(Job)
+        .where(in_states(Job.state, ACTIVE_JOBS), Job.model_digest == model_digest, Job.recipe_digest == recipe_digest)
+        .where(Job.release_name == release_name, Job.device == device, Job.gpu_type.is_not_distinct_from(gpu_type))
+        .order_by(Job.created_at.desc())
+        .limit(1)
+    )
+    job = session.scalars(statement).first()
+    return None if job is None else _job_row(job)
+
+
 def list_jobs(session: Session, *, states: Iterable[JobState] = (), limit: int = 100) -> list[JobRow]:
     """Return jobs, newest first; all, or those in some states."""
     statement = select(Job).order_by(Job.created_at.desc(), Job.id).limit(limit)
@@ -221,7 +242,7 @@ def events(session: Session, job_id: str, after_id: int = 0, limit: int = 1000) 
     statement = (
         select(Event)
         .where(Event.id > after_id, Event.id >= first, *([] if last is None else [Event.id <= last]))
-        .where(or_(Event.job_id == job_id, Event.task_id.in_(tasks)))
+        .where(or_(Event.job_id == job_id, Event.job_id.is_(None) & Event.task_id.in_(tasks)))
         .order_by(Event.id)
         .limit(limit)
     )

@@ -204,12 +204,17 @@ class Task(Base):
 
 
 class TaskInput(Base):
-    """Task `task_id` reads an output of task `source_id`."""
+    """Task `task_id` reads outputs of task `source_id`.
+
+    `places` says which and where, as [input, position, output]: what the task's inputs are made of again once the
+    outputs are lost. Null in rows of releases before 2026.12.
+    """
 
     __tablename__ = "task_inputs"
 
     task_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"), primary_key=True)
     source_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"), primary_key=True, index=True)
+    places: Mapped[list[list[Any]] | None] = mapped_column(Json)
 
 
 class JobTask(Base):

@@ -28,7 +28,8 @@ from orchestrator.db.queue import (
     release_tasks,
     renew_leases,
 )
-from orchestrator.db.registry import add_model, find_model, known_results, list_models, live_digests
+from orchestrator.db.references import references
+from orchestrator.db.registry import add_model, find_model, known_results, list_models
 from orchestrator.db.releases import find_release, list_releases, set_alias
 from orchestrator.db.timings import kind_timings
 
@@ -63,5 +64,5 @@ __all__ = [
     "list_releases",
     "find_release",
     "set_alias",
-    "live_digests",
+    "references",
 ]

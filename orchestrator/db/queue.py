@@ -29,6 +29,7 @@ from orchestrator.db.job_ends import fail_jobs_that_need
 from orchestrator.db.models import Task, in_states
 from orchestrator.db.picking import Picker, after_out_of_memory, pick
 from orchestrator.db.promote import KEY_LOCK, complete_finished
+from orchestrator.db.repair import repair_lost
 from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
 from orchestrator.db.session import GraphNeededError, lock_graph, share_graph, tell_others, trying_shared
 from orchestrator.db.sql import Statement, dump, is_postgres, read_json, rows_json, run, statement
@@ -405,17 +406,20 @@ def check_end(end: TaskEnd) -> None:
         raise ResultError(f"task {task}: metrics cannot be recorded as JSON ({error})") from error
 
 
-def fail_task(session: Session, lease: Lease, *, fault: str, error: str) -> bool:
+def fail_task(session: Session, lease: Lease, *, fault: str, error: str, lost: Sequence[str] = ()) -> bool:
     """Record that an attempt failed: the task runs again after a while, or has failed for good, and its jobs with it.
 
     Parameters
     ----------
     fault
         "task" (its own), "infrastructure" (a worker, node or store was lost), "memory" (device's or host's ran out: the
-        next attempt is alone, with half the batch where that is free), "refused" (by a node that is not fit for it) or
-        "invalid" (bad input, final).
+        next attempt is alone, with half the batch where that is free), "refused" (by a node that is not fit for it),
+        "invalid" (bad input, final) or "lost" (a blob that it reads): then what gave the blob runs again, and the task
+        after it (`orchestrator.db.repair`).
     error
         One line for people.
+    lost
+        For a "lost" one the blob, first, and the trees in which it is listed.
 
     Returns
     -------
@@ -423,6 +427,8 @@ def fail_task(session: Session, lease: Lease, *, fault: str, error: str) -> bool
         False if the lease is no longer good; then nothing was changed.
     """
     lock_graph(session)
+    if fault == "lost":
+        return repair_lost(session, lease, lost, _storable(error))
     return _fault(session, lease.task_id, held(lease), TaskEvent.RETRY, fault, error)
 
 

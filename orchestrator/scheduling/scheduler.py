@@ -38,7 +38,9 @@ from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
 from orchestrator.db.session import Database, Session, lock_graph, ready_count, tell_others
 from orchestrator.db.timings import device_timings
 from orchestrator.errors import DatabaseError, ResultError
+from orchestrator.patience import as_outage
 from orchestrator.scheduling.leases import LeaseKeeper
+from orchestrator.scheduling.losses import examine_loss
 from orchestrator.scheduling.picker import Places
 from orchestrator.scheduling.placement import Placement
 from orchestrator.scheduling.wakeup import Wakeup
@@ -97,6 +99,16 @@ class Served:
     stopped: bool
     found_work: bool
     executed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The end of an attempt that gave no result; `lost` are digests of blobs that it could not read."""
+
+    lease: Lease
+    fault: Fault
+    error: str
+    lost: tuple[str, ...] = ()
 
 
 class Scheduler:
@@ -225,6 +237,9 @@ class Scheduler:
 
     def _end(self, task: ClaimedTask, finished: Finished) -> None:
         """Note the end of a task, to be recorded with the next transaction."""
+        if finished.fault is Fault.LOST:
+            look = partial(examine_loss, self._database, self._config.store_url, task.lease.task_id, finished)
+            finished = self._patiently(look)
         if finished.output is None:
             log.warning("task failed: %s", finished.error, extra=_about(task) | {"fault": str(finished.fault)})
         else:
@@ -279,20 +294,21 @@ class Scheduler:
                 log.warning("result dropped: the lease was lost", extra=_about(task))
         return claimed
 
-    def _sorted_ends(self) -> tuple[list[TaskEnd], list[tuple[Lease, Fault, str]]]:
+    def _sorted_ends(self) -> tuple[list[TaskEnd], list[Failure]]:
         """Return the ends that can be recorded as results, and the faults, with an error each."""
         ends: list[TaskEnd] = []
-        faults: list[tuple[Lease, Fault, str]] = []
+        faults: list[Failure] = []
         for task, finished in self._ended:
             if finished.output is None:
-                faults.append((task.lease, finished.fault or Fault.INFRASTRUCTURE, finished.error))
+                fault = finished.fault or Fault.INFRASTRUCTURE
+                faults.append(Failure(task.lease, fault, finished.error, finished.lost))
                 continue
             metrics = finished.output.metrics
             end = TaskEnd(task.lease, finished.output.outputs, metrics, float(metrics["seconds"]), finished.output.ran)
             try:
                 check_end(end)
             except ResultError as refusal:
-                faults.append((task.lease, Fault.TASK, str(refusal)))
+                faults.append(Failure(task.lease, Fault.TASK, str(refusal)))
             else:
                 ends.append(end)
         return ends, faults
@@ -302,7 +318,7 @@ class Scheduler:
         claim: bool,
         give_back: Sequence[Lease],
         ends: Sequence[TaskEnd],
-        faults: Sequence[tuple[Lease, Fault, str]],
+        faults: Sequence[Failure],
         session: Session,
     ) -> tuple[list[ClaimedTask], set[Lease], dict[str, Placement]]:
         """Do what `_record` says; return what was claimed, the leases of the ends that were recorded, and places."""
@@ -310,9 +326,9 @@ class Scheduler:
             # They need the graph alone, and who has shared it before cannot have it without a risk of deadlock.
             lock_graph(session)
         kept = set(finish_tasks(session, ends))
-        for lease, fault, error in faults:
-            if fail_task(session, lease, fault=fault.value, error=error):
-                kept.add(lease)
+        for each in faults:
+            if fail_task(session, each.lease, fault=each.fault.value, error=each.error, lost=each.lost):
+                kept.add(each.lease)
         release_tasks(session, give_back)
         picker = self._places.picker(_CLAIM_LIMIT)
         claimed = []
@@ -437,7 +453,7 @@ class Scheduler:
                 return work()
             except (DatabaseError, ExecutorError) as error:
                 if self._stop.is_set() or time.monotonic() + pause > deadline:
-                    raise
+                    raise (as_outage(error) if isinstance(error, DatabaseError) else error) from error
                 log.warning("trying again in %.1f s: %s", pause, error)
             self._stop.wait(pause)
             pause = min(pause * 2, 10.0)

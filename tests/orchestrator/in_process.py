@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-from workers.errors import Fault
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall
-from workers.execution.executor import Capacity, Finished
+from workers.execution.executor import Capacity, Finished, failed
 from workers.execution.local import answer_call
 
 
@@ -27,7 +26,7 @@ class InProcess:
         """Run a call."""
         handle, answer = next(self._handles), answer_call(call)
         if "error" in answer:
-            self._finished.append(Finished(handle, None, Fault(answer["fault"]), answer["error"]))
+            self._finished.append(failed(handle, answer))
         else:
             self._finished.append(Finished(handle, TaskOutput(answer["outputs"], answer["metrics"], answer["ran"])))
         return handle

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +71,19 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a call: its output, or its fault and one line about it."""
+    """The end of a call: its output, or its fault and one line about it; `lost` are digests of lost blobs."""
 
     handle: int
     output: TaskOutput | None
     fault: Fault | None = None
     error: str = ""
+    lost: tuple[str, ...] = ()
+
+
+def failed(handle: int, answer: Mapping[str, Any]) -> Finished:
+    """Return the end of a call that failed, by the JSON of `workers.execution.local.answer_call`."""
+    lost = (answer["lost"],) if "lost" in answer else ()
+    return Finished(handle, None, Fault(answer["fault"]), answer["error"], lost)
 
 
 class Executor(Protocol):
@@ -240,7 +248,7 @@ class RayExecutor:
         elif "failed" in message:
             self._failure = message["failed"][:300]
         elif "error" in message:
-            self._finished.append(Finished(message["id"], None, Fault(message["fault"]), message["error"]))
+            self._finished.append(failed(message["id"], message))
         else:
             self._finished.append(Finished(message["id"], _output(message)))
 

@@ -1,7 +1,8 @@
 """Run one task in a process of its own: `python -m workers.execution.local KIND`, JSON in, one line of JSON out.
 
 Standard input: `{"params":…, "inputs":…, "store_url":…, "cache_dir":…, "device":…, "threads":…}`. Standard output: the
-output and metrics, or `{"error":…, "fault":…, "exit_code":…}`; everything else that is printed goes to standard error.
+output and metrics, or `{"error":…, "fault":…, "exit_code":…}`, with `"lost"`, a digest, if a blob was; everything
+else that is printed goes to standard error.
 The orchestrator, which never imports torch, inspects models this way.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quant_spec.errors import QuantServiceError
-from workers.errors import Fault, TaskError, TaskFailedError, describe, fault_of
+from workers.errors import BlobLostError, Fault, TaskError, TaskFailedError, describe, fault_of
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall, execute_call
 from workers.execution.ray_security import worker_environment
@@ -32,7 +33,8 @@ def answer_call(call: TaskCall) -> dict[str, Any]:
         json.dumps(answer, allow_nan=False)
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, QuantServiceError) else 1
-        return {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code}
+        lost = {"lost": error.digest} if isinstance(error, BlobLostError) else {}
+        return {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code, **lost}
     return answer
 
 
@@ -43,6 +45,8 @@ def run_in_subprocess(call: TaskCall) -> TaskOutput:
     ------
     TaskError
         If the task found its input to be bad; the message is the task's own.
+    BlobLostError
+        If a blob that it reads is missing or damaged.
     TaskFailedError
         If it failed otherwise, or the process died; `exit_code` is that of the task's own error.
     """
@@ -69,6 +73,10 @@ def run_in_subprocess(call: TaskCall) -> TaskOutput:
 def read_answer(answer: dict[str, Any]) -> TaskOutput:
     """Return the output that `answer_call` made JSON of, or raise its error, as `run_in_subprocess` does."""
     if "error" in answer:
+        if "lost" in answer:
+            lost = BlobLostError(answer["error"], answer["lost"])
+            lost.exit_code = answer["exit_code"]
+            raise lost
         error = (TaskError if answer["fault"] == Fault.INVALID else TaskFailedError)(answer["error"])
         error.exit_code = answer["exit_code"]
         raise error

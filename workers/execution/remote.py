@@ -2,8 +2,8 @@
 
 Standard input: `{"submit": id, "call": {…}}` or `{"cancel": id}`, one a line. Standard output: `{"capacity": {…}}` when
 Ray is there and whenever it changes, with a list of its nodes, and for each call `{"id":…, "outputs":…, "metrics":…,
-"ran":…}` or `{"id":…, "error":…, "fault":…}`. The process ends, with every process of a local Ray, when its input
-closes or Ray is lost.
+"ran":…}` or `{"id":…, "error":…, "fault":…}`, as `workers.execution.local` answers. The process ends, with every
+process of a local Ray, when its input closes or Ray is lost.
 
 Ray retries nothing (the queue does, and counts), keeps no results of ours (they are in the store), and keeps its worker
 processes, as importing torch takes seconds.

@@ -91,6 +91,10 @@ class CachedStore:
         self._evict()
         return digest
 
+    def verify(self, digest: str) -> int:
+        """Read a whole blob in the store itself, not in the cache."""
+        return self._store.verify(digest)
+
     def exists(self, digest: str) -> bool:
         """Say whether the store has such a blob."""
         return self._store.exists(digest)
@@ -119,6 +123,18 @@ class CachedStore:
     def delete_note(self, what: str, key: str) -> None:
         """Remove a note from the store."""
         self._store.delete_note(what, key)
+
+    def read_label(self) -> bytes | None:
+        """Read the store's label."""
+        return self._store.read_label()
+
+    def write_label(self, data: bytes) -> None:
+        """Write the store's label."""
+        self._store.write_label(data)
+
+    def now(self) -> float:
+        """Return the time of the store's clock."""
+        return self._store.now()
 
     def sweep(self, older_than_seconds: float) -> int:
         """Remove what dead writers left unfinished in the store and in the cache."""

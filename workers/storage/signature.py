@@ -21,13 +21,11 @@ from quant_spec.documents import read_json, read_plain_file
 from quant_spec.errors import InvalidInputError
 from workers.errors import WorkerError
 from workers.storage.manifest import MANIFEST_NAME
+from workers.storage.manifest import SIGNATURE_NAME as SIGNATURE_NAME
 from workers.storage.private import is_private
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePrivateKey, EllipticCurvePublicKey
-
-#: The file that a pulled folder has besides its manifest's, if the release is signed.
-SIGNATURE_NAME = "model.sig"
 
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD = "application/vnd.in-toto+json"

@@ -25,7 +25,12 @@ class Store(Protocol):
     """Blobs by digest (64 hexadecimal digits). Every write is atomic; every read is verified.
 
     A put of bytes that are there already makes them young again, so a collection of old garbage with a grace period
-    above two hours never takes what a task in flight relies on.
+    above two hours never takes what a task in flight relies on. It also looks at what is there, and replaces it if it
+    is not what is put: a folder reads the blob once, S3 is asked for the checksum that it keeps, and where it keeps
+    none (a service without checksums, a blob that came in parts) the bytes are sent again. So a put of what is there
+    costs at most what the first one did.
+
+    Files in the store that are no blobs are passed over.
     """
 
     url: str
@@ -44,6 +49,10 @@ class Store(Protocol):
 
     def get_file(self, digest: str, path: Path) -> None:
         """Write a blob to a file, whole or not at all; raises NotFoundError or DigestMismatchError."""
+        ...
+
+    def verify(self, digest: str) -> int:
+        """Read a whole blob, keeping nothing; return its bytes. Raises NotFoundError or DigestMismatchError."""
         ...
 
     def exists(self, digest: str) -> bool:
@@ -72,6 +81,18 @@ class Store(Protocol):
 
     def delete_note(self, what: str, key: str) -> None:
         """Remove what is stored by this name, if it is there."""
+        ...
+
+    def read_label(self) -> bytes | None:
+        """Return what the store says of itself; None if nothing has been written."""
+        ...
+
+    def write_label(self, data: bytes) -> None:
+        """Let the store say this of itself, in place of what it said."""
+        ...
+
+    def now(self) -> float:
+        """Return the time of the store's own clock, which `list` uses too, in seconds since 1970."""
         ...
 
     def sweep(self, older_than_seconds: float) -> int:

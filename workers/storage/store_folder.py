@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from workers.errors import NotFoundError, StoreError, StoreUnreachableError
-from workers.storage.blobs import CHUNK, blob_key, check_bytes, digest_of, digest_of_file, note_key, writing
+from workers.storage.blobs import (
+    CHUNK,
+    LABEL_NAME,
+    blob_key,
+    check_bytes,
+    digest_of,
+    digest_of_file,
+    is_digest,
+    note_key,
+    writing,
+)
 
 # Partial files lie beside the blobs' folders, so that a rename never crosses a file system.
 _PARTIAL = "partial"
@@ -69,6 +79,17 @@ class FolderStore:
             file.flush()
             check_bytes(digest, digest_of_file(Path(file.name)), str(self._path(digest)))
 
+    def verify(self, digest: str) -> int:
+        """Read a whole blob; see `workers.storage.store.Store`."""
+        path = self._path(digest)
+        try:
+            size = path.stat().st_size
+            got = digest_of_file(path)
+        except (FileNotFoundError, IsADirectoryError):
+            raise _missing(self.url, digest) from None
+        check_bytes(digest, got, str(path))
+        return size
+
     def exists(self, digest: str) -> bool:
         """Say whether there is such a blob."""
         return self._path(digest).is_file()
@@ -89,6 +110,8 @@ class FolderStore:
         for folder in sorted((self.root / "sha256").glob("[0-9a-f][0-9a-f]")):
             for entry in sorted(os.scandir(folder), key=lambda item: item.name):
                 try:
+                    if not (is_digest(entry.name) and entry.is_file(follow_symlinks=False)):
+                        continue
                     status = entry.stat()
                 except FileNotFoundError:
                     continue
@@ -112,9 +135,28 @@ class FolderStore:
         """Remove a note; see `workers.storage.store.Store`."""
         (self.root / note_key(what, key)).unlink(missing_ok=True)
 
+    def read_label(self) -> bytes | None:
+        """Read the label; see `workers.storage.store.Store`."""
+        try:
+            return (self.root / LABEL_NAME).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write_label(self, data: bytes) -> None:
+        """Write the label; see `workers.storage.store.Store`."""
+        with writing(self.root / LABEL_NAME, temporary=self._partial(), mode=0o644) as file:
+            file.write(data)
+
+    def now(self) -> float:
+        """Return the time that the file system gives a new file: on a network, the server's."""
+        with tempfile.TemporaryFile(dir=self._partial()) as file:
+            file.write(b"now")
+            file.flush()
+            return os.fstat(file.fileno()).st_mtime
+
     def sweep(self, older_than_seconds: float) -> int:
         """Remove partial files of writers that died, and notes of tasks that never went on."""
-        limit = time.time() - older_than_seconds
+        limit = self.now() - older_than_seconds
         left = [*(self.root / _PARTIAL).glob(".partial-*"), *(self.root / "notes").glob("*/*")]
         old = [path for path in left if path.stat().st_mtime < limit]
         for path in old:
@@ -160,10 +202,11 @@ class FolderStore:
             raise StoreError(f"{folder}: got {error.strerror or error}, wanted a folder of the store") from error
 
     def _renew(self, digest: str, size: int) -> bool:
-        """Make a blob young again; say whether it is there, at its full size."""
+        """Make a blob young again; say whether it is there, every byte as it must be."""
         path = self._path(digest)
         try:
-            if path.stat().st_size != size:
+            # Read anew even if this process has verified it: damage on a disk changes no time of change.
+            if path.stat().st_size != size or digest_of_file(path) != digest:
                 return False
             os.utime(path)
         except OSError:
@@ -173,4 +216,4 @@ class FolderStore:
 
 def _missing(url: str, digest: str) -> NotFoundError:
     """Return the error for a blob that is not there."""
-    return NotFoundError(f"{url}: got no blob {digest}, wanted it in the store")
+    return NotFoundError(f"{url}: got no blob {digest}, wanted it in the store", digest)

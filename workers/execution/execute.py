@@ -31,7 +31,7 @@ class TaskCall:
     `params` and `inputs` (name to digests, in order) are as the kind's records write them. `store_url` is as for
     `workers.storage.store.open_store`; `cache_dir` is the node's cache of at most `cache_bytes`, and scratch folders
     lie in it too. `device` is torch's name of what to compute on. `cpus`, `gpus` and `memory_bytes` are what the task
-    occupies; `threads` is how many it may use.
+    occupies; `threads` is how many it may use. A call that runs for longer than `deadline_seconds` is taken away.
     """
 
     kind: str
@@ -46,6 +46,7 @@ class TaskCall:
     gpus: float = 0.0
     memory_bytes: int = 0
     version: int | None = None
+    deadline_seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the call as JSON."""

@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from workers.errors import ExecutorError, Fault
+from workers.errors import Dependency, ExecutorError, Fault
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall
 from workers.execution.local import python_path
+from workers.execution.pulse import SILENCE_SECONDS, Watchdog
 from workers.storage.locks import own_folder
 
 # Ray's sockets lie in this folder, and a socket's path may have 107 characters at most.
@@ -58,12 +59,21 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a call: its output, or its fault and one line about it."""
+    """The end of a call: its output, or its fault and one line about it; of an outage, also what is out."""
 
     handle: int
     output: TaskOutput | None
     fault: Fault | None = None
     error: str = ""
+    dependency: Dependency | None = None
+
+
+def finished_of(handle: int, answer: dict[str, Any]) -> Finished:
+    """Return the end of a call from the JSON of `workers.execution.local.answer_call`."""
+    if "error" not in answer:
+        return Finished(handle, TaskOutput(answer["outputs"], answer["metrics"]))
+    named = answer.get("dependency")
+    return Finished(handle, None, Fault(answer["fault"]), answer["error"], Dependency(named) if named else None)
 
 
 class Executor(Protocol):
@@ -97,7 +107,9 @@ class Executor(Protocol):
 class RayExecutor:
     """Calls as Ray tasks, on a local Ray that lives as long as this object, or on a cluster."""
 
-    def __init__(self, address: str | None, cpus: int | None, memory_bytes: int | None, timeout: float) -> None:
+    def __init__(
+        self, address: str | None, cpus: int | None, memory_bytes: int | None, timeout: float, silence_seconds: float
+    ) -> None:
         """Start the child and wait until it has a Ray; use `start`."""
         self._handles = itertools.count()
         self._finished: deque[Finished] = deque()
@@ -109,14 +121,17 @@ class RayExecutor:
         self._address = address
         self._local = address is None
         self._resources = ExitStack()
+        self._watchdog = Watchdog(silence_seconds, self._kill)
         try:
             folder = self._resources.enter_context(own_folder(_TEMPORARY, "quantmill-ray-"))
             self._log = folder / "driver.log"
             config = {"address": address, "cpus": cpus, "memory_bytes": memory_bytes, "temporary": str(folder)}
+            config["silence_seconds"] = silence_seconds
             self._process = self._spawn(folder, config)
             self._reader = threading.Thread(target=self._read, name="ray-answers", daemon=True)
             self._reader.start()
             self._wait_until_ready(timeout)
+            self._watchdog.start()
         except BaseException:
             self.shutdown()
             raise
@@ -129,6 +144,7 @@ class RayExecutor:
         cpus: int | None = None,
         memory_bytes: int | None = None,
         timeout: float = _START_SECONDS,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> RayExecutor:
         """Start a local Ray, or connect to one.
 
@@ -141,13 +157,16 @@ class RayExecutor:
             What a local Ray may use; all CPUs and most of the memory that is free by default.
         timeout
             Seconds to wait for it.
+        silence_seconds
+            How long a process may give no sign of life: a worker that is silent for longer is killed, and its call
+            has failed; so is the driver, and the executor is lost.
 
         Raises
         ------
         ExecutorError
             If it does not start or cannot be reached.
         """
-        return cls(None if address in (None, "", "local") else address, cpus, memory_bytes, timeout)
+        return cls(None if address in (None, "", "local") else address, cpus, memory_bytes, timeout, silence_seconds)
 
     def _spawn(self, folder: Path, config: dict[str, Any]) -> subprocess.Popen[bytes]:
         environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": python_path()}
@@ -201,15 +220,14 @@ class RayExecutor:
                 self._changed.notify_all()
 
     def _take(self, message: dict[str, Any]) -> None:
+        self._watchdog.hear()
         with self._changed:
             if "capacity" in message:
                 self._capacity = Capacity(**message["capacity"])
             elif "failed" in message:
                 self._failure = message["failed"][:300]
-            elif "error" in message:
-                self._finished.append(Finished(message["id"], None, Fault(message["fault"]), message["error"]))
-            else:
-                self._finished.append(Finished(message["id"], TaskOutput(message["outputs"], message["metrics"])))
+            elif "id" in message:
+                self._finished.append(finished_of(message["id"], message))
             self._changed.notify_all()
 
     def capacity(self) -> Capacity:
@@ -249,8 +267,16 @@ class RayExecutor:
         except (OSError, ValueError) as error:
             raise ExecutorError(f"ray: got a driver that is gone ({error}), wanted it to take a task") from error
 
+    def _kill(self) -> None:
+        """Kill the child, and all processes of a local Ray."""
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                # Until it has been waited for, the number cannot be that of another group.
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def shutdown(self) -> None:
         """Stop a local Ray and all its processes, or leave the cluster; see `Executor`."""
+        self._watchdog.stop()
         process = getattr(self, "_process", None)
         if process is not None:
             with suppress(OSError, ValueError):
@@ -258,9 +284,7 @@ class RayExecutor:
             if not self._local:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_STOP_SECONDS)
-            with suppress(ProcessLookupError):
-                # Until it has been waited for, the number cannot be that of another group.
-                os.killpg(process.pid, signal.SIGKILL)
+            self._kill()
             process.wait()
             self._reader.join(_STOP_SECONDS)
         self._resources.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quant_spec.errors import QuantServiceError
-from workers.errors import Fault, TaskError, TaskFailedError, describe, fault_of
+from workers.errors import Fault, TaskError, TaskFailedError, dependency_of, describe, fault_of
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall, execute_call
 
@@ -31,7 +31,8 @@ def answer_call(call: TaskCall) -> dict[str, Any]:
         json.dumps(answer, allow_nan=False)
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, QuantServiceError) else 1
-        return {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code}
+        answer = {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code}
+        return answer | {"dependency": dependency_of(error)}
     return answer
 
 

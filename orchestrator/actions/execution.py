@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 
 from orchestrator.actions.dry_run import worker_count
+from orchestrator.actions.patience import patiently
 from orchestrator.actions.progress import Progress
 from orchestrator.db.jobs import find_job
 from orchestrator.db.rows import JobRow
@@ -27,14 +29,20 @@ def run_job(service: Service, job: JobRow, stop: threading.Event) -> JobRow:
         The job as it is now; if it has not ended, any orchestrator goes on with it.
     """
     if job.state in ACTIVE_JOBS:
+        service.database.patience.stop = stop
         with Progress(service.database, service.store, job.id, workers=worker_count()):
             make_scheduler(service).run(stop=stop, until_job=job.id)
-    with service.database.session(read_only=True) as session:
-        return find_job(session, job.id)
+
+    def look() -> JobRow:
+        with service.database.session(read_only=True) as session:
+            return find_job(session, job.id)
+
+    return patiently(look, deadline=time.monotonic() if stop.is_set() else None)
 
 
 def serve(service: Service, stop: threading.Event, *, drain: bool) -> Served:
     """Execute whatever is queued until `stop` is set or, with `drain`, until nothing is left; return what was done."""
+    service.database.patience.stop = stop
     return make_scheduler(service).run(stop=stop, drain=drain)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from orchestrator.actions.patience import patiently
 from orchestrator.actions.views import event_view, job_view
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import events, find_job, is_invalid, job_counts, list_jobs, list_tasks
-from orchestrator.db.rows import JobRow
+from orchestrator.db.orchestrators import waiting_reason
+from orchestrator.db.rows import EventRow, JobRow
 from orchestrator.scheduling.running import REPORTING, running_tasks
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS, JobState
@@ -37,7 +39,7 @@ def show_job(service: Service, prefix: str) -> dict[str, Any]:
     """Return a job's view by a unique prefix of its id."""
     with service.database.session(read_only=True) as session:
         job = find_job(session, prefix)
-        view = job_view(job, job_counts(session, job.id), database_time(session))
+        view = job_view(job, job_counts(session, job.id), database_time(session), waiting_reason(session))
         rows = [task for kind in REPORTING for task in list_tasks(session, job.id, kind=kind)]
     steps = running_tasks(rows, service.store)
     return view | {"steps": [each.document() for each in steps]}
@@ -46,13 +48,15 @@ def show_job(service: Service, prefix: str) -> dict[str, Any]:
 def show_jobs(service: Service, *, state: JobState | None = None, limit: int = 50) -> list[dict[str, Any]]:
     """Return the views of the newest jobs, newest first."""
     with service.database.session(read_only=True) as session:
-        now = database_time(session)
+        now, waiting = database_time(session), waiting_reason(session)
         rows = list_jobs(session, states=[state] if state else [], limit=limit)
-        return [job_view(job, job_counts(session, job.id), now) for job in rows]
+        return [job_view(job, job_counts(session, job.id), now, waiting) for job in rows]
 
 
-def wait_for_job(service: Service, prefix: str, timeout_seconds: float | None = None) -> JobRow:
-    """Return a job once it has ended, or as it is when the time is over.
+def wait_for_job(
+    service: Service, prefix: str, timeout_seconds: float | None = None, notify: Callable[[str], None] = lambda _: None
+) -> JobRow:
+    """Return a job once it has ended, or as it is when the time is over; a database that is out is waited for.
 
     Parameters
     ----------
@@ -62,11 +66,26 @@ def wait_for_job(service: Service, prefix: str, timeout_seconds: float | None = 
         Of its id.
     timeout_seconds
         None waits for ever.
+    notify
+        Told what the job waits for, whenever that changes.
+
+    Raises
+    ------
+    DatabaseUnavailableError
+        If the database is out for longer than a command's patience, or when the time is over.
     """
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    while True:
+    told: str | None = None
+
+    def look() -> tuple[JobRow, str | None]:
         with service.database.session(read_only=True) as session:
-            job = find_job(session, prefix)
+            return find_job(session, prefix), waiting_reason(session)
+
+    while True:
+        job, reason = patiently(look, notify, deadline)
+        if reason != told and job.state in ACTIVE_JOBS:
+            notify(f"job {job.id}: " + (f"waiting for the {reason}" if reason else "goes on"))
+            told = reason
         left = POLL_SECONDS if deadline is None else deadline - time.monotonic()
         if job.state not in ACTIVE_JOBS or left <= 0:
             return job
@@ -77,13 +96,18 @@ def job_events(service: Service, prefix: str, *, follow: bool) -> Iterator[dict[
     """Yield what happened to a job and its tasks, oldest first, as JSON; with `follow`, until the job has ended."""
     seen = 0
     tasks: dict[str, tuple[str, str]] | None = None
-    while True:
+
+    def look() -> tuple[JobRow, list[EventRow], dict[str, tuple[str, str]] | None]:
         with service.database.session(read_only=True) as session:
             job = find_job(session, prefix)
             rows = events(session, job.id, after_id=seen, limit=_EVENTS_PER_READ)
             if rows and tasks is None:
                 # A job has all its tasks from the transaction that made it.
-                tasks = {task.id: (task.kind, task.label) for task in list_tasks(session, job.id)}
+                return job, rows, {task.id: (task.kind, task.label) for task in list_tasks(session, job.id)}
+            return job, rows, tasks
+
+    while True:
+        job, rows, tasks = patiently(look)
         for row in rows:
             kind, label = (tasks or {}).get(row.task or "", (None, None))
             yield event_view(row, kind, label)

@@ -69,7 +69,7 @@ def jobs_wait(app: App, job: str, timeout: float | None) -> int:
     Exit code: 0 succeeded, 100 failed, 2 failed for bad input, 101 not finished in time, 103 cancelled.
     """
     with app.service() as service:
-        row = wait_for_job(service, job, timeout)
+        row = wait_for_job(service, job, timeout, app.notify)
         view, code = show_job(service, row.id), exit_code(service, row)
     app.answer(view, lambda: job_text(view))
     return code
@@ -107,7 +107,7 @@ def _job_table(views: list[dict[str, Any]]) -> str:
     rows = [
         (
             view["job"],
-            view["state"],
+            "waiting" if view["waiting"] else view["state"],
             view["model"],
             view["recipe"],
             f"{view['tasks']['succeeded']}/{view['tasks']['total']}",
@@ -127,6 +127,7 @@ def job_text(view: dict[str, Any]) -> str:
     facts = [
         ("job", view["job"]),
         ("state", view["state"]),
+        ("waiting", view["waiting"]),
         ("model", view["model"]),
         ("recipe", view["recipe"]),
         ("tasks", f"{tasks['total']}" + (f" ({counts})" if counts else "")),

@@ -133,7 +133,7 @@ def _claim(
         .values(lease_until=epoch_seconds() + lease_seconds)
         .returning(
             Task.id, Task.attempt, Task.kind, Task.version, Task.params, Task.inputs,
-            Task.cpus, Task.gpus, Task.memory_bytes, Task.work, Task.label,
+            Task.cpus, Task.gpus, Task.memory_bytes, Task.work, Task.label, Task.deadline_seconds,
         )
     )  # fmt: skip
     try:
@@ -165,21 +165,24 @@ def _claimed_task(row: Row[Any], token: str) -> ClaimedTask:
         resources=Resources(row.cpus, row.gpus, row.memory_bytes),
         work=row.work,
         label=row.label,
+        deadline_seconds=row.deadline_seconds,
     )
 
 
-def renew_leases(session: Session, leases: Sequence[Lease], lease_seconds: float) -> list[Lease]:
+def renew_leases(session: Session, leases: Sequence[Lease], lease_seconds: float, *, late: bool = False) -> list[Lease]:
     """Let leases last `lease_seconds` from now; return those that are still good, in the order given.
 
-    The others ran out, or no job wants their tasks any more: their holders should stop.
+    The others ran out, or no job wants their tasks any more: their holders should stop. With `late`, one that ran out
+    and that nobody has taken back yet is good again: the database itself may have been out.
     """
     lock_graph(session)
+    on_time = [] if late else [Task.lease_until > epoch_seconds()]
     good: set[tuple[str, int, str]] = set()
     for batch in batches(leases, 200):
         names = [(lease.task_id, lease.attempt, lease.token) for lease in batch]
         statement = (
             update(Task)
-            .where(_RUNNING, Task.id.in_([lease.task_id for lease in batch]), Task.lease_until > epoch_seconds())
+            .where(_RUNNING, Task.id.in_([lease.task_id for lease in batch]), *on_time)
             .where(tuple_(Task.id, Task.attempt, Task.lease_token).in_(names))
             .values(lease_until=epoch_seconds() + lease_seconds)
             .returning(Task.id, Task.attempt, Task.lease_token)
@@ -301,13 +304,17 @@ def _storable(error: str) -> str:
     return error.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()[:_ERROR_CHARACTERS]
 
 
-def release_task(session: Session, lease: Lease) -> bool:
-    """Give a task back unfinished, to be claimed by anyone at once; counts as no fault. False: the lease was lost."""
+def release_task(session: Session, lease: Lease, reason: str | None = None) -> bool:
+    """Give a task back unfinished, to be claimed by anyone at once; counts as no fault. False: the lease was lost.
+
+    `reason` is what was out, in one line; None: the holder ends.
+    """
     lock_graph(session)
     statement = move_task(TaskEvent.RELEASE).where(*held(lease)).returning(Task.id)
     if session.scalars(statement).one_or_none() is None:
         return False
-    record_event(session, TaskEvent.RELEASE, task=lease.task_id, attempt=lease.attempt)
+    data = {} if reason is None else {"error": _storable(reason)}
+    record_event(session, TaskEvent.RELEASE, task=lease.task_id, attempt=lease.attempt, data=data)
     return True
 
 

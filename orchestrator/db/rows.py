@@ -24,7 +24,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedTask:
-    """A task to run, with every input resolved to a digest."""
+    """A task to run, with every input resolved to a digest; `deadline_seconds` is how long its recipe lets it run."""
 
     lease: Lease
     kind: str
@@ -34,6 +34,7 @@ class ClaimedTask:
     resources: Resources
     work: float
     label: str
+    deadline_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ smaller number later, which a plain sequence on Postgres does not give.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.engine import converted_errors, make_engine, parse_url, shown_location
+from orchestrator.db.limits import Patience
 from orchestrator.db.models import REVISIONS, Event
 from orchestrator.errors import DatabaseUnreachableError, SchemaError
 
@@ -43,12 +45,14 @@ class SchemaState:
 class Database:
     """A database that can be opened for transactions; made by `open_database`, safe to share between threads.
 
-    `commit_hook` is called with "before" and "after" around each commit: fault injection, which only tests set.
+    `patience` is how long answers are waited for. `commit_hook` is called with "before" and "after" around each
+    commit: fault injection, which only tests set.
     """
 
     engine: Engine
     location: URL
     commit_hook: CommitHook | None = None
+    patience: Patience = field(default_factory=Patience)
     _reader: Engine = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,8 +114,8 @@ def open_database(url: str) -> Database:
     InvalidInputError
         If the URL is of neither form.
     """
-    location = parse_url(url)
-    return Database(make_engine(location), location)
+    location, patience = parse_url(url), Patience()
+    return Database(make_engine(location, patience), location, patience=patience)
 
 
 def record_event(
@@ -220,7 +224,7 @@ def upgrade(url: str) -> SchemaState:
             Path(str(location.database)).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DatabaseUnreachableError(f"database {location.database}: cannot make its folder ({error})") from error
-    engine = make_engine(location, create=True)
+    engine = make_engine(location, Patience(math.inf), create=True)
     try:
         with converted_errors(location), engine.begin() as connection:
             if not sqlite:

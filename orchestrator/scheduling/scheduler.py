@@ -16,11 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from orchestrator.db.queries import (
     claim_tasks,
@@ -28,17 +28,19 @@ from orchestrator.db.queries import (
     find_job,
     finish_task,
     nothing_left,
-    reap_expired,
     release_task,
     work_left,
 )
 from orchestrator.db.rows import ClaimedTask, Lease
 from orchestrator.db.session import Database
-from orchestrator.errors import DatabaseError, ResultError
+from orchestrator.errors import OUTAGES, DatabaseError, ResultError
 from orchestrator.graph import Resources
-from orchestrator.scheduling.leases import LeaseKeeper
+from orchestrator.scheduling.deadlines import Deadlines
+from orchestrator.scheduling.leases import LeaseKeeper, Reaper
+from orchestrator.scheduling.outages import Outages, Pauses, StoreProbe
+from orchestrator.scheduling.presence import Presence
 from orchestrator.states import ACTIVE_JOBS
-from workers.errors import ExecutorError, Fault
+from workers.errors import Dependency, ExecutorError, Fault
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Executor, Finished
 from workers.storage.store import CACHE_LIMIT_BYTES
@@ -52,7 +54,6 @@ _CLAIM_LIMIT = 64
 _SHORTEST_POLL_SECONDS = 0.02
 # Signals and lost leases are noticed within this time.
 _LONGEST_WAIT_SECONDS = 0.25
-_FIRST_RETRY_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,8 @@ class SchedulerConfig:
     `store_url`, `cache_dir` and `cache_bytes` are passed to every task. A lease lasts `lease_seconds`, so that is how
     long the tasks of an orchestrator that was killed wait for the next one. `in_flight` is how many times the cluster's
     capacity may be claimed, so that Ray always has a next task. An idle scheduler asks the database every
-    `poll_seconds`. A database or cluster that does not answer is tried again for `patience_seconds`.
+    `poll_seconds`. A database or cluster that does not answer at first is tried again for `patience_seconds`; one that
+    did, and the store, for ever, after `pauses`.
     """
 
     store_url: str
@@ -72,6 +74,7 @@ class SchedulerConfig:
     in_flight: float = 2.0
     poll_seconds: float = 1.0
     patience_seconds: float = 120.0
+    pauses: Pauses = field(default_factory=Pauses)
     owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
 
 
@@ -99,11 +102,16 @@ class Scheduler:
         self._in_flight: dict[int, ClaimedTask] = {}
         self._ended: list[tuple[ClaimedTask, Finished]] = []
         self._keeper = LeaseKeeper(database, config.lease_seconds)
+        self._reaper = Reaper(database, config.lease_seconds)
+        self._deadlines = Deadlines(database)
+        self._outages = Outages(config.pauses, StoreProbe(config.store_url, config.owner))
+        self._presence = Presence(database, config.owner, self._outages, self._cluster)
+        self._worked: set[Dependency] = set()
         self._stop = threading.Event()
-        self._found_work = self._said_no_capacity = False
+        self._found_work = False
         self._executed = 0
         self._poll = _SHORTEST_POLL_SECONDS
-        self._next_claim = self._next_reap = self._next_look = 0.0
+        self._next_claim = self._next_look = 0.0
 
     def run(
         self,
@@ -131,17 +139,22 @@ class Scheduler:
         Raises
         ------
         DatabaseError
-            If the database does not answer for `patience_seconds`.
+            If the database does not answer for `patience_seconds` at first, or refuses a statement for as long.
         ExecutorError
-            If no executor can be started for `patience_seconds`.
+            If no first executor can be started for `patience_seconds`.
         """
         if stop is not None:
             self._stop = stop
         self._keeper.start()
+        self._presence.start()
+        done = False
         try:
-            done = False
             while not self._stop.is_set() and not (done := self._is_done(drain, until_job)):
                 self._pass()
+        except (*OUTAGES, ExecutorError):
+            # Who is told to end while something is out has not failed.
+            if not self._stop.is_set():
+                raise
         finally:
             self._close()
         return Served(not done, self._found_work, self._executed)
@@ -198,10 +211,13 @@ class Scheduler:
 
     def _end(self, task: ClaimedTask, finished: Finished) -> None:
         """Note the end of a task, to be recorded with the next transaction."""
+        if finished.fault is Fault.OUTAGE:
+            self._outages.fault(finished.dependency or Dependency.CLUSTER, finished.error)
         if finished.output is None:
             log.warning("task failed: %s", finished.error, extra=_about(task) | {"fault": str(finished.fault)})
         else:
             self._executed += 1
+            self._outages.success(Dependency.STORE, Dependency.CLUSTER)
             log.debug("task finished", extra=_about(task))
         self._ended.append((task, finished))
 
@@ -218,21 +234,36 @@ class Scheduler:
         """Record what has ended and claim what there is room for, in one transaction; then start it."""
         assert self._executor is not None
         executor = self._executor
+        limit = self._outages.room(len(self._in_flight), _CLAIM_LIMIT)
         room = None if self._stop.is_set() else self._room(executor)
-        if room is None and not (self._in_flight or self._stop.is_set() or self._said_no_capacity):
-            self._said_no_capacity = True
-            log.warning("waiting for the cluster, which has no CPU or memory for a task: %s", executor.capacity())
-        claimed = self._patiently(lambda: self._record(room))
+        self._outages.starved(yes=room is None and not self._in_flight)
+        claimed, dropped = self._patiently(lambda: self._record(room if limit else None, limit=limit))
         self._keeper.drop([task.lease for task, _ in self._ended])
         self._keeper.add([task.lease for task in claimed])
         progress = bool(claimed or self._ended)
-        self._ended.clear()
+        self._ended = self._patiently(lambda: self._revived(dropped))
         self._poll = _SHORTEST_POLL_SECONDS if progress else min(self._poll * 2, self._config.poll_seconds)
         self._next_claim = time.monotonic() + self._poll
         self._submit(executor, claimed)
 
-    def _record(self, room: Resources | None, give_back: Sequence[Lease] = ()) -> list[ClaimedTask]:
-        """In one transaction, record the ends of tasks, give tasks back, and claim what fits into `room`."""
+    def _revived(self, dropped: list[tuple[ClaimedTask, Finished]]) -> list[tuple[ClaimedTask, Finished]]:
+        """Return what is to be recorded again, as its lease had run out and nobody has taken it."""
+        good = self._keeper.revive([task.lease for task, _ in dropped]) if dropped else set()
+        for task, _ in dropped:
+            if task.lease not in good:
+                log.warning("result dropped: the lease was lost", extra=_about(task))
+        return [(task, finished) for task, finished in dropped if task.lease in good]
+
+    def _record(
+        self, room: Resources | None, give_back: Sequence[Lease] = (), *, limit: int = _CLAIM_LIMIT
+    ) -> tuple[list[ClaimedTask], list[tuple[ClaimedTask, Finished]]]:
+        """In one transaction, record the ends of tasks, give tasks back, and claim what fits into `room`.
+
+        Returns
+        -------
+        list of ClaimedTask, list of (ClaimedTask, Finished)
+            What was claimed, and the ends that were not recorded, as the leases had run out.
+        """
         config, dropped = self._config, []
         with self._database.session() as session:
             for task, finished in self._ended:
@@ -244,21 +275,21 @@ class Scheduler:
                         )
                     except ResultError as refusal:
                         output, fault, error = None, Fault.TASK, str(refusal)
-                if output is None:
+                if output is None and fault is Fault.OUTAGE:
+                    kept = release_task(session, task.lease, error)
+                elif output is None:
                     kept = fail_task(session, task.lease, fault=fault.value, error=error)
                 if not kept:
-                    dropped.append(task)
+                    dropped.append((task, finished))
             for lease in give_back:
                 release_task(session, lease)
             claim = partial(claim_tasks, session, owner=config.owner, lease_seconds=config.lease_seconds)
-            claimed = claim(limit=_CLAIM_LIMIT, capacity=room) if room is not None else []
+            claimed = claim(limit=limit, capacity=room) if room is not None else []
             if room is not None and not claimed and not self._in_flight:
                 # A task that asks for more than the cluster has runs when nothing else does.
                 huge = Resources(cpus=float(sys.maxsize), gpus=room.gpus, memory_bytes=sys.maxsize)
                 claimed = claim(limit=1, capacity=huge)
-        for task in dropped:
-            log.warning("result dropped: the lease was lost", extra=_about(task))
-        return claimed
+        return claimed, dropped
 
     def _room(self, executor: Executor) -> Resources | None:
         """Return what may still be claimed; None if nothing."""
@@ -295,23 +326,23 @@ class Scheduler:
             cpus=resources.cpus,
             gpus=resources.gpus,
             memory_bytes=resources.memory_bytes,
+            deadline_seconds=self._deadlines.of(task),
         )
 
     def _reap(self) -> None:
-        """Take back what other orchestrators left behind, now and then."""
-        now = time.monotonic()
-        if now >= self._next_reap:
-            self._next_reap = now + min(5.0, self._config.lease_seconds / 2)
-            reaped = self._patiently(self._reap_once)
-            if reaped:
-                log.warning("took back %d tasks whose leases ran out", len(reaped))
+        """Take back what other orchestrators left behind, and learn what tasks take, now and then."""
+        if self._reaper.is_due():
+            self._patiently(self._reaper.reap)
+            self._patiently(self._deadlines.learn)
 
-    def _reap_once(self) -> list[str]:
-        with self._database.session() as session:
-            return reap_expired(session)
+    def _cluster(self) -> dict[str, Any]:
+        """Return what this orchestrator sees of its cluster, for others to read."""
+        executor = self._executor
+        seen = {} if executor is None else asdict(executor.capacity())
+        return seen | {"tasks_in_flight": len(self._in_flight)}
 
     def _start_executor(self) -> None:
-        self._executor = self._patiently(self._executor_factory)
+        self._executor = self._patiently(self._executor_factory, Dependency.CLUSTER)
         log.info("executor started: %s", self._executor.capacity())
 
     def _lose_executor(self, executor: Executor) -> None:
@@ -328,6 +359,7 @@ class Scheduler:
     def _close(self) -> None:
         """Give back what is in flight, and stop the executor."""
         self._keeper.stop()
+        self._presence.stop()
         leases = [task.lease for task in self._in_flight.values()]
         try:
             if leases or self._ended:
@@ -341,18 +373,32 @@ class Scheduler:
             if self._executor is not None:
                 self._executor.shutdown()
 
-    def _patiently(self, work: Callable[[], T]) -> T:
-        """Do something that needs the database or the cluster, again and again if they do not answer."""
-        deadline, pause = time.monotonic() + self._config.patience_seconds, _FIRST_RETRY_SECONDS
+    def _patiently(self, work: Callable[[], T], dependency: Dependency = Dependency.DATABASE) -> T:
+        """Do something that needs the database or the cluster, again and again if they do not answer.
+
+        For ever, if they ever did: whoever waits for work to go on finds it where it was.
+        """
+        deadline, failed = time.monotonic() + self._config.patience_seconds, False
         while True:
             try:
-                return work()
+                if failed and dependency is Dependency.DATABASE:
+                    self._keeper.renew()
+                result = work()
             except (DatabaseError, ExecutorError) as error:
-                if self._stop.is_set() or time.monotonic() + pause > deadline:
+                self._outages.failed_again(dependency, str(error))
+                pause = self._outages.pause(dependency)
+                for_ever = dependency in self._worked and isinstance(error, (*OUTAGES, ExecutorError))
+                if self._stop.is_set() or (not for_ever and time.monotonic() + pause > deadline):
                     raise
                 log.warning("trying again in %.1f s: %s", pause, error)
+                failed = True
+                self._reaper.postpone()
+            else:
+                self._worked.add(dependency)
+                if dependency is Dependency.DATABASE or failed:
+                    self._outages.success(dependency)
+                return result
             self._stop.wait(pause)
-            pause = min(pause * 2, 10.0)
 
 
 def _about(task: ClaimedTask) -> dict[str, object]:

@@ -2,14 +2,15 @@
 
 Standard input: `{"submit": id, "call": {…}}` or `{"cancel": id}`, one a line. Standard output: `{"capacity": {…}}` when
 Ray is there and whenever it changes, `{"alive": true}` every few seconds, and for each call `{"id":…, "outputs":…,
-"metrics":…}` or `{"id":…, "error":…, "fault":…}`. The process ends, with every process of a local Ray, when its input closes or Ray is lost.
+"metrics":…}` or `{"id":…, "error":…, "fault":…}`. The process ends, with every process of a local Ray, when its input
+closes or Ray is lost.
 
 Ray retries nothing (the queue does, and counts), keeps no results of ours (they are in the store), and keeps its worker
 processes, as importing torch takes seconds.
 
-Workers give signs of life (`pulse.py`) through Ray's own table of keys and values, which every node reaches. One that is
-silent for too long, or whose call runs for longer than it may, is killed by a task on its node: Ray's own cancellation
-asks the worker, which cannot answer.
+Workers give signs of life (`pulse.py`) through Ray's own table of keys and values, which every node reaches. One that
+is silent for too long, or whose call runs for longer than it may, is killed by a task on its node: Ray's own
+cancellation asks the worker, which cannot answer.
 """
 
 from __future__ import annotations
@@ -187,9 +188,7 @@ class Driver:
                 del self._condemned[call]
                 self._send({"id": call, "error": what, "fault": fault})
 
-    def _take_away(
-        self, name: str, beat: Beat, what: str, now: float, fault: Fault = Fault.INFRASTRUCTURE
-    ) -> None:
+    def _take_away(self, name: str, beat: Beat, what: str, now: float, fault: Fault = Fault.INFRASTRUCTURE) -> None:
         """Kill a worker; its call, if it has one, ends with this error."""
         if beat.call in self._running:
             self._condemned.setdefault(beat.call, (now, f"ray: {what}, on node {beat.node[:12]}", fault))

@@ -59,9 +59,10 @@ class FolderStore:
         """Store a file; see `workers.storage.store.Store`."""
         digest = digest_of_file(path)
         if not self._renew(digest, path.stat().st_size):
-            with path.open("rb") as source, self._serving():
-                with writing(self._place(digest), temporary=self._partial()) as file:
-                    shutil.copyfileobj(source, file, CHUNK)
+            with self._serving():
+                partial = writing(self._place(digest), temporary=self._partial())
+            with self._serving(), partial as file, path.open("rb") as source:
+                shutil.copyfileobj(source, file, CHUNK)
         return digest
 
     def get_bytes(self, digest: str) -> bytes:

@@ -186,7 +186,7 @@ def test_doctor_finds_nothing_wrong(cli: Cli, tmp_path: Path, monkeypatch: pytes
     answer = cli("doctor", "--json")
     assert (answer.code, answer.json["ok"]) == (0, True), answer.out
     names = [check["name"] for check in answer.json["checks"]]
-    assert names == ["python", "torch", "kernels", "ray", "database", "store", "disk"]
+    assert names == ["python", "torch", "kernels", "ray", "database", "orchestrators", "store", "disk"]
 
 
 def test_doctor_names_what_is_wrong(cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig, Served
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS
 from workers.execution.executor import RayExecutor
+from workers.storage.store import open_store
 
 
 def run_job(service: Service, job: JobRow, stop: threading.Event) -> JobRow:
@@ -30,7 +31,9 @@ def run_job(service: Service, job: JobRow, stop: threading.Event) -> JobRow:
     """
     if job.state in ACTIVE_JOBS:
         service.database.patience.stop = stop
-        with Progress(service.database, service.store, job.id, workers=worker_count()):
+        # A store that is out must not keep the progress, and with it the end, waiting.
+        notes = open_store(service.settings.store_url, quick=True)
+        with Progress(service.database, notes, job.id, workers=worker_count()):
             make_scheduler(service).run(stop=stop, until_job=job.id)
 
     def look() -> JobRow:

@@ -11,10 +11,12 @@ from orchestrator.actions.views import event_view, job_view
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import events, find_job, is_invalid, job_counts, list_jobs, list_tasks
 from orchestrator.db.orchestrators import waiting_reason
-from orchestrator.db.rows import EventRow, JobRow
-from orchestrator.scheduling.running import REPORTING, running_tasks
+from orchestrator.db.rows import EventRow, JobRow, TaskRow
+from orchestrator.scheduling.running import REPORTING, RunningTask, running_tasks
 from orchestrator.service import Service
-from orchestrator.states import ACTIVE_JOBS, JobState
+from orchestrator.states import ACTIVE_JOBS, JobState, TaskState
+from workers.errors import StoreError
+from workers.storage.store import open_store
 
 #: How often a job that is waited for is looked at, in seconds.
 POLL_SECONDS = 0.5
@@ -41,8 +43,18 @@ def show_job(service: Service, prefix: str) -> dict[str, Any]:
         job = find_job(session, prefix)
         view = job_view(job, job_counts(session, job.id), database_time(session), waiting_reason(session))
         rows = [task for kind in REPORTING for task in list_tasks(session, job.id, kind=kind)]
-    steps = running_tasks(rows, service.store)
+    steps = running_steps(service, rows)
     return view | {"steps": [each.document() for each in steps]}
+
+
+def running_steps(service: Service, rows: list[TaskRow]) -> tuple[RunningTask, ...]:
+    """Return how far long tasks are; nothing while the store is out, which is where they note it."""
+    if not any(row.state is TaskState.RUNNING for row in rows):
+        return ()
+    try:
+        return running_tasks(rows, open_store(service.settings.store_url, quick=True))
+    except StoreError:
+        return ()
 
 
 def show_jobs(service: Service, *, state: JobState | None = None, limit: int = 50) -> list[dict[str, Any]]:

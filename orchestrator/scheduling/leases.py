@@ -1,7 +1,7 @@
 """Leases: a keeper renews one's own from a thread, however busy the scheduler is; a reaper takes others' back.
 
-A database that was out, or hung, is no reason to lose a lease: one that ran out meanwhile is renewed if nobody has taken
-it, and nobody takes any until their holders have had the time to renew.
+A database that was out, or hung, is no reason to lose a lease: one that ran out meanwhile is renewed if nobody has
+taken it, and nobody takes any until their holders have had the time to renew.
 """
 
 from __future__ import annotations
@@ -111,9 +111,10 @@ class Reaper:
         """Say whether it is time to look."""
         return time.monotonic() >= self._next
 
-    def postpone(self) -> None:
-        """Let the holders of leases renew first, as the database was out."""
-        self._next = time.monotonic() + self._lease_seconds
+    def postpone_after(self, seconds: float) -> None:
+        """Let the holders of leases renew first, if the database was out for so long that one could not."""
+        if seconds > self._lease_seconds / 2:
+            self._next = time.monotonic() + self._lease_seconds
 
     def reap(self) -> None:
         """Take tasks back whose leases ran out, unless the database was so slow that their holders could not renew."""
@@ -122,7 +123,7 @@ class Reaper:
         with self._database.session(read_only=True) as session:
             database_time(session)
         if time.monotonic() - begun > _SLOW_SECONDS:
-            self.postpone()
+            self.postpone_after(self._lease_seconds)
             return
         with self._database.session() as session:
             reaped = reap_expired(session)

@@ -5,8 +5,9 @@ what runs goes on, and leases are kept. The thing is tried again after growing p
 itself.
 
 A breaker is *closed* while all is well. A fault *opens* it for a pause. Then the thing is probed; while the probe
-fails, pauses grow. A probe that passes makes it *half-open*: one task at a time is claimed, as a trial. A task that ends well
-closes it, and so does a trial time without a fault, as a task may take hours; a fault opens it for longer than before.
+fails, pauses grow. A probe that passes makes it *half-open*: one task at a time is claimed, as a trial. A task that
+ends well closes it, and so does a trial time without a fault, as a task may take hours; a fault opens it for longer
+than before.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from workers.storage.store import Store, open_store
 
 log = logging.getLogger(__name__)
 
+_STARVED = "it has no CPU or memory for a task"
 #: Note that a probe writes and removes.
 PROBE = "probe"
 
@@ -134,16 +136,19 @@ class Outages:
 
     def starved(self, *, yes: bool) -> None:
         """Note whether the cluster is there and has nothing to run a task with."""
-        if yes != self._starved:
-            self._starved = yes
-            self.changed.set()
+        if yes == self._starved:
+            return
+        self._starved = yes
+        self.changed.set()
+        if yes:
+            log.warning("waiting for the cluster: %s", _STARVED)
 
     def reason(self) -> str | None:
         """Return what is waited for and why, in one line; None if nothing is."""
         with self._lock:
             out = [f"{name}: {each.reason}" for name, each in self._breakers.items() if each.reason is not None]
         if not out and self._starved:
-            out = ["cluster: it has no CPU, GPU or memory for a task"]
+            out = [f"cluster: {_STARVED}"]
         return "; ".join(out) or None
 
     def room(self, in_flight: int, most: int) -> int:

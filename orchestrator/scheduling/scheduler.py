@@ -378,7 +378,7 @@ class Scheduler:
 
         For ever, if they ever did: whoever waits for work to go on finds it where it was.
         """
-        deadline, failed = time.monotonic() + self._config.patience_seconds, False
+        begun, failed = time.monotonic(), False
         while True:
             try:
                 if failed and dependency is Dependency.DATABASE:
@@ -388,15 +388,18 @@ class Scheduler:
                 self._outages.failed_again(dependency, str(error))
                 pause = self._outages.pause(dependency)
                 for_ever = dependency in self._worked and isinstance(error, (*OUTAGES, ExecutorError))
-                if self._stop.is_set() or (not for_ever and time.monotonic() + pause > deadline):
+                if self._stop.is_set() or (
+                    not for_ever and time.monotonic() + pause > begun + self._config.patience_seconds
+                ):
                     raise
                 log.warning("trying again in %.1f s: %s", pause, error)
                 failed = True
-                self._reaper.postpone()
             else:
                 self._worked.add(dependency)
                 if dependency is Dependency.DATABASE or failed:
                     self._outages.success(dependency)
+                if failed:
+                    self._reaper.postpone_after(time.monotonic() - begun)
                 return result
             self._stop.wait(pause)
 

@@ -1,0 +1,170 @@
+"""Stores that do not serve: every way in which a file system or a service says so is the store's, and nobody else's."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import S3Server, fill, set_s3_environment
+from workers.errors import (
+    Dependency,
+    DiskFullError,
+    Fault,
+    NotFoundError,
+    StoreError,
+    StoreFullError,
+    StoreUnavailableError,
+    dependency_of,
+    fault_of,
+)
+from workers.execution.execute import TaskCall
+from workers.execution.local import answer_call
+from workers.storage.store import NodeStore, open_cached, open_store
+from workers.storage.store_s3 import S3Store
+
+ABSENT = "0" * 64
+
+
+class Answering(BaseHTTPRequestHandler):
+    """A service that lets one in and answers everything else with one error."""
+
+    status, code = 200, ""
+
+    def do_HEAD(self) -> None:
+        """Let in; there are no blobs."""
+        self.send_response(200 if self.path.count("/") == 1 else 404)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _refuse(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = f"<Error><Code>{type(self).code}</Code><Message>no</Message></Error>".encode()
+        self.send_response(type(self).status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_PUT = do_GET = do_DELETE = _refuse
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[ThreadingHTTPServer]:
+    """Serve errors."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (500, "InternalError", StoreUnavailableError),
+        (502, "BadGateway", StoreUnavailableError),
+        (503, "SlowDown", StoreUnavailableError),
+        (503, "ServiceUnavailable", StoreUnavailableError),
+        (429, "TooManyRequests", StoreUnavailableError),
+        (403, "AccessDenied", StoreUnavailableError),
+        (400, "ExpiredToken", StoreUnavailableError),
+        (404, "NoSuchBucket", StoreUnavailableError),
+        (507, "InsufficientStorage", StoreFullError),
+        (403, "QuotaExceeded", StoreFullError),
+    ],
+)
+def test_answers_of_a_service_that_does_not_serve(
+    service: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, status: int, code: str, kind: type[StoreError]
+) -> None:
+    set_s3_environment(f"http://127.0.0.1:{service.server_address[1]}", monkeypatch)
+    store = S3Store("s3://blobs/x", quick=True)
+    monkeypatch.setattr(Answering, "status", status)
+    monkeypatch.setattr(Answering, "code", code)
+    for use in (lambda: store.put_bytes(b"blob"), lambda: store.get_bytes(ABSENT), lambda: store.list().__next__()):
+        with pytest.raises(kind) as caught:
+            use()
+        assert type(caught.value) is kind
+        assert (fault_of(caught.value), dependency_of(caught.value)) == (Fault.OUTAGE, Dependency.STORE)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "code"), [(400, "InvalidRequest"), (501, "NotImplemented")])
+def test_a_request_that_is_refused_is_no_outage(
+    service: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+) -> None:
+    set_s3_environment(f"http://127.0.0.1:{service.server_address[1]}", monkeypatch)
+    store = S3Store("s3://blobs/x", quick=True)
+    monkeypatch.setattr(Answering, "status", status)
+    monkeypatch.setattr(Answering, "code", code)
+    with pytest.raises(StoreError) as caught:
+        store.put_note("probe", ABSENT, b"")
+    assert fault_of(caught.value) is Fault.TASK
+
+
+def test_a_service_that_is_gone_is_an_outage_with_exit_code_1(fragile_s3: S3Server) -> None:
+    store = S3Store("s3://blobs/x", quick=True)
+    digest = store.put_bytes(b"blob")
+    fragile_s3.stop()
+    for use in (lambda: store.put_bytes(b"other"), lambda: store.get_bytes(digest), lambda: store.exists(digest)):
+        with pytest.raises(StoreUnavailableError) as caught:
+            use()
+        assert caught.value.exit_code == 1
+    fragile_s3.start()
+    assert store.get_bytes(digest) == b"blob"
+
+
+def test_a_folder_that_became_read_only(small_disk: Path, tmp_path: Path) -> None:
+    store = open_cached(str(small_disk), tmp_path / "cache")
+    digest = store.put_bytes(b"blob")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for use in (
+        lambda: store.put_bytes(b"other"),
+        lambda: store.put_note("probe", ABSENT, b""),
+        lambda: store.delete(digest),
+    ):
+        with pytest.raises(StoreUnavailableError, match="Read-only") as caught:
+            use()
+        assert (fault_of(caught.value), dependency_of(caught.value)) == (Fault.OUTAGE, Dependency.STORE)
+    assert store.get_bytes(digest) == b"blob"
+
+
+def test_a_folder_whose_file_system_is_gone_has_lost_no_blobs(small_disk: Path, tmp_path: Path) -> None:
+    store = open_cached(str(small_disk), tmp_path / "cache")
+    digest = store.put_bytes(b"blob")
+    with pytest.raises(NotFoundError):
+        store.get_bytes(ABSENT)
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(small_disk)], check=True)
+    try:
+        for use in (store.get_bytes, store.size, store.local_path):
+            with pytest.raises(StoreUnavailableError, match="mounted"):
+                use(digest)
+    finally:
+        subprocess.run(["umount", str(small_disk)], check=True)
+    assert store.get_bytes(digest) == b"blob"
+
+
+def test_a_full_folder_is_the_stores_and_a_full_node_the_clusters(
+    small_disk: Path, folder_store: NodeStore, tmp_path: Path
+) -> None:
+    full = open_store(str(small_disk))
+    with pytest.raises(StoreFullError, match="disk full") as caught:
+        full.put_bytes(b"x" * (1 << 20))
+    assert (caught.value.exit_code, dependency_of(caught.value)) == (2, Dependency.STORE)
+    digest = folder_store.put_bytes(b"x" * (1 << 20))
+    with pytest.raises(DiskFullError) as on_node:
+        folder_store.get_file(digest, small_disk / "copy")
+    assert (fault_of(on_node.value), dependency_of(on_node.value)) == (Fault.OUTAGE, Dependency.CLUSTER)
+
+
+def test_a_task_on_a_node_without_room_says_that_the_cluster_is_out(small_disk: Path, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    fill(small_disk)
+    answer = answer_call(TaskCall("noop", {"payload": 1}, {}, str(tmp_path / "store"), str(small_disk / "cache")))
+    assert (answer["fault"], answer["dependency"]) == ("outage", "cluster")

@@ -342,6 +342,7 @@ class Scheduler:
         return seen | {"tasks_in_flight": len(self._in_flight)}
 
     def _start_executor(self) -> None:
+        self._patiently(self._deadlines.learn)
         self._executor = self._patiently(self._executor_factory, Dependency.CLUSTER)
         log.info("executor started: %s", self._executor.capacity())
 

@@ -21,6 +21,7 @@ from workers.errors import TaskError
 from workers.execution.context import TaskContext, TaskOutput
 from workers.execution.notes import TaskNotes
 from workers.storage.locks import own_folder
+from workers.storage.patient import PatientStore
 from workers.storage.store import CACHE_LIMIT_BYTES, NodeStore, open_cached
 
 
@@ -138,7 +139,7 @@ def _store(call: TaskCall) -> Iterator[NodeStore]:
     """Open a store, and give up the files in use at the end."""
     store = _opened(call.store_url, Path(call.cache_dir), call.cache_bytes)
     try:
-        yield store
+        yield PatientStore(store)
     finally:
         store.release()
 

@@ -17,7 +17,7 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from orchestrator.actions.doctor import examine
+from orchestrator.actions.doctor import _orchestrators
 from orchestrator.actions.jobs import show_job
 from orchestrator.cli.main import run_cli
 from orchestrator.db.orchestrators import (
@@ -272,7 +272,7 @@ def test_job_waits_for_an_s3_server_that_is_stopped(
         # Longer than the longest pause between two probes.
         time.sleep(2.0)
         assert (drain.waiting() or "").startswith("store: ")
-        doctor.extend((check.ok, check.detail) for check in examine(drain.settings) if check.name == "orchestrators")
+        doctor.append(_orchestrators(drain.settings))  # the other checks take long
         assert run_cli([*drain.words, "jobs", "ls"]) == 0
         assert run_cli([*drain.words, "jobs", "show", drain.job]) == 0
         fragile_s3.start()

@@ -24,6 +24,9 @@ from workers.errors import (
 )
 from workers.execution.execute import TaskCall
 from workers.execution.local import answer_call
+from workers.execution.notes import TaskNotes
+from workers.storage import patient
+from workers.storage.patient import PatientStore
 from workers.storage.store import NodeStore, open_cached, open_store
 from workers.storage.store_s3 import S3Store
 
@@ -118,6 +121,33 @@ def test_a_service_that_is_gone_is_an_outage_with_exit_code_1(fragile_s3: S3Serv
         assert caught.value.exit_code == 1
     fragile_s3.start()
     assert store.get_bytes(digest) == b"blob"
+
+
+def test_a_task_that_has_run_for_a_while_waits_for_its_store_as_long(
+    fragile_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patient, "PAUSE_SECONDS", 0.2)
+    inner = open_cached("s3://blobs/x", tmp_path / "cache")
+    fragile_s3.stop()
+    young, old = PatientStore(inner), PatientStore(inner)
+    old._began -= 3600.0
+    with pytest.raises(StoreUnavailableError):
+        young.put_bytes(b"little")
+    threading.Timer(0.5, fragile_s3.start).start()
+    digest = old.put_bytes(b"an hour's work")
+    assert old.get_bytes(digest) == b"an hour's work"
+    inner.release()
+
+
+def test_notes_of_a_task_are_lost_in_an_outage_and_the_task_is_not(fragile_s3: S3Server) -> None:
+    notes = TaskNotes(S3Store("s3://blobs/x", quick=True), ABSENT)
+    fragile_s3.stop()
+    notes.report(1, 10)
+    notes._checkpoint_due = 0.0
+    notes.offer_checkpoint(lambda: b"state")
+    notes.clear()
+    with pytest.raises(StoreUnavailableError):
+        notes.load_checkpoint()
 
 
 def test_a_folder_that_became_read_only(small_disk: Path, tmp_path: Path) -> None:

@@ -46,7 +46,6 @@ _MEMORY_SHARE = 0.9
 _MEMORY_STEP = 256 << 20
 _LOOK_SECONDS = 0.5
 _PROBE_SECONDS = 5.0
-_SILENCE_SECONDS = 60.0
 # Where signs of life are kept in Ray's table.
 _NAMESPACE = b"quantmill"
 
@@ -212,6 +211,9 @@ class Driver:
     def _probe(self) -> None:
         """Ask the cluster what it has, and report it if that changed."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if self._local and not nodes:
+            # Its only node is there and answers no more; another Ray is started in its place.
+            end(self._local)
         self._node_cpus = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
         self._node_memory = max((node.get("memory", 0.0) for node in nodes), default=0.0)
         capacity = {
@@ -226,7 +228,7 @@ class Driver:
 
     def _ray_is_there(self) -> bool:
         """Say whether the cluster answered lately; a local Ray must also have its two processes."""
-        if time.monotonic() - self._last_probe > _SILENCE_SECONDS:
+        if time.monotonic() - self._last_probe > max(self._silence, 4 * _PROBE_SECONDS):
             return False
         if not self._local:
             return True

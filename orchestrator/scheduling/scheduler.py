@@ -241,14 +241,16 @@ class Scheduler:
         self._keeper.drop([task.lease for task, _ in self._ended])
         self._keeper.add([task.lease for task in claimed])
         progress = bool(claimed or self._ended)
-        self._ended = self._patiently(lambda: self._revived(dropped))
+        self._ended.clear()
         self._poll = _SHORTEST_POLL_SECONDS if progress else min(self._poll * 2, self._config.poll_seconds)
         self._next_claim = time.monotonic() + self._poll
         self._submit(executor, claimed)
+        if dropped:
+            self._ended += self._patiently(lambda: self._revived(dropped))
 
     def _revived(self, dropped: list[tuple[ClaimedTask, Finished]]) -> list[tuple[ClaimedTask, Finished]]:
         """Return what is to be recorded again, as its lease had run out and nobody has taken it."""
-        good = self._keeper.revive([task.lease for task, _ in dropped]) if dropped else set()
+        good = self._keeper.revive([task.lease for task, _ in dropped])
         for task, _ in dropped:
             if task.lease not in good:
                 log.warning("result dropped: the lease was lost", extra=_about(task))

@@ -19,7 +19,7 @@ from sqlalchemy import text
 from orchestrator.db import engine
 from orchestrator.db.session import Database, open_database
 from orchestrator.errors import DatabaseUnavailableError, DatabaseUnreachableError
-from tests.orchestrator.scheduling.test_outages import postgres_only, stopped_postgres
+from tests.orchestrator.outages import postgres_only, stopped_postgres, until
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).parents[3]
@@ -54,14 +54,6 @@ def orchestrators(database: Database) -> int:
     """Return how many orchestrators have said that they are there."""
     with database.session(read_only=True) as session:
         return int(session.execute(text("SELECT count(*) FROM orchestrators")).scalar_one())
-
-
-def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
-    """Wait for something to become true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 @postgres_only

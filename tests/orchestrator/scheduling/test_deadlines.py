@@ -17,7 +17,7 @@ from orchestrator.scheduling.deadlines import LEAST_SECONDS, UNKNOWN_SECONDS, de
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
 from orchestrator.states import JobState
 from tests.orchestrator.in_process import InProcess
-from tests.orchestrator.scheduling.test_outages import graph, submit
+from tests.orchestrator.outages import graph, submit
 from workers.execution.execute import TaskCall
 
 TASK = ClaimedTask(Lease("t", 1, "x"), "round", 1, {}, {}, Resources(), work=100.0, label="")

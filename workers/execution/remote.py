@@ -78,6 +78,7 @@ class Driver:
         self._local = local
         self._silence = silence_seconds
         self._node = ray.get_runtime_context().get_node_id()
+        self._prefix = f"{ray.get_runtime_context().get_job_id()}/".encode()
         self._listener = Listener(silence_seconds)
         self._deadlines: dict[int, float] = {}
         # Calls whose workers are being killed: since when, why, and whose fault that is.
@@ -108,6 +109,9 @@ class Driver:
                 self._submit(order["submit"], order["call"])
             elif order["cancel"] in self._running:
                 ray.cancel(self._running[order["cancel"]], force=True)
+        if not self._local:
+            # The cluster stays; the signs of life of our workers, which end with us, need not.
+            _internal_kv_del(self._prefix, del_by_prefix=True, namespace=_NAMESPACE)
         end(self._local)
 
     def _submit(self, number: int, call: dict[str, Any]) -> None:
@@ -157,18 +161,17 @@ class Driver:
 
     def _watch_for_ever(self) -> None:
         """Look at the workers' signs of life, and take calls away from those that are stuck."""
-        prefix = f"{ray.get_runtime_context().get_job_id()}/".encode()
         while True:
             time.sleep(beat_seconds(self._silence))
             try:
-                self._watch(prefix)
+                self._watch()
             except Exception as error:
                 # Also what Ray's table raises while it is out: the next look finds out more.
                 sys.stderr.write(f"workers not looked at: {describe(error)}\n")
 
-    def _watch(self, prefix: bytes) -> None:
+    def _watch(self) -> None:
         beats = {}
-        for key in _internal_kv_list(prefix, namespace=_NAMESPACE):
+        for key in _internal_kv_list(self._prefix, namespace=_NAMESPACE):
             value = _internal_kv_get(key, namespace=_NAMESPACE)
             if value is not None:
                 beats[key.decode()] = Beat(**json.loads(value))

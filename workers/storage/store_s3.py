@@ -51,8 +51,8 @@ _BUSY = {
 _FULL = {"507", "QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"}
 _NOT_IMPLEMENTED = {"501", "NotImplemented"}
 # How long a service may take to accept a connection and to answer, in seconds, and how often it is asked.
-_LIMITS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 4}}
-_QUICK_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"mode": "standard", "max_attempts": 1}}
+_LIMITS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 4}}
+_QUICK_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"mode": "standard", "total_max_attempts": 1}}
 
 
 class S3Store:

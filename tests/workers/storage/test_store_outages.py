@@ -193,8 +193,7 @@ def test_a_full_folder_is_the_stores_and_a_full_node_the_clusters(
     assert (fault_of(on_node.value), dependency_of(on_node.value)) == (Fault.OUTAGE, Dependency.CLUSTER)
 
 
-def test_a_task_on_a_node_without_room_says_that_the_cluster_is_out(small_disk: Path, tmp_path: Path) -> None:
-    (tmp_path / "store").mkdir()
+def test_a_task_on_a_node_without_room_says_that_the_cluster_is_out(small_disk: Path, s3_url: str) -> None:
     fill(small_disk)
-    answer = answer_call(TaskCall("noop", {"payload": 1}, {}, str(tmp_path / "store"), str(small_disk / "cache")))
+    answer = answer_call(TaskCall("noop", {"payload": 1}, {}, s3_url, str(small_disk / "cache")))
     assert (answer["fault"], answer["dependency"]) == ("outage", "cluster")

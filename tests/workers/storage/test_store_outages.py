@@ -59,11 +59,14 @@ class Answering(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[ThreadingHTTPServer]:
-    """Serve errors."""
+def refusing() -> Iterator[S3Store]:
+    """A store in a service that answers with errors."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
+    with pytest.MonkeyPatch.context() as patch:
+        set_s3_environment(f"http://127.0.0.1:{server.server_address[1]}", patch)
+        store = S3Store("s3://blobs/x", quick=True)
+    yield store
     server.shutdown()
     server.server_close()
 
@@ -84,13 +87,12 @@ def service() -> Iterator[ThreadingHTTPServer]:
     ],
 )
 def test_answers_of_a_service_that_does_not_serve(
-    service: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, status: int, code: str, kind: type[StoreError]
+    refusing: S3Store, monkeypatch: pytest.MonkeyPatch, status: int, code: str, kind: type[StoreError]
 ) -> None:
-    set_s3_environment(f"http://127.0.0.1:{service.server_address[1]}", monkeypatch)
-    store = S3Store("s3://blobs/x", quick=True)
     monkeypatch.setattr(Answering, "status", status)
     monkeypatch.setattr(Answering, "code", code)
-    for use in (lambda: store.put_bytes(b"blob"), lambda: store.get_bytes(ABSENT), lambda: store.list().__next__()):
+    uses = (lambda: refusing.put_bytes(b"blob"), lambda: refusing.get_bytes(ABSENT), lambda: next(refusing.list()))
+    for use in uses:
         with pytest.raises(kind) as caught:
             use()
         assert type(caught.value) is kind
@@ -100,14 +102,12 @@ def test_answers_of_a_service_that_does_not_serve(
 
 @pytest.mark.parametrize(("status", "code"), [(400, "InvalidRequest"), (501, "NotImplemented")])
 def test_a_request_that_is_refused_is_no_outage(
-    service: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, status: int, code: str
+    refusing: S3Store, monkeypatch: pytest.MonkeyPatch, status: int, code: str
 ) -> None:
-    set_s3_environment(f"http://127.0.0.1:{service.server_address[1]}", monkeypatch)
-    store = S3Store("s3://blobs/x", quick=True)
     monkeypatch.setattr(Answering, "status", status)
     monkeypatch.setattr(Answering, "code", code)
     with pytest.raises(StoreError) as caught:
-        store.put_note("probe", ABSENT, b"")
+        refusing.put_note("probe", ABSENT, b"")
     assert fault_of(caught.value) is Fault.TASK
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 from orchestrator.db.session import Database, SchemaState, current, open_database, require_current, upgrade
@@ -17,16 +18,24 @@ from workers.storage.store import Store, open_store
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """An open database and store, and the settings that they came from."""
+    """An open database and a store, and the settings that they came from."""
 
     settings: Settings
     database: Database
-    store: Store
+    _open_store: Callable[[], Store]
+
+    @property
+    def store(self) -> Store:
+        """The store; whoever can do without it, as it is out, finds out here: StoreUnreachableError."""
+        return self._open_store()
 
 
 @contextmanager
-def open_service(settings: Settings) -> Iterator[Service]:
+def open_service(settings: Settings, *, need_store: bool = True) -> Iterator[Service]:
     """Open the database and the store.
+
+    Without `need_store` the store is opened when it is first asked for: what the database alone knows can be had while
+    the store is out.
 
     An embedded database that has no schema yet is given one, so that a fresh home needs no `init`; any other database
     is left as it is.
@@ -41,14 +50,23 @@ def open_service(settings: Settings) -> Iterator[Service]:
     if settings.embedded_database and current(settings.database_url).revision is None:
         make_home(settings)
         upgrade(settings.database_url)
+        need_store = True
     database = open_database(settings.database_url)
     try:
         require_current(database)
-        store = open_store_of(settings)
-        adopt_on_first_use(database, store)
-        yield Service(settings, database, store)
+        service = Service(settings, database, cache(partial(_open_own_store, settings, database)))
+        if need_store:
+            _ = service.store
+        yield service
     finally:
         database.close()
+
+
+def _open_own_store(settings: Settings, database: Database) -> Store:
+    """Open the store; one that belongs to no database yet is this one's from now on."""
+    store = open_store_of(settings)
+    adopt_on_first_use(database, store)
+    return store
 
 
 def initialise(settings: Settings, *, adopt: bool = False) -> tuple[SchemaState, StoreOwner]:

@@ -2,7 +2,9 @@
 
 WorkerError
 ├── StoreError                  the object store (exit code 1)
-│   ├── StoreUnreachableError   no such folder, bucket, endpoint, or no right to it (2)
+│   ├── StoreUnreachableError   when it is opened: no such folder, bucket, endpoint, or no right to it (2)
+│   ├── StoreUnavailableError   in the middle of work: 5xx, throttled, no answer, read-only, a right that was lost (1)
+│   │   └── StoreFullError      no room left in the store (2; also a DiskFullError)
 │   ├── DiskFullError           no room left where bytes are written (2)
 │   └── BlobLostError           a blob that should be there is not, or not as it was written; it knows the digest
 │       ├── DigestMismatchError     the bytes are not those that their digest names (2)
@@ -14,12 +16,14 @@ WorkerError
 ├── TaskFailedError             a task that ran in a process of its own failed there (1)
 └── ExecutorError               Ray cannot be started or reached (1)
 
-`fault_of` says what an exception means to the queue.
+`fault_of` says what an exception means to the queue, `dependency_of` what it was that a task could not do without.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
 from enum import StrEnum
 
 from quant_spec.errors import InvalidInputError, QuantServiceError
@@ -42,6 +46,16 @@ class StoreUnreachableError(StoreError, InvalidInputError):
 
 class DiskFullError(StoreError, InvalidInputError):
     """There is no room left where bytes are written; nothing partial was left."""
+
+    exit_code = 2
+
+
+class StoreUnavailableError(StoreError):
+    """The store, which was there, does not serve now; nobody's fault but its own, and it may be back at any time."""
+
+
+class StoreFullError(StoreUnavailableError, DiskFullError):
+    """There is no room left in the store; nothing partial was left."""
 
     exit_code = 2
 
@@ -100,16 +114,18 @@ class ExecutorError(WorkerError):
 class Fault(StrEnum):
     """What an exception means to the queue.
 
-    TASK: the task's own error, tried a few times. INFRASTRUCTURE: a worker, node or store was lost; counted apart and
+    TASK: the task's own error, tried a few times. INFRASTRUCTURE: a worker, node or lease was lost; counted apart and
     tried more often. MEMORY: memory ran out, the device's or the host's; counted as infrastructure, tried again alone.
-    REFUSED: by a worker that is not fit for it; counted as infrastructure, tried again elsewhere. INVALID: bad input,
-    never tried again. LOST: a blob that it reads is missing or damaged; it waits until that has been made again.
+    REFUSED: by a worker that is not fit for it; counted as infrastructure, tried again elsewhere. OUTAGE: something
+    that every task needs is out; counts as nothing, and the task runs when it is back. INVALID: bad input, never tried
+    again. LOST: a blob that it reads is missing or damaged; it waits until that has been made again.
     """
 
     TASK = "task"
     INFRASTRUCTURE = "infrastructure"
     MEMORY = "memory"
     REFUSED = "refused"
+    OUTAGE = "outage"
     INVALID = "invalid"
     LOST = "lost"
 
@@ -128,19 +144,52 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
+class Dependency(StrEnum):
+    """What every task needs. CLUSTER is Ray, and what its nodes lend to a task: their disks and networks."""
+
+    STORE = "store"
+    DATABASE = "database"
+    CLUSTER = "cluster"
+
+
+#: What the operating system says when a disk or network is out or full, whoever asks.
+OUT = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO,
+        errno.ENOTCONN, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN,
+        errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+    }
+)  # fmt: skip
+
+
+def dependency_of(error: BaseException) -> Dependency | None:
+    """Return what it was that is out, if an exception, or what caused it, says that something is."""
+    for each in _chain(error):
+        if isinstance(each, StoreUnavailableError | StoreUnreachableError):
+            return Dependency.STORE
+        if isinstance(each, DiskFullError) or (isinstance(each, OSError) and each.errno in OUT):
+            return Dependency.CLUSTER
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception, what it was raised from, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
 def fault_of(error: BaseException) -> Fault:
     """Return what an exception that left a task's body means to the queue."""
-    if isinstance(error, StoreUnreachableError):
-        return Fault.INFRASTRUCTURE
     if isinstance(error, RefusedError):
         return Fault.REFUSED
     if is_out_of_memory(error):
         return Fault.MEMORY
     if isinstance(error, BlobLostError):
         return Fault.LOST
-    # A full disk may pass, on this node or on another.
-    if isinstance(error, DiskFullError):
-        return Fault.TASK
+    if dependency_of(error) is not None:
+        return Fault.OUTAGE
     return Fault.INVALID if isinstance(error, InvalidInputError) else Fault.TASK
 
 

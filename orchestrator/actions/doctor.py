@@ -17,11 +17,12 @@ from urllib.parse import urlsplit
 
 from orchestrator.actions.cluster import left_out
 from orchestrator.actions.gpu_check import check_gpu
-from orchestrator.db.orchestrators import clusters
+from orchestrator.db.orchestrators import OrchestratorState, clusters, list_orchestrators
 from orchestrator.db.session import current, open_database
 from orchestrator.service import open_store_of, private_paths
 from orchestrator.settings import Settings
 from orchestrator.store_owner import StoreOwner, store_owner
+from orchestrator.text import human_seconds
 from quant_spec.errors import QuantServiceError
 from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
@@ -75,6 +76,7 @@ def examine(settings: Settings) -> list[Check]:
         "gpu": check_gpu,
         "ray": lambda: _ray(settings.ray_address, os.environ),
         "database": lambda: _database(settings),
+        "orchestrators": lambda: _orchestrators(settings),
         "store": lambda: _store(settings),
         "home": lambda: _home(settings),
         "disk": lambda: _disk(settings.home),
@@ -158,6 +160,27 @@ def _database(settings: Settings) -> tuple[bool, str]:
             return True, f"{database.shown_url}, schema {state.revision}"
     finally:
         database.close()
+
+
+def _orchestrators(settings: Settings) -> tuple[bool, str]:
+    """Say who works on the database, and who waits for what."""
+    state = current(settings.database_url)
+    if state.revision != state.head:
+        return True, "unknown, as the database has another schema"
+    database = open_database(settings.database_url)
+    try:
+        with database.session(read_only=True) as session:
+            rows = list_orchestrators(session)
+    finally:
+        database.close()
+    said = []
+    for row in rows:
+        silent = f" (last heard of {human_seconds(row.silent_seconds)} ago)"
+        reason = f" for the {row.note.reason}" if row.note.state is OrchestratorState.WAITING else ""
+        gone = row.note.state is OrchestratorState.GONE
+        said.append(f"{row.note.id} {row.note.state}{silent if gone else reason}")
+    waiting = any(row.note.state is OrchestratorState.WAITING for row in rows)
+    return not waiting, "; ".join(said) or "none at work: quantmill serve starts one"
 
 
 def _store(settings: Settings) -> tuple[bool, str]:

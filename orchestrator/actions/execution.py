@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 
 from orchestrator.actions.dry_run import worker_count
+from orchestrator.actions.patience import patiently
 from orchestrator.actions.progress import Progress
 from orchestrator.db.jobs import find_job
 from orchestrator.db.rows import JobRow
@@ -13,6 +15,7 @@ from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig, Served
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS
 from workers.execution.executor import RayExecutor
+from workers.storage.store import open_store
 
 
 def run_job(service: Service, job: JobRow, stop: threading.Event) -> JobRow:
@@ -27,15 +30,23 @@ def run_job(service: Service, job: JobRow, stop: threading.Event) -> JobRow:
         The job as it is now; if it has not ended, any orchestrator goes on with it.
     """
     if job.state in ACTIVE_JOBS:
+        service.database.patience.stop = stop
+        # A store that is out must not keep the progress, and with it the end, waiting.
+        notes = open_store(service.settings.store_url, quick=True)
         scheduler = make_scheduler(service)
-        with Progress(service.database, service.store, job.id, workers=worker_count(), cluster=scheduler.cluster):
+        with Progress(service.database, notes, job.id, workers=worker_count(), cluster=scheduler.cluster):
             scheduler.run(stop=stop, until_job=job.id)
-    with service.database.session(read_only=True) as session:
-        return find_job(session, job.id)
+
+    def look() -> JobRow:
+        with service.database.session(read_only=True) as session:
+            return find_job(session, job.id)
+
+    return patiently(look, deadline=time.monotonic() if stop.is_set() else None)
 
 
 def serve(service: Service, stop: threading.Event, *, drain: bool) -> Served:
     """Execute whatever is queued until `stop` is set or, with `drain`, until nothing is left; return what was done."""
+    service.database.patience.stop = stop
     return make_scheduler(service).run(stop=stop, drain=drain)
 
 

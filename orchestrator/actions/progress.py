@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 from orchestrator.actions.cluster import gpu_text
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import find_job, job_kinds, list_tasks
-from orchestrator.db.orchestrators import gpu_types
+from orchestrator.db.orchestrators import gpu_types, waiting_reason
 from orchestrator.db.rows import KindRow
 from orchestrator.db.session import Database
 from orchestrator.db.timings import kind_timings
 from orchestrator.errors import DatabaseError
 from orchestrator.planning.estimate import Rate, fitted_rates
 from orchestrator.scheduling.running import REPORTING, RunningTask, running_tasks, step_text
+from orchestrator.states import ACTIVE_JOBS
 from orchestrator.text import human_seconds, printable
 from quant_spec.kinds import KINDS
 from workers.storage.store import Store
@@ -35,13 +36,15 @@ LIVE_SECONDS, PLAIN_SECONDS = 0.5, 1.0
 LINE_SECONDS = 10.0
 _RATE_WINDOW_SECONDS = 60.0
 _TELLING_SHARE = 0.1
+_JOIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A job at one moment; `eta_seconds` is what is left of it by recorded times and what long tasks say themselves.
+    """A job at one moment.
 
-    `gpus` says how the cluster's GPUs are used, "" where there are none.
+    `eta_seconds` is what is left of it by recorded times and what long tasks say themselves, `waiting` what all
+    orchestrators wait for, if they do. `gpus` says how the cluster's GPUs are used, "" where there are none.
     """
 
     job: str
@@ -53,6 +56,7 @@ class Snapshot:
     eta_seconds: float
     steps: tuple[RunningTask, ...] = ()
     gpus: str = ""
+    waiting: str | None = None
 
     @property
     def total(self) -> int:
@@ -170,13 +174,14 @@ def take_snapshot(database: Database, store: Store, job_id: str, pacer: Pacer) -
         job = find_job(session, job_id)
         kinds = tuple(job_kinds(session, job_id))
         now = database_time(session)
+        waiting = waiting_reason(session) if job.state in ACTIVE_JOBS else None
         long = [kind.kind for kind in kinds if kind.running and kind.kind in REPORTING]
         rows = [task for kind in long for task in list_tasks(session, job_id, kind=kind)]
     steps = running_tasks(rows, store)
     seconds = (job.finished_at or now) - (job.started_at or job.created_at)
     eta = seconds_left(kinds, rates, width, steps)
     names = (job.id, job.state.value, job.model_name, job.recipe_name)
-    return Snapshot(*names, kinds, max(seconds, 0.0), eta, steps, gpus)
+    return Snapshot(*names, kinds, max(seconds, 0.0), eta, steps, gpus, waiting)
 
 
 class Progress:
@@ -207,14 +212,15 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        # What it shows comes from the database and the store, which may be hung.
+        self._thread.join(_JOIN_SECONDS)
 
     def _show_lines(self) -> None:
         pace = LinePace()
         stopped = False
         while not stopped:
             stopped = self._stop.wait(PLAIN_SECONDS)
-            # A look that fails costs one line of progress; the job itself meets the fault where it matters.
+            # A look that fails costs one line of progress; the scheduler says on the log what it waits for.
             with suppress(DatabaseError):
                 snapshot = self._take()
                 if pace.is_due(snapshot, time.monotonic(), last=stopped):
@@ -256,11 +262,16 @@ class LinePace:
         last
             The block is over: whatever changed is worth a line.
         """
-        content = (snapshot.state, snapshot.done, snapshot.running, snapshot.total, snapshot.steps)
+        content = (snapshot.state, snapshot.done, snapshot.running, snapshot.total, snapshot.steps, snapshot.waiting)
         if content == self._shown:
             return False
         step = max(1, snapshot.total // 100)
-        due = self._shown is None or snapshot.done >= self._done + step or now >= self._at + LINE_SECONDS
+        due = (
+            self._shown is None
+            or snapshot.waiting != self._shown[-1]
+            or snapshot.done >= self._done + step
+            or now >= self._at + LINE_SECONDS
+        )
         if due or last:
             self._shown, self._done, self._at = content, snapshot.done, now
         return due or last
@@ -289,12 +300,13 @@ class Pace:
 def progress_line(snapshot: Snapshot) -> str:
     """Return a snapshot as one line of text."""
     parts = [f"{snapshot.state} {snapshot.done}/{snapshot.total} tasks"]
+    parts += [f"waiting for the {snapshot.waiting}"] if snapshot.waiting else []
     busy = [f"{kind.kind} {kind.succeeded}/{kind.total}" for kind in snapshot.kinds if kind.running]
     parts += [f"running {', '.join(busy)}"] if busy else []
     parts += [step_text(each.document()) for each in snapshot.steps]
     parts += [snapshot.gpus] if snapshot.gpus else []
     parts.append(human_seconds(snapshot.seconds))
-    if snapshot.state in ("queued", "running"):
+    if snapshot.state in ("queued", "running") and not snapshot.waiting:
         parts.append(f"about {human_seconds(snapshot.eta_seconds)} left")
     return f"job {snapshot.job}: " + "; ".join(parts)
 
@@ -307,6 +319,7 @@ def progress_table(snapshot: Snapshot, per_second: float) -> Table:
     caption = f"{snapshot.done}/{snapshot.total} tasks, {human_seconds(snapshot.seconds)}"
     if snapshot.state in ("queued", "running"):
         caption += f", {per_second:.2f} tasks/s, about {human_seconds(snapshot.eta_seconds)} left"
+    caption += f"; waiting for the {snapshot.waiting}" if snapshot.waiting else ""
     caption += "".join(f"; {step_text(each.document())}" for each in snapshot.steps)
     caption += f"; {snapshot.gpus}" if snapshot.gpus else ""
     table = Table(

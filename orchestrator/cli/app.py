@@ -45,11 +45,11 @@ class App:
         return bool(click.get_current_context().meta.get(JSON_KEY))
 
     @contextmanager
-    def service(self) -> Iterator[Service]:
-        """Open the database and the store; the home is made on first use."""
+    def service(self, *, need_store: bool = True) -> Iterator[Service]:
+        """Open the database and the store, which some can do without; the home is made on first use."""
         from orchestrator.service import open_service
 
-        with open_service(self.settings) as service:
+        with open_service(self.settings, need_store=need_store) as service:
             yield service
 
     def answer(self, document: Any, text: Callable[[], str]) -> None:

@@ -29,7 +29,7 @@ def jobs() -> None:
 @pass_app
 def jobs_ls(app: App, state: str | None, limit: int) -> None:
     """List jobs, newest first."""
-    with app.service() as service:
+    with app.service(need_store=False) as service:
         views = show_jobs(service, state=JobState(state) if state else None, limit=limit)
     app.answer(views, lambda: _job_table(views))
 
@@ -40,7 +40,7 @@ def jobs_ls(app: App, state: str | None, limit: int) -> None:
 @pass_app
 def jobs_show(app: App, job: str, each: bool) -> None:
     """Show one job, and on which nodes and devices its tasks ran."""
-    with app.service() as service:
+    with app.service(need_store=False) as service:
         view = show_job(service, job)
     app.answer(view, lambda: job_text(view) + (f"\n\n{_task_table(view)}" if each else ""))
 
@@ -51,7 +51,7 @@ def jobs_show(app: App, job: str, each: bool) -> None:
 @pass_app
 def jobs_logs(app: App, job: str, follow: bool) -> None:
     """Show what happened to a job and its tasks, one line each; with --json, one document of all of it."""
-    with app.service() as service:
+    with app.service(need_store=False) as service:
         rows = job_events(service, job, follow=follow)
         if app.json:
             app.answer(list(rows), str)
@@ -71,8 +71,8 @@ def jobs_wait(app: App, job: str, timeout: float | None) -> int:
 
     Exit code: 0 succeeded, 100 failed, 2 failed for bad input, 101 not finished in time, 103 cancelled.
     """
-    with app.service() as service:
-        row = wait_for_job(service, job, timeout)
+    with app.service(need_store=False) as service:
+        row = wait_for_job(service, job, timeout, app.notify)
         view, code = show_job(service, row.id), exit_code(service, row)
     app.answer(view, lambda: job_text(view))
     return code
@@ -83,7 +83,7 @@ def jobs_wait(app: App, job: str, timeout: float | None) -> int:
 @pass_app
 def jobs_cancel(app: App, job: str) -> None:
     """Cancel a job; tasks that other jobs want go on."""
-    with app.service() as service:
+    with app.service(need_store=False) as service:
         with service.database.session() as session:
             row = find_job(session, job)
             cancel_job(session, row.id)
@@ -96,7 +96,7 @@ def jobs_cancel(app: App, job: str) -> None:
 @pass_app
 def jobs_retry(app: App, job: str) -> None:
     """Queue a failed or cancelled job again; what had finished is kept."""
-    with app.service() as service:
+    with app.service(need_store=False) as service:
         with service.database.session() as session:
             row = find_job(session, job)
             retry_job(session, row.id)
@@ -110,7 +110,7 @@ def _job_table(views: list[dict[str, Any]]) -> str:
     rows = [
         (
             view["job"],
-            view["state"],
+            "waiting" if view["waiting"] else view["state"],
             view["model"],
             view["recipe"],
             f"{view['tasks']['succeeded']}/{view['tasks']['total']}",
@@ -130,6 +130,7 @@ def job_text(view: dict[str, Any]) -> str:
     facts = [
         ("job", view["job"]),
         ("state", view["state"]),
+        ("waiting", view["waiting"]),
         ("model", view["model"]),
         ("recipe", view["recipe"]),
         ("tasks", f"{tasks['total']}" + (f" ({counts})" if counts else "")),

@@ -59,26 +59,27 @@ _RUNNING = in_states(Task.state, [TaskState.RUNNING])
 
 _LEASE = {"id": "text", "attempt": "integer", "token": "text"}
 _NO_LEASE = "lease_token = NULL, lease_owner = NULL, lease_until = NULL"
-_GOOD = f"""
+_MINE = f"""
     tasks.id = given.id AND tasks.attempt = given.attempt AND tasks.lease_token = given.token
-    AND tasks.state {sources(TaskEvent.FINISH)} AND tasks.lease_until > {{now}}
+    AND tasks.state {sources(TaskEvent.FINISH)}
 """
+_GOOD = f"{_MINE} AND tasks.lease_until > {{now}}"
 # Postgres: the rows of good leases, locked in an order that all keep.
-_HELD = f"""
+_HELD = """
     held AS MATERIALIZED (
-        SELECT tasks.seq FROM given JOIN tasks ON {_GOOD} ORDER BY tasks.seq FOR NO KEY UPDATE OF tasks
+        SELECT tasks.seq FROM given JOIN tasks ON %s ORDER BY tasks.seq FOR NO KEY UPDATE OF tasks
     )
 """
 _GIVEN = "given AS MATERIALIZED (SELECT * FROM {given})"
 
 
-def _on_good_leases(values: str, returning: str) -> Statement:
+def _on_good_leases(values: str, returning: str, good: str = _GOOD) -> Statement:
     """Make the statement that changes the tasks of leases that are good."""
     return statement(
-        f"UPDATE tasks SET {values} FROM {{given}} WHERE {_GOOD} RETURNING {returning}",
+        f"UPDATE tasks SET {values} FROM {{given}} WHERE {good} RETURNING {returning}",
         _LEASE,
         postgres=f"""
-        WITH {_GIVEN}, {_HELD}
+        WITH {_GIVEN}, {_HELD % good}
         UPDATE tasks SET {values} FROM held WHERE tasks.seq = held.seq RETURNING {returning}
         """,
     )
@@ -104,6 +105,7 @@ _CLAIMED = ", ".join(
         "alone",
         "batch_divisor",
         "deterministic",
+        "deadline_seconds",
     )
 )
 _TAKE_LEASE = f"""
@@ -142,9 +144,10 @@ _CLAIM = statement(
     """,
 )
 _START_JOBS = statement(f"{_START} WHERE id IN ({_WAITING_JOBS % ('{given}', 'given')}) RETURNING id", {"id": "text"})
-_RENEW = _on_good_leases(
-    "lease_until = {now} + CAST(:seconds AS double precision)", "tasks.id, tasks.attempt, tasks.lease_token"
-)
+_RENEWED = ("lease_until = {now} + CAST(:seconds AS double precision)", "tasks.id, tasks.attempt, tasks.lease_token")
+_RENEW = _on_good_leases(*_RENEWED)
+# Also those that ran out, as long as nobody has taken the tasks.
+_RENEW_LATE = _on_good_leases(*_RENEWED, _MINE)
 _RELEASE = _on_good_leases(
     f"state = {target(TaskEvent.RELEASE)}, queued_at = {{now}}, {_NO_LEASE}", "tasks.id, tasks.attempt"
 )
@@ -188,7 +191,7 @@ _FINISH = statement(
     f"UPDATE tasks SET {_SUCCEED} FROM {{given}} WHERE {_GOOD} RETURNING {_FINISHED}",
     _LEASE | _END,
     postgres=f"""
-    WITH {_GIVEN}, {_HELD}, done AS (
+    WITH {_GIVEN}, {_HELD % _GOOD}, done AS (
         UPDATE tasks SET {_SUCCEED} FROM held WHERE tasks.seq = held.seq RETURNING {_FINISHED}
     ), ends AS (
         SELECT done.*, given.outputs, given.metrics, given.ran, given.seconds, given.device,
@@ -294,18 +297,20 @@ def _claimed_task(row: Row[Any], token: str) -> ClaimedTask:
         work=row.work,
         label=row.label,
         wishes=wishes_of(row),
+        deadline_seconds=row.deadline_seconds,
     )
 
 
-def renew_leases(session: Session, leases: Sequence[Lease], lease_seconds: float) -> list[Lease]:
+def renew_leases(session: Session, leases: Sequence[Lease], lease_seconds: float, *, late: bool = False) -> list[Lease]:
     """Let leases last `lease_seconds` from now; return those that are still good, in the order given.
 
-    The others ran out, or no job wants their tasks any more: their holders should stop.
+    The others ran out, or no job wants their tasks any more: their holders should stop. With `late`, one that ran out
+    and that nobody has taken back yet is good again: the database itself may have been out.
     """
     share_graph(session)
     good: set[tuple[str, int, str]] = set()
     for batch in batches(leases):
-        rows = run(session, _RENEW, given=rows_json(_lease_rows(batch)), seconds=lease_seconds)
+        rows = run(session, _RENEW_LATE if late else _RENEW, given=rows_json(_lease_rows(batch)), seconds=lease_seconds)
         good.update((row.id, row.attempt, row.lease_token) for row in rows)
     return [lease for lease in leases if (lease.task_id, lease.attempt, lease.token) in good]
 
@@ -465,22 +470,26 @@ def _storable(error: str) -> str:
     return error.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()[:_ERROR_CHARACTERS]
 
 
-def release_task(session: Session, lease: Lease) -> bool:
-    """Give a task back unfinished, to be claimed by anyone at once; counts as no fault. False: the lease was lost."""
-    return bool(release_tasks(session, [lease]))
+def release_task(session: Session, lease: Lease, reason: str | None = None) -> bool:
+    """Give a task back unfinished, to be claimed by anyone at once; counts as no fault. False: the lease was lost.
+
+    `reason` is what was out, in one line; None: the holder ends.
+    """
+    return bool(release_tasks(session, [lease], reason))
 
 
-def release_tasks(session: Session, leases: Sequence[Lease]) -> list[str]:
-    """Give tasks back, as `release_task` does; return the ids of those whose leases were good."""
+def release_tasks(session: Session, leases: Sequence[Lease], reason: str | None = None) -> list[Lease]:
+    """Give tasks back, as `release_task` does; return the leases that were good."""
     share_graph(session)
-    released: list[str] = []
+    data = {} if reason is None else {"error": _storable(reason)}
+    released: set[tuple[str, int]] = set()
     for batch in batches(leases):
         for row in run(session, _RELEASE, given=rows_json(_lease_rows(batch))):
-            record_event(session, TaskEvent.RELEASE, task=row.id, attempt=row.attempt)
-            released.append(row.id)
+            record_event(session, TaskEvent.RELEASE, task=row.id, attempt=row.attempt, data=data)
+            released.add((row.id, row.attempt))
     if released:
         tell_others(session)
-    return released
+    return [lease for lease in leases if (lease.task_id, lease.attempt) in released]
 
 
 def reap_expired(session: Session) -> list[str]:

@@ -65,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class ClaimedTask:
-    """A task to run, with every input resolved to a digest."""
+    """A task to run, with every input resolved to a digest; `deadline_seconds` is how long its recipe lets it run."""
 
     lease: Lease
     kind: str
@@ -76,6 +76,7 @@ class ClaimedTask:
     work: float
     label: str
     wishes: Wishes = Wishes()
+    deadline_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

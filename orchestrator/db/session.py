@@ -11,6 +11,7 @@ they run side by side, under `lock_graph` or `share_graph`:
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from sqlalchemy.orm import Session as Session
 from orchestrator.db.engine import converted_errors, make_engine, parse_url, shown_location
 from orchestrator.db.event_log import record_event as record_event
 from orchestrator.db.event_log import write_events
+from orchestrator.db.limits import Patience
 from orchestrator.db.models import REVISIONS
 from orchestrator.db.sql import is_postgres
 from orchestrator.errors import ConflictError, DatabaseUnreachableError, SchemaError
@@ -57,13 +59,15 @@ class SchemaState:
 class Database:
     """A database that can be opened for transactions; made by `open_database`, safe to share between threads.
 
-    `commit_hook` is called with "before" and "after" around each commit: fault injection, which only tests set.
+    `patience` is how long answers are waited for. `commit_hook` is called with "before" and "after" around each
+    commit: fault injection, which only tests set.
     """
 
     # Not in its text: SQLAlchemy hides a password there, but no parameter that is one.
     engine: Engine = field(repr=False)
     location: URL = field(repr=False)
     commit_hook: CommitHook | None = None
+    patience: Patience = field(default_factory=Patience)
     _reader: Engine = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -145,8 +149,8 @@ def open_database(url: SecretUrl | str) -> Database:
     InvalidInputError
         If the URL is of neither form.
     """
-    location = parse_url(url)
-    return Database(make_engine(location), location)
+    location, patience = parse_url(url), Patience()
+    return Database(make_engine(location, patience), location, patience=patience)
 
 
 class GraphNeededError(Exception):
@@ -296,7 +300,7 @@ def upgrade(url: SecretUrl | str) -> SchemaState:
             make_private_file(Path(str(location.database)))
         except OSError as error:
             raise DatabaseUnreachableError(f"database {location.database}: cannot make its folder ({error})") from error
-    engine = make_engine(location, create=True)
+    engine = make_engine(location, Patience(math.inf), create=True)
     try:
         with converted_errors(location), engine.begin() as connection:
             if not sqlite:

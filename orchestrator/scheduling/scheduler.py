@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from orchestrator.db.orchestrators import forget_orchestrator, note_cluster
 from orchestrator.db.picking import wanted_gpus
 from orchestrator.db.queries import (
     check_end,
@@ -30,22 +29,24 @@ from orchestrator.db.queries import (
     find_job,
     finish_tasks,
     nothing_left,
-    reap_expired,
+    release_task,
     release_tasks,
     work_left,
 )
 from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
 from orchestrator.db.session import Database, Session, lock_graph, ready_count, tell_others
 from orchestrator.db.timings import device_timings
-from orchestrator.errors import DatabaseError, ResultError
-from orchestrator.patience import as_outage
-from orchestrator.scheduling.leases import LeaseKeeper
+from orchestrator.errors import OUTAGES, DatabaseError, ResultError
+from orchestrator.scheduling.deadlines import Deadlines
+from orchestrator.scheduling.leases import LeaseKeeper, Reaper
 from orchestrator.scheduling.losses import examine_loss
+from orchestrator.scheduling.outages import Outages, Pauses, StoreProbe
 from orchestrator.scheduling.picker import Places
 from orchestrator.scheduling.placement import Placement
+from orchestrator.scheduling.presence import Presence
 from orchestrator.scheduling.wakeup import Wakeup
 from orchestrator.states import ACTIVE_JOBS
-from workers.errors import ExecutorError, Fault
+from workers.errors import Dependency, ExecutorError, Fault
 from workers.execution.cluster import own_versions
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Executor, Finished
@@ -65,7 +66,6 @@ _TELL_SECONDS = 0.1
 _SHORTEST_POLL_SECONDS = 0.02
 # Signals and lost leases are noticed within this time.
 _LONGEST_WAIT_SECONDS = 0.25
-_FIRST_RETRY_SECONDS = 0.2
 _LEARNING_SECONDS = 10.0
 
 
@@ -76,7 +76,8 @@ class SchedulerConfig:
     `store_url`, `cache_dir` and `cache_bytes` are passed to every task. A lease lasts `lease_seconds`, so that is how
     long the tasks of an orchestrator that was killed wait for the next one. `in_flight` is how many times the cluster's
     capacity may be claimed, so that Ray always has a next task. An idle scheduler asks the database every
-    `poll_seconds`. A database or cluster that does not answer is tried again for `patience_seconds`.
+    `poll_seconds`. A database or cluster that does not answer at first is tried again for `patience_seconds`; one that
+    did, and the store, for ever, after `pauses`.
     """
 
     store_url: str
@@ -86,6 +87,7 @@ class SchedulerConfig:
     in_flight: float = 2.0
     poll_seconds: float = 1.0
     patience_seconds: float = 120.0
+    pauses: Pauses = field(default_factory=Pauses)
     owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
 
 
@@ -125,11 +127,16 @@ class Scheduler:
         self._ended: list[tuple[ClaimedTask, Finished]] = []
         self._keeper = LeaseKeeper(database, config.lease_seconds)
         self._wakeup = Wakeup(database)
+        self._reaper = Reaper(database, config.lease_seconds)
+        self._deadlines = Deadlines(database)
+        self._outages = Outages(config.pauses, StoreProbe(config.store_url, config.owner))
+        self._presence = Presence(database, config.owner, self._outages, self.cluster)
+        self._worked: set[Dependency] = set()
         self._stop = threading.Event()
-        self._found_work = self._said_no_capacity = self._said_no_gpu = False
+        self._found_work = self._said_no_gpu = False
         self._executed = 0
         self._poll = _SHORTEST_POLL_SECONDS
-        self._next_claim = self._next_reap = self._next_look = self._next_telling = self._next_learning = 0.0
+        self._next_claim = self._next_look = self._next_telling = self._next_learning = 0.0
 
     def run(
         self,
@@ -157,18 +164,23 @@ class Scheduler:
         Raises
         ------
         DatabaseError
-            If the database does not answer for `patience_seconds`.
+            If the database does not answer for `patience_seconds` at first, or refuses a statement for as long.
         ExecutorError
-            If no executor can be started for `patience_seconds`.
+            If no first executor can be started for `patience_seconds`.
         """
         if stop is not None:
             self._stop = stop
         self._keeper.start()
         self._wakeup.start()
+        self._presence.start()
+        done = False
         try:
-            done = False
             while not self._stop.is_set() and not (done := self._is_done(drain, until_job)):
                 self._pass()
+        except (*OUTAGES, ExecutorError):
+            # Who is told to end while something is out has not failed.
+            if not self._stop.is_set():
+                raise
         finally:
             self._close()
         return Served(not done, self._found_work, self._executed)
@@ -240,10 +252,13 @@ class Scheduler:
         if finished.fault is Fault.LOST:
             look = partial(examine_loss, self._database, self._config.store_url, task.lease.task_id, finished)
             finished = self._patiently(look)
+        if finished.fault is Fault.OUTAGE:
+            self._outages.fault(finished.dependency or Dependency.CLUSTER, finished.error)
         if finished.output is None:
             log.warning("task failed: %s", finished.error, extra=_about(task) | {"fault": str(finished.fault)})
         else:
             self._executed += 1
+            self._outages.success(Dependency.STORE, Dependency.CLUSTER)
             self._places.pace.note(task.kind, task.version, float(finished.output.metrics["seconds"]))
             log.debug("task finished", extra=_about(task))
         if finished.fault is Fault.REFUSED:
@@ -266,15 +281,14 @@ class Scheduler:
         assert self._executor is not None
         executor = self._executor
         self._places.look(executor.capacity().node_list())
+        limit = self._outages.room(len(self._in_flight), _CLAIM_LIMIT)
         room = not self._stop.is_set() and self._places.has_room()
-        if not (room or self._in_flight or self._stop.is_set() or self._said_no_capacity):
-            self._said_no_capacity = True
-            log.warning("waiting for the cluster, which has no CPU or memory for a task: %s", self._places.document())
+        self._outages.starved(yes=not room and not self._in_flight)
         if room and time.monotonic() >= self._next_learning:
             self._next_learning = time.monotonic() + _LEARNING_SECONDS
             self._patiently(self._learn)
-        claimed = self._patiently(lambda: self._record(claim=room))
-        if room and not (claimed or self._in_flight or self._said_no_gpu):
+        claimed, dropped = self._patiently(lambda: self._record(limit=limit if room else 0))
+        if room and limit and not (claimed or self._in_flight or self._said_no_gpu):
             self._patiently(self._say_what_waits)
         self._keeper.drop([task.lease for task, _ in self._ended])
         self._keeper.add([task.lease for task in claimed])
@@ -283,16 +297,31 @@ class Scheduler:
         self._poll = _SHORTEST_POLL_SECONDS if progress else min(self._poll * 2, self._config.poll_seconds)
         self._next_claim = time.monotonic() + self._poll
         self._submit(executor, claimed)
+        if dropped:
+            self._ended += self._patiently(lambda: self._revived(dropped))
 
-    def _record(self, *, claim: bool, give_back: Sequence[Lease] = ()) -> list[ClaimedTask]:
-        """In one transaction, record the ends of tasks, give tasks back, and claim what there is room for."""
-        ends, faults = self._sorted_ends()
-        claimed, kept, places = self._database.transact(partial(self._write, claim, give_back, ends, faults))
-        self._places.running |= {task.lease.task_id: places[task.lease.task_id] for task in claimed}
-        for task, _ in self._ended:
-            if task.lease not in kept:
+    def _revived(self, dropped: list[tuple[ClaimedTask, Finished]]) -> list[tuple[ClaimedTask, Finished]]:
+        """Return what is to be recorded again, as its lease had run out and nobody has taken it."""
+        good = self._keeper.revive([task.lease for task, _ in dropped])
+        for task, _ in dropped:
+            if task.lease not in good:
                 log.warning("result dropped: the lease was lost", extra=_about(task))
-        return claimed
+        return [(task, finished) for task, finished in dropped if task.lease in good]
+
+    def _record(
+        self, *, limit: int, give_back: Sequence[Lease] = ()
+    ) -> tuple[list[ClaimedTask], list[tuple[ClaimedTask, Finished]]]:
+        """In one transaction, record the ends of tasks, give tasks back, and claim what there is room for.
+
+        Returns
+        -------
+        list of ClaimedTask, list of (ClaimedTask, Finished)
+            What was claimed, `limit` at most, and the ends that were not recorded, as the leases had run out.
+        """
+        ends, faults = self._sorted_ends()
+        claimed, kept, places = self._database.transact(partial(self._write, limit, give_back, ends, faults))
+        self._places.running |= {task.lease.task_id: places[task.lease.task_id] for task in claimed}
+        return claimed, [(task, finished) for task, finished in self._ended if task.lease not in kept]
 
     def _sorted_ends(self) -> tuple[list[TaskEnd], list[Failure]]:
         """Return the ends that can be recorded as results, and the faults, with an error each."""
@@ -315,7 +344,7 @@ class Scheduler:
 
     def _write(
         self,
-        claim: bool,
+        limit: int,
         give_back: Sequence[Lease],
         ends: Sequence[TaskEnd],
         faults: Sequence[Failure],
@@ -327,15 +356,19 @@ class Scheduler:
             lock_graph(session)
         kept = set(finish_tasks(session, ends))
         for each in faults:
-            if fail_task(session, each.lease, fault=each.fault.value, error=each.error, lost=each.lost):
+            if each.fault is Fault.OUTAGE:
+                is_kept = release_task(session, each.lease, each.error)
+            else:
+                is_kept = fail_task(session, each.lease, fault=each.fault.value, error=each.error, lost=each.lost)
+            if is_kept:
                 kept.add(each.lease)
         release_tasks(session, give_back)
-        picker = self._places.picker(_CLAIM_LIMIT)
+        picker = self._places.picker(limit)
         claimed = []
-        if claim:
+        if limit:
             config = self._config
             claimed = claim_tasks(
-                session, owner=config.owner, limit=_CLAIM_LIMIT, lease_seconds=config.lease_seconds, picker=picker
+                session, owner=config.owner, limit=limit, lease_seconds=config.lease_seconds, picker=picker
             )
         now = time.monotonic()
         if ready_count(session) > len(claimed) and now >= self._next_telling:
@@ -392,25 +425,18 @@ class Scheduler:
             batch_divisor=task.wishes.batch_divisor,
             deterministic=task.wishes.deterministic,
             versions=dict(own_versions()),
+            deadline_seconds=self._deadlines.of(task),
         )
 
     def _reap(self) -> None:
-        """Take back what other orchestrators left behind, now and then."""
-        now = time.monotonic()
-        if now >= self._next_reap:
-            self._next_reap = now + min(5.0, self._config.lease_seconds / 2)
-            reaped = self._patiently(self._reap_once)
-            if reaped:
-                log.warning("took back %d tasks whose leases ran out", len(reaped))
-
-    def _reap_once(self) -> list[str]:
-        config = self._config
-        with self._database.session() as session:
-            note_cluster(session, config.owner, socket.gethostname(), os.getpid(), self._places.document())
-            return reap_expired(session)
+        """Take back what other orchestrators left behind, and learn what tasks take, now and then."""
+        if self._reaper.is_due():
+            self._patiently(self._reaper.reap)
+            self._patiently(self._deadlines.learn)
 
     def _start_executor(self) -> None:
-        self._executor = self._patiently(self._executor_factory)
+        self._patiently(self._deadlines.learn)
+        self._executor = self._patiently(self._executor_factory, Dependency.CLUSTER)
         log.info("executor started: %s", self._executor.capacity())
 
     def _lose_executor(self, executor: Executor) -> None:
@@ -429,14 +455,12 @@ class Scheduler:
         """Give back what is in flight, and stop the executor."""
         self._keeper.stop()
         self._wakeup.stop()
+        self._presence.stop()
         leases = [task.lease for task in self._in_flight.values()]
         try:
             if leases or self._ended:
-                self._record(claim=False, give_back=leases)
+                self._record(limit=0, give_back=leases)
                 log.info("gave back %d tasks in flight", len(leases))
-            if self._next_reap:
-                with self._database.session() as session:
-                    forget_orchestrator(session, self._config.owner)
         except DatabaseError as error:
             # The leases run out by themselves.
             log.warning("tasks in flight not given back: %s", error)
@@ -445,18 +469,35 @@ class Scheduler:
             if self._executor is not None:
                 self._executor.shutdown()
 
-    def _patiently(self, work: Callable[[], T]) -> T:
-        """Do something that needs the database or the cluster, again and again if they do not answer."""
-        deadline, pause = time.monotonic() + self._config.patience_seconds, _FIRST_RETRY_SECONDS
+    def _patiently(self, work: Callable[[], T], dependency: Dependency = Dependency.DATABASE) -> T:
+        """Do something that needs the database or the cluster, again and again if they do not answer.
+
+        For ever, if they ever did: whoever waits for work to go on finds it where it was.
+        """
+        begun, failed = time.monotonic(), False
         while True:
             try:
-                return work()
+                if failed and dependency is Dependency.DATABASE:
+                    self._keeper.renew()
+                result = work()
             except (DatabaseError, ExecutorError) as error:
-                if self._stop.is_set() or time.monotonic() + pause > deadline:
-                    raise (as_outage(error) if isinstance(error, DatabaseError) else error) from error
+                self._outages.failed_again(dependency, str(error))
+                pause = self._outages.pause(dependency)
+                for_ever = dependency in self._worked and isinstance(error, (*OUTAGES, ExecutorError))
+                if self._stop.is_set() or (
+                    not for_ever and time.monotonic() + pause > begun + self._config.patience_seconds
+                ):
+                    raise
                 log.warning("trying again in %.1f s: %s", pause, error)
+                failed = True
+            else:
+                self._worked.add(dependency)
+                if dependency is Dependency.DATABASE or failed:
+                    self._outages.success(dependency)
+                if failed:
+                    self._reaper.postpone_after(time.monotonic() - begun)
+                return result
             self._stop.wait(pause)
-            pause = min(pause * 2, 10.0)
 
 
 def _about(task: ClaimedTask) -> dict[str, object]:

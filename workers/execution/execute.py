@@ -29,6 +29,7 @@ from workers.execution.devices import (
 )
 from workers.execution.notes import TaskNotes
 from workers.storage.locks import own_folder
+from workers.storage.patient import PatientStore
 from workers.storage.store import CACHE_LIMIT_BYTES, NodeStore, open_cached
 
 
@@ -43,6 +44,7 @@ class TaskCall:
     for any; `gpu_type` is what its GPUs are called. `batch_divisor` makes batches smaller that the result does not
     depend on; `deterministic` asks for torch's deterministic algorithms. `versions` are those that the orchestrator
     has; a worker with others refuses. `devices` are all that a task with several GPUs has.
+    A call that runs for longer than `deadline_seconds` is taken away.
     """
 
     kind: str
@@ -64,6 +66,7 @@ class TaskCall:
     deterministic: bool = False
     versions: dict[str, str] | None = None
     devices: Sequence[str] = ()
+    deadline_seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the call as JSON."""
@@ -174,6 +177,6 @@ def _store(call: TaskCall) -> Iterator[NodeStore]:
     """Open a store, and give up the files in use at the end."""
     store = _opened(call.store_url, Path(call.cache_dir), call.cache_bytes)
     try:
-        yield store
+        yield PatientStore(store)
     finally:
         store.release()

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from workers.errors import ExecutorError, Fault
+from workers.errors import Dependency, ExecutorError, Fault
 from workers.execution.cluster import Node, host_name
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall
 from workers.execution.local import python_path
+from workers.execution.pulse import SILENCE_SECONDS, Watchdog
 from workers.execution.ray_security import local_environment, session_folder, worker_environment
 from workers.storage.locks import own_folder
 
@@ -71,19 +72,27 @@ class Capacity:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a call: its output, or its fault and one line about it; `lost` are digests of lost blobs."""
+    """The end of a call: its output, or its fault and one line about it.
+
+    Of an outage also what is out, and of lost blobs their digests.
+    """
 
     handle: int
     output: TaskOutput | None
     fault: Fault | None = None
     error: str = ""
     lost: tuple[str, ...] = ()
+    dependency: Dependency | None = None
 
 
-def failed(handle: int, answer: Mapping[str, Any]) -> Finished:
-    """Return the end of a call that failed, by the JSON of `workers.execution.local.answer_call`."""
+def finished_of(handle: int, answer: Mapping[str, Any]) -> Finished:
+    """Return the end of a call from the JSON of `workers.execution.local.answer_call`."""
+    if "error" not in answer:
+        return Finished(handle, _output(answer))
     lost = (answer["lost"],) if "lost" in answer else ()
-    return Finished(handle, None, Fault(answer["fault"]), answer["error"], lost)
+    named = answer.get("dependency")
+    fault, dependency = Fault(answer["fault"]), Dependency(named) if named else None
+    return Finished(handle, None, fault, answer["error"], lost, dependency)
 
 
 class Executor(Protocol):
@@ -114,7 +123,7 @@ class Executor(Protocol):
         ...
 
 
-def _output(message: dict[str, Any]) -> TaskOutput:
+def _output(message: Mapping[str, Any]) -> TaskOutput:
     return TaskOutput(message["outputs"], message["metrics"], message.get("ran", {}))
 
 
@@ -122,7 +131,13 @@ class RayExecutor:
     """Calls as Ray tasks, on a local Ray that lives as long as this object, or on a cluster."""
 
     def __init__(
-        self, address: str | None, cpus: int | None, memory_bytes: int | None, gpus: int | None, timeout: float
+        self,
+        address: str | None,
+        cpus: int | None,
+        memory_bytes: int | None,
+        gpus: int | None,
+        timeout: float,
+        silence_seconds: float,
     ) -> None:
         """Start the child and wait until it has a Ray; use `start`."""
         self._handles = itertools.count()
@@ -135,6 +150,7 @@ class RayExecutor:
         self._address = address
         self._local = address is None
         self._resources = ExitStack()
+        self._watchdog = Watchdog(silence_seconds, self._kill)
         try:
             folder = self._resources.enter_context(own_folder(_TEMPORARY, "quantmill-ray-"))
             self._log = folder / "driver.log"
@@ -144,11 +160,13 @@ class RayExecutor:
                 "memory_bytes": memory_bytes,
                 "gpus": gpus,
                 "temporary": str(session_folder(folder)),
+                "silence_seconds": silence_seconds,
             }
             self._process = self._spawn(folder, config)
             self._reader = threading.Thread(target=self._read, name="ray-answers", daemon=True)
             self._reader.start()
             self._wait_until_ready(timeout)
+            self._watchdog.start()
         except BaseException:
             self.shutdown()
             raise
@@ -162,6 +180,7 @@ class RayExecutor:
         memory_bytes: int | None = None,
         gpus: int | None = None,
         timeout: float = _START_SECONDS,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> RayExecutor:
         """Start a local Ray, or connect to one.
 
@@ -174,13 +193,17 @@ class RayExecutor:
             What a local Ray may use; all CPUs, most of the memory that is free and all GPUs by default.
         timeout
             Seconds to wait for it.
+        silence_seconds
+            How long a process may give no sign of life: a worker that is silent for longer is killed, and its call
+            has failed; so is the driver, and the executor is lost.
 
         Raises
         ------
         ExecutorError
             If it does not start or cannot be reached.
         """
-        return cls(None if address in (None, "", "local") else address, cpus, memory_bytes, gpus, timeout)
+        where = None if address in (None, "", "local") else address
+        return cls(where, cpus, memory_bytes, gpus, timeout, silence_seconds)
 
     def _spawn(self, folder: Path, config: dict[str, Any]) -> subprocess.Popen[bytes]:
         environment = worker_environment(os.environ) | _ENVIRONMENT | {"PYTHONPATH": python_path()}
@@ -236,6 +259,7 @@ class RayExecutor:
                 self._changed.notify_all()
 
     def _take(self, messages: list[dict[str, Any]]) -> None:
+        self._watchdog.hear()
         with self._changed:
             for message in messages:
                 self._note(message)
@@ -247,10 +271,8 @@ class RayExecutor:
             self._capacity = Capacity(**{**sums, "nodes": tuple(map(Node.from_json, sums["nodes"]))})
         elif "failed" in message:
             self._failure = message["failed"][:300]
-        elif "error" in message:
-            self._finished.append(failed(message["id"], message))
-        else:
-            self._finished.append(Finished(message["id"], _output(message)))
+        elif "id" in message:
+            self._finished.append(finished_of(message["id"], message))
 
     def capacity(self) -> Capacity:
         """Return what the cluster has now."""
@@ -289,8 +311,16 @@ class RayExecutor:
         except (OSError, ValueError) as error:
             raise ExecutorError(f"ray: got a driver that is gone ({error}), wanted it to take a task") from error
 
+    def _kill(self) -> None:
+        """Kill the child, and all processes of a local Ray."""
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                # Until it has been waited for, the number cannot be that of another group.
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def shutdown(self) -> None:
         """Stop a local Ray and all its processes, or leave the cluster; see `Executor`."""
+        self._watchdog.stop()
         process = getattr(self, "_process", None)
         if process is not None:
             with suppress(OSError, ValueError):
@@ -298,9 +328,7 @@ class RayExecutor:
             if not self._local:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_STOP_SECONDS)
-            with suppress(ProcessLookupError):
-                # Until it has been waited for, the number cannot be that of another group.
-                os.killpg(process.pid, signal.SIGKILL)
+            self._kill()
             process.wait()
             self._reader.join(_STOP_SECONDS)
         self._resources.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quant_spec.errors import QuantServiceError
-from workers.errors import BlobLostError, Fault, TaskError, TaskFailedError, describe, fault_of
+from workers.errors import BlobLostError, Fault, TaskError, TaskFailedError, dependency_of, describe, fault_of
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall, execute_call
 from workers.execution.ray_security import worker_environment
@@ -29,12 +29,13 @@ def answer_call(call: TaskCall) -> dict[str, Any]:
     """Run a call in this process and return its output, or its error, as JSON."""
     try:
         output = execute_call(call)
-        answer = {"outputs": output.outputs, "metrics": output.metrics, "ran": output.ran}
+        answer: dict[str, Any] = {"outputs": output.outputs, "metrics": output.metrics, "ran": output.ran}
         json.dumps(answer, allow_nan=False)
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, QuantServiceError) else 1
         lost = {"lost": error.digest} if isinstance(error, BlobLostError) else {}
-        return {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code, **lost}
+        answer = {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code, **lost}
+        return answer | {"dependency": dependency_of(error)}
     return answer
 
 

@@ -1,12 +1,16 @@
 """The process that drives Ray, and what runs on Ray; with `nodes.py` alone in importing it. `executor.py` starts it.
 
 Standard input: `{"submit": id, "call": {…}}` or `{"cancel": id}`, one a line. Standard output: `{"capacity": {…}}` when
-Ray is there and whenever it changes, with a list of its nodes, and for each call `{"id":…, "outputs":…, "metrics":…,
-"ran":…}` or `{"id":…, "error":…, "fault":…}`, as `workers.execution.local` answers. The process ends, with every
-process of a local Ray, when its input closes or Ray is lost.
+Ray is there and whenever it changes, with a list of its nodes, `{"alive": true}` every few seconds, and for each call
+`{"id":…, "outputs":…, "metrics":…, "ran":…}` or `{"id":…, "error":…, "fault":…}`, as `workers.execution.local` answers.
+The process ends, with every process of a local Ray, when its input closes or Ray is lost.
 
 Ray retries nothing (the queue does, and counts), keeps no results of ours (they are in the store), and keeps its worker
 processes, as importing torch takes seconds.
+
+Workers give signs of life (`pulse.py`) through Ray's own table of keys and values, which every node reaches. One that
+is silent for too long, or whose call runs for longer than it may, is killed by a task on its node: Ray's own
+cancellation asks the worker, which cannot answer.
 """
 
 from __future__ import annotations
@@ -21,12 +25,14 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
 import ray
 from ray.exceptions import RayError, TaskCancelledError
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.errors import Fault, describe, is_out_of_memory
@@ -35,6 +41,7 @@ from workers.execution.devices import device_number
 from workers.execution.execute import TaskCall
 from workers.execution.local import answer_call
 from workers.execution.nodes import ClusterWatch
+from workers.execution.pulse import Beat, Listener, Pulse, beat_seconds, end_process
 
 # Ray's object store holds calls and answers only; this is about the least it accepts.
 _OBJECT_STORE_BYTES = 80 << 20
@@ -42,25 +49,47 @@ _MEMORY_SHARE = 0.9
 _MOST_FUNCTIONS = 1000
 _LOOK_SECONDS = 0.5
 _PROBE_SECONDS = 5.0
-_SILENCE_SECONDS = 60.0
+# Where signs of life are kept in Ray's table.
+_NAMESPACE = b"quantmill"
 
 
-def run_call(text: str) -> str:
+def run_call(number: int, text: str, beat: float) -> str:
     """Run a call in a Ray worker; JSON in and out, so that no pickle of ours crosses the cluster."""
     call = TaskCall(**json.loads(text))
     if call.gpus > 0:
         devices = [f"cuda:{device_number([given], os.environ)}" for given in ray.get_gpu_ids()] or ["cuda"]
         call = replace(call, device=devices[0], devices=devices if len(devices) > 1 else ())
-    return json.dumps(answer_call(call))
+    with _pulse(beat).during(number):
+        return json.dumps(answer_call(call))
+
+
+@lru_cache(maxsize=1)
+def _pulse(seconds: float) -> Pulse:
+    """Begin to give signs of life; a worker process belongs to one driver, and keeps its pulse between calls."""
+    context = ray.get_runtime_context()
+    node = context.get_node_id()
+    key = f"{context.get_job_id()}/{node}/{os.getpid()}".encode()
+
+    def send(beat: Beat) -> None:
+        _internal_kv_put(key, json.dumps(beat.to_json()).encode(), overwrite=True, namespace=_NAMESPACE)
+
+    return Pulse(node, send, seconds)
 
 
 class Driver:
     """Takes orders from standard input and reports to standard output."""
 
-    def __init__(self, answers: BinaryIO, *, local: bool) -> None:
-        """Drive the Ray that this process is connected to."""
+    def __init__(self, answers: BinaryIO, *, local: bool, silence_seconds: float) -> None:
+        """Drive the Ray that this process is connected to; see `RayExecutor.start` for `silence_seconds`."""
         self._answers = answers
         self._local = local
+        self._silence = silence_seconds
+        self._node = ray.get_runtime_context().get_node_id()
+        self._prefix = f"{ray.get_runtime_context().get_job_id()}/".encode()
+        self._listener = Listener(silence_seconds)
+        self._deadlines: dict[int, float] = {}
+        # Calls whose workers are being killed: since when, why, and whose fault that is.
+        self._condemned: dict[int, tuple[float, str, Fault]] = {}
         self._writing = threading.Lock()
         self._running: dict[int, Any] = {}
         self._remote = ray.remote(max_retries=0, max_calls=0)(run_call)
@@ -77,6 +106,8 @@ class Driver:
         self._probe()
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._probe_for_ever, daemon=True).start()
+        threading.Thread(target=self._watch_for_ever, daemon=True).start()
+        threading.Thread(target=self._say_alive, daemon=True).start()
         # This thread started Ray's processes, which the kernel kills when it ends.
         while self._ray_is_there():
             time.sleep(_LOOK_SECONDS)
@@ -89,6 +120,9 @@ class Driver:
                 self._submit(order["submit"], order["call"])
             elif order["cancel"] in self._running:
                 ray.cancel(self._running[order["cancel"]], force=True)
+        if not self._local:
+            # The cluster stays; the signs of life of our workers, which end with us, need not.
+            _internal_kv_del(self._prefix, del_by_prefix=True, namespace=_NAMESPACE)
         end(self._local)
 
     def _submit(self, number: int, call: dict[str, Any]) -> None:
@@ -100,9 +134,12 @@ class Driver:
         if node is not None and self._cluster.size > 1:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
         once = call["gpus"] > 0 and (node is None or not node.by_number)
+        if call["deadline_seconds"] is not None:
+            self._deadlines[number] = call["deadline_seconds"]
         try:
             bound = node.id if "scheduling_strategy" in options and node is not None else ""
-            reference = self._function(options, bound, once=once).remote(json.dumps(call))
+            beat = beat_seconds(self._silence)
+            reference = self._function(options, bound, once=once).remote(number, json.dumps(call), beat)
         except (RayError, ValueError) as error:
             self._send({"id": number, "error": f"ray: {describe(error)}", "fault": Fault.INFRASTRUCTURE})
             return
@@ -120,9 +157,14 @@ class Driver:
 
     def _report(self, number: int, future: Future[str]) -> None:
         """Send the end of a call; runs in a thread of Ray's."""
-        self._running.pop(number, None)
+        self._deadlines.pop(number, None)
+        if self._running.pop(number, None) is None:
+            return
+        condemned = self._condemned.pop(number, None)
         error = future.exception()
-        if error is None:
+        if error is not None and condemned is not None:
+            self._send({"id": number, "error": condemned[1], "fault": condemned[2]})
+        elif error is None:
             self._send({"id": number, **json.loads(future.result())})
         else:
             # A body's own exceptions are answers, so what comes this way is a worker, node or Ray that was lost.
@@ -138,6 +180,55 @@ class Driver:
             except OSError:
                 end(self._local)
 
+    def _say_alive(self) -> None:
+        while True:
+            self._send({"alive": True})
+            time.sleep(beat_seconds(self._silence))
+
+    def _watch_for_ever(self) -> None:
+        """Look at the workers' signs of life, and take calls away from those that are stuck."""
+        while True:
+            time.sleep(beat_seconds(self._silence))
+            try:
+                self._watch()
+            except Exception as error:
+                # Also what Ray's table raises while it is out: the next look finds out more.
+                sys.stderr.write(f"workers not looked at: {describe(error)}\n")
+
+    def _watch(self) -> None:
+        beats = {}
+        for key in _internal_kv_list(self._prefix, namespace=_NAMESPACE):
+            value = _internal_kv_get(key, namespace=_NAMESPACE)
+            if value is not None:
+                beats[key.decode()] = Beat(**json.loads(value))
+        now = time.monotonic()
+        self._listener.hear(beats, now)
+        for name, beat in self._listener.silent(now).items():
+            self._take_away(name, beat, f"got no sign of life from its worker for {self._silence:.0f} s", now)
+        for call, (name, beat, seconds) in self._listener.running(now).items():
+            limit = self._deadlines.get(call)
+            if limit is not None and seconds > limit and call not in self._condemned:
+                what = f"got a task that ran for {seconds:.0f} s, wanted at most {limit:.0f} s"
+                self._take_away(name, beat, what, now, Fault.TASK)
+        for call, (since, what, fault) in list(self._condemned.items()):
+            # Its node answers no more than its worker does, and Ray has not noticed.
+            if now - since > self._silence and self._running.pop(call, None) is not None:
+                del self._condemned[call]
+                self._send({"id": call, "error": what, "fault": fault})
+
+    def _take_away(self, name: str, beat: Beat, what: str, now: float, fault: Fault = Fault.INFRASTRUCTURE) -> None:
+        """Kill a worker; its call, if it has one, ends with this error."""
+        if beat.call in self._running:
+            self._condemned.setdefault(beat.call, (now, f"ray: {what}, on node {beat.node[:12]}", fault))
+        _internal_kv_del(name.encode(), namespace=_NAMESPACE)
+        if beat.node == self._node:
+            end_process(beat.pid, beat.born)
+            return
+        there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
+        ray.remote(num_cpus=0, max_retries=0)(end_process).options(scheduling_strategy=there).remote(
+            beat.pid, beat.born
+        )
+
     def _probe_for_ever(self) -> None:
         while True:
             time.sleep(_PROBE_SECONDS)
@@ -149,6 +240,9 @@ class Driver:
     def _probe(self) -> None:
         """Ask the cluster what it has, and report it if that changed."""
         nodes = self._cluster.look()
+        if self._local and not nodes:
+            # Its only node is there and answers no more; another Ray is started in its place.
+            end(self._local)
         self._node_cpus = max((node.cpus for node in nodes), default=0.0)
         self._node_memory = max((node.memory_bytes for node in nodes), default=0)
         capacity = {
@@ -164,7 +258,7 @@ class Driver:
 
     def _ray_is_there(self) -> bool:
         """Say whether the cluster answered lately; a local Ray must also have its two processes."""
-        if time.monotonic() - self._last_probe > _SILENCE_SECONDS:
+        if time.monotonic() - self._last_probe > max(self._silence, 4 * _PROBE_SECONDS):
             return False
         if not self._local:
             return True
@@ -212,7 +306,7 @@ def main() -> None:
     try:
         amounts = (config["cpus"], config["memory_bytes"], config["gpus"])
         start_ray(config["address"], *amounts, Path(config["temporary"]))
-        driver = Driver(answers, local=config["address"] is None)
+        driver = Driver(answers, local=config["address"] is None, silence_seconds=config["silence_seconds"])
     except Exception as error:
         # Ray raises whatever it likes here; all of it means that there is no Ray.
         answers.write(json.dumps({"failed": describe(error)}).encode() + b"\n")

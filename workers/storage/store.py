@@ -24,6 +24,8 @@ CACHE_LIMIT_BYTES = 20 << 30
 class Store(Protocol):
     """Blobs by digest (64 hexadecimal digits). Every write is atomic; every read is verified.
 
+    Every call raises StoreUnavailableError while the store does not serve: no answer, no right, no room.
+
     A put of bytes that are there already makes them young again, so a collection of old garbage with a grace period
     above two hours never takes what a task in flight relies on. It also looks at what is there, and replaces it if it
     is not what is put: a folder reads the blob once, S3 is asked for the checksum that it keeps, and where it keeps
@@ -112,7 +114,7 @@ class NodeStore(Store, Protocol):
         ...
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, *, quick: bool = False) -> Store:
     """Open a store.
 
     Parameters
@@ -120,6 +122,8 @@ def open_store(url: str) -> Store:
     url
         A folder's path, `file:///folder`, or `s3://bucket/prefix` (endpoint, region and credentials from the usual AWS
         variables and files).
+    quick
+        Give up soon: what fails is asked for once and for a few seconds, to see whether the store is there at all.
 
     Raises
     ------
@@ -129,7 +133,7 @@ def open_store(url: str) -> Store:
     if url.startswith(S3):
         from workers.storage.store_s3 import S3Store  # boto3 takes long to import
 
-        return S3Store(url)
+        return S3Store(url, quick=quick)
     return _open_folder(url)
 
 

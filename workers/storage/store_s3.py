@@ -31,7 +31,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from workers.errors import NotFoundError, StoreError, StoreUnreachableError
+from workers.errors import NotFoundError, StoreError, StoreFullError, StoreUnavailableError, StoreUnreachableError
 from workers.storage.blobs import (
     CHUNK,
     LABEL_NAME,
@@ -54,13 +54,26 @@ _RENEW_SECONDS = 3600.0
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _THERE = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
-_DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket", "ExpiredToken"}
+# Rights that were there when the store was opened, and what services say when they have too much to do.
+_DENIED = {
+    "401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket", "ExpiredToken",
+    "InvalidToken", "RequestTimeTooSkewed", "AccountProblem", "AllAccessDisabled",
+}  # fmt: skip
+_BUSY = {
+    "408", "429", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests",
+    "RequestLimitExceeded", "BandwidthLimitExceeded",
+}  # fmt: skip
+_FULL = {"507", "QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"}
+_NOT_IMPLEMENTED = {"501", "NotImplemented"}
+# How long a service may take to accept a connection and to answer, in seconds, and how often it is asked.
+_LIMITS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 4}}
+_QUICK_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"mode": "standard", "total_max_attempts": 1}}
 
 
 class S3Store:
     """Blobs in a bucket, below a prefix; safe to use from several threads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, quick: bool = False) -> None:
         """Open `s3://bucket/prefix`; StoreUnreachableError if the bucket does not answer or does not let us in."""
         # As AWS' own tools do: the prefix is part of the objects' keys, character by character, and nothing is quoted.
         bucket, _, prefix = url.removeprefix(S3).partition("/")
@@ -74,7 +87,7 @@ class S3Store:
             multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4
         )
         try:
-            self._client = _client()
+            self._client = _client(_QUICK_LIMITS if quick else _LIMITS)
         except (BotoCoreError, ValueError) as error:
             raise StoreUnreachableError(f"{url}: got {_text(error)}, wanted usable AWS settings") from error
         # Its connections end with this object, also when what follows fails.
@@ -260,7 +273,7 @@ class S3Store:
             except ClientError as error:
                 if _code(error) in _THERE:
                     return
-                if _code(error) not in {"501", "NotImplemented"}:
+                if _code(error) not in _NOT_IMPLEMENTED:
                     raise
                 if not isinstance(body, bytes):
                     body.seek(0)
@@ -285,23 +298,31 @@ class S3Store:
         except ClientError as error:
             if _code(error) in _MISSING:
                 raise NotFoundError(f"{self.url}: got no blob {digest}, wanted it in the store", digest) from error
-            if _code(error) in _DENIED:
-                raise StoreUnreachableError(f"{self.url}: got {_text(error)}, wanted access to the bucket") from error
-            raise StoreError(f"{self.url}: got {_text(error)}, wanted the request to be served") from error
+            raise self._refusal(error) from error
         except (BotoCoreError, Boto3Error) as error:
             # No answer, or one that broke off, after the retries of the client.
-            raise StoreUnreachableError(f"{self.url}: got {_text(error)}, wanted an answer") from error
+            raise StoreUnavailableError(f"{self.url}: got {_text(error)}, wanted an answer") from error
+
+    def _refusal(self, error: ClientError) -> StoreError:
+        """Return our error for a request that the service answered with an error."""
+        code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code in _FULL or status == 507:
+            return StoreFullError(f"{self.url}: got {_text(error)}, wanted more room there")
+        if code in _DENIED or status in (401, 403):
+            return StoreUnavailableError(f"{self.url}: got {_text(error)}, wanted access to the bucket")
+        if code in _BUSY or status == 429 or (status >= 500 and code not in _NOT_IMPLEMENTED):
+            return StoreUnavailableError(f"{self.url}: got {_text(error)}, wanted a service that has time for us")
+        return StoreError(f"{self.url}: got {_text(error)}, wanted the request to be served")
 
 
-def _client() -> Any:
+def _client(limits: dict[str, Any]) -> Any:
     """Return an S3 client for the endpoint, region and credentials of the usual AWS variables and files."""
     session = boto3.session.Session()
     config = Config(
         signature_version="s3v4",
         s3={"addressing_style": "path", "payload_signing_enabled": True},
-        retries={"mode": "standard", "max_attempts": 5},
-        connect_timeout=5,
-        read_timeout=60,
+        tcp_keepalive=True,
+        **limits,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )

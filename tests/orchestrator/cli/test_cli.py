@@ -187,7 +187,20 @@ def test_doctor_finds_nothing_wrong(cli: Cli, tmp_path: Path, monkeypatch: pytes
     answer = cli("doctor", "--json")
     assert (answer.code, answer.json["ok"]) == (0, True), answer.out
     names = [check["name"] for check in answer.json["checks"]]
-    assert names == ["python", "torch", "kernels", "gpu", "ray", "database", "store", "home", "disk", "nodes"]
+    names_of = [
+        "python",
+        "torch",
+        "kernels",
+        "gpu",
+        "ray",
+        "database",
+        "orchestrators",
+        "store",
+        "home",
+        "disk",
+        "nodes",
+    ]
+    assert names == names_of
 
 
 def test_doctor_names_what_is_wrong(cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_who_waits_for_a_job_waits_out_an_outage(
 def test_an_outage_that_outlasts_patience_is_no_bad_input(
     cli: Cli, empty_postgres_url: str, outage: Outage, job: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.patience.PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("orchestrator.actions.patience.PATIENCE_SECONDS", 0.5)
     when_waiting(monkeypatch, outage.begin)
     answer = cli("--db", empty_postgres_url, "jobs", "wait", job)
     assert (answer.code, "had answered before" in answer.err) == (1, True), answer.err

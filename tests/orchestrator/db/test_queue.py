@@ -229,6 +229,31 @@ def test_renew_leases_returns_the_good_ones_in_order_and_extends_them(queue: Dri
     assert renew(queue, []) == []
 
 
+def test_renew_leases_late_renews_what_ran_out_and_nobody_has_taken(queue: Driver) -> None:
+    nodes = [queue.node(number) for number in range(3)]
+    queue.submit(nodes)
+    leases = [task.lease for task in queue.claim(3)]
+    for lease in leases:
+        queue.expire(lease)
+    with queue.database.session() as session:
+        assert renew_leases(session, leases[:2], 60.0, late=True) == leases[:2]
+    assert reap(queue) == [nodes[2].id]
+    with queue.database.session() as session:
+        assert renew_leases(session, leases, 60.0, late=True) == leases[:2]
+    assert queue.finish(leases[0])
+
+
+def test_release_task_says_what_was_out(queue: Driver) -> None:
+    node = queue.node("node")
+    queue.submit([node])
+    lease = queue.take(node)
+    with queue.database.session() as session:
+        assert release_task(session, lease, "the store is full\0")
+    assert queue.task(node)["faults_task"] + queue.task(node)["faults_infrastructure"] == 0
+    (row,) = queue.rows("SELECT data FROM events WHERE event = 'released'")
+    assert "the store is full" in str(row["data"])
+
+
 # Finishing
 
 

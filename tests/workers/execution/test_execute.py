@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import resource
@@ -28,6 +29,7 @@ from workers.errors import (
     ModelError,
     NotFoundError,
     RefusedError,
+    StoreUnavailableError,
     StoreUnreachableError,
     TaskError,
     TaskFailedError,
@@ -217,11 +219,14 @@ def test_every_kind_has_its_name_and_an_entry() -> None:
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Fault.MEMORY),
         (RuntimeError("shapes differ"), Fault.TASK),
         (RefusedError("x"), Fault.REFUSED),
-        (DiskFullError("x"), Fault.TASK),
+        (DiskFullError("x"), Fault.OUTAGE),
         (DigestMismatchError("x", "0" * 64), Fault.LOST),
         (NotFoundError("x", "0" * 64), Fault.LOST),
         (ExecutorError("x"), Fault.TASK),
-        (StoreUnreachableError("x"), Fault.INFRASTRUCTURE),
+        (StoreUnreachableError("x"), Fault.OUTAGE),
+        (StoreUnavailableError("x"), Fault.OUTAGE),
+        (OSError(errno.ENOSPC, "No space left on device"), Fault.OUTAGE),
+        (OSError(errno.ENOENT, "No such file or directory"), Fault.TASK),
         (ModelError("x"), Fault.INVALID),
         (TaskError("x"), Fault.INVALID),
     ],
@@ -277,7 +282,8 @@ def test_module_exits_with_the_code_of_the_error(call: TaskCall, tmp_path: Path)
         check=False,
     )
     assert done.returncode == 2
-    assert json.loads(done.stdout)["fault"] == "infrastructure"
+    answer = json.loads(done.stdout)
+    assert (answer["fault"], answer["dependency"]) == ("outage", "store")
 
 
 def test_orchestrators_side_imports_no_torch() -> None:

@@ -110,7 +110,7 @@ def test_errors_of_a_body_have_their_fault_and_one_line(shared: RayExecutor, cal
     ]
     ended = collect(shared, 4)
     faults = [ended[handle].fault for handle in handles]
-    assert faults == [Fault.TASK, Fault.INVALID, Fault.INVALID, Fault.INFRASTRUCTURE]
+    assert faults == [Fault.TASK, Fault.INVALID, Fault.INVALID, Fault.OUTAGE]
     assert ended[handles[0]].error.startswith("OverflowError: ")
     assert all("\n" not in each.error and each.output is None for each in ended.values())
 

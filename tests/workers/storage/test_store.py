@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from workers.errors import DigestMismatchError, DiskFullError, NotFoundError, StoreError, StoreUnreachableError
+from workers.errors import (
+    DigestMismatchError,
+    DiskFullError,
+    NotFoundError,
+    StoreError,
+    StoreUnavailableError,
+    StoreUnreachableError,
+)
 from workers.storage.blobs import blob_key
 from workers.storage.store import NodeStore, Store, open_cached, open_store
 from workers.storage.store_folder import FolderStore
@@ -357,8 +364,9 @@ def test_folder_that_goes_away_is_unreachable(tmp_path: Path) -> None:
     (tmp_path / "mount").mkdir()
     store = open_store(str(tmp_path / "mount"))
     (tmp_path / "mount").rmdir()
-    with pytest.raises(StoreUnreachableError, match="gone"):
+    with pytest.raises(StoreUnavailableError, match="gone") as caught:
         store.put_bytes(b"lost")
+    assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -68,7 +68,7 @@ def leases_exclusive(history: History) -> Iterator[str]:
         before, after = change.before or {}, change.after or {}
         was, now = change.states
         name = _name(change)
-        if now == "running" and was != "running":
+        if change.enters("running"):
             yield from _claim_faults(change, holders, tokens)
             tokens.add((after["id"], after["lease_token"]))
             holders[after["key"]] = after["id"]
@@ -139,18 +139,16 @@ def finished_not_repeated(history: History) -> Iterator[str]:
     for change in history.changes:
         if change.table == "results":
             (results.discard if change.after is None else results.add)(change.row["key"])
-        elif change.table == "tasks" and change.states[1] == "running" and change.states[0] != "running":
-            if change.row["key"] in results:
-                yield f"task {_name(change)}: claimed for attempt {change.row['attempt']} though its result is recorded"
+        elif change.table == "tasks" and change.enters("running") and change.row["key"] in results:
+            yield f"task {_name(change)}: claimed for attempt {change.row['attempt']} though its result is recorded"
 
 
 def inputs_first(history: History) -> Iterator[str]:
     """A task is claimed when all that it reads has succeeded."""
     states: dict[str, str | None] = {}
     for change in history.of("tasks"):
-        was, now = change.states
-        states[change.row["id"]] = now
-        if now == "running" and was != "running":
+        states[change.row["id"]] = change.states[1]
+        if change.enters("running"):
             missing = [each for each in history.sources.get(change.row["id"], ()) if states.get(each) != "succeeded"]
             if missing:
                 yield f"task {_name(change)}: claimed while {len(missing)} of its inputs had not succeeded"
@@ -195,7 +193,7 @@ def cancel_wins(history: History) -> Iterator[str]:
     for change in history.changes:
         if change.table == "jobs":
             (active.add if change.states[1] in ACTIVE_JOBS else active.discard)(change.row["id"])
-        elif change.table == "tasks" and change.states[1] == "running" and change.states[0] != "running":
+        elif change.table == "tasks" and change.enters("running"):
             jobs = history.wanted_by.get(change.row["id"], frozenset())
             if not jobs & active and not any(change.seq <= ends.get(job, -1) for job in jobs):
                 yield f"task {_name(change)}: claimed though no active job wants it"
@@ -236,15 +234,15 @@ def failures_explained(history: History) -> Iterator[str]:
     invalid = {each.task for each in history.log if each.event == "failed" and each.data.get("fault") == "invalid"}
     for change in history.of("tasks"):
         row = change.row
-        if change.states[1] == "failed" and change.states[0] != "failed" and row["id"] not in invalid:
-            if all(row[name] < budget for name, budget in _BUDGETS.items()):
-                counts = {name: row[name] for name in _BUDGETS}
-                yield f"task {_name(change)}: failed for good with {counts} of {_BUDGETS}"
+        spent = any(row[name] >= budget for name, budget in _BUDGETS.items())
+        if change.enters("failed") and row["id"] not in invalid and not spent:
+            counts = {name: row[name] for name in _BUDGETS}
+            yield f"task {_name(change)}: failed for good with {counts} of {_BUDGETS}"
     failed = {each.row["id"] for each in history.of("tasks") if each.states[1] == "failed"}
     for change in history.of("jobs"):
-        if change.states[1] == "failed" and change.states[0] != "failed":
-            if not any(change.row["id"] in history.wanted_by.get(task, ()) for task in failed):
-                yield f"job {_name(change)}: failed though none of its tasks did"
+        mine = (change.row["id"] in history.wanted_by.get(task, ()) for task in failed)
+        if change.enters("failed") and not any(mine):
+            yield f"job {_name(change)}: failed though none of its tasks did"
 
 
 def digests_as_undisturbed(history: History) -> Iterator[str]:

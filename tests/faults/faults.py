@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from tests.faults.executor import real_time
 from tests.faults.graphs import GRAPHS
 from tests.faults.member import MOMENTS, Member, Trap
+from tests.faults.service import Service
 from tests.faults.world import LEASE_SECONDS, World
 from workers.errors import Fault as Sort
 
@@ -118,10 +119,9 @@ class ConnectionsCut(Fault):
     def apply(self, world: World) -> None:
         """Cut."""
         limit = "" if self.every else "LIMIT 1"
-        world.recorder.query(
-            "SELECT pg_terminate_backend(pid) FROM (SELECT pid FROM pg_stat_activity WHERE datname = current_database() "
-            f"AND application_name = 'quantmill' ORDER BY state, query_start DESC {limit}) AS victims"
-        )
+        mine = "datname = current_database() AND application_name = 'quantmill'"
+        victims = f"SELECT pid FROM pg_stat_activity WHERE {mine} ORDER BY state, query_start DESC {limit}"
+        world.recorder.query(f"SELECT pg_terminate_backend(pid) FROM ({victims}) AS victims")
 
     @classmethod
     def draw(cls, dice: random.Random) -> ConnectionsCut:
@@ -229,9 +229,9 @@ class Submitted(Fault):
     moment: str
     skip: int
 
-    def apply(self, world: World) -> None:
+    def apply(self, world: Service) -> None:
         """Submit."""
-        graph, priority = GRAPHS[self.graph], self.priority
+        graph, priority = world.graphs[self.graph % len(world.graphs)], self.priority
         for number in range(self.times):
             trap = Trap(self.moment, self.skip, lambda: None) if self.dies and number == 0 else None
             world.as_user(lambda hooked: world.submit(hooked, graph, priority), trap=trap)
@@ -251,7 +251,7 @@ class Cancelled(Fault):
 
     retry: bool
 
-    def apply(self, world: World) -> None:
+    def apply(self, world: Service) -> None:
         """Cancel."""
         if (job := world.a_job()) is not None:
             acts = [lambda hooked: world.cancel(hooked, job), lambda hooked: world.retry(hooked, job)]
@@ -267,7 +267,7 @@ class Cancelled(Fault):
 class Retried(Fault):
     """A user retries a job."""
 
-    def apply(self, world: World) -> None:
+    def apply(self, world: Service) -> None:
         """Retry."""
         if (job := world.a_job()) is not None:
             world.as_user(lambda hooked: world.retry(hooked, job))

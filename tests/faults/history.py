@@ -39,6 +39,11 @@ class Change:
         """The row's state before and after."""
         return (self.before or {}).get("state"), (self.after or {}).get("state")
 
+    def enters(self, state: str) -> bool:
+        """Say whether the row came into a state."""
+        before, after = self.states
+        return after == state and before != state
+
 
 @dataclass(frozen=True, slots=True)
 class Logged:

@@ -62,7 +62,9 @@ def run(schedule: Schedule, url: str, folder: Path, having: frozenset[str] = fro
             found["nothing_lost"] = [*found.get("nothing_lost", ()), f"jobs failed when nothing was wrong: {failed}"]
         if crashes := world.crashes():
             found["schedulers_live"] = crashes
-        counts = figures(history) | {"bodies_at_once": len(list(bodies_exclusive(history)))}
+        failed_meanwhile = sum(change.enters("failed") for change in history.of("jobs"))
+        counts = figures(history) | {"jobs_failed_meanwhile": failed_meanwhile}
+        counts |= {"bodies_at_once": len(list(bodies_exclusive(history)))}
         counts |= {"hooks_sprung": sum(member.sprung for member in world.members)}
     finally:
         world.close()

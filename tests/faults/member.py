@@ -20,6 +20,7 @@ from orchestrator.errors import DatabaseError
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.faults.executor import FaultyExecutor
 from tests.faults.history import Body
+from workers.errors import ExecutorError
 
 #: Where something may happen: at a statement, before or after a commit, where calls are submitted or waited for.
 MOMENTS = ("statement", "before", "after", "submit", "wait")
@@ -154,7 +155,9 @@ class Member(Hooked):
         except Killed:
             pass
         except BaseException as error:
-            self.crash = error
+            # Told to leave, it does not wait for a database or a cluster that is out.
+            if not (self._ending.is_set() and isinstance(error, DatabaseError | ExecutorError)):
+                self.crash = error
         if self.killed:
             for executor in self.executors:
                 executor.abandon()

@@ -20,8 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.faults.many import BACKENDS, run_all
-from tests.faults.schedule import draw
+from tests.faults.many import BACKENDS, Plan, run_all, run_cluster
 
 
 def summary(outcomes: Sequence[dict[str, Any]], level: int, seconds: float) -> dict[str, Any]:
@@ -82,6 +81,10 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
+def _names(text: str) -> frozenset[str]:
+    return frozenset(filter(None, text.split(",")))
+
+
 def main() -> int:
     """Run schedules and print what came of them; return 1 if anything was violated."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,18 +94,22 @@ def main() -> int:
     arguments.add_argument("--jobs", type=int, default=2, help="processes at once (level 1)")
     arguments.add_argument("--backend", choices=BACKENDS, help="only this database")
     arguments.add_argument("--having", default="", help="parts that some faults need: lineage,outages,heartbeats")
+    arguments.add_argument("--only", default="", help="faults to draw from, by name, whatever they need")
     arguments.add_argument("--out", type=Path, help="write the document to a file too")
     arguments.add_argument("--show", action="store_true", help="print the schedules, run nothing")
     options = arguments.parse_args()
-    having = frozenset(filter(None, options.having.split(",")))
+    plan = Plan(options.level, _names(options.having), _names(options.only))
     backends = (options.backend,) if options.backend else BACKENDS
     if options.show:
-        for seed in options.seeds:
-            schedule = draw(seed, postgres=options.backend != "sqlite", having=having)
+        for number, seed in enumerate(options.seeds):
+            schedule = plan.draw(seed, backends[number % len(backends)])
             sys.stdout.write(json.dumps(schedule.document(), indent=1) + "\n")
         return 0
-    started = time.monotonic()
-    outcomes = run_all(options.seeds, backends, having, options.jobs, options.minutes)
+    started, until = time.monotonic(), time.time() + options.minutes * 60
+    if plan.level == 1:
+        outcomes = run_all(plan, options.seeds, backends, options.jobs, until)
+    else:
+        outcomes = run_cluster(plan, options.seeds, until)
     document = summary(outcomes, options.level, time.monotonic() - started)
     text = json.dumps(document, indent=1) + "\n"
     if options.out is not None:

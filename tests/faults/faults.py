@@ -26,6 +26,8 @@ class Fault:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     postgres_only: ClassVar[bool] = False
+    #: Whether the service only has to wait until it is over: nothing counts against a task.
+    only_waits: ClassVar[bool] = False
 
     def apply(self, world: Any) -> None:
         """Let it go wrong."""
@@ -189,6 +191,7 @@ class BodiesFail(Fault):
 class NoCapacity(Fault):
     """A cluster has no node for a while."""
 
+    only_waits: ClassVar[bool] = True
     seconds: float
 
     def apply(self, world: World) -> None:
@@ -206,6 +209,7 @@ class NoCapacity(Fault):
 class ClockOff(Fault):
     """The clock of schedulers, workers and users is off by days for a while; the database's is not."""
 
+    only_waits: ClassVar[bool] = True
     days: float
 
     def apply(self, world: World) -> None:
@@ -222,6 +226,7 @@ class ClockOff(Fault):
 class Submitted(Fault):
     """A user submits a graph, or several do at once; one may be killed at a moment of it."""
 
+    only_waits: ClassVar[bool] = True
     graph: int
     priority: int
     times: int
@@ -249,6 +254,7 @@ class Submitted(Fault):
 class Cancelled(Fault):
     """A user cancels a job, and may retry it at once."""
 
+    only_waits: ClassVar[bool] = True
     retry: bool
 
     def apply(self, world: Service) -> None:
@@ -266,6 +272,8 @@ class Cancelled(Fault):
 @dataclass(frozen=True, slots=True)
 class Retried(Fault):
     """A user retries a job."""
+
+    only_waits: ClassVar[bool] = True
 
     def apply(self, world: Service) -> None:
         """Retry."""
@@ -320,6 +328,7 @@ class StoreOut(Fault):
     """The store is away for a while."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"outages"})
+    only_waits: ClassVar[bool] = True
     seconds: float
 
     def apply(self, world: World) -> None:

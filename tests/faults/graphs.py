@@ -81,6 +81,28 @@ def _graphs(series: int) -> tuple[Graph, ...]:
 GRAPHS = tuple(graph for series in range(SERIES) for graph in _graphs(series))
 
 
+def _plain(series: int) -> Graph:
+    """Plan rows and a chain of tasks that take a while, for workers that run the real bodies; nothing is published."""
+    nodes: list[TaskNode] = []
+    row: list[TaskNode] = []
+    for level in range(4):
+        before = row
+        row = [
+            noop(
+                [series, "plain", level, place],
+                *([before[place], before[(place + 1) % 4]] if before else []),
+                seconds=0.2 + 0.3 * place,
+            )
+            for place in range(4)
+        ]
+        nodes += row
+    return Graph(f"plain {series}", (*nodes, noop([series, "plain end"], *row)), None)
+
+
+#: Graphs for real processes.
+PLAIN_GRAPHS = tuple(_plain(series) for series in range(SERIES))
+
+
 def artifact_of(inputs: Mapping[str, Sequence[str]]) -> str:
     """Return the digest of what a release of some packed blobs is."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()

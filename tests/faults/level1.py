@@ -4,31 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from tests.faults.checker import bodies_exclusive, figures, violations
+from tests.faults.outcome import Outcome, judge, settle
 from tests.faults.schedule import Schedule
 from tests.faults.world import World
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a schedule led to; `violations` by check, empty if all held."""
-
-    schedule: Schedule
-    backend: str
-    seconds: float
-    violations: dict[str, list[str]]
-    figures: dict[str, int] = field(default_factory=dict)
-
-    def document(self) -> dict[str, Any]:
-        """Return it as JSON; the steps of the schedule only if something was violated."""
-        about = {"backend": self.backend, "seconds": round(self.seconds, 2), "figures": self.figures}
-        if not self.violations:
-            return {"seed": self.schedule.seed, **about}
-        return {**self.schedule.document(), **about, "violations": self.violations}
 
 
 def run(schedule: Schedule, url: str, folder: Path, having: frozenset[str] = frozenset()) -> Outcome:
@@ -40,6 +20,8 @@ def run(schedule: Schedule, url: str, folder: Path, having: frozenset[str] = fro
         A database that has the schema, is watched (`recorder.install`), and has no rows.
     folder
         An empty folder for the store.
+    having
+        What the service has of that some faults need.
     """
     started = time.monotonic()
     world = World(url, folder, random.Random(f"world {schedule.seed}"), schedule.schedulers)
@@ -49,22 +31,10 @@ def run(schedule: Schedule, url: str, folder: Path, having: frozenset[str] = fro
                 time.sleep(step.after)
                 step.fault.apply(world)
             world.calm()
-        ended = world.wait_for_jobs()
+        world.wait_for_jobs()
         world.replace_members()
-        if ended and world.retry_failed():
-            ended = world.wait_for_jobs()
-        history = world.history()
-        found = violations(history)
-        if "lineage" in having and (lines := list(bodies_exclusive(history))):
-            found["bodies_exclusive"] = lines
-        failed = world.recorder.query("SELECT id, error FROM jobs WHERE state = 'failed'")
-        if failed:
-            found["nothing_lost"] = [*found.get("nothing_lost", ()), f"jobs failed when nothing was wrong: {failed}"]
-        if crashes := world.crashes():
-            found["schedulers_live"] = crashes
-        failed_meanwhile = sum(change.enters("failed") for change in history.of("jobs"))
-        counts = figures(history) | {"jobs_failed_meanwhile": failed_meanwhile}
-        counts |= {"bodies_at_once": len(list(bodies_exclusive(history)))}
+        settle(world)
+        found, counts = judge(world, schedule, having)
         counts |= {"hooks_sprung": sum(member.sprung for member in world.members)}
     finally:
         world.close()

@@ -26,10 +26,6 @@ from workers.errors import ExecutorError
 MOMENTS = ("statement", "before", "after", "submit", "wait")
 
 
-class Killed(SystemExit):
-    """The process is gone; as a SystemExit it ends its thread without a word."""
-
-
 @dataclass(slots=True)
 class Trap:
     """What happens at the moment `moment` once it has come `skip` times; `count` times in a row."""
@@ -41,7 +37,7 @@ class Trap:
 
 
 class Hooked:
-    """A database whose every statement and commit passes a gate."""
+    """A database whose every statement and commit passes a gate; once it is killed, each ends its thread silently."""
 
     def __init__(self, url: str) -> None:
         """Open the database."""
@@ -59,13 +55,13 @@ class Hooked:
         """Let a call pass, unless something is to happen to it."""
         self._open.wait()
         if self.killed:
-            raise Killed
+            raise SystemExit
         for trap in self._due(moment):
             self.sprung += 1
             trap.spring()
         self._open.wait()
         if self.killed:
-            raise Killed
+            raise SystemExit
 
     def _due(self, moment: str) -> list[Trap]:
         due = []
@@ -114,7 +110,7 @@ class Hooked:
     def die(self) -> None:
         """Be killed here and now."""
         self.killed = True
-        raise Killed
+        raise SystemExit
 
 
 class Member(Hooked):
@@ -146,14 +142,14 @@ class Member(Hooked):
 
     @property
     def alive(self) -> bool:
-        """Whether it schedules."""
-        return self._thread.is_alive() and not self.killed
+        """Whether it schedules, and was not told to leave."""
+        return self._thread.is_alive() and not self.killed and not self._ending.is_set()
 
     def _run(self) -> None:
         try:
             self._scheduler.run(stop=self._ending)
-        except Killed:
-            pass
+        except SystemExit:
+            assert self.killed, "only a scheduler that is killed exits"
         except BaseException as error:
             # Told to leave, it does not wait for a database or a cluster that is out.
             if not (self._ending.is_set() and isinstance(error, DatabaseError | ExecutorError)):

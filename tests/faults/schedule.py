@@ -40,6 +40,7 @@ def draw(
     having: frozenset[str] = frozenset(),
     faults: Mapping[type[Fault], int] = FAULTS,
     steps: tuple[int, int] = (8, 24),
+    pause: float = 0.1,
 ) -> Schedule:
     """Draw a schedule: a job or two first, then faults in any order.
 
@@ -51,6 +52,8 @@ def draw(
         What is drawn from, with weights.
     steps
         The least and the most number of steps after the first job.
+    pause
+        Seconds between two of them, on average.
     """
     dice = random.Random(f"schedule {seed}")
     kinds = {kind: weight for kind, weight in faults.items() if kind.needs <= having}
@@ -59,5 +62,5 @@ def draw(
     drawn = [Step(0.0, Submitted(dice.randrange(len(GRAPHS)), 0, 1, False, "before", 0))]
     for _ in range(dice.randint(*steps)):
         (kind,) = dice.choices(list(kinds), list(kinds.values()))
-        drawn.append(Step(round(dice.expovariate(1 / 0.1), 3), kind.draw(dice)))
+        drawn.append(Step(round(dice.expovariate(1 / pause), 3), kind.draw(dice)))
     return Schedule(seed, dice.randint(1, 3), tuple(drawn))

@@ -19,7 +19,7 @@ from quant_spec.errors import InvalidInputError
 from tests.faults.executor import real_time
 from tests.faults.graphs import ARTIFACT, Graph, undisturbed
 from tests.faults.history import Body, History, Request
-from tests.faults.member import Hooked, Killed, Trap
+from tests.faults.member import Hooked, Trap
 from tests.faults.recorder import Recorder
 
 _DIGEST = hashlib.sha256(b"faults").hexdigest()
@@ -53,7 +53,7 @@ class Service:
                 hooked.set_trap(Trap(trap.moment, trap.skip, hooked.die, trap.count))
             try:
                 # Refused, broken or killed: the user was told of no success, so nothing is owed.
-                with suppress(DatabaseError, InvalidInputError, NotFoundError, Killed):
+                with suppress(DatabaseError, InvalidInputError, NotFoundError, SystemExit):
                     for act in acts:
                         request = act(hooked)
                         if request is not None:

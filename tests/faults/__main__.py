@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,8 @@ def main() -> int:
             schedule = plan.draw(seed, backends[number % len(backends)])
             sys.stdout.write(json.dumps(schedule.document(), indent=1) + "\n")
         return 0
+    # Servers and their processes end with us, also when we are told to end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     started, until = time.monotonic(), time.time() + options.minutes * 60
     if plan.level == 1:
         outcomes = run_all(plan, options.seeds, backends, options.jobs, until)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import secrets
 import sys
 import tempfile
 import threading
@@ -56,11 +57,13 @@ class Servers:
             self.stack.callback(lambda: self.s3.close())
             self.store_proxy = self.stack.enter_context(Proxy(("127.0.0.1", self.s3_port), self.host))
             self.database_proxy = self.stack.enter_context(Proxy(self.postgres.socket))
-            self.aws = {
+            self.variables = {
                 "AWS_ENDPOINT_URL": f"http://{self.host}:{self.store_proxy.port}",
                 "AWS_ACCESS_KEY_ID": KEY,
                 "AWS_SECRET_ACCESS_KEY": SECRET,
                 "AWS_DEFAULT_REGION": "us-east-1",
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
             }
             self.head: Processes | None = None
             self.node: Processes | None = None
@@ -82,7 +85,7 @@ class Servers:
             # Sockets lie below it, and their paths may not be long.
             temporary = tempfile.mkdtemp(prefix="qf-", dir="/tmp")
             words = [f"--port={self.ray_port}", "--head", "--include-dashboard=false", f"--temp-dir={temporary}"]
-            self.head = Processes(self._ray(self.host, *words), self.folder / "head.log", environment(**self.aws))
+            self.head = Processes(self._ray(self.host, *words), self.folder / "head.log", environment(**self.variables))
             wait_for_port(self.host, self.ray_port, self.head)
             self.node = None
         if self.node is None or not self.node.alive:
@@ -90,7 +93,7 @@ class Servers:
             command = self._ray(there, f"--address={self.host}:{self.ray_port}")
             if self.network is not None:
                 command = self.network.inside(command)
-            clock = environment(NODE_CLOCK_DAYS, **self.aws)
+            clock = environment(NODE_CLOCK_DAYS, **self.variables)
             self.node = Processes(command, self.folder / "node.log", clock)
 
     def _ray(self, address: str, *words: str) -> list[str]:
@@ -132,7 +135,7 @@ class Cluster(Service):
         words += ["--ray", f"{servers.host}:{servers.ray_port}", "serve"]
         log = self.folder / f"serve-{len(self.orchestrators)}.log"
         command = [sys.executable, "-m", "tests.faults.serve", *words]
-        self.orchestrators.append(Processes(command, log, environment(**servers.aws)))
+        self.orchestrators.append(Processes(command, log, environment(**servers.variables)))
 
     def orchestrator(self) -> Processes | None:
         """Return one that lives."""

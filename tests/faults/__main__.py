@@ -24,7 +24,7 @@ from typing import Any
 from tests.faults.many import BACKENDS, Plan, run_all, run_cluster
 
 
-def summary(outcomes: Sequence[dict[str, Any]], level: int, seconds: float) -> dict[str, Any]:
+def summary(outcomes: Sequence[dict[str, Any]], level: int, seconds: float, commit: str) -> dict[str, Any]:
     """Return what came of all schedules as one document."""
     counts: Counter[str] = Counter()
     for each in outcomes:
@@ -45,7 +45,7 @@ def summary(outcomes: Sequence[dict[str, Any]], level: int, seconds: float) -> d
         "seconds": round(seconds, 1),
         "machine": f"{os.cpu_count()} x {_processor()}, {platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit,
     }
 
 
@@ -94,7 +94,7 @@ def main() -> int:
     arguments.add_argument("--minutes", type=float, default=1e6, help="begin no schedule after so long")
     arguments.add_argument("--jobs", type=int, default=2, help="processes at once (level 1)")
     arguments.add_argument("--backend", choices=BACKENDS, help="only this database")
-    arguments.add_argument("--having", default="", help="parts that some faults need: lineage,outages,heartbeats")
+    arguments.add_argument("--having", default="", help="what the service has: lineage,outages,heartbeats,handover")
     arguments.add_argument("--only", default="", help="faults to draw from, by name, whatever they need")
     arguments.add_argument("--out", type=Path, help="write the document to a file too")
     arguments.add_argument("--show", action="store_true", help="print the schedules, run nothing")
@@ -108,12 +108,12 @@ def main() -> int:
         return 0
     # Servers and their processes end with us, also when we are told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    started, until = time.monotonic(), time.time() + options.minutes * 60
+    commit, started, until = _commit(), time.monotonic(), time.time() + options.minutes * 60
     if plan.level == 1:
         outcomes = run_all(plan, options.seeds, backends, options.jobs, until)
     else:
         outcomes = run_cluster(plan, options.seeds, until)
-    document = summary(outcomes, options.level, time.monotonic() - started)
+    document = summary(outcomes, options.level, time.monotonic() - started, commit)
     text = json.dumps(document, indent=1) + "\n"
     if options.out is not None:
         options.out.write_text(text, encoding="utf-8")

@@ -48,10 +48,15 @@ class Databases:
             for each in self._folder.glob(f"{name}.db*"):
                 each.unlink()
             return
+        # A connection for each, as the server may be restarted in between.
+        self._execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
+        yield with_database(self._postgres, name)
+        self._execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def _execute(self, statement: str) -> None:
+        assert self._postgres is not None
         with psycopg.connect(self._postgres, autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name} TEMPLATE {_TEMPLATE}")
-            yield with_database(self._postgres, name)
-            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+            connection.execute(statement.encode())
 
 
 def with_database(url: str, name: str) -> str:

@@ -1,7 +1,7 @@
 """Faults of the first level: what can happen to schedulers, their executors, the database's connections and users.
 
 Each is a record of what is done, drawn from a seed; `apply` does it. `needs` names the parts of the service without
-which the fault costs more than it should ("lineage", "outages"): such are drawn only when asked for.
+which the fault costs more than it should ("lineage", "outages", "heartbeats"): such are drawn only when asked for.
 """
 
 from __future__ import annotations

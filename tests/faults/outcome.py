@@ -38,13 +38,13 @@ def settle(service: Service) -> None:
 def judge(service: Service, schedule: Schedule, having: frozenset[str]) -> tuple[dict[str, list[str]], dict[str, int]]:
     """Return what was violated, and how much happened, once all has come to its end.
 
-    With "lineage", no body may have run beside another of the same key. With "outages", no job may have failed if
-    outages are all that happened.
+    With "handover", no body may have run beside another of the same key whose holder still answered. With "outages",
+    no job may have failed if outages are all that happened.
     """
     history = service.history()
     found = violations(history)
     at_once = list(bodies_exclusive(history))
-    if at_once and "lineage" in having:
+    if at_once and "handover" in having:
         found["bodies_exclusive"] = at_once
     if failed := service.recorder.query("SELECT id, error FROM jobs WHERE state = 'failed'"):
         found.setdefault("nothing_lost", []).append(f"jobs failed when nothing was wrong any more: {failed}")

@@ -7,7 +7,8 @@ hooks are in its database's engine and commits and in its executor, so that its 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,22 @@ from workers.errors import ExecutorError
 
 #: Where something may happen: at a statement, before or after a commit, where calls are submitted or waited for.
 MOMENTS = ("statement", "before", "after", "submit", "wait")
+
+
+@contextmanager
+def silent_deaths() -> Iterator[None]:
+    """Let threads of what was killed end without a word."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        if arguments.exc_type is not SystemExit:
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @dataclass(slots=True)

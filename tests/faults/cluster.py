@@ -198,10 +198,6 @@ class Cluster(Service):
         while sum(each.alive for each in self.orchestrators) < self._wanted:
             self.start_orchestrator()
 
-    def crashes(self) -> list[str]:
-        """Return what users died of."""
-        return list(self.user_errors)
-
     def last_words(self) -> dict[str, str]:
         """Return the ends of the orchestrators' logs."""
         return {each.log.name: each.log.read_text(errors="replace")[-2000:] for each in self.orchestrators}

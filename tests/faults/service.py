@@ -154,3 +154,7 @@ class Service:
     def blob(self, digest: str) -> Path:
         """Return where a blob's bytes lie."""
         return self.blobs / "sha256" / digest[:2] / digest
+
+    def crashes(self) -> list[str]:
+        """Return what died that nobody killed."""
+        return list(self.user_errors)

@@ -61,7 +61,7 @@ def test_whatever_happens_the_record_keeps_the_rules(watched: type[WatchedMachin
     run_state_machine_as_test(
         watched,
         settings=settings(
-            max_examples=6,
+            max_examples=4,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,

@@ -116,7 +116,7 @@ class World(Service):
     def crashes(self) -> list[str]:
         """Return what schedulers and users died of that nobody killed."""
         died = [(each.name, each.crash) for each in self.members if each.crash is not None]
-        return self.user_errors + [f"{name}: {type(crash).__name__}: {crash}" for name, crash in died]
+        return super().crashes() + [f"{name}: {type(crash).__name__}: {crash}" for name, crash in died]
 
     def close(self) -> None:
         """End everything."""

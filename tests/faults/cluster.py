@@ -7,6 +7,7 @@ import secrets
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -32,6 +33,8 @@ from tests.faults.servers import (
 from tests.faults.service import Service
 
 _OBJECT_STORE_BYTES = 80 << 20
+# Processes of Ray's own that are called like workers; their raylet ends with them.
+_AGENTS = frozenset({"ray::DashboardAgent", "ray::RuntimeEnvAgent"})
 #: The node's clock is off by so many days, always.
 NODE_CLOCK_DAYS = 3.0
 
@@ -65,6 +68,7 @@ class Servers:
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
             }
+            self.ray_port = 0
             self.head: Processes | None = None
             self.node: Processes | None = None
             self.stack.callback(self._end_ray)
@@ -149,7 +153,7 @@ class Cluster(Service):
     def worker(self) -> psutil.Process | None:
         """Return a Ray worker that runs a task, else one that waits for one."""
         family = [each for one in (self.servers.head, self.servers.node) if one is not None for each in one.family()]
-        named = [(each, _title(each)) for each in family]
+        named = [(each, title) for each in family if (title := _title(each)) not in _AGENTS]
         running = [each for each, title in named if title.startswith("ray::") and "IDLE" not in title]
         return self._choose(running or [each for each, title in named if title.startswith("ray::")])
 
@@ -187,14 +191,19 @@ class Cluster(Service):
         if not servers.s3.alive:
             servers.s3.start()
             wait_for_port("127.0.0.1", servers.s3_port, servers.s3)
-        old = getattr(servers, "ray_port", None)
-        servers.start_ray()
-        if servers.ray_port != old:
+        for thread in self.users:
+            thread.join(self.silence_seconds)
+        self.tend()
+
+    def tend(self) -> None:
+        """Start again what has ended, as a manager of processes does."""
+        time.sleep(0.2)
+        old = self.servers.ray_port
+        self.servers.start_ray()
+        if self.servers.ray_port != old:
             # They were told the address of a Ray that is gone for good.
             for each in self.orchestrators:
                 each.close()
-        for thread in self.users:
-            thread.join(self.silence_seconds)
         while sum(each.alive for each in self.orchestrators) < self._wanted:
             self.start_orchestrator()
 

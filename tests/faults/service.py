@@ -105,8 +105,12 @@ class Service:
                 last, since = now, real_time()
             elif real_time() - since > self.silence_seconds:
                 return False
-            time.sleep(0.03)
+            self.tend()
         return True
+
+    def tend(self) -> None:
+        """Wait a moment, and start again what has ended and should not have."""
+        time.sleep(0.03)
 
     def retry_failed(self) -> int:
         """Retry every job that failed, as a user would; return how many."""

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: install demo test tests test-slow check format lint contracts types fmt reference docs clean
+.PHONY: install demo test tests test-slow soak check format lint contracts types fmt reference docs clean
 
 install: $(STAMP)
 
@@ -26,7 +26,7 @@ demo: install
 	$(BIN)/python -m examples.demo
 
 # One thread for each process: tests start workers beside themselves, and threads that wait for a core spin.
-tests test-slow: export OMP_NUM_THREADS = 1
+tests test-slow soak: export OMP_NUM_THREADS = 1
 
 # Everything that guards the code; CI runs this. The checks run beside the tests.
 test: install
@@ -38,6 +38,14 @@ tests: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+# Random faults for hours: SEEDS=1:500, LEVEL=1 (schedulers in one process) or 2 (real processes, Ray, servers).
+SEEDS ?= 1:500
+LEVEL ?= 1
+MINUTES ?= 600
+
+soak: install
+	$(BIN)/python -m tests.faults --seeds $(SEEDS) --level $(LEVEL) --minutes $(MINUTES)
 
 check: format lint contracts types
 

@@ -221,7 +221,7 @@ def _fail_worn_out(session: Session, reader: Row[Any], keys: Collection[str], bl
 def _fail_for_good(session: Session, lease: Lease, reader: Row[Any], error: str) -> None:
     """Fail a task that needs what nobody can make again, and every job that wants it."""
     session.execute(move_task(TaskEvent.FAIL).where(*held(lease)).values(error=error))
-    data = {"fault": "invalid", "error": error}
+    data = {"fault": "lost", "error": error}
     record_event(session, TaskEvent.FAIL, task=reader.id, attempt=reader.attempt, data=data)
     fail_jobs_that_need(session, reader.id, error)
 

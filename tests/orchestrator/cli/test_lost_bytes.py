@@ -220,7 +220,7 @@ def test_a_models_lost_file_is_asked_for_and_mended_by_adding_it_again(cli: Cli,
     files = read_files(open_store(str(done / "store")), model)
     damage(done, next(digest for path, (digest, _) in files.items() if path.endswith(".safetensors")))
     failed = cli(*RUN, "--set", "evaluation.seeds=4")
-    assert failed.code == 2
+    assert (failed.code, failed.json["state"]) == (100, "failed")
     assert f"quantmill models add {digits} --name digits" in failed.json["error"]
     found = cli("artifacts", "verify", "--all", "--repair", "--json")
     assert found.code == 2

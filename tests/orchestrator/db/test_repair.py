@@ -201,7 +201,7 @@ def test_tasks_of_older_releases_whose_edges_say_no_places_are_repaired_to_the_s
 
 
 @pytest.mark.parametrize("blob", ["data", "nobody's"])
-def test_a_blob_that_no_task_gives_fails_the_job_as_bad_input(queue: Driver, blob: str) -> None:
+def test_a_blob_that_no_task_gives_fails_the_job(queue: Driver, blob: str) -> None:
     first = queue.node("first")
     job = queue.submit([first])
     assert lose(queue, queue.take(first), blob, error=f"got no blob {blob}")

@@ -125,8 +125,8 @@ class RayExecutor:
         try:
             folder = self._resources.enter_context(own_folder(_TEMPORARY, "quantmill-ray-"))
             self._log = folder / "driver.log"
-            config = {"address": address, "cpus": cpus, "memory_bytes": memory_bytes, "temporary": str(folder)}
-            config["silence_seconds"] = silence_seconds
+            config: dict[str, Any] = {"address": address, "cpus": cpus, "memory_bytes": memory_bytes}
+            config |= {"temporary": str(folder), "silence_seconds": silence_seconds}
             self._process = self._spawn(folder, config)
             self._reader = threading.Thread(target=self._read, name="ray-answers", daemon=True)
             self._reader.start()

@@ -31,8 +31,8 @@ def answer_call(call: TaskCall) -> dict[str, Any]:
         json.dumps(answer, allow_nan=False)
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, QuantServiceError) else 1
-        answer = {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code}
-        return answer | {"dependency": dependency_of(error)}
+        said: dict[str, Any] = {"error": describe(error), "fault": fault_of(error).value}
+        return said | {"exit_code": exit_code, "dependency": dependency_of(error)}
     return answer
 
 

@@ -7,7 +7,6 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,10 @@ def make_engine(url: URL, patience: Patience, *, create: bool = False) -> Engine
     # Imported here, as it takes time that who works with a file need not spend.
     from orchestrator.db.postgres import PatientConnection
 
-    connection_class: Any = type("Connection", (PatientConnection,), {"patience": patience})
+    class ConnectionOfEngine(PatientConnection):
+        """One whose waits this engine's patience bounds."""
+
+    ConnectionOfEngine.patience = patience
     engine = create_engine(
         url,
         json_serializer=_dump,
@@ -121,7 +123,7 @@ def make_engine(url: URL, patience: Patience, *, create: bool = False) -> Engine
     def _connect(dialect: Any, record: Any, arguments: list[Any], parameters: dict[str, Any]) -> Any:
         try:
             # What the URL says wins.
-            return connection_class.connect(*arguments, **{"connect_timeout": patience.connect_seconds, **parameters})
+            return ConnectionOfEngine.connect(*arguments, **{"connect_timeout": patience.connect_seconds, **parameters})
         except (dialect.loaded_dbapi.Error, OSError, ValueError) as error:
             # Resolving a name raises OSError, and UnicodeError for one that cannot be a name.
             text = _without_password(" ".join(str(error).split()) or type(error).__name__, url)
@@ -167,7 +169,7 @@ def _sqlite_engine(url: URL, patience: Patience, *, create: bool) -> Engine:
 
 def _begin_sqlite(connection: Connection, statement: str, patience: Patience) -> None:
     """Begin a transaction, waiting for others' to end; one whose process was stopped may last for ever."""
-    wait = Wait(replace(patience, answer_seconds=min(BUSY_SECONDS, patience.answer_seconds)))
+    wait = Wait(patience, BUSY_SECONDS)
     while True:
         try:
             connection.exec_driver_sql(statement)

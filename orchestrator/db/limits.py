@@ -7,6 +7,7 @@ does not answer in time has lost its connection: what became of the statement is
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ LOCK_SECONDS = 45
 STATEMENT_SECONDS = 60
 #: How long an answer may take on this side; longer than the server takes to give up by itself.
 ANSWER_SECONDS = 75.0
-#: The same once this process has been told to end.
-LAST_ANSWER_SECONDS = 3.0
+#: The same once this process has been told to end: for all answers together, and for each one that begins later.
+LAST_ANSWER_SECONDS, LATER_ANSWER_SECONDS = 3.0, 0.5
 #: How long a server may take to accept a connection; the least that its library knows is 2.
 CONNECT_SECONDS = 5
 #: How long sent bytes may go without an acknowledgement of the server's machine.
@@ -49,6 +50,7 @@ class Patience:
 
     answer_seconds: float = ANSWER_SECONDS
     stop: threading.Event | None = None
+    _hurried_at: float | None = None
 
     @property
     def hurried(self) -> bool:
@@ -60,18 +62,25 @@ class Patience:
         """How long to wait for a connection."""
         return int(LAST_ANSWER_SECONDS) if self.hurried else CONNECT_SECONDS
 
+    def last_moment(self, begun: float, now: float) -> float:
+        """Return when a wait that began then must be over, once this process has been told to end."""
+        if self._hurried_at is None:
+            self._hurried_at = now
+        return max(self._hurried_at + LAST_ANSWER_SECONDS, begun + LATER_ANSWER_SECONDS)
+
 
 class Wait:
     """One wait for an answer."""
 
-    def __init__(self, patience: Patience) -> None:
-        """Begin to wait."""
+    def __init__(self, patience: Patience, most: float = math.inf) -> None:
+        """Begin to wait, for `most` seconds at most."""
         self._patience = patience
-        self._ends = time.monotonic() + patience.answer_seconds
+        self._begun = time.monotonic()
+        self._ends = self._begun + min(patience.answer_seconds, most)
 
     def is_over(self) -> bool:
         """Say whether it has been too long; asked a few times a second, so that an order to end is noticed."""
         now = time.monotonic()
         if self._patience.hurried:
-            self._ends = min(self._ends, now + LAST_ANSWER_SECONDS)
+            self._ends = min(self._ends, self._patience.last_moment(self._begun, now))
         return now > self._ends

@@ -29,13 +29,13 @@ def answer_call(call: TaskCall) -> dict[str, Any]:
     """Run a call in this process and return its output, or its error, as JSON."""
     try:
         output = execute_call(call)
-        answer: dict[str, Any] = {"outputs": output.outputs, "metrics": output.metrics, "ran": output.ran}
+        answer = {"outputs": output.outputs, "metrics": output.metrics, "ran": output.ran}
         json.dumps(answer, allow_nan=False)
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, QuantServiceError) else 1
-        lost = {"lost": error.digest} if isinstance(error, BlobLostError) else {}
-        answer = {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code, **lost}
-        return answer | {"dependency": dependency_of(error)}
+        said: dict[str, Any] = {"error": describe(error), "fault": fault_of(error).value}
+        said |= {"lost": error.digest} if isinstance(error, BlobLostError) else {}
+        return said | {"exit_code": exit_code, "dependency": dependency_of(error)}
     return answer
 
 

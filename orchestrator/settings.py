@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.secret_files import database_url_of
 from quant_spec.errors import InvalidInputError
 from workers.storage.store import CACHE_LIMIT_BYTES
 
@@ -66,24 +67,24 @@ def resolve_settings(
     Parameters
     ----------
     environ
-        Read for `QUANTMILL_HOME`, `QUANTMILL_DB`, `QUANTMILL_STORE`, `QUANTMILL_CACHE_GIB` and `RAY_ADDRESS`; an empty
-        value counts as absent.
+        Read for `QUANTMILL_HOME`, `QUANTMILL_DB` (or the files of `orchestrator.secret_files`), `QUANTMILL_STORE`,
+        `QUANTMILL_CACHE_GIB` and `RAY_ADDRESS`; an empty value counts as absent.
     home, database_url, store_url, ray_address
         What the command line gave; these win.
 
     Raises
     ------
     InvalidInputError
-        If the size of the cache is no size.
+        If the size of the cache is no size, or a file with a secret cannot be read.
     """
     folder = Path(home or environ.get("QUANTMILL_HOME") or "~/.quantmill").expanduser().absolute()
-    given_database = database_url or environ.get("QUANTMILL_DB")
+    given_database = database_url_of(environ, database_url)
     given_store = store_url or environ.get("QUANTMILL_STORE")
     if given_store and "://" not in given_store:
         given_store = str(Path(given_store).expanduser().absolute())
     return Settings(
         home=folder,
-        given_database_url=given_database or None,
+        given_database_url=given_database,
         store_url=given_store or str(folder / "store"),
         ray_address=ray_address or environ.get("RAY_ADDRESS") or None,
         embedded_store=not given_store,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -15,8 +16,11 @@ from collections.abc import Sequence
 import click
 
 from orchestrator.cli.app import LazyGroup, make_app
+from orchestrator.logs import is_json
 from quant_spec.errors import QuantServiceError
 from workers.urls import hide_passwords, shown_url
+
+log = logging.getLogger(__name__)
 
 COMMANDS = {
     "init": ("orchestrator.cli.home:init", "Create the home, the database and the store."),
@@ -100,9 +104,15 @@ def _without_passwords(message: str, arguments: Sequence[str]) -> str:
 
 
 def _print_traceback() -> None:
+    if is_json():
+        log.error("traceback", exc_info=True)
+        return
     click.echo(hide_passwords(traceback.format_exc()), err=True, nl=False)
 
 
 def _fail(message: str, code: int) -> int:
+    if is_json():
+        log.error("%s", message)
+        return code
     click.echo(f"error: {message}", err=True)
     return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from orchestrator.actions.submission import Request, submit
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.cli.jobs import job_text
 from orchestrator.cli.submit import request_options, tell_next
-from orchestrator.logs import log_to_stderr
+from orchestrator.logs import log_format, log_to_stderr
 from orchestrator.report.write import write_report
 from orchestrator.scheduling.scheduler import stop_on_signals
 from orchestrator.service import Service
@@ -44,7 +45,7 @@ def run(
     """
     if out is not None:
         check_target(out)
-    log_to_stderr()
+    log_to_stderr(log_format(os.environ))
     with app.service() as service, stop_on_signals() as stop:
         submitted = submit(service, Request(recipe, model, overrides, name, sample_size=sample_size), notify=app.notify)
         tell_next(app, submitted)

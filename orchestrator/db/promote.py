@@ -12,6 +12,7 @@ from typing import Any, cast
 from sqlalchemy import Table, bindparam, func, select, update
 from sqlalchemy.orm import Session
 
+from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.job_ends import fail_jobs_that_need, succeed_jobs
 from orchestrator.db.models import JobTask, Json, Result, Task, TaskInput, in_states
 from orchestrator.db.session import record_event
@@ -128,7 +129,7 @@ def _apply(session: Session, event: TaskEvent, changes: Sequence[dict[str, Any]]
         update(table)
         .where(table.c.id == bindparam("b_id"), in_states(table.c.state, TASK_TRANSITIONS[event].sources))
         .values(state=TASK_TRANSITIONS[event].target.value, key=bindparam("b_key"))
-        .values(inputs=bindparam("b_inputs", type_=Json))
+        .values(inputs=bindparam("b_inputs", type_=Json), queued_at=epoch_seconds())
     )
     session.connection().execute(statement, list(changes))
     if event is TaskEvent.PROMOTE:

@@ -41,6 +41,8 @@ def move_task(event: TaskEvent) -> Update:
     values: dict[str, Any] = {"state": transition.target.value}
     if transition.target.value != "running":
         values |= {"lease_token": None, "lease_owner": None, "lease_until": None}
+    if transition.target.value == "queued":
+        values["queued_at"] = epoch_seconds()
     if transition.target not in UNFINISHED_TASKS:
         values["finished_at"] = epoch_seconds()
     return (

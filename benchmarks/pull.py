@@ -2,12 +2,12 @@
 
     python -m benchmarks.pull [--megabytes 1000] [--rounds 5] [--out FILE]
 
-Both are whole processes: `quantmill artifacts pull`, which verifies every byte, and boto3's `download_file` of each object
-with its default settings, which verifies nothing. They take turns, so that what else runs on the machine falls on both.
-The server is rclone on this machine, so on two cores it shares what both have. Prints one JSON document: seconds of each
-round, their medians, the peak of resident memory, all of it for this size and for a tenth of it; `ratio`, boto3's median
-by ours with the start of both processes, and `ratio_of_transfer`, the same of what 90 % of the bytes took, which the
-start of neither is part of (wanted: 0.8); `flat`, whether memory does not grow with the size.
+Both are whole processes: `quantmill artifacts pull`, which verifies every byte, and boto3's `download_file` of each
+object with its default settings, which verifies nothing. They take turns, so that what else runs on the machine falls
+on both. The server is rclone on this machine, so on two cores it shares what both have. Prints one JSON document:
+seconds of each round, their medians, the peak of resident memory, all of it for this size and for a tenth of it;
+`ratio`, boto3's median by ours with the start of both processes, and `ratio_of_transfer`, the same of what 90 % of the
+bytes took, which the start of neither is part of (wanted: 0.8); `flat`, whether memory does not grow with the size.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ WANTED_RATIO = 0.8
 _KEY, _SECRET = "testkey", "testsecret"
 _DOWNLOAD = """
 import json, sys, boto3
-client = boto3.session.Session().client("s3")
+from botocore.config import Config
+# Services that keep the checksum of a whole object send it with a part of it too.
+client = boto3.session.Session().client("s3", config=Config(response_checksum_validation="when_required"))
 for key, path in json.load(sys.stdin):
     client.download_file("blobs", key, path)
 """

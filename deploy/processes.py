@@ -91,7 +91,7 @@ class Processes:
 
     def stop(self) -> None:
         """End all, the last to start first, and whatever they left."""
-        for service in reversed(self._services.values()):
+        for service in reversed(list(self._services.values())):
             process = self._running.get(service.name)
             if process is not None and process.poll() is None:
                 process.send_signal(signal.Signals[service.stop_signal])
@@ -155,8 +155,11 @@ class Processes:
         if not service.check:
             return True
         environment = process_environment(service.environment)
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        passed = subprocess.run(service.check, env=environment, cwd=ROOT, check=False, **quiet).returncode == 0
+        null = subprocess.DEVNULL
+        done = subprocess.run(
+            service.check, env=environment, cwd=ROOT, check=False, stdin=null, stdout=null, stderr=null
+        )
+        passed = done.returncode == 0
         if passed:
             self._checked.add(service.name)
         return passed

@@ -248,6 +248,7 @@ class Scheduler:
         self._poll = _SHORTEST_POLL_SECONDS if progress else min(self._poll * 2, self._config.poll_seconds)
         self._next_claim = time.monotonic() + self._poll
         self._submit(executor, claimed)
+        self._watch.occupied(executor.capacity(), list(self._in_flight.values()))
 
     def _record(self, room: Resources | None, give_back: Sequence[Lease] = ()) -> list[ClaimedTask]:
         """In one transaction, record the ends of tasks, give tasks back, and claim what fits into `room`."""
@@ -281,7 +282,6 @@ class Scheduler:
     def _room(self, executor: Executor) -> Resources | None:
         """Return what may still be claimed; None if nothing."""
         capacity, factor = executor.capacity(), self._config.in_flight
-        self._watch.occupied(capacity, list(self._in_flight.values()))
         used = [task.resources for task in self._in_flight.values()]
         cpus = capacity.cpus * factor - sum(each.cpus for each in used)
         memory = int(capacity.memory_bytes * factor) - sum(each.memory_bytes for each in used)

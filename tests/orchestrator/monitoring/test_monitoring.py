@@ -20,6 +20,7 @@ from sqlalchemy import insert, update
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.models import Orchestrator, Task
+from orchestrator.db.monitoring import overview
 from orchestrator.db.queries import add_model, claim_tasks, create_job, enqueue_graph
 from orchestrator.db.rows import ModelRow
 from orchestrator.db.session import Database, open_database
@@ -172,16 +173,13 @@ def test_scrapes_beside_each_other_ask_the_database_once_for_what_it_costs(
 ) -> None:
     _, _, address = watched
     asked = []
-    from orchestrator.monitoring import collector
-
-    real = collector.overview
 
     def slow(session: Any) -> Any:
         asked.append(1)
-        threading.Event().wait(0.3)
-        return real(session)
+        threading.Event().wait(2)
+        return overview(session)
 
-    monkeypatch.setattr(collector, "overview", slow)
+    monkeypatch.setattr("orchestrator.monitoring.collector.overview", slow)
     for _ in range(4):
         scrape(address)
     assert len(asked) == 1

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.secret_files import database_url_of
 from quant_spec.errors import InvalidInputError
 from workers.storage.store import CACHE_LIMIT_BYTES
 from workers.urls import HIDDEN, SecretUrl, shown_url
@@ -76,8 +77,9 @@ def resolve_settings(
     Parameters
     ----------
     environ
-        Read for `QUANTMILL_HOME`, `QUANTMILL_DB`, `QUANTMILL_STORE`, `QUANTMILL_CACHE_GIB`, `QUANTMILL_ALLOWED_PATHS`
-        (folders, joined by colons) and `RAY_ADDRESS`; an empty value counts as absent.
+        Read for `QUANTMILL_HOME`, `QUANTMILL_DB` (or the files of `orchestrator.secret_files`), `QUANTMILL_STORE`,
+        `QUANTMILL_CACHE_GIB`, `QUANTMILL_ALLOWED_PATHS` (folders, joined by colons) and `RAY_ADDRESS`; an empty value
+        counts as absent.
     home, database_url, store_url, ray_address
         What the command line gave; these win.
     allowed_paths
@@ -86,10 +88,10 @@ def resolve_settings(
     Raises
     ------
     InvalidInputError
-        If the size of the cache is no size, or the store a URL gone wrong.
+        If the size of the cache is no size, the store a URL gone wrong, or a file with a secret cannot be read.
     """
     folder = Path(home or environ.get("QUANTMILL_HOME") or "~/.quantmill").expanduser().absolute()
-    given_database = database_url or environ.get("QUANTMILL_DB")
+    given_database = database_url_of(environ, database_url)
     given_store = store_url or environ.get("QUANTMILL_STORE")
     if given_store and "://" not in given_store:
         # Below, it becomes a path, whatever it was meant as.

@@ -12,6 +12,7 @@ from orchestrator.actions.progress import Progress
 from orchestrator.db.jobs import find_job
 from orchestrator.db.rows import JobRow
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig, Served
+from orchestrator.scheduling.watch import Watch
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS
 from workers.execution.executor import RayExecutor
@@ -44,14 +45,17 @@ def run_job(service: Service, job: JobRow, stop: threading.Event) -> JobRow:
     return patiently(look, deadline=time.monotonic() if stop.is_set() else None)
 
 
-def serve(service: Service, stop: threading.Event, *, drain: bool) -> Served:
-    """Execute whatever is queued until `stop` is set or, with `drain`, until nothing is left; return what was done."""
+def serve(service: Service, stop: threading.Event, *, drain: bool, watch: Watch | None = None) -> Served:
+    """Execute whatever is queued until `stop` is set or, with `drain`, until nothing is left; return what was done.
+
+    `watch` is told what happens.
+    """
     service.database.patience.stop = stop
-    return make_scheduler(service).run(stop=stop, drain=drain)
+    return make_scheduler(service, watch).run(stop=stop, drain=drain)
 
 
-def make_scheduler(service: Service) -> Scheduler:
+def make_scheduler(service: Service, watch: Watch | None = None) -> Scheduler:
     """Return a scheduler on the service's database, store and Ray."""
     settings = service.settings
     config = SchedulerConfig(settings.store_url, settings.cache_dir, settings.cache_bytes)
-    return Scheduler(service.database, partial(RayExecutor.start, settings.ray_address), config)
+    return Scheduler(service.database, partial(RayExecutor.start, settings.ray_address), config, watch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import sys
 import traceback
@@ -16,9 +17,12 @@ from collections.abc import Collection, Sequence
 import click
 
 from orchestrator.cli.app import LazyGroup, make_app
+from orchestrator.logs import is_json
 from orchestrator.text import printable
 from quant_spec.errors import QuantServiceError
 from workers.urls import hide_passwords, known_secrets, shown_url
+
+log = logging.getLogger(__name__)
 
 COMMANDS = {
     "init": ("orchestrator.cli.home:init", "Create the home, the database and the store."),
@@ -114,10 +118,16 @@ def _without_passwords(message: str, arguments: Sequence[str], secrets: Collecti
 
 
 def _print_traceback(secrets: Collection[str]) -> None:
+    if is_json():
+        log.error("traceback", exc_info=True)
+        return
     text = hide_passwords(traceback.format_exc(), secrets)
     click.echo(printable(text), err=True, nl=False)
 
 
 def _fail(message: str, code: int) -> int:
+    if is_json():
+        log.error("%s", message)
+        return code
     click.echo(printable(f"error: {message}"), err=True)
     return code

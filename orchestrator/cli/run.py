@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from orchestrator.cli.keys import sign_option
 from orchestrator.cli.submit import request_options, tell_next
 from orchestrator.db.jobs import find_job
 from orchestrator.db.rows import JobRow
-from orchestrator.logs import log_to_stderr
+from orchestrator.logs import log_format, log_to_stderr
 from orchestrator.report.write import write_report
 from orchestrator.scheduling.scheduler import stop_on_signals
 from orchestrator.service import Service
@@ -58,7 +59,7 @@ def run(
     if out is not None:
         check_target(out)
     key = read_signing_key(key_file) if key_file is not None else None
-    log_to_stderr()
+    log_to_stderr(log_format(os.environ))
     with app.service() as service, stop_on_signals() as stop:
         request = Request(recipe, model, overrides, name, 0, sample_size, device, gpu_type, resume=True)
         submitted = submit(service, request, notify=app.notify)

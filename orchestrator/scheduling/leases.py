@@ -116,16 +116,20 @@ class Reaper:
         if seconds > self._lease_seconds / 2:
             self._next = time.monotonic() + self._lease_seconds
 
-    def reap(self) -> None:
-        """Take tasks back whose leases ran out, unless the database was so slow that their holders could not renew."""
+    def reap(self) -> int:
+        """Take tasks back whose leases ran out, unless the database was so slow that their holders could not renew.
+
+        Returns how many.
+        """
         begun = time.monotonic()
         self._next = begun + min(_REAP_SECONDS, self._lease_seconds / 2)
         with self._database.session(read_only=True) as session:
             database_time(session)
         if time.monotonic() - begun > _SLOW_SECONDS:
             self.postpone_after(self._lease_seconds)
-            return
+            return 0
         with self._database.session() as session:
             reaped = reap_expired(session)
         if reaped:
             log.warning("took back %d tasks whose leases ran out", len(reaped))
+        return len(reaped)

@@ -9,6 +9,7 @@ from typing import Any
 
 from orchestrator.db.picking import Picked
 from orchestrator.db.rows import Candidate
+from orchestrator.graph import Resources
 from orchestrator.scheduling.pace import Pace
 from orchestrator.scheduling.placement import Learned, Placement, ended, has_room, place, usable
 from workers.execution.cluster import CPU, CUDA, Node, own_versions
@@ -56,6 +57,15 @@ class Places:
     def has_room(self) -> bool:
         """Say whether any task could be claimed."""
         return has_room(self._usable, list(self.running.values()), self.in_flight - 1)
+
+    def occupied(self) -> Resources:
+        """Return what the tasks occupy that run or are queued on nodes."""
+        places = self.running.values()
+        return Resources(
+            sum(each.cpus for each in places),
+            sum(each.gpus for each in places),
+            sum(each.memory_bytes for each in places),
+        )
 
     def gpu_text(self) -> str:
         """Return the GPUs that may be used, for people."""

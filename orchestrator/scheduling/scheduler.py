@@ -44,7 +44,9 @@ from orchestrator.scheduling.outages import Outages, Pauses, StoreProbe
 from orchestrator.scheduling.picker import Places
 from orchestrator.scheduling.placement import Placement
 from orchestrator.scheduling.presence import Presence
+from orchestrator.scheduling.task_log import TaskLog
 from orchestrator.scheduling.wakeup import Wakeup
+from orchestrator.scheduling.watch import Watch
 from orchestrator.states import ACTIVE_JOBS
 from workers.errors import Dependency, ExecutorError, Fault
 from workers.execution.cluster import own_versions
@@ -69,6 +71,11 @@ _LONGEST_WAIT_SECONDS = 0.25
 _LEARNING_SECONDS = 10.0
 
 
+def owner_name() -> str:
+    """Return what this process' leases have as their owner."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """How a scheduler works.
@@ -88,7 +95,7 @@ class SchedulerConfig:
     poll_seconds: float = 1.0
     patience_seconds: float = 120.0
     pauses: Pauses = field(default_factory=Pauses)
-    owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    owner: str = field(default_factory=owner_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +123,17 @@ class Failure:
 class Scheduler:
     """One orchestrator; any number may work on one database."""
 
-    def __init__(self, database: Database, executor_factory: Callable[[], Executor], config: SchedulerConfig) -> None:
-        """Work on `database` with executors from `executor_factory`, called when there is work and after each loss."""
+    def __init__(
+        self,
+        database: Database,
+        executor_factory: Callable[[], Executor],
+        config: SchedulerConfig,
+        watch: Watch | None = None,
+    ) -> None:
+        """Work on `database` with executors from `executor_factory`, called when there is work and after each loss.
+
+        `watch` is told what happens.
+        """
         self._database = database
         self._executor_factory = executor_factory
         self._config = config
@@ -125,6 +141,8 @@ class Scheduler:
         self._in_flight: dict[int, ClaimedTask] = {}
         self._places = Places(config.in_flight)
         self._ended: list[tuple[ClaimedTask, Finished]] = []
+        self._watch = watch or Watch()
+        self._tasks = TaskLog(database)
         self._keeper = LeaseKeeper(database, config.lease_seconds)
         self._wakeup = Wakeup(database)
         self._reaper = Reaper(database, config.lease_seconds)
@@ -213,6 +231,7 @@ class Scheduler:
 
     def _pass(self) -> None:
         """Wait for something to do, and do it."""
+        self._watch.passed()
         if self._executor is None:
             self._idle(min(self._config.poll_seconds, _LONGEST_WAIT_SECONDS))
             return
@@ -254,16 +273,15 @@ class Scheduler:
             finished = self._patiently(look)
         if finished.fault is Fault.OUTAGE:
             self._outages.fault(finished.dependency or Dependency.CLUSTER, finished.error)
-        if finished.output is None:
-            log.warning("task failed: %s", finished.error, extra=_about(task) | {"fault": str(finished.fault)})
-        else:
+        if finished.output is not None:
             self._executed += 1
             self._outages.success(Dependency.STORE, Dependency.CLUSTER)
             self._places.pace.note(task.kind, task.version, float(finished.output.metrics["seconds"]))
-            log.debug("task finished", extra=_about(task))
         if finished.fault is Fault.REFUSED:
             self._places.refuse(task.lease.task_id, finished.error)
         self._places.end(task.lease.task_id)
+        self._watch.ended(task, finished)
+        self._tasks.ended(task, finished)
         self._ended.append((task, finished))
 
     def _drop_lost(self, executor: Executor) -> None:
@@ -271,7 +289,8 @@ class Scheduler:
         lost = set(self._keeper.take_lost())
         for handle, task in list(self._in_flight.items()):
             if task.lease in lost:
-                log.warning("lease lost", extra=_about(task))
+                self._watch.lost(task)
+                self._tasks.warn("lease lost", task)
                 executor.cancel(handle)
                 self._places.end(task.lease.task_id)
                 del self._in_flight[handle]
@@ -297,6 +316,7 @@ class Scheduler:
         self._poll = _SHORTEST_POLL_SECONDS if progress else min(self._poll * 2, self._config.poll_seconds)
         self._next_claim = time.monotonic() + self._poll
         self._submit(executor, claimed)
+        self._watch.occupied(executor.capacity(), self._places.occupied(), len(self._in_flight))
         if dropped:
             self._ended += self._patiently(lambda: self._revived(dropped))
 
@@ -305,7 +325,7 @@ class Scheduler:
         good = self._keeper.revive([task.lease for task, _ in dropped])
         for task, _ in dropped:
             if task.lease not in good:
-                log.warning("result dropped: the lease was lost", extra=_about(task))
+                self._tasks.warn("result dropped: the lease was lost", task)
         return [(task, finished) for task, finished in dropped if task.lease in good]
 
     def _record(
@@ -402,7 +422,7 @@ class Scheduler:
                 self._end(task, Finished(-1, None, Fault.INFRASTRUCTURE, str(error)))
             else:
                 self._in_flight[handle] = task
-                log.debug("task started", extra=_about(task))
+        self._tasks.started(claimed)
 
     def _call(self, task: ClaimedTask) -> TaskCall:
         place = self._places.running[task.lease.task_id]
@@ -431,7 +451,7 @@ class Scheduler:
     def _reap(self) -> None:
         """Take back what other orchestrators left behind, and learn what tasks take, now and then."""
         if self._reaper.is_due():
-            self._patiently(self._reaper.reap)
+            self._watch.reaped(self._patiently(self._reaper.reap))
             self._patiently(self._deadlines.learn)
 
     def _start_executor(self) -> None:
@@ -489,6 +509,7 @@ class Scheduler:
                 ):
                     raise
                 log.warning("trying again in %.1f s: %s", pause, error)
+                self._watch.passed(waiting_for=str(error))
                 failed = True
             else:
                 self._worked.add(dependency)
@@ -498,11 +519,6 @@ class Scheduler:
                     self._reaper.postpone_after(time.monotonic() - begun)
                 return result
             self._stop.wait(pause)
-
-
-def _about(task: ClaimedTask) -> dict[str, object]:
-    """Return the fields of a log record about a task."""
-    return {"task": task.lease.task_id, "attempt": task.lease.attempt, "kind": task.kind}
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from workers.storage.blobs import (
     note_key,
     writing,
 )
+from workers.storage.download import download
 from workers.storage.store import S3
 from workers.urls import hide_passwords, shown_url
 
@@ -148,13 +149,12 @@ class S3Store:
         """Read a blob into a file, in parallel parts if it is large; see `workers.storage.store.Store`."""
         size = self.size(digest)
         with writing(path) as file:
-            # A full disk shows before the download, which the transfer manager would break off without closing.
+            # A full disk shows before the download.
             if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             with self._calling(digest):
-                self._client.download_fileobj(self._bucket, self._key(digest), file, Config=self._transfer)
-            file.flush()
-            check_bytes(digest, digest_of_file(Path(file.name)), f"{self.url}/{blob_key(digest)}")
+                got = download(self._client, self._bucket, self._key(digest), size, file)
+            check_bytes(digest, got, f"{self.url}/{blob_key(digest)}")
 
     def verify(self, digest: str) -> int:
         """Read a whole blob; see `workers.storage.store.Store`."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from botocore.response import StreamingBody
 
 from workers.errors import (
     DigestMismatchError,
@@ -210,8 +213,32 @@ def test_large_file_goes_up_and_down_s3_in_parts(s3_url: str, tmp_path: Path) ->
     assert operations.count("UploadPart") == 3
     assert operations.count("CompleteMultipartUpload") == 1
     store.get_file(digest, tmp_path / "copy")
-    assert operations.count("GetObject") == 3
+    assert operations.count("GetObject") == 5
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
+def test_a_part_that_breaks_off_is_asked_for_again_and_no_more_than_five_times(s3_url: str, tmp_path: Path) -> None:
+    source = tmp_path / "large"
+    source.write_bytes(data_of(20 << 20))
+    store = S3Store(s3_url)
+    digest = store.put_file(source)
+    cut: list[int] = []
+
+    def break_off(parsed: dict[str, Any], **_: Any) -> None:
+        if len(cut) < limit:
+            data = parsed["Body"].read()
+            parsed["Body"] = StreamingBody(io.BytesIO(data[:-5]), len(data))
+            cut.append(len(data))
+
+    store._client.meta.events.register("after-call.s3.GetObject", break_off)
+    limit = 2
+    store.get_file(digest, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    before, limit = len(cut), 1000
+    with pytest.raises(StoreUnreachableError):
+        store.get_file(digest, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    assert len(cut) - before <= 3 * 5
 
 
 def test_s3_requests_carry_sha256_and_no_crc_trailer(s3_url: str, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Everything that only a GPU can show, in one command that ends in time and keeps what it has.
 
-    python -m benchmarks.device_check [--minutes 8] [--stages tests tune kernels jobs] [--out FILE] [--device cuda]
+    python -m benchmarks.device_check [--minutes 8] [--stages tests tune step kernels jobs] [--out FILE] [--device cuda]
 
 Stages, each a process of its own with a share of the time, which is killed when that is over; FILE is written anew
 after each, and holds what a killed one had written:
 
-tests     pytest -m gpu on tests/kernels
+tests     tests of tests/kernels, on the device
 tune      benchmarks.tune: tiles of the kernels, timed; with --install, kernels of the later stages use the table
+step      benchmarks.gpu_step: a step of an SDXL-sized UNet at batch 4, FORMATS beside bfloat16, under a CUDA graph
 kernels   benchmarks.kernels: each layer's kernels beside bfloat16, and the kernels that quantize beside a copy
 jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine's CPUs, which run beside the other
           stages: seconds by kind of task, PSNR of both, and what the tasks spend their time in
@@ -19,6 +20,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,12 +36,22 @@ from typing import Any
 from benchmarks.cli import keep, parser
 
 RECIPES = ("fast-w4a8", "tfmq-w8a8", "mpqdm-w4a4")
+FORMATS = ("W8A8", "W4A8 g128")
 #: Shares of the minutes; the jobs' is what is left.
-SHARES = {"tests": 0.25, "tune": 0.45, "kernels": 0.15, "jobs": 0.15}
+SHARES = {"tests": 0.2, "tune": 0.35, "step": 0.25, "kernels": 0.2, "jobs": 0.1}
 STAGES = tuple(SHARES)
 LOG_LINES = 80
+#: Candidates of benchmarks.kernels that are in the summary.
+KERNELS = (
+    *("torch._int_mm", "torch._int_mm, uniform codes", "W8A8, uniform codes"),
+    *("W8A8", "W8A8 with quantization", "W8A8, zero points", "W8A8, zero points with quantization"),
+    *("W4A8", "W4A8, unpacked", "W4A8, unpacked with quantization", "W4A8 g128", "W4A8 g128, unpacked"),
+    *("W3/4/5A8", "W3/4/5A8, unpacked", "FP8", "FP8 with quantization"),
+)
 #: Processes of the tests: compiling is what takes their time.
-PROCESSES = 6
+PROCESSES = 8
+#: Files of tests/kernels that run on the device, what is newest first.
+TESTED = ("hopper", "activations", "fp8", "norms", "sums", "weights", "gemm", "conv", "operators")
 
 
 @dataclass(slots=True)
@@ -92,10 +104,23 @@ def job(recipe: str, device: str, threads: int) -> list[str]:
 
 def tests(device: str) -> list[str]:
     """Return the command of the kernels' tests; the root's conftest wants packages that may not be there."""
-    mark = "gpu" if device == "cuda" else "not gpu and not slow"
+    mark = "not slow" if device == "cuda" else "not gpu and not slow"
     plain = ["-o", "filterwarnings=default", "-p", "no:cacheprovider", "--confcutdir=tests/kernels"]
     spread_out = ["-n", str(PROCESSES)] if importlib.util.find_spec("xdist") else []
-    return ["-m", "pytest", "-q", "-m", mark, *plain, *spread_out, "tests/kernels"]
+    files = [f"tests/kernels/test_{name}.py" for name in TESTED]
+    return ["-m", "pytest", "-v", "--no-header", "-m", mark, *plain, *spread_out, *files]
+
+
+def verdicts(log: Path) -> dict[str, Any]:
+    """Count the tests that passed, and name those that did not, also of a run that was cut."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    found = {
+        (name, verdict)
+        for verdict, name in re.findall(r"(PASSED|FAILED|ERROR|SKIPPED)(?: \[ *\d+%\])? (\S+::\S+)", text)
+    }
+    found |= {(name, verdict) for name, verdict in re.findall(r"(\S+::\S+) (PASSED|FAILED|ERROR|SKIPPED)", text)}
+    failed = sorted(name for name, verdict in found if verdict in ("FAILED", "ERROR"))
+    return {"passed": len({name for name, verdict in found if verdict == "PASSED"}), "failed": failed}
 
 
 class Check:
@@ -133,12 +158,27 @@ class Check:
                 name, hidden = f"{recipe} on cpu", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
                 self.beside.append(start(name, job(recipe, "cpu", threads), self.folder, hidden))
         if "tests" in stages:
-            self.note("tests", start("tests", tests(self.device), self.folder).finish(self.share("tests")))
+            running = start("tests", tests(self.device), self.folder)
+            found = running.finish(self.share("tests"))
+            self.note("tests", found | {"result": verdicts(running.log)})
         if "tune" in stages:
             seconds = self.share("tune")
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
             command = ["-m", "benchmarks.tune", *minutes, "--out", "{out}", *["--install"] * self.install]
             self.note("tune", start("tune", command, self.folder).finish(seconds))
+        if "step" in stages:
+            command = [
+                "-m",
+                "benchmarks.gpu_step",
+                "--batches",
+                "4",
+                "--formats",
+                "W8A8",
+                "W4A8 g128",
+                "--repeats",
+                "7",
+            ]
+            self.note("step", start("step", [*command, "--out", "{out}"], self.folder).finish(self.share("step")))
         if "kernels" in stages:
             seconds = self.share("kernels")
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
@@ -168,7 +208,7 @@ def summary(stages: dict[str, Any]) -> dict[str, Any]:
     """Return the figures to look at first."""
     found: dict[str, Any] = {}
     if "tests" in stages:
-        found["tests"] = (stages["tests"]["log"] or [""])[-1]
+        found["tests"] = stages["tests"]["result"]
     tuned = stages.get("tune", {}).get("result", {})
     for op in sorted({row["op"] for row in tuned.get("measured", ())}):
         rows = [row for row in tuned["measured"] if row["op"] == op]
@@ -177,11 +217,18 @@ def summary(stages: dict[str, Any]) -> dict[str, Any]:
         found[f"{op}, of bfloat16's speed"] = {
             "layers": len(rows), "before": spread(before), "after": spread(after),
         }  # fmt: skip
+    for batch, formats in stages.get("step", {}).get("result", {}).get("batches", {}).items():
+        for name, times in formats.items():
+            found[f"SDXL-sized step, batch {batch}, {name}"] = times["ms"] | {"speedup": times["speedup"]}
     layers = stages.get("kernels", {}).get("result", {}).get("batches", {}).get("8", {})
-    for name in ("torch._int_mm", "torch._int_mm, uniform codes", "W8A8", "W8A8, uniform codes", "FP8"):
+    for name in KERNELS:
         speeds = [timed[name]["speedup"] for timed in layers.values() if "speedup" in timed.get(name, {})]
         if speeds:
             found[f"kernels: {name}"] = spread(speeds)
+    quantizing = stages.get("kernels", {}).get("result", {}).get("quantize", {})
+    found["quantize, of a copy's bandwidth"] = {
+        name: row.get("of_copy", row.get("error")) for name, row in quantizing.items()
+    }
     for name, stage in stages.items():
         if " on " in name and "result" in stage:
             result = stage["result"]

@@ -1,6 +1,7 @@
 """One recipe on one device, in this process, without a database and without Ray: what each kind of task takes there.
 
-    python -m benchmarks.device_jobs --recipe fast-w4a8 --device cuda [--model FOLDER] [--threads 8] [--out FILE]
+    python -m benchmarks.device_jobs --recipe fast-w4a8 --device cuda [--model FOLDER] [--set KEY=VALUE ...]
+        [--threads 8] [--out FILE]
 
 Plans the job as `quantmill submit` does and runs its tasks one after another, in the order of the plan, with the bodies
 that workers run. Prints one JSON document: the seconds of each kind of task (of the clock, and of this process's CPUs,
@@ -130,9 +131,11 @@ def call_of(node: TaskNode, place: Place, done: Mapping[str, TaskOutput]) -> Tas
     return place.call(node.kind, node.params, inputs)
 
 
-def run(recipe: str, model: str, place: Place, report: Report, note: Callable[[], None]) -> None:
+def run(
+    recipe: str, overrides: Sequence[str], model: str, place: Place, report: Report, note: Callable[[], None]
+) -> None:
     """Run a job's tasks, counting them in `report`."""
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, overrides)
     nodes, _ = plan(register(model, place), loaded.recipe)
     done: dict[str, TaskOutput] = {}
     firsts: dict[str, tuple[TaskCall, TaskOutput]] = {}
@@ -175,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser(__doc__)
     command.add_argument("--recipe", default="fast-w4a8")
     command.add_argument("--model", default="examples/models/emoji32")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as `quantmill run` takes it")
     command.add_argument("--device", default="cuda")
     command.add_argument("--threads", type=int, default=8)
     command.add_argument("--out", type=Path)
@@ -187,7 +191,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     report.starting = start(options.device)
     with tempfile.TemporaryDirectory(prefix="quantmill-device-") as folder:
-        run(options.recipe, options.model, Place(options.device, options.threads, Path(folder)), report, note)
+        run(
+            options.recipe,
+            options.set,
+            options.model,
+            Place(options.device, options.threads, Path(folder)),
+            report,
+            note,
+        )
     give(asdict(report), options.out)
     return 0
 

@@ -1,14 +1,15 @@
 """One step of a UNet of SDXL's size with random weights on a GPU: packed against bfloat16.
 
-    python -m benchmarks.gpu_step [--batches 1 8] [--latents 128] [--repeats 20] [--formats W8A8 W4A8] [--out FILE]
+    python -m benchmarks.gpu_step [--batches 1 4] [--latents 128] [--repeats 10] [--formats W8A8 W4A8] [--compile]
+        [--out FILE]
 
-Each model is called in three ways: as it is, compiled (`torch.compile`, default mode), and compiled and captured once
-as a CUDA graph. All of one batch size take turns, `--repeats` times, timed by CUDA events; the median counts. Prints
-one JSON document: milliseconds, the ratio to compiled bfloat16, and what is in memory after loading. `speedup` is over
-bfloat16 in the same way of calling. Weights and codes are random, scaled so that activations keep their size, so times
-are those of a trained model and images mean nothing. All Linear and Conv2d layers but the first and the last
-convolution are packed; every input has a range for each of 20 steps; attention products are in bfloat16. The captured
-graph runs at two timesteps, and must then give what the model gives without it.
+Each model is called as it is, and from a CUDA graph that was captured once; with --compile also compiled
+(`torch.compile`, default mode, which takes minutes), and compiled and captured. All of one batch size take turns,
+`--repeats` times, timed by CUDA events; the median counts. Prints one JSON document: milliseconds and what is in memory
+after loading. `speedup` is over bfloat16 in the same way of calling. Weights and codes are random, scaled so that
+activations keep their size, so times are those of a trained model and images mean nothing. All Linear and Conv2d layers
+but the first and the last convolution are packed; every input has a range for each of 20 steps; attention products are
+in bfloat16. The captured graph runs at two timesteps, and must then give what the model gives without it.
 
 Peak memory is some 30 GiB, of the bfloat16 model and one packed one.
 """
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cli import give, parser
+from benchmarks.cli import give, keep, parser
 from benchmarks.sdxl import SDXL, meta_unet
 from benchmarks.timing import captured, idle_cuda_ms, take_turns
 from quant_core import layer_runs
@@ -43,7 +44,7 @@ STEPS = tuple(float(t) for t in range(951, 0, -50))
 FORMATS = {
     "W8A8": WeightSpec(8),
     "W4A8": WeightSpec(4),
-    "W4A8 g64": WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=64),
+    "W4A8 g128": WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=128),
 }
 # Kernels are the same with and without a graph, but libraries may choose others for it; a wrong step is far beyond.
 GRAPH_TOLERANCE = 0.01
@@ -113,29 +114,37 @@ def inputs(shapes: dict[str, Any], batch: int, latents: int, device: str) -> dic
     }
 
 
-def ways(model: nn.Module, told: dict[str, Any]) -> Iterator[tuple[str, Call]]:
-    """Yield the ways in which a model is called, and check that its graph follows the timestep."""
+def ways(model: nn.Module, told: dict[str, Any], compile_too: bool) -> Iterator[tuple[str, Call]]:
+    """Yield the ways in which a model is called."""
 
     def call(of: Callable[..., Any]) -> Call:
         return lambda: of(**told, return_dict=False)[0]
 
     yield "eager", call(model)
-    compiled = call(torch.compile(model, fullgraph=True))
-    yield "compiled", compiled
-    replay = captured(compiled)
+    yield "CUDA graph", replayed(call(model), told)
+    if compile_too:
+        compiled = call(torch.compile(model, fullgraph=True))
+        yield "compiled", compiled
+        yield "compiled, CUDA graph", replayed(compiled, told)
+
+
+def replayed(run: Call, told: dict[str, Any]) -> Call:
+    """Return a replay of `run`, after checking that it follows the timestep."""
+    replay = captured(run)
     for timestep in (STEPS[3], STEPS[9]):
         told["timestep"].fill_(timestep)
-        want, got = compiled(), replay()
+        want, got = run(), replay()
         off = float((got.float() - want.float()).norm() / want.float().norm())
         if not off <= GRAPH_TOLERANCE:
             raise SystemExit(f"CUDA graph at timestep {timestep}: got a relative difference of {off:g}, wanted none")
-    yield "compiled, CUDA graph", replay
+    return replay
 
 
-def measure(formats: Sequence[str], batch: int, latents: int, repeats: int) -> dict[str, Any]:
-    """Measure the formats at one batch size, each beside bfloat16."""
+def measure(
+    formats: Sequence[str], batch: int, latents: int, repeats: int, results: dict[str, Any], compile_too: bool
+) -> None:
+    """Measure the formats at one batch size, each beside bfloat16, into `results`."""
     told = inputs(SDXL, batch, latents, "cuda")
-    results: dict[str, Any] = {}
     for name in formats:
         torch._dynamo.reset()
         gc.collect()
@@ -146,7 +155,7 @@ def measure(formats: Sequence[str], batch: int, latents: int, repeats: int) -> d
         plain = half_unet(SDXL, "cuda")
         plain_bytes = torch.cuda.memory_allocated() - before - packed_bytes
         models = {"bfloat16": plain, name: packed}
-        calls = {f"{model}, {way}": run for model, each in models.items() for way, run in ways(each, told)}
+        calls = {f"{model}, {way}": run for model, each in models.items() for way, run in ways(each, told, compile_too)}
         seen = take_turns(calls, repeats, idle_cuda_ms)
         times = {key: statistics.median(each) for key, each in seen.items()}
         results[name] = {
@@ -159,15 +168,15 @@ def measure(formats: Sequence[str], batch: int, latents: int, repeats: int) -> d
             "layers": dict(Counter(str(run.backend) for run in layer_runs(packed))),
         }
         del packed, plain, models, calls
-    return results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of this module's docstring."""
     command = parser(__doc__)
-    command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    command.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     command.add_argument("--latents", type=int, default=SDXL["sample_size"])
-    command.add_argument("--repeats", type=int, default=20)
+    command.add_argument("--repeats", type=int, default=10)
+    command.add_argument("--compile", action="store_true", help="also with torch.compile")
     command.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     command.add_argument("--out", type=Path)
     options = command.parse_args(arguments)
@@ -176,11 +185,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import triton
 
     device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    found: dict[str, Any] = {"device": device, "latents": options.latents, "batches": {}}
     with torch.no_grad():
-        measured = {
-            str(batch): measure(options.formats, batch, options.latents, options.repeats) for batch in options.batches
-        }
-    give({"device": device, "latents": options.latents, "batches": measured}, options.out)
+        for batch in options.batches:
+            results = found["batches"].setdefault(str(batch), {})
+            for name in options.formats:
+                measure([name], batch, options.latents, options.repeats, results, options.compile)
+                if options.out:  # so that what is cut keeps what it has
+                    keep(found, options.out)
+    give(found, options.out)
     return 0
 
 

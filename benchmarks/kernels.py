@@ -6,12 +6,12 @@ Prints one JSON document: for each batch size, layer and candidate the microseco
 replay of a CUDA graph timed by events, so that launches from Python do not count, the L2 cache cleared before each),
 tera-operations per second, the speedup over bfloat16, and the fraction of the roofline: the larger of the time that the
 device needs for the operations at its measured peak and for the bytes at its measured bandwidth, over the time taken.
-Candidates: bfloat16 (cuBLAS, cuDNN channels last), torch._int_mm, this package's W8A8, W4A8 (per channel and groups of
-64), W4A16, FP8 on sm_90, and those with the quantization of the input; W8A8 with scaled channels, and channels of 3, 4
-and 5 bits; torchao and gemlite where installed. Weights are normal, quantized, as real ones are; "uniform codes" beside
-it has each code as often as any other, on which tensor cores draw more power and clock lower. `quantize` has the
-kernels that make codes, in bytes per microsecond, as a fraction of what a copy moves. What fails is recorded with its
-error. --minutes leaves out what is not reached by then. `figures` has the
+Candidates: bfloat16 (cuBLAS, cuDNN channels last), torch._int_mm, this package's W8A8, W4A8 (per channel and groups
+of 128, packed and unpacked to int8), W4A16, FP8 on sm_90, and those with the quantization of the input; W8A8 with
+scaled channels, and channels of 3, 4 and 5 bits; torchao and gemlite where installed. Weights are normal, quantized,
+as real ones are; "uniform codes" beside it has each code as often as any other, on which tensor cores draw more power
+and clock lower. `quantize` has the kernels that make codes, in bytes per microsecond, as a fraction of what a copy
+moves. What fails is recorded with its error. --minutes leaves out what is not reached by then. `figures` has the
 least, median and greatest speedup over layers: of W8A8 at the largest batch, of W4A16 at the least where weights
 dominate.
 """
@@ -41,7 +41,7 @@ from kernels.epilogue import Epilogue
 from kernels.fp8 import linear_fp8, quantize_fp8
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, LayerNorm, group_norm_quantize, layer_norm_quantize
-from kernels.weights import PackedWeight
+from kernels.weights import PackedWeight, unpack_weight
 
 HALF = torch.bfloat16
 
@@ -100,6 +100,17 @@ def mixed_weight(layer: Layer) -> list[PackedWeight]:
     return [layer_weight(layer, bits, None, part) for bits, part in zip((3, 4, 5), order.chunk(3), strict=True)]
 
 
+def weights_of(layer: Layer) -> Iterator[tuple[str, Sequence[PackedWeight]]]:
+    """Yield the weights of one width that a layer is timed with."""
+    yield "W8A8", [layer_weight(layer, 8)]
+    sizes = (layer.outputs, layer.channels, layer.taps, 8)
+    yield "W8A8, zero points", [random_weight(*sizes, uniform=False, zero_points=True, device="cuda")]
+    for name, group in (("W4A8", None), ("W4A8 g128", 128)):
+        packed = [layer_weight(layer, 4, group)]
+        yield name, packed
+        yield f"{name}, unpacked", unpack_weight(packed)
+
+
 def table(channels: int = 0) -> ActivationTable:
     """Make a static grid on the GPU, with divisors of that many channels if there are any."""
     divisor = torch.full((1, channels), 0.03, device="cuda") if channels else None
@@ -133,12 +144,13 @@ def linear_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[
         even, odd = flat.codes, uniform_codes(w).codes
         yield "torch._int_mm, uniform codes", lambda: torch._int_mm(even, odd.t())
     yield "W8A8, uniform codes", partial(linear_int, flat, [layer_weight(layer, 8, uniform=True)], out)
-    for name, bits, group in (("W8A8", 8, None), ("W4A8", 4, None), ("W4A8 g64", 4, 64)):
-        weight = [layer_weight(layer, bits, group)]
+    for name, weight in weights_of(layer):
         yield name, partial(linear_int, codes, weight, out)
         yield f"{name} with quantization", partial(_quantized, linear_int, x, grid, weight, out)
     mixed, eight, scaled = mixed_weight(layer), [layer_weight(layer, 8)], table(layer.channels)
     yield "W3/4/5A8", lambda: linear_int(codes, mixed, out)
+    unpacked = unpack_weight(mixed)
+    yield "W3/4/5A8, unpacked", lambda: linear_int(codes, unpacked, out)
     yield "W8A8 with quantization of scaled channels", lambda: linear_int(quantize_by_table(x, scaled), eight, out)
     yield (
         "W8A8 with dynamic quantization",
@@ -203,12 +215,13 @@ def conv_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[]
     codes, geometry = quantize_by_table(rows, grid), ConvGeometry((layer.kernel, layer.kernel), padding=(pad, pad))
     even = [layer_weight(layer, 8, uniform=True)]
     yield "W8A8, uniform codes", partial(conv2d_int, uniform_codes(rows), even, geometry, out)
-    for name, bits, group in (("W8A8", 8, None), ("W4A8", 4, None), ("W4A8 g64", 4, 64)):
-        weight = [layer_weight(layer, bits, group)]
+    for name, weight in weights_of(layer):
         yield name, partial(conv2d_int, codes, weight, geometry, out)
         yield f"{name} with quantization", partial(_quantized, conv2d_int, rows, grid, weight, geometry, out)
     mixed = mixed_weight(layer)
     yield "W3/4/5A8", lambda: conv2d_int(codes, mixed, geometry, out)
+    unpacked = unpack_weight(mixed)
+    yield "W3/4/5A8, unpacked", lambda: conv2d_int(codes, unpacked, geometry, out)
 
 
 def quantize_candidates() -> Iterator[tuple[str, int, Callable[[], Any]]]:

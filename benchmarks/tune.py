@@ -35,14 +35,17 @@ from kernels._triton.conv import launch_conv2d_int
 from kernels._triton.fp8 import launch_linear_fp8
 from kernels._triton.gemm import launch_linear_int
 from kernels._triton.tuned import (
+    CONV_GROUPS,
     CONV_INT8,
     HOPPER,
     LINEAR_FP8,
+    LINEAR_GROUPS,
     LINEAR_INT8,
     POINTERS,
     Entry,
     Shape,
     Tile,
+    chip_of,
     document,
     file_of,
     row_of,
@@ -52,6 +55,7 @@ from kernels.conv import ConvGeometry, conv2d_int_reference
 from kernels.epilogue import EpilogueRows
 from kernels.fp8 import Fp8Matrix, linear_fp8_reference, quantize_fp8
 from kernels.gemm import linear_int_reference
+from kernels.weights import PackedWeight, unpack_weight
 
 HALF = torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where only what needs no GPU is called
@@ -60,7 +64,10 @@ GAIN = 1.02
 #: Of the minutes, what compiling and checking may take.
 CHECK_SHARE = 0.6
 #: Sides of the images that tiles are checked on, most important first.
-SIDES = (64, 32, 128)
+SIDES = (64, 32, 128, 16)
+#: Channels that share a scale, of the weights with groups.
+GROUP = 128
+GROUPED = (LINEAR_GROUPS, CONV_GROUPS)
 REPEATS = 9
 #: Relative to a value rounded to bfloat16: half a step of its 8 bits, twice, for additions in another order.
 TOLERANCE = 2.0**-7
@@ -139,9 +146,19 @@ def tiles(op: str, capability: tuple[int, int]) -> list[Tile]:
             *((128, 64, 128, 4, 4, 1, 2), (64, 256, 128, 4, 3, 1, 1)),
         )
     ]
+    if op in (LINEAR_GROUPS, CONV_GROUPS):
+        # An int32 and a float32 sum beside each other: half the tile, and programs that take turns.
+        return [
+            Tile(HOPPER, m, n, GROUP, warps, stages, per_processor=programs)
+            for m, n, warps, stages, programs in (
+                *((64, 128, 4, 2, 3), (64, 128, 4, 3, 2), (128, 64, 4, 2, 3), (128, 128, 8, 3, 1)),
+                *((128, 64, 4, 3, 2), (256, 64, 8, 3, 1)),
+            )
+        ]
     if op == CONV_INT8:
         # A rectangle of pixels is another kernel for each size of image, so that fewer are tried.
-        pointers, hopper = pointers[:4], hopper[:6]
+        pointers = pointers[:4]
+        hopper = [*hopper[:6], Tile(HOPPER, 128, 64, 64, 4, 6, per_processor=2), Tile(HOPPER, 256, 64, 64, 8, 6)]
     return (hopper if capability[0] == 9 else []) + pointers
 
 
@@ -149,27 +166,44 @@ Run = Callable[[Tile | None], Tensor]
 
 
 def problem(op: str, shape: Shape, image: tuple[int, int] | None) -> tuple[Run, Callable[[], Tensor]]:
-    """Return an operator on data of a shape, to be run with a tile, and the same layer in bfloat16."""
+    """Return an operator on data of a shape, to be run with a tile, and the same layer in bfloat16.
+
+    Weights with groups have 4 bits; with a tile they are unpacked, without one packed.
+    """
     out = EpilogueRows(torch.zeros(shape.n, device=DEVICE, dtype=HALF), None, None, None)
     if op == LINEAR_FP8:
         x, w = (torch.randn(size, shape.k, device=DEVICE, dtype=HALF) for size in (shape.m, shape.n))
         left, right = quantize_fp8(x), quantize_fp8(w)
         return lambda tile: launch_linear_fp8(left, right, out, HALF, tile), lambda: F.linear(x, w)
-    weight = [random_weight(shape.n, shape.k, shape.taps, 8, uniform=False, device=DEVICE)]
+    packed, fast = weights_of(op, shape.n, shape.k, shape.taps)
     grid = ActivationTable(torch.tensor([0.03], device=DEVICE), torch.tensor([120.0], device=DEVICE), 8)
     if image is None:
         x = torch.randn(shape.m, shape.k, device=DEVICE, dtype=HALF)
         w = torch.randn(shape.n, shape.k, device=DEVICE, dtype=HALF)
         codes = quantize_by_table(x, grid)
-        return lambda tile: launch_linear_int(codes, weight, out, shape.n, HALF, tile), lambda: F.linear(x, w)
+
+        def multiply(tile: Tile | None) -> Tensor:
+            return launch_linear_int(codes, packed if tile is None else fast, out, shape.n, HALF, tile)
+
+        return multiply, lambda: F.linear(x, w)
     batch, side = image
     x = torch.randn(batch, side, side, shape.k, device=DEVICE, dtype=HALF)
     kernel = torch.randn(shape.n, shape.k, 3, 3, device=DEVICE, dtype=HALF).to(memory_format=torch.channels_last)
     codes, nchw, geometry = quantize_by_table(x, grid), x.permute(0, 3, 1, 2), ConvGeometry((3, 3), padding=(1, 1))
-    return (
-        lambda tile: launch_conv2d_int(codes, weight, geometry, out, shape.n, HALF, tile),
-        lambda: F.conv2d(nchw, kernel, padding=1),
-    )
+
+    def convolve(tile: Tile | None) -> Tensor:
+        return launch_conv2d_int(codes, packed if tile is None else fast, geometry, out, shape.n, HALF, tile)
+
+    return convolve, lambda: F.conv2d(nchw, kernel, padding=1)
+
+
+def weights_of(op: str, n: int, k: int, taps: int) -> tuple[Sequence[PackedWeight], Sequence[PackedWeight]]:
+    """Return a weight as it is packed, and as it is multiplied with a tile."""
+    if op in (LINEAR_INT8, CONV_INT8):
+        packed = [random_weight(n, k, taps, 8, uniform=False, device=DEVICE)]
+        return packed, packed
+    packed = [random_weight(n, k, taps, 4, GROUP, uniform=False, device=DEVICE)]
+    return packed, unpack_weight(packed)
 
 
 def check(op: str, tile: Tile, side: int) -> str:
@@ -184,16 +218,16 @@ def check(op: str, tile: Tile, side: int) -> str:
         left, right = (quantize_fp8(torch.randn(size, k, device=DEVICE)) for size in (m, n))
         got = launch_linear_fp8(left, right, rows, HALF, tile)
         return distance(got, linear_fp8_reference(Fp8Matrix(left.values, left.scale), right, rows, torch.float32))
-    weight = random_weight(n, k, 9 if op == CONV_INT8 else 1, 8, uniform=False, device=DEVICE)
-    shape = (2, side, side, k) if op == CONV_INT8 else (m, k)
+    weight = weights_of(op, n, k, 9 if side else 1)[1]
+    shape = (2, side, side, k) if side else (m, k)
     grid = ActivationTable(torch.tensor([0.03, 0.02], device=DEVICE), torch.tensor([120.0, 3.0], device=DEVICE), 8)
     x = quantize_by_table(torch.randn(*shape, device=DEVICE), grid, torch.tensor([0, 1], device=DEVICE))
-    if op == CONV_INT8:
+    if side:
         geometry = ConvGeometry((3, 3), padding=(1, 1))
-        got = launch_conv2d_int(x, [weight], geometry, rows, n, HALF, tile)
-        return difference(got, conv2d_int_reference(x, [weight], geometry, rows, n))
-    got = launch_linear_int(x, [weight], rows, n, HALF, tile)
-    return difference(got, linear_int_reference(x.codes, x.scale, x.zero_point, [weight], rows, n))
+        got = launch_conv2d_int(x, weight, geometry, rows, n, HALF, tile)
+        return difference(got, conv2d_int_reference(x, weight, geometry, rows, n))
+    got = launch_linear_int(x, weight, rows, n, HALF, tile)
+    return difference(got, linear_int_reference(x.codes, x.scale, x.zero_point, weight, rows, n))
 
 
 def distance(got: Tensor, want: Tensor) -> str:
@@ -220,12 +254,17 @@ class Trial:
 
 def trials(capability: tuple[int, int]) -> list[Trial]:
     """Return what is checked, the first tiles of every operator first."""
-    ops = (LINEAR_INT8, CONV_INT8, *((LINEAR_FP8,) if capability >= (8, 9) else ()))
+    ops = (
+        LINEAR_INT8,
+        CONV_INT8,
+        *((LINEAR_FP8,) if capability >= (8, 9) else ()),
+        *GROUPED[: 2 * (capability[0] == 9)],
+    )
     found = [
         (place, Trial(op, tile, side))
         for op in ops
         for place, tile in enumerate(tiles(op, capability))
-        for side in (SIDES if op == CONV_INT8 else (0,))
+        for side in (SIDES if op in (CONV_INT8, CONV_GROUPS) else (0,))
         if tile.kernel == HOPPER or side in (0, SIDES[0])
     ]
     return [trial for _, trial in sorted(found, key=lambda pair: pair[0])]
@@ -292,9 +331,10 @@ def cold_us(run: Callable[[], Any], flush: Tensor) -> float:
 def ops_of(layer: Layer, capability: tuple[int, int]) -> Iterator[str]:
     """Yield the operators that a layer can be."""
     if layer.image is not None:
-        yield CONV_INT8
+        yield from (CONV_INT8, *((CONV_GROUPS,) if capability[0] == 9 else ()))
     else:
-        yield from (LINEAR_INT8, *((LINEAR_FP8,) if capability >= (8, 9) else ()))
+        fp8, groups = (LINEAR_FP8,) if capability >= (8, 9) else (), (LINEAR_GROUPS,) if capability[0] == 9 else ()
+        yield from (LINEAR_INT8, *fp8, *groups)
 
 
 def measure(layer: Layer, op: str, candidates: Sequence[Tile], flush: Tensor) -> dict[str, Any]:
@@ -354,7 +394,7 @@ def tune(minutes: float, workers: int, out: Path | None) -> dict[str, Any]:
     verdicts = checked(workers, 60 * minutes * CHECK_SHARE)
     measured: list[dict[str, Any]] = []
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    result = document(torch.cuda.get_device_name(), versions, [])
+    result = document(chip_of(torch.device("cuda", torch.cuda.current_device())), versions, [])
     result |= {"checked": verdicts, "measured": measured, "finished": False}
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
     for layer in LAYERS:
@@ -367,6 +407,17 @@ def tune(minutes: float, workers: int, out: Path | None) -> dict[str, Any]:
             if out is not None:
                 keep(result, out)
     return result | {"finished": True}
+
+
+def install(found: dict[str, Any]) -> None:
+    """Write the table that the kernels read; what an older one has of shapes that were not measured now stays in it."""
+    path = file_of(found["device"])
+    path.parent.mkdir(exist_ok=True)
+    now = {json.dumps([each["op"], each["shape"]]) for each in found["measured"]}
+    older = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
+    kept = [row for row in older if json.dumps([row["op"], row["shape"]]) not in now]
+    table = {name: found[name] for name in ("device", "capability", "processors", "torch", "triton")}
+    keep(table | {"entries": [*found["entries"], *kept]}, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -387,9 +438,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     give(found, options.out)
     print(table(found["measured"]), file=sys.stderr)
     if options.install:
-        path = file_of(found["device"])
-        path.parent.mkdir(exist_ok=True)
-        keep({name: found[name] for name in ("device", "torch", "triton", "entries")}, path)
+        install(found)
     return 0
 
 

@@ -21,6 +21,7 @@ def random_weight(
     channel: Tensor | None = None,
     *,
     uniform: bool = True,
+    zero_points: bool = False,
     device: str = "cpu",
 ) -> PackedWeight:
     """Make a symmetric weight with scales 0.01, per channel or per `group_size` input channels of one tap.
@@ -34,6 +35,8 @@ def random_weight(
     uniform
         Every code is as frequent; else they are those of a quantized normal weight, as real ones are. It matters for
         the time: tensor cores draw more power, and clock lower, on codes whose bits change more often.
+    zero_points
+        Not in the middle of the codes, as of weights that are not symmetric.
     """
     rows = outputs if channel is None else len(channel)
     groups = 1 if group_size is None else taps * -(-channels // group_size)
@@ -43,7 +46,7 @@ def random_weight(
     else:
         steps = torch.randn(rows, taps * channels, device=device) * (half / SPAN)
         codes = (steps.round() + half).clamp(0, 2 * half - 1).to(torch.uint8)
-    zero = torch.full((rows, groups), half, dtype=torch.uint8, device=device)
+    zero = torch.full((rows, groups), half - zero_points, dtype=torch.uint8, device=device)
     scale = torch.full((rows, groups), 0.01, dtype=torch.float32 if group_size is None else torch.bfloat16)
     scale = scale.to(device)
     return pack_weight(

@@ -70,6 +70,15 @@ def has_int8_cpu() -> bool:
     return sums_pairs_exactly()
 
 
+def prefers_int8_weights(device: torch.device) -> bool:
+    """Whether a GPU was seen to multiply many rows fastest with weights of one int8 each."""
+    if device.type != "cuda" or not has_triton():
+        return False
+    from kernels._triton.tuned import HOPPER, chip_of, entries_of
+
+    return any(entry.tile.kernel == HOPPER for entry in entries_of(chip_of(device)))
+
+
 def has_triton() -> bool:
     """Whether triton is installed; does not import it."""
     return importlib.util.find_spec("triton") is not None

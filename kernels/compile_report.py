@@ -3,8 +3,9 @@
     python -m kernels.compile_report [--write docs/kernels.md] [--arch sm_90 ...] [--only TEXT] [--json]
 
 For each kernel, at the blocks that `kernels._triton.blocks` chooses for a typical shape: registers of a thread, bytes
-of its stack (spilled registers), shared memory of a program, and the matrix instructions in its assembly. Exit code 1
-if a spill is over SPILL_LIMIT, shared memory over what the architecture has, or a GEMM found no matrix instruction.
+of its stack (spilled registers), shared memory of a program, the matrix instructions in its assembly, and on sm_90 what
+one turn of its main loop consists of. Exit code 1 if a spill is over SPILL_LIMIT, shared memory over what the
+architecture has, a GEMM found no matrix instruction, or a loop of our own prepares operands or waits for every product.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SPILL_LIMIT = 64
 # Shared memory that one program may have, bytes.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+_PRODUCT = re.compile(r"[HIQ]GMMA")
+# Of SASS: products; stores to shared memory; conversions (I2F.RP and F2I are of integer divisions); barriers.
+_COUNTED = (r"[HIQ]GMMA", r"STS|STSM", r"I2F(?!\.RP|\.U32\.RP)|F2F|I2IP|PRMT|HADD2|HFMA2", r"BAR")
 _MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
+#: Ends the names of kernels whose main loop may do nothing but copy and multiply.
+OWN_LOOP = ", own loop"
 _BEGIN, _END = "<!-- compile_report begin -->", "<!-- compile_report end -->"
 
 _TYPES = {
@@ -38,7 +44,7 @@ _TYPES = {
         ("divisor_ptr", "channel_scale_ptr", "group_rstd_ptr", "mean_ptr", "squares_ptr", "low_ptr", "high_ptr", "eps"),
         "*fp32",
     ),
-    **dict.fromkeys(("x_zero_ptr", "run_zero_ptr", "channel_ptr", "total_ptr"), "*i32"),
+    **dict.fromkeys(("x_zero_ptr", "run_zero_ptr", "channel_ptr", "total_ptr", "x_sum_ptr"), "*i32"),
     **dict.fromkeys(("codes_ptr", "zero_ptr"), "*i8"),
     **dict.fromkeys(("bias_ptr", "residual_ptr", "down_ptr", "up_ptr", "out_ptr", "weight_ptr"), "*bf16"),
     **dict.fromkeys(("mod_scale_ptr", "mod_shift_ptr"), "*bf16"),
@@ -73,6 +79,29 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
+class Loop:
+    """Instructions of one turn of a main loop on sm_90, in each warp.
+
+    `products` are wgmma's; `in_flight` how many groups of them are still running when a turn ends; `stores` and
+    `conversions` (also shifts and permutations of bytes) prepare operands in registers, which a loop of its own does
+    not; `barriers` are of all warps, `others` the rest: addresses and counters, mostly.
+    """
+
+    products: int
+    in_flight: int
+    stores: int
+    conversions: int
+    barriers: int
+    others: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.products} wgmma, {self.in_flight} in flight, {self.stores} stores, {self.conversions} conversions, "
+            f"{self.barriers} barriers, {self.others} others"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """What a compiled kernel takes. `registers` are of one thread (vector registers on gfx942), the rest are bytes."""
 
@@ -82,6 +111,7 @@ class Usage:
     spilled: int
     shared: int
     matrix: str
+    loop: Loop | None = None
 
     @property
     def problem(self) -> str | None:
@@ -93,6 +123,13 @@ class Usage:
             return f"{self.kernel} on {self.arch}: got {self.shared} bytes of shared memory, wanted at most {limit}"
         if self.matrix == "none" and self.kernel.startswith(("linear", "conv")):
             return f"{self.kernel} on {self.arch}: got no matrix instruction, wanted at least one"
+        # Sums that are scaled by groups end within the loop.
+        if (
+            self.kernel.endswith(OWN_LOOP)
+            and " g" not in self.kernel
+            and (self.loop is None or self.loop.in_flight < 1 or self.loop.stores or self.loop.conversions)
+        ):
+            return f"{self.kernel} on {self.arch}: got {self.loop} in its loop, wanted one in flight, nothing prepared"
         return None
 
 
@@ -103,6 +140,8 @@ def cases(arch: str) -> Iterator[Case]:
     yield from _float_cases(arch)
     yield from _activation_cases()
     yield from _other_cases(arch)
+    if arch == "sm_90":
+        yield from _hopper_cases()
 
 
 _EPILOGUE = {"bias_ptr": None, "residual_ptr": None, "down_ptr": None, "up_ptr": None, "channel_ptr": None}
@@ -209,29 +248,24 @@ def _plain(label: str, kernel: Any, types: dict[str, str] | None = None, **const
     return Case(label, kernel, constants, {"x_ptr": "*bf16", **(types or {})}, 4, 1)
 
 
-_CODES = {"TOP": 255, "HALF": 128}
+_CODES = {"TOP": 255, "HALF": 128, "FUSED": True}
 _TABLE = {"zero_ptr": "*fp32"}
 
 
 def _activation_cases() -> Iterator[Case]:
     from kernels._triton import activations
 
-    own = {"zero_ptr": "*i32"}
+    own, table = {"zero_ptr": "*i32"}, {"zero_ptr": "*fp32"}
+    yield _plain("quantize by table, flat", activations.by_table_flat_kernel, table, **_CODES, BLOCK=4096)
     for scaled in (False, True):
         label = ", scaled channels" if scaled else ""
         divisor = {} if scaled else {"divisor_ptr": None}
         scale = {} if scaled else {"channel_scale_ptr": None}
         grid = {**scale, **_CODES, "SYMMETRIC": False}
-        yield _plain(
-            f"quantize by table{label}",
-            activations.by_table_kernel,
-            _TABLE,
-            **divisor,
-            **_CODES,
-            BLOCK_M=8,
-            BLOCK_C=512,
-        )
-        yield _plain(f"quantize tokens{label}", activations.per_token_kernel, own, **grid, BLOCK_C=2048)
+        blocks = {"BLOCK_M": 32, "BLOCK_C": 128}
+        yield _plain(f"quantize by table{label}", activations.by_table_kernel, table, **divisor, **_CODES, **blocks)
+        yield _plain(f"quantize tokens{label}", activations.per_token_kernel, own, **grid, ROWS=2, BLOCK_C=2048)
+        yield _plain(f"quantize long tokens{label}", activations.per_long_token_kernel, own, **grid, BLOCK_C=2048)
         yield _plain(f"range of samples{label}", activations.sample_range_kernel, **scale, BLOCK_N=2048)
         yield _plain(f"quantize samples{label}", activations.per_sample_kernel, own, **grid, CHUNKS=256, BLOCK_N=2048)
 
@@ -239,23 +273,24 @@ def _activation_cases() -> Iterator[Case]:
 def _other_cases(arch: str) -> Iterator[Case]:
     from kernels._triton import norms
     from kernels._triton.blocks import fp8_blocks
-    from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel
+    from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel, quantize_long_fp8_kernel
 
-    yield _plain("group norm: chunks", norms.group_stats_kernel, GROUPS=32, WIDTH=20, BLOCK_P=64, BLOCK_W=32)
+    chunks = {"GROUPS": 32, "WIDTH": 20, "BLOCK_P": 16, "BLOCK_G": 8, "BLOCK_W": 32}
+    yield _plain("group norm: chunks", norms.group_stats_kernel, **chunks)
     yield _plain("group norm: merge", norms.merge_stats_kernel, WIDTH=20, CHUNKS=64)
     yield _plain(
         "group norm + SiLU + quantize", norms.group_norm_quantize_kernel, _TABLE, **_CODES, GROUPS=32, WIDTH=20,
-        SILU=True, BLOCK_M=8, BLOCK_C=512, divisor_ptr=None,
+        SILU=True, BLOCK_M=32, BLOCK_C=128, divisor_ptr=None,
     )  # fmt: skip
     yield _plain(
         "layer norm + modulate + quantize tokens", norms.layer_norm_quantize_kernel, {"mod_scale_ptr": "*bf16"},
-        **_CODES, SYMMETRIC=False, BLOCK_C=2048, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None,
+        **_CODES, SYMMETRIC=False, ROWS=2, BLOCK_C=2048, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None,
         index_ptr=None,
     )  # fmt: skip
     if arch in ("sm_90", "sm_100"):
-        yield _plain(
-            "quantize FP8", quantize_fp8_kernel, {"values_ptr": "*fp8e4nv"}, MAX=448.0, FLOOR=1e-12, BLOCK_K=2048
-        )
+        values, limits = {"values_ptr": "*fp8e4nv"}, {"MAX": 448.0, "FLOOR": 1e-12, "FUSED": True, "BLOCK_K": 2048}
+        yield _plain("quantize FP8", quantize_fp8_kernel, values, **limits, ROWS=2)
+        yield _plain("quantize FP8, long rows", quantize_long_fp8_kernel, values, **limits)
         blocks = fp8_blocks(arch, 8192, 2560)
         constants = {
             **_EPILOGUE, "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "BLOCK_R": 16,
@@ -266,6 +301,51 @@ def _other_cases(arch: str) -> Iterator[Case]:
         yield Case(
             f"linear FP8, {blocks.m} x {blocks.n}", linear_fp8_kernel, constants, types, blocks.warps, blocks.stages
         )
+
+
+def _hopper_cases() -> Iterator[Case]:
+    """Yield the main loop of its own that Hopper has: what it multiplies, its tile, the rectangle of pixels if any."""
+    from triton.experimental.gluon import language as gl
+
+    from kernels._triton.hopper import product_kernel
+
+    for label, element, (m, n, k, warps, stages, halves), rectangle, group_steps in (
+        ("linear W8A8", "i8", (128, 128, 128, 4, 3, 2), None, 0),
+        ("linear W8A8", "i8", (256, 128, 128, 8, 3, 1), None, 0),
+        ("linear W8A8 g128", "i8", (64, 128, 128, 4, 2, 1), None, 1),
+        ("linear W8A8 g128", "i8", (128, 128, 128, 8, 4, 1), None, 1),
+        ("linear FP8", "fp8e4nv", (128, 256, 128, 8, 3, 1), None, 0),
+        ("conv 3x3/1 W8A8", "i8", (128, 128, 128, 4, 3, 2), (2, 64), 0),
+        ("conv 3x3/1 W8A8 g128", "i8", (64, 128, 128, 4, 2, 1), (1, 64), 1),
+    ):
+        is_int = element == "i8"
+        instruction = [16, min(n, 128 if is_int else 256), 32]
+        layout = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=instruction)
+        taps = 3 if rectangle else 1
+        constants = {
+            "SUM": gl.int32 if is_int else gl.float32, "LAYOUT": layout, "TAPS_H": taps, "TAPS_W": taps,
+            "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "HALVES": halves,
+            "GROUP_STEPS": group_steps,
+            "SWIZZLE": 8, "STAGES": stages, "residual_ptr": None, "x_sum_ptr": None, "zero_ptr": None,
+            **({} if is_int else {"x_zero_ptr": None, "total_ptr": None}),
+        }  # fmt: skip
+        lead = [] if rectangle is None else [1, *rectangle]
+        types = {
+            "x_desc": _descriptor(element, [*(lead or [m]), k]), "w_desc": _descriptor(element, [n, k]),
+            "out_desc": _descriptor("bf16", [*(lead or [m]), n // halves]),
+        }  # fmt: skip
+        if group_steps:
+            types["total_ptr"] = "*fp32"
+        yield Case(f"{label}, {m} x {n}{OWN_LOOP}", product_kernel, constants, types, warps, stages)
+
+
+def _descriptor(element: str, block: list[int]) -> str:
+    """Return the type of a TMA descriptor, as Gluon writes it."""
+    from triton.experimental.gluon import language as gl
+
+    types = {"i8": gl.int8, "fp8e4nv": gl.float8e4nv, "bf16": gl.bfloat16}
+    layout = gl.NVMMASharedLayout.get_default_for(block, types[element])
+    return f"tensordesc<{element}[{','.join(map(str, block))}],{layout!r}>"
 
 
 def _weight_types(bits: int, group: int) -> dict[str, str]:
@@ -279,20 +359,26 @@ def compile_case(case: Case, arch: str) -> Usage:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names = case.kernel.arg_names
     types = {name: case.types.get(name) or _TYPES.get(name, "i32") for name in names}
     signature = {name: "constexpr" if name in case.constants else types[name] for name in names}
     aligned = {i for i, name in enumerate(names) if types[name].startswith("*") or name in _ALIGNED}
     attrs = {(i,): [["tt.divisibility", 16]] for i in aligned if names[i] not in case.constants}
+    is_gluon = "LAYOUT" in case.constants
+    source = GluonASTSource if is_gluon else ASTSource
     target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
-    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": False}
-    compiled = triton.compile(ASTSource(case.kernel, signature, case.constants, attrs), target=target, options=options)
+    options: dict[str, Any] = {"num_warps": case.warps, "enable_fp_fusion": False}
+    if not is_gluon:
+        options |= {"num_stages": case.stages}
+    compiled = triton.compile(source(case.kernel, signature, case.constants, attrs), target=target, options=options)
     assembly = compiled.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
     found = _MATRIX.findall(assembly)
     registers, spilled = _amd_usage(assembly) if arch.startswith("gfx") else _nvidia_usage(compiled.asm["cubin"])
     matrix = f"{found[0]} x {len(found)}" if found else "none"
-    return Usage(case.label, arch, registers, spilled, compiled.metadata.shared, matrix)
+    loop = main_loop(_disassembled(compiled.asm["cubin"])) if arch == "sm_90" and found else None
+    return Usage(case.label, arch, registers, spilled, compiled.metadata.shared, matrix, loop)
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
@@ -314,6 +400,40 @@ def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _disassembled(cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def main_loop(assembly: str) -> Loop | None:
+    """Count the instructions of the innermost loop that multiplies matrices; None if none does."""
+    labels: dict[str, int] = {}
+    operations: list[str] = []
+    jumps: list[tuple[int, str]] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(operations)
+        elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", line):
+            if jump := re.search(r"\(\.L_x_\d+\)", found[2]):
+                jumps.append((len(operations), jump[0][1:-1]))
+            operations.append(found[1] + (found[2] if found[1].startswith("WARPGROUP.DEPBAR") else ""))
+    bodies = [operations[labels[to] : at + 1] for at, to in jumps if labels.get(to, at + 1) <= at]
+    loops = [body for body in bodies if any(_PRODUCT.match(name) for name in body)]
+    if not loops:
+        return None
+    body = min(loops, key=len)
+    waits = [int(name.split("gsb0,")[1].strip(), 16) for name in body if name.startswith("WARPGROUP.DEPBAR")]
+    counts = [sum(bool(re.match(kind, name)) for name in body) for kind in _COUNTED]
+    products, stores, conversions, barriers = counts
+    others = len(body) - sum(counts)
+    return Loop(products, min(waits, default=0), stores, conversions, barriers, others)
+
+
 def report(architectures: Sequence[str], only: str = "") -> list[Usage]:
     """Compile every case whose label contains `only`."""
     found = [(case, arch) for arch in architectures for case in cases(arch) if only in case.label]
@@ -327,12 +447,11 @@ def problems(usages: Sequence[Usage]) -> list[str]:
 
 def table(usages: Sequence[Usage]) -> str:
     """Draw the table of docs/kernels.md."""
-    lines = [
-        "| kernel | architecture | registers | spilled bytes | shared KiB | matrix instructions |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ("kernel", "architecture", "registers", "spilled bytes", "shared KiB", "matrix instructions", "one turn")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for u in sorted(usages, key=lambda usage: usage.kernel):
-        lines.append(f"| {u.kernel} | {u.arch} | {u.registers} | {u.spilled} | {u.shared / 1024:.1f} | {u.matrix} |")
+        cells = (u.kernel, u.arch, u.registers, u.spilled, f"{u.shared / 1024:.1f}", u.matrix, u.loop or "")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from quant_spec.enums import KernelBackend
 # next group, bias, rank and residual round once, in an order (and with a fused multiply-add) that is the backend's own.
 EPILOGUE_TOLERANCE = 2.0**-20
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TENSORS_PER_WEIGHT, _INTS_PER_WEIGHT = 5, 6
+_TENSORS_PER_WEIGHT, _INTS_PER_WEIGHT = 6, 6
 
 
 def linear_int(
@@ -178,8 +178,8 @@ def flatten_weights(weights: Sequence[PackedWeight]) -> tuple[list[Tensor], list
     tensors, ints = [], []
     for weight in weights:
         absent = weight.codes.new_empty(0)
-        channel = absent if weight.channel is None else weight.channel
-        tensors += [weight.codes, weight.scale, weight.zero_point, weight.total, channel]
+        channel, whole = (absent if each is None else each for each in (weight.channel, weight.whole))
+        tensors += [weight.codes, weight.scale, weight.zero_point, weight.total, channel, whole]
         ints += weight.layout.to_ints()
     return tensors, ints
 
@@ -188,9 +188,10 @@ def unflatten_weights(tensors: Sequence[Tensor], ints: Sequence[int]) -> list[Pa
     """Undo `flatten_weights`."""
     weights = []
     for i in range(len(tensors) // _TENSORS_PER_WEIGHT):
-        codes, scale, zero, total, channel = tensors[i * _TENSORS_PER_WEIGHT : (i + 1) * _TENSORS_PER_WEIGHT]
+        codes, scale, zero, total, *rest = tensors[i * _TENSORS_PER_WEIGHT : (i + 1) * _TENSORS_PER_WEIGHT]
+        channel, whole = (each if each.numel() else None for each in rest)
         layout = WeightLayout.from_ints(ints[i * _INTS_PER_WEIGHT : (i + 1) * _INTS_PER_WEIGHT])
-        weights.append(PackedWeight(codes, scale, zero, total, channel if channel.numel() else None, layout))
+        weights.append(PackedWeight(codes, scale, zero, total, channel, layout, whole))
     return weights
 
 

@@ -98,6 +98,8 @@ class PackedWeight:
         The layer's output channel of each row; None if they are all of its channels, in order. Of all records of a
         layer they are each channel once, for which the caller answers: looking would make the host wait.
     layout : WeightLayout
+    whole : Tensor, shape (N, taps), dtype float32, or None
+        Sum of scale * (code - zero_point) over each tap, of an unpacked weight with groups (`unpack_weight`).
     """
 
     codes: Tensor
@@ -106,6 +108,7 @@ class PackedWeight:
     total: Tensor
     channel: Tensor | None
     layout: WeightLayout
+    whole: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -115,14 +118,70 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.codes, self.scale, self.zero_point, self.total, self.channel)
+        tensors = (self.codes, self.scale, self.zero_point, self.total, self.channel, self.whole)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the record on another device."""
         channel = None if self.channel is None else self.channel.to(device)
         codes, scale, zero, total = (t.to(device) for t in (self.codes, self.scale, self.zero_point, self.total))
-        return PackedWeight(codes, scale, zero, total, channel, self.layout)
+        whole = None if self.whole is None else self.whole.to(device)
+        return PackedWeight(codes, scale, zero, total, channel, self.layout, whole)
+
+
+def unpack_weight(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, ...]:
+    """Unpack a layer's codes to one int8 matrix: code - zero_point, for kernels that multiply many rows.
+
+    The integers and scales are the same, so results are; memory is a byte a weight, whatever its bits. Output channels
+    of different bits become one matrix in their order, since each has its own scale anyway.
+
+    Returns
+    -------
+    tuple of PackedWeight
+        One record of 8 bits with zero points 0; or `weights` as they are, where integers do not fit in int8 (8-bit
+        codes with other zero points), or where both several records and groups would have to be put together.
+    """
+    layout = weights[0].layout
+    if not all(_fits_int8(weight) for weight in weights) or (
+        len(weights) > 1 and any(weight.layout.group_size for weight in weights)
+    ):
+        return tuple(weights)
+    padded = -(-layout.channels // MIN_LANE) * MIN_LANE
+    rows = sum(weight.rows for weight in weights)
+    device = weights[0].codes.device
+    codes = torch.zeros(rows, layout.taps, padded, dtype=torch.int8, device=device)
+    scale = torch.empty(rows, layout.groups, dtype=torch.float32, device=device)
+    total = torch.empty(rows, weights[0].total.shape[1], dtype=torch.int32, device=device)
+    for weight in weights:
+        place = torch.arange(rows, device=device) if weight.channel is None else weight.channel.long()
+        for some in _chunks_of(weight):
+            codes[place[some], :, : layout.channels] = weight_integers(_rows(weight, some)).to(torch.int8)
+        scale[place], total[place] = weight.scale.float(), weight.total.int()
+    whole = None
+    if layout.group_size:
+        per_tap = (layout.taps, layout.groups_per_tap)
+        whole = (scale.double() * total.double()).view(rows, *per_tap).sum(-1).float()
+        scale = scale.t().contiguous().t()  # read by group
+    zero = torch.zeros(rows, layout.groups, dtype=torch.int8, device=device)
+    one = WeightLayout(8, layout.channels, layout.taps, MIN_LANE, layout.group_size, symmetric=True)
+    return (PackedWeight(codes.flatten(1), scale, zero, total, None, one, whole),)
+
+
+def _fits_int8(weight: PackedWeight) -> bool:
+    """Whether every code - zero_point is an int8: always, but for 8-bit codes with zero points; looks at those."""
+    if weight.layout.bits < 8 or weight.layout.symmetric or weight.codes.numel() == 0:
+        return True
+    return all(bool(weight_integers(_rows(weight, rows)).abs().max() <= 127) for rows in _chunks_of(weight))
+
+
+def _chunks_of(weight: PackedWeight) -> list[slice]:
+    return row_chunks(weight.rows, weight.codes.shape[1])
+
+
+def _rows(weight: PackedWeight, rows: slice) -> PackedWeight:
+    """Return some rows of a record."""
+    codes, scale, zero, total = (t[rows] for t in (weight.codes, weight.scale, weight.zero_point, weight.total))
+    return PackedWeight(codes, scale, zero, total, None, weight.layout)
 
 
 def pack_weight(

@@ -112,6 +112,14 @@ class KernelBackend(StrEnum):
     CPU = "cpu"
 
 
+class WeightMemory(StrEnum):
+    """How packed weights lie in a GPU's memory."""
+
+    AUTO = "auto"  # unpacked where this device multiplies int8 faster than it unpacks
+    PACKED = "packed"  # as the release has them: least memory, and least to read where rows are few
+    FAST = "fast"  # one int8 a weight, for many rows
+
+
 class UnitInputs(StrEnum):
     """Which model a unit's inputs come from while it is reconstructed."""
 

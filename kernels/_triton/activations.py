@@ -9,12 +9,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.common import code_of, grid_of, nan_unless_finite
+from kernels._triton.common import code_of, grid_of, inverse_of, nan_unless_finite
 
 BLOCK = 4096
-TOKEN_BLOCK = 2048
+# The longest row that a program keeps in registers.
+TOKEN_BLOCK = 8192
 SAMPLE_BLOCK = 2048
 SAMPLE_CHUNKS = 256
+
+
+@triton.jit
+def write_grids(scale_ptr, zero_ptr, index_ptr, run_scale_ptr, run_zero_ptr, run, HALF: tl.constexpr):
+    """Write a run's grid, and return its entry in the table, its scale and its unsigned zero point."""
+    step = tl.zeros((), dtype=tl.int64)
+    if index_ptr is not None:
+        step = tl.load(index_ptr + run)
+    scale = tl.load(scale_ptr + step)
+    zero = tl.load(zero_ptr + step)
+    if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.store(run_scale_ptr + run, scale)
+        tl.store(run_zero_ptr + run, zero.to(tl.int32) - HALF)
+    return step, scale, zero
+
+
+@triton.jit
+def by_table_flat_kernel(
+    x_ptr,  # (R, n), contiguous
+    scale_ptr,  # (S,) float32
+    zero_ptr,  # (S,) float32, unsigned
+    index_ptr,  # (R,) int64 or None
+    codes_ptr,  # (R, n) int8
+    run_scale_ptr,  # (R,) float32
+    run_zero_ptr,  # (R,) int32
+    n,
+    TOP: tl.constexpr,
+    HALF: tl.constexpr,
+    FUSED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Codes of one piece of a run whose values lie one after another, and have one divisor."""
+    run = tl.program_id(0)
+    _, scale, zero = write_grids(scale_ptr, zero_ptr, index_ptr, run_scale_ptr, run_zero_ptr, run, HALF)
+    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    base = run.to(tl.int64) * n
+    x = tl.load(x_ptr + base + i, mask=i < n, other=0.0).to(tl.float32)
+    tl.store(codes_ptr + base + i, code_of(x, scale, inverse_of(scale), zero, TOP, HALF, FUSED), mask=i < n)
 
 
 @triton.jit
@@ -27,42 +66,73 @@ def by_table_kernel(
     codes_ptr,  # (M, C) int8
     run_scale_ptr,  # (R,) float32
     run_zero_ptr,  # (R,) int32
-    M,
     C,
-    runs,
     rows_per_run,
     stride_x,
     TOP: tl.constexpr,
     HALF: tl.constexpr,
+    FUSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Codes of one tile; the first tile also writes each run's grid."""
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_m = m < M
-    mask = in_m[:, None] & (c[None, :] < C)
-    step = tl.zeros((BLOCK_M,), dtype=tl.int64)
-    if index_ptr is not None:
-        step = tl.load(index_ptr + m // rows_per_run, mask=in_m, other=0)
-    zero = tl.load(zero_ptr + step, mask=in_m, other=0.0)[:, None]
+    """Codes of one tile of the rows of a run."""
+    run = tl.program_id(0)
+    step, scale, zero = write_grids(scale_ptr, zero_ptr, index_ptr, run_scale_ptr, run_zero_ptr, run, HALF)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = run.to(tl.int64) * rows_per_run + row
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (row < rows_per_run)[:, None] & (c < C)[None, :]
+    divisor = tl.full((BLOCK_C,), 1.0, tl.float32) * scale
     if divisor_ptr is not None:
-        divisor = tl.load(divisor_ptr + step[:, None] * C + c[None, :], mask=mask, other=1.0)
-    else:
-        divisor = tl.load(scale_ptr + step, mask=in_m, other=1.0)[:, None]
+        divisor = tl.load(divisor_ptr + step * C + c, mask=c < C, other=1.0)
+    inverse = inverse_of(divisor)
     x = tl.load(x_ptr + m[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(codes_ptr + m[:, None] * C + c[None, :], code_of(x, divisor, zero, TOP, HALF), mask=mask)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        for run in range(runs):
-            entry = tl.zeros((), dtype=tl.int64)
-            if index_ptr is not None:
-                entry = tl.load(index_ptr + run)
-            tl.store(run_scale_ptr + run, tl.load(scale_ptr + entry))
-            tl.store(run_zero_ptr + run, tl.load(zero_ptr + entry).to(tl.int32) - HALF)
+    # What an infinite divisor leaves out has code 0, also where it holds an infinity: a product with its inverse is 0.
+    codes = code_of(x, divisor[None, :], inverse[None, :], zero, TOP, HALF, FUSED)
+    tl.store(codes_ptr + m[:, None] * C + c[None, :], codes, mask=mask)
 
 
 @triton.jit
 def per_token_kernel(
+    x_ptr,  # (M, C)
+    channel_scale_ptr,  # (C,) float32 or None
+    codes_ptr,
+    scale_ptr,  # (M,)
+    zero_ptr,  # (M,)
+    M,
+    C,
+    stride_x,
+    TOP: tl.constexpr,
+    HALF: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    FUSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Some rows, each read once: their ranges, then their codes."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK_C)
+    mask = (m < M)[:, None] & (c < C)[None, :]
+    x = tl.load(x_ptr + m[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    channel = tl.full((BLOCK_C,), 1.0, tl.float32)
+    seen = x
+    if channel_scale_ptr is not None:
+        channel = tl.load(channel_scale_ptr + c, mask=c < C, other=1.0)
+        seen = tl.div_rn(x, tl.broadcast_to(channel[None, :], x.shape))
+    scale, zero = grid_of(tl.min(seen, axis=1), tl.max(seen, axis=1), TOP, HALF, SYMMETRIC)
+    scale += nan_unless_finite(seen, 1)
+    if channel_scale_ptr is not None:
+        divisor = scale[:, None] * channel[None, :]
+        codes = code_of(x, divisor, inverse_of(divisor), zero[:, None], TOP, HALF, FUSED)
+    else:
+        codes = code_of(x, scale[:, None], inverse_of(scale)[:, None], zero[:, None], TOP, HALF, FUSED)
+    tl.store(codes_ptr + m[:, None] * C + c[None, :], codes, mask=mask)
+    tl.store(scale_ptr + m, scale, mask=m < M)
+    tl.store(zero_ptr + m, zero.to(tl.int32) - HALF, mask=m < M)
+
+
+@triton.jit
+def per_long_token_kernel(
     x_ptr,  # (M, C)
     channel_scale_ptr,  # (C,) float32 or None
     codes_ptr,
@@ -73,9 +143,10 @@ def per_token_kernel(
     TOP: tl.constexpr,
     HALF: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    FUSED: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One row: its range, then its codes."""
+    """One row that does not fit in registers: its range, then its codes."""
     m = tl.program_id(0).to(tl.int64)
     row = x_ptr + m * stride_x
     low = tl.zeros((BLOCK_C,), dtype=tl.float32)
@@ -97,7 +168,8 @@ def per_token_kernel(
         divisor = scale
         if channel_scale_ptr is not None:
             divisor = scale * tl.load(channel_scale_ptr + c, mask=c < C, other=1.0)
-        tl.store(codes_ptr + m * C + c, code_of(x, divisor, zero, TOP, HALF), mask=c < C)
+        codes = code_of(x, divisor, inverse_of(divisor), zero, TOP, HALF, FUSED)
+        tl.store(codes_ptr + m * C + c, codes, mask=c < C)
     tl.store(scale_ptr + m, scale)
     tl.store(zero_ptr + m, zero.to(tl.int32) - HALF)
 
@@ -148,6 +220,7 @@ def per_sample_kernel(
     TOP: tl.constexpr,
     HALF: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    FUSED: tl.constexpr,
     CHUNKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -163,7 +236,8 @@ def per_sample_kernel(
     divisor = scale
     if channel_scale_ptr is not None:
         divisor = scale * tl.load(channel_scale_ptr + i % C, mask=i < n, other=1.0)
-    tl.store(codes_ptr + sample * n + i, code_of(x, divisor, zero, TOP, HALF), mask=i < n)
+    codes = code_of(x, divisor, inverse_of(divisor), zero, TOP, HALF, FUSED)
+    tl.store(codes_ptr + sample * n + i, codes, mask=i < n)
     if tl.program_id(1) == 0:
         tl.store(scale_ptr + sample, scale)
         tl.store(zero_ptr + sample, zero.to(tl.int32) - HALF)
@@ -172,21 +246,39 @@ def per_sample_kernel(
 def launch_by_table(
     x: Tensor, scale: Tensor, zero_point: Tensor, index: Tensor | None, divisor: Tensor | None, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run `by_table_kernel`."""
+    """Run `by_table_flat_kernel`, or `by_table_kernel` where channels have divisors or rows lie apart."""
     rows = row_view(x)
     m, columns = rows.shape
     runs = 1 if index is None else index.numel()
     codes, run_scale, run_zero = empty_quantized(x, runs)
-    block_c = min(triton.next_power_of_2(max(columns, 1)), 512)
-    block_m = max(1, BLOCK // block_c)
-    divisor = None if divisor is None else divisor.contiguous()
-    grid = (max(1, triton.cdiv(m, block_m)), max(1, triton.cdiv(columns, block_c)))
+    scale, zero_point = scale.float().contiguous(), zero_point.float().contiguous()
+    grids = (scale, zero_point, index)
+    constants = {"TOP": 2**bits - 1, "HALF": 2 ** (bits - 1), "FUSED": fuses(), "num_warps": 4}
+    if divisor is None and rows.is_contiguous():
+        n = rows.numel() // runs
+        by_table_flat_kernel[(runs, max(1, triton.cdiv(n, BLOCK)))](
+            rows, *grids, codes, run_scale, run_zero, n, **constants, BLOCK=BLOCK, enable_fp_fusion=False
+        )
+        return codes, run_scale, run_zero
+    block_c = channel_block(columns)
+    block_m = BLOCK // block_c
+    grid = (runs, max(1, triton.cdiv(m // runs, block_m)), max(1, triton.cdiv(columns, block_c)))
     by_table_kernel[grid](
-        rows, scale.float().contiguous(), zero_point.float().contiguous(), index, divisor, codes, run_scale, run_zero,
-        m, columns, runs, max(1, m // runs), rows.stride(0),
-        TOP=2**bits - 1, HALF=2 ** (bits - 1), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,
+        rows, *grids, None if divisor is None else divisor.contiguous(), codes, run_scale, run_zero,
+        columns, m // runs, rows.stride(0), **constants, BLOCK_M=block_m, BLOCK_C=block_c, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, run_scale, run_zero
+
+
+def fuses() -> bool:
+    """Whether tl.fma rounds once, as a GPU's does; the interpreter's rounds twice."""
+    return not triton.knobs.runtime.interpret
+
+
+def channel_block(channels: int) -> int:
+    """Return a power of two of channels that a tile takes: one that divides them if it is not a short one."""
+    exact = channels & -channels
+    return min(exact if exact >= 64 else triton.next_power_of_2(max(channels, 1)), 512)
 
 
 def launch_dynamic(
@@ -197,11 +289,18 @@ def launch_dynamic(
     channel = None if channel is None else channel.contiguous()
     top, half = 2**bits - 1, 2 ** (bits - 1)
     rows = row_view(x)
-    if runs == rows.shape[0]:
-        block_c = min(triton.next_power_of_2(rows.shape[1]), TOKEN_BLOCK)
-        per_token_kernel[(runs,)](
+    constants = {"TOP": top, "HALF": half, "SYMMETRIC": symmetric, "FUSED": fuses()}
+    if runs == rows.shape[0] and rows.shape[1] > TOKEN_BLOCK:
+        per_long_token_kernel[(runs,)](
             rows, channel, codes, scale, zero, rows.shape[1], rows.stride(0),
-            TOP=top, HALF=half, SYMMETRIC=symmetric, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,
+            **constants, BLOCK_C=TOKEN_BLOCK // 4, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        return codes, scale, zero
+    if runs == rows.shape[0]:
+        block_c, per_program, warps = token_block(rows.shape[1])
+        per_token_kernel[(triton.cdiv(runs, per_program),)](
+            rows, channel, codes, scale, zero, runs, rows.shape[1], rows.stride(0),
+            **constants, ROWS=per_program, BLOCK_C=block_c, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
         return codes, scale, zero
     dense = x.contiguous()
@@ -215,10 +314,16 @@ def launch_dynamic(
     )
     per_sample_kernel[(runs, triton.cdiv(n, SAMPLE_BLOCK))](
         dense, channel, low, high, codes, scale, zero, n, rows.shape[1], chunks,
-        TOP=top, HALF=half, SYMMETRIC=symmetric, CHUNKS=triton.next_power_of_2(chunks), BLOCK_N=SAMPLE_BLOCK,
-        num_warps=4, enable_fp_fusion=False,
+        **constants, CHUNKS=triton.next_power_of_2(chunks), BLOCK_N=SAMPLE_BLOCK, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scale, zero
+
+
+def token_block(channels: int) -> tuple[int, int, int]:
+    """Return columns, rows and warps of a program that keeps whole rows in registers, 32 values a thread."""
+    columns = triton.next_power_of_2(channels)
+    warps = 8 if columns > BLOCK else 4
+    return columns, max(1, 1024 * warps // columns), warps
 
 
 def row_view(x: Tensor) -> Tensor:

@@ -13,9 +13,32 @@ def round_half_even(x):
 
 
 @triton.jit
-def code_of(x, scale, zero, TOP: tl.constexpr, HALF: tl.constexpr):
+def inverse_of(scale):
+    """Round 1 / scale, which `divide` takes."""
+    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+
+
+@triton.jit
+def divide(x, by, inverse, FUSED: tl.constexpr):
+    """Round x / by to nearest, for quotients that matter below 2**17; `inverse` is `inverse_of(by)`.
+
+    A division is a dozen instructions with a branch. From a quotient that is off by one unit in its last place and a
+    rounded inverse, two fused multiply-adds make the rounded quotient (Markstein 1990). Beyond 2**17 only the sign is
+    right, and infinities and NaN end as they do in a division. Where multiply-adds are not fused, x is divided.
+    """
+    if FUSED:
+        near = tl.minimum(tl.maximum(x * inverse, -131072.0), 131072.0)
+        by = tl.where(by == float("inf"), 1.0, by)  # whose inverse is 0, and so is the quotient
+        quotient = tl.fma(tl.fma(-near, by, x), inverse, near)
+    else:
+        quotient = tl.div_rn(x, by)
+    return quotient
+
+
+@triton.jit
+def code_of(x, scale, inverse, zero, TOP: tl.constexpr, HALF: tl.constexpr, FUSED: tl.constexpr):
     """Signed code clamp(round(x / scale) + zero, 0, TOP) - HALF; `zero` is the unsigned zero point, in float32."""
-    steps = tl.minimum(tl.maximum(tl.div_rn(x, scale), -65536.0), 65536.0)
+    steps = tl.minimum(tl.maximum(divide(x, scale, inverse, FUSED), -65536.0), 65536.0)
     code = tl.minimum(tl.maximum(round_half_even(steps) + zero, 0.0), TOP)
     return (code.to(tl.int32) - HALF).to(tl.int8)
 
@@ -35,9 +58,9 @@ def grid_of(low, high, TOP: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.cons
 
 
 @triton.jit
-def nan_unless_finite(x):
+def nan_unless_finite(x, AXIS: tl.constexpr = 0):
     """0.0, or NaN if a value of `x` is infinite or NaN, which minima and maxima drop: added to a scale, it shows."""
-    return tl.sum(x - x, axis=0)
+    return tl.sum(x - x, axis=AXIS)
 
 
 @triton.jit

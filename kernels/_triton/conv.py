@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels._triton.blocks import architecture, int_blocks, rank_block
 from kernels._triton.common import finish_tile, lane_of, tile_of
 from kernels._triton.gemm import stride_of
-from kernels._triton.tuned import CONV_INT8, HOPPER, Shape, Tile, tuned_tile
+from kernels._triton.tuned import CONV_GROUPS, CONV_INT8, HOPPER, Shape, Tile, tuned_tile
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
 from kernels.epilogue import EpilogueRows
@@ -182,11 +182,13 @@ def launch_conv2d_int(
     if out.numel() == 0:
         return out
     arch = architecture(out.device)
-    tile = tile or tuned_tile(out.device, CONV_INT8, Shape(m, n, channels, geometry.taps))
+    tile = tile or tuned_tile(
+        out.device, CONV_GROUPS if weights[0].layout.group_size else CONV_INT8, Shape(m, n, channels, geometry.taps)
+    )
     if tile is not None and tile.kernel == HOPPER:
         from kernels._triton import hopper_launch as hopper
 
-        fits = hopper.takes_weights(weights) and hopper.takes_image(x.codes, geometry)
+        fits = hopper.takes_weights(weights, tile) and hopper.takes_image(x.codes, geometry)
         if fits and hopper.takes(x.codes, weights[0].codes, rows, n, dtype):
             hopper.conv_int8(x, weights[0], geometry, rows, out, tile)
             return out
@@ -198,7 +200,7 @@ def launch_conv2d_int(
         lane = blocks.k if layout.bits == 8 else layout.lane
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         conv2d_int_kernel[grid](
-            x.codes, x.scale, x.zero_point, weight.codes, weight.scale, weight.zero_point, weight.total,
+            x.codes, x.scale, x.zero_point, weight.codes, weight.scale.contiguous(), weight.zero_point, weight.total,
             weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
             m, weight.rows, channels, height, width, out_h, out_w, triton.cdiv(channels, lane * layout.per_byte),
             layout.groups_per_tap, m // len(x.scale), x.codes.stride(0), x.codes.stride(1), x.codes.stride(2),

@@ -7,16 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.activations import row_view
+from kernels._triton.activations import TOKEN_BLOCK, fuses, row_view, token_block
 from kernels._triton.blocks import architecture, fp8_blocks, rank_block
-from kernels._triton.common import finish_tile, nan_unless_finite, tile_of
+from kernels._triton.common import divide, finish_tile, inverse_of, nan_unless_finite, tile_of
 from kernels._triton.gemm import stride_of
 from kernels._triton.tuned import HOPPER, LINEAR_FP8, Shape, Tile, tuned_tile
 from kernels.epilogue import EpilogueRows
 from kernels.errors import KernelError
 from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR, Fp8Matrix
-
-TOKEN_BLOCK = 2048
 
 
 @triton.jit
@@ -33,7 +31,42 @@ def round_e4m3(x):
 
 
 @triton.jit
+def to_e4m3(x, by, inverse, MAX: tl.constexpr, FUSED: tl.constexpr):
+    """x / by as a number that E4M3 has, or that the hardware's conversion rounds to one."""
+    x = tl.minimum(tl.maximum(divide(x, by, inverse, FUSED), -MAX), MAX)
+    if not FUSED:
+        x = round_e4m3(x)
+    return x
+
+
+@triton.jit
 def quantize_fp8_kernel(
+    x_ptr,  # (M, K)
+    values_ptr,  # (M, K) float8e4nv
+    scale_ptr,  # (M,)
+    M,
+    K,
+    stride_x,
+    MAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    FUSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Some rows, each read once: their largest magnitudes, then their numbers."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    mask = (m < M)[:, None] & (k < K)[None, :]
+    x = tl.load(x_ptr + m[:, None] * stride_x + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    top = tl.max(tl.abs(x), axis=1)
+    scale = tl.maximum(tl.div_rn(top, tl.full(top.shape, MAX, tl.float32)), FLOOR) + nan_unless_finite(x, 1)
+    values = to_e4m3(x, scale[:, None], inverse_of(scale)[:, None], MAX, FUSED)
+    tl.store(values_ptr + m[:, None] * K + k[None, :], values.to(values_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_ptr + m, scale, mask=m < M)
+
+
+@triton.jit
+def quantize_long_fp8_kernel(
     x_ptr,  # (M, K)
     values_ptr,  # (M, K) float8e4nv
     scale_ptr,  # (M,)
@@ -41,9 +74,10 @@ def quantize_fp8_kernel(
     stride_x,
     MAX: tl.constexpr,
     FLOOR: tl.constexpr,
+    FUSED: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One row: its largest magnitude, then its numbers."""
+    """One row that does not fit in registers: its largest magnitude, then its numbers."""
     m = tl.program_id(0).to(tl.int64)
     row = x_ptr + m * stride_x
     most = tl.zeros((BLOCK_K,), dtype=tl.float32)
@@ -55,10 +89,10 @@ def quantize_fp8_kernel(
         odd += nan_unless_finite(x)
     top = tl.max(most, axis=0)
     scale = tl.maximum(tl.div_rn(top, tl.full(top.shape, MAX, tl.float32)), FLOOR) + odd
+    inverse = inverse_of(scale)
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
-        x = tl.div_rn(tl.load(row + k, mask=k < K, other=0.0).to(tl.float32), scale)
-        x = round_e4m3(tl.minimum(tl.maximum(x, -MAX), MAX))
+        x = to_e4m3(tl.load(row + k, mask=k < K, other=0.0).to(tl.float32), scale, inverse, MAX, FUSED)
         tl.store(values_ptr + m * K + k, x.to(values_ptr.dtype.element_ty), mask=k < K)
     tl.store(scale_ptr + m, scale)
 
@@ -110,15 +144,23 @@ def linear_fp8_kernel(
 
 
 def launch_quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Run `quantize_fp8_kernel`."""
+    """Run `quantize_fp8_kernel`, or its twin for long rows."""
     _check_hardware(x)
     rows = row_view(x)
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
     scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(rows.shape[1]), TOKEN_BLOCK)
-    quantize_fp8_kernel[(rows.shape[0],)](
-        rows, values, scale, rows.shape[1], rows.stride(0),
-        MAX=FP8_MAX, FLOOR=SCALE_FLOOR, BLOCK_K=block, num_warps=4, enable_fp_fusion=False,
+    m, columns = rows.shape
+    constants = {"MAX": FP8_MAX, "FLOOR": SCALE_FLOOR, "FUSED": fuses()}
+    if columns > TOKEN_BLOCK:
+        quantize_long_fp8_kernel[(m,)](
+            rows, values, scale, columns, rows.stride(0),
+            **constants, BLOCK_K=TOKEN_BLOCK // 4, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        return values, scale
+    block, per_program, warps = token_block(columns)
+    quantize_fp8_kernel[(triton.cdiv(m, per_program),)](
+        rows, values, scale, m, columns, rows.stride(0),
+        **constants, ROWS=per_program, BLOCK_K=block, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return values, scale
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels._triton.blocks import architecture, float_blocks, float_precision, int_blocks, rank_block, splits_of_k
 from kernels._triton.common import finish_tile, lane_of, tile_of
-from kernels._triton.tuned import HOPPER, LINEAR_INT8, Shape, Tile, tuned_tile
+from kernels._triton.tuned import HOPPER, LINEAR_GROUPS, LINEAR_INT8, Shape, Tile, tuned_tile
 from kernels.activations import QuantizedActivation
 from kernels.epilogue import EpilogueRows
 from kernels.weights import PackedWeight
@@ -253,11 +253,13 @@ def launch_linear_int(
     if out.numel() == 0:
         return out
     arch = architecture(out.device)
-    tile = tile or tuned_tile(out.device, LINEAR_INT8, Shape(m, n, columns))
+    tile = tile or tuned_tile(
+        out.device, LINEAR_GROUPS if weights[0].layout.group_size else LINEAR_INT8, Shape(m, n, columns)
+    )
     if tile is not None and tile.kernel == HOPPER:
         from kernels._triton import hopper_launch as hopper
 
-        if hopper.takes_weights(weights) and hopper.takes(x.codes, weights[0].codes, rows, n, dtype):
+        if hopper.takes_weights(weights, tile) and hopper.takes(x.codes, weights[0].codes, rows, n, dtype):
             hopper.linear_int8(x, weights[0], rows, out, tile)
             return out
     for weight in weights:
@@ -267,7 +269,7 @@ def launch_linear_int(
         lane = blocks.k if layout.bits == 8 else layout.lane
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         linear_int_kernel[grid](
-            x.codes, x.scale, x.zero_point, weight.codes, weight.scale, weight.zero_point, weight.total,
+            x.codes, x.scale, x.zero_point, weight.codes, weight.scale.contiguous(), weight.zero_point, weight.total,
             weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
             m, weight.rows, columns, triton.cdiv(columns, lane * layout.per_byte), layout.groups, m // len(x.scale),
             x.codes.stride(0), weight.codes.shape[1], stride_of(rows.residual), n,

@@ -38,29 +38,37 @@ def tile_of(tile, tiles_m, tiles_n, SWIZZLE: gl.constexpr):
 
 @gluon.jit
 def issue(
-    count, tile, tap, c, tile_m, tile_n, tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes,
-    x_desc, w_desc, bars, x_bufs, w_bufs,
+    count, tile, tap, c, m, n, top, left, grid, x_desc, w_desc, buffers,
     TAPS_H: gl.constexpr, TAPS_W: gl.constexpr, PAD_H: gl.constexpr, PAD_W: gl.constexpr,
     SWIZZLE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Start copying the operands of one step into their buffers; return the next step."""
+    """Start copying the operands of one step into their buffers; return the next step.
+
+    `m` is the first row of the tile, or its image, and `top` and `left` the first pixel of the image; `n` the first
+    column.
+    """
     CONV: gl.constexpr = len(x_desc.block_type.shape) == 4
+    tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes = grid
+    bars, x_bufs, w_bufs = buffers
     if (tap == 0) & (c == 0):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, SWIZZLE)
+        n = tile_n * w_desc.block_type.shape[0]
+        if CONV:
+            m = tile_m // (tiles_h * tiles_w)
+            top = tile_m % (tiles_h * tiles_w) // tiles_w * x_desc.block_type.shape[1] - PAD_H
+            left = tile_m % tiles_w * x_desc.block_type.shape[2] - PAD_W
+        else:
+            m = tile_m * x_desc.block_type.shape[0]
     live = tile < tiles_m * tiles_n
     slot = count % STAGES
     bar = bars.index(slot)
+    first = c * w_desc.block_type.shape[1]
     mbarrier.expect(bar, x_desc.block_type.nbytes + w_desc.block_type.nbytes, pred=live)
     if CONV:
-        first = c * x_desc.block_type.shape[3]
-        image = tile_m // (tiles_h * tiles_w)
-        top = tile_m % (tiles_h * tiles_w) // tiles_w * x_desc.block_type.shape[1] + tap // TAPS_W - PAD_H
-        left = tile_m % tiles_w * x_desc.block_type.shape[2] + tap % TAPS_W - PAD_W
-        load_tile(x_desc, [image, top, left, first], bar, x_bufs.index(slot), live)
+        load_tile(x_desc, [m, top + tap // TAPS_W, left + tap % TAPS_W, first], bar, x_bufs.index(slot), live)
     else:
-        first = c * x_desc.block_type.shape[1]
-        load_tile(x_desc, [tile_m * x_desc.block_type.shape[0], first], bar, x_bufs.index(slot), live)
-    load_tile(w_desc, [tile_n * w_desc.block_type.shape[0], tap * tap_bytes + first], bar, w_bufs.index(slot), live)
+        load_tile(x_desc, [m, first], bar, x_bufs.index(slot), live)
+    load_tile(w_desc, [n, tap * tap_bytes + first], bar, w_bufs.index(slot), live)
     c += 1
     if c == c_tiles:
         c = 0
@@ -68,11 +76,11 @@ def issue(
         if tap == TAPS_H * TAPS_W:
             tap = 0
             tile += gl.num_programs(0)
-    return tile, tap, c, tile_m, tile_n
+    return tile, tap, c, m, n, top, left
 
 
 # One compilation for all sizes: these integers are never known to be 1, or multiples of 16.
-@gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_h", "tiles_w", "H", "W", "rows_per_scale"])
+@gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_h", "tiles_w", "H", "W", "rows_per_scale", "tap_groups"])
 def product_kernel(
     x_desc,  # (M, K), or (B, H, W, C) of a convolution: int8 or float8e4nv
     w_desc,  # (N, taps * tap_bytes)
@@ -80,9 +88,9 @@ def product_kernel(
     x_scale_ptr,  # (R,) float32
     x_zero_ptr,  # (R,) int32 or None
     x_sum_ptr,  # (M,) int32 or None: sums of the codes of each row, where weights have zero points
-    scale_ptr,  # (N,) float32
+    scale_ptr,  # (N,) float32, or (taps * tap_groups, N)
     zero_ptr,  # (N,) int8
-    total_ptr,  # (N, taps) int32
+    total_ptr,  # (N, taps) int32, or float32 of groups: sums of scale times integer
     bias_ptr,  # (N,) or None
     residual_ptr,  # (M, N) or None
     M,
@@ -94,10 +102,12 @@ def product_kernel(
     H,
     W,
     tap_bytes,
+    tap_groups,
     rows_per_scale,
     stride_residual,
     SUM: gl.constexpr,
     LAYOUT: gl.constexpr,
+    GROUP_STEPS: gl.constexpr,
     TAPS_H: gl.constexpr,
     TAPS_W: gl.constexpr,
     PAD_H: gl.constexpr,
@@ -109,7 +119,11 @@ def product_kernel(
     SWIZZLE: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Tiles of codes times codes, summed in SUM and scaled in float32; each program takes every nth tile."""
+    """Tiles of codes times codes, summed in SUM and scaled in float32; each program takes every nth tile.
+
+    With GROUP_STEPS, that many steps of BLOCK_K columns share a scale: their sum ends with the last of them, is scaled
+    and added in float32. Nothing is in flight meanwhile in this program; others on the same multiprocessor multiply.
+    """
     CONV: gl.constexpr = len(x_desc.block_type.shape) == 4
     TAPS: gl.constexpr = TAPS_H * TAPS_W
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)  # noqa: RUF005
@@ -120,32 +134,54 @@ def product_kernel(
         mbarrier.init(bars.index(i), count=1)
     tiles_n = gl.cdiv(N, BLOCK_N)
     c_tiles = gl.cdiv(C, BLOCK_K)
-    next_tile, next_tap, next_c, next_m, next_n = gl.program_id(0), 0, 0, 0, 0
+    grid = (tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes)
+    buffers = (bars, x_bufs, w_bufs)
+    next_tile, next_tap, next_c = gl.program_id(0), 0, 0
+    next_m, next_n, next_top, next_left = 0, 0, 0, 0
     for i in gl.static_range(STAGES - 1):
-        next_tile, next_tap, next_c, next_m, next_n = issue(
-            i, next_tile, next_tap, next_c, next_m, next_n, tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes,
-            x_desc, w_desc, bars, x_bufs, w_bufs, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE, STAGES,
+        next_tile, next_tap, next_c, next_m, next_n, next_top, next_left = issue(
+            i, next_tile, next_tap, next_c, next_m, next_n, next_top, next_left, grid, x_desc, w_desc, buffers,
+            TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE, STAGES,
         )  # fmt: skip
     count = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, SWIZZLE)
+        n = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
+        in_n = n < N
         acc = gl.zeros((BLOCK_M, BLOCK_N), dtype=SUM, layout=LAYOUT)
+        if GROUP_STEPS > 0:
+            value = gl.zeros((BLOCK_M, BLOCK_N), dtype=gl.float32, layout=LAYOUT)
+            tap, c = 0, 0
         for _ in range(TAPS * c_tiles):
             slot = count % STAGES
+            if GROUP_STEPS > 0:
+                at = (tap * tap_groups + c // GROUP_STEPS) * N + n
+                scale = gl.load(scale_ptr + at, mask=in_n, other=0.0)
             mbarrier.wait(bars.index(slot), count // STAGES & 1)
             x = x_bufs.index(slot)
             if CONV:
                 x = x.reshape((BLOCK_M, BLOCK_K))
-            acc = warpgroup_mma(x, w_bufs.index(slot).permute((1, 0)), acc, is_async=True)
-            # One product stays in flight; the one before has ended, and its buffers are free.
-            acc = warpgroup_mma_wait(1, (acc,))
-            next_tile, next_tap, next_c, next_m, next_n = issue(
-                count + STAGES - 1, next_tile, next_tap, next_c, next_m, next_n, tiles_m, tiles_n, c_tiles, tiles_h,
-                tiles_w, tap_bytes, x_desc, w_desc, bars, x_bufs, w_bufs, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE,
-                STAGES,
+            w = w_bufs.index(slot).permute((1, 0))
+            if GROUP_STEPS > 0:
+                acc = warpgroup_mma(x, w, acc, use_acc=c % GROUP_STEPS != 0, is_async=True)
+                acc = warpgroup_mma_wait(0, (acc,))
+            else:
+                acc = warpgroup_mma(x, w, acc, is_async=True)
+                # One product stays in flight; the one before has ended, and its buffers are free.
+                acc = warpgroup_mma_wait(1, (acc,))
+            next_tile, next_tap, next_c, next_m, next_n, next_top, next_left = issue(
+                count + STAGES - 1, next_tile, next_tap, next_c, next_m, next_n, next_top, next_left, grid,
+                x_desc, w_desc, buffers, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE, STAGES,
             )  # fmt: skip
+            if GROUP_STEPS > 0:
+                if (c % GROUP_STEPS == GROUP_STEPS - 1) | (c == c_tiles - 1):
+                    value = gl.fma(acc.to(gl.float32), broadcast(scale, value), value)
+                c += 1
+                if c == c_tiles:
+                    c = 0
+                    tap += 1
             count += 1
         acc = warpgroup_mma_wait(0, (acc,))
-        tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, SWIZZLE)
         row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
         image, top, left = 0, 0, 0
         y, x_at = row, row
@@ -161,26 +197,36 @@ def product_kernel(
         else:
             m = tile_m * BLOCK_M + row
             in_m = m < M
-        n = tile_n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
-        in_n = n < N
-        if x_zero_ptr is not None:
-            x_zero = gl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
-            whole = gl.zeros((BLOCK_N,), dtype=gl.int32, layout=gl.SliceLayout(0, LAYOUT))
-            for tap in range(TAPS):
-                total = gl.load(total_ptr + n * TAPS + tap, mask=in_n, other=0).to(gl.int32)
-                whole += total
+        if GROUP_STEPS > 0:
+            if x_zero_ptr is not None:
+                x_zero = gl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
+                whole = gl.zeros((BLOCK_N,), dtype=gl.float32, layout=gl.SliceLayout(0, LAYOUT))
+                for tap in range(TAPS):
+                    part = gl.load(total_ptr + n * TAPS + tap, mask=in_n, other=0.0)
+                    whole += part
+                    if PAD_H > 0 or PAD_W > 0:
+                        outside = is_outside(y, x_at, tap, H, W, TAPS_W, PAD_H, PAD_W) & in_m
+                        if gl.max(outside.to(gl.int32), axis=0) > 0:
+                            value += gl.where(outside, x_zero, 0).to(gl.float32)[:, None] * part[None, :]
+                value -= x_zero.to(gl.float32)[:, None] * whole[None, :]
+        else:
+            if x_zero_ptr is not None:
+                x_zero = gl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
+                sums = gl.zeros((BLOCK_N,), dtype=gl.int32, layout=gl.SliceLayout(0, LAYOUT))
+                for tap in range(TAPS):
+                    sums += gl.load(total_ptr + n * TAPS + tap, mask=in_n, other=0).to(gl.int32)
+                acc -= x_zero[:, None] * sums[None, :]
                 if PAD_H > 0 or PAD_W > 0:
                     # A tap that falls on padding has no part in the correction.
-                    row_in = y + (tap // TAPS_W - PAD_H)
-                    col_in = x_at + (tap % TAPS_W - PAD_W)
-                    outside = in_m & ((row_in < 0) | (row_in >= H) | (col_in < 0) | (col_in >= W))
-                    if gl.max(outside.to(gl.int32), axis=0) > 0:
-                        acc += gl.where(outside, x_zero, 0)[:, None] * total[None, :]
-            acc -= x_zero[:, None] * whole[None, :]
-        if x_sum_ptr is not None:
-            x_sum = gl.load(x_sum_ptr + m, mask=in_m, other=0)
-            acc -= x_sum[:, None] * gl.load(zero_ptr + n, mask=in_n, other=0).to(gl.int32)[None, :]
-        value = acc.to(gl.float32) * gl.load(scale_ptr + n, mask=in_n, other=0.0).to(gl.float32)[None, :]
+                    for tap in range(TAPS):
+                        outside = is_outside(y, x_at, tap, H, W, TAPS_W, PAD_H, PAD_W) & in_m
+                        if gl.max(outside.to(gl.int32), axis=0) > 0:
+                            total = gl.load(total_ptr + n * TAPS + tap, mask=in_n, other=0).to(gl.int32)
+                            acc += gl.where(outside, x_zero, 0)[:, None] * total[None, :]
+            if x_sum_ptr is not None:
+                x_sum = gl.load(x_sum_ptr + m, mask=in_m, other=0)
+                acc -= x_sum[:, None] * gl.load(zero_ptr + n, mask=in_n, other=0).to(gl.int32)[None, :]
+            value = acc.to(gl.float32) * gl.load(scale_ptr + n, mask=in_n, other=0.0).to(gl.float32)[None, :]
         value = value * gl.load(x_scale_ptr + m // rows_per_scale, mask=in_m, other=0.0)[:, None]
         if bias_ptr is not None:
             value += gl.load(bias_ptr + n, mask=in_n, other=0.0).to(gl.float32)[None, :]
@@ -198,6 +244,20 @@ def product_kernel(
         else:
             put(narrow, out_buf, out_desc, image, top, left, tile_m * BLOCK_M, tile_n * BLOCK_N, BLOCK_M, CONV)
     tma.store_wait(0)
+
+
+@gluon.jit
+def broadcast(columns, like):
+    """Repeat a row of columns for every row of a tile."""
+    return columns[None, :] + gl.zeros_like(like)
+
+
+@gluon.jit
+def is_outside(y, x, tap, H, W, TAPS_W: gl.constexpr, PAD_H: gl.constexpr, PAD_W: gl.constexpr):
+    """Whether a tap of these pixels falls on padding."""
+    row = y + (tap // TAPS_W - PAD_H)
+    col = x + (tap % TAPS_W - PAD_W)
+    return (row < 0) | (row >= H) | (col < 0) | (col >= W)
 
 
 @gluon.jit

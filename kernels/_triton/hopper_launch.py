@@ -12,12 +12,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._triton.hopper import product_kernel
+from kernels._triton.sums import row_sums, window_sums
 from kernels._triton.tuned import Tile
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
 from kernels.epilogue import EpilogueRows
 from kernels.fp8 import FP8, Fp8Matrix
-from kernels.weights import PackedWeight
+from kernels.weights import PackedWeight, WeightLayout
 
 # TMA copies from addresses and over strides that are multiples of this many bytes.
 ALIGNED = 16
@@ -39,6 +40,7 @@ class Operands:
     zero: Tensor | None
     total: Tensor | None
     rows: EpilogueRows
+    layout: WeightLayout | None = None
 
 
 def takes(x: Tensor, weight: Tensor, rows: EpilogueRows, n: int, dtype: torch.dtype) -> bool:
@@ -48,10 +50,12 @@ def takes(x: Tensor, weight: Tensor, rows: EpilogueRows, n: int, dtype: torch.dt
     return aligned and x.stride(-1) == 1 and rows.rank == 0 and dtype in (torch.float16, torch.bfloat16)
 
 
-def takes_weights(weights: Sequence[PackedWeight]) -> bool:
-    """Whether a layer's weight is one of 8 bits, with a scale for each output channel."""
+def takes_weights(weights: Sequence[PackedWeight], tile: Tile) -> bool:
+    """Whether a layer's weight is one of 8 bits, with scales of output channels, or of groups that the tile divides."""
     only = weights[0]
-    return len(weights) == 1 and only.channel is None and only.layout.bits == 8 and only.layout.group_size == 0
+    size = only.layout.group_size
+    grouped = size == 0 or (only.whole is not None and size % tile.k == 0 and only.scale.stride(0) == 1)
+    return len(weights) == 1 and only.channel is None and only.layout.bits == 8 and grouped
 
 
 def takes_image(x: Tensor, geometry: ConvGeometry) -> bool:
@@ -62,7 +66,7 @@ def takes_image(x: Tensor, geometry: ConvGeometry) -> bool:
 
 def linear_int8(x: QuantizedActivation, weight: PackedWeight, rows: EpilogueRows, out: Tensor, tile: Tile) -> None:
     """Multiply (M, K) codes with a weight that `takes_weights`, into `out`, (M, N)."""
-    sums = None if weight.layout.symmetric else x.codes.sum(1, dtype=torch.int32)
+    sums = None if weight.layout.symmetric else row_sums(x.codes)
     _launch(_operands(x, weight, sums, rows), out, tile, out.shape[0] // len(x.scale))
 
 
@@ -76,23 +80,17 @@ def conv_int8(
 ) -> None:
     """Convolve (B, H, W, C) codes with a weight that `takes_weights`, into `out`, (B, H, W, N)."""
     pixels = out.numel() // out.shape[-1]
-    sums = None if weight.layout.symmetric else window_sums(x.codes.sum(3, dtype=torch.int32), geometry)
+    sums = None if weight.layout.symmetric else window_sums(row_sums(x.codes), geometry)
     _launch(_operands(x, weight, sums, rows), out, tile, pixels // len(x.scale), geometry)
-
-
-def window_sums(sums: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Add up what each position of a kernel sees of (B, H, W) integers, with zeros beyond; the same shape."""
-    for dim, size, pad in ((1, geometry.kernel[0], geometry.padding[0]), (2, geometry.kernel[1], geometry.padding[1])):
-        edges = (0, 0, pad, pad) if dim == 1 else (pad, pad)
-        sums = torch.nn.functional.pad(sums, edges).unfold(dim, size, 1).sum(-1, dtype=torch.int32)
-    return sums.contiguous()
 
 
 def _operands(x: QuantizedActivation, weight: PackedWeight, sums: Tensor | None, rows: EpilogueRows) -> Operands:
     """Return a product's operands, with the corrections that its zero points ask for."""
     x_zero, total = (None, None) if x.symmetric else (x.zero_point, weight.total)
+    if total is not None and weight.layout.group_size:
+        total = weight.whole
     zero = None if sums is None else weight.zero_point
-    return Operands(x.codes, weight.codes, x.scale, x_zero, sums, weight.scale, zero, total, rows)
+    return Operands(x.codes, weight.codes, x.scale, x_zero, sums, weight.scale, zero, total, rows, weight.layout)
 
 
 def rectangle(pixels: int, height: int, width: int) -> tuple[int, int]:
@@ -129,17 +127,24 @@ def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry:
         warps_per_cta=[tile.warps, 1],
         instr_shape=[16, min(tile.n, WIDEST_INT8 if is_int else WIDEST), 32],
     )
-    residual = o.rows.residual
+    residual, group = o.rows.residual, 0 if o.layout is None else o.layout.group_size
     product_kernel[(min(tiles, programs),)](
         _descriptor(o.x, x_block), _descriptor(o.weight, [tile.n, tile.k]), _descriptor(out, out_block),
         o.x_scale, o.x_zero, o.x_sum, o.scale, o.zero, o.total, o.rows.bias, residual,
         out.numel() // columns, columns, channels, tiles_m, tiles_h, tiles_w, height, width, tap_bytes,
-        rows_per_scale, 0 if residual is None else residual.stride(0),
-        SUM=gl.int32 if is_int else gl.float32, LAYOUT=layout, TAPS_H=kernel[0], TAPS_W=kernel[1],
+        1 if o.layout is None else o.layout.groups_per_tap, rows_per_scale,
+        0 if residual is None else residual.stride(0), SUM=gl.int32 if is_int else gl.float32, LAYOUT=layout,
+        GROUP_STEPS=group // tile.k, TAPS_H=kernel[0], TAPS_W=kernel[1],
         PAD_H=0 if geometry is None else geometry.padding[0], PAD_W=0 if geometry is None else geometry.padding[1],
         BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, SWIZZLE=tile.swizzle, STAGES=tile.stages,
-        num_warps=tile.warps,
+        num_warps=tile.warps, maxnreg=registers(tile), enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def registers(tile: Tile) -> int | None:
+    """Return how many registers a thread may have, so that as many programs as the tile says share a multiprocessor."""
+    most = 65536 // (32 * tile.warps * tile.per_processor) // 8 * 8
+    return most if most < 255 else None
 
 
 def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:

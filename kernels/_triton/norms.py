@@ -7,11 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.activations import BLOCK, empty_quantized, row_view
-from kernels._triton.common import code_of, grid_of, nan_unless_finite
+from kernels._triton.activations import BLOCK, channel_block, empty_quantized, fuses, row_view, token_block
+from kernels._triton.common import code_of, grid_of, inverse_of, nan_unless_finite
 from kernels.activations import quantize_by_table_reference
 
-STATS_ELEMENTS = 2048
+# Elements and channels of a block of group_stats_kernel, and blocks of a chunk.
+STATS_ELEMENTS = 4096
+STATS_CHANNELS = 256
+STATS_BLOCKS = 4
 MAX_CHUNKS = 64
 
 
@@ -21,36 +24,47 @@ def group_stats_kernel(
     mean_ptr,  # (B, GROUPS, chunks) float32
     squares_ptr,  # (B, GROUPS, chunks) float32
     P,
+    C,
     chunk,
     stride_b,
     stride_p,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Mean, and sum of squared distances from it, of one group of channels over one chunk of pixels."""
-    image = tl.program_id(0).to(tl.int64) // GROUPS
-    group = tl.program_id(0) % GROUPS
+    """Mean, and sum of squared distances from it, of BLOCK_G groups of channels over one chunk of pixels.
+
+    Groups that lie side by side are read together, so that lines of memory are read whole, and each block of pixels
+    once: its own mean and squares are merged into those before it.
+    """
+    blocks = tl.cdiv(GROUPS, BLOCK_G)
+    image = tl.program_id(0).to(tl.int64) // blocks
+    g = tl.program_id(0) % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
     w = tl.arange(0, BLOCK_W)
-    base = x_ptr + image * stride_b + group * WIDTH
+    c = g[:, None] * WIDTH + w[None, :]
+    in_c = (g < GROUPS)[:, None] & (w < WIDTH)[None, :]
     start = tl.program_id(1) * chunk
     stop = tl.minimum(start + chunk, P)
-    total = tl.zeros((BLOCK_P, BLOCK_W), dtype=tl.float32)
+    mean = tl.zeros((BLOCK_G,), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_G,), dtype=tl.float32)
+    seen = tl.zeros((), dtype=tl.float32)
     for p0 in range(0, chunk, BLOCK_P):
         p = (start + p0 + tl.arange(0, BLOCK_P)).to(tl.int64)
-        mask = (p < stop)[:, None] & (w < WIDTH)[None, :]
-        total += tl.load(base + p[:, None] * stride_p + w[None, :], mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(tl.sum(total, axis=1), axis=0) / ((stop - start) * WIDTH).to(tl.float32)
-    squares = tl.zeros((BLOCK_P, BLOCK_W), dtype=tl.float32)
-    for p0 in range(0, chunk, BLOCK_P):
-        p = (start + p0 + tl.arange(0, BLOCK_P)).to(tl.int64)
-        mask = (p < stop)[:, None] & (w < WIDTH)[None, :]
-        x = tl.load(base + p[:, None] * stride_p + w[None, :], mask=mask, other=0.0).to(tl.float32)
-        squares += tl.where(mask, (x - mean) * (x - mean), 0.0)
-    part = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(mean_ptr + part, mean)
-    tl.store(squares_ptr + part, tl.sum(tl.sum(squares, axis=1), axis=0))
+        mask = (p < stop)[:, None, None] & in_c[None, :, :]
+        at = x_ptr + image * stride_b + p[:, None, None] * stride_p + c[None, :, :]
+        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        count = (tl.maximum(tl.minimum(stop - start - p0, BLOCK_P), 0) * WIDTH).to(tl.float32)
+        own = tl.sum(tl.sum(x, axis=2), axis=0) / tl.maximum(count, 1.0)
+        far = tl.where(mask, x - own[None, :, None], 0.0)
+        total = tl.maximum(seen + count, 1.0)
+        squares += tl.sum(tl.sum(far * far, axis=2), axis=0) + (own - mean) * (own - mean) * (seen * count / total)
+        mean += (own - mean) * (count / total)
+        seen += count
+    part = (image * GROUPS + g) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(mean_ptr + part, mean, mask=g < GROUPS)
+    tl.store(squares_ptr + part, squares, mask=g < GROUPS)
 
 
 @triton.jit
@@ -94,51 +108,50 @@ def group_norm_quantize_kernel(
     codes_ptr,
     run_scale_ptr,
     run_zero_ptr,
-    M,
     C,
     P,
-    runs,
-    rows_per_run,
+    images_per_run,
     stride_x,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     TOP: tl.constexpr,
     HALF: tl.constexpr,
+    FUSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Normalize, apply SiLU and quantize one tile: the normalized image is never written."""
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_m, in_c = m < M, c < C
-    mask = in_m[:, None] & in_c[None, :]
-    group = (m // P * GROUPS)[:, None] + (c // WIDTH)[None, :]
-    mean = tl.load(group_mean_ptr + group, mask=mask, other=0.0)
-    rstd = tl.load(group_rstd_ptr + group, mask=mask, other=0.0)
+    """Normalize, apply SiLU and quantize one tile of an image: the normalized image is never written."""
+    image = tl.program_id(0)
+    pixel = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = image.to(tl.int64) * P + pixel
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    mask = (pixel < P)[:, None] & in_c[None, :]
+    group = image * GROUPS + c // WIDTH
+    mean = tl.load(group_mean_ptr + group, mask=in_c, other=0.0)
+    rstd = tl.load(group_rstd_ptr + group, mask=in_c, other=0.0)
     x = tl.load(x_ptr + m[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = (x - mean) * rstd
+    x = (x - mean[None, :]) * rstd[None, :]
     if weight_ptr is not None:
         x = x * tl.load(weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
         x += tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     if SILU:
         x = x / (1.0 + tl.exp(-x))
-    step = tl.zeros((BLOCK_M,), dtype=tl.int64)
+    run = image // images_per_run
+    step = tl.zeros((), dtype=tl.int64)
     if index_ptr is not None:
-        step = tl.load(index_ptr + m // rows_per_run, mask=in_m, other=0)
-    zero = tl.load(zero_ptr + step, mask=in_m, other=0.0)[:, None]
+        step = tl.load(index_ptr + run)
+    scale = tl.load(scale_ptr + step)
+    zero = tl.load(zero_ptr + step)
+    divisor = tl.full((BLOCK_C,), 1.0, tl.float32) * scale
     if divisor_ptr is not None:
-        divisor = tl.load(divisor_ptr + step[:, None] * C + c[None, :], mask=mask, other=1.0)
-    else:
-        divisor = tl.load(scale_ptr + step, mask=in_m, other=1.0)[:, None]
-    tl.store(codes_ptr + m[:, None] * C + c[None, :], code_of(x, divisor, zero, TOP, HALF), mask=mask)
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        for run in range(runs):
-            entry = tl.zeros((), dtype=tl.int64)
-            if index_ptr is not None:
-                entry = tl.load(index_ptr + run)
-            tl.store(run_scale_ptr + run, tl.load(scale_ptr + entry))
-            tl.store(run_zero_ptr + run, tl.load(zero_ptr + entry).to(tl.int32) - HALF)
+        divisor = tl.load(divisor_ptr + step * C + c, mask=in_c, other=1.0)
+    codes = code_of(x, divisor[None, :], inverse_of(divisor)[None, :], zero, TOP, HALF, FUSED)
+    tl.store(codes_ptr + m[:, None] * C + c[None, :], codes, mask=mask)
+    if (image % images_per_run == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.store(run_scale_ptr + run, scale)
+        tl.store(run_zero_ptr + run, zero.to(tl.int32) - HALF)
 
 
 @triton.jit
@@ -154,9 +167,9 @@ def layer_norm_quantize_kernel(
     codes_ptr,
     run_scale_ptr,
     run_zero_ptr,
+    M,
     C,
     tokens,
-    runs,
     rows_per_run,
     stride_x,
     stride_mod,
@@ -164,39 +177,45 @@ def layer_norm_quantize_kernel(
     TOP: tl.constexpr,
     HALF: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    FUSED: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Normalize, modulate and quantize one token, which stays in registers."""
-    m = tl.program_id(0).to(tl.int64)
+    """Normalize, modulate and quantize some tokens, which stay in registers."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK_C)
-    in_c = c < C
-    x = tl.load(x_ptr + m * stride_x + c, mask=in_c, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=0) / C
-    x = tl.where(in_c, x - mean, 0.0)
-    x = x / tl.sqrt_rn(tl.sum(x * x, axis=0) / C + eps)
+    in_m, in_c = m < M, c < C
+    mask = in_m[:, None] & in_c[None, :]
+    x = tl.load(x_ptr + m[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1) / C
+    x = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / C + eps)
+    x = x * rstd[:, None]
     if weight_ptr is not None:
-        x = x * tl.load(weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+        x = x * tl.load(weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
-        x += tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+        x += tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     if mod_scale_ptr is not None:
-        row = m // tokens * stride_mod + c
-        x = x * (1.0 + tl.load(mod_scale_ptr + row, mask=in_c, other=0.0).to(tl.float32))
-        x += tl.load(mod_shift_ptr + row, mask=in_c, other=0.0).to(tl.float32)
+        row = (m // tokens * stride_mod)[:, None] + c[None, :]
+        x = x * (1.0 + tl.load(mod_scale_ptr + row, mask=mask, other=0.0).to(tl.float32))
+        x += tl.load(mod_shift_ptr + row, mask=mask, other=0.0).to(tl.float32)
     if scale_ptr is None:
-        scale, zero = grid_of(tl.min(x, axis=0), tl.max(x, axis=0), TOP, HALF, SYMMETRIC)
-        scale += nan_unless_finite(x)
-        tl.store(run_scale_ptr + m, scale)
-        tl.store(run_zero_ptr + m, zero.to(tl.int32) - HALF)
+        scale, zero = grid_of(tl.min(x, axis=1), tl.max(x, axis=1), TOP, HALF, SYMMETRIC)
+        scale += nan_unless_finite(x, 1)
+        tl.store(run_scale_ptr + m, scale, mask=in_m)
+        tl.store(run_zero_ptr + m, zero.to(tl.int32) - HALF, mask=in_m)
     else:
-        step = tl.zeros((), dtype=tl.int64)
+        run = m // rows_per_run
+        step = tl.zeros((ROWS,), dtype=tl.int64)
         if index_ptr is not None:
-            step = tl.load(index_ptr + m // rows_per_run)
+            step = tl.load(index_ptr + run, mask=in_m, other=0)
         scale = tl.load(scale_ptr + step)
         zero = tl.load(zero_ptr + step)
-        if m % rows_per_run == 0:
-            tl.store(run_scale_ptr + m // rows_per_run, scale)
-            tl.store(run_zero_ptr + m // rows_per_run, zero.to(tl.int32) - HALF)
-    tl.store(codes_ptr + m * C + c, code_of(x, scale, zero, TOP, HALF), mask=in_c)
+        first = in_m & (m % rows_per_run == 0)
+        tl.store(run_scale_ptr + run, scale, mask=first)
+        tl.store(run_zero_ptr + run, zero.to(tl.int32) - HALF, mask=first)
+    codes = code_of(x, scale[:, None], inverse_of(scale)[:, None], zero[:, None], TOP, HALF, FUSED)
+    tl.store(codes_ptr + m[:, None] * C + c[None, :], codes, mask=mask)
 
 
 def launch_group_norm(
@@ -220,26 +239,29 @@ def launch_group_norm(
     runs = 1 if index is None else index.numel()
     codes, run_scale, run_zero = empty_quantized(x, runs)
     block_w = triton.next_power_of_2(width)
-    block_p = max(1, STATS_ELEMENTS // block_w)
-    chunk = max(block_p, triton.cdiv(pixels, MAX_CHUNKS))
+    block_g = max(1, min(triton.next_power_of_2(groups), STATS_CHANNELS // block_w))
+    block_p = max(1, STATS_ELEMENTS // (block_w * block_g))
+    # Enough chunks to fill a device, each of several blocks.
+    chunk = max(STATS_BLOCKS * block_p, triton.cdiv(pixels, MAX_CHUNKS))
     chunks = triton.cdiv(pixels, chunk)
     mean, squares = (torch.empty(batch, groups, chunks, device=x.device) for _ in range(2))
     group_mean, group_rstd = (torch.empty(batch, groups, device=x.device) for _ in range(2))
-    group_stats_kernel[(batch * groups, chunks)](
-        rows, mean, squares, pixels, chunk, pixels * rows.stride(0), rows.stride(0),
-        GROUPS=groups, WIDTH=width, BLOCK_P=block_p, BLOCK_W=block_w, num_warps=4, enable_fp_fusion=False,
+    group_stats_kernel[(batch * triton.cdiv(groups, block_g), chunks)](
+        rows, mean, squares, pixels, channels, chunk, pixels * rows.stride(0), rows.stride(0),
+        GROUPS=groups, WIDTH=width, BLOCK_P=block_p, BLOCK_G=block_g, BLOCK_W=block_w, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
     merge_stats_kernel[(batch * groups,)](
         mean, squares, group_mean, group_rstd, pixels, chunk, chunks, eps,
         WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
-    block_c = min(triton.next_power_of_2(channels), 512)
-    block_m = max(1, BLOCK // block_c)
-    group_norm_quantize_kernel[(triton.cdiv(rows.shape[0], block_m), triton.cdiv(channels, block_c))](
+    block_c = channel_block(channels)
+    block_m = BLOCK // block_c
+    group_norm_quantize_kernel[(batch, triton.cdiv(pixels, block_m), triton.cdiv(channels, block_c))](
         rows, group_mean, group_rstd, weight, bias, scale.float().contiguous(), zero_point.float().contiguous(),
         index, divisor, codes, run_scale, run_zero,
-        rows.shape[0], channels, pixels, runs, rows.shape[0] // runs, rows.stride(0),
-        GROUPS=groups, WIDTH=width, SILU=silu, TOP=2**bits - 1, HALF=2 ** (bits - 1), BLOCK_M=block_m,
+        channels, pixels, batch // runs, rows.stride(0),
+        GROUPS=groups, WIDTH=width, SILU=silu, TOP=2**bits - 1, HALF=2 ** (bits - 1), FUSED=fuses(), BLOCK_M=block_m,
         BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, run_scale, run_zero
@@ -267,10 +289,11 @@ def launch_layer_norm(
         scale, zero_point = scale.float().contiguous(), zero_point.float().contiguous()
     if mod_scale is not None and mod_shift is not None:
         mod_scale, mod_shift = mod_scale.contiguous(), mod_shift.contiguous()
-    layer_norm_quantize_kernel[(m,)](
+    block_c, per_program, warps = token_block(channels)
+    layer_norm_quantize_kernel[(triton.cdiv(m, per_program),)](
         rows, weight, bias, mod_scale, mod_shift, scale, zero_point, index, codes, run_scale, run_zero,
-        channels, m // x.shape[0], runs, m // runs, rows.stride(0), channels, eps,
-        TOP=2**bits - 1, HALF=2 ** (bits - 1), SYMMETRIC=symmetric, BLOCK_C=triton.next_power_of_2(channels),
-        num_warps=8 if channels > 2048 else 4, enable_fp_fusion=False,
+        m, channels, m // x.shape[0], m // runs, rows.stride(0), channels, eps,
+        TOP=2**bits - 1, HALF=2 ** (bits - 1), SYMMETRIC=symmetric, FUSED=fuses(), ROWS=per_program, BLOCK_C=block_c,
+        num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, run_scale, run_zero

@@ -1,7 +1,8 @@
 """Tiles measured on a device: `tuned/<device>.json`, written by `python -m benchmarks.tune`, read when kernels start.
 
 An entry says for one operator and one shape which kernel and tile was fastest there. Shapes that were not measured take
-the nearest one's, in the logarithms of rows, columns and depth; devices without a file take what
+the nearest one's, in the logarithms of rows, columns and depth. A device without a file takes that of one with as many
+multiprocessors of the same compute capability (an H200 is an H100 with other memory); others take what
 `kernels._triton.blocks` says. Results do not change: integers are the same with any tile.
 """
 
@@ -22,6 +23,7 @@ import triton
 FOLDER = Path(__file__).parent / "tuned"
 #: Operators that have entries.
 LINEAR_INT8, CONV_INT8, LINEAR_FP8 = "linear_int8", "conv_int8", "linear_fp8"
+LINEAR_GROUPS, CONV_GROUPS = "linear_int8_groups", "conv_int8_groups"
 #: Kernels that an entry may name: Triton's own pipeline over pointers, or `kernels._triton.hopper`.
 POINTERS, HOPPER = "pointers", "hopper"
 #: How far (in powers of two, summed over rows, columns and depth) a shape may be from one that was measured.
@@ -72,7 +74,7 @@ def tuned_tile(device: torch.device, op: str, shape: Shape) -> Tile | None:
     """Return the tile of the nearest shape that was measured on this device; None if none is near."""
     if triton.knobs.runtime.interpret or device.type != "cuda":
         return None
-    return nearest(entries_of(torch.cuda.get_device_name(device)), op, shape)
+    return nearest(entries_of(chip_of(device)), op, shape)
 
 
 def nearest(entries: Iterable[Entry], op: str, shape: Shape) -> Tile | None:
@@ -87,19 +89,40 @@ def file_of(device_name: str) -> Path:
     return FOLDER / f"{re.sub(r'[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
 
 
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What a table is of: the device's name, its compute capability and how many multiprocessors it has."""
+
+    name: str
+    capability: tuple[int, int]
+    processors: int
+
+
 @lru_cache
-def entries_of(device_name: str) -> tuple[Entry, ...]:
-    """Read a device's entries; none if it has no file."""
-    path = file_of(device_name)
-    if not path.is_file():
-        return ()
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["entries"]
-    return tuple(Entry(row["op"], Shape(**row["shape"]), Tile(**row["tile"])) for row in rows)
+def chip_of(device: torch.device) -> Chip:
+    """Ask a CUDA device what it is."""
+    found = torch.cuda.get_device_properties(device)
+    return Chip(found.name, (found.major, found.minor), found.multi_processor_count)
 
 
-def document(device_name: str, versions: dict[str, str], rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+@lru_cache
+def entries_of(chip: Chip) -> tuple[Entry, ...]:
+    """Read a device's entries, or those of a device with the same processor; none if there is no file."""
+    own = file_of(chip.name)
+    for path in (own, *sorted(FOLDER.glob("*.json"))):
+        table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        same = table is not None and (tuple(table["capability"]), table["processors"]) == (
+            chip.capability, chip.processors,
+        )  # fmt: skip
+        if table is not None and (same or path == own):
+            return tuple(Entry(row["op"], Shape(**row["shape"]), Tile(**row["tile"])) for row in table["entries"])
+    return ()
+
+
+def document(chip: Chip, versions: dict[str, str], rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Return what a device's file holds; a row is an entry as JSON, with what was measured beside it."""
-    return {"device": device_name, **versions, "entries": list(rows)}
+    known = {"device": chip.name, "capability": list(chip.capability), "processors": chip.processors}
+    return {**known, **versions, "entries": list(rows)}
 
 
 def row_of(entry: Entry, **measured: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import fields
 import torch
 from torch import nn
 
-from kernels.backend import BackendUnavailableError, why_reference
+from kernels.backend import BackendUnavailableError, prefers_int8_weights, why_reference
 from kernels.errors import KernelError
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer, replace_module
@@ -20,7 +20,8 @@ from quant_core.nn.steps import StepClock
 from quant_core.runtime.fused_blocks import fuse_blocks
 from quant_core.runtime.layer import LayerRun, RuntimeLayer, layer_quantizers
 from quant_core.runtime.memory import return_free_memory
-from quant_spec.enums import ActivationMode, KernelBackend
+from quant_spec.enums import ActivationMode, KernelBackend, WeightMemory
+from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
 
 # What this module knows of a layer's format. A layer with any other field set runs the reference.
@@ -35,7 +36,10 @@ TRIM_BYTES = 8 << 20
 
 
 def build_runtime(
-    model: nn.Module, backend: KernelBackend, asked: KernelBackend | str = KernelBackend.REFERENCE
+    model: nn.Module,
+    backend: KernelBackend,
+    asked: KernelBackend | str = KernelBackend.REFERENCE,
+    memory: WeightMemory | str = WeightMemory.AUTO,
 ) -> list[LayerRun]:
     """Replace the quantized layers of `model`, in place and one by one, by runtime layers where `backend` has them.
 
@@ -47,6 +51,8 @@ def build_runtime(
         `AUTO` must have been resolved.
     asked : KernelBackend or str
         What it was resolved from, for the reason of layers that run the reference.
+    memory : WeightMemory or str
+        How weights lie in a GPU's memory.
 
     Returns
     -------
@@ -57,13 +63,14 @@ def build_runtime(
     tensors = [*model.parameters(), *model.buffers()]
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    unpacked = unpacks(memory, device)
     layers: list[LayerRun | RuntimeLayer] = []
     laid_out = 0
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]:
         reason = why_reference(asked, device) if backend is KernelBackend.REFERENCE else _unsuited(layer, backend)
         if reason is None:
             try:
-                made = RuntimeLayer(layer, name, backend)
+                made = RuntimeLayer(layer, name, backend, unpacked=unpacked)
             except (KernelError, BackendUnavailableError) as error:
                 reason = str(error)
             else:
@@ -84,6 +91,21 @@ def build_runtime(
         run_on(model, device)
     model.quantmill_runs = tuple(runs)  # type: ignore[assignment]
     return runs
+
+
+def unpacks(memory: WeightMemory | str, device: torch.device) -> bool:
+    """Whether weights are unpacked on a device.
+
+    Raises
+    ------
+    QuantizationError
+        If `memory` is not one of the names of `WeightMemory`.
+    """
+    try:
+        choice = WeightMemory(memory)
+    except ValueError:
+        raise QuantizationError(f"memory: got {str(memory)!r}, wanted one of {', '.join(WeightMemory)}") from None
+    return choice is WeightMemory.FAST or (choice is WeightMemory.AUTO and prefers_int8_weights(device))
 
 
 def run_on(model: nn.Module, device: torch.device) -> None:

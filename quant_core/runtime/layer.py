@@ -26,7 +26,7 @@ from quant_core.nn.steps import StepClock
 from quant_core.runtime.parts import LayerPart, lay_out_parts
 from quant_spec.enums import ActivationMode, KernelBackend
 from quant_spec.errors import QuantizationError
-from quant_spec.formats import ActivationSpec
+from quant_spec.formats import ActivationSpec, WeightSpec
 from quant_spec.layer_bits import weight_bits_text
 
 
@@ -53,7 +53,7 @@ class RuntimeLayer(nn.Module):
         To normalize the input with, before SiLU, before it is quantized; see `take_norm`.
     """
 
-    def __init__(self, layer: QuantLayer, name: str, backend: KernelBackend) -> None:
+    def __init__(self, layer: QuantLayer, name: str, backend: KernelBackend, *, unpacked: bool = False) -> None:
         super().__init__()
         self.spec = layer.spec
         self.kind = layer.kind
@@ -67,8 +67,8 @@ class RuntimeLayer(nn.Module):
         quantizers = layer_quantizers(layer)
         self.clock: StepClock | None = quantizers[0].clock if quantizers else None
         self.activation: ActivationSpec | None = quantizers[0].spec if quantizers else None
-        self.parts = lay_out_parts(layer, backend, self.geometry)
-        self.run = LayerRun(name, backend, _how(self.parts, self.activation))
+        self.parts = lay_out_parts(layer, backend, self.geometry, unpacked=unpacked)
+        self.run = LayerRun(name, backend, _how(self.parts, self.activation, layer.spec.weight))
         self.norm: GroupNorm | None = None
 
     def take_norm(self, norm: nn.GroupNorm) -> None:
@@ -213,12 +213,15 @@ def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | No
     return replace(codes, codes=limited)
 
 
-def _how(parts: list[LayerPart], activation: ActivationSpec | None) -> str:
-    """Say in a few words how a layer is computed."""
+def _how(parts: list[LayerPart], activation: ActivationSpec | None, spec: WeightSpec) -> str:
+    """Say in a few words how a layer is computed, and on a GPU how many bytes its weights take there."""
     weight = parts[0].weight
     if isinstance(weight, CpuWeight):
         how = "int8 products" if weight.digits == 1 else f"int8 products, weights in {weight.digits} digits"
     else:
         widths = " and ".join(str(each.layout.bits) for each in weight)
-        how = f"{widths}-bit weights, {'float' if activation is None else 'int8'} products"
+        stored = sum(each.nbytes for part in parts if not isinstance(part.weight, CpuWeight) for each in part.weight)
+        fewer = max((bits for bits, _ in spec.mixture), default=spec.bits) < 8 and weight[0].layout.symmetric
+        unpacked = " unpacked from fewer bits" if fewer else ""
+        how = f"{widths}-bit weights{unpacked} in {stored} bytes, {'float' if activation is None else 'int8'} products"
     return how if len(parts) == 1 else f"{how}, {len(parts)} parts"

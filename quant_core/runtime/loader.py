@@ -16,7 +16,7 @@ from quant_core.artifact.folder import check_weights, read_config, verify_folder
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.runtime.build import build_runtime
 from quant_core.runtime.memory import return_free_memory
-from quant_spec.enums import KernelBackend
+from quant_spec.enums import KernelBackend, WeightMemory
 from quant_spec.errors import QuantizationError
 
 Resolver = Callable[[str], Path]
@@ -33,6 +33,7 @@ def load_quantized(
     device: torch.device | str | None = None,
     backend: KernelBackend | str = KernelBackend.AUTO,
     dtype: torch.dtype | None = None,
+    memory: WeightMemory | str = WeightMemory.AUTO,
     resolve: Resolver | None = None,
 ) -> nn.Module:
     """Load a packed model, verified, in eval mode.
@@ -54,6 +55,10 @@ def load_quantized(
     dtype : {torch.float32, torch.float16, torch.bfloat16}, optional
         What the model computes in between its packed layers, and gives; float32 by default. Scales stay in float32.
         Later casts are refused, as of any quantized model of diffusers.
+    memory : {"auto", "packed", "fast"}, optional
+        How weights lie in a GPU's memory: "packed" as in the release, "fast" as one int8 each, which gives the same and
+        is multiplied faster where a call has many rows. "auto" takes "fast" on GPUs that were seen to be. What each
+        layer has, and its bytes, is in `quant_core.layer_runs(model)`.
     resolve : callable, optional
         Turns a source that is not a folder into one. By default the installed Quantmill looks the name up in its
         registry.
@@ -70,7 +75,7 @@ def load_quantized(
     BackendUnavailableError
         If the backend or device is not available here.
     QuantizationError
-        If models do not compute in `dtype`.
+        If models do not compute in `dtype`, or `memory` is none of these.
     """
     check_backend(backend)
     place = check_device("cpu" if device is None else device)
@@ -79,7 +84,7 @@ def load_quantized(
         raise QuantizationError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, _DTYPES[1:]))}")
     folder = _locate(source, resolve)
     verify_folder(folder)
-    return load_runtime(folder, place, choice, asked=backend, dtype=dtype)
+    return load_runtime(folder, place, choice, asked=backend, dtype=dtype, memory=memory)
 
 
 def load_runtime(
@@ -89,10 +94,11 @@ def load_runtime(
     *,
     asked: KernelBackend | str = KernelBackend.REFERENCE,
     dtype: torch.dtype | None = None,
+    memory: WeightMemory | str = WeightMemory.AUTO,
 ) -> nn.Module:
     """Load a verified folder for a backend that `asked` was resolved to; as `load_quantized` otherwise."""
     model = load_folder(folder, dtype).to(device)
-    build_runtime(model, backend, asked)
+    build_runtime(model, backend, asked, memory)
     if device.type == "cpu" and backend is not KernelBackend.REFERENCE:
         # Layers were laid out anew. What is left must not keep the file mapped beside them.
         for tensor in (*model.parameters(), *model.buffers()):

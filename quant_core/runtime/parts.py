@@ -27,7 +27,7 @@ from kernels.conv import ConvGeometry
 from kernels.cpu_activation import CpuGrid, cpu_grid
 from kernels.cpu_weight import CpuWeight, pack_cpu_weight
 from kernels.packing import pack_codes, unpack_codes
-from kernels.weights import PackedWeight, pack_weight
+from kernels.weights import PackedWeight, pack_weight, unpack_weight
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer
 from quant_spec.enums import Granularity, KernelBackend
@@ -71,7 +71,9 @@ class LayerPart:
         return rows if self.stop - self.start == rows.shape[-1] else rows[..., self.start : self.stop]
 
 
-def lay_out_parts(layer: QuantLayer, backend: KernelBackend, geometry: ConvGeometry | None) -> list[LayerPart]:
+def lay_out_parts(
+    layer: QuantLayer, backend: KernelBackend, geometry: ConvGeometry | None, *, unpacked: bool = False
+) -> list[LayerPart]:
     """Lay out a layer for the Triton or the CPU backend.
 
     Parameters
@@ -81,6 +83,8 @@ def lay_out_parts(layer: QuantLayer, backend: KernelBackend, geometry: ConvGeome
     backend : KernelBackend
     geometry : ConvGeometry or None
         None for a Linear.
+    unpacked : bool
+        Keep one int8 a weight where that is exact and the input is quantized; of the Triton backend.
 
     Raises
     ------
@@ -92,7 +96,7 @@ def lay_out_parts(layer: QuantLayer, backend: KernelBackend, geometry: ConvGeome
         quantizer = layer.act_quantizers[number] if layer.spec.activation is not None else None
         assert quantizer is None or isinstance(quantizer, ActivationQuantizer)
         parts += [
-            _part(layer, number, backend, geometry, quantizer, shift)
+            _part(layer, number, backend, geometry, quantizer, shift, unpacked)
             for shift in (_shifts(quantizer) if quantizer is not None and layer.spec.channel_shift else (None,))
         ]
     return parts
@@ -111,6 +115,7 @@ def _part(
     geometry: ConvGeometry | None,
     quantizer: ActivationQuantizer | None,
     shift: int | None,
+    unpacked: bool,
 ) -> LayerPart:
     """Lay out part `number` of the input, or its channels of exponent `shift`."""
     sizes = layer.spec.split or (layer.shape[1],)
@@ -119,6 +124,8 @@ def _part(
     if quantizer is not None and shift is not None and shift != _shifts(quantizer)[0]:
         own = _whole_groups((quantizer.channel_shift == shift).any(0), layer.spec.weight.group_size)
     weights = _pack(layer, number, own)
+    if unpacked and quantizer is not None and backend is KernelBackend.TRITON:
+        weights = unpack_weight(weights)
     weight = pack_cpu_weight(weights, geometry) if backend is KernelBackend.CPU else weights
     channels = None if own is None else own + start
     if quantizer is None or quantizer.spec.is_dynamic:

@@ -10,6 +10,7 @@ from kernels.conv import ConvGeometry, conv2d_int_reference
 from kernels.epilogue import EpilogueRows
 from kernels.fp8 import Fp8Matrix, linear_fp8_reference, quantize_fp8
 from kernels.gemm import linear_int_reference
+from kernels.weights import unpack_weight
 from tests.kernels.example_layers import random_layer
 
 # Rounding to bfloat16 of equal integers, scaled: half a step of 8 bits.
@@ -53,9 +54,10 @@ def test_linear_is_the_references(m: int, n: int, warps: int, stages: int, halve
 
     x, layer = codes(1200, 400, runs=3), random_layer(392, 400, bits=8, symmetric=symmetric, device="cuda")
     added, out = rows(1200, 392), torch.full((1200, 392), torch.nan, device="cuda", dtype=torch.bfloat16)
-    assert takes_weights([layer.packed])
+    tile = Tile(HOPPER, m, n, 128, warps, stages, halves=halves)
+    assert takes_weights([layer.packed], tile)
     assert takes(x.codes, layer.packed.codes, added, 392, torch.bfloat16)
-    linear_int8(x, layer.packed, added, out, Tile(HOPPER, m, n, 128, warps, stages, halves=halves))
+    linear_int8(x, layer.packed, added, out, tile)
     check(out, linear_int_reference(x.codes, x.scale, x.zero_point, [layer.packed], added, 392))
 
 
@@ -88,3 +90,37 @@ def test_fp8_is_the_references(m: int, n: int, warps: int, stages: int, halves: 
     linear_fp8(x, w, added, out, Tile(HOPPER, m, n, 128, warps, stages, halves=halves))
     want = linear_fp8_reference(Fp8Matrix(x.values, x.scale), w, added, torch.float32)
     assert float((out.float() - want).norm() / want.norm()) < 0.01  # rounding to bfloat16 is 0.002
+
+
+GROUPED = [(64, 128, 4, 2, 3), (128, 64, 4, 2, 3), (128, 128, 8, 3, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "warps", "stages", "programs"), GROUPED)
+@pytest.mark.parametrize(("group", "k"), [(128, 128), (128, 64), (64, 64)])
+def test_groups_are_the_references(m: int, n: int, warps: int, stages: int, programs: int, group: int, k: int) -> None:
+    needs_hopper()
+    from kernels._triton.hopper_launch import linear_int8, takes_weights
+    from kernels._triton.tuned import HOPPER, Tile
+
+    x, layer = codes(1200, 400, runs=3), random_layer(392, 400, bits=4, group_size=group, device="cuda")
+    tile, weights = Tile(HOPPER, m, n, k, warps, stages, per_processor=programs), unpack_weight([layer.packed])
+    added, out = rows(1200, 392), torch.full((1200, 392), torch.nan, device="cuda", dtype=torch.bfloat16)
+    assert takes_weights(weights, tile)
+    linear_int8(x, weights[0], added, out, tile)
+    check(out, linear_int_reference(x.codes, x.scale, x.zero_point, weights, added, 392))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("m", "n", "warps", "stages", "programs"), GROUPED)
+def test_convolution_with_groups_is_the_references(m: int, n: int, warps: int, stages: int, programs: int) -> None:
+    needs_hopper()
+    from kernels._triton.hopper_launch import conv_int8
+    from kernels._triton.tuned import HOPPER, Tile
+
+    geometry = ConvGeometry((3, 3), padding=(1, 1))
+    x, layer = codes(2, 20, 24, 336, runs=2), random_layer(200, 336, bits=4, group_size=128, taps=9, device="cuda")
+    added, out = rows(960, 200), torch.full((2, 20, 24, 200), torch.nan, device="cuda", dtype=torch.bfloat16)
+    weights = unpack_weight([layer.packed])
+    conv_int8(x, weights[0], geometry, added, out, Tile(HOPPER, m, n, 128, warps, stages, per_processor=programs))
+    check(out, conv2d_int_reference(x, weights, geometry, added, 200))

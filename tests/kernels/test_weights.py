@@ -3,9 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.activations import QuantizedActivation
+from kernels.epilogue import Epilogue
 from kernels.errors import KernelError
+from kernels.gemm import EPILOGUE_TOLERANCE, linear_int
 from kernels.packing import pack_codes
-from kernels.weights import MAX_COLUMNS, pack_weight, weight_integers
+from kernels.weights import MAX_COLUMNS, pack_weight, unpack_weight, weight_integers
 from tests.kernels.example_layers import random_layer, weight_values
 
 
@@ -73,3 +76,51 @@ def test_layers_that_kernels_cannot_multiply_exactly_are_refused() -> None:
         pack_weight(row, one, zero, bits=8, channels=48)
     with pytest.raises(KernelError, match=f"wanted at most {MAX_COLUMNS} for an exact int32 sum"):
         pack_weight(torch.zeros(1, MAX_COLUMNS + 1, dtype=torch.uint8), one, zero, bits=8, channels=MAX_COLUMNS + 1)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, None), (4, 64), (2, 96), (3, None), (6, None)])
+def test_unpacked_codes_multiply_to_the_same(bits: int, group_size: int | None) -> None:
+    layer = random_layer(37, 200, bits=bits, group_size=group_size, taps=9)
+    (fast,) = unpack_weight([layer.packed])
+    assert (fast.layout.bits, fast.layout.symmetric, fast.codes.dtype) == (8, True, torch.int8)
+    assert torch.equal(weight_integers(fast), weight_integers(layer.packed))
+    assert torch.equal(weight_values(fast), weight_values(layer.packed))
+    assert torch.equal(fast.total.int(), layer.packed.total.int())
+    if group_size is not None:
+        assert fast.whole is not None
+        assert torch.allclose(fast.whole, weight_values(layer.packed).sum(-1), rtol=1e-5, atol=1e-3)
+
+
+def test_channels_of_several_bits_become_one_matrix() -> None:
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    shares = zip((3, 4, 5), order.split(10), strict=True)
+    parts = [random_layer(10, 70, bits=bits, channel=channel).packed for bits, channel in shares]
+    (fast,) = unpack_weight(parts)
+    for part in parts:
+        assert part.channel is not None
+        assert torch.equal(weight_integers(fast)[part.channel.long()], weight_integers(part))
+        assert torch.equal(fast.scale[part.channel.long()], part.scale)
+    assert fast.channel is None
+
+
+def test_what_does_not_fit_in_int8_stays_packed() -> None:
+    eight = random_layer(8, 64, bits=8).packed  # code - zero_point of up to 255
+    assert unpack_weight([eight])[0] is eight
+    halves = (torch.arange(5), torch.arange(5, 10))
+    grouped = [
+        random_layer(5, 64, bits=bits, group_size=32, channel=channel).packed
+        for bits, channel in zip((3, 4), halves, strict=True)
+    ]
+    assert unpack_weight(grouped) == tuple(grouped)
+
+
+def test_backends_multiply_unpacked_weights_alike(device: str) -> None:
+    layer = random_layer(40, 160, bits=4, group_size=64)
+    codes = torch.randint(-128, 128, (33, 160), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+    scale, zero = (torch.tensor([value], device=device) for value in (0.1, 7))
+    x = QuantizedActivation(codes.to(device), scale, zero.int(), symmetric=False)
+    fast = [weight.to(device) for weight in unpack_weight([layer.packed])]
+    want = linear_int(x, [layer.packed.to(device)], Epilogue(), "reference")
+    for backend in ("reference", "triton"):
+        got = linear_int(x, fast, Epilogue(), backend)
+        assert (got - want).abs().max() <= EPILOGUE_TOLERANCE * want.abs().max()

@@ -370,3 +370,30 @@ def test_a_model_whose_layers_hold_everything_still_says_its_dtype() -> None:
         assert {run.backend for run in runs} == {CPU}
         assert (model.dtype, model.device.type) == (torch.float32, "cpu")
         assert torch.allclose(model(x, 500).sample, want, atol=1e-3)
+
+
+@pytest.mark.parametrize("weight", ["W4 per channel", "W4 per group"])
+@pytest.mark.parametrize("kind", ["linear 3-D", "conv 3x3"])
+def test_unpacked_weights_give_what_packed_ones_give(weight: str, kind: str) -> None:
+    layer, shape = LAYERS[kind]
+    x, given = torch.randn(shape, generator=torch.Generator().manual_seed(1)), {}
+    for memory in ("packed", "fast"):
+        torch.manual_seed(0)  # of the bias
+        model, _ = quantized(layer(), LayerSpec(WEIGHTS[weight], ActivationSpec(8)))
+        build_runtime(model, TRITON, memory=memory)
+        assert ("8-bit weights unpacked" in model[0].run.reason) is (memory == "fast"), model[0].run.reason
+        assert "bytes" in model[0].run.reason
+        given[memory] = model(x)
+    assert (given["fast"] - given["packed"]).abs().max() <= TOLERANCE * given["packed"].abs().max()
+
+
+def test_weights_stay_packed_where_no_faster_way_was_measured() -> None:
+    model, _ = quantized(nn.Linear(40, 12), LayerSpec(WEIGHTS["W4 per channel"], ActivationSpec(8)))
+    build_runtime(model, TRITON)
+    assert model[0].run.reason.startswith("4-bit weights in ")
+
+
+def test_memory_is_one_of_its_names() -> None:
+    model, _ = quantized(nn.Linear(40, 12), LayerSpec(WEIGHTS["W4 per channel"], ActivationSpec(8)))
+    with pytest.raises(QuantizationError, match="memory: got 'little', wanted one of auto, packed, fast"):
+        build_runtime(model, TRITON, memory="little")

@@ -36,7 +36,7 @@ class CountingWatch(Watch):
             self._faults.labels(fault=str(finished.fault), kind=task.kind).inc()
         else:
             seconds = float(finished.output.metrics.get("seconds", 0.0))
-            self._seconds.labels(kind=task.kind, device=_device(task)).observe(seconds)
+            self._seconds.labels(kind=task.kind, device=str(finished.output.ran.get("device", "cpu"))).observe(seconds)
 
     def lost(self, task: ClaimedTask) -> None:
         """Count a lease that was lost."""
@@ -50,8 +50,3 @@ class CountingWatch(Watch):
 def _counter(name: str, registry: CollectorRegistry) -> Counter:
     metric = METRICS[name]
     return Counter(metric.family, metric.meaning, metric.labels, registry=registry)
-
-
-def _device(task: ClaimedTask) -> str:
-    """Return the type of device that a task ran on."""
-    return "cuda" if task.resources.gpus > 0 else "cpu"

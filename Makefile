@@ -1,11 +1,11 @@
-# make demo | make test | make docs: each alone creates .venv, installs the pinned dependencies and runs.
+# make demo | make cluster | make test | make docs: each alone creates .venv, installs the pinned dependencies and runs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
-.PHONY: install demo test tests test-slow check format lint contracts types fmt reference docs clean
+.PHONY: install demo cluster test tests test-slow soak check format lint contracts types fmt reference docs clean
 
 install: $(STAMP)
 
@@ -25,8 +25,12 @@ $(DOCS_STAMP): $(STAMP)
 demo: install
 	$(BIN)/python -m examples.demo
 
+# Postgres, an S3 store, a Ray cluster and two orchestrators, as docker-compose.yml says; Ctrl-C ends all of it.
+cluster: install
+	@$(BIN)/python -m deploy.cluster
+
 # One thread for each process: tests start workers beside themselves, and threads that wait for a core spin.
-tests test-slow: export OMP_NUM_THREADS = 1
+tests test-slow soak: export OMP_NUM_THREADS = 1
 
 # Everything that guards the code; CI runs this. The checks run beside the tests.
 test: install
@@ -38,6 +42,14 @@ tests: install
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow
+
+# Random faults for hours: SEEDS=1:500, LEVEL=1 (schedulers in one process) or 2 (real processes, Ray, servers).
+SEEDS ?= 1:500
+LEVEL ?= 1
+MINUTES ?= 600
+
+soak: install
+	$(BIN)/python -m tests.faults --seeds $(SEEDS) --level $(LEVEL) --minutes $(MINUTES)
 
 check: format lint contracts types
 
@@ -57,10 +69,11 @@ fmt: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# docs/recipe.schema.json and the tables of docs/recipes.md and docs/metrics.md, from the records in quant_spec.
+# docs/recipe.schema.json and the tables of docs/recipes.md, docs/metrics.md and docs/monitoring.md, from their records.
 reference: install
 	$(BIN)/python -m orchestrator.recipes.reference
 	$(BIN)/python -m quant_spec.metrics_page docs/metrics.md
+	$(BIN)/python -m orchestrator.monitoring.metrics docs/monitoring.md
 
 # The handbook, in site/; a warning is an error.
 docs: $(DOCS_STAMP)

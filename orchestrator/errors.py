@@ -3,7 +3,9 @@
 OrchestratorError
 ├── DatabaseError                 the database refused or lost a statement (exit code 1)
 │   ├── DatabaseUnreachableError  no such file, server, user or database (2)
+│   ├── DatabaseUnavailableError  it was there and does not serve now: restarted, hung, locked, read-only (1)
 │   ├── DatabaseFullError         no room left for the database (2)
+│   ├── ConflictError             the transaction ran into another and gave way; to be run again (1)
 │   └── SchemaError               the schema is behind or ahead of this Quantmill (2)
 ├── NotFoundError                 no job, model, release or alias of that name (102)
 ├── GraphError                    a task graph refers to a task it does not hold before it (1)
@@ -32,10 +34,22 @@ class DatabaseUnreachableError(DatabaseError, InvalidInputError):
     exit_code = 2
 
 
+class DatabaseUnavailableError(DatabaseError):
+    """The database, which was there, does not serve now; it may be back at any time."""
+
+
 class DatabaseFullError(DatabaseError, InvalidInputError):
     """There is no room left where the database lies; the transaction was rolled back."""
 
     exit_code = 2
+
+
+class ConflictError(DatabaseError):
+    """Two transactions waited for each other or claimed the same key; this one was rolled back, to be run again."""
+
+
+#: What passes by itself, if one waits.
+OUTAGES = (DatabaseUnavailableError, DatabaseUnreachableError, DatabaseFullError)
 
 
 class SchemaError(DatabaseError, InvalidInputError):

@@ -1,14 +1,33 @@
-"""Log records as lines on stderr: when, how bad, what, about which task."""
+"""Log records as lines on stderr, for people or as JSON: when, how bad, what, about which job, task and attempt."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import sys
-from typing import TextIO
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, TextIO
 
-from workers.urls import hide_passwords
+from orchestrator.text import printable
+from quant_spec.errors import InvalidInputError
+from workers.urls import hide_passwords, known_secrets
 
-_FIELDS = ("task", "attempt", "kind", "fault")
+#: The variable that says how lines are written where the command line doesn't.
+FORMAT_VARIABLE = "QUANTMILL_LOG_FORMAT"
+
+# What the scheduler adds to a record, in the order in which it is shown; more of it in JSON.
+_FIELDS = ("job", "task", "attempt", "kind", "fault")
+_JSON_FIELDS = (*_FIELDS, "jobs", "seconds")
+
+
+class LogFormat(StrEnum):
+    """How log lines are written."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 class _Lines(logging.Formatter):
@@ -18,7 +37,27 @@ class _Lines(logging.Formatter):
         fields = [(name, getattr(record, name)) for name in _FIELDS if hasattr(record, name)]
         shown = [f"{name}={str(value)[:12] if name == 'task' else value}" for name, value in fields]
         time = self.formatTime(record, "%Y-%m-%dT%H:%M:%S")
-        return " ".join([time, record.levelname.lower(), hide_passwords(" ".join(record.getMessage().split())), *shown])
+        return printable(" ".join([time, record.levelname.lower(), _message(record), *shown]))
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON document a record, in one line: `time` (UTC), `level`, `logger`, `message`, and fields that it has."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        document: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": _message(record),
+        }
+        document |= {name: getattr(record, name) for name in _JSON_FIELDS if hasattr(record, name)}
+        if record.exc_info:
+            document["exception"] = hide_passwords(self.formatException(record.exc_info), known_secrets(os.environ))
+        return json.dumps(document, ensure_ascii=False, default=str)
+
+
+def _message(record: logging.LogRecord) -> str:
+    return hide_passwords(" ".join(record.getMessage().split()), known_secrets(os.environ))
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
@@ -29,11 +68,37 @@ class _Stderr(logging.StreamHandler[TextIO]):
         super().emit(record)
 
 
-def log_to_stderr() -> None:
-    """Show the orchestrator's warnings and errors on stderr; calling it again changes nothing."""
+def log_format(environ: Mapping[str, str], given: str | None = None) -> LogFormat:
+    """Return the format that the command line gave, else the environment's, else text.
+
+    Raises
+    ------
+    InvalidInputError
+        If there is no such format.
+    """
+    name = given or environ.get(FORMAT_VARIABLE) or LogFormat.TEXT
+    try:
+        return LogFormat(name)
+    except ValueError:
+        wanted = " or ".join(LogFormat)
+        raise InvalidInputError(f"{FORMAT_VARIABLE}: got {name!r}, wanted {wanted}") from None
+
+
+def log_to_stderr(style: LogFormat = LogFormat.TEXT) -> None:
+    """Show the orchestrator's log on stderr: as text its warnings and errors, as JSON also what it does.
+
+    The last call says how.
+    """
     logger = logging.getLogger("orchestrator")
-    if not logger.handlers:
+    handler = next((each for each in logger.handlers if isinstance(each, _Stderr)), None)
+    if handler is None:
         handler = _Stderr(sys.stderr)
-        handler.setFormatter(_Lines())
         logger.addHandler(handler)
-    logger.setLevel(logging.WARNING)
+    handler.setFormatter(_JsonLines() if style is LogFormat.JSON else _Lines())
+    logger.setLevel(logging.INFO if style is LogFormat.JSON else logging.WARNING)
+
+
+def is_json() -> bool:
+    """Say whether stderr is for machines, so that nothing but JSON may be written there."""
+    handlers = logging.getLogger("orchestrator").handlers
+    return any(isinstance(each, _Stderr) and isinstance(each.formatter, _JsonLines) for each in handlers)

@@ -3,44 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.secret_files import database_url_of
 from quant_spec.errors import InvalidInputError
 from workers.storage.store import CACHE_LIMIT_BYTES
+from workers.urls import HIDDEN, SecretUrl, shown_url
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What every command works with.
 
-    The database and the store lie in the home folder unless `given_database_url` or another `store_url` say otherwise;
-    `ray_address` is None where a local Ray is to be started. `cache_bytes` limits each node's copies of what lies in a
-    remote store.
+    The database and the store lie in the home folder unless `given_database` or another `store` say otherwise; both may
+    hold a password, and show none. `ray_address` is None where a local Ray is to be started. `cache_bytes` limits each
+    node's copies of what lies in a remote store. `allowed_paths` are folders that recipes and model folders may name
+    files in, besides their own.
     """
 
     home: Path
-    given_database_url: str | None
-    store_url: str
+    given_database: SecretUrl | None
+    store: SecretUrl
     ray_address: str | None
     embedded_store: bool
     cache_bytes: int
+    allowed_paths: tuple[Path, ...] = ()
 
     @property
     def embedded_database(self) -> bool:
         """Whether the database is the home's own file."""
-        return self.given_database_url is None
+        return self.given_database is None
 
     @property
-    def database_url(self) -> str:
-        """Return the database's URL, with its password if it has one."""
-        if self.given_database_url is not None:
-            return self.given_database_url
+    def database_url(self) -> SecretUrl:
+        """Return the database's URL; `reveal` gives the password that it may have."""
+        if self.given_database is not None:
+            return self.given_database
         # Imported here: SQLAlchemy takes longer than the commands that need no database.
         from orchestrator.db.engine import sqlite_url
 
-        return sqlite_url(self.database_path)
+        return SecretUrl(sqlite_url(self.database_path))
+
+    @property
+    def store_url(self) -> str:
+        """Return the store's URL as it was given, for whoever opens it; show `store`."""
+        return self.store.reveal()
 
     @property
     def cache_dir(self) -> Path:
@@ -60,34 +70,46 @@ def resolve_settings(
     database_url: str | None = None,
     store_url: str | None = None,
     ray_address: str | None = None,
+    allowed_paths: Sequence[str] = (),
 ) -> Settings:
     """Return the settings from what was given, else from the environment, else the embedded defaults.
 
     Parameters
     ----------
     environ
-        Read for `QUANTMILL_HOME`, `QUANTMILL_DB`, `QUANTMILL_STORE`, `QUANTMILL_CACHE_GIB` and `RAY_ADDRESS`; an empty
-        value counts as absent.
+        Read for `QUANTMILL_HOME`, `QUANTMILL_DB` (or the files of `orchestrator.secret_files`), `QUANTMILL_STORE`,
+        `QUANTMILL_CACHE_GIB`, `QUANTMILL_ALLOWED_PATHS` (folders, joined by colons) and `RAY_ADDRESS`; an empty value
+        counts as absent.
     home, database_url, store_url, ray_address
         What the command line gave; these win.
+    allowed_paths
+        What the command line gave, besides those of the environment.
 
     Raises
     ------
     InvalidInputError
-        If the size of the cache is no size.
+        If the size of the cache is no size, the store a URL gone wrong, or a file with a secret cannot be read.
     """
     folder = Path(home or environ.get("QUANTMILL_HOME") or "~/.quantmill").expanduser().absolute()
-    given_database = database_url or environ.get("QUANTMILL_DB")
+    given_database = database_url_of(environ, database_url)
     given_store = store_url or environ.get("QUANTMILL_STORE")
     if given_store and "://" not in given_store:
+        # Below, it becomes a path, whatever it was meant as.
+        if shown_url(given_store) == HIDDEN:
+            raise InvalidInputError(
+                "store: got what looks like a URL with a password but is none, wanted s3://bucket/prefix or a folder, "
+                "as ./NAME if that is its name"
+            )
         given_store = str(Path(given_store).expanduser().absolute())
+    allowed = [*allowed_paths, *environ.get("QUANTMILL_ALLOWED_PATHS", "").split(os.pathsep)]
     return Settings(
         home=folder,
-        given_database_url=given_database or None,
-        store_url=given_store or str(folder / "store"),
+        given_database=SecretUrl(given_database) if given_database else None,
+        store=SecretUrl(given_store or str(folder / "store")),
         ray_address=ray_address or environ.get("RAY_ADDRESS") or None,
         embedded_store=not given_store,
         cache_bytes=_cache_bytes(environ.get("QUANTMILL_CACHE_GIB")),
+        allowed_paths=tuple(Path(path).expanduser().absolute() for path in allowed if path),
     )
 
 

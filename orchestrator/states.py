@@ -8,7 +8,8 @@ Rules of this file:
 * it knows nothing of SQL, leases or time.
 
 A task waits for its inputs (blocked), is ready (queued), is held by a lease (running), and ends succeeded, failed or
-cancelled. Success is for ever; a failed or cancelled task is revived when a job wants it again.
+cancelled. A failed or cancelled task is revived when a job wants it again. Success lasts as long as the bytes: a task
+whose outputs were lost is repaired, which is to run it again, and those that would have read them wait for it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class TaskEvent(StrEnum):
     FAIL = "failed"  # a fault that will not pass, or one too many
     CANCEL = "cancelled"  # no active job wants it any more
     REVIVE = "revived"  # a job wants it again
+    REPAIR = "repaired"  # its outputs were lost; it runs again
+    WAIT = "waiting"  # what it reads was lost; it waits until that has been made again
 
 
 class JobEvent(StrEnum):
@@ -89,6 +92,8 @@ TASK_TRANSITIONS: Mapping[TaskEvent, Transition[TaskState]] = {
     TaskEvent.FAIL: Transition(frozenset({_T.BLOCKED, _T.RUNNING}), _T.FAILED),
     TaskEvent.CANCEL: Transition(frozenset({_T.BLOCKED, _T.QUEUED, _T.RUNNING}), _T.CANCELLED),
     TaskEvent.REVIVE: Transition(frozenset({_T.FAILED, _T.CANCELLED}), _T.BLOCKED),
+    TaskEvent.REPAIR: Transition(frozenset({_T.SUCCEEDED}), _T.BLOCKED),
+    TaskEvent.WAIT: Transition(frozenset({_T.QUEUED, _T.RUNNING}), _T.BLOCKED),
 }
 
 JOB_TRANSITIONS: Mapping[JobEvent, Transition[JobState]] = {

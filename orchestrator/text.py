@@ -1,9 +1,22 @@
-"""Times and tables for people: durations, dates, columns."""
+"""Texts for people: durations, dates, columns, and nothing in them that steers a terminal."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+
+# Control characters but newline and tab, what separates lines elsewhere, what turns the direction of writing, halves of
+# characters that cannot be written.
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return a text without what a terminal takes for an order; it stands there in Python's way: `\\x1b`.
+
+    Names and messages may come from a file, a database or a store that somebody else wrote to.
+    """
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def human_seconds(seconds: float) -> str:

@@ -5,6 +5,14 @@ from __future__ import annotations
 from enum import StrEnum
 
 
+class Device(StrEnum):
+    """Where tasks run that gain by a GPU."""
+
+    AUTO = "auto"  # on a GPU if the cluster has one that fits, else on CPUs
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class Granularity(StrEnum):
     """Which values of a tensor share one scale and zero point."""
 

@@ -32,8 +32,9 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most {}"),
     "string_pattern_mismatch": ("pattern", "text like {}"),
     "string_too_short": ("min_length", "at least {} character"),
+    "string_too_long": ("max_length", "at most {} characters"),
     "too_short": ("min_length", "{} items"),
-    "too_long": ("max_length", "{} items"),
+    "too_long": ("max_length", "at most {} items"),
 }
 
 

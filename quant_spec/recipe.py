@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from quant_spec.enums import Extractor, Shift
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
@@ -22,8 +22,12 @@ from quant_spec.recipe_formats import (
     activations_for,
     weights_for,
 )
-from quant_spec.record import Count, Positive, Record, Seed
+from quant_spec.record import Count, Record, Seed
+from quant_spec.resources import JobResources
 from quant_spec.sampler import Sampler
+
+#: Tasks that the seeds of one section may be shared out among.
+MOST_SHARDS = 10_000
 
 
 class Passes(Record):
@@ -70,7 +74,7 @@ class Calibration(Record):
 class Memory(Record):
     """Bounds on memory."""
 
-    budget_gib: Positive = Field(
+    budget_gib: Annotated[float, Field(gt=0, le=65_536)] = Field(
         default=2.0, description="Activation cache of one task, GiB; what does not fit goes to disk."
     )
 
@@ -88,7 +92,7 @@ class Budget(Record):
 class Evaluation(Record):
     """How the packed model is compared with the original, on seeds that calibration did not see."""
 
-    seeds: Annotated[int, Field(ge=2)] = Field(
+    seeds: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         default=256, description="Samples that are compared with full precision, seed by seed."
     )
     first_seed: Seed = Field(default=0, description="First of their seeds.")
@@ -99,9 +103,9 @@ class Evaluation(Record):
         default=Extractor.EFFICIENTNET_LITE0,
         description="Features that the Fréchet distance is taken of; inception-v3 needs a file in extractor_weights.",
     )
-    extractor_weights: Annotated[str, Field(min_length=1)] | None = Field(
+    extractor_weights: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
         default=None,
-        description="File with the extractor's weights, relative to the recipe (resolved: its SHA-256); only for "
+        description="File with the extractor's weights, below the recipe's folder (resolved: its SHA-256); only for "
         "inception-v3.",
     )
     grid: Count = Field(default=16, description="Images in the sample grid, at most.")
@@ -116,13 +120,19 @@ class Evaluation(Record):
         return self
 
 
+#: Fields that say how tasks run, and decide no byte of what they give.
+HOW_IT_RUNS = ("resources", "deterministic")
+
+
 class Recipe(Record):
     """A whole recipe, with every field set."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")] = Field(
         default="recipe", description="Names the release, together with the model's; by default that of the file."
     )
-    description: str = Field(default="", description="What the recipe is, in one line.")
+    description: Annotated[str, Field(max_length=10_000)] = Field(
+        default="", description="What the recipe is, in one line."
+    )
     sampler: Sampler = Field(default=Sampler(), description="How samples are drawn.")
     calibration: Calibration = Field(default=Calibration(), description="What ranges and roundings are fitted on.")
     weights: Weights = Field(default=Weights(), description="Format of the weights.")
@@ -131,7 +141,7 @@ class Recipe(Record):
     skip_split: bool = Field(
         default=True, description="Split layers that read a concatenation: each part has its own ranges and scales."
     )
-    layers: tuple[LayerException, ...] = Field(
+    layers: Annotated[tuple[LayerException, ...], Field(max_length=10_000)] = Field(
         default=(), description="Exceptions, in order; of several that match a layer, later ones win, field by field."
     )
     passes: Passes = Field(default=Passes(), description="The steps of the method.")
@@ -141,10 +151,31 @@ class Recipe(Record):
         default=Evaluation(), description="How the packed model is compared with the original."
     )
     seed: Seed = Field(default=0, description="Of every random choice while fitting.")
+    resources: JobResources = Field(default=JobResources(), description="What tasks run on; names no task.")
+    deterministic: bool = Field(
+        default=False,
+        description="Run all tasks that use a GPU on one type of it, with torch's deterministic algorithms; names no "
+        "task.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_asked_for(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out how tasks run where nothing is said of it, so that the digests of recipes stay what they were."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name not in HOW_IT_RUNS or self.says(name)}
+
+    def says(self, name: str) -> bool:
+        """Whether a field has another value than its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    def without_how_it_runs(self) -> Self:
+        """Return the recipe as a release tells it: what decides its bytes, not where they were computed."""
+        return self.replaced(**{name: type(self).model_fields[name].default for name in HOW_IT_RUNS})
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         self._check_seeds()
+        self._check_shards()
         self._check_finite_set()
         if self.passes.scale is not None and self.activations.bits is None:
             raise ValueError("passes.scale: got activations.bits null, wanted quantized activations")
@@ -215,6 +246,27 @@ class Recipe(Record):
                 raise ValueError(
                     f"evaluation.first_seed: got seeds {held_out.first_seed}..{end - 1}, wanted none of {name}'s "
                     f"{first}..{first + count - 1}"
+                )
+
+    def _check_shards(self) -> None:
+        """Refuse seeds in so many shards that a job would have more tasks than anybody waits for."""
+        passes, step_bits = self.passes, self.activations.step_bits
+        sharded = [
+            ("calibration", self.calibration.seeds, self.calibration.shard_seeds),
+            ("evaluation", self.evaluation.seeds, self.evaluation.shard_seeds),
+        ]
+        if passes.correct is not None:
+            seeds = passes.correct.seeds + passes.correct.held_out_seeds
+            sharded.append(("passes.correct", seeds, passes.correct.shard_seeds))
+        if passes.distill is not None:
+            sharded.append(("passes.distill", passes.distill.seeds, passes.distill.shard_seeds))
+        if step_bits is not None:
+            sharded.append(("activations.step_bits", step_bits.seeds, step_bits.shard_seeds))
+        for name, seeds, shard in sharded:
+            if (tasks := -(-seeds // shard)) > MOST_SHARDS:
+                raise ValueError(
+                    f"{name}.shard_seeds: got {shard} of {seeds} seeds, which makes {tasks} tasks, wanted at least "
+                    f"{-(-seeds // MOST_SHARDS)}, for at most {MOST_SHARDS} tasks"
                 )
 
     def _fitted_seeds(self) -> list[tuple[str, int, int]]:

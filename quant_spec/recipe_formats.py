@@ -110,7 +110,7 @@ class ActivationsException(Partial):
 class LayerException(Record):
     """Layers that are treated differently; of several entries that match a layer, later ones win."""
 
-    match: Annotated[str, Field(pattern=r"^(@first|@last|[^@].*)$")] = Field(
+    match: Annotated[str, Field(pattern=r"^(@first|@last|[^@].*)$", max_length=1000)] = Field(
         description="Glob over the names of layers and attentions (* also matches dots); @first is the layer that "
         "reads the sample, @last the one that writes the prediction."
     )

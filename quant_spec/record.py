@@ -20,11 +20,12 @@ from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem, shown
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
-Count = Annotated[int, Field(ge=1)]
+# Every number has an upper bound: far above what is of use, and low enough that nobody plans, or waits, for ever.
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]
 Percentile = Annotated[float, Field(gt=0.5, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

@@ -6,34 +6,36 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from quant_spec.record import Count, Positive, Record
+from quant_spec.record import Positive, Record
 
 
 class Sampler(Record):
     """How samples are drawn: for calibration, for the references and for the evaluation alike."""
 
-    scheduler: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9]*$")] | None = Field(
+    scheduler: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9]*$", max_length=128)] | None = Field(
         default=None,
         description="Scheduler class of diffusers that fits the model; null is the model's own, DDIM if that is DDPM.",
     )
-    num_inference_steps: Count = Field(default=20, description="Steps of a trajectory.")
+    num_inference_steps: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        default=20, description="Steps of a trajectory."
+    )
     eta: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="Share of DDPM's noise in DDIM-like schedulers."
     )
-    guidance_scale: Annotated[float, Field(ge=0)] = Field(
+    guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = Field(
         default=1.0,
         description="Classifier-free guidance; 1 is none and calls the denoiser once per step, anything else twice.",
     )
-    null_class: Annotated[int, Field(ge=0)] | None = Field(
+    null_class: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description='Label that means "no class", if it is not the embedding\'s extra row.'
     )
     timestep_scale: Positive = Field(
         default=1.0, description="What the denoiser gets per unit of the scheduler's timestep."
     )
-    mu: float | None = Field(
+    mu: Annotated[float, Field(ge=-1e6, le=1e6)] | None = Field(
         default=None, description="Resolution shift of schedulers that take one; null computes it."
     )
-    options: dict[str, Any] = Field(
+    options: Annotated[dict[str, Any], Field(max_length=100)] = Field(
         default={}, description="Overrides of the scheduler's config, such as timestep_spacing."
     )
 

@@ -92,8 +92,17 @@ class TaskKind:
         What it is told, and what it reads.
     outputs
         Names of what it gives; "name:*" is one for each of some units.
+    trees
+        Those outputs that are trees: manifests that name other blobs, which may be another task's.
     reports
         Its tasks are long and say how far they are.
+    gpu
+        A GPU helps: its body computes on the device that it is given.
+    batch_free
+        Name of the parameter that says how many samples go through the model at once, where the result does not depend
+        on it but for rounding: a task that ran out of memory is tried again with less. None if there is none.
+    shards
+        Its body can spread the model over several GPUs of one node, where one is too small for it.
     """
 
     name: str
@@ -103,6 +112,10 @@ class TaskKind:
     inputs: type[TaskInputs[Any]] = TaskInputs
     outputs: tuple[str, ...] = ()
     reports: bool = False
+    gpu: bool = False
+    batch_free: str | None = None
+    shards: bool = False
+    trees: tuple[str, ...] = ()
 
     def check_outputs(self, names: Sequence[str]) -> None:
         """Raise InvalidInputError unless these are names of outputs of this kind."""

@@ -31,8 +31,16 @@ def upgrade() -> None:
         sa.Column("ran_on", sa.Text()),
         sa.Column("queued_at", DOUBLE),
         sa.Column("repairs", sa.Integer(), nullable=False, server_default="0"),
+        sa.Column("needs", sa.Text(), nullable=False, server_default=""),
+        sa.Column("deterministic", sa.Boolean(), nullable=False, server_default=sa.false()),
     ):
         op.add_column("tasks", column)
+    _name_needs()
+    op.drop_index("ix_tasks_queued", "tasks")
+    op.drop_index("ix_tasks_queued_cpu", "tasks")
+    queued = ["needs", "alone", sa.text("priority DESC"), "seq"]
+    op.create_index("ix_tasks_queued_needs", "tasks", queued, **_where("state = 'queued'"))
+    op.add_column("task_inputs", sa.Column("places", JSON))
     op.add_column("results", sa.Column("ran", JSON, nullable=False, server_default=sa.text("'{}'")))
     op.rename_table("kind_timings", "kind_timings_before")
     _make_timings(with_device=True)
@@ -60,6 +68,14 @@ def upgrade() -> None:
         sa.Column("cluster", JSON, nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_orchestrators")),
     )
+    op.create_table(
+        "signatures",
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("key_id", sa.String(64), nullable=False),
+        sa.Column("bundle", sa.Text(), nullable=False),
+        sa.Column("created_at", DOUBLE, nullable=False),
+        sa.PrimaryKeyConstraint("digest", "key_id", name=op.f("pk_signatures")),
+    )
     clock = "extract(epoch FROM now())" if op.get_context().dialect.name == "postgresql" else "strftime('%s', 'now')"
     insert = sa.text(f"INSERT INTO service (id, created_at) VALUES (:id, {clock})")
     op.get_bind().execute(insert.bindparams(id=uuid.uuid4().hex))
@@ -67,17 +83,27 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Go back; times on GPUs, and where tasks ran, are forgotten."""
+    op.drop_table("signatures")
     op.drop_table("orchestrators")
     op.drop_table("service")
     op.rename_table("kind_timings", "kind_timings_before")
     _make_timings(with_device=False)
     op.execute(
         "INSERT INTO kind_timings (kind, version, n, seconds, work) "
-        "SELECT kind, version, n, seconds, work FROM kind_timings_before WHERE device = 'cpu'"
+        "SELECT kind, version, sum(n), sum(seconds), sum(work) FROM kind_timings_before "
+        "WHERE device = 'cpu' GROUP BY kind, version"
     )
     op.drop_table("kind_timings_before")
     op.drop_column("results", "ran")
+    op.drop_index("ix_tasks_queued_needs", "tasks")
+    op.create_index("ix_tasks_queued", "tasks", [sa.text("priority DESC"), "seq"], **_where("state = 'queued'"))
+    op.create_index(
+        "ix_tasks_queued_cpu", "tasks", [sa.text("priority DESC"), "seq"], **_where("state = 'queued' AND gpus = 0")
+    )
+    op.drop_column("task_inputs", "places")
     for column in (
+        "needs",
+        "deterministic",
         "repairs",
         "queued_at",
         "ran_on",
@@ -110,9 +136,30 @@ def _make_timings(*, with_device: bool) -> None:
             sa.Column("device", sa.String(128), nullable=False, server_default="cpu"),
             sa.Column("peak_rss_bytes", sa.BigInteger(), nullable=False, server_default="0"),
             sa.Column("peak_gpu_bytes", sa.BigInteger(), nullable=False, server_default="0"),
+            sa.Column("shard", sa.Integer(), autoincrement=False, nullable=False, server_default="0"),
+            sa.Column("memory_ratio", DOUBLE, nullable=False, server_default="0"),
+            sa.Column("gpu_memory_ratio", DOUBLE, nullable=False, server_default="0"),
         ]
-        key.append("device")
+        key += ["device", "shard"]
     op.create_table("kind_timings", *columns, sa.PrimaryKeyConstraint(*key, name=op.f("pk_kind_timings")))
+
+
+def _name_needs() -> None:
+    """Name what the tasks ask for that are not over, as `orchestrator.db.enqueue.needs_of` does for new ones."""
+    unfinished = "state IN ('blocked', 'queued', 'running', 'failed', 'cancelled')"
+    asked = op.get_bind().execute(sa.text(f"SELECT DISTINCT cpus, gpus, memory_bytes FROM tasks WHERE {unfinished}"))
+    for cpus, gpus, memory in asked.all():
+        statement = sa.text(
+            f"UPDATE tasks SET needs = :needs WHERE {unfinished} "
+            "AND cpus = :cpus AND gpus = :gpus AND memory_bytes = :memory"
+        )
+        needs = f"{cpus}/{gpus}/{memory}/0/auto/None"
+        op.execute(statement.bindparams(needs=needs, cpus=cpus, gpus=gpus, memory=memory))
+
+
+def _where(condition: str) -> dict[str, sa.TextClause]:
+    """Restrict an index to some rows, on both databases."""
+    return {"postgresql_where": sa.text(condition), "sqlite_where": sa.text(condition)}
 
 
 def _is_postgres() -> bool:

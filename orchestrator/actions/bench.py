@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.actions.dry_run import worker_count
 from orchestrator.actions.local import run_task
+from orchestrator.actions.repair import saying_how_to_repair
 from orchestrator.db.jobs import find_job
 from orchestrator.db.releases import find_release, publish
 from orchestrator.db.session import lock_graph
@@ -64,20 +65,21 @@ def bench_release(
         release = find_release(session, ref)
         job = find_job(session, release.job)
     notify(f"measuring {release.ref} and its original on {options.device}")
-    metrics = run_task(
-        service.settings,
-        bench.KIND,
-        bench.Params(
-            sampler=Sampler.from_json(release.metrics["sampler"]),
-            batches=BATCHES,
-            seconds=SECONDS,
-            backend=options.backend,
-            compile=options.compiled,
-        ),
-        bench.Inputs(artifact=release.digest, model=job.model_digest),
-        device=options.device,
-        threads=options.threads or worker_count(),
-    ).metrics
+    with saying_how_to_repair(service, release):
+        metrics = run_task(
+            service.settings,
+            bench.KIND,
+            bench.Params(
+                sampler=Sampler.from_json(release.metrics["sampler"]),
+                batches=BATCHES,
+                seconds=SECONDS,
+                backend=options.backend,
+                compile=options.compiled,
+            ),
+            bench.Inputs(artifact=release.digest, model=job.model_digest),
+            device=options.device,
+            threads=options.threads or worker_count(),
+        ).metrics
     if metrics["compile_error"] is not None:
         notify(f"the compiled original was not measured: {metrics['compile_error']}")
     ours, original, half, compiled = (metrics[side] for side in SIDES)

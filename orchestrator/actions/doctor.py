@@ -15,13 +15,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from orchestrator.actions.cluster import left_out
+from orchestrator.actions.gpu_check import check_gpu
+from orchestrator.db.orchestrators import OrchestratorState, clusters, list_orchestrators
 from orchestrator.db.session import current, open_database
-from orchestrator.service import open_store_of
+from orchestrator.service import open_store_of, private_paths
 from orchestrator.settings import Settings
+from orchestrator.store_owner import StoreOwner, store_owner
+from orchestrator.text import human_seconds
 from quant_spec.errors import QuantServiceError
 from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
-from workers.urls import hide_passwords
+from workers.execution.ray_security import token_file
+from workers.storage.private import is_private
+from workers.storage.store import Store
+from workers.urls import hide_passwords, known_secrets
 
 _PYTHON = (3, 11)
 #: Before this version anyone's browser could delete jobs through Ray's dashboard (CVE-2026-27482).
@@ -65,10 +73,14 @@ def examine(settings: Settings) -> list[Check]:
         "python": _python,
         "torch": _torch,
         "kernels": _kernels,
+        "gpu": check_gpu,
         "ray": lambda: _ray(settings.ray_address, os.environ),
         "database": lambda: _database(settings),
+        "orchestrators": lambda: _orchestrators(settings),
         "store": lambda: _store(settings),
+        "home": lambda: _home(settings),
         "disk": lambda: _disk(settings.home),
+        "nodes": lambda: _nodes(settings),
     }
     return [_run(name, check) for name, check in checks.items()]
 
@@ -77,7 +89,7 @@ def _run(name: str, check: Callable[[], tuple[bool, str]]) -> Check:
     try:
         ok, detail = check()
     except (QuantServiceError, OSError, ValueError, metadata.PackageNotFoundError) as error:
-        ok, detail = False, hide_passwords(" ".join(str(error).split()))
+        ok, detail = False, hide_passwords(" ".join(str(error).split()), known_secrets(os.environ))
     return Check(name, ok, detail)
 
 
@@ -118,8 +130,11 @@ def _ray(address: str | None, environ: Mapping[str, str]) -> tuple[bool, str]:
     if tuple(int(part) for part in version.split(".")[:2]) < _RAY:
         return False, f"ray {version}, wanted at least {_RAY[0]}.{_RAY[1]}"
     if address is None or address == "local" or _is_loopback(address):
-        return True, f"ray {version}, local, reachable from this machine only"
+        return True, f"ray {version}, local, reachable from this machine only, with a token of its own"
     if environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        token = token_file(environ)
+        if token is not None and not is_private(token):
+            return False, f"others may read Ray's token in {token}, wanted for you alone: chmod 600 {token}"
         return True, f"ray {version} at {address}, RAY_AUTH_MODE=token"
     return False, f"ray {version} at {address} without RAY_AUTH_MODE=token: whoever reaches it runs commands there"
 
@@ -147,10 +162,31 @@ def _database(settings: Settings) -> tuple[bool, str]:
         database.close()
 
 
+def _orchestrators(settings: Settings) -> tuple[bool, str]:
+    """Say who works on the database, and who waits for what."""
+    state = current(settings.database_url)
+    if state.revision != state.head:
+        return True, "unknown, as the database has another schema"
+    database = open_database(settings.database_url)
+    try:
+        with database.session(read_only=True) as session:
+            rows = list_orchestrators(session)
+    finally:
+        database.close()
+    said = []
+    for row in rows:
+        silent = f" (last heard of {human_seconds(row.silent_seconds)} ago)"
+        reason = f" for the {row.note.reason}" if row.note.state is OrchestratorState.WAITING else ""
+        gone = row.note.state is OrchestratorState.GONE
+        said.append(f"{row.note.id} {row.note.state}{silent if gone else reason}")
+    waiting = any(row.note.state is OrchestratorState.WAITING for row in rows)
+    return not waiting, "; ".join(said) or "none at work: quantmill serve starts one"
+
+
 def _store(settings: Settings) -> tuple[bool, str]:
     """Write, read and remove a blob that nobody else can have."""
     if settings.embedded_store and not Path(settings.store_url).is_dir():
-        return True, f"{settings.store_url} will be made on first use"
+        return True, f"{settings.store} will be made on first use"
     store = open_store_of(settings)
     data = b"quantmill doctor " + secrets.token_bytes(32)
     digest = store.put_bytes(data)
@@ -159,7 +195,53 @@ def _store(settings: Settings) -> tuple[bool, str]:
             raise StoreError(f"{store.url}: got other bytes back than were written")
     finally:
         store.delete(digest)
-    return True, f"{store.url}: writes, reads and deletes"
+    return True, f"{store.url}: writes, reads and deletes{_owner(settings, store)}"
+
+
+def _owner(settings: Settings, store: Store) -> str:
+    """Say whose the store is, if there is a database to compare it with."""
+    state = current(settings.database_url)
+    if state.revision != state.head:
+        return ""
+    database = open_database(settings.database_url)
+    try:
+        owner = store_owner(database, store)
+    finally:
+        database.close()
+    kept = "" if owner is StoreOwner.OURS else ", so artifacts gc removes nothing (quantmill init --adopt)"
+    return f"; it belongs to {owner}{kept}"
+
+
+def _home(settings: Settings) -> tuple[bool, str]:
+    """Find what other users of this machine could read or change."""
+    if not settings.home.is_dir():
+        return True, f"{settings.home} will be made on first use, for you alone"
+    wide = [str(path) for path in private_paths(settings) if not is_private(path)]
+    if wide:
+        return (
+            False,
+            f"others may read or enter {', '.join(wide)}, wanted for you alone: quantmill init, or chmod go-rwx",
+        )
+    return True, f"{settings.home}, for you alone"
+
+
+def _nodes(settings: Settings) -> tuple[bool, str]:
+    """Say what the orchestrators that work on this database see of their clusters, and which nodes they leave out."""
+    if current(settings.database_url).revision is None:
+        return True, "no orchestrator is at work"
+    database = open_database(settings.database_url)
+    try:
+        with database.session(read_only=True) as session:
+            found = clusters(session)
+    finally:
+        database.close()
+    if not found:
+        return True, "no orchestrator is at work"
+    if lines := left_out(found.values()):
+        return False, "; ".join(lines)
+    nodes = {node["node"]: node for cluster in found.values() for node in cluster.get("nodes", ())}
+    gpus = sum(node["gpus"] for node in nodes.values())
+    return True, f"{len(found)} orchestrators at work see {len(nodes)} nodes with {gpus} GPUs, and use all of them"
 
 
 def _disk(home: Path) -> tuple[bool, str]:

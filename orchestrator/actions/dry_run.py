@@ -9,7 +9,9 @@ from typing import Any
 
 from orchestrator.actions.registration import resolve_model
 from orchestrator.actions.submission import Request, notify_scheduler
-from orchestrator.db.registry import kind_timings, known_results
+from orchestrator.db.orchestrators import clusters, gpu_types
+from orchestrator.db.registry import known_results
+from orchestrator.db.timings import kind_timings
 from orchestrator.planning.estimate import Estimate, cached_tasks, estimate
 from orchestrator.planning.planner import plan
 from orchestrator.recipes.load import load_recipe
@@ -50,13 +52,13 @@ def dry_run_job(service: Service, request: Request, *, notify: Callable[[str], N
     RecipeError, QuantizationError, ModelError, NotFoundError
         As `orchestrator.actions.submission.submit` would.
     """
-    loaded = load_recipe(request.recipe, request.overrides)
+    loaded = load_recipe(request.recipe, request.assignments(), allowed=service.settings.allowed_paths)
     model = resolve_model(service, request.model, notify=notify, dry_run=True, sample_size=request.sample_size)
     notify_scheduler(model, loaded.recipe, notify)
     workers = worker_count()
     with service.database.session(read_only=True) as session:
         cached = cached_tasks(plan(model, loaded.recipe)[0], lambda keys: known_results(session, keys))
-        timings = kind_timings(session)
+        timings = kind_timings(session, gpu_types(clusters(session)))
     found = estimate(plan(model, loaded.recipe)[0], timings, cached, cpus=workers)
     return DryRun(model.name, loaded.recipe.name, workers, found)
 

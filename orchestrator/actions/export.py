@@ -9,8 +9,10 @@ from typing import Any
 
 from orchestrator.actions.local import run_task
 from orchestrator.actions.releases import check_target, get_release
+from orchestrator.actions.repair import saying_how_to_repair
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.service import Service
+from quant_spec.documents import read_json_file
 from quant_spec.tasks import export
 from workers.storage.manifest import MANIFEST_NAME, pull_tree
 
@@ -41,11 +43,13 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
     release = get_release(service, ref)
     digest = release.digest
     if layout == DEQUANTIZED:
-        output = run_task(service.settings, export.KIND, export.Params(), export.Inputs(artifact=digest))
+        with saying_how_to_repair(service, release):
+            output = run_task(service.settings, export.KIND, export.Params(), export.Inputs(artifact=digest))
         digest = output.outputs[export.MODEL]
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-partial-", dir=folder.parent) as scratch:
         pulled, laid_out = Path(scratch, "pulled"), Path(scratch, "out")
-        pull_tree(service.store, digest, pulled)
+        with saying_how_to_repair(service, release):
+            pull_tree(service.store, digest, pulled)
         (pulled / MANIFEST_NAME).unlink()
         _lay_out(pulled, laid_out)
         laid_out.chmod(0o755)
@@ -55,7 +59,7 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
 
 def _lay_out(pulled: Path, target: Path) -> None:
     """Move the denoiser, the scheduler and the card of a flat folder to where a pipeline has them."""
-    config = json.loads((pulled / "config.json").read_text(encoding="utf-8"))
+    config = read_json_file(pulled / "config.json")
     target.mkdir()
     for name in ("scheduler", "README.md"):
         if (pulled / name).exists():
@@ -72,7 +76,7 @@ def _model_index(config: dict[str, Any], scheduler: Path) -> dict[str, Any] | No
     conditional = config.get("num_class_embeds") or config.get("class_embed_type")
     if config["_class_name"] != "UNet2DModel" or conditional or not scheduler.is_file():
         return None
-    scheduler_class = json.loads(scheduler.read_text(encoding="utf-8"))["_class_name"]
+    scheduler_class = read_json_file(scheduler)["_class_name"]
     return {
         "_class_name": "DDIMPipeline",
         "_diffusers_version": config.get("_diffusers_version"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from orchestrator.actions.local import run_task
 from orchestrator.actions.releases import get_release
+from orchestrator.actions.repair import saying_how_to_repair
 from orchestrator.service import Service
 from quant_spec.enums import KernelBackend
 from quant_spec.formats import LayerSpec
@@ -30,12 +31,13 @@ def release_layers(service: Service, ref: str, *, device: str, backend: KernelBa
         As `load_quantized` takes it.
     """
     release = get_release(service, ref)
-    metrics = run_task(
-        service.settings,
-        layer_table.KIND,
-        layer_table.Params(backend=backend),
-        layer_table.Inputs(artifact=release.digest),
-        device=device,
-    ).metrics
+    with saying_how_to_repair(service, release):
+        metrics = run_task(
+            service.settings,
+            layer_table.KIND,
+            layer_table.Params(backend=backend),
+            layer_table.Inputs(artifact=release.digest),
+            device=device,
+        ).metrics
     layers = [{**each, "bits": LayerBits.of(LayerSpec.from_json(each)).to_json()} for each in metrics["layers"]]
     return {"release": release.ref, "digest": release.digest, **metrics, "layers": layers}

@@ -6,21 +6,25 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from orchestrator.actions.cluster import gpu_text
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import find_job, job_kinds, list_tasks
-from orchestrator.db.registry import kind_timings
+from orchestrator.db.orchestrators import gpu_types, waiting_reason
 from orchestrator.db.rows import KindRow
 from orchestrator.db.session import Database
+from orchestrator.db.timings import kind_timings
 from orchestrator.errors import DatabaseError
 from orchestrator.planning.estimate import Rate, fitted_rates
 from orchestrator.scheduling.running import REPORTING, RunningTask, running_tasks, step_text
-from orchestrator.text import human_seconds
+from orchestrator.states import ACTIVE_JOBS
+from orchestrator.text import human_seconds, printable
+from quant_spec.kinds import KINDS
 from workers.storage.store import Store
 
 if TYPE_CHECKING:
@@ -32,11 +36,16 @@ LIVE_SECONDS, PLAIN_SECONDS = 0.5, 1.0
 LINE_SECONDS = 10.0
 _RATE_WINDOW_SECONDS = 60.0
 _TELLING_SHARE = 0.1
+_JOIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A job at one moment; `eta_seconds` is what is left of it by recorded times and what long tasks say themselves."""
+    """A job at one moment.
+
+    `eta_seconds` is what is left of it by recorded times and what long tasks say themselves, `waiting` what all
+    orchestrators wait for, if they do. `gpus` says how the cluster's GPUs are used, "" where there are none.
+    """
 
     job: str
     state: str
@@ -46,6 +55,8 @@ class Snapshot:
     seconds: float
     eta_seconds: float
     steps: tuple[RunningTask, ...] = ()
+    gpus: str = ""
+    waiting: str | None = None
 
     @property
     def total(self) -> int:
@@ -68,7 +79,27 @@ class Snapshot:
         return sum(kind.running for kind in self.kinds)
 
 
-def remaining_seconds(kinds: Sequence[KindRow], rates: Mapping[str, Rate], workers: int) -> float:
+@dataclass(frozen=True, slots=True)
+class Width:
+    """How many tasks run at once: on CPUs, and on GPUs where there are any."""
+
+    cpus: int
+    gpus: int = 0
+
+    @classmethod
+    def of(cls, cluster: Mapping[str, Any], least_cpus: int) -> Self:
+        """Return that of a cluster: as many on GPUs as run there now, at least one on each."""
+        nodes = [node for node in cluster.get("nodes", ()) if not node["left_out"]]
+        cpus = sum(int(node["cpus"]) for node in nodes)
+        return cls(cpus or least_cpus, sum(max(node["gpus"], node["gpu_tasks"]) for node in nodes))
+
+    def at_once(self, kind: str) -> int:
+        """Return how many tasks of a kind run at once."""
+        on_gpu = self.gpus and kind in KINDS and KINDS[kind].gpu
+        return max(self.gpus if on_gpu else self.cpus, 1)
+
+
+def remaining_seconds(kinds: Sequence[KindRow], rates: Mapping[str, Rate], width: Width) -> float:
     """Estimate the time that is left, in seconds.
 
     Parameters
@@ -78,7 +109,7 @@ def remaining_seconds(kinds: Sequence[KindRow], rates: Mapping[str, Rate], worke
         tasks to end are the small ones, which say little about the others.
     rates
         What tasks of the other kinds take (`orchestrator.planning.estimate.fitted_rates`).
-    workers
+    width
         How many tasks run at once.
     """
     total = 0.0
@@ -86,16 +117,17 @@ def remaining_seconds(kinds: Sequence[KindRow], rates: Mapping[str, Rate], worke
         left = kind.total - kind.succeeded - kind.failed - kind.cancelled
         computed = kind.succeeded - kind.cached
         if computed and kind.work > 0 and kind.work >= _TELLING_SHARE * kind.work_left:
-            total += kind.seconds / kind.work * kind.work_left
+            seconds = kind.seconds / kind.work * kind.work_left
         elif kind.kind in rates:
-            total += rates[kind.kind].fixed * left + rates[kind.kind].per_gmac * kind.work_left
-        elif computed:
-            total += kind.seconds / computed * left
-    return total / max(workers, 1)
+            seconds = rates[kind.kind].fixed * left + rates[kind.kind].per_gmac * kind.work_left
+        else:
+            seconds = kind.seconds / computed * left if computed else 0.0
+        total += seconds / width.at_once(kind.kind)
+    return total
 
 
 def seconds_left(
-    kinds: Sequence[KindRow], rates: Mapping[str, Rate], workers: int, steps: Sequence[RunningTask]
+    kinds: Sequence[KindRow], rates: Mapping[str, Rate], width: Width, steps: Sequence[RunningTask]
 ) -> float:
     """Estimate the time that is left, in seconds: what long tasks say themselves, then all that is not theirs."""
     timed = [each for each in steps if each.progress.seconds_left is not None]
@@ -106,38 +138,67 @@ def seconds_left(
         share = kind.work_left * (left - own) / max(left, 1)
         others.append(replace(kind, total=kind.total - own, work_left=share))
     return max((each.progress.seconds_left or 0.0 for each in timed), default=0.0) + remaining_seconds(
-        others, rates, workers
+        others, rates, width
     )
 
 
-def recorded_rates(database: Database) -> dict[str, Rate]:
-    """Return what tasks of each kind take, by those that were ever computed."""
+def recorded_rates(database: Database, types: Collection[str] = ()) -> dict[str, Rate]:
+    """Return what tasks of each kind take, by those that were ever computed; on these types of GPU, where known."""
     with database.session(read_only=True) as session:
-        return fitted_rates(kind_timings(session))
+        return fitted_rates(kind_timings(session, types))
 
 
-def take_snapshot(database: Database, store: Store, job_id: str, rates: Mapping[str, Rate], workers: int) -> Snapshot:
+@dataclass(slots=True)
+class Pacer:
+    """What is known of how fast tasks go: on the types of GPU that the cluster has now, on its CPUs, or here."""
+
+    database: Database
+    workers: int
+    cluster: Callable[[], Mapping[str, Any]]
+    _types: frozenset[str] | None = None
+    _rates: Mapping[str, Rate] = field(default_factory=dict)
+
+    def now(self) -> tuple[Mapping[str, Rate], Width, str]:
+        """Return rates, how many tasks run at once, and how the GPUs are used."""
+        cluster = self.cluster()
+        types = frozenset(gpu_types({"": cluster}))
+        if types != self._types:
+            self._rates, self._types = recorded_rates(self.database, types), types
+        return self._rates, Width.of(cluster, self.workers), gpu_text(cluster)
+
+
+def take_snapshot(database: Database, store: Store, job_id: str, pacer: Pacer) -> Snapshot:
     """Read a job's progress."""
+    rates, width, gpus = pacer.now()
     with database.session(read_only=True) as session:
         job = find_job(session, job_id)
         kinds = tuple(job_kinds(session, job_id))
         now = database_time(session)
+        waiting = waiting_reason(session) if job.state in ACTIVE_JOBS else None
         long = [kind.kind for kind in kinds if kind.running and kind.kind in REPORTING]
         rows = [task for kind in long for task in list_tasks(session, job_id, kind=kind)]
     steps = running_tasks(rows, store)
     seconds = (job.finished_at or now) - (job.started_at or job.created_at)
-    eta = seconds_left(kinds, rates, workers, steps)
-    return Snapshot(job.id, job.state.value, job.model_name, job.recipe_name, kinds, max(seconds, 0.0), eta, steps)
+    eta = seconds_left(kinds, rates, width, steps)
+    names = (job.id, job.state.value, job.model_name, job.recipe_name)
+    return Snapshot(*names, kinds, max(seconds, 0.0), eta, steps, gpus, waiting)
 
 
 class Progress:
     """Shows a job's progress from a thread of its own, while the block runs."""
 
     def __init__(
-        self, database: Database, store: Store, job_id: str, *, workers: int, stream: TextIO | None = None
+        self,
+        database: Database,
+        store: Store,
+        job_id: str,
+        *,
+        workers: int,
+        cluster: Callable[[], Mapping[str, Any]] = dict,
+        stream: TextIO | None = None,
     ) -> None:
-        rates = recorded_rates(database)
-        self._take: Callable[[], Snapshot] = lambda: take_snapshot(database, store, job_id, rates, workers)
+        pacer = Pacer(database, workers, cluster)
+        self._take: Callable[[], Snapshot] = lambda: take_snapshot(database, store, job_id, pacer)
         self._stream = stream if stream is not None else sys.stderr
         self._stop = threading.Event()
         show = self._show_live if self._stream.isatty() else self._show_lines
@@ -151,18 +212,19 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
+        # What it shows comes from the database and the store, which may be hung.
+        self._thread.join(_JOIN_SECONDS)
 
     def _show_lines(self) -> None:
         pace = LinePace()
         stopped = False
         while not stopped:
             stopped = self._stop.wait(PLAIN_SECONDS)
-            # A look that fails costs one line of progress; the job itself meets the fault where it matters.
+            # A look that fails costs one line of progress; the scheduler says on the log what it waits for.
             with suppress(DatabaseError):
                 snapshot = self._take()
                 if pace.is_due(snapshot, time.monotonic(), last=stopped):
-                    self._stream.write(progress_line(snapshot) + "\n")
+                    self._stream.write(printable(progress_line(snapshot)) + "\n")
                     self._stream.flush()
 
     def _show_live(self) -> None:
@@ -200,11 +262,16 @@ class LinePace:
         last
             The block is over: whatever changed is worth a line.
         """
-        content = (snapshot.state, snapshot.done, snapshot.running, snapshot.total, snapshot.steps)
+        content = (snapshot.state, snapshot.done, snapshot.running, snapshot.total, snapshot.steps, snapshot.waiting)
         if content == self._shown:
             return False
         step = max(1, snapshot.total // 100)
-        due = self._shown is None or snapshot.done >= self._done + step or now >= self._at + LINE_SECONDS
+        due = (
+            self._shown is None
+            or snapshot.waiting != self._shown[-1]
+            or snapshot.done >= self._done + step
+            or now >= self._at + LINE_SECONDS
+        )
         if due or last:
             self._shown, self._done, self._at = content, snapshot.done, now
         return due or last
@@ -233,11 +300,13 @@ class Pace:
 def progress_line(snapshot: Snapshot) -> str:
     """Return a snapshot as one line of text."""
     parts = [f"{snapshot.state} {snapshot.done}/{snapshot.total} tasks"]
+    parts += [f"waiting for the {snapshot.waiting}"] if snapshot.waiting else []
     busy = [f"{kind.kind} {kind.succeeded}/{kind.total}" for kind in snapshot.kinds if kind.running]
     parts += [f"running {', '.join(busy)}"] if busy else []
     parts += [step_text(each.document()) for each in snapshot.steps]
+    parts += [snapshot.gpus] if snapshot.gpus else []
     parts.append(human_seconds(snapshot.seconds))
-    if snapshot.state in ("queued", "running"):
+    if snapshot.state in ("queued", "running") and not snapshot.waiting:
         parts.append(f"about {human_seconds(snapshot.eta_seconds)} left")
     return f"job {snapshot.job}: " + "; ".join(parts)
 
@@ -250,7 +319,9 @@ def progress_table(snapshot: Snapshot, per_second: float) -> Table:
     caption = f"{snapshot.done}/{snapshot.total} tasks, {human_seconds(snapshot.seconds)}"
     if snapshot.state in ("queued", "running"):
         caption += f", {per_second:.2f} tasks/s, about {human_seconds(snapshot.eta_seconds)} left"
+    caption += f"; waiting for the {snapshot.waiting}" if snapshot.waiting else ""
     caption += "".join(f"; {step_text(each.document())}" for each in snapshot.steps)
+    caption += f"; {snapshot.gpus}" if snapshot.gpus else ""
     table = Table(
         title=f"job {snapshot.job}  {snapshot.recipe} on {snapshot.model}  {snapshot.state}",
         caption=caption,

@@ -210,7 +210,7 @@ def look_at(
     """
     if source.startswith(_HUB):
         notify(f"fetching {source}")
-    record = import_model(store, resolve_source(source), sample_size)
+    record = import_model(store, resolve_source(source), sample_size, allowed=service.settings.allowed_paths)
     known = _registered(service, record.digest)
     if known is not None and known.inspection.keys() >= INSPECTED:
         inspection = known.inspection

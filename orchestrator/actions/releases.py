@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from orchestrator.actions.repair import saying_how_to_repair
 from orchestrator.db.releases import find_release
 from orchestrator.db.rows import ReleaseRow
+from orchestrator.db.signatures import find_signature
 from orchestrator.service import Service
+from quant_spec.documents import read_json
 from quant_spec.errors import InvalidInputError
 from workers.errors import ManifestError
-from workers.storage.manifest import pull_tree, read_manifest, verify_tree
+from workers.storage.manifest import MANIFEST_NAME, check_folder, pull_tree, read_manifest, verify_tree
+from workers.storage.signature import SIGNATURE_NAME
 from workers.storage.store import Store
 
 
@@ -21,20 +24,44 @@ def get_release(service: Service, ref: str) -> ReleaseRow:
         return find_release(session, ref)
 
 
-def pull_release(service: Service, ref: str, folder: Path) -> ReleaseRow:
+def pull_release(service: Service, ref: str, folder: Path, signature: str | None = None) -> tuple[ReleaseRow, bool]:
     """Write a release into a new folder, every file verified; nothing is left behind if that fails.
+
+    Its signature, the given or the oldest one, goes with it as `model.sig`. A folder into which this release was pulled
+    before is kept, if every file in it still is as its digest says.
+
+    Returns
+    -------
+    tuple of ReleaseRow and bool
+        The release, and whether it was there already.
 
     Raises
     ------
     InvalidInputError
-        If the folder is not empty, or its parent is missing.
+        If the folder is not empty and holds anything else, or its parent is missing.
     DigestMismatchError, NotFoundError
         If the store's bytes are not those of the release.
     """
+    if (folder / MANIFEST_NAME).is_file() and not folder.is_symlink():
+        release = get_release(service, ref)
+        problems = check_folder(folder, release.digest)
+        if problems:
+            more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+            raise InvalidInputError(
+                f"folder: got {folder.absolute()}, which is there already and not {release.ref} ({problems[0]}{more}), "
+                "wanted a new or empty folder"
+            )
+        return release, True
     target = check_target(folder)
     release = get_release(service, ref)
-    pull_tree(service.store, release.digest, target)
-    return release
+    with saying_how_to_repair(service, release):
+        pull_tree(service.store, release.digest, target)
+    if signature is None:
+        with service.database.session(read_only=True) as session:
+            signature = find_signature(session, release.digest)
+    if signature is not None:
+        (target / SIGNATURE_NAME).write_text(signature, encoding="utf-8")
+    return release, False
 
 
 def check_target(folder: Path) -> Path:
@@ -53,8 +80,8 @@ def check_target(folder: Path) -> Path:
     return folder
 
 
-def verify_release(service: Service, ref: str) -> tuple[ReleaseRow, list[str]]:
-    """Read every byte of a release in the store; return the release and what is wrong, one line each."""
+def verify_release(service: Service, ref: str) -> tuple[ReleaseRow, dict[str, str]]:
+    """Read every byte of a release in the store; return it, and of each lost blob its digest and what is wrong."""
     release = get_release(service, ref)
     return release, verify_tree(service.store, release.digest)
 
@@ -64,5 +91,5 @@ def read_release_json(store: Store, digest: str, path: str) -> dict[str, Any]:
     entry = read_manifest(store, digest)["files"].get(path)
     if entry is None:
         raise ManifestError(f"release {digest[:12]}: got no {path}, wanted one")
-    document: dict[str, Any] = json.loads(store.get_bytes(entry["sha256"]))
+    document: dict[str, Any] = read_json(store.get_bytes(entry["sha256"]), f"release {digest[:12]}: {path}")
     return document

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.actions.registration import resolve_model
+from orchestrator.actions.repair import withdraw_if_lost
 from orchestrator.db.enqueue import enqueue_graph
-from orchestrator.db.jobs import create_job, find_job
+from orchestrator.db.jobs import create_job, find_active_job, find_job, job_counts
 from orchestrator.db.rows import EnqueueCounts, JobRow, ModelRow
+from orchestrator.db.session import lock_enqueue
+from orchestrator.errors import RecipeError
 from orchestrator.planning.planner import plan
 from orchestrator.planning.sampler import choice_for
 from orchestrator.recipes.load import LoadedRecipe, load_recipe, resolve
@@ -26,7 +29,9 @@ _NAME_LENGTH = 128
 class Request:
     """What to do to which model: a recipe's name or file, assignments on top, a model's name, folder or hf:ID.
 
-    `sample_size` is for a folder or hf:ID whose config leaves it open.
+    `sample_size` is for a folder or hf:ID whose config leaves it open. `device` and `gpu_type` go before what the
+    recipe says in `resources`. With `resume`, a job of the same model, recipe and release name that has not ended is
+    what is asked for.
     """
 
     recipe: str
@@ -35,14 +40,23 @@ class Request:
     release_name: str | None = None
     priority: int = 0
     sample_size: SampleSize | None = None
+    device: str | None = None
+    gpu_type: str | None = None
+    resume: bool = False
+
+    def assignments(self) -> tuple[str, ...]:
+        """Return what goes on top of the recipe, in order; what was said of devices is last."""
+        own = {"resources.device": self.device, "resources.gpu_type": self.gpu_type}
+        return self.overrides + tuple(f"{name}={json.dumps(value)}" for name, value in own.items() if value is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Submitted:
-    """A job that was queued, and how many of its tasks were known already."""
+    """A job that was queued, and how many of its tasks were known already; or one that was, and how many are done."""
 
     job: JobRow
     counts: EnqueueCounts
+    resumed: bool = False
 
 
 def submit(service: Service, request: Request, *, notify: Callable[[str], None]) -> Submitted:
@@ -73,7 +87,7 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
     NotFoundError
         If the model is neither registered nor there.
     """
-    loaded = load_recipe(request.recipe, request.overrides)
+    loaded = load_recipe(request.recipe, request.assignments(), allowed=service.settings.allowed_paths)
     if request.release_name is not None:
         check_name(request.release_name)
 
@@ -82,26 +96,37 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
         notify_scheduler(model, loaded.recipe, notify)
 
     model = resolve_model(service, request.model, notify=notify, sample_size=request.sample_size, check=check)
-    return enqueue(service, model, loaded, release_name=request.release_name, priority=request.priority)
+    return enqueue(service, model, loaded, request)
 
 
-def enqueue(
-    service: Service, model: ModelRow, loaded: LoadedRecipe, *, release_name: str | None = None, priority: int = 0
-) -> Submitted:
-    """Plan a job for a registered model and queue it, in one transaction."""
+def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Request) -> Submitted:
+    """Plan a job for a registered model and queue it, in one transaction.
+
+    A recorded result of the job's end is believed only if its bytes are there.
+    """
     nodes, target = plan(model, loaded.recipe)
-    for path in loaded.files.values():
-        service.store.put_file(path)
+    for digest, path in loaded.files.items():
+        if service.store.put_file(path) != digest:
+            raise RecipeError(f"{path}: got other bytes than a moment ago, wanted the file left alone")
     resolved = resolve(loaded.recipe)
+    release_name = request.release_name or default_release_name(model.name, loaded.recipe.name)
+    withdraw_if_lost(service, target.id)
     with service.database.session() as session:
+        lock_enqueue(session)
+        same = find_active_job(session, model.digest, resolved.digest, release_name) if request.resume else None
+        if same is not None:
+            tasks = job_counts(session, same.id)
+            return Submitted(same, EnqueueCounts(tasks["total"], tasks["succeeded"]), resumed=True)
         job_id = create_job(
             session,
             model=model,
             recipe_name=loaded.recipe.name,
             recipe=json.loads(resolved.json),
             recipe_digest=resolved.digest,
-            release_name=release_name or default_release_name(model.name, loaded.recipe.name),
-            priority=priority,
+            release_name=release_name,
+            priority=request.priority,
+            device=loaded.recipe.resources.device.value,
+            gpu_type=loaded.recipe.resources.gpu_type,
         )
         counts = enqueue_graph(session, job_id, nodes, target)
         job = find_job(session, job_id)

@@ -10,10 +10,11 @@ import yaml
 from orchestrator.db.rows import EventRow, JobRow, ModelRow, ReleaseRow
 from orchestrator.errors import RecipeError
 from orchestrator.recipes.load import recipe_from_json
+from orchestrator.states import ACTIVE_JOBS
 from orchestrator.text import utc_text
 
 
-def job_view(job: JobRow, tasks: Mapping[str, int], now: float) -> dict[str, Any]:
+def job_view(job: JobRow, tasks: Mapping[str, int], now: float, waiting: str | None = None) -> dict[str, Any]:
     """Return a job as `run`, `jobs show` and `jobs wait` show it.
 
     Parameters
@@ -24,10 +25,13 @@ def job_view(job: JobRow, tasks: Mapping[str, int], now: float) -> dict[str, Any
         Counts: total, cached, succeeded, failed, running, queued.
     now
         The database's time; `seconds` runs from submission to the end, or to now.
+    waiting
+        What all orchestrators wait for, if they do: a job that has not ended waits with them.
     """
     return {
         "job": job.id,
         "state": job.state.value,
+        "waiting": waiting if job.state in ACTIVE_JOBS else None,
         "model": job.model_name,
         "recipe": job.recipe_name,
         "tasks": {name: tasks[name] for name in ("total", "cached", "succeeded", "failed", "running", "queued")},
@@ -37,6 +41,8 @@ def job_view(job: JobRow, tasks: Mapping[str, int], now: float) -> dict[str, Any
         "metrics": job.metrics,
         "error": job.error,
         "priority": job.priority,
+        "device": job.device,
+        "gpu_type": job.gpu_type,
         "model_digest": job.model_digest,
         "recipe_digest": job.recipe_digest,
         "created_at": utc_text(job.created_at),

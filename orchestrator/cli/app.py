@@ -8,7 +8,7 @@ import select
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.settings import Settings, resolve_settings
+from orchestrator.text import printable
 from workers.urls import shown_url
 
 if TYPE_CHECKING:
@@ -44,11 +45,11 @@ class App:
         return bool(click.get_current_context().meta.get(JSON_KEY))
 
     @contextmanager
-    def service(self) -> Iterator[Service]:
-        """Open the database and the store; the home is made on first use."""
+    def service(self, *, need_store: bool = True) -> Iterator[Service]:
+        """Open the database and the store, which some can do without; the home is made on first use."""
         from orchestrator.service import open_service
 
-        with open_service(self.settings) as service:
+        with open_service(self.settings, need_store=need_store) as service:
             yield service
 
     def answer(self, document: Any, text: Callable[[], str]) -> None:
@@ -56,7 +57,7 @@ class App:
         if self.json:
             click.echo(json.dumps(document, indent=2, allow_nan=False))
         elif rendered := text():
-            click.echo(rendered)
+            click.echo(printable(rendered))
 
     def command(self, *words: str) -> str:
         """Return a command that the user can type next, as this one was typed."""
@@ -65,7 +66,7 @@ class App:
     def notify(self, message: str) -> None:
         """Write a message for a person, on stderr; one that nobody can read any more stops no work."""
         with suppress(BrokenPipeError):
-            click.echo(message, err=True)
+            click.echo(printable(message), err=True)
 
 
 pass_app = click.make_pass_decorator(App)
@@ -152,11 +153,17 @@ class LazyGroup(Group):
             formatter.write_dl([(name, line) for name, (_, line) in self.lazy.items()])
 
 
-def make_app(home: str | None, db: str | None, store: str | None, ray: str | None) -> App:
+def make_app(
+    home: str | None, db: str | None, store: str | None, ray: str | None, allow_path: Sequence[str] = ()
+) -> App:
     """Resolve the global options against the environment."""
     given = {"--home": home, "--db": db, "--store": store, "--ray": ray}
     options = tuple(word for name, value in given.items() if value for word in (name, shown_url(value)))
-    return App(resolve_settings(os.environ, home=home, database_url=db, store_url=store, ray_address=ray), options)
+    options += tuple(word for path in allow_path for word in ("--allow-path", path))
+    settings = resolve_settings(
+        os.environ, home=home, database_url=db, store_url=store, ray_address=ray, allowed_paths=allow_path
+    )
+    return App(settings, options)
 
 
 def program() -> list[str]:

@@ -12,11 +12,15 @@ import click
 from orchestrator.actions.diff import compare_releases
 from orchestrator.actions.export import DEQUANTIZED, DIFFUSERS, export_release
 from orchestrator.actions.garbage import GRACE_SECONDS, collect_garbage
+from orchestrator.actions.integrity import repair_store, survey_store
 from orchestrator.actions.layer_table import release_layers
 from orchestrator.actions.releases import get_release, pull_release, verify_release
+from orchestrator.actions.repair import remake
+from orchestrator.actions.signing import check_signature, pull_signed, read_signing_key, sign_release, verify_folder
 from orchestrator.actions.views import release_view
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.cli.jobs import metric_lines
+from orchestrator.cli.keys import key_option
 from orchestrator.db.releases import list_releases, set_alias
 from orchestrator.text import table
 from quant_spec.enums import KernelBackend
@@ -24,6 +28,7 @@ from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
 from quant_spec.layer_bits import LayerBits, activation_bits_text, weight_bits_text
 from quant_spec.metrics import Place, headings, lines
 from quant_spec.numbers import human_bytes
+from workers.storage.signature import VerifyingKey, load_verifying_key
 
 
 @click.group(cls=Group)
@@ -77,31 +82,123 @@ def artifacts_show(app: App, ref: str, layers: bool, device: str | None, backend
 @artifacts.command("pull")
 @click.argument("ref")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@key_option
 @pass_app
-def artifacts_pull(app: App, ref: str, folder: Path) -> None:
-    """Write a release into a new folder, every file verified. It is there whole or not at all."""
+def artifacts_pull(app: App, ref: str, folder: Path, key_file: Path | None) -> None:
+    """Write a release into a new folder, every file verified. It is there whole or not at all.
+
+    A folder that has it already is kept if every file in it still is as its digest says. If somebody signed it, the
+    signature goes with it as model.sig; with --key, it must be that key's.
+    """
+    key = load_verifying_key(key_file) if key_file is not None else None
     with app.service() as service:
-        release = pull_release(service, ref, folder)
+        pulled = pull_release(service, ref, folder) if key is None else pull_signed(service, ref, folder, key)
+        release, kept = pulled
     document = {
         "release": release.ref,
         "digest": release.digest,
         "bytes": release.bytes,
         "folder": str(folder.absolute()),
+        "kept": kept,
     }
-    app.answer(document, lambda: f"{release.ref} is in {folder}")
+    app.answer(document, lambda: f"{release.ref} is in {folder}" + (" already, every file checked" if kept else ""))
 
 
 @artifacts.command("verify")
-@click.argument("ref")
+@click.argument("ref", required=False)
+@click.option("--all", "everything", is_flag=True, help="All that models, releases, results and jobs refer to.")
+@click.option("--repair", is_flag=True, help="Queue what makes the lost bytes again, and nothing else.")
+@key_option
 @pass_app
-def artifacts_verify(app: App, ref: str) -> int:
-    """Read every byte of a release in the store; exit code 2 if something is missing or damaged."""
+def artifacts_verify(app: App, ref: str | None, everything: bool, repair: bool, key_file: Path | None) -> int:
+    """Read every byte of a release in the store, or of everything.
+
+    REF may also be a folder that `artifacts pull` wrote, as ./NAME. With --key, it must be signed by that key too.
+
+    Exit code 2 if something is missing or damaged; with --repair, if some of it cannot be made again, as a model's
+    files, which must be added again.
+    """
+    if (ref is None) != everything:
+        raise click.UsageError("artifacts verify: wanted either REF or --all")
+    if ref is not None:
+        key = load_verifying_key(key_file) if key_file is not None else None
+        return _verify_folder(app, ref, key) if "/" in ref else _verify_one(app, ref, repair, key)
     with app.service() as service:
-        release, problems = verify_release(service, ref)
-    document = {"release": release.ref, "digest": release.digest, "ok": not problems, "problems": problems}
-    good = f"{release.ref} is complete, every byte as its digest says"
-    app.answer(document, lambda: "\n".join(problems) or good)
-    return 2 if problems else 0
+        survey = survey_store(service)
+        repaired = repair_store(service, survey.losses) if repair and survey.losses else None
+    document = {
+        "blobs": survey.blobs,
+        "ok": survey.ok,
+        "missing": sum(not loss.damaged for loss in survey.losses),
+        "damaged": sum(loss.damaged for loss in survey.losses),
+        "losses": [loss.document() for loss in survey.losses],
+        "to_be_given": survey.to_be_given,
+    }
+    if repair:
+        document["withdrawn"] = repaired.results if repaired else 0
+        document["jobs"] = list(repaired.jobs) if repaired else []
+    app.answer(document, lambda: _survey_text(app, document))
+    return 2 if survey.to_be_given or (survey.losses and not repair) else 0
+
+
+def _verify_folder(app: App, name: str, key: VerifyingKey | None) -> int:
+    """Verify a release that was pulled into a folder."""
+    digest, problems = verify_folder(Path(name), key)
+    return _answer_verified(app, name, digest, problems, key, {})
+
+
+def _verify_one(app: App, ref: str, repair: bool, key: VerifyingKey | None) -> int:
+    """Verify one release in the store."""
+    more: dict[str, Any] = {}
+    with app.service() as service:
+        release, lost = verify_release(service, ref)
+        if repair:
+            more["job"] = remake(service, release.job, lost)
+        problems = [*lost.values(), *([] if key is None else check_signature(service, release, key))]
+    return _answer_verified(app, release.ref, release.digest, problems, key, more)
+
+
+def _answer_verified(
+    app: App, name: str, digest: str, problems: list[str], key: VerifyingKey | None, more: dict[str, Any]
+) -> int:
+    """Answer with what was found of one release, and what is done about it."""
+    signed_by = key.id if key is not None and not problems else None
+    document = {"release": name, "digest": digest, "ok": not problems, "signed_by": signed_by, "problems": problems}
+    lines, job = list(problems), more.get("job")
+    if job is not None:
+        lines.append(f"job {job} makes it again: {app.command('serve', '--drain')}")
+    elif problems and "job" in more:
+        lines.append("no task of this database gives it any more: submit its recipe again")
+    good = f"{name} is complete, every byte as its digest says"
+    good += "" if key is None else f", signed by key {key.id[:12]}"
+    app.answer(document | more, lambda: "\n".join(lines) or good)
+    return 2 if problems and job is None else 0
+
+
+def _survey_text(app: App, found: dict[str, Any]) -> str:
+    """Return what `verify --all` found, for a person."""
+    lines = [f"{loss['digest']} is {loss['state']}: {', '.join(loss['of'])}" for loss in found["losses"]]
+    counts = ", ".join(f"{found[name]} {name}" for name in ("ok", "missing", "damaged"))
+    lines += [f"{found['blobs']} blobs: {counts}", *found["to_be_given"]]
+    if "jobs" in found:
+        lines.append(f"withdrew {found['withdrawn']} results, which are made again when they are wanted")
+        lines += [f"job {job} makes a release again: {app.command('serve', '--drain')}" for job in found["jobs"]]
+    elif found["losses"]:
+        lines.append(f"what tasks gave is made again by: {app.command('artifacts', 'verify', '--all', '--repair')}")
+    return "\n".join(lines)
+
+
+@artifacts.command("sign")
+@click.argument("ref")
+@click.option("--key", "key_file", type=click.Path(path_type=Path), metavar="KEY", required=True, help="Private key.")
+@pass_app
+def artifacts_sign(app: App, ref: str, key_file: Path) -> None:
+    """Sign a release that is published already; `run` and `serve` sign what they publish with --sign KEY."""
+    key = read_signing_key(key_file)
+    with app.service() as service:
+        release = sign_release(service, ref, key)
+    document = {"release": release.ref, "digest": release.digest, "signed_by": key.id}
+    app.answer(document, lambda: f"{release.ref} is signed by key {key.id[:12]}")
 
 
 @artifacts.command("alias")
@@ -134,13 +231,17 @@ def artifacts_diff(app: App, ref_a: str, ref_b: str) -> None:
     default=GRACE_SECONDS / 3600,
     show_default=True,
     metavar="HOURS",
-    help="Keep what was stored since then.",
+    help="Keep what was stored since then, by the store's clock.",
 )
+@click.option("--yes", is_flag=True, help="Also if that is more than a third of the store's bytes.")
 @pass_app
-def artifacts_gc(app: App, dry_run: bool, grace: float) -> None:
-    """Remove from the store what no model, recorded result, release or job refers to."""
+def artifacts_gc(app: App, dry_run: bool, grace: float, yes: bool) -> None:
+    """Remove from the store what no model, recorded result, release or job refers to.
+
+    Only from the store that belongs to this database.
+    """
     with app.service() as service:
-        garbage = collect_garbage(service, grace_seconds=grace * 3600, dry_run=dry_run)
+        garbage = collect_garbage(service, grace_seconds=grace * 3600, dry_run=dry_run, any_share=yes)
     document = {**asdict(garbage), "dry_run": dry_run}
     verb = "would remove" if dry_run else "removed"
     app.answer(document, lambda: f"{verb} {garbage.blobs} blobs ({human_bytes(garbage.bytes)}), kept {garbage.kept}")

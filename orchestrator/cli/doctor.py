@@ -17,6 +17,6 @@ def doctor(app: App) -> int:
     checks = examine(app.settings)
     ok = all(check.ok for check in checks)
     document = {"ok": ok, "checks": [asdict(check) for check in checks]}
-    lines = [f"{'ok  ' if check.ok else 'BAD '}  {check.name:<9} {check.detail}" for check in checks]
+    lines = [f"{'ok  ' if check.ok else 'BAD '}  {check.name:<13} {check.detail}" for check in checks]
     app.answer(document, lambda: "\n".join(lines))
     return 0 if ok else 1

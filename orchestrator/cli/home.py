@@ -7,19 +7,29 @@ import click
 from orchestrator.cli.app import App, Command, Group, pass_app
 from orchestrator.db.session import SchemaState, current, upgrade
 from orchestrator.service import initialise
-from workers.urls import shown_url
 
 
 @click.command(cls=Command)
+@click.option(
+    "--adopt",
+    is_flag=True,
+    help="Let the store belong to this database from now on, whoever had it: what this database does not know, "
+    "`artifacts gc` then removes.",
+)
 @pass_app
-def init(app: App) -> None:
-    """Create the home, the database's schema and the store. Doing it again changes nothing."""
-    state = initialise(app.settings)
+def init(app: App, adopt: bool) -> None:
+    """Create the home, the database's schema and the store. Doing it again changes nothing.
+
+    The store gets a file quantmill.json that says which database it belongs to; one that is empty, or holds what this
+    database knows, belongs to this one.
+    """
+    state, owner = initialise(app.settings, adopt=adopt)
     document = {
         "home": str(app.settings.home),
-        "database": shown_url(app.settings.database_url),
-        "store": shown_url(app.settings.store_url),
+        "database": str(app.settings.database_url),
+        "store": str(app.settings.store),
         "schema": state.revision,
+        "store_of": owner.value,
     }
     app.answer(document, lambda: "\n".join(f"{name:<9} {value}" for name, value in document.items()))
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import click
 
+from orchestrator.actions.cluster import ran_lines
 from orchestrator.actions.jobs import exit_code, job_events, show_job, show_jobs, wait_for_job
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.jobs import cancel_job, find_job, retry_job
 from orchestrator.scheduling.running import step_text
 from orchestrator.states import JobState
-from orchestrator.text import human_seconds, table
+from orchestrator.text import human_seconds, printable, table
 from quant_spec.metrics import Place, lines
+from quant_spec.numbers import human_bytes
 
 
 @click.group(cls=Group)
@@ -27,19 +29,20 @@ def jobs() -> None:
 @pass_app
 def jobs_ls(app: App, state: str | None, limit: int) -> None:
     """List jobs, newest first."""
-    with app.service() as service:
+    with app.service(need_store=False) as service:
         views = show_jobs(service, state=JobState(state) if state else None, limit=limit)
     app.answer(views, lambda: _job_table(views))
 
 
 @jobs.command("show")
 @click.argument("job")
+@click.option("--tasks", "each", is_flag=True, help="List where each task ran, too.")
 @pass_app
-def jobs_show(app: App, job: str) -> None:
-    """Show one job."""
-    with app.service() as service:
+def jobs_show(app: App, job: str, each: bool) -> None:
+    """Show one job, and on which nodes and devices its tasks ran."""
+    with app.service(need_store=False) as service:
         view = show_job(service, job)
-    app.answer(view, lambda: job_text(view))
+    app.answer(view, lambda: job_text(view) + (f"\n\n{_task_table(view)}" if each else ""))
 
 
 @jobs.command("logs")
@@ -48,13 +51,13 @@ def jobs_show(app: App, job: str) -> None:
 @pass_app
 def jobs_logs(app: App, job: str, follow: bool) -> None:
     """Show what happened to a job and its tasks, one line each; with --json, one document of all of it."""
-    with app.service() as service:
+    with app.service(need_store=False) as service:
         rows = job_events(service, job, follow=follow)
         if app.json:
             app.answer(list(rows), str)
             return
         for row in rows:
-            click.echo(_event_line(row))
+            click.echo(printable(_event_line(row)))
 
 
 @jobs.command("wait")
@@ -68,8 +71,8 @@ def jobs_wait(app: App, job: str, timeout: float | None) -> int:
 
     Exit code: 0 succeeded, 100 failed, 2 failed for bad input, 101 not finished in time, 103 cancelled.
     """
-    with app.service() as service:
-        row = wait_for_job(service, job, timeout)
+    with app.service(need_store=False) as service:
+        row = wait_for_job(service, job, timeout, app.notify)
         view, code = show_job(service, row.id), exit_code(service, row)
     app.answer(view, lambda: job_text(view))
     return code
@@ -80,7 +83,7 @@ def jobs_wait(app: App, job: str, timeout: float | None) -> int:
 @pass_app
 def jobs_cancel(app: App, job: str) -> None:
     """Cancel a job; tasks that other jobs want go on."""
-    with app.service() as service:
+    with app.service(need_store=False) as service:
         with service.database.session() as session:
             row = find_job(session, job)
             cancel_job(session, row.id)
@@ -93,7 +96,7 @@ def jobs_cancel(app: App, job: str) -> None:
 @pass_app
 def jobs_retry(app: App, job: str) -> None:
     """Queue a failed or cancelled job again; what had finished is kept."""
-    with app.service() as service:
+    with app.service(need_store=False) as service:
         with service.database.session() as session:
             row = find_job(session, job)
             retry_job(session, row.id)
@@ -107,7 +110,7 @@ def _job_table(views: list[dict[str, Any]]) -> str:
     rows = [
         (
             view["job"],
-            view["state"],
+            "waiting" if view["waiting"] else view["state"],
             view["model"],
             view["recipe"],
             f"{view['tasks']['succeeded']}/{view['tasks']['total']}",
@@ -127,10 +130,14 @@ def job_text(view: dict[str, Any]) -> str:
     facts = [
         ("job", view["job"]),
         ("state", view["state"]),
+        ("waiting", view["waiting"]),
         ("model", view["model"]),
         ("recipe", view["recipe"]),
         ("tasks", f"{tasks['total']}" + (f" ({counts})" if counts else "")),
         *(("now", step_text(step)) for step in view.get("steps", ())),
+        ("device", _device(view)),
+        *(("ran on", line) for line in ran_lines(view.get("ran", ()))),
+        *(("left out", line) for line in view.get("left_out", ())),
         ("time", human_seconds(view["seconds"])),
         ("release", view["release"]),
         ("digest", view["digest"]),
@@ -138,6 +145,30 @@ def job_text(view: dict[str, Any]) -> str:
         ("error", view["error"]),
     ]
     return "\n".join(f"{name:<9} {value}" for name, value in facts if value is not None)
+
+
+def _device(view: dict[str, Any]) -> str | None:
+    """Return what a job says of devices; None if nothing."""
+    words = [view["device"]] if view["device"] != "auto" or view["gpu_type"] else []
+    return " ".join([*words, *([view["gpu_type"]] if view["gpu_type"] else [])]) or None
+
+
+def _task_table(view: dict[str, Any]) -> str:
+    """Return where each task of a job ran."""
+    rows = [
+        (
+            task["task"][:12],
+            task["kind"],
+            task["label"],
+            "cached" if task["cached"] else task["state"],
+            task["node"],
+            task["device"],
+            None if task["seconds"] is None else human_seconds(task["seconds"]),
+            human_bytes(task["peak_gpu_bytes"]) if task["peak_gpu_bytes"] else None,
+        )
+        for task in view["ran"]
+    ]
+    return table(("TASK", "KIND", "LABEL", "STATE", "NODE", "DEVICE", "TIME", "GPU MEMORY"), rows)
 
 
 def metric_lines(metrics: dict[str, Any]) -> list[tuple[str, str]]:

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import click
 
 from orchestrator.cli.app import LazyGroup, make_app
+from orchestrator.logs import is_json
+from orchestrator.text import printable
 from quant_spec.errors import QuantServiceError
-from workers.urls import hide_passwords, shown_url
+from workers.urls import hide_passwords, known_secrets, shown_url
+
+log = logging.getLogger(__name__)
 
 COMMANDS = {
     "init": ("orchestrator.cli.home:init", "Create the home, the database and the store."),
@@ -46,11 +52,24 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 @click.option(
     "--ray", metavar="ADDRESS", help="Ray cluster to run on; a local one is started by default. [RAY_ADDRESS]"
 )
+@click.option(
+    "--allow-path",
+    metavar="DIR",
+    multiple=True,
+    help="Folder that recipes and model folders may name files in, besides their own. [QUANTMILL_ALLOWED_PATHS]",
+)
 @click.version_option(package_name="quantmill", message="quantmill %(version)s")
 @click.pass_context
-def cli(context: click.Context, home: str | None, db: str | None, store: str | None, ray: str | None) -> None:
+def cli(
+    context: click.Context,
+    home: str | None,
+    db: str | None,
+    store: str | None,
+    ray: str | None,
+    allow_path: tuple[str, ...],
+) -> None:
     """Quantize diffusion models to packed low-bit releases that diffusers loads."""
-    context.obj = make_app(home, db, store, ray)
+    context.obj = make_app(home, db, store, ray, allow_path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,49 +79,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_cli(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; what went wrong becomes one line on stderr and an exit code."""
+    words = list(arguments) if arguments is not None else sys.argv[1:]
+    secrets = known_secrets(os.environ, (part for word in words for part in (word, word.partition("=")[2])))
     try:
-        result = cli.main(
-            args=list(arguments) if arguments is not None else None, prog_name="quantmill", standalone_mode=False
-        )
+        result = cli.main(args=words, prog_name="quantmill", standalone_mode=False)
     except click.ClickException as error:
         said = io.StringIO()
         error.show(said)
-        words = arguments if arguments is not None else sys.argv[1:]
-        click.echo(_without_passwords(said.getvalue(), words), err=True, nl=False)
+        click.echo(printable(_without_passwords(said.getvalue(), words, secrets)), err=True, nl=False)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 130)
     except QuantServiceError as error:
-        return _fail(_one_line(error), error.exit_code)
+        return _fail(_one_line(error, secrets), error.exit_code)
     except OSError as error:
         if error.errno not in NO_ROOM:
-            _print_traceback()
-            return _fail(_one_line(error), 1)
+            _print_traceback(secrets)
+            return _fail(_one_line(error, secrets), 1)
         where = error.filename or "a file"
         return _fail(f"no room left to write {where}: got {error.strerror}, wanted free space", 2)
     except Exception as error:
-        _print_traceback()
-        return _fail(f"this is a fault of Quantmill: {_one_line(error)}", 1)
+        _print_traceback(secrets)
+        return _fail(f"this is a fault of Quantmill: {_one_line(error, secrets)}", 1)
     return result if isinstance(result, int) else 0
 
 
-def _one_line(error: BaseException) -> str:
-    return hide_passwords(" ".join(str(error).split())) or type(error).__name__
+def _one_line(error: BaseException, secrets: Collection[str]) -> str:
+    return hide_passwords(" ".join(str(error).split()), secrets) or type(error).__name__
 
 
-def _without_passwords(message: str, arguments: Sequence[str]) -> str:
+def _without_passwords(message: str, arguments: Sequence[str], secrets: Collection[str]) -> str:
     """Hide the passwords in what click says of the arguments, which it quotes: a URL in a wrong place, say."""
     for argument in sorted(arguments, key=len, reverse=True):
         option, equals, value = argument.partition("=")
         for text in (argument, value if equals and option.startswith("-") else ""):
             message = message.replace(text, shown_url(text)) if text else message
-    return hide_passwords(message)
+    return hide_passwords(message, secrets)
 
 
-def _print_traceback() -> None:
-    click.echo(hide_passwords(traceback.format_exc()), err=True, nl=False)
+def _print_traceback(secrets: Collection[str]) -> None:
+    if is_json():
+        log.error("traceback", exc_info=True)
+        return
+    text = hide_passwords(traceback.format_exc(), secrets)
+    click.echo(printable(text), err=True, nl=False)
 
 
 def _fail(message: str, code: int) -> int:
-    click.echo(f"error: {message}", err=True)
+    if is_json():
+        log.error("%s", message)
+        return code
+    click.echo(printable(f"error: {message}"), err=True)
     return code

@@ -34,7 +34,7 @@ def recipes_ls(app: App) -> None:
 @pass_app
 def recipes_show(app: App, recipe: str, overrides: tuple[str, ...]) -> None:
     """Show a recipe resolved: every layer of `extends` and every default filled in."""
-    view = _view(load_recipe(recipe, overrides).recipe)
+    view = _view(load_recipe(recipe, overrides, allowed=app.settings.allowed_paths).recipe)
     app.answer(view, lambda: f"# digest {view['digest']}\n{recipe_yaml(view['recipe'])}".rstrip())
 
 
@@ -43,7 +43,7 @@ def recipes_show(app: App, recipe: str, overrides: tuple[str, ...]) -> None:
 @pass_app
 def recipes_validate(app: App, file: str) -> None:
     """Check a recipe; exit code 2 and one line if something is wrong with it."""
-    view = _without_recipe(_view(load_recipe(file).recipe))
+    view = _without_recipe(_view(load_recipe(file, allowed=app.settings.allowed_paths).recipe))
     app.answer(view, lambda: f"{view['name']} is valid, digest {view['digest'][:12]}")
 
 

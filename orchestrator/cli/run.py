@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,23 @@ import click
 from orchestrator.actions.execution import run_job
 from orchestrator.actions.jobs import exit_code, show_job
 from orchestrator.actions.releases import check_target, pull_release
+from orchestrator.actions.repair import remake
+from orchestrator.actions.signing import read_signing_key, sign_release
 from orchestrator.actions.submission import Request, submit
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.cli.jobs import job_text
+from orchestrator.cli.keys import sign_option
 from orchestrator.cli.submit import request_options, tell_next
-from orchestrator.logs import log_to_stderr
+from orchestrator.db.jobs import find_job
+from orchestrator.db.rows import JobRow
+from orchestrator.logs import log_format, log_to_stderr
 from orchestrator.report.write import write_report
 from orchestrator.scheduling.scheduler import stop_on_signals
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS, JobState
+from workers.errors import BlobLostError
 from workers.storage.model_folder import SampleSize
+from workers.storage.signature import SigningKey
 
 
 @click.command(cls=Command)
@@ -27,6 +36,7 @@ from workers.storage.model_folder import SampleSize
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="New folder to write the release into at the end."
 )
+@sign_option
 @pass_app
 def run(
     app: App,
@@ -35,31 +45,58 @@ def run(
     overrides: tuple[str, ...],
     sample_size: SampleSize | None,
     name: str | None,
+    device: str | None,
+    gpu_type: str | None,
     out: Path | None,
+    key_file: Path | None,
 ) -> int:
     """Queue a job and execute it here, with progress. RECIPE is a YAML file or a name of `recipes ls`.
 
     Ctrl-C stops at once and loses at most the tasks in flight; the job stays queued, `quantmill serve --drain` or
-    the same `quantmill run` again goes on with it (exit code 101).
+    the same `quantmill run` again goes on with it (exit code 101). A job of the same model, recipe and release name
+    that has not ended is gone on with, whoever queued it.
     """
     if out is not None:
         check_target(out)
-    log_to_stderr()
+    key = read_signing_key(key_file) if key_file is not None else None
+    log_to_stderr(log_format(os.environ))
     with app.service() as service, stop_on_signals() as stop:
-        submitted = submit(service, Request(recipe, model, overrides, name, sample_size=sample_size), notify=app.notify)
+        request = Request(recipe, model, overrides, name, 0, sample_size, device, gpu_type, resume=True)
+        submitted = submit(service, request, notify=app.notify)
         tell_next(app, submitted)
-        job = run_job(service, submitted.job, stop)
-        view, code = show_job(service, job.id), exit_code(service, job)
+        job, written = _run(app, service, submitted.job, out, stop, key)
+        view, code = show_job(service, job.id) | written, exit_code(service, job)
         if job.state in ACTIVE_JOBS:
             app.notify(f"job {job.id} is not finished; go on with: {app.command('serve', '--drain')}")
-        elif job.state is JobState.SUCCEEDED:
-            view |= _finish(service, job.id, out)
     app.answer(view, lambda: _text(app, view))
     return code
 
 
-def _finish(service: Service, job: str, out: Path | None) -> dict[str, Any]:
-    """Write the report, and the release if asked to; return where they are."""
+def _run(
+    app: App, service: Service, job: JobRow, out: Path | None, stop: threading.Event, key: SigningKey | None
+) -> tuple[JobRow, dict[str, Any]]:
+    """Execute a job; return it and what was written. Results whose bytes turn out to be lost are made again, once."""
+    job = run_job(service, job, stop)
+    if job.state is not JobState.SUCCEEDED:
+        return job, {}
+    try:
+        return job, _write(service, job.id, out, key)
+    except BlobLostError as error:
+        again = remake(service, job.id, [error.digest])
+        if again is None:
+            raise
+        app.notify(f"job {job.id}: {error}")
+        app.notify(f"job {again} makes it again")
+    with service.database.session(read_only=True) as session:
+        job = find_job(session, again)
+    job = run_job(service, job, stop)
+    return job, _write(service, job.id, out, key) if job.state is JobState.SUCCEEDED else {}
+
+
+def _write(service: Service, job: str, out: Path | None, key: SigningKey | None) -> dict[str, Any]:
+    """Sign the release, and write the report and the release, if asked to; return where they are."""
+    if key is not None:
+        sign_release(service, show_job(service, job)["release"], key)
     written = {"report": str(write_report(service, job)), "folder": None}
     if out is not None:
         ref = show_job(service, job)["release"]

@@ -37,6 +37,15 @@ def request_options(function: F) -> F:
         ),
         sample_size_option,
         click.option("--name", metavar="RELEASE", help="Name to publish under; MODEL-RECIPE by default."),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            help="Where tasks run that gain by a GPU, instead of the recipe's resources.device; auto is on one if "
+            "one fits.",
+        ),
+        click.option(
+            "--gpu-type", metavar="TYPE", help="Only on GPUs of this type, as jobs show names them (H100, A100, ...)."
+        ),
     )
     for option in reversed(options):
         function = option(function)
@@ -56,12 +65,14 @@ def submit(
     overrides: tuple[str, ...],
     sample_size: SampleSize | None,
     name: str | None,
+    device: str | None,
+    gpu_type: str | None,
     priority: int,
     wait: bool,
     dry_run: bool,
 ) -> int:
     """Queue a job; `quantmill serve` executes it. RECIPE is a YAML file or a name of `recipes ls`."""
-    request = Request(recipe, model, overrides, name, priority, sample_size)
+    request = Request(recipe, model, overrides, name, priority, sample_size, device, gpu_type)
     with app.service() as service:
         if dry_run:
             found = dry_run_job(service, request, notify=app.notify)
@@ -84,7 +95,8 @@ def submit(
 def tell_next(app: App, submitted: Submitted) -> None:
     """Say what was queued and how to go on."""
     job, counts = submitted.job, submitted.counts
-    app.notify(f"job {job.id}: {job.recipe_name} on {job.model_name}, {counts.total} tasks, {counts.cached} cached")
+    known = f"{counts.cached} done, going on with it" if submitted.resumed else f"{counts.cached} cached"
+    app.notify(f"job {job.id}: {job.recipe_name} on {job.model_name}, {counts.total} tasks, {known}")
     app.notify(f"  {app.command('jobs', 'logs', '-f', job.id)}    # what happens")
     app.notify(f"  {app.command('jobs', 'cancel', job.id)}    # stop it")
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, case, func, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
+from orchestrator.db.event_log import record_event
 from orchestrator.db.models import Job, JobTask, Result, Task, in_states
 from orchestrator.db.releases import publish
-from orchestrator.db.session import record_event
 from orchestrator.db.statements import batches, move_job, move_task
-from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEvent
+from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEvent, TaskState
 
 #: The kind of task whose result is published.
 RELEASE_KIND = "release"
@@ -76,6 +76,14 @@ def _succeed(
         record_event(session, JobEvent.SUCCEED, job=job, data={"release": values.get("release")})
 
 
+def _when_stopped() -> ColumnElement[float]:
+    """Until when the holder of a cancelled task may go on: it learns of the cancelling when it renews its lease.
+
+    Whoever revives the task before then leaves it to wait, so that it never runs twice at once.
+    """
+    return case((in_states(Task.state, [TaskState.RUNNING]), Task.lease_until), else_=0.0)
+
+
 def _drop_tasks(session: Session, jobs: Sequence[str]) -> None:
     """Cancel what only these jobs want, and let the rest have the priority of those that still want it."""
     if not jobs:
@@ -88,8 +96,8 @@ def _drop_tasks(session: Session, jobs: Sequence[str]) -> None:
         .where(JobTask.task_id == Task.id, in_states(Job.state, ACTIVE_JOBS), Job.id.not_in(jobs))
         .scalar_subquery()
     )
-    statement = move_task(TaskEvent.CANCEL).where(*unfinished, others.is_(None)).returning(Task.id, Task.attempt)
-    for row in session.execute(statement).all():
+    statement = move_task(TaskEvent.CANCEL).where(*unfinished, others.is_(None)).values(not_before=_when_stopped())
+    for row in session.execute(statement.returning(Task.id, Task.attempt)).all():
         record_event(session, TaskEvent.CANCEL, task=row.id, attempt=row.attempt)
     session.execute(
         update(Task).where(*unfinished).values(priority=others).execution_options(synchronize_session=False)

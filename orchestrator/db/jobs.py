@@ -12,10 +12,11 @@ from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.enqueue import start_tasks
+from orchestrator.db.event_log import last_settled_event, record_event
 from orchestrator.db.job_ends import end_jobs
 from orchestrator.db.models import Event, Job, JobTask, Result, Task, in_states
 from orchestrator.db.rows import EventRow, JobRow, KindRow, ModelRow, TaskRow
-from orchestrator.db.session import lock_enqueue, lock_graph, record_event
+from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
 from orchestrator.db.statements import move_job
 from orchestrator.errors import NotFoundError
 from orchestrator.graph import Resources
@@ -40,6 +41,8 @@ def create_job(
     recipe_digest: str,
     release_name: str | None = None,
     priority: int = 0,
+    device: str = "auto",
+    gpu_type: str | None = None,
 ) -> str:
     """Make a job without tasks; return its id, 12 random hexadecimal digits.
 
@@ -58,6 +61,7 @@ def create_job(
     values = {"id": job_id, "state": JobState.QUEUED.value, "priority": priority, "release_name": release_name}
     values |= {"model_name": model.name, "model_digest": model.digest, "created_at": epoch_seconds()}
     values |= {"recipe_name": recipe_name, "recipe_digest": recipe_digest, "recipe": dict(recipe)}
+    values |= {"device": device, "gpu_type": gpu_type}
     session.execute(insert(Job).values(**values))
     data = {"model": model.name, "recipe": recipe_name, "priority": priority}
     record_event(session, "created", job=job_id, data=data)
@@ -94,6 +98,7 @@ def retry_job(session: Session, job_id: str) -> None:
         raise InvalidInputError(f"job {job_id}: got state {state}, wanted {wanted}")
     record_event(session, JobEvent.RETRY, job=job_id)
     start_tasks(session, job_id)
+    tell_others(session)
 
 
 def find_job(session: Session, prefix: str) -> JobRow:
@@ -114,6 +119,27 @@ def find_job(session: Session, prefix: str) -> JobRow:
     if len(rows) > 1:
         raise InvalidInputError(f"job: got {prefix!r}, which fits several ({rows[0].id}, ...); wanted more digits")
     return _job_row(rows[0])
+
+
+def find_active_job(
+    session: Session,
+    model_digest: str,
+    recipe_digest: str,
+    release_name: str,
+    *,
+    device: str = "auto",
+    gpu_type: str | None = None,
+) -> JobRow | None:
+    """Return the newest job that has not ended and does exactly this; None if there is none."""
+    statement = (
+        select(Job)
+        .where(in_states(Job.state, ACTIVE_JOBS), Job.model_digest == model_digest, Job.recipe_digest == recipe_digest)
+        .where(Job.release_name == release_name, Job.device == device, Job.gpu_type.is_not_distinct_from(gpu_type))
+        .order_by(Job.created_at.desc())
+        .limit(1)
+    )
+    job = session.scalars(statement).first()
+    return None if job is None else _job_row(job)
 
 
 def list_jobs(session: Session, *, states: Iterable[JobState] = (), limit: int = 100) -> list[JobRow]:
@@ -210,12 +236,13 @@ def events(session: Session, job_id: str, after_id: int = 0, limit: int = 1000) 
     after_id
         Only events with a greater id; with the last one seen, this follows the log and misses nothing.
     """
+    last = last_settled_event(session)
     first = select(func.min(Event.id)).where(Event.job_id == job_id).scalar_subquery()
     tasks = select(JobTask.task_id).where(JobTask.job_id == job_id)
     statement = (
         select(Event)
-        .where(Event.id > after_id, Event.id >= first)
-        .where(or_(Event.job_id == job_id, Event.task_id.in_(tasks)))
+        .where(Event.id > after_id, Event.id >= first, *([] if last is None else [Event.id <= last]))
+        .where(or_(Event.job_id == job_id, Event.job_id.is_(None) & Event.task_id.in_(tasks)))
         .order_by(Event.id)
         .limit(limit)
     )
@@ -234,7 +261,7 @@ def is_invalid(session: Session, job: JobRow) -> bool:
 
 def _tasks_of(job_id: str) -> Select[Any]:
     return (
-        select(Task, JobTask.cached, Result.seconds, Result.outputs, Result.metrics)
+        select(Task, JobTask.cached, Result.seconds, Result.outputs, Result.metrics, Result.ran)
         .join(JobTask, JobTask.task_id == Task.id)
         .outerjoin(Result, (Result.key == Task.key) & in_states(Task.state, [TaskState.SUCCEEDED]))
         .where(JobTask.job_id == job_id)
@@ -254,7 +281,7 @@ def _task_row(row: Row[Any]) -> TaskRow:
         faults_task=task.faults_task,
         faults_infrastructure=task.faults_infrastructure,
         priority=task.priority,
-        resources=Resources(task.cpus, task.gpus, task.memory_bytes),
+        resources=Resources(task.cpus, task.gpus, task.memory_bytes, task.gpu_memory_bytes),
         work=task.work,
         seconds=row.seconds,
         error=task.error,
@@ -264,6 +291,8 @@ def _task_row(row: Row[Any]) -> TaskRow:
         started_at=task.started_at,
         finished_at=task.finished_at,
         cached=row.cached,
+        ran_on=task.ran_on,
+        ran=row.ran,
     )
 
 
@@ -286,4 +315,6 @@ def _job_row(job: Job) -> JobRow:
         release=job.release,
         digest=job.digest,
         metrics=job.metrics,
+        device=job.device,
+        gpu_type=job.gpu_type,
     )

@@ -2,7 +2,7 @@
 
 models ── jobs ─┬─ job_tasks ── tasks ── task_inputs (which task reads which)
                 └─ releases ── aliases      results (by key), kind_timings (sums over results), events
-service (which database this is), orchestrators (who works on it)
+signatures (of what was released, by key), service (which database this is), orchestrators (who works on it)
 """
 
 from __future__ import annotations
@@ -132,10 +132,12 @@ class Task(Base):
     distinct tasks among them that have not succeeded. `seq` is the order of arrival. A lease's columns are set
     exactly while the task is running.
 
-    `gpus` and `gpu_memory_bytes` are what it takes on a GPU (0 bytes: no GPU helps), `device` ("auto", "cpu", "cuda")
-    and `gpu_type` what its jobs allow. `alone` asks for a whole GPU, `batch_divisor` for smaller batches, both after an
-    attempt that ran out of memory. `ran_on` is the node of the last attempt; `queued_at` since when it could have been
-    claimed; `repairs` how often it ran again because its outputs had been lost.
+    `gpu_memory_bytes` is what it takes on a GPU (0: no GPU helps), `gpus` how many it cannot do without; `device`
+    ("auto", "cpu", "cuda") and `gpu_type` are what its jobs allow, `deterministic` that one of them asks for.
+    `alone` asks for a whole GPU, `batch_divisor` for smaller batches, both after an attempt that ran out of memory.
+    `ran_on` is the node of the last attempt; `queued_at` since when it could have been claimed; `repairs` how often it
+    ran again because its outputs had been lost. `needs` names all that it asks for (`enqueue.needs_of`): tasks of equal
+    needs are one group for the claim.
     """
 
     __tablename__ = "tasks"
@@ -151,12 +153,9 @@ class Task(Base):
             "waiting >= 0 AND attempt >= 0 AND faults_task >= 0 AND faults_infrastructure >= 0", name="counts"
         ),
         CheckConstraint("cpus >= 0 AND gpus >= 0 AND memory_bytes >= 0 AND work >= 0", name="resources"),
-        # The claim reads the head of one of these two and never sorts.
-        Index("ix_tasks_queued", text("priority DESC"), "seq", postgresql_where=text("state = 'queued'"),
-              sqlite_where=text("state = 'queued'")),
-        Index("ix_tasks_queued_cpu", text("priority DESC"), "seq",
-              postgresql_where=text("state = 'queued' AND gpus = 0"),
-              sqlite_where=text("state = 'queued' AND gpus = 0")),
+        # The claim reads the head of each group of equal needs and never sorts, nor passes over what does not fit.
+        Index("ix_tasks_queued_needs", "needs", "alone", text("priority DESC"), "seq",
+              postgresql_where=text("state = 'queued'"), sqlite_where=text("state = 'queued'")),
         Index("ix_tasks_queued_key", "key", postgresql_where=text("state = 'queued'"),
               sqlite_where=text("state = 'queued'")),
         # The same result is never computed twice at once, whatever the tasks' ids.
@@ -200,15 +199,22 @@ class Task(Base):
     ran_on: Mapped[str | None] = mapped_column(Text)
     queued_at: Mapped[float | None] = mapped_column(Seconds)
     repairs: Mapped[int] = mapped_column(Integer, server_default="0")
+    needs: Mapped[str] = mapped_column(Text, server_default="")
+    deterministic: Mapped[bool] = mapped_column(server_default=false())
 
 
 class TaskInput(Base):
-    """Task `task_id` reads an output of task `source_id`."""
+    """Task `task_id` reads outputs of task `source_id`.
+
+    `places` says which and where, as [input, position, output]: what the task's inputs are made of again once the
+    outputs are lost. Null in rows of releases before 2026.12.
+    """
 
     __tablename__ = "task_inputs"
 
     task_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"), primary_key=True)
     source_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"), primary_key=True, index=True)
+    places: Mapped[list[list[Any]] | None] = mapped_column(Json)
 
 
 class JobTask(Base):
@@ -241,7 +247,9 @@ class Result(Base):
 class KindTiming(Base):
     """Sums over the recorded results of one kind and version on one type of device, kept as they come.
 
-    `device` is "cpu" or a GPU's name; the peaks are the greatest that any task had.
+    `device` is "cpu" or a GPU's type; the peaks are the greatest that any task had, the ratios the greatest of a peak
+    to what had been estimated. Writers that finish tasks at the same moment add to rows of different `shard`, as one
+    would else wait for the other's commit; readers add them up.
     """
 
     __tablename__ = "kind_timings"
@@ -254,6 +262,9 @@ class KindTiming(Base):
     device: Mapped[str] = mapped_column(Name, primary_key=True, server_default="cpu")
     peak_rss_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
     peak_gpu_bytes: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    shard: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False, server_default="0")
+    memory_ratio: Mapped[float] = mapped_column(Float(53), server_default="0")
+    gpu_memory_ratio: Mapped[float] = mapped_column(Float(53), server_default="0")
 
 
 class ServiceRow(Base):
@@ -285,7 +296,7 @@ class Orchestrator(Base):
 
 
 class Event(Base):
-    """One line of the log. Ids grow in the order of commits (`session.py`), so a reader that follows misses none."""
+    """One line of the log; how a reader that follows it misses none: `event_log.py`."""
 
     __tablename__ = "events"
     __table_args__ = (CheckConstraint("job_id IS NOT NULL OR task_id IS NOT NULL", name="subject"),)
@@ -316,6 +327,17 @@ class Release(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     created_at: Mapped[float] = mapped_column(Seconds)
     metrics: Mapped[dict[str, Any]] = mapped_column(Json)
+
+
+class Signature(Base):
+    """Who vouches for an artifact: a Sigstore bundle, as JSON, by the key that made it."""
+
+    __tablename__ = "signatures"
+
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    key_id: Mapped[str] = mapped_column(Digest, primary_key=True)
+    bundle: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[float] = mapped_column(Seconds)
 
 
 class Alias(Base):

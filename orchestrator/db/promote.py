@@ -1,42 +1,166 @@
-"""How one task's success moves the graph on.
+"""How the success of tasks moves the graph on.
 
 A task whose inputs all exist gets its key. If a result of that key is recorded the task has succeeded, and so on: a
-chain of recorded tasks succeeds level by level, in the transaction that started it. All of it runs under `lock_graph`.
+chain of recorded tasks succeeds level by level, in the transaction that started it.
+
+All of it runs under `lock_graph` or, where tasks merely finish, under `share_graph`, beside others that do the same:
+
+* Counting down takes the rows of the readers in order of `seq` and holds them, so two transactions that finish sources
+  of one reader count one after the other, and the second, which promotes it, sees what the first recorded.
+* Who records a result of a key, and who gives a key to a task, holds that key's advisory lock (`KEY_LOCK`) from before
+  he looks at what the other may have done: either the task finds the result recorded, or the result finds the task
+  queued (`_FOLLOWERS`). Otherwise both could miss each other.
+* What reaches further than the readers of the finished tasks (a result that is recorded already, another task of the
+  same key, a job that ends) is left to one who is alone: `need_graph`.
+
+Locks are taken in this order: the rows of finished tasks (running, by seq), their keys, the rows of readers (blocked,
+by seq), their keys (sorted). A running task waits for nothing and a blocked one is not finished, so rows alone never
+make a circle. Keys can, if a task and the twin of its own source are in hand at once; Postgres then ends one of the
+transactions, which is run again (`Database.transact`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import Table, bindparam, func, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
+from orchestrator.db.event_log import record_event
 from orchestrator.db.job_ends import fail_jobs_that_need, succeed_jobs
-from orchestrator.db.models import JobTask, Json, Result, Task, TaskInput, in_states
-from orchestrator.db.session import record_event
-from orchestrator.db.statements import batches, move_task
-from orchestrator.states import TASK_TRANSITIONS, TaskEvent, TaskState
+from orchestrator.db.models import JobTask, Task, TaskInput, in_states, sql_list
+from orchestrator.db.session import is_alone, need_graph, note_ready
+from orchestrator.db.sql import dump, read_json, rows_json, run, run_together, statement
+from orchestrator.db.statements import batches, move_task, sources, target
+from orchestrator.states import ACTIVE_JOBS, TaskEvent, TaskState
 from quant_spec.keys import task_key
+
+#: The number of a key's advisory lock, with the key's column in place of {}; negative, unlike those of other locks.
+KEY_LOCK = "(hashtextextended({}, 0) | (CAST(1 AS bigint) << 63))"
+# A transaction that gives more keys than this is alone: Postgres has room for some thousand locks in all.
+_MOST_KEY_LOCKS = 200
+
+_READY = "tasks.seq, tasks.id, tasks.kind, tasks.version"
+_BLOCKED = f"tasks.state {sources(TaskEvent.PROMOTE)}"
+# Large inputs are only read from tasks that are ready.
+_IF_READY = "CASE WHEN tasks.waiting = 0 THEN tasks.{0} END AS {0}"
+_COUNTED = f"{_READY}, tasks.waiting, {_IF_READY.format('params')}, {_IF_READY.format('inputs')}"
+_COUNT_DOWN = statement(
+    f"""
+    UPDATE tasks SET waiting = tasks.waiting - counts.n
+    FROM (SELECT task_id, count(*) AS n FROM task_inputs WHERE source_id IN (SELECT id FROM {{given}}) GROUP BY task_id)
+         AS counts
+    WHERE tasks.id = counts.task_id AND +{_BLOCKED}
+    RETURNING {_COUNTED}
+    """,
+    {"id": "text"},
+    postgres=f"""
+    WITH counts AS MATERIALIZED (
+        SELECT task_id, count(*) AS n FROM task_inputs WHERE source_id IN (SELECT id FROM {{given}}) GROUP BY task_id
+    ), readers AS MATERIALIZED (
+        SELECT tasks.seq, counts.n FROM counts JOIN tasks ON tasks.id = counts.task_id
+        WHERE {_BLOCKED} ORDER BY tasks.seq FOR NO KEY UPDATE OF tasks
+    )
+    UPDATE tasks SET waiting = tasks.waiting - readers.n FROM readers WHERE tasks.seq = readers.seq
+    RETURNING {_COUNTED}
+    """,
+)  # fmt: skip
+_SELECT_READY = statement(
+    f"""
+    SELECT {_READY}, tasks.params, tasks.inputs FROM {{given}} JOIN tasks ON tasks.id = given.id
+    WHERE {_BLOCKED} ORDER BY tasks.seq
+    """,
+    {"id": "text"},
+)
+_FOLLOWERS = statement(
+    f"""
+    SELECT EXISTS (
+        SELECT 1 FROM {{given}} JOIN tasks ON tasks.key = given.key AND tasks.state = '{TaskState.QUEUED.value}'
+    ) AS twins, EXISTS (
+        SELECT 1 FROM {{given}} JOIN jobs ON jobs.target_task = given.id WHERE jobs.state IN ({sql_list(ACTIVE_JOBS)})
+    ) AS jobs
+    """,
+    {"id": "text", "key": "text"},
+)
+_OUTPUTS = statement(
+    """
+    SELECT tasks.id, results.outputs
+    FROM {given} JOIN tasks ON tasks.id = given.id JOIN results ON results.key = tasks.key
+    """,
+    {"id": "text"},
+)
+# On SQLite, where whoever writes is alone, not used.
+_LOCK_KEYS = statement(
+    "SELECT 1",
+    {"key": "text"},
+    postgres=f"""
+    SELECT pg_advisory_xact_lock({KEY_LOCK.format("key")})
+    FROM (SELECT key FROM {{given}} ORDER BY key OFFSET 0) AS keys
+    """,
+)
+_RECORDED = "EXISTS (SELECT 1 FROM results WHERE results.key = given.key)"
+_GIVE_KEYS = f"""
+    UPDATE tasks SET key = given.key, inputs = %s, queued_at = {{now}},
+        state = CASE WHEN {_RECORDED} THEN {target(TaskEvent.CACHE)} ELSE {target(TaskEvent.PROMOTE)} END
+    FROM {{given}} WHERE tasks.id = given.id AND %s
+    RETURNING tasks.id, tasks.state
+"""
+_PROMOTE = statement(
+    _GIVE_KEYS % ("given.inputs", f"+{_BLOCKED}"),
+    {"id": "text", "key": "text", "inputs": "text"},
+    postgres=_GIVE_KEYS % ("CAST(given.inputs AS json)", _BLOCKED),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A task that has all its inputs."""
+
+    seq: int
+    id: str
+    kind: str
+    version: int
+    params: dict[str, Any]
+    inputs: dict[str, list[Any]]
+
+
+def complete_finished(session: Session, keys: Mapping[str, str]) -> None:
+    """Draw every consequence of the success of tasks whose results have just been recorded; `keys` is by task."""
+    given = rows_json([{"id": task, "key": key} for task, key in keys.items()])
+    (followers,), counted = run_together(session, (_FOLLOWERS, {"given": given}), (_COUNT_DOWN, {"given": given}))
+    if followers.twins or followers.jobs:
+        need_graph(session)
+    twins = mark_twins_cached(session, list(keys.values())) if followers.twins else []
+    ready = [*_ready_rows(counted), *_count_down(session, twins)]
+    _complete(session, [*keys, *twins], ready, ends_jobs=bool(twins or followers.jobs))
 
 
 def complete(session: Session, done: Sequence[str], ready: Sequence[str] = ()) -> None:
     """Draw every consequence of the success of the tasks `done`, and of the tasks `ready` having all inputs."""
-    finished = list(done)
-    ready = [*ready, *_unblock(session, done)]
-    while ready:
+    _complete(session, done, [*_select_ready(session, ready), *_count_down(session, done)], ends_jobs=True)
+
+
+def _complete(session: Session, done: Sequence[str], ready: Sequence[_Ready], *, ends_jobs: bool) -> None:
+    """Queue tasks that have all inputs, go on with those whose results are recorded, and end jobs."""
+    finished, pending = list(done), ready
+    while pending:
         cached: list[str] = []
-        for batch in batches(ready):
+        for batch in batches(pending):
             cached += _promote(session, batch)
         finished += cached
-        ready = _unblock(session, cached)
-    succeed_jobs(session, finished)
+        pending = _count_down(session, cached)
+    if ends_jobs or len(finished) > len(done):
+        succeed_jobs(session, finished)
 
 
-def mark_twins_cached(session: Session, key: str) -> list[str]:
-    """Mark as cached the queued tasks of other ids that ask for a result that has just been recorded; return them."""
-    statement = move_task(TaskEvent.CACHE).where(Task.key == key, in_states(Task.state, [TaskState.QUEUED]))
-    twins = list(session.scalars(statement.values(error=None).returning(Task.id)))
+def mark_twins_cached(session: Session, keys: Sequence[str]) -> list[str]:
+    """Mark as cached the queued tasks of other ids that ask for results that have just been recorded; return them."""
+    twins: list[str] = []
+    for batch in batches(keys):
+        statement = move_task(TaskEvent.CACHE).where(Task.key.in_(batch), in_states(Task.state, [TaskState.QUEUED]))
+        twins += session.scalars(statement.values(error=None).returning(Task.id))
     _mark_cached(session, twins)
     return twins
 
@@ -53,87 +177,74 @@ def recount(session: Session, job_id: str) -> list[str]:
         .scalar_subquery()
     )
     blocked = (in_states(Task.state, [TaskState.BLOCKED]), Task.id.in_(wanted))
-    session.execute(update(Task).where(*blocked).values(waiting=missing), execution_options=_PLAIN)
+    # Rows that count right already, as those of new tasks do, are not written again.
+    statement = update(Task).where(*blocked, Task.waiting != missing).values(waiting=missing)
+    session.execute(statement, execution_options=_PLAIN)
     return list(session.scalars(select(Task.id).where(*blocked, Task.waiting == 0).order_by(Task.seq)))
 
 
 _PLAIN = {"synchronize_session": False}
 
 
-def _unblock(session: Session, done: Iterable[str]) -> list[str]:
+def _count_down(session: Session, done: Sequence[str]) -> list[_Ready]:
     """Count down the tasks that read the outputs of `done`; return those that have all their inputs now."""
-    ready: list[str] = []
+    ready: list[_Ready] = []
     for batch in batches(done):
-        readers = select(TaskInput.task_id).where(TaskInput.source_id.in_(batch))
-        count = (
-            select(func.count())
-            .select_from(TaskInput)
-            .where(TaskInput.task_id == Task.id, TaskInput.source_id.in_(batch))
-            .scalar_subquery()
-        )
-        statement = (
-            update(Task)
-            .where(in_states(Task.state, [TaskState.BLOCKED]), Task.id.in_(readers))
-            .values(waiting=Task.waiting - count)
-            .returning(Task.seq, Task.id, Task.waiting)
-        )
-        rows = session.execute(statement, execution_options=_PLAIN).all()
-        ready += [row.id for row in sorted(rows, key=lambda row: row.seq) if row.waiting == 0]
-    return ready
+        ready += _ready_rows(run(session, _COUNT_DOWN, given=_ids(batch)))
+    return sorted(ready, key=lambda each: each.seq)
 
 
-def _promote(session: Session, ready: Sequence[str]) -> list[str]:
+def _ready_rows(counted: Iterable[Any]) -> list[_Ready]:
+    return sorted((_ready(row) for row in counted if row.waiting == 0), key=lambda each: each.seq)
+
+
+def _select_ready(session: Session, tasks: Sequence[str]) -> list[_Ready]:
+    return [_ready(row) for batch in batches(tasks) for row in run(session, _SELECT_READY, given=_ids(batch))]
+
+
+def _ready(row: Any) -> _Ready:
+    return _Ready(row.seq, row.id, row.kind, row.version, read_json(row.params), read_json(row.inputs))
+
+
+def _promote(session: Session, ready: Sequence[_Ready]) -> list[str]:
     """Give ready tasks their keys and queue them; return those whose results were recorded already."""
-    columns = (Task.id, Task.kind, Task.version, Task.params, Task.inputs)
-    rows = session.execute(
-        select(*columns).where(Task.id.in_(ready), in_states(Task.state, [TaskState.BLOCKED])).order_by(Task.seq)
-    ).all()
-    outputs = _outputs(session, {item["task"] for row in rows for item in _references(row.inputs)})
+    outputs = _outputs(session, {item["task"] for task in ready for item in _references(task.inputs)})
     changes: list[dict[str, Any]] = []
     broken: list[tuple[str, str]] = []
-    for row in rows:
+    for task in ready:
         try:
-            inputs = _resolve(row.inputs, outputs)
+            inputs = _resolve(task.inputs, outputs)
         except KeyError as error:
-            broken.append((row.id, f"input of {row.kind}: got no output {error}, wanted one that its source gives"))
+            broken.append((task.id, f"input of {task.kind}: got no output {error}, wanted one that its source gives"))
         else:
-            key = task_key(row.kind, row.version, row.params, inputs)
-            changes.append({"b_id": row.id, "b_key": key, "b_inputs": inputs})
-    known = recorded_keys(session, [change["b_key"] for change in changes])
-    _apply(session, TaskEvent.PROMOTE, [change for change in changes if change["b_key"] not in known])
-    cached = [change for change in changes if change["b_key"] in known]
-    _apply(session, TaskEvent.CACHE, cached)
-    _mark_cached(session, [change["b_id"] for change in cached])
+            key = task_key(task.kind, task.version, task.params, inputs)
+            changes.append({"id": task.id, "key": key, "inputs": dump(inputs)})
+    if broken or len(changes) > _MOST_KEY_LOCKS:
+        need_graph(session)
+    cached = _give_keys(session, changes)
     # Last, because it cancels tasks that were to be queued just now.
-    for task, reason in broken:
-        _fail(session, task, reason)
-    return [change["b_id"] for change in cached]
+    for name, reason in broken:
+        _fail(session, name, reason)
+    return cached
 
 
-def recorded_keys(session: Session, keys: Iterable[str]) -> set[str]:
-    """Return which of these keys have a recorded result."""
-    known: set[str] = set()
-    for batch in batches(keys):
-        known.update(session.scalars(select(Result.key).where(Result.key.in_(batch))))
-    return known
-
-
-def _apply(session: Session, event: TaskEvent, changes: Sequence[dict[str, Any]]) -> None:
-    """Move tasks to a state that needs a key, with their keys and resolved inputs."""
+def _give_keys(session: Session, changes: Sequence[dict[str, Any]]) -> list[str]:
+    """Queue tasks under their keys; return those that have succeeded instead, as their results are recorded."""
     if not changes:
-        return
-    # A statement on the table, not the class: the class would take a list of parameters for rows by primary key.
-    table = cast(Table, Task.__table__)
-    statement = (
-        update(table)
-        .where(table.c.id == bindparam("b_id"), in_states(table.c.state, TASK_TRANSITIONS[event].sources))
-        .values(state=TASK_TRANSITIONS[event].target.value, key=bindparam("b_key"))
-        .values(inputs=bindparam("b_inputs", type_=Json))
-    )
-    session.connection().execute(statement, list(changes))
-    if event is TaskEvent.PROMOTE:
-        for change in changes:
-            record_event(session, event, task=change["b_id"])
+        return []
+    given = rows_json(changes)
+    locks = [] if is_alone(session) else [(_LOCK_KEYS, {"given": given})]
+    *_, rows = run_together(session, *locks, (_PROMOTE, {"given": given}))
+    states = {row.id: row.state for row in rows}
+    cached = [change["id"] for change in changes if states.get(change["id"]) == TaskState.SUCCEEDED.value]
+    if cached:
+        need_graph(session)
+    for change in changes:
+        if states.get(change["id"]) == TaskState.QUEUED.value:
+            record_event(session, TaskEvent.PROMOTE, task=change["id"])
+    note_ready(session, len(changes) - len(cached))
+    _mark_cached(session, cached)
+    return cached
 
 
 def _mark_cached(session: Session, tasks: Sequence[str]) -> None:
@@ -167,6 +278,9 @@ def _outputs(session: Session, tasks: set[str]) -> dict[str, dict[str, str]]:
     """Return the outputs of tasks that have succeeded."""
     found: dict[str, dict[str, str]] = {}
     for batch in batches(sorted(tasks)):
-        statement = select(Task.id, Result.outputs).join(Result, Result.key == Task.key).where(Task.id.in_(batch))
-        found.update((row.id, row.outputs) for row in session.execute(statement))
+        found.update((row.id, read_json(row.outputs)) for row in run(session, _OUTPUTS, given=_ids(batch)))
     return found
+
+
+def _ids(tasks: Iterable[str]) -> str:
+    return rows_json([{"id": task} for task in tasks])

@@ -17,9 +17,21 @@ from orchestrator.db.jobs import (
     retry_job,
     work_left,
 )
-from orchestrator.db.queue import claim_tasks, fail_task, finish_task, reap_expired, release_task, renew_leases
-from orchestrator.db.registry import add_model, find_model, kind_timings, known_results, list_models, live_digests
+from orchestrator.db.queue import (
+    check_end,
+    claim_tasks,
+    fail_task,
+    finish_task,
+    finish_tasks,
+    reap_expired,
+    release_task,
+    release_tasks,
+    renew_leases,
+)
+from orchestrator.db.references import references
+from orchestrator.db.registry import add_model, find_model, known_results, list_models
 from orchestrator.db.releases import find_release, list_releases, set_alias
+from orchestrator.db.timings import kind_timings
 
 __all__ = [
     "add_model",
@@ -38,16 +50,19 @@ __all__ = [
     "events",
     "work_left",
     "nothing_left",
+    "check_end",
     "claim_tasks",
     "renew_leases",
     "finish_task",
+    "finish_tasks",
     "fail_task",
     "release_task",
+    "release_tasks",
     "reap_expired",
     "known_results",
     "kind_timings",
     "list_releases",
     "find_release",
     "set_alias",
-    "live_digests",
+    "references",
 ]

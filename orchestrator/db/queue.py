@@ -8,30 +8,37 @@ Contract, the same on SQLite and Postgres, for any number of orchestrators:
 * a result, its task's success, the tasks it unblocks and the jobs it ends become visible together or not at all;
 * faults of a task's own and of the infrastructure under it are counted apart; a lease given back counts as neither.
 
-Claims skip rows that another transaction holds. Everything else that touches running tasks holds `lock_graph`.
+Every function is about many tasks at once, in a few statements (`sql.py`). Claims skip rows that another transaction
+holds. Finishing, renewing and giving back share the graph with each other, and take rows in order of `seq`; a finish
+that ends a job, and faults, have the graph for themselves (`session.py`, `promote.py`).
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, case, exists, literal_column, select, tuple_, update
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, Row, case, select
+from sqlalchemy.orm import Session
 
+from orchestrator.db.candidates import fill, read_candidates, wishes_of
 from orchestrator.db.clock import epoch_seconds
+from orchestrator.db.event_log import record_event
 from orchestrator.db.job_ends import fail_jobs_that_need
-from orchestrator.db.models import Job, JobTask, KindTiming, Result, Task, in_states
-from orchestrator.db.promote import complete, mark_twins_cached
-from orchestrator.db.rows import ClaimedTask, Lease
-from orchestrator.db.session import lock_graph, record_event
-from orchestrator.db.statements import batches, held, insert_into, insert_or_ignore, move_job, move_task
+from orchestrator.db.models import Task, in_states
+from orchestrator.db.picking import Picker, after_out_of_memory, pick
+from orchestrator.db.promote import KEY_LOCK, complete_finished
+from orchestrator.db.repair import repair_lost
+from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
+from orchestrator.db.session import GraphNeededError, lock_graph, share_graph, tell_others, trying_shared
+from orchestrator.db.sql import Statement, dump, is_postgres, read_json, rows_json, run, statement
+from orchestrator.db.statements import batches, held, move_task, sources, target
 from orchestrator.errors import ResultError
 from orchestrator.graph import Resources
-from orchestrator.states import JobEvent, JobState, TaskEvent, TaskState
+from orchestrator.states import JobEvent, TaskEvent, TaskState
 from quant_spec.keys import canonical_json
+from workers.execution.cluster import CUDA_CONTEXT_BYTES
 
 #: Seconds to wait after the 1st, 2nd, ... fault of a task's own before it runs again; one more fault is final.
 TASK_BACKOFF = (2.0, 4.0)
@@ -42,17 +49,192 @@ INFRASTRUCTURE_BACKOFF = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0)
 FAULTS: Mapping[str, tuple[Any, tuple[float, ...]]] = {
     "task": (Task.faults_task, TASK_BACKOFF),
     "infrastructure": (Task.faults_infrastructure, INFRASTRUCTURE_BACKOFF),
+    "memory": (Task.faults_infrastructure, INFRASTRUCTURE_BACKOFF),
+    "refused": (Task.faults_infrastructure, INFRASTRUCTURE_BACKOFF),
     "invalid": (Task.faults_task, ()),
 }
 
 _ERROR_CHARACTERS = 10_000
-_ZERO: ColumnElement[float] = literal_column("0")
-_QUEUED = in_states(Task.state, [TaskState.QUEUED])
 _RUNNING = in_states(Task.state, [TaskState.RUNNING])
+
+_LEASE = {"id": "text", "attempt": "integer", "token": "text"}
+_NO_LEASE = "lease_token = NULL, lease_owner = NULL, lease_until = NULL"
+_MINE = f"""
+    tasks.id = given.id AND tasks.attempt = given.attempt AND tasks.lease_token = given.token
+    AND tasks.state {sources(TaskEvent.FINISH)}
+"""
+_GOOD = f"{_MINE} AND tasks.lease_until > {{now}}"
+# Postgres: the rows of good leases, locked in an order that all keep.
+_HELD = """
+    held AS MATERIALIZED (
+        SELECT tasks.seq FROM given JOIN tasks ON %s ORDER BY tasks.seq FOR NO KEY UPDATE OF tasks
+    )
+"""
+_GIVEN = "given AS MATERIALIZED (SELECT * FROM {given})"
+
+
+def _on_good_leases(values: str, returning: str, good: str = _GOOD) -> Statement:
+    """Make the statement that changes the tasks of leases that are good."""
+    return statement(
+        f"UPDATE tasks SET {values} FROM {{given}} WHERE {good} RETURNING {returning}",
+        _LEASE,
+        postgres=f"""
+        WITH {_GIVEN}, {_HELD % good}
+        UPDATE tasks SET {values} FROM held WHERE tasks.seq = held.seq RETURNING {returning}
+        """,
+    )
+
+
+_CLAIMED = ", ".join(
+    f"tasks.{name}"
+    for name in (
+        "id",
+        "attempt",
+        "kind",
+        "version",
+        "params",
+        "inputs",
+        "cpus",
+        "gpus",
+        "memory_bytes",
+        "gpu_memory_bytes",
+        "work",
+        "label",
+        "device",
+        "gpu_type",
+        "alone",
+        "batch_divisor",
+        "deterministic",
+        "deadline_seconds",
+    )
+)
+_TAKE_LEASE = f"""
+    state = {target(TaskEvent.CLAIM)}, attempt = tasks.attempt + 1, lease_token = :token, lease_owner = :owner,
+    started_at = {{now}}, lease_until = {{now}} + CAST(:seconds AS double precision), ran_on = %s.ran_on
+"""
+_KEY_IS_FREE = "NOT EXISTS (SELECT 1 FROM tasks AS other WHERE other.key = tasks.key AND other.state = 'running')"
+_WAITING_JOBS = f"""
+    SELECT jobs.id FROM jobs WHERE jobs.state {sources(JobEvent.START)}
+    AND jobs.id IN (SELECT job_tasks.job_id FROM %s JOIN job_tasks ON job_tasks.task_id = %s.id)
+"""
+_START = f"UPDATE jobs SET state = {target(JobEvent.START)}, started_at = {{now}}"
+# On SQLite two statements.
+_CLAIM = statement(
+    f"""
+    UPDATE tasks SET {_TAKE_LEASE % "given"} FROM {{given}}
+    WHERE tasks.id = given.id AND +tasks.state {sources(TaskEvent.CLAIM)} AND {_KEY_IS_FREE}
+    RETURNING {_CLAIMED}
+    """,
+    {"id": "text", "ran_on": "text"},
+    postgres=f"""
+    WITH chosen AS MATERIALIZED (
+        SELECT tasks.seq, given.ran_on, pg_try_advisory_xact_lock({KEY_LOCK.format("tasks.key")}) AS is_mine
+        FROM {{given}} JOIN tasks ON tasks.id = given.id WHERE tasks.state {sources(TaskEvent.CLAIM)}
+    ), taken AS (
+        UPDATE tasks SET {_TAKE_LEASE % "chosen"} FROM chosen
+        WHERE tasks.seq = chosen.seq AND chosen.is_mine AND {_KEY_IS_FREE}
+        RETURNING {_CLAIMED}
+    ), waiting AS MATERIALIZED (
+        -- One that another transaction holds is begun, or ended, by that: no claim waits.
+        {_WAITING_JOBS % ("taken", "taken")} ORDER BY jobs.id FOR NO KEY UPDATE OF jobs SKIP LOCKED
+    ), started AS (
+        {_START} FROM waiting WHERE jobs.id = waiting.id RETURNING jobs.id
+    )
+    SELECT taken.*, (SELECT json_agg(started.id) FROM started) AS started FROM taken
+    """,
+)
+_START_JOBS = statement(f"{_START} WHERE id IN ({_WAITING_JOBS % ('{given}', 'given')}) RETURNING id", {"id": "text"})
+_RENEWED = ("lease_until = {now} + CAST(:seconds AS double precision)", "tasks.id, tasks.attempt, tasks.lease_token")
+_RENEW = _on_good_leases(*_RENEWED)
+# Also those that ran out, as long as nobody has taken the tasks.
+_RENEW_LATE = _on_good_leases(*_RENEWED, _MINE)
+_RELEASE = _on_good_leases(
+    f"state = {target(TaskEvent.RELEASE)}, queued_at = {{now}}, {_NO_LEASE}", "tasks.id, tasks.attempt"
+)
+_SUCCEED = f"state = {target(TaskEvent.FINISH)}, error = NULL, finished_at = {{now}}, {_NO_LEASE}"
+_ESTIMATES = {"memory_bytes": "bigint", "gpu_memory_bytes": "bigint", "batch_divisor": "integer"}
+_FINISHED = ", ".join(f"tasks.{name}" for name in ("id", "key", "kind", "version", "work", "attempt", *_ESTIMATES))
+_END = {
+    "outputs": "text",
+    "metrics": "text",
+    "ran": "text",
+    "seconds": "double precision",
+    "device": "text",
+    "peak_rss_bytes": "bigint",
+    "peak_gpu_bytes": "bigint",
+}
+_RESULT = "key, kind, outputs, metrics, ran, seconds, created_at"
+_PEAKS = {
+    "peak_rss_bytes": "peak_rss_bytes",
+    "peak_gpu_bytes": "peak_gpu_bytes",
+    "memory_ratio": """
+        CASE WHEN peak_rss_bytes > 0 AND memory_bytes > 0
+        THEN CAST(peak_rss_bytes AS double precision) / memory_bytes ELSE 0 END
+    """,
+    # With a part of the batch it needed less than the next task of its kind will.
+    "gpu_memory_ratio": f"""
+        CASE WHEN peak_gpu_bytes > 0 AND gpu_memory_bytes > 0
+        THEN CAST(peak_gpu_bytes * batch_divisor + {CUDA_CONTEXT_BYTES} AS double precision) / gpu_memory_bytes
+        ELSE 0 END
+    """,
+}
+_TIMING = f"kind, version, device, shard, n, seconds, work, {', '.join(_PEAKS)}"
+_SUMS = f"count(*), sum(seconds), sum(work), {', '.join(f'max({peak})' for peak in _PEAKS.values())}"
+_ADD_UP = "ON CONFLICT (kind, version, device, shard) DO UPDATE SET " + ", ".join(
+    [f"{name} = kind_timings.{name} + excluded.{name}" for name in ("n", "seconds", "work")]
+    + [f"{name} = {{max}}(kind_timings.{name}, excluded.{name})" for name in _PEAKS]
+)
+#: Rows of one kind's timings that Postgres' connections are spread over.
+TIMING_SHARDS = 64
+# On SQLite three statements, where Postgres has one.
+_FINISH = statement(
+    f"UPDATE tasks SET {_SUCCEED} FROM {{given}} WHERE {_GOOD} RETURNING {_FINISHED}",
+    _LEASE | _END,
+    postgres=f"""
+    WITH {_GIVEN}, {_HELD % _GOOD}, done AS (
+        UPDATE tasks SET {_SUCCEED} FROM held WHERE tasks.seq = held.seq RETURNING {_FINISHED}
+    ), ends AS (
+        SELECT done.*, given.outputs, given.metrics, given.ran, given.seconds, given.device,
+               given.peak_rss_bytes, given.peak_gpu_bytes
+        FROM done JOIN given ON given.id = done.id AND given.attempt = done.attempt
+    ), recorded AS (
+        INSERT INTO results ({_RESULT})
+        SELECT key, kind, CAST(outputs AS json), CAST(metrics AS json), CAST(ran AS json), seconds, {{now}} FROM ends
+        ON CONFLICT DO NOTHING
+    ), timed AS (
+        INSERT INTO kind_timings ({_TIMING})
+        SELECT kind, version, device, pg_backend_pid() % {TIMING_SHARDS}, {_SUMS}
+        FROM ends GROUP BY kind, version, device ORDER BY kind, version, device
+        {_ADD_UP.format(max="greatest")}
+    )
+    SELECT id, attempt, key, pg_advisory_xact_lock({KEY_LOCK.format("key")}) FROM done
+    """,
+)
+_RECORD = statement(
+    f"""
+    INSERT INTO results ({_RESULT})
+    SELECT key, kind, outputs, metrics, ran, seconds, {{now}} FROM {{given}} WHERE true ON CONFLICT DO NOTHING
+    """,
+    {"key": "text", "kind": "text"} | _END,
+)
+_TIME = statement(
+    f"""
+    INSERT INTO kind_timings ({_TIMING})
+    SELECT kind, version, device, 0, {_SUMS} FROM {{given}} WHERE true GROUP BY kind, version, device
+    {_ADD_UP.format(max="max")}
+    """,
+    {"kind": "text", "version": "integer", "work": "double precision"} | _ESTIMATES | _END,
+)
 
 
 def claim_tasks(
-    session: Session, *, owner: str, limit: int, lease_seconds: float, capacity: Resources | None = None
+    session: Session,
+    *,
+    owner: str,
+    limit: int,
+    lease_seconds: float,
+    capacity: Resources | None = None,
+    picker: Picker | None = None,
 ) -> list[ClaimedTask]:
     """Take leases on the next tasks: highest priority first, then those that came first.
 
@@ -66,93 +248,42 @@ def claim_tasks(
         How long the leases last unless renewed.
     capacity
         What the claimed tasks may occupy together; one that does not fit is passed over. None: no bound.
+    picker
+        Decides in place of `capacity` which tasks start now, and on which node.
 
     Notes
     -----
-    O(limit · log n): it reads the head of a partial index. A task whose key is running under another id is left
-    queued; it succeeds when that one does.
+    O(g + limit · log n) for g different needs (CPUs, memory, ...) among the queued tasks, however many of these do not
+    fit: it reads the head of each group. A task whose key is running under another id is left queued; it succeeds when
+    that one does. One whose key another transaction is just finishing or claiming is left for the next claim.
     """
-    chosen = _choose(session, limit, capacity)
+    if picker is None:
+        where: Mapping[str, str] = {}
+        chosen = [each.id for each in fill(read_candidates(session, limit, capacity), capacity)][:limit]
+    else:
+        where = pick(session, picker, limit)
+        chosen = list(where)
     if not chosen:
         return []
     token = secrets.token_hex(16)
-    claimed = _claim(session, chosen, owner, lease_seconds, token)
-    if claimed is None:
-        # Someone else claimed one of these keys under another id between our two statements: find out which.
-        claimed = [row for each in chosen for row in _claim(session, [each], owner, lease_seconds, token) or ()]
+    given = rows_json([{"id": task, "ran_on": where.get(task)} for task in chosen])
+    rows = run(session, _CLAIM, given=given, token=token, owner=owner, seconds=lease_seconds).all()
     order = {task: position for position, task in enumerate(chosen)}
-    claimed = sorted(claimed, key=lambda row: order[row.id])
-    for row in claimed:
+    rows = sorted(rows, key=lambda row: order[row.id])
+    for row in rows:
         record_event(session, TaskEvent.CLAIM, task=row.id, attempt=row.attempt, data={"owner": owner})
-    _start_jobs(session, [row.id for row in claimed])
-    return [_claimed_task(row, token) for row in claimed]
-
-
-def claim_candidates(limit: int, capacity: Resources | None) -> Any:
-    """Return the statement that finds what can be claimed, best first."""
-    other = aliased(Task)
-    same_key = exists().where(other.key == Task.key, in_states(other.state, [TaskState.RUNNING]))
-    where: list[ColumnElement[bool]] = [_QUEUED, Task.not_before <= epoch_seconds(), ~same_key]
-    if capacity is not None:
-        # A literal 0, so that a machine without GPU reads the index that has no GPU tasks in it.
-        where.append(Task.gpus <= capacity.gpus if capacity.gpus > 0 else Task.gpus == _ZERO)
-        where += [Task.cpus <= capacity.cpus, Task.memory_bytes <= capacity.memory_bytes]
-    return (
-        select(Task.id, Task.key, Task.cpus, Task.gpus, Task.memory_bytes)
-        .where(*where)
-        .order_by(Task.priority.desc(), Task.seq)
-        .limit(limit)
-        .with_for_update(of=Task, skip_locked=True, key_share=True)
-    )
-
-
-def _choose(session: Session, limit: int, capacity: Resources | None) -> list[str]:
-    """Lock candidates and keep those that fit together, one of each key."""
-    chosen: dict[str, str] = {}
-    cpus, gpus, memory = 0.0, 0.0, 0
-    for row in session.execute(claim_candidates(limit, capacity)):
-        fits = capacity is None or (
-            cpus + row.cpus <= capacity.cpus
-            and gpus + row.gpus <= capacity.gpus
-            and memory + row.memory_bytes <= capacity.memory_bytes
-        )
-        if fits and row.key not in chosen:
-            chosen[row.key] = row.id
-            cpus, gpus, memory = cpus + row.cpus, gpus + row.gpus, memory + row.memory_bytes
-    return list(chosen.values())
-
-
-def _claim(
-    session: Session, tasks: Sequence[str], owner: str, lease_seconds: float, token: str
-) -> Sequence[Row[Any]] | None:
-    """Set leases; None, and nothing changed, if one of the keys is running by now."""
-    statement = (
-        move_task(TaskEvent.CLAIM)
-        .where(Task.id.in_(tasks))
-        .values(attempt=Task.attempt + 1, lease_token=token, lease_owner=owner, started_at=epoch_seconds())
-        .values(lease_until=epoch_seconds() + lease_seconds)
-        .returning(
-            Task.id, Task.attempt, Task.kind, Task.version, Task.params, Task.inputs,
-            Task.cpus, Task.gpus, Task.memory_bytes, Task.work, Task.label,
-        )
-    )  # fmt: skip
-    try:
-        with session.begin_nested():
-            return session.execute(statement).all()
-    except IntegrityError:
-        return None
-
-
-def _start_jobs(session: Session, tasks: Sequence[str]) -> None:
-    """Note that jobs have begun. One that another transaction holds is begun, or ended, by that: no claim waits."""
-    if not tasks:
-        return
-    wanting = select(JobTask.job_id).where(JobTask.task_id.in_(tasks))
-    waiting = select(Job.id).where(in_states(Job.state, [JobState.QUEUED]), Job.id.in_(wanting))
-    waiting = waiting.with_for_update(skip_locked=True, key_share=True)
-    statement = move_job(JobEvent.START).where(Job.id.in_(waiting))
-    for job in session.scalars(statement.values(started_at=epoch_seconds()).returning(Job.id)).all():
+    for job in _started_jobs(session, rows):
         record_event(session, JobEvent.START, job=job)
+    return [_claimed_task(row, token) for row in rows]
+
+
+def _started_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[str]:
+    """Return the jobs that begin with these tasks."""
+    if not rows:
+        return []
+    if is_postgres(session):
+        return rows[0].started or []
+    return list(run(session, _START_JOBS, given=rows_json([{"id": row.id} for row in rows])).scalars())
 
 
 def _claimed_task(row: Row[Any], token: str) -> ClaimedTask:
@@ -160,106 +291,140 @@ def _claimed_task(row: Row[Any], token: str) -> ClaimedTask:
         lease=Lease(row.id, row.attempt, token),
         kind=row.kind,
         version=row.version,
-        params=row.params,
-        inputs=row.inputs,
-        resources=Resources(row.cpus, row.gpus, row.memory_bytes),
+        params=read_json(row.params),
+        inputs=read_json(row.inputs),
+        resources=Resources(row.cpus, row.gpus, row.memory_bytes, row.gpu_memory_bytes),
         work=row.work,
         label=row.label,
+        wishes=wishes_of(row),
+        deadline_seconds=row.deadline_seconds,
     )
 
 
-def renew_leases(session: Session, leases: Sequence[Lease], lease_seconds: float) -> list[Lease]:
+def renew_leases(session: Session, leases: Sequence[Lease], lease_seconds: float, *, late: bool = False) -> list[Lease]:
     """Let leases last `lease_seconds` from now; return those that are still good, in the order given.
 
-    The others ran out, or no job wants their tasks any more: their holders should stop.
+    The others ran out, or no job wants their tasks any more: their holders should stop. With `late`, one that ran out
+    and that nobody has taken back yet is good again: the database itself may have been out.
     """
-    lock_graph(session)
+    share_graph(session)
     good: set[tuple[str, int, str]] = set()
-    for batch in batches(leases, 200):
-        names = [(lease.task_id, lease.attempt, lease.token) for lease in batch]
-        statement = (
-            update(Task)
-            .where(_RUNNING, Task.id.in_([lease.task_id for lease in batch]), Task.lease_until > epoch_seconds())
-            .where(tuple_(Task.id, Task.attempt, Task.lease_token).in_(names))
-            .values(lease_until=epoch_seconds() + lease_seconds)
-            .returning(Task.id, Task.attempt, Task.lease_token)
-            .execution_options(synchronize_session=False)
-        )
-        good.update((row.id, row.attempt, row.lease_token) for row in session.execute(statement))
+    for batch in batches(leases):
+        rows = run(session, _RENEW_LATE if late else _RENEW, given=rows_json(_lease_rows(batch)), seconds=lease_seconds)
+        good.update((row.id, row.attempt, row.lease_token) for row in rows)
     return [lease for lease in leases if (lease.task_id, lease.attempt, lease.token) in good]
 
 
+def _lease_rows(leases: Iterable[Lease]) -> list[dict[str, Any]]:
+    return [{"id": lease.task_id, "attempt": lease.attempt, "token": lease.token} for lease in leases]
+
+
 def finish_task(
-    session: Session, lease: Lease, outputs: Mapping[str, str], metrics: Mapping[str, Any], seconds: float
+    session: Session,
+    lease: Lease,
+    outputs: Mapping[str, str],
+    metrics: Mapping[str, Any],
+    seconds: float,
+    ran: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Record a task's result and everything that follows from it.
-
-    The tasks that waited for it alone are queued, or succeed too if their results are recorded; jobs whose target has
-    succeeded by that end, and publish.
-
-    Parameters
-    ----------
-    outputs
-        Names to digests of bytes that are in the store.
-    metrics
-        JSON; numbers must be finite.
-    seconds
-        How long the task computed.
-
-    Returns
-    -------
-    bool
-        False if the lease is no longer good; then nothing was changed.
+    """Record one task's result, as `finish_tasks` does; return False if the lease is no longer good.
 
     Raises
     ------
     ResultError
         If outputs or metrics cannot be recorded.
     """
-    _check_result(lease, outputs, metrics)
-    lock_graph(session)
-    row = session.execute(
-        move_task(TaskEvent.FINISH)
-        .where(*held(lease))
-        .values(error=None)
-        .returning(Task.key, Task.kind, Task.version, Task.work)
-    ).one_or_none()
-    if row is None:
-        return False
-    result = {"key": row.key, "kind": row.kind, "outputs": dict(outputs), "metrics": dict(metrics), "seconds": seconds}
-    insert_or_ignore(session, Result, [{**result, "created_at": session.scalar(select(epoch_seconds()))}])
-    _add_timing(session, {"kind": row.kind, "version": row.version, "work": row.work, "seconds": seconds})
-    data = {"seconds": seconds}
-    record_event(session, TaskEvent.FINISH, task=lease.task_id, attempt=lease.attempt, data=data)
-    complete(session, [lease.task_id, *mark_twins_cached(session, row.key)])
-    return True
+    return bool(finish_tasks(session, [TaskEnd(lease, outputs, metrics, seconds, ran or {})]))
 
 
-def _check_result(lease: Lease, outputs: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
-    for name, digest in outputs.items():
+def finish_tasks(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
+    """Record tasks' results and everything that follows from them.
+
+    The tasks that waited for them alone are queued, or succeed too if their results are recorded; jobs whose target has
+    succeeded by that end, and publish.
+
+    Returns
+    -------
+    list of Lease
+        Those that were good. For the others, nothing was changed.
+
+    Raises
+    ------
+    ResultError
+        If outputs or metrics of one cannot be recorded (`check_end`); then nothing was changed at all.
+    """
+    for end in ends:
+        check_end(end)
+    kept: list[Lease] = []
+    for batch in batches(ends):
+        try:
+            with trying_shared(session):
+                kept += _finish(session, batch)
+        except GraphNeededError:
+            lock_graph(session)
+            kept += _finish(session, batch)
+    return kept
+
+
+def _finish(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
+    given = _end_rows(ends)
+    rows = {(row.id, row.attempt): row for row in run(session, _FINISH, given=rows_json(given))}
+    kept = [end for end in ends if (end.lease.task_id, end.lease.attempt) in rows]
+    if not kept:
+        return []
+    if not is_postgres(session):
+        good = [each for each in given if (each["id"], each["attempt"]) in rows]
+        recorded = rows_json([each | dict(rows[each["id"], each["attempt"]]._mapping) for each in good])
+        run(session, _RECORD, given=recorded)
+        run(session, _TIME, given=recorded)
+    for end in kept:
+        data = {"seconds": end.seconds, **end.ran}
+        record_event(session, TaskEvent.FINISH, task=end.lease.task_id, attempt=end.lease.attempt, data=data)
+    complete_finished(session, {end.lease.task_id: rows[end.lease.task_id, end.lease.attempt].key for end in kept})
+    return [end.lease for end in kept]
+
+
+def _end_rows(ends: Sequence[TaskEnd]) -> list[dict[str, Any]]:
+    rows = _lease_rows(end.lease for end in ends)
+    for row, end in zip(rows, ends, strict=True):
+        row.update(outputs=dump(dict(end.outputs)), metrics=dump(dict(end.metrics)), ran=dump(dict(end.ran)))
+        row.update(seconds=end.seconds, device=str(end.ran.get("device") or "cpu"))
+        row.update({name: int(end.ran.get(name) or 0) for name in ("peak_rss_bytes", "peak_gpu_bytes")})
+    return rows
+
+
+def check_end(end: TaskEnd) -> None:
+    """Refuse what cannot be recorded.
+
+    Raises
+    ------
+    ResultError
+        If an output is no digest, or the metrics are not JSON of finite numbers.
+    """
+    task = end.lease.task_id[:12]
+    for name, digest in end.outputs.items():
         if not isinstance(digest, str) or len(digest) != 64:
-            raise ResultError(f"task {lease.task_id[:12]}: got output {name}={digest!r}, wanted a sha256 digest")
+            raise ResultError(f"task {task}: got output {name}={digest!r}, wanted a sha256 digest")
     try:
-        canonical_json(dict(metrics)).encode()
+        canonical_json(dict(end.metrics)).encode()
     except (TypeError, ValueError) as error:
-        raise ResultError(f"task {lease.task_id[:12]}: metrics cannot be recorded as JSON ({error})") from error
+        raise ResultError(f"task {task}: metrics cannot be recorded as JSON ({error})") from error
 
 
-def _add_timing(session: Session, values: Mapping[str, Any]) -> None:
-    statement = insert_into(session, KindTiming).values(**values, n=1)
-    new = {name: getattr(KindTiming, name) + statement.excluded[name] for name in ("n", "seconds", "work")}
-    session.execute(statement.on_conflict_do_update(index_elements=["kind", "version", "device"], set_=new))
-
-
-def fail_task(session: Session, lease: Lease, *, fault: str, error: str) -> bool:
+def fail_task(session: Session, lease: Lease, *, fault: str, error: str, lost: Sequence[str] = ()) -> bool:
     """Record that an attempt failed: the task runs again after a while, or has failed for good, and its jobs with it.
 
     Parameters
     ----------
     fault
-        "task" (its own), "infrastructure" (a worker, node or store was lost) or "invalid" (bad input, final).
+        "task" (its own), "infrastructure" (a worker, node or store was lost), "memory" (device's or host's ran out: the
+        next attempt is alone, with half the batch where that is free), "refused" (by a node that is not fit for it),
+        "invalid" (bad input, final) or "lost" (a blob that it reads): then what gave the blob runs again, and the task
+        after it (`orchestrator.db.repair`).
     error
         One line for people.
+    lost
+        For a "lost" one the blob, first, and the trees in which it is listed.
 
     Returns
     -------
@@ -267,6 +432,8 @@ def fail_task(session: Session, lease: Lease, *, fault: str, error: str) -> bool
         False if the lease is no longer good; then nothing was changed.
     """
     lock_graph(session)
+    if fault == "lost":
+        return repair_lost(session, lease, lost, _storable(error))
     return _fault(session, lease.task_id, held(lease), TaskEvent.RETRY, fault, error)
 
 
@@ -277,6 +444,8 @@ def _fault(
     counter, backoff = FAULTS[fault]
     error = _storable(error)
     values: dict[str, Any] = {counter.key: counter + 1, "error": error}
+    if fault == "memory":
+        values |= after_out_of_memory()
     returning = (Task.attempt, counter.label("faults"))
     if backoff:
         delay = case(dict(enumerate(backoff)), value=counter)
@@ -301,14 +470,26 @@ def _storable(error: str) -> str:
     return error.replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()[:_ERROR_CHARACTERS]
 
 
-def release_task(session: Session, lease: Lease) -> bool:
-    """Give a task back unfinished, to be claimed by anyone at once; counts as no fault. False: the lease was lost."""
-    lock_graph(session)
-    statement = move_task(TaskEvent.RELEASE).where(*held(lease)).returning(Task.id)
-    if session.scalars(statement).one_or_none() is None:
-        return False
-    record_event(session, TaskEvent.RELEASE, task=lease.task_id, attempt=lease.attempt)
-    return True
+def release_task(session: Session, lease: Lease, reason: str | None = None) -> bool:
+    """Give a task back unfinished, to be claimed by anyone at once; counts as no fault. False: the lease was lost.
+
+    `reason` is what was out, in one line; None: the holder ends.
+    """
+    return bool(release_tasks(session, [lease], reason))
+
+
+def release_tasks(session: Session, leases: Sequence[Lease], reason: str | None = None) -> list[Lease]:
+    """Give tasks back, as `release_task` does; return the leases that were good."""
+    share_graph(session)
+    data = {} if reason is None else {"error": _storable(reason)}
+    released: set[tuple[str, int]] = set()
+    for batch in batches(leases):
+        for row in run(session, _RELEASE, given=rows_json(_lease_rows(batch))):
+            record_event(session, TaskEvent.RELEASE, task=row.id, attempt=row.attempt, data=data)
+            released.add((row.id, row.attempt))
+    if released:
+        tell_others(session)
+    return [lease for lease in leases if (lease.task_id, lease.attempt) in released]
 
 
 def reap_expired(session: Session) -> list[str]:

@@ -1,16 +1,16 @@
-"""Registered models, recorded results, and which bytes all of the database still means."""
+"""Registered models and recorded results."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
-from orchestrator.db.models import KindTiming, Model, Release, Result
-from orchestrator.db.rows import ModelRow, Timing
+from orchestrator.db.models import Model, Result
+from orchestrator.db.rows import ModelRow
 from orchestrator.db.session import lock_enqueue
 from orchestrator.db.statements import batches
 from orchestrator.errors import NotFoundError
@@ -89,21 +89,6 @@ def known_results(session: Session, keys: Iterable[str]) -> dict[str, dict[str, 
         statement = select(Result.key, Result.outputs).where(Result.key.in_(batch))
         known.update((row.key, row.outputs) for row in session.execute(statement))
     return known
-
-
-def kind_timings(session: Session) -> dict[str, Timing]:
-    """Return what the recorded tasks of each kind took on CPUs, of the newest version of the kind that has any."""
-    on_cpu = select(KindTiming).where(KindTiming.device == "cpu")
-    rows = session.scalars(on_cpu.order_by(KindTiming.kind, KindTiming.version))
-    return {row.kind: Timing(row.n, row.seconds, row.work) for row in rows}
-
-
-def live_digests(session: Session) -> Iterator[str]:
-    """Stream the digests that results, models and releases name; the bytes of all others may go."""
-    yield from session.scalars(select(Model.digest))
-    yield from session.scalars(select(Release.digest))
-    for outputs in session.scalars(select(Result.outputs).execution_options(yield_per=1000)):
-        yield from outputs.values()
 
 
 def _model_row(model: Model) -> ModelRow:

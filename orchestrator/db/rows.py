@@ -6,11 +6,12 @@ Times are seconds since 1970 UTC by the database's clock; sizes are bytes; work 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.graph import Resources
 from orchestrator.states import JobState, TaskState
+from quant_spec.kinds import KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,48 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the jobs of a task say of where it may run, and what earlier attempts have taught.
+
+    `device` is "auto", "cpu" or "cuda"; `alone` and `batch_divisor` follow from attempts that ran out of memory.
+    """
+
+    device: str = "auto"
+    gpu_type: str | None = None
+    alone: bool = False
+    batch_divisor: int = 1
+    deterministic: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A queued task that could be claimed now, as placement sees it."""
+
+    id: str
+    key: str
+    kind: str
+    resources: Resources
+    wishes: Wishes = Wishes()
+    version: int = 1
+
+    @property
+    def shards(self) -> bool:
+        """Whether its kind can be spread over several GPUs."""
+        kind = KINDS.get(self.kind)
+        return kind is not None and kind.shards
+
+    @property
+    def is_unpinned(self) -> bool:
+        """Whether its job wants one type of device for all its tasks, and none is chosen yet."""
+        wishes = self.wishes
+        if not wishes.deterministic or self.resources.gpu_memory_bytes <= 0:
+            return False
+        return wishes.device != "cpu" and wishes.gpu_type is None
+
+
+@dataclass(frozen=True, slots=True)
 class ClaimedTask:
-    """A task to run, with every input resolved to a digest."""
+    """A task to run, with every input resolved to a digest; `deadline_seconds` is how long its recipe lets it run."""
 
     lease: Lease
     kind: str
@@ -34,6 +75,23 @@ class ClaimedTask:
     resources: Resources
     work: float
     label: str
+    wishes: Wishes = Wishes()
+    deadline_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEnd:
+    """What a task gave: output names to digests of bytes that are in the store, and metrics (JSON, finite numbers).
+
+    `seconds` is how long it computed, `ran` where: JSON, of which `device` ("cpu" or a GPU's type) and the peaks of
+    memory go into the kind's timings.
+    """
+
+    lease: Lease
+    outputs: Mapping[str, str]
+    metrics: Mapping[str, Any]
+    seconds: float
+    ran: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +137,8 @@ class JobRow:
     release: str | None
     digest: str | None
     metrics: dict[str, Any] | None
+    device: str = "auto"
+    gpu_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +146,8 @@ class TaskRow:
     """A task as one job sees it: `cached` if it needed no computing for this job.
 
     `outputs`, `metrics` and `seconds` are those of the recorded result, else None. `attempt` counts the leases ever
-    given out; `faults_task` and `faults_infrastructure` those that ended in a fault of each sort.
+    given out; `faults_task` and `faults_infrastructure` those that ended in a fault of each sort. `ran_on` is the node
+    of the last attempt, `ran` what the recorded result says of where it came from.
     """
 
     id: str
@@ -109,6 +170,8 @@ class TaskRow:
     started_at: float | None
     finished_at: float | None
     cached: bool
+    ran_on: str | None = None
+    ran: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +229,14 @@ class ReleaseRow:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What recorded tasks of one kind took in all: how many, seconds, GMAC."""
+    """What recorded tasks of one kind took in all: how many, seconds, GMAC.
+
+    The ratios are the greatest of a task's peak of memory, of the host and of a GPU, to what had been estimated; 0
+    while nothing is known.
+    """
 
     n: int
     seconds: float
     work: float
+    memory_ratio: float = 0.0
+    gpu_memory_ratio: float = 0.0

@@ -2,30 +2,46 @@
 
 A session is one transaction: it commits when its block ends, and rolls back on any error, which leaves the block as
 one of ours. On SQLite it is a BEGIN IMMEDIATE, so that transactions that write run one after the other. On Postgres
-they run side by side; what reads and changes a whole graph takes `lock_graph` first.
+they run side by side, under `lock_graph` or `share_graph`:
 
-Events are kept back and written last, in order of commit. A reader that has seen event n will then never find a
-smaller number later, which a plain sequence on Postgres does not give.
+* what ends, cancels or revives jobs or tasks, or makes tasks wanted, holds `lock_graph` and is alone;
+* what only finishes tasks, and counts down and queues those that read them, shares the graph with others of its kind;
+* claims hold neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, func, insert, inspect, select, text
-from sqlalchemy.orm import Session
+from sqlalchemy import URL, Connection, Engine, func, inspect, select, text
+from sqlalchemy.orm import Session as Session
 
-from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.engine import converted_errors, make_engine, parse_url, shown_location
-from orchestrator.db.models import REVISIONS, Event
-from orchestrator.errors import DatabaseUnreachableError, SchemaError
+from orchestrator.db.event_log import record_event as record_event
+from orchestrator.db.event_log import write_events
+from orchestrator.db.limits import Patience
+from orchestrator.db.models import REVISIONS
+from orchestrator.db.sql import is_postgres
+from orchestrator.errors import ConflictError, DatabaseUnreachableError, SchemaError
+from workers.storage.private import make_private, make_private_file
+from workers.urls import SecretUrl
 
 # Advisory locks of Postgres; any numbers that nothing else in the same database uses.
-_GRAPH_LOCK, _ENQUEUE_LOCK, _EVENT_LOCK, _SCHEMA_LOCK = (0x514D0000 + number for number in range(4))
+_GRAPH_LOCK, _ENQUEUE_LOCK, _SCHEMA_LOCK = (0x514D0000 + number for number in (0, 1, 3))
+
+#: Postgres' channel on which orchestrators are woken.
+CHANNEL = "quantmill"
+#: How often a transaction is tried that others get in the way of.
+CONFLICTS = 10
+
+T = TypeVar("T")
 
 #: Called with "before" and "after" each commit; what it raises there is what a fault at that point would do.
 CommitHook = Callable[[str], None]
@@ -43,12 +59,15 @@ class SchemaState:
 class Database:
     """A database that can be opened for transactions; made by `open_database`, safe to share between threads.
 
-    `commit_hook` is called with "before" and "after" around each commit: fault injection, which only tests set.
+    `patience` is how long answers are waited for. `commit_hook` is called with "before" and "after" around each
+    commit: fault injection, which only tests set.
     """
 
-    engine: Engine
-    location: URL
+    # Not in its text: SQLAlchemy hides a password there, but no parameter that is one.
+    engine: Engine = field(repr=False)
+    location: URL = field(repr=False)
     commit_hook: CommitHook | None = None
+    patience: Patience = field(default_factory=Patience)
     _reader: Engine = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,19 +104,39 @@ class Database:
         with converted_errors(self.location), Session(self._reader if read_only else self.engine) as session:
             session.info["events"] = []
             yield session
-            _write_events(session)
+            write_events(session)
+            if "news" in session.info:
+                session.connection().exec_driver_sql(f"NOTIFY {CHANNEL}")
             if self.commit_hook is not None:
                 self.commit_hook("before")
             session.commit()
             if self.commit_hook is not None:
                 self.commit_hook("after")
 
+    def transact(self, work: Callable[[Session], T]) -> T:
+        """Run `work` as one transaction; again, at once, if it ran into another: one of the two must give way.
+
+        Raises
+        ------
+        ConflictError
+            If that happened `CONFLICTS` times.
+        """
+        for _ in range(CONFLICTS - 1):
+            try:
+                with self.session() as session:
+                    return work(session)
+            except ConflictError:
+                # Not all at the same moment again.
+                time.sleep(random.uniform(0.0, 0.01))
+        with self.session() as session:
+            return work(session)
+
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
 
 
-def open_database(url: str) -> Database:
+def open_database(url: SecretUrl | str) -> Database:
     """Open a database; connects only when the first session does, and creates nothing.
 
     Parameters
@@ -110,51 +149,90 @@ def open_database(url: str) -> Database:
     InvalidInputError
         If the URL is of neither form.
     """
-    location = parse_url(url)
-    return Database(make_engine(location), location)
+    location, patience = parse_url(url), Patience()
+    return Database(make_engine(location, patience), location, patience=patience)
 
 
-def record_event(
-    session: Session,
-    name: str,
-    *,
-    job: str | None = None,
-    task: str | None = None,
-    attempt: int | None = None,
-    data: Mapping[str, Any] | None = None,
-) -> None:
-    """Note an event; it is written when the session commits."""
-    session.info["events"].append(
-        {"event": name, "job_id": job, "task_id": task, "attempt": attempt, "data": dict(data or {})}
-    )
-
-
-def _write_events(session: Session) -> None:
-    """Write the noted events under a lock that is held to the end of the transaction, which follows at once."""
-    events = session.info["events"]
-    if events:
-        _lock(session, _EVENT_LOCK)
-        now = session.scalar(select(epoch_seconds()))
-        session.execute(insert(Event), [{**each, "at": now} for each in events])
+class GraphNeededError(Exception):
+    """What was begun under `share_graph` turns out to need `lock_graph`; never leaves this package."""
 
 
 def lock_graph(session: Session) -> None:
-    """Be the only transaction that promotes, ends, revives or cancels; take it before any row."""
-    _lock(session, _GRAPH_LOCK)
+    """Be the only transaction that changes the graph; take it before any row, and not while the graph is shared."""
+    if not is_alone(session):
+        _lock(session, "pg_advisory_xact_lock", _GRAPH_LOCK)
+        session.info["alone"] = True
+
+
+def is_alone(session: Session) -> bool:
+    """Say whether the session holds `lock_graph`; on SQLite the transaction itself is that lock."""
+    return not is_postgres(session) or "alone" in session.info
+
+
+def share_graph(session: Session) -> None:
+    """Keep those out who need the graph for themselves, until the transaction ends."""
+    if not is_alone(session):
+        _lock(session, "pg_advisory_xact_lock_shared", _GRAPH_LOCK)
+
+
+@contextmanager
+def trying_shared(session: Session) -> Iterator[None]:
+    """Share the graph in a block that may find that this does not do.
+
+    Raises
+    ------
+    GraphNeededError
+        If the block did. All that it changed and locked, also the graph, and all events that it noted are then undone.
+    """
+    if is_alone(session):
+        yield
+        return
+    noted = len(session.info["events"])
+    session.connection().exec_driver_sql(f"SAVEPOINT shared; SELECT pg_advisory_xact_lock_shared({_GRAPH_LOCK})")
+    try:
+        yield
+    except GraphNeededError:
+        session.connection().exec_driver_sql("ROLLBACK TO SAVEPOINT shared; RELEASE SAVEPOINT shared")
+        del session.info["events"][noted:]
+        raise
+    # The savepoint stays: the commit does away with it, and each statement costs.
+
+
+def need_graph(session: Session) -> None:
+    """Raise GraphNeededError if the graph is only shared; for blocks of `trying_shared`."""
+    if not is_alone(session):
+        raise GraphNeededError
+
+
+def note_ready(session: Session, tasks: int) -> None:
+    """Count tasks that this transaction made ready."""
+    session.info["ready"] = ready_count(session) + tasks
+
+
+def ready_count(session: Session) -> int:
+    """Return how many tasks this transaction has made ready."""
+    count: int = session.info.get("ready", 0)
+    return count
+
+
+def tell_others(session: Session) -> None:
+    """Wake orchestrators that wait for something to claim, when the session commits."""
+    if is_postgres(session):
+        session.info["news"] = True
 
 
 def lock_enqueue(session: Session) -> None:
     """Be the only transaction that adds tasks; take it before `lock_graph`."""
-    _lock(session, _ENQUEUE_LOCK)
+    _lock(session, "pg_advisory_xact_lock", _ENQUEUE_LOCK)
 
 
-def _lock(session: Session, number: int) -> None:
+def _lock(session: Session, function: str, number: int) -> None:
     # On SQLite the transaction itself is the lock.
-    if session.get_bind().dialect.name == "postgresql":
-        session.execute(select(func.pg_advisory_xact_lock(number)))
+    if is_postgres(session):
+        session.connection().exec_driver_sql(f"SELECT {function}({number})")
 
 
-def current(url: str) -> SchemaState:
+def current(url: SecretUrl | str) -> SchemaState:
     """Return which revision a database is at; creates nothing.
 
     Raises
@@ -201,7 +279,7 @@ def _current(database: Database) -> SchemaState:
     return SchemaState(revision, REVISIONS[-1])
 
 
-def upgrade(url: str) -> SchemaState:
+def upgrade(url: SecretUrl | str) -> SchemaState:
     """Bring a database to this code's schema, creating a SQLite file and its folder if need be.
 
     Any number of processes may do so at once: one works, the others wait and find it done.
@@ -217,10 +295,12 @@ def upgrade(url: str) -> SchemaState:
     sqlite = location.get_backend_name() == "sqlite"
     if sqlite:
         try:
-            Path(str(location.database)).parent.mkdir(parents=True, exist_ok=True)
+            # SQLite gives the files beside it, with what is not in it yet, the same mode.
+            make_private(Path(str(location.database)).parent)
+            make_private_file(Path(str(location.database)))
         except OSError as error:
             raise DatabaseUnreachableError(f"database {location.database}: cannot make its folder ({error})") from error
-    engine = make_engine(location, create=True)
+    engine = make_engine(location, Patience(math.inf), create=True)
     try:
         with converted_errors(location), engine.begin() as connection:
             if not sqlite:

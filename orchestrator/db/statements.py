@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import ColumnElement, Update, update
+from sqlalchemy import JSON, ColumnElement, Table, Update, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
-from orchestrator.db.models import Base, Job, Task, in_states
+from orchestrator.db.models import Base, Job, Task, in_states, sql_list
 from orchestrator.db.rows import Lease
+from orchestrator.db.sql import Statement, dump, is_postgres, rows_json, run, statement
 from orchestrator.states import (
     ACTIVE_JOBS,
     JOB_TRANSITIONS,
     TASK_TRANSITIONS,
     UNFINISHED_TASKS,
     JobEvent,
+    JobState,
     TaskEvent,
+    TaskState,
+    Transition,
 )
 
 T = TypeVar("T")
@@ -41,6 +46,8 @@ def move_task(event: TaskEvent) -> Update:
     values: dict[str, Any] = {"state": transition.target.value}
     if transition.target.value != "running":
         values |= {"lease_token": None, "lease_owner": None, "lease_until": None}
+    if transition.target.value == "queued":
+        values["queued_at"] = epoch_seconds()
     if transition.target not in UNFINISHED_TASKS:
         values["finished_at"] = epoch_seconds()
     return (
@@ -75,14 +82,51 @@ def held(lease: Lease) -> Sequence[ColumnElement[bool]]:
     )
 
 
-def insert_or_ignore(session: Session, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows, except those that are there."""
-    if rows:
-        session.execute(insert_into(session, table).on_conflict_do_nothing(), list(rows))
-
-
 def insert_into(session: Session, table: type[Base]) -> sqlite.Insert | postgresql.Insert:
     """Start an insert that may say what to do on conflict."""
-    if session.get_bind().dialect.name == "postgresql":
-        return postgresql.insert(table)
-    return sqlite.insert(table)
+    return postgresql.insert(table) if is_postgres(session) else sqlite.insert(table)
+
+
+def sources(event: TaskEvent | JobEvent) -> str:
+    """Return the SQL that says, behind `state`, that an event applies; literals, as partial indexes want them."""
+    states = sorted(_transition(event).sources)
+    return f"= '{states[0].value}'" if len(states) == 1 else f"IN ({sql_list(states)})"
+
+
+def target(event: TaskEvent | JobEvent) -> str:
+    """Return the SQL literal of the state that an event leads to."""
+    return f"'{_transition(event).target.value}'"
+
+
+def _transition(event: TaskEvent | JobEvent) -> Transition[TaskState] | Transition[JobState]:
+    return TASK_TRANSITIONS[event] if isinstance(event, TaskEvent) else JOB_TRANSITIONS[event]
+
+
+def insert_rows(
+    session: Session, table: type[Base], rows: Sequence[Mapping[str, Any]], *, or_ignore: bool = False
+) -> None:
+    """Insert rows of the same columns, numbered in this order; with `or_ignore` except those that are there."""
+    for batch in batches(rows):
+        columns = tuple(batch[0])
+        json_columns, insertion = _insertion(table, columns, or_ignore)
+        given = [
+            {"n": number, **row, **{name: dump(row[name]) for name in json_columns}} for number, row in enumerate(batch)
+        ]
+        run(session, insertion, given=rows_json(given))
+
+
+@cache
+def _insertion(table: type[Base], names: tuple[str, ...], or_ignore: bool) -> tuple[list[str], Statement]:
+    """Return which of the columns are JSON, and the statement."""
+    columns = cast(Table, table.__table__).c
+    json_columns = [name for name in names if isinstance(columns[name].type, JSON)]
+    types = {
+        name: "text" if name in json_columns else columns[name].type.compile(dialect=postgresql.dialect())
+        for name in names
+    }
+    listed, tail = ", ".join(names), " ON CONFLICT DO NOTHING" if or_ignore else ""
+    values = ", ".join(f"CAST({name} AS json)" if name in json_columns else name for name in names)
+    into = f"INSERT INTO {table.__tablename__} ({listed}) SELECT "
+    # WHERE true: SQLite would else take ON CONFLICT for a join's condition.
+    end = f" FROM {{given}} WHERE true ORDER BY n{tail}"
+    return json_columns, statement(into + listed + end, {"n": "integer"} | types, postgres=into + values + end)

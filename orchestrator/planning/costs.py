@@ -17,6 +17,7 @@ from quant_spec.enums import RangeMethod, RoundingMethod
 from quant_spec.passes.round import RoundFit
 from quant_spec.planned import PlannedLayer
 from quant_spec.recipe import Recipe
+from workers.execution.cluster import CUDA_CONTEXT_BYTES
 
 GIB = 2**30
 #: A worker process with torch and diffusers loaded and nothing to do.
@@ -42,10 +43,20 @@ _COLUMN_WEIGHT = 5.0  # and each weight that a visit corrects
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Work in GMAC and memory in bytes."""
+    """Work in GMAC and memory in bytes.
+
+    `memory_bytes` is all that the task holds where it runs on CPUs; `host_bytes` of it stay in the host's memory where
+    it runs on a GPU: caches and what is read and written in files.
+    """
 
     work: float
     memory_bytes: int
+    host_bytes: float = 0.0
+
+    @property
+    def gpu_memory_bytes(self) -> int:
+        """Bytes on a GPU: what moves there, and what CUDA and its libraries take."""
+        return int(CUDA_CONTEXT_BYTES + max(0.0, self.memory_bytes - WORKER_BYTES - self.host_bytes))
 
 
 #: Writing or choosing a few numbers.
@@ -91,7 +102,7 @@ class Costs:
     def sampling(self, seeds: int, batch: int, *, recorded: int = 0) -> Cost:
         """Sampling with the full-precision model, of which some seeds' steps are kept."""
         kept = recorded * self.calls_per_sample * self.sample_bytes * 2
-        return Cost(self.forward(seeds * self.calls_per_sample, batch), self.memory(batch, kept))
+        return Cost(self.forward(seeds * self.calls_per_sample, batch), self.memory(batch, kept), kept)
 
     def forward(self, samples: int, batch: int) -> float:
         """Full-precision denoiser calls on so many rows, GMAC."""

@@ -32,8 +32,6 @@ class Draft:
         The recipe as it was written.
     recipe, sampler
         The same with its scheduler named, which is what tasks are told.
-    gpus
-        Which each computing task asks for.
     costs
         What tasks of this recipe cost on this model.
     units
@@ -61,7 +59,6 @@ class Draft:
     given: Recipe
     recipe: Recipe
     sampler: Sampler
-    gpus: float
     costs: Costs
     units: tuple[QuantizedUnit, ...]
     block: QuantizedUnit | None = None
@@ -74,7 +71,7 @@ class Draft:
     score: Source | None = None
 
     @classmethod
-    def begin(cls, row: ModelRow, recipe: Recipe, gpus: float) -> Draft:
+    def begin(cls, row: ModelRow, recipe: Recipe) -> Draft:
         """Return the draft that the first pass is given.
 
         Raises
@@ -88,7 +85,7 @@ class Draft:
         given, recipe = recipe, with_scheduler(recipe, row)
         model = ModelInfo.read(row.digest, row.inspection)
         units = tuple(choose_formats(model, recipe))
-        return cls(row, model, given, recipe, recipe.sampler, gpus, Costs(model, recipe), units)
+        return cls(row, model, given, recipe, recipe.sampler, Costs(model, recipe), units)
 
     @property
     def cache_bytes(self) -> int:
@@ -114,15 +111,15 @@ class Draft:
         inputs: TaskInputs[Source],
         cost: Cost,
         label: str,
-        *,
-        on_gpu: bool = True,
     ) -> TaskNode:
-        """Make a task; one that is not `on_gpu` asks for none whatever the others do."""
+        """Make a task."""
         return task_node(
             kind.name,
             params.to_json(),
             inputs.to_json(),
-            resources=Resources(cpus=1.0, gpus=self.gpus if on_gpu else 0.0, memory_bytes=cost.memory_bytes),
+            resources=Resources(
+                memory_bytes=cost.memory_bytes, gpu_memory_bytes=cost.gpu_memory_bytes if kind.gpu else 0
+            ),
             work=round(cost.work, 6),
             label=label,
         )

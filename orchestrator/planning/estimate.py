@@ -25,6 +25,11 @@ SERVICE_BYTES = int(0.6 * GIB)
 #: From the command to the first task: processes, Ray, and torch in the workers.
 STARTUP_SECONDS = 8.0
 
+#: What an estimate of memory is multiplied by, at least and at most, whatever earlier tasks of the kind took.
+_LEARNED = (0.25, 4.0)
+#: What a task needs beside what the largest of its kind took.
+_MARGIN = 1.1
+
 KnownResults = Callable[[Sequence[str]], Mapping[str, Mapping[str, str]]]
 _BATCH = 500
 
@@ -112,7 +117,9 @@ def estimate(
             queue.skip(node.id)
         else:
             count[2] += seconds
-            queue.add(node, seconds)
+            known = timings.get(node.kind)
+            memory = learned_memory(node.resources.memory_bytes, known.memory_ratio if known else 0.0)
+            queue.add(node, seconds, int(memory))
     elapsed, peak, width = queue.run()
     per_kind = {kind: KindEstimate(int(n), int(hits), seconds) for kind, (n, hits, seconds) in counts.items()}
     return Estimate(
@@ -122,6 +129,20 @@ def estimate(
         peak_memory_bytes=SERVICE_BYTES + peak if width else 0,
         per_kind=per_kind,
     )
+
+
+def learned_memory(estimate: int, ratio: float) -> float:
+    """Return an estimate of memory, bytes, as recorded tasks would have it.
+
+    Parameters
+    ----------
+    ratio
+        The greatest of what tasks of the kind took to what had been estimated (`Timing`); 0: nothing is known.
+    """
+    if ratio <= 0:
+        return estimate
+    least, most = _LEARNED
+    return estimate * min(max(ratio * _MARGIN, least), most)
 
 
 def fitted_rates(timings: Mapping[str, Timing]) -> dict[str, Rate]:
@@ -212,7 +233,7 @@ class _Simulation:
         """Take note of a task that is done already."""
         self.places[task] = -1
 
-    def add(self, node: TaskNode, seconds: float) -> None:
+    def add(self, node: TaskNode, seconds: float, memory_bytes: int) -> None:
         """Take note of a task that is to run."""
         place = len(self.seconds)
         sources = node.sources()
@@ -221,7 +242,7 @@ class _Simulation:
         waits = {self.places[source] for source in sources} - {-1}
         self.places[node.id] = place
         self.seconds.append(seconds)
-        self.memory.append(max(node.resources.memory_bytes, WORKER_BYTES))
+        self.memory.append(max(memory_bytes, WORKER_BYTES))
         self.missing.append(len(waits))
         for source in waits:
             self.dependents[source].append(place)

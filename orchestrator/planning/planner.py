@@ -44,15 +44,13 @@ PASSES: tuple[Callable[[Draft], Drawing], ...] = (
 )
 
 
-def plan(model: ModelRow, recipe: Recipe, *, gpus_per_task: float = 0.0) -> tuple[Iterator[TaskNode], TaskNode]:
+def plan(model: ModelRow, recipe: Recipe) -> tuple[Iterator[TaskNode], TaskNode]:
     """Plan a quantization job.
 
     Parameters
     ----------
     model
         With its inspection.
-    gpus_per_task
-        GPUs that each computing task asks for; no part of any key.
 
     Returns
     -------
@@ -66,7 +64,7 @@ def plan(model: ModelRow, recipe: Recipe, *, gpus_per_task: float = 0.0) -> tupl
     QuantizationError
         If its scheduler does not.
     """
-    draft = take_out(Draft.begin(model, recipe, gpus_per_task))
+    draft = take_out(Draft.begin(model, recipe))
     target = deque(_nodes(draft), maxlen=1)[0]
     return _nodes(draft), target
 

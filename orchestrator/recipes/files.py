@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from orchestrator.errors import RecipeError
+from orchestrator.recipes.yaml_text import DEEPEST, LONGEST, parse_yaml
+from quant_spec.documents import read_plain_file
 from quant_spec.messages import nearest, shown
+from workers.storage.plain_files import file_within
 
 _SHIPPED = Path(__file__).parent / "shipped"
 _SUFFIXES = (".yaml", ".yml")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-3 is a number, a date is text, a key that stands twice is an error."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    result: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str) or key in result:
-            what = "twice" if isinstance(key, str) else "where a name belongs"
-            raise yaml.constructor.ConstructorError(None, None, f"got key {shown(key)} {what}", key_node.start_mark)
-        result[key] = loader.construct_object(value_node, deep=True)
-    return result
-
-
-_FLOAT = re.compile(
-    r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf|INF)$|^\.(?:nan|NaN|NAN)$"
-)
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +61,7 @@ def read_layer(path: Path) -> Layer:
         If it cannot be read, is not YAML, or is not a mapping.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain_file(path, LONGEST, error=RecipeError, what=f"recipe {path}").decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise RecipeError(f"recipe {path}: got {reason}, wanted a readable YAML file") from error
@@ -100,25 +73,16 @@ def read_layer(path: Path) -> Layer:
     return Layer(values, path.parent, path.stem)
 
 
-def parse_yaml(text: str, what: str) -> Any:
-    """Parse YAML; RecipeError says where it is wrong."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = "" if mark is None else f" line {mark.line + 1}"
-        raise RecipeError(f"{what}{place}: {error.problem or 'not YAML'}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{what}: got something that is not YAML ({str(error).splitlines()[0]})") from error
-
-
-def read_layers(path: Path) -> list[Layer]:
+def read_layers(path: Path, allowed: Sequence[Path] = ()) -> list[Layer]:
     """Return a file and all that it extends, the most basic one first.
+
+    What they name lies below the folder of `path`, or in one of `allowed`, links followed; a shipped recipe's name is
+    always good.
 
     Raises
     ------
     RecipeError
-        If one of them cannot be read, or they extend each other in a circle.
+        If one of them cannot be read or lies elsewhere, or they extend each other in a circle.
     """
     found: list[Layer] = []
     seen: list[Path] = []
@@ -136,7 +100,15 @@ def read_layers(path: Path) -> list[Layer]:
                 f"recipe {current}: extends: got {shown(parent)}, wanted a shipped recipe's name or a file"
             )
         found.append(layer)
-        current = None if parent is None else recipe_path(parent, layer.folder)
+        current = None
+        if parent is not None and parent in shipped_names():
+            current = recipe_path(parent, layer.folder)
+        elif parent is not None:
+            roots = (path.parent, *allowed)
+            if parent.endswith(_SUFFIXES) or "/" in parent:
+                file_within(layer.folder / Path(parent).expanduser(), roots, "extends", error=RecipeError)
+            current = recipe_path(parent, layer.folder)
+            file_within(current, roots, "extends", error=RecipeError)
     return found[::-1]
 
 
@@ -164,7 +136,7 @@ def assign(values: dict[str, Any], assignment: str) -> dict[str, Any]:
     """
     path, equals, text = assignment.partition("=")
     parts = path.strip().split(".")
-    if not equals or not all(parts):
+    if not equals or not all(parts) or len(parts) > DEEPEST:
         raise RecipeError(f"--set: got {assignment!r}, wanted key=value, such as weights.bits=4")
     value = parse_yaml(text, f"--set {path}")
     result: dict[str, Any] = _assigned(values, parts, value, path)

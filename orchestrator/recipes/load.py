@@ -16,10 +16,12 @@ from orchestrator.errors import RecipeError
 from orchestrator.recipes.files import Layer, assign, merge, read_layers, recipe_path, shipped_names
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
-from quant_spec.recipe import Recipe
+from quant_spec.recipe import HOW_IT_RUNS, Recipe
+from workers.storage.plain_files import file_within
 
 #: What says nothing about the result.
 _UNDIGESTED = ("name", "description")
+_WEIGHTS_FIELD = "evaluation.extractor_weights"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -39,7 +41,13 @@ class Resolved:
     digest: str
 
 
-def load_recipe(reference: str | Path, overrides: Sequence[str] = (), *, folder: Path | None = None) -> LoadedRecipe:
+def load_recipe(
+    reference: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    folder: Path | None = None,
+    allowed: Sequence[Path] = (),
+) -> LoadedRecipe:
     """Load a recipe.
 
     Parameters
@@ -50,6 +58,9 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = (), *, folder:
         Assignments `a.b=v` that go on top, in order; v is YAML.
     folder
         Where relative file names start; the current folder by default.
+    allowed
+        Folders that recipe files may name files in, besides the one that the recipe lies in. What an override names may
+        lie anywhere: it is the user's own word.
 
     Returns
     -------
@@ -62,10 +73,16 @@ def load_recipe(reference: str | Path, overrides: Sequence[str] = (), *, folder:
         If it does not exist, cannot be read, or is not valid: one line that says where, what it got and what it wanted.
     """
     here = Path.cwd() if folder is None else folder.absolute()
-    layers = read_layers(recipe_path(str(reference), here))
+    path = recipe_path(str(reference), here)
+    layers = read_layers(path, allowed)
+    roots = (path.parent, *allowed)
     values: dict[str, Any] = {}
     for layer in layers:
-        own = {key: value for key, value in _anchored(layer).items() if layer is layers[-1] or key not in _UNDIGESTED}
+        own = {
+            key: value
+            for key, value in _anchored(layer, roots).items()
+            if layer is layers[-1] or key not in _UNDIGESTED
+        }
         values = merge(values, own)
     values.setdefault("name", layers[-1].name)
     for override in overrides:
@@ -93,7 +110,7 @@ def recipe_from_json(values: Mapping[str, Any]) -> Recipe:
 def resolve(recipe: Recipe) -> Resolved:
     """Return a recipe's canonical JSON and digest."""
     values = recipe.model_dump(mode="json")
-    digested = {key: value for key, value in values.items() if key not in _UNDIGESTED}
+    digested = {key: value for key, value in values.items() if key not in (*_UNDIGESTED, *HOW_IT_RUNS)}
     return Resolved(canonical_json(values), hashlib.sha256(canonical_json(digested).encode()).hexdigest())
 
 
@@ -109,13 +126,13 @@ def _weights_file(values: Mapping[str, Any]) -> str | None:
     return stated if isinstance(stated, str) and stated else None
 
 
-def _anchored(layer: Layer) -> dict[str, Any]:
-    """Return what a layer says, with the file that it names made independent of where it lies."""
+def _anchored(layer: Layer, roots: Sequence[Path]) -> dict[str, Any]:
+    """Return what a layer says, with the file that it names made independent of where it lies, if that is in a root."""
     stated = _weights_file(layer.values)
     if stated is None or _DIGEST.fullmatch(stated):
         return layer.values
-    path = str(layer.folder / Path(stated).expanduser())
-    return layer.values | {"evaluation": layer.values["evaluation"] | {"extractor_weights": path}}
+    path = file_within(layer.folder / Path(stated).expanduser(), roots, _WEIGHTS_FIELD, error=RecipeError)
+    return layer.values | {"evaluation": layer.values["evaluation"] | {"extractor_weights": str(path)}}
 
 
 def _replace_files(values: dict[str, Any], folder: Path) -> dict[str, Path]:
@@ -124,12 +141,11 @@ def _replace_files(values: dict[str, Any], folder: Path) -> dict[str, Path]:
     if stated is None or _DIGEST.fullmatch(stated):
         return {}
     path = folder / Path(stated).expanduser()
+    path = file_within(path, (path.resolve().parent,), _WEIGHTS_FIELD, error=RecipeError)
     try:
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise RecipeError(
-            f"evaluation.extractor_weights: got {stated} ({error.strerror}), wanted a readable file"
-        ) from error
+        raise RecipeError(f"{_WEIGHTS_FIELD}: got {stated} ({error.strerror}), wanted a readable file") from error
     values["evaluation"] = values["evaluation"] | {"extractor_weights": digest}
     return {digest: path}

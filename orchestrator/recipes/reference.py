@@ -124,7 +124,9 @@ def _bounded(kind: str, schema: Mapping[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    """Return a bound; a long power of two as such."""
+    """Return a bound; a long power of two or ten as such."""
+    if value >= 10**6 and value == 10 ** (zeros := len(f"{value:.0f}") - 1):
+        return f"10^{zeros}"
     power = int(value).bit_length() - 1
     return f"2^{power}" if value > _LONG and value == 2**power else f"{value:g}"
 

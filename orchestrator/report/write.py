@@ -8,6 +8,7 @@ from orchestrator.report.collect import collect
 from orchestrator.report.render import render_report
 from orchestrator.service import Service
 from quant_spec.errors import InvalidInputError
+from workers.errors import BlobLostError
 from workers.storage.blobs import writing
 
 
@@ -32,8 +33,15 @@ def write_report(service: Service, prefix: str, out: Path | None = None) -> Path
     ------
     InvalidInputError
         If the job has not succeeded, or there is no folder to write to.
+    NotFoundError, DigestMismatchError
+        If bytes of its results are lost.
     """
-    data = collect(service, prefix)
+    try:
+        data = collect(service, prefix)
+    except BlobLostError as error:
+        again = type(error)(f"{error}; made again by: quantmill artifacts verify --all --repair", error.digest)
+        again.exit_code = error.exit_code
+        raise again from error
     if out is None:
         path = service.settings.home / "reports" / f"{data.job}.html"
         path.parent.mkdir(exist_ok=True)

@@ -1,11 +1,17 @@
-"""Keeps the leases of tasks in flight alive, from a thread of its own, however busy the scheduler is."""
+"""Leases: a keeper renews one's own from a thread, however busy the scheduler is; a reaper takes others' back.
+
+A database that was out, or hung, is no reason to lose a lease: one that ran out meanwhile is renewed if nobody has
+taken it, and nobody takes any until their holders have had the time to renew.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 
-from orchestrator.db.queries import renew_leases
+from orchestrator.db.clock import database_time
+from orchestrator.db.queries import reap_expired, renew_leases
 from orchestrator.db.rows import Lease
 from orchestrator.db.session import Database
 from orchestrator.errors import DatabaseError
@@ -14,6 +20,10 @@ log = logging.getLogger(__name__)
 
 #: Renewals per lease: it survives that many minus one that fail.
 RENEWALS = 4
+# How soon a renewal that failed is tried again, at most, in seconds.
+_SOON_SECONDS = 1.0
+# Leases that ran out are looked for this often, in seconds, and not by who waited for an answer for longer than that.
+_REAP_SECONDS, _SLOW_SECONDS = 5.0, 2.0
 
 
 class LeaseKeeper:
@@ -57,12 +67,16 @@ class LeaseKeeper:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._ending.wait(self._lease_seconds / RENEWALS):
+        regular = self._lease_seconds / RENEWALS
+        pause = regular
+        while not self._ending.wait(pause):
             try:
                 self.renew()
+                pause = regular
             except DatabaseError as error:
                 # The next renewal may succeed in time; if none does, the leases are lost, and found to be so.
                 log.warning("leases not renewed: %s", error)
+                pause = min(regular, _SOON_SECONDS)
 
     def renew(self) -> None:
         """Renew every lease once."""
@@ -71,9 +85,51 @@ class LeaseKeeper:
         if not leases:
             return
         with self._database.session() as session:
-            good = set(renew_leases(session, leases, self._lease_seconds))
+            good = set(renew_leases(session, leases, self._lease_seconds, late=True))
         with self._lock:
             # One that was dropped meanwhile has ended well and is no loss.
             lost = [lease for lease in leases if lease not in good and lease.token + lease.task_id in self._leases]
             self._lost += lost
         self.drop(lost)
+
+    def revive(self, leases: list[Lease]) -> set[Lease]:
+        """Renew leases that turned out to have run out; return those that nobody has taken."""
+        with self._database.session() as session:
+            return set(renew_leases(session, leases, self._lease_seconds, late=True))
+
+
+class Reaper:
+    """Takes back what other orchestrators left behind, now and then."""
+
+    def __init__(self, database: Database, lease_seconds: float) -> None:
+        """Look in `database`, whose leases last `lease_seconds`."""
+        self._database = database
+        self._lease_seconds = lease_seconds
+        self._next = 0.0
+
+    def is_due(self) -> bool:
+        """Say whether it is time to look."""
+        return time.monotonic() >= self._next
+
+    def postpone_after(self, seconds: float) -> None:
+        """Let the holders of leases renew first, if the database was out for so long that one could not."""
+        if seconds > self._lease_seconds / 2:
+            self._next = time.monotonic() + self._lease_seconds
+
+    def reap(self) -> int:
+        """Take tasks back whose leases ran out, unless the database was so slow that their holders could not renew.
+
+        Returns how many.
+        """
+        begun = time.monotonic()
+        self._next = begun + min(_REAP_SECONDS, self._lease_seconds / 2)
+        with self._database.session(read_only=True) as session:
+            database_time(session)
+        if time.monotonic() - begun > _SLOW_SECONDS:
+            self.postpone_after(self._lease_seconds)
+            return 0
+        with self._database.session() as session:
+            reaped = reap_expired(session)
+        if reaped:
+            log.warning("took back %d tasks whose leases ran out", len(reaped))
+        return len(reaped)

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,25 +19,37 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from orchestrator.db.picking import wanted_gpus
 from orchestrator.db.queries import (
+    check_end,
     claim_tasks,
     fail_task,
     find_job,
-    finish_task,
+    finish_tasks,
     nothing_left,
-    reap_expired,
     release_task,
+    release_tasks,
     work_left,
 )
-from orchestrator.db.rows import ClaimedTask, Lease
-from orchestrator.db.session import Database
-from orchestrator.errors import DatabaseError, ResultError
-from orchestrator.graph import Resources
-from orchestrator.scheduling.leases import LeaseKeeper
+from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
+from orchestrator.db.session import Database, Session, lock_graph, ready_count, tell_others
+from orchestrator.db.timings import device_timings
+from orchestrator.errors import OUTAGES, DatabaseError, ResultError
+from orchestrator.scheduling.deadlines import Deadlines
+from orchestrator.scheduling.leases import LeaseKeeper, Reaper
+from orchestrator.scheduling.losses import examine_loss
+from orchestrator.scheduling.outages import Outages, Pauses, StoreProbe
+from orchestrator.scheduling.picker import Places
+from orchestrator.scheduling.placement import Placement
+from orchestrator.scheduling.presence import Presence
+from orchestrator.scheduling.task_log import TaskLog
+from orchestrator.scheduling.wakeup import Wakeup
+from orchestrator.scheduling.watch import Watch
 from orchestrator.states import ACTIVE_JOBS
-from workers.errors import ExecutorError, Fault
+from workers.errors import Dependency, ExecutorError, Fault
+from workers.execution.cluster import own_versions
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Executor, Finished
 from workers.storage.store import CACHE_LIMIT_BYTES
@@ -47,12 +58,22 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A claim reads at most so many rows.
+# A claim takes at most so many tasks.
 _CLAIM_LIMIT = 64
+# With more tasks in flight than this for each CPU, ends are collected for a moment and recorded together.
+_MANY_PER_CPU = 4.0
+_LINGER_SECONDS = 0.005
+# Others are told of tasks that became ready and were not claimed here at most this often.
+_TELL_SECONDS = 0.1
 _SHORTEST_POLL_SECONDS = 0.02
 # Signals and lost leases are noticed within this time.
 _LONGEST_WAIT_SECONDS = 0.25
-_FIRST_RETRY_SECONDS = 0.2
+_LEARNING_SECONDS = 10.0
+
+
+def owner_name() -> str:
+    """Return what this process' leases have as their owner."""
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +83,8 @@ class SchedulerConfig:
     `store_url`, `cache_dir` and `cache_bytes` are passed to every task. A lease lasts `lease_seconds`, so that is how
     long the tasks of an orchestrator that was killed wait for the next one. `in_flight` is how many times the cluster's
     capacity may be claimed, so that Ray always has a next task. An idle scheduler asks the database every
-    `poll_seconds`. A database or cluster that does not answer is tried again for `patience_seconds`.
+    `poll_seconds`. A database or cluster that does not answer at first is tried again for `patience_seconds`; one that
+    did, and the store, for ever, after `pauses`.
     """
 
     store_url: str
@@ -72,7 +94,8 @@ class SchedulerConfig:
     in_flight: float = 2.0
     poll_seconds: float = 1.0
     patience_seconds: float = 120.0
-    owner: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}")
+    pauses: Pauses = field(default_factory=Pauses)
+    owner: str = field(default_factory=owner_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +110,51 @@ class Served:
     executed: int
 
 
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The end of an attempt that gave no result; `lost` are digests of blobs that it could not read."""
+
+    lease: Lease
+    fault: Fault
+    error: str
+    lost: tuple[str, ...] = ()
+
+
 class Scheduler:
     """One orchestrator; any number may work on one database."""
 
-    def __init__(self, database: Database, executor_factory: Callable[[], Executor], config: SchedulerConfig) -> None:
-        """Work on `database` with executors from `executor_factory`, called when there is work and after each loss."""
+    def __init__(
+        self,
+        database: Database,
+        executor_factory: Callable[[], Executor],
+        config: SchedulerConfig,
+        watch: Watch | None = None,
+    ) -> None:
+        """Work on `database` with executors from `executor_factory`, called when there is work and after each loss.
+
+        `watch` is told what happens.
+        """
         self._database = database
         self._executor_factory = executor_factory
         self._config = config
         self._executor: Executor | None = None
         self._in_flight: dict[int, ClaimedTask] = {}
+        self._places = Places(config.in_flight)
         self._ended: list[tuple[ClaimedTask, Finished]] = []
+        self._watch = watch or Watch()
+        self._tasks = TaskLog(database)
         self._keeper = LeaseKeeper(database, config.lease_seconds)
+        self._wakeup = Wakeup(database)
+        self._reaper = Reaper(database, config.lease_seconds)
+        self._deadlines = Deadlines(database)
+        self._outages = Outages(config.pauses, StoreProbe(config.store_url, config.owner))
+        self._presence = Presence(database, config.owner, self._outages, self.cluster)
+        self._worked: set[Dependency] = set()
         self._stop = threading.Event()
-        self._found_work = self._said_no_capacity = False
+        self._found_work = self._said_no_gpu = False
         self._executed = 0
         self._poll = _SHORTEST_POLL_SECONDS
-        self._next_claim = self._next_reap = self._next_look = 0.0
+        self._next_claim = self._next_look = self._next_telling = self._next_learning = 0.0
 
     def run(
         self,
@@ -131,17 +182,23 @@ class Scheduler:
         Raises
         ------
         DatabaseError
-            If the database does not answer for `patience_seconds`.
+            If the database does not answer for `patience_seconds` at first, or refuses a statement for as long.
         ExecutorError
-            If no executor can be started for `patience_seconds`.
+            If no first executor can be started for `patience_seconds`.
         """
         if stop is not None:
             self._stop = stop
         self._keeper.start()
+        self._wakeup.start()
+        self._presence.start()
+        done = False
         try:
-            done = False
             while not self._stop.is_set() and not (done := self._is_done(drain, until_job)):
                 self._pass()
+        except (*OUTAGES, ExecutorError):
+            # Who is told to end while something is out has not failed.
+            if not self._stop.is_set():
+                raise
         finally:
             self._close()
         return Served(not done, self._found_work, self._executed)
@@ -174,8 +231,9 @@ class Scheduler:
 
     def _pass(self) -> None:
         """Wait for something to do, and do it."""
+        self._watch.passed()
         if self._executor is None:
-            self._stop.wait(min(self._config.poll_seconds, _LONGEST_WAIT_SECONDS))
+            self._idle(min(self._config.poll_seconds, _LONGEST_WAIT_SECONDS))
             return
         self._collect(self._executor)
         if not self._executor.alive():
@@ -188,21 +246,42 @@ class Scheduler:
         """Wait for tasks to end; drop those whose leases were lost."""
         timeout = max(0.0, min(self._next_claim - time.monotonic(), _LONGEST_WAIT_SECONDS))
         if self._in_flight:
-            for finished in executor.wait(timeout):
-                # One whose lease was lost is no longer known here: what it did is another's business now.
-                if finished.handle in self._in_flight:
-                    self._end(self._in_flight.pop(finished.handle), finished)
+            self._take(executor.wait(timeout))
+            if self._ended and len(self._in_flight) > _MANY_PER_CPU * executor.capacity().cpus:
+                self._stop.wait(_LINGER_SECONDS)
+                self._take(executor.wait(0.0))
         else:
-            self._stop.wait(timeout)
+            self._idle(timeout)
         self._drop_lost(executor)
+
+    def _take(self, ended: list[Finished]) -> None:
+        for finished in ended:
+            # One whose lease was lost is no longer known here: what it did is another's business now.
+            if finished.handle in self._in_flight:
+                self._end(self._in_flight.pop(finished.handle), finished)
+
+    def _idle(self, seconds: float) -> None:
+        """Wait, but not on when there may be something to claim."""
+        if self._wakeup.wait(seconds):
+            self._next_claim = self._next_look = 0.0
+            self._poll = _SHORTEST_POLL_SECONDS
 
     def _end(self, task: ClaimedTask, finished: Finished) -> None:
         """Note the end of a task, to be recorded with the next transaction."""
-        if finished.output is None:
-            log.warning("task failed: %s", finished.error, extra=_about(task) | {"fault": str(finished.fault)})
-        else:
+        if finished.fault is Fault.LOST:
+            look = partial(examine_loss, self._database, self._config.store_url, task.lease.task_id, finished)
+            finished = self._patiently(look)
+        if finished.fault is Fault.OUTAGE:
+            self._outages.fault(finished.dependency or Dependency.CLUSTER, finished.error)
+        if finished.output is not None:
             self._executed += 1
-            log.debug("task finished", extra=_about(task))
+            self._outages.success(Dependency.STORE, Dependency.CLUSTER)
+            self._places.pace.note(task.kind, task.version, float(finished.output.metrics["seconds"]))
+        if finished.fault is Fault.REFUSED:
+            self._places.refuse(task.lease.task_id, finished.error)
+        self._places.end(task.lease.task_id)
+        self._watch.ended(task, finished)
+        self._tasks.ended(task, finished)
         self._ended.append((task, finished))
 
     def _drop_lost(self, executor: Executor) -> None:
@@ -210,19 +289,26 @@ class Scheduler:
         lost = set(self._keeper.take_lost())
         for handle, task in list(self._in_flight.items()):
             if task.lease in lost:
-                log.warning("lease lost", extra=_about(task))
+                self._watch.lost(task)
+                self._tasks.warn("lease lost", task)
                 executor.cancel(handle)
+                self._places.end(task.lease.task_id)
                 del self._in_flight[handle]
 
     def _record_and_claim(self) -> None:
         """Record what has ended and claim what there is room for, in one transaction; then start it."""
         assert self._executor is not None
         executor = self._executor
-        room = None if self._stop.is_set() else self._room(executor)
-        if room is None and not (self._in_flight or self._stop.is_set() or self._said_no_capacity):
-            self._said_no_capacity = True
-            log.warning("waiting for the cluster, which has no CPU or memory for a task: %s", executor.capacity())
-        claimed = self._patiently(lambda: self._record(room))
+        self._places.look(executor.capacity().node_list())
+        limit = self._outages.room(len(self._in_flight), _CLAIM_LIMIT)
+        room = not self._stop.is_set() and self._places.has_room()
+        self._outages.starved(yes=not room and not self._in_flight)
+        if room and time.monotonic() >= self._next_learning:
+            self._next_learning = time.monotonic() + _LEARNING_SECONDS
+            self._patiently(self._learn)
+        claimed, dropped = self._patiently(lambda: self._record(limit=limit if room else 0))
+        if room and limit and not (claimed or self._in_flight or self._said_no_gpu):
+            self._patiently(self._say_what_waits)
         self._keeper.drop([task.lease for task, _ in self._ended])
         self._keeper.add([task.lease for task in claimed])
         progress = bool(claimed or self._ended)
@@ -230,44 +316,102 @@ class Scheduler:
         self._poll = _SHORTEST_POLL_SECONDS if progress else min(self._poll * 2, self._config.poll_seconds)
         self._next_claim = time.monotonic() + self._poll
         self._submit(executor, claimed)
+        self._watch.occupied(executor.capacity(), self._places.occupied(), len(self._in_flight))
+        if dropped:
+            self._ended += self._patiently(lambda: self._revived(dropped))
 
-    def _record(self, room: Resources | None, give_back: Sequence[Lease] = ()) -> list[ClaimedTask]:
-        """In one transaction, record the ends of tasks, give tasks back, and claim what fits into `room`."""
-        config, dropped = self._config, []
-        with self._database.session() as session:
-            for task, finished in self._ended:
-                output, fault, error = finished.output, finished.fault or Fault.INFRASTRUCTURE, finished.error
-                if output is not None:
-                    try:
-                        kept = finish_task(
-                            session, task.lease, output.outputs, output.metrics, float(output.metrics["seconds"])
-                        )
-                    except ResultError as refusal:
-                        output, fault, error = None, Fault.TASK, str(refusal)
-                if output is None:
-                    kept = fail_task(session, task.lease, fault=fault.value, error=error)
-                if not kept:
-                    dropped.append(task)
-            for lease in give_back:
-                release_task(session, lease)
-            claim = partial(claim_tasks, session, owner=config.owner, lease_seconds=config.lease_seconds)
-            claimed = claim(limit=_CLAIM_LIMIT, capacity=room) if room is not None else []
-            if room is not None and not claimed and not self._in_flight:
-                # A task that asks for more than the cluster has runs when nothing else does.
-                huge = Resources(cpus=float(sys.maxsize), gpus=room.gpus, memory_bytes=sys.maxsize)
-                claimed = claim(limit=1, capacity=huge)
-        for task in dropped:
-            log.warning("result dropped: the lease was lost", extra=_about(task))
-        return claimed
+    def _revived(self, dropped: list[tuple[ClaimedTask, Finished]]) -> list[tuple[ClaimedTask, Finished]]:
+        """Return what is to be recorded again, as its lease had run out and nobody has taken it."""
+        good = self._keeper.revive([task.lease for task, _ in dropped])
+        for task, _ in dropped:
+            if task.lease not in good:
+                self._tasks.warn("result dropped: the lease was lost", task)
+        return [(task, finished) for task, finished in dropped if task.lease in good]
 
-    def _room(self, executor: Executor) -> Resources | None:
-        """Return what may still be claimed; None if nothing."""
-        capacity, factor = executor.capacity(), self._config.in_flight
-        used = [task.resources for task in self._in_flight.values()]
-        cpus = capacity.cpus * factor - sum(each.cpus for each in used)
-        memory = int(capacity.memory_bytes * factor) - sum(each.memory_bytes for each in used)
-        gpus = max(0.0, capacity.gpus * factor - sum(each.gpus for each in used))
-        return Resources(cpus, gpus, memory) if cpus > 0 and memory >= 0 else None
+    def _record(
+        self, *, limit: int, give_back: Sequence[Lease] = ()
+    ) -> tuple[list[ClaimedTask], list[tuple[ClaimedTask, Finished]]]:
+        """In one transaction, record the ends of tasks, give tasks back, and claim what there is room for.
+
+        Returns
+        -------
+        list of ClaimedTask, list of (ClaimedTask, Finished)
+            What was claimed, `limit` at most, and the ends that were not recorded, as the leases had run out.
+        """
+        ends, faults = self._sorted_ends()
+        claimed, kept, places = self._database.transact(partial(self._write, limit, give_back, ends, faults))
+        self._places.running |= {task.lease.task_id: places[task.lease.task_id] for task in claimed}
+        return claimed, [(task, finished) for task, finished in self._ended if task.lease not in kept]
+
+    def _sorted_ends(self) -> tuple[list[TaskEnd], list[Failure]]:
+        """Return the ends that can be recorded as results, and the faults, with an error each."""
+        ends: list[TaskEnd] = []
+        faults: list[Failure] = []
+        for task, finished in self._ended:
+            if finished.output is None:
+                fault = finished.fault or Fault.INFRASTRUCTURE
+                faults.append(Failure(task.lease, fault, finished.error, finished.lost))
+                continue
+            metrics = finished.output.metrics
+            end = TaskEnd(task.lease, finished.output.outputs, metrics, float(metrics["seconds"]), finished.output.ran)
+            try:
+                check_end(end)
+            except ResultError as refusal:
+                faults.append(Failure(task.lease, Fault.TASK, str(refusal)))
+            else:
+                ends.append(end)
+        return ends, faults
+
+    def _write(
+        self,
+        limit: int,
+        give_back: Sequence[Lease],
+        ends: Sequence[TaskEnd],
+        faults: Sequence[Failure],
+        session: Session,
+    ) -> tuple[list[ClaimedTask], set[Lease], dict[str, Placement]]:
+        """Do what `_record` says; return what was claimed, the leases of the ends that were recorded, and places."""
+        if faults:
+            # They need the graph alone, and who has shared it before cannot have it without a risk of deadlock.
+            lock_graph(session)
+        kept = set(finish_tasks(session, ends))
+        for each in faults:
+            if each.fault is Fault.OUTAGE:
+                is_kept = release_task(session, each.lease, each.error)
+            else:
+                is_kept = fail_task(session, each.lease, fault=each.fault.value, error=each.error, lost=each.lost)
+            if is_kept:
+                kept.add(each.lease)
+        release_tasks(session, give_back)
+        picker = self._places.picker(limit)
+        claimed = []
+        if limit:
+            config = self._config
+            claimed = claim_tasks(
+                session, owner=config.owner, limit=limit, lease_seconds=config.lease_seconds, picker=picker
+            )
+        now = time.monotonic()
+        if ready_count(session) > len(claimed) and now >= self._next_telling:
+            self._next_telling = now + _TELL_SECONDS
+            tell_others(session)
+        return claimed, kept, picker.placements
+
+    def _say_what_waits(self) -> None:
+        """Warn, once, of tasks that wait for a GPU that the cluster does not have."""
+        with self._database.session(read_only=True) as session:
+            wanted = wanted_gpus(session)
+        if wanted:
+            self._said_no_gpu = True
+            log.warning("tasks wait for a GPU: wanted %s, got %s", " or ".join(wanted), self._places.gpu_text())
+
+    def _learn(self) -> None:
+        """Read what tasks took, for the room that the next ones are given."""
+        with self._database.session(read_only=True) as session:
+            self._places.learned = device_timings(session)
+
+    def cluster(self) -> dict[str, Any]:
+        """Return the nodes that this scheduler sees and what of them is in use, as JSON; callable from any thread."""
+        return self._places.document()
 
     def _submit(self, executor: Executor, claimed: list[ClaimedTask]) -> None:
         """Start claimed tasks; a task for which the executor is gone is a fault of the infrastructure."""
@@ -278,10 +422,10 @@ class Scheduler:
                 self._end(task, Finished(-1, None, Fault.INFRASTRUCTURE, str(error)))
             else:
                 self._in_flight[handle] = task
-                log.debug("task started", extra=_about(task))
+        self._tasks.started(claimed)
 
     def _call(self, task: ClaimedTask) -> TaskCall:
-        resources = task.resources
+        place = self._places.running[task.lease.task_id]
         return TaskCall(
             kind=task.kind,
             version=task.version,
@@ -290,28 +434,29 @@ class Scheduler:
             store_url=self._config.store_url,
             cache_dir=str(self._config.cache_dir),
             cache_bytes=self._config.cache_bytes,
-            device="cuda" if resources.gpus > 0 else "cpu",
-            threads=max(1, int(resources.cpus)),
-            cpus=resources.cpus,
-            gpus=resources.gpus,
-            memory_bytes=resources.memory_bytes,
+            device=place.device,
+            threads=max(1, int(place.cpus)),
+            cpus=place.cpus,
+            gpus=place.gpus,
+            memory_bytes=place.memory_bytes,
+            node=place.node,
+            host=place.host,
+            gpu_type=place.gpu_type,
+            batch_divisor=task.wishes.batch_divisor,
+            deterministic=task.wishes.deterministic,
+            versions=dict(own_versions()),
+            deadline_seconds=self._deadlines.of(task),
         )
 
     def _reap(self) -> None:
-        """Take back what other orchestrators left behind, now and then."""
-        now = time.monotonic()
-        if now >= self._next_reap:
-            self._next_reap = now + min(5.0, self._config.lease_seconds / 2)
-            reaped = self._patiently(self._reap_once)
-            if reaped:
-                log.warning("took back %d tasks whose leases ran out", len(reaped))
-
-    def _reap_once(self) -> list[str]:
-        with self._database.session() as session:
-            return reap_expired(session)
+        """Take back what other orchestrators left behind, and learn what tasks take, now and then."""
+        if self._reaper.is_due():
+            self._watch.reaped(self._patiently(self._reaper.reap))
+            self._patiently(self._deadlines.learn)
 
     def _start_executor(self) -> None:
-        self._executor = self._patiently(self._executor_factory)
+        self._patiently(self._deadlines.learn)
+        self._executor = self._patiently(self._executor_factory, Dependency.CLUSTER)
         log.info("executor started: %s", self._executor.capacity())
 
     def _lose_executor(self, executor: Executor) -> None:
@@ -323,15 +468,18 @@ class Scheduler:
         self._in_flight.clear()
         executor.shutdown()
         self._executor = None
+        self._places = Places(self._config.in_flight, self._places.learned)
         self._start_executor()
 
     def _close(self) -> None:
         """Give back what is in flight, and stop the executor."""
         self._keeper.stop()
+        self._wakeup.stop()
+        self._presence.stop()
         leases = [task.lease for task in self._in_flight.values()]
         try:
             if leases or self._ended:
-                self._record(None, leases)
+                self._record(limit=0, give_back=leases)
                 log.info("gave back %d tasks in flight", len(leases))
         except DatabaseError as error:
             # The leases run out by themselves.
@@ -341,23 +489,36 @@ class Scheduler:
             if self._executor is not None:
                 self._executor.shutdown()
 
-    def _patiently(self, work: Callable[[], T]) -> T:
-        """Do something that needs the database or the cluster, again and again if they do not answer."""
-        deadline, pause = time.monotonic() + self._config.patience_seconds, _FIRST_RETRY_SECONDS
+    def _patiently(self, work: Callable[[], T], dependency: Dependency = Dependency.DATABASE) -> T:
+        """Do something that needs the database or the cluster, again and again if they do not answer.
+
+        For ever, if they ever did: whoever waits for work to go on finds it where it was.
+        """
+        begun, failed = time.monotonic(), False
         while True:
             try:
-                return work()
+                if failed and dependency is Dependency.DATABASE:
+                    self._keeper.renew()
+                result = work()
             except (DatabaseError, ExecutorError) as error:
-                if self._stop.is_set() or time.monotonic() + pause > deadline:
+                self._outages.failed_again(dependency, str(error))
+                pause = self._outages.pause(dependency)
+                for_ever = dependency in self._worked and isinstance(error, (*OUTAGES, ExecutorError))
+                if self._stop.is_set() or (
+                    not for_ever and time.monotonic() + pause > begun + self._config.patience_seconds
+                ):
                     raise
                 log.warning("trying again in %.1f s: %s", pause, error)
+                self._watch.passed(waiting_for=str(error))
+                failed = True
+            else:
+                self._worked.add(dependency)
+                if dependency is Dependency.DATABASE or failed:
+                    self._outages.success(dependency)
+                if failed:
+                    self._reaper.postpone_after(time.monotonic() - begun)
+                return result
             self._stop.wait(pause)
-            pause = min(pause * 2, 10.0)
-
-
-def _about(task: ClaimedTask) -> dict[str, object]:
-    """Return the fields of a log record about a task."""
-    return {"task": task.lease.task_id, "attempt": task.lease.attempt, "kind": task.kind}
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from torch import nn
 from quant_core.artifact.compact import pack_zero_points, zero_point_bits
 from quant_core.errors import ArtifactError
 from quant_core.nn.layers import QuantLayer
+from quant_spec.documents import read_json_file
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ModelFormat
 from quant_spec.quantization_config import parse_quantization_config as parse_config
@@ -200,11 +201,9 @@ def _sha256(file: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json_file(path, error=ArtifactError)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: got what is not JSON ({error})") from error
     if not isinstance(data, dict):
         raise ArtifactError(f"{path}: got a JSON {type(data).__name__}, wanted an object")
     return data

@@ -89,12 +89,12 @@ class RecordSpec:
 
 
 def record_trajectories(
-    denoiser: Denoiser, seeds: Sequence[int], spec: RecordSpec, path: Path, *, device: str = "cpu"
+    denoiser: Denoiser, seeds: Sequence[int], spec: RecordSpec, path: Path, *, device: str | None = "cpu"
 ) -> None:
     """Run the sampler once over `seeds` and write what the denoiser saw to a shard at `path`.
 
     The same arguments give the same bytes on one type of device. Memory does not grow with the number of steps or
-    seeds recorded.
+    seeds recorded. A `device` of None leaves the model where it is.
 
     Raises
     ------
@@ -105,7 +105,7 @@ def record_trajectories(
     """
     if not seeds:
         raise QuantizationError("seeds: got none, wanted at least one")
-    model = denoiser.model.to(device)
+    model = denoiser.model if device is None else denoiser.model.to(device)
     sampler = spec.sampler
     scheduler = make_scheduler(sampler, denoiser.scheduler_config)
     conditioning = trajectory_conditioning(model, sampler, seeds, denoiser.conditioning)

@@ -6,7 +6,6 @@ Nothing here names a model: what a denoiser takes is read from its config and fr
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.errors import DenoiserError
+from quant_spec.documents import read_json_file
 from quant_spec.pipeline import MODEL_INDEX
 
 DENOISER_FOLDERS = ("denoiser", "unet", "transformer")
@@ -58,16 +58,16 @@ def load_denoiser(folder: str | Path) -> Denoiser:
     """
     root = Path(folder)
     home = find_denoiser_folder(root)
-    config = json.loads((home / "config.json").read_text())
+    config = read_json_file(home / "config.json")
     beside = (root,) if home != root else (root, root.parent)
     scheduler = _first_file(beside, SCHEDULER_CONFIG)
     index = home.parent / MODEL_INDEX
     return Denoiser(
         model=_load_model(home, config),
         config=config,
-        scheduler_config=None if scheduler is None else json.loads(scheduler.read_text()),
+        scheduler_config=None if scheduler is None else read_json_file(scheduler),
         conditioning=_first_file(beside, Path(CONDITIONING_FILE)),
-        pipeline=json.loads(index.read_text()) if home != root and index.is_file() else None,
+        pipeline=read_json_file(index) if home != root and index.is_file() else None,
     )
 
 
@@ -75,7 +75,7 @@ def find_denoiser_folder(root: Path) -> Path:
     """Return the folder of `config.json` under a model folder."""
     for home in (root, *(root / name for name in DENOISER_FOLDERS)):
         config = home / "config.json"
-        if config.is_file() and "_class_name" in json.loads(config.read_text()):
+        if config.is_file() and "_class_name" in read_json_file(config):
             return home
     raise DenoiserError(
         f"model folder {root}: no config.json with a _class_name in it or in {', '.join(DENOISER_FOLDERS)}"

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from quant_core.nn.model import QuantizedParts
+from quant_spec.documents import read_json
 from quant_spec.enums import UnknownTimestep
 from quant_spec.formats import ModelFormat, UnitFormat
 
@@ -35,7 +36,7 @@ class UnitState:
     def from_bytes(cls, data: bytes) -> UnitState:
         """Read what `to_bytes` wrote."""
         size = int.from_bytes(data[:8], "little")
-        head = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["unit_state"])
+        head = read_json(read_json(data[8 : 8 + size], "unit state")["__metadata__"]["unit_state"], "unit state")
         return cls(UnitFormat.from_json(head), tuple(head["timesteps"]), load(data))
 
 

@@ -29,7 +29,7 @@ _DECIMALS = 6  # beyond this, the figures are noise of the summation order
 
 
 def record_reference(
-    denoiser: Denoiser, seeds: Sequence[int], spec: RecordSpec, path: Path, *, device: str = "cpu"
+    denoiser: Denoiser, seeds: Sequence[int], spec: RecordSpec, path: Path, *, device: str | None = "cpu"
 ) -> None:
     """Write the samples of `seeds` in full precision, and the trajectory of the first `spec.recorded_seeds`."""
     whole = replace(spec, steps=None, predictions=True, samples=True)

@@ -18,7 +18,7 @@ class DistillFit(Record):
     }
 
     iterations: Count = Field(default=1200, description="Iterations of Adam; all rates fall linearly to 0.")
-    batch_size: Annotated[int, Field(ge=2)] = Field(
+    batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         default=8, description="Samples per iteration, in pairs of consecutive steps."
     )
     rank: Count = Field(default=32, description="Rank of the update of the weights, merged before they are quantized.")

@@ -45,7 +45,7 @@ class StepBitsChoice(Record):
 class StepBits(StepBitsChoice):
     """Activation bits chosen for each trajectory step, in place of one number for all."""
 
-    choices: list[Bits] = Field(default=[4, 6, 8], min_length=2, description="Bits to choose from.")
+    choices: list[Bits] = Field(default=[4, 6, 8], min_length=2, max_length=6, description="Bits to choose from.")
     seeds: Count = Field(default=16, description="Seeds that effects are measured on.")
     first_seed: Seed = Field(default=3_000_000, description="First of their seeds.")
     shard_seeds: Count = Field(default=8, description="Seeds per task.")

@@ -30,4 +30,4 @@ class Inputs(TaskInputs[Source]):
     model: Source
 
 
-KIND = TaskKind("bench", 2, "workers.tasks.bench:run", Params, Inputs)
+KIND = TaskKind("bench", 2, "workers.tasks.bench:run", Params, Inputs, gpu=True)

@@ -29,4 +29,14 @@ class Inputs(TaskInputs[Source]):
     model: Source
 
 
-KIND = TaskKind("calibrate", 1, "workers.tasks.calibrate:run", Params, Inputs, (CALIBRATION,))
+KIND = TaskKind(
+    "calibrate",
+    1,
+    "workers.tasks.calibrate:run",
+    Params,
+    Inputs,
+    (CALIBRATION,),
+    gpu=True,
+    batch_free="batch_size",
+    shards=True,
+)

@@ -25,4 +25,4 @@ class Inputs(TaskInputs[Source]):
     artifact: Source
 
 
-KIND = TaskKind("card", 1, "workers.tasks.card:run", Params, Inputs, (ARTIFACT,))
+KIND = TaskKind("card", 1, "workers.tasks.card:run", Params, Inputs, (ARTIFACT,), trees=(ARTIFACT,))

@@ -27,4 +27,4 @@ class Inputs(TaskInputs[Source]):
     factors: tuple[Source, ...] = ()
 
 
-KIND = TaskKind("channel_errors", 4, "workers.tasks.channel_errors:run", Params, Inputs, (ERRORS,))
+KIND = TaskKind("channel_errors", 4, "workers.tasks.channel_errors:run", Params, Inputs, (ERRORS,), gpu=True)

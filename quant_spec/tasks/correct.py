@@ -28,4 +28,4 @@ class Inputs(TaskInputs[Source]):
     held_out: tuple[Source, ...]
 
 
-KIND = TaskKind("correct", 1, "workers.tasks.correct:run", Params, Inputs, (PACKED,))
+KIND = TaskKind("correct", 1, "workers.tasks.correct:run", Params, Inputs, (PACKED,), trees=(PACKED,))

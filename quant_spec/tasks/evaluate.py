@@ -31,4 +31,6 @@ class Inputs(TaskInputs[Source]):
     reference: Source
 
 
-KIND = TaskKind("evaluate", 2, "workers.tasks.evaluate:run", Params, Inputs, (EVALUATION,))
+KIND = TaskKind(
+    "evaluate", 2, "workers.tasks.evaluate:run", Params, Inputs, (EVALUATION,), gpu=True, batch_free="batch_size"
+)

@@ -20,4 +20,4 @@ class Inputs(TaskInputs[Source]):
     artifact: Source
 
 
-KIND = TaskKind("export", 1, "workers.tasks.export:run", Params, Inputs, (MODEL,))
+KIND = TaskKind("export", 1, "workers.tasks.export:run", Params, Inputs, (MODEL,), trees=(MODEL,))

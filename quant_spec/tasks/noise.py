@@ -28,4 +28,4 @@ class Inputs(TaskInputs[Source]):
     reference: Source
 
 
-KIND = TaskKind("noise", 1, "workers.tasks.noise:run", Params, Inputs, (NOISE,))
+KIND = TaskKind("noise", 1, "workers.tasks.noise:run", Params, Inputs, (NOISE,), gpu=True, batch_free="batch_size")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
-from quant_spec.record import NotNegative
 from quant_spec.task import Source, TaskInputs, TaskKind, TaskParams
 
 BLOB = "blob"
@@ -19,7 +18,7 @@ class Params(TaskParams):
 
     _omitted: ClassVar[frozenset[str]] = frozenset({"seconds", "payload"})
 
-    seconds: NotNegative = Field(default=0.0, description="How long the task waits.")
+    seconds: Annotated[float, Field(ge=0)] = Field(default=0.0, description="How long the task waits.")
     payload: Any = None
 
 

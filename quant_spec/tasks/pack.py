@@ -33,4 +33,4 @@ class Inputs(TaskInputs[Source]):
     states: tuple[Source, ...]
 
 
-KIND = TaskKind("pack", 3, "workers.tasks.pack:run", Params, Inputs, (PACKED,))
+KIND = TaskKind("pack", 3, "workers.tasks.pack:run", Params, Inputs, (PACKED,), trees=(PACKED,))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from pydantic import Field
 
 from quant_spec.passes.reconstruct import Reconstruct
-from quant_spec.record import Count
 from quant_spec.task import Source, TaskInputs, TaskKind, UnitsParams
 
 STATE = "state"
@@ -16,7 +16,9 @@ STATE = "state"
 class Params(Reconstruct, UnitsParams):
     """How a unit is reconstructed; which one, its state says."""
 
-    cache_bytes: Count = Field(description="Bytes of recorded activations that stay in memory; more goes to disk.")
+    cache_bytes: Annotated[int, Field(ge=1)] = Field(
+        description="Bytes of recorded activations that stay in memory; more goes to disk."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,4 +36,13 @@ class Inputs(TaskInputs[Source]):
     temporal: Source | None = None
 
 
-KIND = TaskKind("reconstruct", 2, "workers.tasks.reconstruct:run", Params, Inputs, (STATE,))
+KIND = TaskKind(
+    "reconstruct",
+    2,
+    "workers.tasks.reconstruct:run",
+    Params,
+    Inputs,
+    (STATE,),
+    gpu=True,
+    batch_free="forward_batch_size",
+)

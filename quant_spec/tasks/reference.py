@@ -30,4 +30,14 @@ class Inputs(TaskInputs[Source]):
     model: Source
 
 
-KIND = TaskKind("reference", 1, "workers.tasks.reference:run", Params, Inputs, (REFERENCE,))
+KIND = TaskKind(
+    "reference",
+    1,
+    "workers.tasks.reference:run",
+    Params,
+    Inputs,
+    (REFERENCE,),
+    gpu=True,
+    batch_free="batch_size",
+    shards=True,
+)

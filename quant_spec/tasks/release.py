@@ -46,4 +46,4 @@ class Inputs(TaskInputs[Source]):
     model: Source
 
 
-KIND = TaskKind("release", 1, "workers.tasks.release:run", Params, Inputs, (ARTIFACT,))
+KIND = TaskKind("release", 1, "workers.tasks.release:run", Params, Inputs, (ARTIFACT,), trees=(ARTIFACT,))

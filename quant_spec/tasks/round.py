@@ -32,4 +32,4 @@ class Inputs(TaskInputs[Source]):
     allocation: Source | None = None
 
 
-KIND = TaskKind("round", 2, "workers.tasks.round:run", Params, Inputs, (f"{STATE}:*",))
+KIND = TaskKind("round", 2, "workers.tasks.round:run", Params, Inputs, (f"{STATE}:*",), gpu=True)

@@ -39,4 +39,4 @@ class Inputs(TaskInputs[Source]):
     step_bits: Source | None = None
 
 
-KIND = TaskKind("scale", 3, "workers.tasks.scale:run", Params, Inputs, (f"{FACTORS}:*",))
+KIND = TaskKind("scale", 3, "workers.tasks.scale:run", Params, Inputs, (f"{FACTORS}:*",), gpu=True)

@@ -33,4 +33,4 @@ class Inputs(TaskInputs[Source]):
     calibration: tuple[Source, ...]
 
 
-KIND = TaskKind("step_effects", 1, "workers.tasks.step_effects:run", Params, Inputs, (EFFECTS,))
+KIND = TaskKind("step_effects", 1, "workers.tasks.step_effects:run", Params, Inputs, (EFFECTS,), gpu=True)

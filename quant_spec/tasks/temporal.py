@@ -32,4 +32,4 @@ class Inputs(TaskInputs[Source]):
     calibration: tuple[Source, ...]
 
 
-KIND = TaskKind("temporal", 1, "workers.tasks.temporal:run", Params, Inputs, (STATE,))
+KIND = TaskKind("temporal", 1, "workers.tasks.temporal:run", Params, Inputs, (STATE,), gpu=True)

@@ -211,7 +211,7 @@ def shake(draft: Draft) -> Drawing:
         return draft
     states = dict(draft.states)
     for name, state in draft.states.items():
-        node = draft.node(KIND, Params.of(config), Inputs(state), SMALL, name, on_gpu=False)
+        node = draft.node(KIND, Params.of(config), Inputs(state), SMALL, name)
         states[name] = TaskRef(node.id, STATE)
         yield node
     return replace(draft, states=states)

@@ -16,7 +16,10 @@ from tests.orchestrator.in_process import InProcess
 from tests.warm import WarmProcess
 
 ROOT = Path(__file__).parents[2]
-VARIABLES = ("QUANTMILL_HOME", "QUANTMILL_DB", "QUANTMILL_STORE", "RAY_ADDRESS")
+VARIABLES = (
+    *("QUANTMILL_HOME", "QUANTMILL_DB", "QUANTMILL_DB_FILE", "QUANTMILL_DB_PASSWORD_FILE", "QUANTMILL_STORE"),
+    *("QUANTMILL_LOG_FORMAT", "RAY_ADDRESS"),
+)
 
 
 @dataclass(frozen=True, slots=True)

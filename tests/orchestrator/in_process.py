@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from workers.errors import Fault
-from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall
-from workers.execution.executor import Capacity, Finished
+from workers.execution.executor import Capacity, Finished, finished_of
 from workers.execution.local import answer_call
 
 
@@ -26,10 +24,7 @@ class InProcess:
     def submit(self, call: TaskCall) -> int:
         """Run a call."""
         handle, answer = next(self._handles), answer_call(call)
-        if "error" in answer:
-            self._finished.append(Finished(handle, None, Fault(answer["fault"]), answer["error"]))
-        else:
-            self._finished.append(Finished(handle, TaskOutput(answer["outputs"], answer["metrics"])))
+        self._finished.append(finished_of(handle, answer))
         return handle
 
     def wait(self, timeout: float) -> list[Finished]:

@@ -29,6 +29,9 @@ TASKS = {
     ("running", "cancelled"): "cancelled",
     ("failed", "revived"): "blocked",
     ("cancelled", "revived"): "blocked",
+    ("succeeded", "repaired"): "blocked",
+    ("queued", "waiting"): "blocked",
+    ("running", "waiting"): "blocked",
 }
 
 JOBS = {
@@ -59,8 +62,9 @@ def test_every_event_has_a_transition() -> None:
     assert set(JOB_TRANSITIONS) == set(JobEvent)
 
 
-def test_success_is_for_ever() -> None:
-    assert not any(TaskState.SUCCEEDED in transition.sources for transition in TASK_TRANSITIONS.values())
+def test_success_lasts_until_the_bytes_are_lost() -> None:
+    ending = {event for event, transition in TASK_TRANSITIONS.items() if TaskState.SUCCEEDED in transition.sources}
+    assert ending == {TaskEvent.REPAIR}
     assert not any(JobState.SUCCEEDED in transition.sources for transition in JOB_TRANSITIONS.values())
 
 

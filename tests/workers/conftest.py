@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,17 +40,3 @@ def folder_store(tmp_path: Path) -> NodeStore:
     folder = tmp_path / "blobs"
     folder.mkdir()
     return open_cached(str(folder), tmp_path / "cache")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder on a file system of its own, of 64 KiB."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)], capture_output=True, check=False
-    )
-    if done.returncode:
-        pytest.skip("needs the right to mount a file system")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)

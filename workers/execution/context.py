@@ -20,7 +20,7 @@ class TaskContext:
 
     `store` reads through the node's cache; `device` is torch's name of the device; `scratch` is an empty folder that
     is removed when the task ends; `threads` is how many the body may use; `notes` takes checkpoints and progress, None
-    outside of a queue.
+    outside of a queue. `devices` are all that the task has, where these are several.
     """
 
     store: NodeStore
@@ -28,11 +28,16 @@ class TaskContext:
     scratch: Path
     threads: int
     notes: TaskNotes | None = None
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class TaskOutput:
-    """What a task gives back: `outputs`, names to digests of blobs that it stored, and `metrics`, JSON."""
+    """What a task gives back: `outputs`, names to digests of blobs that it stored, and `metrics`, JSON.
+
+    `ran` is JSON about where: node, device, versions, peaks of memory; the body leaves it empty.
+    """
 
     outputs: dict[str, str]
     metrics: dict[str, Any] = field(default_factory=dict)
+    ran: dict[str, Any] = field(default_factory=dict)

@@ -17,27 +17,34 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from workers.errors import ExecutorError, Fault
+from workers.errors import Dependency, ExecutorError, Fault
+from workers.execution.cluster import Node, host_name
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall
 from workers.execution.local import python_path
+from workers.execution.pulse import SILENCE_SECONDS, Watchdog
+from workers.execution.ray_security import local_environment, session_folder, worker_environment
 from workers.storage.locks import own_folder
 
 # Ray's sockets lie in this folder, and a socket's path may have 107 characters at most.
 _TEMPORARY = Path("/tmp")
 _START_SECONDS = 120.0
 _STOP_SECONDS = 5.0
+_CHUNK_BYTES = 1 << 20
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Leave CUDA_VISIBLE_DEVICES empty for tasks that asked for no GPU, without a warning about a later default.
+    # Where Ray sets CUDA_VISIBLE_DEVICES, leave it empty for tasks without a GPU, and don't warn of a later default.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_DEDUP_LOGS": "0",
+    # Workers see all GPUs and are told the number of theirs: a process may then use one after another.
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }
 _LOCAL_ENVIRONMENT = {
     # With this name Ray switches off clusters of several machines, on any system: it binds to loopback addresses alone.
@@ -49,21 +56,43 @@ _LOCAL_ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What a cluster has in all: CPUs, GPUs and bytes of memory."""
+    """What a cluster has in all: CPUs, GPUs and bytes of memory; and its nodes, where they are known one by one."""
 
     cpus: float
     gpus: float
     memory_bytes: int
+    nodes: tuple[Node, ...] = ()
+
+    def node_list(self) -> tuple[Node, ...]:
+        """Return the nodes; what is not known one by one is one node."""
+        if self.nodes:
+            return self.nodes
+        return (Node("", host_name(), self.cpus, self.memory_bytes, int(self.gpus), cuda_ok=self.gpus > 0),)
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a call: its output, or its fault and one line about it."""
+    """The end of a call: its output, or its fault and one line about it.
+
+    Of an outage also what is out, and of lost blobs their digests.
+    """
 
     handle: int
     output: TaskOutput | None
     fault: Fault | None = None
     error: str = ""
+    lost: tuple[str, ...] = ()
+    dependency: Dependency | None = None
+
+
+def finished_of(handle: int, answer: Mapping[str, Any]) -> Finished:
+    """Return the end of a call from the JSON of `workers.execution.local.answer_call`."""
+    if "error" not in answer:
+        return Finished(handle, _output(answer))
+    lost = (answer["lost"],) if "lost" in answer else ()
+    named = answer.get("dependency")
+    fault, dependency = Fault(answer["fault"]), Dependency(named) if named else None
+    return Finished(handle, None, fault, answer["error"], lost, dependency)
 
 
 class Executor(Protocol):
@@ -94,10 +123,22 @@ class Executor(Protocol):
         ...
 
 
+def _output(message: Mapping[str, Any]) -> TaskOutput:
+    return TaskOutput(message["outputs"], message["metrics"], message.get("ran", {}))
+
+
 class RayExecutor:
     """Calls as Ray tasks, on a local Ray that lives as long as this object, or on a cluster."""
 
-    def __init__(self, address: str | None, cpus: int | None, memory_bytes: int | None, timeout: float) -> None:
+    def __init__(
+        self,
+        address: str | None,
+        cpus: int | None,
+        memory_bytes: int | None,
+        gpus: int | None,
+        timeout: float,
+        silence_seconds: float,
+    ) -> None:
         """Start the child and wait until it has a Ray; use `start`."""
         self._handles = itertools.count()
         self._finished: deque[Finished] = deque()
@@ -109,14 +150,23 @@ class RayExecutor:
         self._address = address
         self._local = address is None
         self._resources = ExitStack()
+        self._watchdog = Watchdog(silence_seconds, self._kill)
         try:
             folder = self._resources.enter_context(own_folder(_TEMPORARY, "quantmill-ray-"))
             self._log = folder / "driver.log"
-            config = {"address": address, "cpus": cpus, "memory_bytes": memory_bytes, "temporary": str(folder)}
+            config = {
+                "address": address,
+                "cpus": cpus,
+                "memory_bytes": memory_bytes,
+                "gpus": gpus,
+                "temporary": str(session_folder(folder)),
+                "silence_seconds": silence_seconds,
+            }
             self._process = self._spawn(folder, config)
             self._reader = threading.Thread(target=self._read, name="ray-answers", daemon=True)
             self._reader.start()
             self._wait_until_ready(timeout)
+            self._watchdog.start()
         except BaseException:
             self.shutdown()
             raise
@@ -128,7 +178,9 @@ class RayExecutor:
         *,
         cpus: int | None = None,
         memory_bytes: int | None = None,
+        gpus: int | None = None,
         timeout: float = _START_SECONDS,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> RayExecutor:
         """Start a local Ray, or connect to one.
 
@@ -137,26 +189,30 @@ class RayExecutor:
         address
             None or "local": start one on this machine, on the loopback address, without a dashboard. Otherwise the
             address of a running cluster ("auto", "host:port"), whose nodes must have this version of Quantmill.
-        cpus, memory_bytes
-            What a local Ray may use; all CPUs and most of the memory that is free by default.
+        cpus, memory_bytes, gpus
+            What a local Ray may use; all CPUs, most of the memory that is free and all GPUs by default.
         timeout
             Seconds to wait for it.
+        silence_seconds
+            How long a process may give no sign of life: a worker that is silent for longer is killed, and its call
+            has failed; so is the driver, and the executor is lost.
 
         Raises
         ------
         ExecutorError
             If it does not start or cannot be reached.
         """
-        return cls(None if address in (None, "", "local") else address, cpus, memory_bytes, timeout)
+        where = None if address in (None, "", "local") else address
+        return cls(where, cpus, memory_bytes, gpus, timeout, silence_seconds)
 
     def _spawn(self, folder: Path, config: dict[str, Any]) -> subprocess.Popen[bytes]:
-        environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": python_path()}
+        environment = worker_environment(os.environ) | _ENVIRONMENT | {"PYTHONPATH": python_path()}
         # Ray sets it to the CPUs of a task, in every worker, if it is not set.
         environment.pop("OMP_NUM_THREADS", None)
         # It would make `ray.init` connect instead of starting a Ray of our own.
         environment.pop("RAY_ADDRESS", None)
         if self._local:
-            environment |= _LOCAL_ENVIRONMENT
+            environment |= _LOCAL_ENVIRONMENT | local_environment()
         with self._log.open("wb") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", "-c", "from workers.execution.remote import main; main()", json.dumps(config)],
@@ -190,27 +246,33 @@ class RayExecutor:
         assert self._process.stdout is not None
         try:
             with self._process.stdout as answers:
-                for line in answers:
+                rest = b""
+                # All that has come at once, so that the scheduler records it at once.
+                while chunk := answers.read1(_CHUNK_BYTES):  # type: ignore[attr-defined]
+                    *lines, rest = (rest + chunk).split(b"\n")
                     # A child that is killed may leave half a line.
-                    if line.endswith(b"\n"):
-                        self._take(json.loads(line))
+                    self._take([json.loads(line) for line in lines])
         finally:
             # Also after an answer that cannot be read: nobody would take the next ones.
             with self._changed:
                 self._lost = True
                 self._changed.notify_all()
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _take(self, messages: list[dict[str, Any]]) -> None:
+        self._watchdog.hear()
         with self._changed:
-            if "capacity" in message:
-                self._capacity = Capacity(**message["capacity"])
-            elif "failed" in message:
-                self._failure = message["failed"][:300]
-            elif "error" in message:
-                self._finished.append(Finished(message["id"], None, Fault(message["fault"]), message["error"]))
-            else:
-                self._finished.append(Finished(message["id"], TaskOutput(message["outputs"], message["metrics"])))
+            for message in messages:
+                self._note(message)
             self._changed.notify_all()
+
+    def _note(self, message: dict[str, Any]) -> None:
+        if "capacity" in message:
+            sums = message["capacity"]
+            self._capacity = Capacity(**{**sums, "nodes": tuple(map(Node.from_json, sums["nodes"]))})
+        elif "failed" in message:
+            self._failure = message["failed"][:300]
+        elif "id" in message:
+            self._finished.append(finished_of(message["id"], message))
 
     def capacity(self) -> Capacity:
         """Return what the cluster has now."""
@@ -249,8 +311,16 @@ class RayExecutor:
         except (OSError, ValueError) as error:
             raise ExecutorError(f"ray: got a driver that is gone ({error}), wanted it to take a task") from error
 
+    def _kill(self) -> None:
+        """Kill the child, and all processes of a local Ray."""
+        if self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                # Until it has been waited for, the number cannot be that of another group.
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def shutdown(self) -> None:
         """Stop a local Ray and all its processes, or leave the cluster; see `Executor`."""
+        self._watchdog.stop()
         process = getattr(self, "_process", None)
         if process is not None:
             with suppress(OSError, ValueError):
@@ -258,9 +328,7 @@ class RayExecutor:
             if not self._local:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(_STOP_SECONDS)
-            with suppress(ProcessLookupError):
-                # Until it has been waited for, the number cannot be that of another group.
-                os.killpg(process.pid, signal.SIGKILL)
+            self._kill()
             process.wait()
             self._reader.join(_STOP_SECONDS)
         self._resources.close()

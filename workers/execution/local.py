@@ -1,7 +1,8 @@
 """Run one task in a process of its own: `python -m workers.execution.local KIND`, JSON in, one line of JSON out.
 
 Standard input: `{"params":…, "inputs":…, "store_url":…, "cache_dir":…, "device":…, "threads":…}`. Standard output: the
-output and metrics, or `{"error":…, "fault":…, "exit_code":…}`; everything else that is printed goes to standard error.
+output and metrics, or `{"error":…, "fault":…, "exit_code":…}`, with `"lost"`, a digest, if a blob was; everything
+else that is printed goes to standard error.
 The orchestrator, which never imports torch, inspects models this way.
 """
 
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from quant_spec.errors import QuantServiceError
-from workers.errors import Fault, TaskError, TaskFailedError, describe, fault_of
+from workers.errors import BlobLostError, Fault, TaskError, TaskFailedError, dependency_of, describe, fault_of
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall, execute_call
+from workers.execution.ray_security import worker_environment
 
 #: The folder that Python must search to import this package.
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,11 +29,13 @@ def answer_call(call: TaskCall) -> dict[str, Any]:
     """Run a call in this process and return its output, or its error, as JSON."""
     try:
         output = execute_call(call)
-        answer = {"outputs": output.outputs, "metrics": output.metrics}
+        answer = {"outputs": output.outputs, "metrics": output.metrics, "ran": output.ran}
         json.dumps(answer, allow_nan=False)
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, QuantServiceError) else 1
-        return {"error": describe(error), "fault": fault_of(error).value, "exit_code": exit_code}
+        said: dict[str, Any] = {"error": describe(error), "fault": fault_of(error).value}
+        said |= {"lost": error.digest} if isinstance(error, BlobLostError) else {}
+        return said | {"exit_code": exit_code, "dependency": dependency_of(error)}
     return answer
 
 
@@ -42,10 +46,12 @@ def run_in_subprocess(call: TaskCall) -> TaskOutput:
     ------
     TaskError
         If the task found its input to be bad; the message is the task's own.
+    BlobLostError
+        If a blob that it reads is missing or damaged.
     TaskFailedError
         If it failed otherwise, or the process died; `exit_code` is that of the task's own error.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": str(call.threads), "PYTHONPATH": python_path()}
+    environment = worker_environment(os.environ) | {"OMP_NUM_THREADS": str(call.threads), "PYTHONPATH": python_path()}
     # Safe: our own module, in the interpreter that is running.
     process = subprocess.run(
         [sys.executable, "-P", "-m", "workers.execution.local", call.kind],
@@ -68,10 +74,14 @@ def run_in_subprocess(call: TaskCall) -> TaskOutput:
 def read_answer(answer: dict[str, Any]) -> TaskOutput:
     """Return the output that `answer_call` made JSON of, or raise its error, as `run_in_subprocess` does."""
     if "error" in answer:
+        if "lost" in answer:
+            lost = BlobLostError(answer["error"], answer["lost"])
+            lost.exit_code = answer["exit_code"]
+            raise lost
         error = (TaskError if answer["fault"] == Fault.INVALID else TaskFailedError)(answer["error"])
         error.exit_code = answer["exit_code"]
         raise error
-    return TaskOutput(answer["outputs"], answer["metrics"])
+    return TaskOutput(answer["outputs"], answer["metrics"], answer["ran"])
 
 
 def python_path() -> str:

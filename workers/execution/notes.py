@@ -10,9 +10,11 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from workers.errors import StoreError
+from quant_spec.documents import read_json
+from workers.errors import StoreError, StoreUnavailableError
 from workers.storage.store import Store
 
 #: Kinds of notes: the first part of their names.
@@ -59,7 +61,9 @@ class TaskNotes:
             return
         self._left_some = True
         data = make()
-        self._store.put_note(CHECKPOINT, self._key, hashlib.sha256(data).digest() + data)
+        # A store that is out costs a checkpoint, and not what was computed.
+        with suppress(StoreUnavailableError):
+            self._store.put_note(CHECKPOINT, self._key, hashlib.sha256(data).digest() + data)
         ended = time.monotonic()
         least, most = CHECKPOINT_SECONDS
         self._checkpoint_due = ended + min(max((ended - begun) / CHECKPOINT_SHARE, least), most)
@@ -81,18 +85,20 @@ class TaskNotes:
             return
         self._written, self._left_some = now, True
         progress = TaskProgress(done, total, self._first, round(now - self._started, 1))
-        self._store.put_note(PROGRESS, self._key, json.dumps(asdict(progress)).encode())
+        with suppress(StoreUnavailableError):
+            self._store.put_note(PROGRESS, self._key, json.dumps(asdict(progress)).encode())
 
     def clear(self) -> None:
         """Remove the notes of a task that has ended well."""
-        for what in (CHECKPOINT, PROGRESS) if self._left_some else ():
-            self._store.delete_note(what, self._key)
+        with suppress(StoreUnavailableError):
+            for what in (CHECKPOINT, PROGRESS) if self._left_some else ():
+                self._store.delete_note(what, self._key)
 
 
 def read_progress(store: Store, key: str) -> TaskProgress | None:
     """Return how far the task with this key is, if it says so."""
     try:
         data = store.get_note(PROGRESS, key)
-        return None if data is None else TaskProgress(**json.loads(data))
+        return None if data is None else TaskProgress(**read_json(data, "note"))
     except (StoreError, ValueError, TypeError):
         return None  # a note is never worth a failure

@@ -1,11 +1,16 @@
-"""The process that drives Ray, and what runs on Ray; the only module that imports it. `executor.py` starts it.
+"""The process that drives Ray, and what runs on Ray; with `nodes.py` alone in importing it. `executor.py` starts it.
 
 Standard input: `{"submit": id, "call": {…}}` or `{"cancel": id}`, one a line. Standard output: `{"capacity": {…}}` when
-Ray is there and whenever it changes, and for each call `{"id":…, "outputs":…, "metrics":…}` or `{"id":…, "error":…,
-"fault":…}`. The process ends, with every process of a local Ray, when its input closes or Ray is lost.
+Ray is there and whenever it changes, with a list of its nodes, `{"alive": true}` every few seconds, and for each call
+`{"id":…, "outputs":…, "metrics":…, "ran":…}` or `{"id":…, "error":…, "fault":…}`, as `workers.execution.local` answers.
+The process ends, with every process of a local Ray, when its input closes or Ray is lost.
 
 Ray retries nothing (the queue does, and counts), keeps no results of ours (they are in the store), and keeps its worker
 processes, as importing torch takes seconds.
+
+Workers give signs of life (`pulse.py`) through Ray's own table of keys and values, which every node reaches. One that
+is silent for too long, or whose call runs for longer than it may, is killed by a task on its node: Ray's own
+cancellation asks the worker, which cannot answer.
 """
 
 from __future__ import annotations
@@ -19,43 +24,80 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
 import ray
 from ray.exceptions import RayError, TaskCancelledError
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from workers.errors import Fault, describe
+from workers.errors import Fault, describe, is_out_of_memory
+from workers.execution.cluster import MEMORY_STEP
+from workers.execution.devices import device_number
 from workers.execution.execute import TaskCall
 from workers.execution.local import answer_call
+from workers.execution.nodes import ClusterWatch
+from workers.execution.pulse import Beat, Listener, Pulse, beat_seconds, end_process
 
 # Ray's object store holds calls and answers only; this is about the least it accepts.
 _OBJECT_STORE_BYTES = 80 << 20
 _MEMORY_SHARE = 0.9
-# Tasks that ask for the same share a worker's lease, so memory is asked for in these steps.
-_MEMORY_STEP = 256 << 20
+_MOST_FUNCTIONS = 1000
 _LOOK_SECONDS = 0.5
 _PROBE_SECONDS = 5.0
-_SILENCE_SECONDS = 60.0
+# Where signs of life are kept in Ray's table.
+_NAMESPACE = b"quantmill"
 
 
-def run_call(text: str) -> str:
+def run_call(number: int, text: str, beat: float) -> str:
     """Run a call in a Ray worker; JSON in and out, so that no pickle of ours crosses the cluster."""
-    return json.dumps(answer_call(TaskCall(**json.loads(text))))
+    call = TaskCall(**json.loads(text))
+    if call.gpus > 0:
+        devices = [f"cuda:{device_number([given], os.environ)}" for given in ray.get_gpu_ids()] or ["cuda"]
+        call = replace(call, device=devices[0], devices=devices if len(devices) > 1 else ())
+    with _pulse(beat).during(number):
+        return json.dumps(answer_call(call))
+
+
+@lru_cache(maxsize=1)
+def _pulse(seconds: float) -> Pulse:
+    """Begin to give signs of life; a worker process belongs to one driver, and keeps its pulse between calls."""
+    context = ray.get_runtime_context()
+    node = context.get_node_id()
+    key = f"{context.get_job_id()}/{node}/{os.getpid()}".encode()
+
+    def send(beat: Beat) -> None:
+        _internal_kv_put(key, json.dumps(beat.to_json()).encode(), overwrite=True, namespace=_NAMESPACE)
+
+    return Pulse(node, send, seconds)
 
 
 class Driver:
     """Takes orders from standard input and reports to standard output."""
 
-    def __init__(self, answers: BinaryIO, *, local: bool) -> None:
-        """Drive the Ray that this process is connected to."""
+    def __init__(self, answers: BinaryIO, *, local: bool, silence_seconds: float) -> None:
+        """Drive the Ray that this process is connected to; see `RayExecutor.start` for `silence_seconds`."""
         self._answers = answers
         self._local = local
+        self._silence = silence_seconds
+        self._node = ray.get_runtime_context().get_node_id()
+        self._prefix = f"{ray.get_runtime_context().get_job_id()}/".encode()
+        self._listener = Listener(silence_seconds)
+        self._deadlines: dict[int, float] = {}
+        # Calls whose workers are being killed: since when, why, and whose fault that is.
+        self._condemned: dict[int, tuple[float, str, Fault]] = {}
         self._writing = threading.Lock()
         self._running: dict[int, Any] = {}
         self._remote = ray.remote(max_retries=0, max_calls=0)(run_call)
-        self._capacity: dict[str, float] = {}
+        self._functions: dict[tuple[Any, ...], Any] = {}
+        # A process that has begun to use one GPU cannot change to another that it did not see.
+        self._remote_once = ray.remote(max_retries=0, max_calls=1)(run_call)
+        self._cluster = ClusterWatch(local=local)
+        self._capacity: dict[str, Any] = {}
         self._node_cpus = self._node_memory = 0.0
         self._last_probe = time.monotonic()
 
@@ -64,6 +106,8 @@ class Driver:
         self._probe()
         threading.Thread(target=self._read, daemon=True).start()
         threading.Thread(target=self._probe_for_ever, daemon=True).start()
+        threading.Thread(target=self._watch_for_ever, daemon=True).start()
+        threading.Thread(target=self._say_alive, daemon=True).start()
         # This thread started Ray's processes, which the kernel kills when it ends.
         while self._ray_is_there():
             time.sleep(_LOOK_SECONDS)
@@ -76,31 +120,57 @@ class Driver:
                 self._submit(order["submit"], order["call"])
             elif order["cancel"] in self._running:
                 ray.cancel(self._running[order["cancel"]], force=True)
+        if not self._local:
+            # The cluster stays; the signs of life of our workers, which end with us, need not.
+            _internal_kv_del(self._prefix, del_by_prefix=True, namespace=_NAMESPACE)
         end(self._local)
 
     def _submit(self, number: int, call: dict[str, Any]) -> None:
         # A task that asks for more than any machine has would wait for ever; it gets a whole machine instead.
         cpus = min(call["cpus"], self._node_cpus)
-        memory = min(math.ceil(call["memory_bytes"] / _MEMORY_STEP) * _MEMORY_STEP, int(self._node_memory))
+        memory = min(math.ceil(call["memory_bytes"] / MEMORY_STEP) * MEMORY_STEP, int(self._node_memory))
         options = {"num_cpus": cpus, "num_gpus": call["gpus"], "memory": memory or None, "name": call["kind"]}
+        node = self._cluster.node(call["node"])
+        if node is not None and self._cluster.size > 1:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        once = call["gpus"] > 0 and (node is None or not node.by_number)
+        if call["deadline_seconds"] is not None:
+            self._deadlines[number] = call["deadline_seconds"]
         try:
-            reference = self._remote.options(**options).remote(json.dumps(call))
+            bound = node.id if "scheduling_strategy" in options and node is not None else ""
+            beat = beat_seconds(self._silence)
+            reference = self._function(options, bound, once=once).remote(number, json.dumps(call), beat)
         except (RayError, ValueError) as error:
             self._send({"id": number, "error": f"ray: {describe(error)}", "fault": Fault.INFRASTRUCTURE})
             return
         self._running[number] = reference
         reference.future().add_done_callback(lambda future: self._report(number, future))
 
+    def _function(self, options: dict[str, Any], node: str, *, once: bool) -> Any:
+        """Return the remote function with these options; making one anew for each call takes longer than the call."""
+        name = (*(options[each] for each in ("num_cpus", "num_gpus", "memory", "name")), node, once)
+        if name not in self._functions:
+            if len(self._functions) >= _MOST_FUNCTIONS:
+                self._functions.clear()
+            self._functions[name] = (self._remote_once if once else self._remote).options(**options)
+        return self._functions[name]
+
     def _report(self, number: int, future: Future[str]) -> None:
         """Send the end of a call; runs in a thread of Ray's."""
-        self._running.pop(number, None)
+        self._deadlines.pop(number, None)
+        if self._running.pop(number, None) is None:
+            return
+        condemned = self._condemned.pop(number, None)
         error = future.exception()
-        if error is None:
+        if error is not None and condemned is not None:
+            self._send({"id": number, "error": condemned[1], "fault": condemned[2]})
+        elif error is None:
             self._send({"id": number, **json.loads(future.result())})
         else:
             # A body's own exceptions are answers, so what comes this way is a worker, node or Ray that was lost.
             what = "cancelled" if isinstance(error, TaskCancelledError) else _first_line(error)
-            self._send({"id": number, "error": f"ray: {what}", "fault": Fault.INFRASTRUCTURE})
+            fault = Fault.MEMORY if is_out_of_memory(error) else Fault.INFRASTRUCTURE
+            self._send({"id": number, "error": f"ray: {what}", "fault": fault})
 
     def _send(self, message: dict[str, Any]) -> None:
         with self._writing:
@@ -109,6 +179,55 @@ class Driver:
                 self._answers.flush()
             except OSError:
                 end(self._local)
+
+    def _say_alive(self) -> None:
+        while True:
+            self._send({"alive": True})
+            time.sleep(beat_seconds(self._silence))
+
+    def _watch_for_ever(self) -> None:
+        """Look at the workers' signs of life, and take calls away from those that are stuck."""
+        while True:
+            time.sleep(beat_seconds(self._silence))
+            try:
+                self._watch()
+            except Exception as error:
+                # Also what Ray's table raises while it is out: the next look finds out more.
+                sys.stderr.write(f"workers not looked at: {describe(error)}\n")
+
+    def _watch(self) -> None:
+        beats = {}
+        for key in _internal_kv_list(self._prefix, namespace=_NAMESPACE):
+            value = _internal_kv_get(key, namespace=_NAMESPACE)
+            if value is not None:
+                beats[key.decode()] = Beat(**json.loads(value))
+        now = time.monotonic()
+        self._listener.hear(beats, now)
+        for name, beat in self._listener.silent(now).items():
+            self._take_away(name, beat, f"got no sign of life from its worker for {self._silence:.0f} s", now)
+        for call, (name, beat, seconds) in self._listener.running(now).items():
+            limit = self._deadlines.get(call)
+            if limit is not None and seconds > limit and call not in self._condemned:
+                what = f"got a task that ran for {seconds:.0f} s, wanted at most {limit:.0f} s"
+                self._take_away(name, beat, what, now, Fault.TASK)
+        for call, (since, what, fault) in list(self._condemned.items()):
+            # Its node answers no more than its worker does, and Ray has not noticed.
+            if now - since > self._silence and self._running.pop(call, None) is not None:
+                del self._condemned[call]
+                self._send({"id": call, "error": what, "fault": fault})
+
+    def _take_away(self, name: str, beat: Beat, what: str, now: float, fault: Fault = Fault.INFRASTRUCTURE) -> None:
+        """Kill a worker; its call, if it has one, ends with this error."""
+        if beat.call in self._running:
+            self._condemned.setdefault(beat.call, (now, f"ray: {what}, on node {beat.node[:12]}", fault))
+        _internal_kv_del(name.encode(), namespace=_NAMESPACE)
+        if beat.node == self._node:
+            end_process(beat.pid, beat.born)
+            return
+        there = NodeAffinitySchedulingStrategy(beat.node, soft=False)
+        ray.remote(num_cpus=0, max_retries=0)(end_process).options(scheduling_strategy=there).remote(
+            beat.pid, beat.born
+        )
 
     def _probe_for_ever(self) -> None:
         while True:
@@ -120,13 +239,17 @@ class Driver:
 
     def _probe(self) -> None:
         """Ask the cluster what it has, and report it if that changed."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        self._node_cpus = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
-        self._node_memory = max((node.get("memory", 0.0) for node in nodes), default=0.0)
+        nodes = self._cluster.look()
+        if self._local and not nodes:
+            # Its only node is there and answers no more; another Ray is started in its place.
+            end(self._local)
+        self._node_cpus = max((node.cpus for node in nodes), default=0.0)
+        self._node_memory = max((node.memory_bytes for node in nodes), default=0)
         capacity = {
-            "cpus": sum(node.get("CPU", 0.0) for node in nodes),
-            "gpus": sum(node.get("GPU", 0.0) for node in nodes),
-            "memory_bytes": int(sum(node.get("memory", 0.0) for node in nodes)),
+            "cpus": sum(node.cpus for node in nodes),
+            "gpus": sum(node.gpus for node in nodes),
+            "memory_bytes": sum(node.memory_bytes for node in nodes),
+            "nodes": [node.to_json() for node in nodes],
         }
         self._last_probe = time.monotonic()
         if capacity != self._capacity:
@@ -135,7 +258,7 @@ class Driver:
 
     def _ray_is_there(self) -> bool:
         """Say whether the cluster answered lately; a local Ray must also have its two processes."""
-        if time.monotonic() - self._last_probe > _SILENCE_SECONDS:
+        if time.monotonic() - self._last_probe > max(self._silence, 4 * _PROBE_SECONDS):
             return False
         if not self._local:
             return True
@@ -154,7 +277,9 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def start_ray(address: str | None, cpus: int | None, memory_bytes: int | None, temporary: Path) -> None:
+def start_ray(
+    address: str | None, cpus: int | None, memory_bytes: int | None, gpus: int | None, temporary: Path
+) -> None:
     """Start a local Ray on the loopback address, or connect to the cluster at `address`."""
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -162,6 +287,7 @@ def start_ray(address: str | None, cpus: int | None, memory_bytes: int | None, t
     ray.init(
         address="local",
         num_cpus=cpus,
+        num_gpus=gpus,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -178,8 +304,9 @@ def main() -> None:
     os.dup2(2, 1)
     config = json.loads(sys.argv[1])
     try:
-        start_ray(config["address"], config["cpus"], config["memory_bytes"], Path(config["temporary"]))
-        driver = Driver(answers, local=config["address"] is None)
+        amounts = (config["cpus"], config["memory_bytes"], config["gpus"])
+        start_ray(config["address"], *amounts, Path(config["temporary"]))
+        driver = Driver(answers, local=config["address"] is None, silence_seconds=config["silence_seconds"])
     except Exception as error:
         # Ray raises whatever it likes here; all of it means that there is no Ray.
         answers.write(json.dumps({"failed": describe(error)}).encode() + b"\n")

@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 from workers.errors import DigestMismatchError, DiskFullError, StoreError
 
+#: A store's own file about itself, at its root: which database it belongs to.
+LABEL_NAME = "quantmill.json"
 #: Bytes read at once when a file is hashed or copied.
 CHUNK = 1 << 20
 
@@ -33,6 +35,11 @@ def check_digest(digest: str) -> str:
     if not _DIGEST.match(digest):
         raise StoreError(f"digest: got {digest[:80]!r}, wanted 64 lower-case hexadecimal digits")
     return digest
+
+
+def is_digest(name: str) -> bool:
+    """Say whether this is a blob's name: what else lies in a store is not ours."""
+    return _DIGEST.match(name) is not None
 
 
 def blob_key(digest: str) -> str:
@@ -61,7 +68,7 @@ def digest_of_file(path: Path) -> str:
 def check_bytes(digest: str, got: str, where: str) -> None:
     """Raise DigestMismatchError if the digest that was read is not the one asked for."""
     if got != digest:
-        raise DigestMismatchError(f"{where}: got bytes with sha256 {got}, wanted {digest}")
+        raise DigestMismatchError(f"{where}: got bytes with sha256 {got}, wanted {digest}", digest)
 
 
 def disk_error(error: OSError, where: Path | str) -> StoreError:

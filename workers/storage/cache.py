@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from workers.errors import StoreError
 from workers.storage.blobs import blob_key, check_digest, digest_of_file, disk_error, writing
 from workers.storage.locks import hold
+from workers.storage.private import make_private
 from workers.storage.store import Store
 
 
@@ -35,7 +36,7 @@ class CachedStore:
         # Inode, size and time of the files that this process has verified.
         self._verified: dict[str, tuple[int, int, int]] = {}
         try:
-            (self._folder / "locks").mkdir(parents=True, exist_ok=True)
+            make_private(self._folder / "locks")
         except OSError as error:
             raise StoreError(f"cache: got {error.strerror} for {folder}, wanted a folder to write to") from error
 
@@ -90,6 +91,10 @@ class CachedStore:
         self._evict()
         return digest
 
+    def verify(self, digest: str) -> int:
+        """Read a whole blob in the store itself, not in the cache."""
+        return self._store.verify(digest)
+
     def exists(self, digest: str) -> bool:
         """Say whether the store has such a blob."""
         return self._store.exists(digest)
@@ -119,6 +124,18 @@ class CachedStore:
         """Remove a note from the store."""
         self._store.delete_note(what, key)
 
+    def read_label(self) -> bytes | None:
+        """Read the store's label."""
+        return self._store.read_label()
+
+    def write_label(self, data: bytes) -> None:
+        """Write the store's label."""
+        self._store.write_label(data)
+
+    def now(self) -> float:
+        """Return the time of the store's clock."""
+        return self._store.now()
+
     def sweep(self, older_than_seconds: float) -> int:
         """Remove what dead writers left unfinished in the store and in the cache."""
         limit = time.time() - older_than_seconds
@@ -133,7 +150,7 @@ class CachedStore:
         path = self._folder / blob_key(digest)
         with FileLock(self._folder / "locks" / digest[:2], timeout=-1 if wait else 0):
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_private(path.parent)
             except OSError as error:
                 raise disk_error(error, path) from error
             yield path

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from workers.storage.private import make_private
+
 _NEW_SECONDS = 60.0
 
 
@@ -37,7 +39,7 @@ def hold(path: Path, *, exclusive: bool = False) -> int | None:
 @contextmanager
 def own_folder(parent: Path, prefix: str = "task-") -> Iterator[Path]:
     """Make an empty folder that is removed at the end of the block, or by a later call if this process dies in it."""
-    parent.mkdir(parents=True, exist_ok=True)
+    make_private(parent)
     _sweep(parent, prefix)
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     handle = hold(path)

@@ -14,14 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workers.errors import ManifestError, NotFoundError, StoreError
-from workers.storage.blobs import check_digest, digest_of, disk_error
+from quant_spec.documents import read_json
+from workers.errors import BlobLostError, DigestMismatchError, ManifestError, NotFoundError, StoreError
+from workers.storage.blobs import check_digest, digest_of, digest_of_file, disk_error
 from workers.storage.names import check_path, check_paths
 from workers.storage.store import NodeStore, Store
 
 FORMAT = 1
 #: The file that a pulled folder has besides those that the manifest lists.
 MANIFEST_NAME = "manifest.json"
+#: Beside it, once somebody has signed it.
+SIGNATURE_NAME = "model.sig"
 
 
 def put_manifest(store: Store, files: Mapping[str, tuple[str, int]]) -> str:
@@ -111,11 +114,12 @@ def read_manifest(store: Store, digest: str) -> dict[str, Any]:
     """
     data = store.get_bytes(digest)
     where = f"manifest {digest[:12]}"
-    try:
-        manifest = json.loads(data)
-    except ValueError as error:
-        raise ManifestError(f"{where}: got bytes that are not JSON, wanted a manifest") from error
-    return _check(manifest, where)
+    return check_manifest(data, where)
+
+
+def check_manifest(data: bytes, where: str) -> dict[str, Any]:
+    """Return a manifest from its bytes, checked; raises as `read_manifest`."""
+    return _check(read_json(data, where, error=ManifestError), where)
 
 
 def read_files(store: Store, digest: str) -> dict[str, tuple[str, int]]:
@@ -223,33 +227,64 @@ def link_tree(store: NodeStore, digest: str, target: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify_tree(store: Store, digest: str) -> list[str]:
-    """Return what is wrong with a tree in the store, one line each; none if every byte is there and right."""
+def check_folder(folder: Path, digest: str, *, alone: bool = True) -> list[str]:
+    """Return what is wrong with a tree that was pulled into a folder, one line each; none if every byte is right.
+
+    Unless it need not be `alone`, files that the manifest does not list are wrong too.
+    """
     try:
-        manifest = read_manifest(store, digest)
-    except (StoreError, ManifestError) as error:
-        return [str(error)]
-    problems = []
-    with tempfile.TemporaryDirectory(prefix="quantmill-verify-") as folder:
-        for path, entry in sorted(manifest["files"].items()):
-            try:
-                size = _check_blob(store, entry["sha256"], Path(folder))
-            except NotFoundError:
-                problems.append(f"{path}: got no blob {entry['sha256']}, wanted it in the store")
-                continue
-            except StoreError as error:
-                problems.append(f"{path}: {error}")
-                continue
-            if size != entry["bytes"]:
-                problems.append(f"{path}: got {size} bytes, wanted {entry['bytes']}")
+        manifest = (folder / MANIFEST_NAME).read_bytes()
+        if digest_of(manifest) != digest:
+            return [f"{MANIFEST_NAME}: got that of {digest_of(manifest)[:12]}, wanted that of {digest[:12]}"]
+        files = check_manifest(manifest, f"manifest {digest[:12]}")["files"]
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not _is_folder(path)}
+    except (OSError, ManifestError) as error:
+        return [f"{MANIFEST_NAME}: got {error}, wanted that of {digest[:12]}"]
+    more = sorted(there - {*files, MANIFEST_NAME, SIGNATURE_NAME}) if alone else ()
+    problems = [f"{path}: got a file that the release does not have, wanted none" for path in more]
+    for path, entry in sorted(files.items()):
+        place = folder / path
+        if not place.is_file() or place.is_symlink():
+            problems.append(f"{path}: got no such file, wanted it")
+        elif (got := digest_of_file(place)) != entry["sha256"]:
+            problems.append(f"{path}: got bytes with sha256 {got}, wanted {entry['sha256']}")
     return problems
 
 
-def _check_blob(store: Store, digest: str, folder: Path) -> int:
-    """Read a blob, which verifies it, and return its size in bytes."""
-    place = folder / "blob"
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def verify_tree(store: Store, digest: str) -> dict[str, str]:
+    """Read every byte of a tree in the store.
+
+    Returns
+    -------
+    dict of str to str
+        For each blob that is missing or damaged its digest, and a line that says what is wrong; none if all is right.
+    """
     try:
-        store.get_file(digest, place)
-        return place.stat().st_size
-    finally:
-        place.unlink(missing_ok=True)
+        manifest = read_manifest(store, digest)
+    except (BlobLostError, ManifestError) as error:
+        return {digest: str(error)}
+    problems = {}
+    for path, entry in sorted(manifest["files"].items()):
+        try:
+            size = store.verify(entry["sha256"])
+        except NotFoundError:
+            problems[entry["sha256"]] = f"{path}: got no blob {entry['sha256']}, wanted it in the store"
+            continue
+        except DigestMismatchError as error:
+            problems[entry["sha256"]] = f"{path}: {error}"
+            continue
+        if size != entry["bytes"]:
+            problems[digest] = f"{path}: got {size} bytes, wanted {entry['bytes']}"
+    return problems
+
+
+def holds(store: Store, digest: str, blob: str) -> bool:
+    """Say whether a blob is a tree that lists another; False for one that is lost itself."""
+    try:
+        return any(entry["sha256"] == blob for entry in read_manifest(store, digest)["files"].values())
+    except (BlobLostError, ManifestError):
+        return False

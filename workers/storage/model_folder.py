@@ -9,16 +9,19 @@ be taken for pixels without it. `hf:owner/name@revision` is fetched from the Hug
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant_spec.documents import read_json_file
 from quant_spec.pipeline import MODEL_INDEX
 from workers.errors import ModelError
 from workers.storage.blobs import digest_of, digest_of_file
 from workers.storage.manifest import manifest_digest, put_manifest
 from workers.storage.pipeline_index import read_decoders
+from workers.storage.plain_files import file_within
 from workers.storage.safetensors_check import check_finite
 from workers.storage.store import Store
 from workers.storage.weights import INDEX, WEIGHT_PATTERNS, find_weights
@@ -34,6 +37,7 @@ SampleSize = int | tuple[int, ...]
 # What diffusers notes about where a config came from; no part of what the model is.
 _PLACES = {"_name_or_path"}
 _HUB = "hf:"
+_CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _HUB_CONFIGS = [
     *(f"{subfolder}/config.json".lstrip("/") for subfolder in DENOISER_SUBFOLDERS),
     SCHEDULER_PATH,
@@ -104,13 +108,15 @@ def find_model(path: Path) -> ModelFolder:
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     """Return a model's config, or None if this is not one."""
-    if not path.is_file():
+    if not path.exists():
         return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: got text that is not JSON ({error}), wanted a diffusers config") from error
-    return config if isinstance(config, dict) and "_class_name" in config else None
+    config = read_json_file(path, error=ModelError)
+    if not isinstance(config, dict) or "_class_name" not in config:
+        return None
+    name = config["_class_name"]
+    if not isinstance(name, str) or not _CLASS.fullmatch(name):
+        raise ModelError(f"{path}: got _class_name {str(name)[:80]!r}, wanted the name of a class")
+    return config
 
 
 def _first(folders: tuple[Path, ...], name: str) -> Path | None:
@@ -141,7 +147,30 @@ def check_model(folder: ModelFolder) -> int:
     return parameters
 
 
-def import_model(store: Store, path: Path, sample_size: SampleSize | None = None) -> ModelRecord:
+def check_places(folder: ModelFolder, given: Path, allowed: Sequence[Path] = ()) -> None:
+    """Refuse a model folder whose links lead out of it, so that no other file of this machine is taken for weights.
+
+    The Hub's cache is made of links: there, all of a repository counts as the folder.
+
+    Raises
+    ------
+    ModelError
+        If a file really lies neither in the folder nor in one of `allowed`, or is no plain file.
+    """
+    real = given.resolve()
+    # What lies beside a denoiser's own folder belongs to its pipeline's.
+    roots = [real, *([] if folder.denoiser_subfolder else [real.parent])]
+    if real.parent.name == "snapshots":
+        roots.append(real.parent.parent)
+    weights = find_weights(folder.denoiser)
+    beside = [folder.scheduler, folder.conditioning]
+    for path in (folder.denoiser / "config.json", *weights.files.values(), *(each for each in beside if each)):
+        file_within(path, (*roots, *allowed), "model", error=ModelError)
+
+
+def import_model(
+    store: Store, path: Path, sample_size: SampleSize | None = None, *, allowed: Sequence[Path] = ()
+) -> ModelRecord:
     """Check a model folder and copy what a job needs of it into the store.
 
     Parameters
@@ -152,6 +181,8 @@ def import_model(store: Store, path: Path, sample_size: SampleSize | None = None
         As for `find_model`.
     sample_size
         Of a sample, without channels; takes the place of the config's `sample_size`, so the digest tells it.
+    allowed
+        Folders that the model folder's links may lead to, besides itself.
 
     Returns
     -------
@@ -164,6 +195,7 @@ def import_model(store: Store, path: Path, sample_size: SampleSize | None = None
         If the folder is not a model that can be used; nothing was stored.
     """
     folder = find_model(path)
+    check_places(folder, path, allowed)
     parameters = check_model(folder)
     put = {
         name: (store.put_file(each), each.stat().st_size)

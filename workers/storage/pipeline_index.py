@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quant_spec.documents import read_json_file
 from quant_spec.pipeline import MODEL_INDEX, PIXEL_CHANNELS, decoder_entries
 from workers.errors import ModelError
 
@@ -36,10 +36,7 @@ def read_decoders(denoiser: Path, config: Mapping[str, Any]) -> dict[str, Any] |
     path = home.parent / MODEL_INDEX
     if config.get("in_channels") not in PIXEL_CHANNELS or not path.is_file():
         return None
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: got text that is not JSON ({error}), wanted a pipeline's index") from error
+    index = read_json_file(path, error=ModelError)
     if not isinstance(index, dict) or home.name not in index:
         return None
     return decoder_entries(index) or None

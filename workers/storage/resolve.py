@@ -5,7 +5,6 @@ Names live in the database, which workers do not know: the command line is asked
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -13,11 +12,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from quant_spec.errors import InvalidInputError
 from workers.errors import NotFoundError, WorkerError
-from workers.storage.manifest import MANIFEST_NAME, pull_tree
+from workers.storage.blobs import digest_of_file
+from workers.storage.manifest import MANIFEST_NAME, check_folder, pull_tree
+from workers.storage.private import make_private
 from workers.storage.store import open_store
 
 _PULL = (sys.executable, "-P", "-m", "orchestrator.cli", "artifacts", "pull")
@@ -44,6 +46,7 @@ def pull(reference: str) -> Path:
     -------
     Path
         `releases/<digest>` in Quantmill's home (`QUANTMILL_HOME`, by default `~/.quantmill`); kept for the next time.
+        What was kept is checked against its digest, and pulled again if it is not what it was.
 
     Raises
     ------
@@ -59,19 +62,22 @@ def pull(reference: str) -> Path:
     if match is None:
         raise ResolveError(f"artifact {reference!r}: wanted s3://bucket/prefix/sha256/ab/<64 hexadecimal digits>")
     kept = folder / match["digest"]
-    if kept.is_dir():
+    if kept.is_dir() and not check_folder(kept, match["digest"], alone=False):
         return kept
     return _pull_into(folder, lambda target: pull_tree(open_store(match["store"]), match["digest"], target))
 
 
 def _pull_into(folder: Path, fill: Callable[[Path], object]) -> Path:
     """Let `fill` write a new folder, and keep it under its manifest's digest; on failure nothing is left."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private(folder)
     work = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
     try:
         fresh = work / "tree"
         fill(fresh)
-        kept = folder / hashlib.sha256((fresh / MANIFEST_NAME).read_bytes()).hexdigest()
+        kept = folder / digest_of_file(fresh / MANIFEST_NAME)
+        if kept.is_dir() and check_folder(kept, kept.name, alone=False):
+            with suppress(OSError):  # another process was first
+                kept.rename(work / "damaged")
         if not kept.is_dir():
             try:
                 fresh.rename(kept)
@@ -89,5 +95,5 @@ def _pull_by_name(name: str, target: Path) -> None:
     if run.returncode == 0:
         return
     reason = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
-    error = NotFoundError if run.returncode == _NOT_FOUND else ResolveError
-    raise error(f"artifact {name!r}: {reason.removeprefix('error: ')}")
+    message = f"artifact {name!r}: {reason.removeprefix('error: ')}"
+    raise NotFoundError(message, name) if run.returncode == _NOT_FOUND else ResolveError(message)

@@ -7,22 +7,22 @@ their bits, as numpy does not know them.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quant_spec.documents import LONGEST_BYTES, read_json
 from workers.errors import ModelError
 
-_LONGEST_HEADER = 100_000_000
-# Numbers looked at once: 16 to 32 MB.
-_CHUNK = 4 << 20
+# Bytes looked at once.
+_CHUNK_BYTES = 8 << 20
 
 # Dtype to bytes per number.
 _WIDTHS = {
@@ -65,11 +65,13 @@ def read_header(path: Path) -> list[TensorEntry]:
     with path.open("rb") as file:
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
-        if len(first) < 8 or length > min(_LONGEST_HEADER, size - 8):
+        if len(first) < 8 or length > size - 8:
             raise ModelError(f"{path}: got {size} bytes without a whole header, wanted safetensors (truncated?)")
+        if length > LONGEST_BYTES:
+            raise ModelError(f"{path}: got a header of {length} bytes, wanted at most {LONGEST_BYTES}")
         header = file.read(length)
+    fields = read_json(header, f"{path}: header", error=ModelError)
     try:
-        fields = json.loads(header)
         entries = [_entry(name, field, 8 + length) for name, field in fields.items() if name != "__metadata__"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(f"{path}: got a header that cannot be read ({error}), wanted safetensors") from error
@@ -77,6 +79,11 @@ def read_header(path: Path) -> list[TensorEntry]:
     end = max((entry.end for entry in entries), default=8 + length)
     if end != size:
         raise ModelError(f"{path}: got {size} bytes, wanted {end}, as the header says (truncated?)")
+    # Tensors over each other would let a small file stand for a huge one; bytes that no tensor has could be anything.
+    for before, entry in pairwise([TensorEntry("", "U8", (0,), 8 + length, 8 + length), *entries]):
+        if entry.start != before.end:
+            where = f"at byte {entry.start}, wanted it at {before.end}, where the one before ends"
+            raise ModelError(f"{path}: got tensor {entry.name[:200]} {where}")
     return entries
 
 
@@ -112,10 +119,11 @@ def check_finite(path: Path) -> list[TensorEntry]:
 
 
 def _bits(path: Path, entry: TensorEntry) -> Iterator[NDArray[Any]]:
-    """Yield a tensor's numbers as unsigned integers of the same bits, a few million at a time."""
-    numbers = np.memmap(path, dtype=f"<u{_WIDTHS[entry.dtype]}", mode="r", offset=entry.start, shape=(entry.count,))
-    for start in range(0, entry.count, _CHUNK):
-        yield numbers[start : start + _CHUNK]
+    """Yield a tensor's numbers as unsigned integers of the same bits, some at a time: memory stays flat."""
+    with path.open("rb") as file:
+        for start in range(entry.start, entry.end, _CHUNK_BYTES):
+            file.seek(start)
+            yield np.frombuffer(file.read(min(_CHUNK_BYTES, entry.end - start)), f"<u{_WIDTHS[entry.dtype]}")
 
 
 def _not_finite(bits: NDArray[Any], dtype: str) -> NDArray[np.bool_]:

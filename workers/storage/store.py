@@ -24,8 +24,15 @@ CACHE_LIMIT_BYTES = 20 << 30
 class Store(Protocol):
     """Blobs by digest (64 hexadecimal digits). Every write is atomic; every read is verified.
 
+    Every call raises StoreUnavailableError while the store does not serve: no answer, no right, no room.
+
     A put of bytes that are there already makes them young again, so a collection of old garbage with a grace period
-    above two hours never takes what a task in flight relies on.
+    above two hours never takes what a task in flight relies on. It also looks at what is there, and replaces it if it
+    is not what is put: a folder reads the blob once, S3 is asked for the checksum that it keeps, and where it keeps
+    none (a service without checksums, a blob that came in parts) the bytes are sent again. So a put of what is there
+    costs at most what the first one did.
+
+    Files in the store that are no blobs are passed over.
     """
 
     url: str
@@ -44,6 +51,10 @@ class Store(Protocol):
 
     def get_file(self, digest: str, path: Path) -> None:
         """Write a blob to a file, whole or not at all; raises NotFoundError or DigestMismatchError."""
+        ...
+
+    def verify(self, digest: str) -> int:
+        """Read a whole blob, keeping nothing; return its bytes. Raises NotFoundError or DigestMismatchError."""
         ...
 
     def exists(self, digest: str) -> bool:
@@ -74,6 +85,18 @@ class Store(Protocol):
         """Remove what is stored by this name, if it is there."""
         ...
 
+    def read_label(self) -> bytes | None:
+        """Return what the store says of itself; None if nothing has been written."""
+        ...
+
+    def write_label(self, data: bytes) -> None:
+        """Let the store say this of itself, in place of what it said."""
+        ...
+
+    def now(self) -> float:
+        """Return the time of the store's own clock, which `list` uses too, in seconds since 1970."""
+        ...
+
     def sweep(self, older_than_seconds: float) -> int:
         """Remove what writers that died left unfinished, old notes too; return how many such leftovers there were."""
         ...
@@ -91,7 +114,7 @@ class NodeStore(Store, Protocol):
         ...
 
 
-def open_store(url: str) -> Store:
+def open_store(url: str, *, quick: bool = False) -> Store:
     """Open a store.
 
     Parameters
@@ -99,6 +122,8 @@ def open_store(url: str) -> Store:
     url
         A folder's path, `file:///folder`, or `s3://bucket/prefix` (endpoint, region and credentials from the usual AWS
         variables and files).
+    quick
+        Give up soon: what fails is asked for once and for a few seconds, to see whether the store is there at all.
 
     Raises
     ------
@@ -108,7 +133,7 @@ def open_store(url: str) -> Store:
     if url.startswith(S3):
         from workers.storage.store_s3 import S3Store  # boto3 takes long to import
 
-        return S3Store(url)
+        return S3Store(url, quick=quick)
     return _open_folder(url)
 
 

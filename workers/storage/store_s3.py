@@ -5,18 +5,23 @@ that checks signatures checks the bytes; a single put also carries `ChecksumSHA2
 trailers that boto3 adds by default are off: many compatible services refuse them. An ETag is never taken as a digest.
 
 A key is the digest of its bytes, so writing one twice is harmless; `If-None-Match: *` saves the second of two writers
-that meet. Services that do not know it ignore it or answer 501; both are fine.
+that meet. Services that do not know it ignore it or answer 501; both are fine. A put of what is there sends nothing if
+the service vouches for the bytes: it then answers a HEAD with the SHA-256 that it checked as they came in. One that
+keeps no checksums, or none of blobs that came in parts, gets the bytes again.
+
+Ages are by the service's clock, in the `Date` of its answers, as the times of its objects are.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import re
-import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,8 +31,19 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from workers.errors import NotFoundError, StoreError, StoreUnreachableError
-from workers.storage.blobs import blob_key, check_bytes, digest_of, digest_of_file, note_key, writing
+from workers.errors import NotFoundError, StoreError, StoreFullError, StoreUnavailableError, StoreUnreachableError
+from workers.storage.blobs import (
+    CHUNK,
+    LABEL_NAME,
+    blob_key,
+    check_bytes,
+    digest_of,
+    digest_of_file,
+    is_digest,
+    note_key,
+    writing,
+)
+from workers.storage.download import download
 from workers.storage.store import S3
 from workers.urls import hide_passwords, shown_url
 
@@ -39,13 +55,26 @@ _RENEW_SECONDS = 3600.0
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 _MISSING = {"404", "NoSuchKey", "NotFound"}
 _THERE = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
-_DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket", "ExpiredToken"}
+# Rights that were there when the store was opened, and what services say when they have too much to do.
+_DENIED = {
+    "401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "NoSuchBucket", "ExpiredToken",
+    "InvalidToken", "RequestTimeTooSkewed", "AccountProblem", "AllAccessDisabled",
+}  # fmt: skip
+_BUSY = {
+    "408", "429", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests",
+    "RequestLimitExceeded", "BandwidthLimitExceeded",
+}  # fmt: skip
+_FULL = {"507", "QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"}
+_NOT_IMPLEMENTED = {"501", "NotImplemented"}
+# How long a service may take to accept a connection and to answer, in seconds, and how often it is asked.
+_LIMITS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 4}}
+_QUICK_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"mode": "standard", "total_max_attempts": 1}}
 
 
 class S3Store:
     """Blobs in a bucket, below a prefix; safe to use from several threads."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, quick: bool = False) -> None:
         """Open `s3://bucket/prefix`; StoreUnreachableError if the bucket does not answer or does not let us in."""
         # As AWS' own tools do: the prefix is part of the objects' keys, character by character, and nothing is quoted.
         bucket, _, prefix = url.removeprefix(S3).partition("/")
@@ -59,7 +88,7 @@ class S3Store:
             multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=4
         )
         try:
-            self._client = _client()
+            self._client = _client(_QUICK_LIMITS if quick else _LIMITS)
         except (BotoCoreError, ValueError) as error:
             raise StoreUnreachableError(f"{url}: got {_text(error)}, wanted usable AWS settings") from error
         # Its connections end with this object, also when what follows fails.
@@ -80,7 +109,7 @@ class S3Store:
         """Store bytes; see `workers.storage.store.Store`."""
         digest = digest_of(data)
         head = self._head(digest)
-        if not _is_young(head, len(data)):
+        if not _is_good(head, digest, len(data)):
             self._put(digest, data, absent=head is None)
         return digest
 
@@ -88,7 +117,7 @@ class S3Store:
         """Store a file, in parts from `PART_BYTES` on; see `workers.storage.store.Store`."""
         digest, size = digest_of_file(path), path.stat().st_size
         head = self._head(digest)
-        if _is_young(head, size):
+        if _is_good(head, digest, size):
             return digest
         if size < PART_BYTES:
             with path.open("rb") as file:
@@ -120,13 +149,24 @@ class S3Store:
         """Read a blob into a file, in parallel parts if it is large; see `workers.storage.store.Store`."""
         size = self.size(digest)
         with writing(path) as file:
-            # A full disk shows before the download, which the transfer manager would break off without closing.
+            # A full disk shows before the download.
             if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             with self._calling(digest):
-                self._client.download_fileobj(self._bucket, self._key(digest), file, Config=self._transfer)
-            file.flush()
-            check_bytes(digest, digest_of_file(Path(file.name)), f"{self.url}/{blob_key(digest)}")
+                got = download(self._client, self._bucket, self._key(digest), size, file)
+            check_bytes(digest, got, f"{self.url}/{blob_key(digest)}")
+
+    def verify(self, digest: str) -> int:
+        """Read a whole blob; see `workers.storage.store.Store`."""
+        size, sha256 = 0, hashlib.sha256()
+        with self._calling(digest):
+            answer = self._client.get_object(Bucket=self._bucket, Key=self._key(digest))
+            with closing(answer["Body"]) as body:
+                for chunk in body.iter_chunks(CHUNK):
+                    size += len(chunk)
+                    sha256.update(chunk)
+        check_bytes(digest, sha256.hexdigest(), f"{self.url}/{blob_key(digest)}")
+        return size
 
     def exists(self, digest: str) -> bool:
         """Say whether there is such a blob."""
@@ -136,7 +176,7 @@ class S3Store:
         """Return a blob's size in bytes."""
         head = self._head(digest)
         if head is None:
-            raise NotFoundError(f"{self.url}: got no blob {digest}, wanted it in the store")
+            raise NotFoundError(f"{self.url}: got no blob {digest}, wanted it in the store", digest)
         return int(head["ContentLength"])
 
     def delete(self, digest: str) -> None:
@@ -150,18 +190,28 @@ class S3Store:
         with self._calling(""):
             for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}sha256/"):
                 for entry in page.get("Contents", ()):
-                    yield entry["Key"].rsplit("/", 1)[1], entry["Size"], entry["LastModified"].timestamp()
+                    name = entry["Key"].rsplit("/", 1)[1]
+                    if is_digest(name) and entry["Key"] == self._key(name):
+                        yield name, entry["Size"], entry["LastModified"].timestamp()
 
     def put_note(self, what: str, key: str, data: bytes) -> None:
         """Write a note; see `workers.storage.store.Store`."""
-        with self._calling(key):
-            self._client.put_object(Bucket=self._bucket, Key=self._prefix + note_key(what, key), Body=data)
+        self._write(note_key(what, key), data)
 
     def get_note(self, what: str, key: str) -> bytes | None:
         """Read a note; see `workers.storage.store.Store`."""
+        return self._read(note_key(what, key))
+
+    def _write(self, name: str, data: bytes) -> None:
+        """Write what is no blob."""
+        with self._calling(name):
+            self._client.put_object(Bucket=self._bucket, Key=self._prefix + name, Body=data)
+
+    def _read(self, name: str) -> bytes | None:
+        """Read what is no blob; None if it is not there."""
         try:
-            with self._calling(key):
-                answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + note_key(what, key))
+            with self._calling(name):
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + name)
                 with answer["Body"] as body:
                     data: bytes = body.read()
         except NotFoundError:
@@ -173,9 +223,22 @@ class S3Store:
         with self._calling(key):
             self._client.delete_object(Bucket=self._bucket, Key=self._prefix + note_key(what, key))
 
+    def read_label(self) -> bytes | None:
+        """Read the label; see `workers.storage.store.Store`."""
+        return self._read(LABEL_NAME)
+
+    def write_label(self, data: bytes) -> None:
+        """Write the label; see `workers.storage.store.Store`."""
+        self._write(LABEL_NAME, data)
+
+    def now(self) -> float:
+        """Return the time that the service has."""
+        with self._calling(""):
+            return _date(self._client.head_bucket(Bucket=self._bucket))
+
     def sweep(self, older_than_seconds: float) -> int:
         """Abort multipart uploads of writers that died, and remove notes of tasks that never went on."""
-        limit = time.time() - older_than_seconds
+        limit = self.now() - older_than_seconds
         old = []
         pages = self._client.get_paginator("list_multipart_uploads")
         with self._calling(""):
@@ -201,7 +264,7 @@ class S3Store:
             "Bucket": self._bucket,
             "Key": self._key(digest),
             "Body": body,
-            "ChecksumSHA256": base64.b64encode(bytes.fromhex(digest)).decode(),
+            "ChecksumSHA256": _checksum(digest),
             "Metadata": {"sha256": digest},
         }
         with self._calling(digest):
@@ -210,7 +273,7 @@ class S3Store:
             except ClientError as error:
                 if _code(error) in _THERE:
                     return
-                if _code(error) not in {"501", "NotImplemented"}:
+                if _code(error) not in _NOT_IMPLEMENTED:
                     raise
                 if not isinstance(body, bytes):
                     body.seek(0)
@@ -220,7 +283,9 @@ class S3Store:
         """Return what the service says of a blob, or None if it is not there."""
         try:
             with self._calling(digest):
-                head: dict[str, Any] = self._client.head_object(Bucket=self._bucket, Key=self._key(digest))
+                head: dict[str, Any] = self._client.head_object(
+                    Bucket=self._bucket, Key=self._key(digest), ChecksumMode="ENABLED"
+                )
         except NotFoundError:
             return None
         return head
@@ -232,24 +297,32 @@ class S3Store:
             yield
         except ClientError as error:
             if _code(error) in _MISSING:
-                raise NotFoundError(f"{self.url}: got no blob {digest}, wanted it in the store") from error
-            if _code(error) in _DENIED:
-                raise StoreUnreachableError(f"{self.url}: got {_text(error)}, wanted access to the bucket") from error
-            raise StoreError(f"{self.url}: got {_text(error)}, wanted the request to be served") from error
+                raise NotFoundError(f"{self.url}: got no blob {digest}, wanted it in the store", digest) from error
+            raise self._refusal(error) from error
         except (BotoCoreError, Boto3Error) as error:
             # No answer, or one that broke off, after the retries of the client.
-            raise StoreUnreachableError(f"{self.url}: got {_text(error)}, wanted an answer") from error
+            raise StoreUnavailableError(f"{self.url}: got {_text(error)}, wanted an answer") from error
+
+    def _refusal(self, error: ClientError) -> StoreError:
+        """Return our error for a request that the service answered with an error."""
+        code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        if code in _FULL or status == 507:
+            return StoreFullError(f"{self.url}: got {_text(error)}, wanted more room there")
+        if code in _DENIED or status in (401, 403):
+            return StoreUnavailableError(f"{self.url}: got {_text(error)}, wanted access to the bucket")
+        if code in _BUSY or status == 429 or (status >= 500 and code not in _NOT_IMPLEMENTED):
+            return StoreUnavailableError(f"{self.url}: got {_text(error)}, wanted a service that has time for us")
+        return StoreError(f"{self.url}: got {_text(error)}, wanted the request to be served")
 
 
-def _client() -> Any:
+def _client(limits: dict[str, Any]) -> Any:
     """Return an S3 client for the endpoint, region and credentials of the usual AWS variables and files."""
     session = boto3.session.Session()
     config = Config(
         signature_version="s3v4",
         s3={"addressing_style": "path", "payload_signing_enabled": True},
-        retries={"mode": "standard", "max_attempts": 5},
-        connect_timeout=5,
-        read_timeout=60,
+        tcp_keepalive=True,
+        **limits,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
@@ -257,12 +330,26 @@ def _client() -> Any:
     return session.client("s3", region_name=session.region_name or "us-east-1", config=config)
 
 
-def _is_young(head: dict[str, Any] | None, size: int) -> bool:
-    """Say whether a blob is there, at its full size, and was put not long ago."""
-    if head is None or head["ContentLength"] != size:
+def _is_good(head: Mapping[str, Any] | None, digest: str, size: int) -> bool:
+    """Say whether a blob is there as it must be, by the service's own checksum, and was put not long ago."""
+    if head is None or head["ContentLength"] != size or head.get("ChecksumSHA256") != _checksum(digest):
         return False
-    age: float = time.time() - head["LastModified"].timestamp()
+    age: float = _date(head) - head["LastModified"].timestamp()
     return age < _RENEW_SECONDS
+
+
+def _checksum(digest: str) -> str:
+    """Return a digest as S3 writes it."""
+    return base64.b64encode(bytes.fromhex(digest)).decode()
+
+
+def _date(answer: Mapping[str, Any]) -> float:
+    """Return when the service gave an answer, by its own clock, in seconds since 1970."""
+    text = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except ValueError as error:
+        raise StoreError(f"store: got an answer with the date {text!r}, wanted the service's time") from error
 
 
 def _text(error: Exception) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant_spec.documents import LONGEST_BYTES, read_json_file, read_plain_file
 from workers.errors import ModelError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -44,11 +45,16 @@ def find_weights(folder: Path) -> WeightFiles:
         If there are none, only pickles, several variants, shards without an index, or an index names files that are
         not there.
     """
+    for path in sorted(folder.glob("*.safetensors*")):
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path}: got what is no plain file, wanted weights in one")
     if (folder / WEIGHTS).is_file():
         return WeightFiles({WEIGHTS: folder / WEIGHTS})
     if (folder / INDEX).is_file():
         shards = _shards(folder / INDEX)
-        return WeightFiles({shard.name: shard for shard in shards}, (folder / INDEX).read_bytes())
+        return WeightFiles(
+            {shard.name: shard for shard in shards}, read_plain_file(folder / INDEX, LONGEST_BYTES, error=ModelError)
+        )
     indexes = sorted(folder.glob(WEIGHT_PATTERNS[1]))
     files = sorted(folder.glob(WEIGHT_PATTERNS[0]))
     single = [path for path in files if not _SHARD.search(path.name)]
@@ -98,8 +104,5 @@ def _weight_map(index: Path) -> dict[str, Any]:
 
 
 def _read(index: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{index}: got text that is not JSON ({error}), wanted an index of shards") from error
+    content = read_json_file(index, error=ModelError)
     return content if isinstance(content, dict) else {}

@@ -8,12 +8,13 @@ from __future__ import annotations
 from quant_core.diffusion.calibration import RecordSpec, record_trajectories
 from quant_spec.tasks.calibrate import CALIBRATION, Inputs, Params
 from workers.execution.context import TaskContext, TaskOutput
-from workers.tasks.inputs import fetch_model
+from workers.tasks.inputs import fetch_model, place_model
 
 
 def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Record one shard."""
     spec = RecordSpec(params.sampler, steps=params.steps, batch_size=params.batch_size)
     path = context.scratch / "calibration.safetensors"
-    record_trajectories(fetch_model(inputs.model, context), params.seeds.range, spec, path, device=context.device)
+    denoiser, device = place_model(fetch_model(inputs.model, context), context)
+    record_trajectories(denoiser, params.seeds.range, spec, path, device=device)
     return TaskOutput({CALIBRATION: context.store.put_file(path)})

@@ -6,7 +6,6 @@ the held-out error before and after; `mse_before`, `mse_after`, the means of the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +14,7 @@ from quant_core.artifact.folder import SCHEDULER_FILE, scheduler_json
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.diffusion.sampler import make_scheduler
 from quant_core.methods.ptqd.correction import NoiseMoments, fit, merge
+from quant_spec.documents import read_json
 from quant_spec.sampler import Sampler
 from quant_spec.tasks.correct import PACKED, Inputs, Params
 from workers.errors import TaskError
@@ -33,7 +33,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         raise TaskError(f"packed tree: got {', '.join(sorted(files))}, wanted a {SCHEDULER_FILE} among them")
     noise, held_out = _moments(inputs.noise, store), _moments(inputs.held_out, store)
     fitted = fit(noise, held_out, params, channel_dim=params.channel_dim)
-    wrapped = make_scheduler(Sampler(), json.loads(store.get_bytes(files[SCHEDULER_FILE][0])))
+    wrapped = make_scheduler(Sampler(), read_json(store.get_bytes(files[SCHEDULER_FILE][0]), SCHEDULER_FILE))
     scheduler = QuantmillCorrectedScheduler(wrapped, fitted.correction, params.unknown_timestep)
     data = scheduler_json(scheduler)
     files[SCHEDULER_FILE] = (store.put_bytes(data), len(data))
@@ -43,7 +43,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
 
 
 def _moments(digests: Sequence[str], store: Store) -> NoiseMoments:
-    return merge([NoiseMoments.from_json(json.loads(store.get_bytes(digest))) for digest in digests])
+    return merge([NoiseMoments.from_json(read_json(store.get_bytes(digest), digest[:12])) for digest in digests])
 
 
 def _rounded(values: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from quant_core.artifact.dequantize import dequantized_state
 from quant_core.artifact.folder import CONFIG_FILE, SCHEDULER_FILE, WEIGHTS_FILE
 from quant_core.runtime.loader import load_folder
+from quant_spec.documents import read_json_file
 from quant_spec.tasks.export import MODEL, Inputs, Params
 from workers.execution.context import TaskContext, TaskOutput
 from workers.storage.manifest import link_tree, put_tree
@@ -25,7 +26,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     packed, plain = context.scratch / "packed", context.scratch / "plain"
     link_tree(context.store, inputs.artifact, packed)
     plain.mkdir()
-    config = json.loads((packed / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = read_json_file(packed / CONFIG_FILE)
     del config["quantization_config"]
     (plain / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     state = {name: _half(tensor) for name, tensor in sorted(dequantized_state(load_folder(packed)).items())}

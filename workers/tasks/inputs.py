@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from quant_core.artifact.folder import SCHEDULER_FILE
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
+from quant_core.diffusion.spread import spread
 from quant_core.fit.channel_scaling import ChannelScaling
 from quant_core.fit.unit_state import UnitState
+from quant_spec.documents import read_json, read_json_file
 from workers.execution.context import TaskContext
 from workers.storage.manifest import link_tree, pull_tree
 
@@ -21,6 +23,13 @@ def fetch_model(digest: str, context: TaskContext, name: str = "model") -> Denoi
     folder = context.scratch / name
     link_tree(context.store, digest, folder)
     return load_denoiser(folder)
+
+
+def place_model(denoiser: Denoiser, context: TaskContext) -> tuple[Denoiser, str | None]:
+    """Spread a denoiser over several devices if the task has them; return it, and the device that it is to go to."""
+    if len(context.devices) < 2:
+        return denoiser, context.device
+    return replace(denoiser, model=spread(denoiser.model, context.devices)), None
 
 
 def fetch_packed(digest: str, context: TaskContext) -> Path:
@@ -33,7 +42,7 @@ def fetch_packed(digest: str, context: TaskContext) -> Path:
 def scheduler_config(folder: Path) -> dict[str, Any] | None:
     """Read the scheduler that lies in a packed folder."""
     path = folder / SCHEDULER_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json_file(path) if path.is_file() else None
 
 
 def local_files(digests: Sequence[str], context: TaskContext) -> list[Path]:
@@ -60,5 +69,5 @@ def read_step_bits(digest: str | None, context: TaskContext) -> list[int] | None
     """Read the activation bits of each trajectory step, if they were chosen."""
     if digest is None:
         return None
-    table: dict[str, list[int]] = json.loads(context.store.get_bytes(digest))
+    table: dict[str, list[int]] = read_json(context.store.get_bytes(digest), digest[:12])
     return table["bits"]

@@ -14,6 +14,7 @@ from typing import Any
 from quant_core.artifact.card import CardContent, check_metrics, render_card
 from quant_core.artifact.folder import CONFIG_FILE, RECIPE_FILE, SCHEDULER_FILE
 from quant_core.diffusion.corrected_scheduler import is_corrected
+from quant_spec.documents import read_json
 from quant_spec.kinds import KINDS
 from quant_spec.passes.table import kinds_of
 from quant_spec.tasks.release import ARTIFACT, Inputs, Origin, Params
@@ -36,7 +37,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         raise TaskError(f"packed tree: got {', '.join(sorted(files))}, wanted a {CONFIG_FILE} among them")
     metrics = _read_metrics(store, inputs.score)
     check_metrics(metrics)
-    config = json.loads(store.get_bytes(files[CONFIG_FILE][0]))
+    config = read_json(store.get_bytes(files[CONFIG_FILE][0]), CONFIG_FILE)
     card = render_card(
         CardContent(
             base_model=_base_model(params.model),
@@ -78,7 +79,9 @@ def provenance(params: Params, inputs: Inputs[str]) -> dict[str, Any]:
 
 def _is_corrected(files: Mapping[str, tuple[str, int]], store: Store) -> bool:
     """Whether the packed scheduler corrects predictions."""
-    return SCHEDULER_FILE in files and is_corrected(json.loads(store.get_bytes(files[SCHEDULER_FILE][0])))
+    return SCHEDULER_FILE in files and is_corrected(
+        read_json(store.get_bytes(files[SCHEDULER_FILE][0]), SCHEDULER_FILE)
+    )
 
 
 def _base_model(model: Origin) -> str:
@@ -89,7 +92,7 @@ def _base_model(model: Origin) -> str:
 
 def _read_metrics(store: Store, digest: str) -> dict[str, Any]:
     """Return the metrics that a score is."""
-    score = json.loads(store.get_bytes(digest))
+    score = read_json(store.get_bytes(digest), digest[:12])
     if not isinstance(score, dict):
         raise TaskError(f"score {digest[:12]}: got a JSON {type(score).__name__}, wanted an object of metrics")
     return score

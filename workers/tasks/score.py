@@ -8,7 +8,6 @@ Metrics: `metrics`, as in the score.
 from __future__ import annotations
 
 import io
-import json
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from quant_core.metrics.cost import model_cost
 from quant_core.metrics.evaluation import Quality, summarize
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, inception_v3
 from quant_core.metrics.images import difference, grid
+from quant_spec.documents import read_json
 from quant_spec.enums import Extractor
 from quant_spec.keys import canonical_json
 from quant_spec.metrics import check_computed
@@ -77,7 +77,7 @@ def _extractor(extractor: Extractor, weights: str | None, context: TaskContext) 
 def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dict[str, Any]:
     """Return bits, bit operations and bytes of the packed model."""
     files = read_files(context.store, inputs.packed)
-    config = json.loads(context.store.get_bytes(files[CONFIG_FILE][0]))
+    config = read_json(context.store.get_bytes(files[CONFIG_FILE][0]), CONFIG_FILE)
     inspection = inspect_model(original)
     cost = model_cost(inspection, parse_quantization_config(config["quantization_config"]))
     per_step = {"bops_per_step": list(cost.bops_per_step)} if cost.bops_per_step else {}

@@ -45,9 +45,7 @@ def allocate(draft: Draft) -> Drawing:
         yield node
     if not measured:
         return draft
-    node = draft.node(
-        choice.KIND, choice.Params.of(config), choice.Inputs(tuple(measured)), SMALL, config.method, on_gpu=False
-    )
+    node = draft.node(choice.KIND, choice.Params.of(config), choice.Inputs(tuple(measured)), SMALL, config.method)
     yield node
     return replace(draft, allocation=TaskRef(node.id, choice.ALLOCATION))
 

@@ -38,7 +38,6 @@ def correct(draft: Draft) -> Drawing:
         fit.Inputs(draft.packed_model, tuple(moments[: len(fitted)]), tuple(moments[len(fitted) :])),
         SMALL,
         f"{config.seeds} seeds",
-        on_gpu=False,
     )
     yield node
     return replace(draft, packed=TaskRef(node.id, fit.PACKED))

@@ -47,7 +47,7 @@ def evaluate_cost(costs: Costs, seeds: int, batch: int, recorded: int) -> Cost:
     """Sampling with the packed model, and its predictions along the recorded trajectories of the references."""
     calls = (seeds + recorded) * costs.calls_per_sample
     kept = recorded * costs.calls_per_sample * costs.sample_bytes * 2
-    return Cost(costs.quantized_forward(calls, batch), costs.memory(batch, kept + costs.model_bytes))
+    return Cost(costs.quantized_forward(calls, batch), costs.memory(batch, kept + costs.model_bytes), kept)
 
 
 def score_cost(costs: Costs) -> Cost:

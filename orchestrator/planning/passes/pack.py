@@ -15,7 +15,7 @@ def pack(draft: Draft) -> Drawing:
     states = draft.running_order()
     params = Params(sampler=draft.sampler, unknown_timestep=draft.recipe.activations.unknown_timestep)
     inputs = Inputs(draft.model.digest, tuple(states.values()))
-    node = draft.node(KIND, params, inputs, pack_cost(draft.costs), f"{len(states)} units", on_gpu=False)
+    node = draft.node(KIND, params, inputs, pack_cost(draft.costs), f"{len(states)} units")
     yield node
     return replace(draft, packed=TaskRef(node.id, PACKED))
 

@@ -58,7 +58,8 @@ def reconstruct_cost(costs: Costs, unit: UnitInfo, config: Reconstruct) -> Cost:
     cache = costs.cached(costs.calibrated * (unit.input_bytes + unit.output_bytes))
     memory = WORKER_BYTES + (2 if in_order else 1) * costs.model_bytes + graph + cache
     least = costs.memory(calibration.batch_size, 0)
-    return Cost(passes + config.iterations * step, int(max(memory, least)))
+    held, on_gpu = int(max(memory, least)), max(memory - cache, least)
+    return Cost(passes + config.iterations * step, held, held - on_gpu)
 
 
 def _holds(unit: UnitInfo, block: UnitInfo) -> bool:

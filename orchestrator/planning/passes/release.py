@@ -14,7 +14,9 @@ _HUB = "hf:"
 
 def release(draft: Draft) -> Drawing:
     """Make the job's last task."""
-    row, recipe, resolved = draft.row, draft.given, resolve(draft.given)
+    # a release tells what decides its bytes, not where they were computed
+    row, recipe = draft.row, draft.given.without_how_it_runs()
+    resolved = resolve(recipe)
     # a folder's path means nothing on another machine
     origin = Origin(
         name=row.name, class_name=row.class_name, source=row.source if row.source.startswith(_HUB) else None
@@ -26,5 +28,5 @@ def release(draft: Draft) -> Drawing:
     if draft.score is None:
         raise ValueError("draft: got no score, wanted release after evaluate")
     inputs = Inputs(draft.packed_model, draft.score, draft.calibration, draft.model.digest)
-    yield draft.node(KIND, params, inputs, SMALL, recipe.name, on_gpu=False)
+    yield draft.node(KIND, params, inputs, SMALL, recipe.name)
     return draft

@@ -33,9 +33,7 @@ def step_bits(draft: Draft) -> Drawing:
         node = draft.node(effects.KIND, params, inputs, cost, shard.label)
         measured.append(TaskRef(node.id, effects.EFFECTS))
         yield node
-    node = draft.node(
-        choice.KIND, choice.Params.of(section), choice.Inputs(tuple(measured)), SMALL, section.method, on_gpu=False
-    )
+    node = draft.node(choice.KIND, choice.Params.of(section), choice.Inputs(tuple(measured)), SMALL, section.method)
     yield node
     return replace(draft, step_bits=TaskRef(node.id, choice.STEP_BITS))
 
@@ -49,4 +47,4 @@ def effects_cost(costs: Costs, seeds: int, choices: int) -> Cost:
     work += giga(costs.calibrated * costs.elements * QUANTIZE)
     work += costs.quantized_forward(seeds * per_step * choices * steps, seeds)
     kept = seeds * steps * (per_step + 3 * choices) * costs.sample_bytes
-    return Cost(work, costs.memory(seeds, kept + 2 * costs.model_bytes))
+    return Cost(work, costs.memory(seeds, kept + 2 * costs.model_bytes), kept)

@@ -23,6 +23,7 @@ from quant_core.diffusion.denoiser import Denoiser, call_denoiser
 from quant_core.diffusion.sampler import Step, make_scheduler, sample, start, trajectory_conditioning
 from quant_core.fit.observe import Observation, Watched, observe
 from quant_core.nn.model import build_quantized
+from quant_spec.documents import read_json
 from quant_spec.enums import RangeMethod
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ModelFormat
@@ -67,7 +68,7 @@ class StepEffects:
     def from_bytes(cls, data: bytes) -> StepEffects:
         """Read what `to_bytes` wrote."""
         size = int.from_bytes(data[:8], "little")
-        head = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["step_effects"])
+        head = read_json(read_json(data[8 : 8 + size], "step effects")["__metadata__"]["step_effects"], "step effects")
         return cls(tuple(head["timesteps"]), tuple(head["choices"]), **load(data))
 
 

@@ -21,6 +21,7 @@ from orchestrator.actions.progress import (
     Pace,
     Progress,
     Snapshot,
+    Width,
     progress_line,
     remaining_seconds,
     seconds_left,
@@ -105,7 +106,7 @@ def test_commands_are_those_of_the_contract() -> None:
         "models": "add ls show",
         "recipes": "ls show validate",
         "jobs": "ls show logs wait cancel retry",
-        "artifacts": "ls show pull verify alias diff gc export",
+        "artifacts": "ls show pull verify sign alias diff gc export",
     }
     assert words == {f"{group} {name}".strip() for group, names in groups.items() for name in names.split()}
 
@@ -154,7 +155,7 @@ def test_settings_come_from_options_then_environment_then_defaults(tmp_path: Pat
     assert settings.home == tmp_path / "flag"
     assert settings.store_url == "s3://bucket/prefix"
     assert not settings.embedded_store
-    assert settings.database_url == f"sqlite:///{tmp_path / 'flag' / 'quantmill.db'}"
+    assert settings.database_url.reveal() == f"sqlite:///{tmp_path / 'flag' / 'quantmill.db'}"
     assert settings.embedded_database
     assert settings.ray_address is None
     assert settings.cache_bytes == 20 * 2**30
@@ -186,7 +187,20 @@ def test_doctor_finds_nothing_wrong(cli: Cli, tmp_path: Path, monkeypatch: pytes
     answer = cli("doctor", "--json")
     assert (answer.code, answer.json["ok"]) == (0, True), answer.out
     names = [check["name"] for check in answer.json["checks"]]
-    assert names == ["python", "torch", "kernels", "ray", "database", "store", "disk"]
+    names_of = [
+        "python",
+        "torch",
+        "kernels",
+        "gpu",
+        "ray",
+        "database",
+        "orchestrators",
+        "store",
+        "home",
+        "disk",
+        "nodes",
+    ]
+    assert names == names_of
 
 
 def test_doctor_names_what_is_wrong(cli: Cli, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +348,16 @@ def test_remaining_time_prefers_the_jobs_own_times_once_they_tell() -> None:
     ]
     rates = {name: Rate(0.5, 2.0) for name in ("calibrate", "round", "reconstruct")}
     own, first_was_small, none_yet = 10.0, 8 * 0.5 + 100.0, 2 * 0.5 + 16.0
-    assert remaining_seconds(kinds, rates, 2) == pytest.approx((own + first_was_small + none_yet) / 2)
+    assert remaining_seconds(kinds, rates, Width(2)) == pytest.approx((own + first_was_small + none_yet) / 2)
+
+
+def test_remaining_time_is_shorter_where_gpus_take_what_gains_by_them() -> None:
+    kinds = [kind("calibrate", 8, 0, 0, 0.0, 0.0, 80.0), kind("pack", 4, 0, 0, 0.0, 0.0, 8.0)]
+    rates = {"calibrate": Rate(0.0, 1.0), "pack": Rate(0.0, 1.0)}
+    nodes = [{"cpus": 2.0, "gpus": 2, "gpu_tasks": 8, "left_out": None}, {"cpus": 9.0, "gpus": 9, "left_out": "old"}]
+    width = Width.of({"nodes": nodes}, 1)
+    assert remaining_seconds(kinds, rates, width) == pytest.approx(80 / 8 + 8 / 2)
+    assert remaining_seconds(kinds, rates, Width.of({}, 2)) == pytest.approx(88 / 2)
 
 
 def test_what_a_long_task_says_counts_instead_of_its_estimate() -> None:
@@ -342,9 +365,9 @@ def test_what_a_long_task_says_counts_instead_of_its_estimate() -> None:
     rates = {"distill": Rate(0.0, 0.03), "evaluate": Rate(1.0, 0.03)}
     evaluations = (8 * 1.0 + 2_000 * 0.03) / 2
     told = [RunningTask("distill", "", TaskProgress(1199, 1200, 0, 1199.0))]
-    assert seconds_left(kinds, rates, 2, told) == pytest.approx(1.0 + evaluations)
+    assert seconds_left(kinds, rates, Width(2), told) == pytest.approx(1.0 + evaluations)
     silent = [RunningTask("distill", "", TaskProgress(0, 1200, 0, 0.0))]
-    assert seconds_left(kinds, rates, 2, silent) == pytest.approx(36_000 * 0.03 / 2 + evaluations)
+    assert seconds_left(kinds, rates, Width(2), silent) == pytest.approx(36_000 * 0.03 / 2 + evaluations)
 
 
 def snapshot_of(done: int, total: int, state: str = "running") -> Snapshot:

@@ -24,7 +24,15 @@ from hypothesis.stateful import (
 from sqlalchemy import text
 
 from orchestrator.db.models import Base
-from orchestrator.db.queries import cancel_job, finish_task, reap_expired, release_task, renew_leases, retry_job
+from orchestrator.db.queries import (
+    cancel_job,
+    fail_task,
+    finish_task,
+    reap_expired,
+    release_task,
+    renew_leases,
+    retry_job,
+)
 from orchestrator.db.rows import ClaimedTask
 from orchestrator.graph import TaskNode, TaskRef, task_node
 from quant_spec.keys import task_key
@@ -112,6 +120,20 @@ class QueueMachine(RuleBasedStateMachine):
     def fail(self, task: ClaimedTask, fault: str) -> None:
         good = self.good(task)
         assert self.queue.fail(task.lease, fault) == good
+
+    @rule(task=leased)
+    def meet_a_lost_blob(self, task: ClaimedTask) -> None:
+        good = self.good(task)
+        blobs = [digest for digests in task.inputs.values() for digest in digests]
+        if not blobs:
+            return
+        with self.queue.database.session() as session:
+            assert fail_task(session, task.lease, fault="lost", error="lost", lost=blobs[:1]) == good
+        # What was withdrawn is computed again, and its task no success until then.
+        results = {row["key"] for row in self.queue.rows("SELECT key FROM results")}
+        assert all(digest in blobs[:1] for key, digest in self.computed.items() if key not in results)
+        self.computed = {key: digest for key, digest in self.computed.items() if key in results}
+        self.done &= {row["id"] for row in self.queue.rows("SELECT id FROM tasks WHERE state = 'succeeded'")}
 
     @rule(task=leased)
     def release(self, task: ClaimedTask) -> None:
@@ -211,9 +233,8 @@ RULES = {
     "a blocked task waits for what has not succeeded, and for something": (
         f"SELECT id FROM tasks WHERE state = 'blocked' AND (waiting = 0 OR waiting <> {UNDONE})"
     ),
-    "only a task with all inputs goes on": (
-        f"SELECT id FROM tasks WHERE state IN ('queued', 'running', 'succeeded') AND {UNDONE} > 0"
-    ),
+    # One that runs or has run keeps what it read, also when that was lost afterwards.
+    "only a task with all inputs goes on": f"SELECT id FROM tasks WHERE state = 'queued' AND {UNDONE} > 0",
     "a success has a result": (
         "SELECT id FROM tasks WHERE state = 'succeeded' AND NOT EXISTS (SELECT 1 FROM results WHERE key = tasks.key)"
     ),
@@ -222,7 +243,7 @@ RULES = {
     ),
     "a job succeeds with its target": (
         "SELECT jobs.id FROM jobs JOIN tasks ON tasks.id = jobs.target_task "
-        f"WHERE (jobs.state = 'succeeded' AND tasks.state <> 'succeeded') "
+        f"WHERE (jobs.state = 'succeeded' AND tasks.state <> 'succeeded' AND tasks.repairs = 0) "
         f"OR (jobs.state IN {ACTIVE} AND tasks.state = 'succeeded')"
     ),
     "the priority of an unfinished task is its jobs' highest": (

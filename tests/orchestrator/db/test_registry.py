@@ -18,7 +18,7 @@ from orchestrator.db.queries import (
     known_results,
     list_models,
     list_releases,
-    live_digests,
+    references,
     retry_job,
     set_alias,
 )
@@ -219,6 +219,7 @@ def test_a_cancelled_job_publishes_nothing_and_its_retry_does(queue: Driver) -> 
     assert releases(queue) == []
     with queue.database.session() as session:
         retry_job(session, job)
+    queue.skip_backoff()
     finish_release(queue, queue.take(node), "bytes")
     assert queue.job(job).release == "emoji@1"
 
@@ -320,12 +321,14 @@ def test_kind_timings_sum_what_was_computed_by_the_newest_version(queue: Driver)
         assert kind_timings(session) == {"noop": Timing(3, 60.0, 9.0), "pack": Timing(1, 20.0, 0.0)}
 
 
-def test_live_digests_are_those_of_models_releases_and_results(queue: Driver) -> None:
+def test_references_are_those_of_models_releases_and_results(queue: Driver) -> None:
     publish(queue, "emoji", "one")
     node = queue.node("node")
     queue.submit([node])
     queue.finish(queue.take(node), "bytes")
     with queue.database.session(read_only=True) as session:
-        live = live_digests(session)
-        assert not isinstance(live, list)
-        assert set(live) == {queue.digest(name) for name in ("model", "one", "card", "bytes")}
+        found = references(session)
+        assert not isinstance(found, list)
+        rows = {(row.owner.value, row.digest) for row in found}
+    assert {digest for _, digest in rows} == {queue.digest(name) for name in ("model", "one", "card", "bytes")}
+    assert {("model", queue.digest("model")), ("release", queue.digest("one")), ("result", queue.digest("one"))} <= rows

@@ -20,7 +20,7 @@ from quant_spec.errors import InvalidInputError
 Driver = Any  # the fixture's class lives in conftest.py
 ON_SQLITE = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 ON_POSTGRES = pytest.mark.parametrize("backend", ["postgres"], indirect=True)
-TIMING = "INSERT INTO kind_timings VALUES (:kind, 1, 1, 2.0, 3.0)"
+TIMING = "INSERT INTO kind_timings (kind, version, n, seconds, work) VALUES (:kind, 1, 1, 2.0, 3.0)"
 
 
 def timings(database: Database) -> int:

@@ -40,6 +40,7 @@ from tests.orchestrator.planning_models import (
     recipe,
     specs,
 )
+from workers.execution.cluster import CUDA_CONTEXT_BYTES
 
 ROOT = Path(__file__).parents[3]
 
@@ -208,13 +209,36 @@ def test_plan_twice_is_the_same():
     assert nodes_of(recipe("qdiffusion-w4a8")) == nodes_of(recipe("qdiffusion-w4a8"))
 
 
-def test_plan_gpus_ask_for_the_machine_and_name_nothing():
-    plain, asked = nodes_of(recipe("qdiffusion-w4a8")), nodes_of(recipe("qdiffusion-w4a8"), gpus_per_task=0.5)
-    assert [node.id for node in plain] == [node.id for node in asked]
-    assert {node.kind: node.resources.gpus for node in asked} == {
-        **dict.fromkeys(("calibrate", "round", "reconstruct", "reference", "evaluate", "score"), 0.5),
-        **dict.fromkeys(("pack", "release"), 0.0),
-    }
+def test_plan_says_of_each_task_what_it_takes_on_a_gpu_and_whether_one_helps():
+    nodes = nodes_of(recipe("qdiffusion-w4a8"))
+    helped = {node.kind for node in nodes if node.resources.gpu_memory_bytes}
+    assert helped == {"calibrate", "round", "reconstruct", "reference", "evaluate"}
+    assert {node.resources.gpus for node in nodes} == {0.0}  # none cannot do without
+    for node in nodes:
+        if node.kind in helped:
+            assert (
+                CUDA_CONTEXT_BYTES
+                < node.resources.gpu_memory_bytes
+                <= node.resources.memory_bytes + CUDA_CONTEXT_BYTES - WORKER_BYTES
+            )
+
+
+def test_plan_of_a_larger_batch_takes_more_of_a_gpu_and_a_recorded_trajectory_does_not():
+    def calibrate(*overrides):
+        node = next(node for node in nodes_of(recipe("qdiffusion-w4a8", *overrides)) if node.kind == "calibrate")
+        return node.resources
+
+    small, large = calibrate("calibration.batch_size=2"), calibrate("calibration.batch_size=16")
+    assert large.gpu_memory_bytes > small.gpu_memory_bytes
+    more = calibrate("calibration.batch_size=2", "calibration.shard_seeds=32")
+    assert more.memory_bytes > small.memory_bytes
+    assert more.gpu_memory_bytes == small.gpu_memory_bytes
+
+
+def test_plan_names_no_task_by_where_and_how_it_runs():
+    plain = nodes_of(recipe("qdiffusion-w4a8"))
+    wishes = ("resources={device: cuda, gpu_type: H100, task_minutes: 5}", "deterministic=true")
+    assert [node.id for node in nodes_of(recipe("qdiffusion-w4a8", *wishes))] == [node.id for node in plain]
 
 
 # --- what recipes share

@@ -22,7 +22,7 @@ from quant_spec.enums import RoundingMethod
 from quant_spec.errors import InvalidInputError
 from quant_spec.passes.reconstruct import Reconstruct
 from quant_spec.passes.round import Round
-from quant_spec.recipe import Recipe
+from quant_spec.recipe import HOW_IT_RUNS, Recipe
 from quant_spec.recipe_formats import Activations, ActivationsException, Weights, WeightsException
 from quant_spec.record import Record
 
@@ -166,7 +166,7 @@ def test_reference_shows_bounds_choices_and_what_base_says():
     tables = {name: reference.field_table(name, section) for name, section in reference.sections()}
     assert "| `bits` | `null` (`base`: `8`) | `2`, `3`, `4`, `5`, `6`, `8` or null |" in tables["activations"]
     assert "| `warmup` | `0.0` | 0 ≤ number < 1 |" in tables["passes.reconstruct"]
-    assert "| `beta` | `[4.0, 2.0]` | [number > 0, number > 0] |" in tables["passes.reconstruct"]
+    assert "| `beta` | `[4.0, 2.0]` | [0 < number ≤ 10^9, 0 < number ≤ 10^9] |" in tables["passes.reconstruct"]
     assert "| `seed` | `0` | 0 ≤ integer < 2^62 |" in tables[reference.WHOLE]
     assert "| `range` | `minmax` | `minmax`, `mse`, `percentile` |" in tables["weights"]
 
@@ -205,7 +205,7 @@ def test_resolve_is_canonical_and_complete(path: Path):
     resolved = resolve(recipe)
     values = json.loads(resolved.json)
     assert resolved.json == json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert set(values) == set(Recipe.model_fields)
+    assert set(values) == set(Recipe.model_fields) - set(HOW_IT_RUNS)
     again = recipe_from_json(values)
     assert again == recipe
     assert resolve(again) == resolved
@@ -583,3 +583,28 @@ def test_reconstruct_leaves_out_what_does_not_matter():
     learned = Reconstruct(learn_activation_scales=True, activation_lr=1.0).to_json()
     assert set(learned) == set(Reconstruct.model_fields)
     assert learned["beta"] == [4.0, 2.0]
+
+
+def test_what_says_how_tasks_run_is_kept_and_changes_no_digest() -> None:
+    plain = resolve(load_recipe("fast-w4a8").recipe)
+    recipe = load_recipe("fast-w4a8", ["resources.gpu_type=H100", "deterministic=true"]).recipe
+    resolved = resolve(recipe)
+    assert resolved.digest == plain.digest
+    assert recipe_from_json(json.loads(resolved.json)) == recipe
+    assert resolve(recipe.without_how_it_runs()) == plain
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("resources.device=tpu", "resources.device: got 'tpu', wanted"),
+        ("resources={device: cpu, gpu_type: H100}", "gpu_type: got H100 with device cpu, wanted null"),
+        ("resources.gpu_type=a b", "resources.gpu_type: got"),
+        ("resources.task_minutes=0", "resources.task_minutes: got 0"),
+    ],
+)
+def test_bad_resources_are_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("fast-w4a8", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

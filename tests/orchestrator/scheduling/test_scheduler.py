@@ -108,12 +108,14 @@ def noop(name: Any, *sources: TaskNode, seconds: float = 0.0, **options: Any) ->
     return task_node("noop", params, inputs, label=str(name), **options)
 
 
-def submit(database: Database, nodes: Sequence[TaskNode], priority: int = 0) -> str:
+def submit(
+    database: Database, nodes: Sequence[TaskNode], priority: int = 0, asked: dict[str, Any] | None = None
+) -> str:
     """Make a job of a graph whose last node is its target."""
     digest = hashlib.sha256(b"model").hexdigest()
     with database.session() as session:
         model = add_model(session, ModelRow("model", digest, "Model", "here", 0, 0, {}))
-        recipe: dict[str, Any] = {"recipe_name": "recipe", "recipe": {}, "recipe_digest": digest}
+        recipe: dict[str, Any] = {"recipe_name": "recipe", "recipe": asked or {}, "recipe_digest": digest}
         job = create_job(session, model=model, priority=priority, **recipe)
         enqueue_graph(session, job, nodes, nodes[-1])
     return job
@@ -199,6 +201,24 @@ def test_drain_of_an_empty_queue_starts_no_executor(database: Database, config: 
         raise AssertionError("an executor was started")
 
     Scheduler(database, factory, config).run(drain=True)
+
+
+def test_first_in_the_queue_does_not_wait_behind_those_that_fit(
+    database: Database, borrowed: Borrowed, config: SchedulerConfig
+) -> None:
+    small = [noop(number, seconds=0.1) for number in range(30)]
+    job = submit(database, [*small, noop("last", *small)])
+    wide = noop("wide", resources=Resources(cpus=2.0))
+    thread = in_thread(lambda: Scheduler(database, lambda: borrowed, config).run(drain=True))
+    until(lambda: count_events(database, job, "finished"))
+    submit(database, [wide], priority=100)
+    thread.join(300)
+    assert not thread.is_alive()
+    finished = rows(database, "SELECT task_id FROM events WHERE event IN ('created', 'finished') ORDER BY id")
+    order = [each["task_id"] for each in finished]
+    submitted = len(order) - order[::-1].index(None) - 1  # when the second job was made
+    # What ran and what was queued behind it: two CPUs, two of each.
+    assert order.index(wide.id) - submitted <= 1 + 2 * 2
 
 
 def test_until_job_leaves_other_jobs(database: Database, borrowed: Borrowed, config: SchedulerConfig) -> None:

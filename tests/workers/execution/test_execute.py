@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load
 
 import workers
 from quant_spec.kinds import KINDS
+from quant_spec.sampler import Sampler
+from quant_spec.task import Seeds
+from quant_spec.tasks import reference
 from workers.errors import (
     DigestMismatchError,
     DiskFullError,
@@ -20,15 +28,20 @@ from workers.errors import (
     Fault,
     ModelError,
     NotFoundError,
+    RefusedError,
+    StoreUnavailableError,
     StoreUnreachableError,
     TaskError,
     TaskFailedError,
     describe,
     fault_of,
 )
+from workers.execution.cluster import own_versions
+from workers.execution.devices import device_number
 from workers.execution.execute import TaskCall, execute_call
 from workers.execution.local import answer_call, run_in_subprocess
 from workers.storage.locks import own_folder
+from workers.storage.manifest import put_tree
 from workers.storage.store import NodeStore
 
 #: More seconds than a clock can count: the body itself fails.
@@ -39,6 +52,12 @@ TOO_LONG = {"seconds": 1e300}
 def call(folder_store: NodeStore, tmp_path: Path) -> TaskCall:
     """A call of the kind that does nothing."""
     return TaskCall("noop", {"payload": 1}, {}, folder_store.url, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def digits() -> Path:
+    """The folder of the small shipped model."""
+    return Path(workers.__file__).parents[1] / "examples" / "models" / "digits"
 
 
 def test_execute_adds_time_and_memory_to_the_metrics(call: TaskCall, folder_store: NodeStore) -> None:
@@ -195,12 +214,19 @@ def test_every_kind_has_its_name_and_an_entry() -> None:
     ("error", "fault"),
     [
         (ValueError("x"), Fault.TASK),
-        (MemoryError(), Fault.TASK),
-        (DiskFullError("x"), Fault.TASK),
-        (DigestMismatchError("x"), Fault.TASK),
-        (NotFoundError("x"), Fault.TASK),
+        (MemoryError(), Fault.MEMORY),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), Fault.MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), Fault.MEMORY),
+        (RuntimeError("shapes differ"), Fault.TASK),
+        (RefusedError("x"), Fault.REFUSED),
+        (DiskFullError("x"), Fault.OUTAGE),
+        (DigestMismatchError("x", "0" * 64), Fault.LOST),
+        (NotFoundError("x", "0" * 64), Fault.LOST),
         (ExecutorError("x"), Fault.TASK),
-        (StoreUnreachableError("x"), Fault.INFRASTRUCTURE),
+        (StoreUnreachableError("x"), Fault.OUTAGE),
+        (StoreUnavailableError("x"), Fault.OUTAGE),
+        (OSError(errno.ENOSPC, "No space left on device"), Fault.OUTAGE),
+        (OSError(errno.ENOENT, "No such file or directory"), Fault.TASK),
         (ModelError("x"), Fault.INVALID),
         (TaskError("x"), Fault.INVALID),
     ],
@@ -256,14 +282,102 @@ def test_module_exits_with_the_code_of_the_error(call: TaskCall, tmp_path: Path)
         check=False,
     )
     assert done.returncode == 2
-    assert json.loads(done.stdout)["fault"] == "infrastructure"
+    answer = json.loads(done.stdout)
+    assert (answer["fault"], answer["dependency"]) == ("outage", "store")
 
 
 def test_orchestrators_side_imports_no_torch() -> None:
     rooms = [Path(workers.__file__).parent / name for name in ("execution", "storage")]
-    modules = [f"{room.name}.{path.stem}" for room in rooms for path in room.glob("[a-z]*.py") if path.stem != "remote"]
+    on_ray = ("remote", "nodes")
+    files = [(room, path.stem) for room in rooms for path in room.glob("[a-z]*.py")]
+    modules = [f"{room.name}.{name}" for room, name in files if name not in on_ray]
     assert {"execution.execute", "storage.store"} <= set(modules)
     code = "import sys; " + "; ".join(f"import workers.{name}" for name in [*modules, "tasks.noop"])
     code += "; sys.exit(sorted({'torch', 'diffusers', 'ray', 'quant_core'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_output_says_where_it_ran(call: TaskCall) -> None:
+    output = execute_call(replace(call, host="node-7"))
+    ran = output.ran
+    assert (ran["node"], ran["device"], ran["peak_gpu_bytes"]) == ("node-7", "cpu", 0)
+    assert ran["versions"] == own_versions()
+    assert ran["peak_rss_bytes"] == output.metrics["peak_rss_bytes"]
+
+
+def test_peak_of_memory_is_that_of_the_task_alone(call: TaskCall) -> None:
+    large = bytearray(256 << 20)
+    large[:: 1 << 12] = b"x" * len(large[:: 1 << 12])
+    del large
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert execute_call(call).ran["peak_rss_bytes"] < before - (100 << 20)
+
+
+def test_worker_with_other_versions_refuses(call: TaskCall) -> None:
+    wanted = dict(own_versions()) | {"torch": "1.0"}
+    answer = answer_call(replace(call, host="node-7", versions=wanted))
+    own = own_versions()["torch"]
+    assert answer["error"] == f"node-7: got torch {own}, wanted torch 1.0, as the orchestrator has"
+    assert answer["fault"] == Fault.REFUSED
+    assert "outputs" in answer_call(replace(call, versions=dict(own_versions())))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_worker_that_sees_no_gpu_refuses_a_task_that_was_given_one(call: TaskCall) -> None:
+    answer = answer_call(replace(call, host="node-7", device="cuda", gpus=0.25))
+    assert answer["fault"] == Fault.REFUSED
+    assert re.fullmatch(
+        r"node-7: got 0 CUDA devices from torch \S+ \(CUDA \S+\), wanted device 0, which Ray gave", answer["error"]
+    )
+
+
+def test_smaller_batches_give_the_same_reference_but_for_rounding(
+    call: TaskCall, folder_store: NodeStore, digits: Path
+) -> None:
+    params = reference.Params(
+        sampler=Sampler(num_inference_steps=2), seeds=Seeds(first=0, count=4), batch_size=4, sqnr_seeds=2
+    )
+    inputs = {"model": [put_tree(folder_store, digits)]}
+    whole = replace(call, kind="reference", params=params.to_json(), inputs=inputs)
+    found = []
+    for divisor in (1, 2, 100):
+        output = execute_call(replace(whole, batch_divisor=divisor))
+        found.append(load(folder_store.get_bytes(output.outputs[reference.REFERENCE])))
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_deterministic_task_has_torchs_deterministic_algorithms_and_gives_them_back(
+    call: TaskCall, folder_store: NodeStore, digits: Path
+) -> None:
+    seen: list[bool] = []
+
+    def look(*_: object) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic)
+
+    params = reference.Params(
+        sampler=Sampler(num_inference_steps=1), seeds=Seeds(first=0, count=1), batch_size=1, sqnr_seeds=0
+    )
+    inputs = {"model": [put_tree(folder_store, digits)]}
+    plain = replace(call, kind="reference", params=params.to_json(), inputs=inputs)
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        outputs = [execute_call(replace(plain, deterministic=wanted)).outputs for wanted in (True, False)]
+    finally:
+        handle.remove()
+    half = len(seen) // 2
+    assert all(seen[:half])
+    assert not any(seen[half:])
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "number"),
+    [([3], None, 3), (["3"], "2,3", 1), ([0], "0", 0), (["1"], "0", 0), ([], None, 0)],
+)
+def test_torch_counts_the_gpus_that_are_visible(given: list[int | str], visible: str | None, number: int) -> None:
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert device_number(given, environ) == number

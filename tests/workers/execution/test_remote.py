@@ -7,6 +7,7 @@ import os
 import secrets
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -29,8 +30,12 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[RayExecutor]:
-    """A local Ray that no test harms."""
-    executor = RayExecutor.start(cpus=2, memory_bytes=2 << 30)
+    """A local Ray that no test harms, started where files are open to everybody unless somebody sees to it."""
+    before = os.umask(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTMILL_DB", "postgresql://me:hush@host/name")
+        executor = RayExecutor.start(cpus=2, memory_bytes=2 << 30)
+    os.umask(before)
     yield executor
     executor.shutdown()
 
@@ -105,7 +110,7 @@ def test_errors_of_a_body_have_their_fault_and_one_line(shared: RayExecutor, cal
     ]
     ended = collect(shared, 4)
     faults = [ended[handle].fault for handle in handles]
-    assert faults == [Fault.TASK, Fault.INVALID, Fault.INVALID, Fault.INFRASTRUCTURE]
+    assert faults == [Fault.TASK, Fault.INVALID, Fault.INVALID, Fault.OUTAGE]
     assert ended[handles[0]].error.startswith("OverflowError: ")
     assert all("\n" not in each.error and each.output is None for each in ended.values())
 
@@ -214,6 +219,33 @@ def test_killed_orchestrator_leaves_no_ray(call: TaskCall) -> None:
 def test_cluster_that_cannot_be_reached_is_named() -> None:
     with pytest.raises(ExecutorError, match=r"got no answer within 3 s, wanted a cluster at 127\.0\.0\.1:9"):
         RayExecutor.start("127.0.0.1:9", timeout=3.0)
+
+
+def test_nobody_else_may_enter_a_local_rays_folder_or_use_it(shared: RayExecutor) -> None:
+    """Ray opens its own folders to everybody, so they lie in one that is not; its token is in no file."""
+    private = shared._log.parent
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    sessions = [path for path in private.rglob("session_*") if path.is_dir() and not path.is_symlink()]
+    assert sessions
+    assert all(private in path.parents for path in sessions)
+    raylet = next(each for each in family(shared) if each.name() == "raylet")
+    environment = raylet.environ()
+    assert len(environment["RAY_AUTH_TOKEN"]) == 64
+    assert environment["RAY_AUTH_MODE"] == "token"
+    gcs = next(each for each in family(shared) if each.name() == "gcs_server")
+    port = next(word.partition("=")[2] for word in gcs.cmdline() if word.startswith("--gcs_server_port="))
+    if port == "0":
+        port = str(min(each.laddr.port for each in gcs.net_connections("tcp") if each.status == psutil.CONN_LISTEN))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        with pytest.raises(ExecutorError, match="wanted a cluster at"):
+            RayExecutor.start(f"127.0.0.1:{port}", timeout=20.0)
+
+
+def test_processes_of_ray_do_not_know_the_database(shared: RayExecutor) -> None:
+    for process in family(shared):
+        assert "QUANTMILL_DB" not in process.environ()
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_tree_comes_back_with_its_manifest(store: Store, tmp_path: Path) -> None
     assert json.loads(data) == manifest == read_manifest(store, digest)
     assert set(manifest["files"]) == set(FILES)
     assert sum(entry["bytes"] for entry in manifest["files"].values()) == sum(map(len, FILES.values()))
-    assert verify_tree(store, digest) == []
+    assert verify_tree(store, digest) == {}
 
 
 def test_manifest_is_canonical(folder_store: NodeStore) -> None:
@@ -129,16 +129,18 @@ def test_verify_names_every_problem(folder_store: NodeStore, tmp_path: Path) -> 
     digest = put_tree(folder_store, write(tmp_path / "in", FILES))
     damage(folder_store, FILES["unet/weights.safetensors"])
     folder_store.delete(digest_of(b"# card"))
-    problems = verify_tree(folder_store, digest)
+    problems = list(verify_tree(folder_store, digest).values())
     assert [problem.split(":")[0] for problem in problems] == ["README.md", "unet/weights.safetensors"]
     assert "got no blob" in problems[0]
 
 
 def test_verify_finds_a_wrong_size_and_a_missing_manifest(folder_store: NodeStore) -> None:
     digest = folder_store.put_bytes(b"four")
-    assert verify_tree(folder_store, put_manifest(folder_store, {"a": (digest, 5)})) == ["a: got 4 bytes, wanted 5"]
+    wrong = put_manifest(folder_store, {"a": (digest, 5)})
+    assert verify_tree(folder_store, wrong) == {wrong: "a: got 4 bytes, wanted 5"}
     assert len(verify_tree(folder_store, "0" * 64)) == 1
-    assert "no manifest" in verify_tree(folder_store, folder_store.put_bytes(b"[]"))[0]
+    odd = folder_store.put_bytes(b"[]")
+    assert "no manifest" in verify_tree(folder_store, odd)[odd]
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"[]", b"{}", b'{"format":2,"files":{}}', b'{"format":1,"files":[]}', b"3"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.errors import NotFoundError
+from workers.errors import NotFoundError, StoreUnreachableError
 from workers.storage import resolve
 from workers.storage.manifest import put_tree
 from workers.storage.store import open_store
@@ -77,10 +77,23 @@ def test_other_s3_addresses_are_refused(home: Path, address: str) -> None:
     assert not home.exists()
 
 
-def test_an_s3_artifact_that_is_kept_is_not_pulled_again(home: Path) -> None:
-    digest = "ab" * 32
-    (home / "releases" / digest).mkdir(parents=True)
-    assert resolve.pull(f"s3://no-such-bucket/x/sha256/ab/{digest}") == home / "releases" / digest
+def test_an_s3_artifact_that_is_kept_is_not_pulled_again_while_it_is_whole(
+    home: Path, digest: str, s3_environment: str
+) -> None:
+    folder = resolve.pull("emoji@prod")
+    address = f"s3://no-such-bucket/x/sha256/{digest[:2]}/{digest}"
+    assert resolve.pull(address) == folder
+    (folder / "config.json").write_text("{ }")
+    with pytest.raises(StoreUnreachableError):
+        resolve.pull(address)
+
+
+def test_a_kept_folder_that_is_damaged_is_pulled_again(home: Path, digest: str) -> None:
+    folder = resolve.pull("emoji@prod")
+    (folder / "config.json").write_text("{ }")
+    assert resolve.pull("emoji@prod") == folder
+    assert (folder / "config.json").read_text() == "{}"
+    assert [path.name for path in folder.parent.iterdir()] == [digest]
 
 
 def test_it_does_not_import_torch() -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import io
 import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from botocore.response import StreamingBody
 
-from workers.errors import DigestMismatchError, DiskFullError, NotFoundError, StoreError, StoreUnreachableError
+from workers.errors import (
+    DigestMismatchError,
+    DiskFullError,
+    NotFoundError,
+    StoreError,
+    StoreUnavailableError,
+    StoreUnreachableError,
+)
 from workers.storage.blobs import blob_key
 from workers.storage.store import NodeStore, Store, open_cached, open_store
 from workers.storage.store_folder import FolderStore
@@ -66,6 +77,40 @@ class TestContract:
             with pytest.raises(NotFoundError, match=ABSENT):
                 call(ABSENT)
         assert [path.name for path in tmp_path.iterdir() if path.is_file()] == []
+
+    def test_verify_reads_every_byte_of_the_store_itself(self, any_store: Store, damage: Damage) -> None:
+        digest = any_store.put_bytes(b"some bytes")
+        assert any_store.verify(digest) == 10
+        with pytest.raises(NotFoundError) as missing:
+            any_store.verify(ABSENT)
+        assert missing.value.digest == ABSENT
+        damage(digest)
+        with pytest.raises(DigestMismatchError) as damaged:
+            any_store.verify(digest)
+        assert damaged.value.digest == digest
+
+    @pytest.mark.parametrize("size", [1000, PART_BYTES + 1])
+    def test_a_put_replaces_what_is_damaged(self, any_store: Store, damage: Damage, size: int, tmp_path: Path) -> None:
+        source = tmp_path / "source"
+        source.write_bytes(data_of(size))
+        digest = any_store.put_file(source)
+        for put in (lambda: any_store.put_bytes(source.read_bytes()), lambda: any_store.put_file(source)):
+            damage(digest)
+            assert put() == digest
+            assert any_store.verify(digest) == size
+
+    def test_a_store_says_of_itself_what_it_was_told(self, any_store: Store) -> None:
+        assert any_store.read_label() is None
+        for data in (b"one", b"two"):
+            any_store.write_label(data)
+            assert any_store.read_label() == data
+        assert list(any_store.list()) == []
+
+    def test_the_clock_is_that_of_the_times_in_the_list(self, any_store: Store) -> None:
+        before = any_store.now()
+        any_store.put_bytes(b"new")
+        # S3 tells whole seconds.
+        assert before - 1.1 <= next(any_store.list())[2] <= any_store.now() + 1.1
 
     def test_delete_is_idempotent(self, any_store: Store) -> None:
         digest = any_store.put_bytes(b"to go")
@@ -168,8 +213,32 @@ def test_large_file_goes_up_and_down_s3_in_parts(s3_url: str, tmp_path: Path) ->
     assert operations.count("UploadPart") == 3
     assert operations.count("CompleteMultipartUpload") == 1
     store.get_file(digest, tmp_path / "copy")
-    assert operations.count("GetObject") == 3
+    assert operations.count("GetObject") == 5
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+
+
+def test_a_part_that_breaks_off_is_asked_for_again_and_no_more_than_five_times(s3_url: str, tmp_path: Path) -> None:
+    source = tmp_path / "large"
+    source.write_bytes(data_of(20 << 20))
+    store = S3Store(s3_url)
+    digest = store.put_file(source)
+    cut: list[int] = []
+
+    def break_off(parsed: dict[str, Any], **_: Any) -> None:
+        if len(cut) < limit:
+            data = parsed["Body"].read()
+            parsed["Body"] = StreamingBody(io.BytesIO(data[:-5]), len(data))
+            cut.append(len(data))
+
+    store._client.meta.events.register("after-call.s3.GetObject", break_off)
+    limit = 2
+    store.get_file(digest, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == source.read_bytes()
+    before, limit = len(cut), 1000
+    with pytest.raises(StoreUnreachableError):
+        store.get_file(digest, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    assert len(cut) - before <= 3 * 5
 
 
 def test_s3_requests_carry_sha256_and_no_crc_trailer(s3_url: str, tmp_path: Path) -> None:
@@ -186,13 +255,37 @@ def test_s3_requests_carry_sha256_and_no_crc_trailer(s3_url: str, tmp_path: Path
     assert not any("crc" in key or "trailer" in key for headers in seen for key in headers)
 
 
-def test_s3_put_of_what_is_there_sends_no_bytes(s3_url: str) -> None:
+@pytest.mark.parametrize(
+    ("kept", "operations"),
+    [(None, ["HeadObject", "PutObject"]), (b"once", ["HeadObject"]), (b"other", ["HeadObject", "PutObject"])],
+)
+def test_s3_put_of_what_is_there_sends_no_bytes_if_the_service_vouches_for_them(
+    s3_url: str, kept: bytes | None, operations: list[str]
+) -> None:
     store = S3Store(s3_url)
     store.put_bytes(b"once")
-    operations: list[str] = []
-    store._client.meta.events.register("before-call.s3", lambda model, **_: operations.append(model.name))
+    events = store._client.meta.events
+    asked: list[str] = []
+    events.register("before-call.s3", lambda model, **_: asked.append(model.name))
+
+    def vouch(parsed: dict[str, str], **_: object) -> None:
+        # What services answer that keep no checksums, or those of other bytes.
+        parsed.pop("ChecksumSHA256", None)
+        if kept is not None:
+            parsed["ChecksumSHA256"] = base64.b64encode(hashlib.sha256(kept).digest()).decode()
+
+    events.register("after-call.s3.HeadObject", vouch)
     store.put_bytes(b"once")
-    assert operations == ["HeadObject"]
+    assert asked == operations
+
+
+def test_s3_passes_over_what_is_no_blob(s3_url: str) -> None:
+    store = S3Store(s3_url)
+    digest = store.put_bytes(b"blob")
+    prefix = s3_url.removeprefix("s3://blobs/")
+    for name in ("ab/notes.txt", f"ab/{digest}", f"{digest[:2]}/more/{digest}"):
+        store._client.put_object(Bucket="blobs", Key=f"{prefix}/sha256/{name}", Body=b"mine")
+    assert [name for name, _, _ in store.list()] == [digest]
 
 
 def test_s3_writes_old_blobs_again(s3_url: str, s3_server: tuple[str, Path]) -> None:
@@ -298,8 +391,9 @@ def test_folder_that_goes_away_is_unreachable(tmp_path: Path) -> None:
     (tmp_path / "mount").mkdir()
     store = open_store(str(tmp_path / "mount"))
     (tmp_path / "mount").rmdir()
-    with pytest.raises(StoreUnreachableError, match="gone"):
+    with pytest.raises(StoreUnavailableError, match="gone") as caught:
         store.put_bytes(b"lost")
+    assert caught.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
 
 

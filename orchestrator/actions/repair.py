@@ -1,0 +1,93 @@
+"""Making lost bytes again: of one release, of a job's target before it is believed, and of everything (`verify`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+from orchestrator.db.jobs import find_job
+from orchestrator.db.lineage import recorded_outputs, tree_outputs
+from orchestrator.db.remake import remake_job, withdraw_lost
+from orchestrator.db.rows import ReleaseRow
+from orchestrator.db.session import lock_enqueue, lock_graph
+from orchestrator.service import Service
+from workers.errors import BlobLostError, ManifestError
+from workers.storage.manifest import holds, read_files
+from workers.storage.store import Store
+
+
+def remake(service: Service, job_id: str, lost: Collection[str]) -> str | None:
+    """Withdraw what a job's results name of lost blobs, and queue the job again.
+
+    Parameters
+    ----------
+    service
+        Where the job ran.
+    job_id
+        Of an ended job.
+    lost
+        Digests of blobs that are missing or damaged, wherever among the job's results.
+
+    Returns
+    -------
+    str or None
+        The new job's id; None if no result of the job names the blobs, and nothing was changed.
+    """
+    with service.database.session(read_only=True) as session:
+        target = find_job(session, job_id).target_task
+    if target is None or not lost:
+        return None
+    blobs = _with_trees(service, target, lost)
+    with service.database.session() as session:
+        lock_enqueue(session)
+        lock_graph(session)
+        if not withdraw_lost(session, target, blobs, min(lost)):
+            return None
+        return remake_job(session, job_id)
+
+
+def withdraw_if_lost(service: Service, target: str) -> bool:
+    """Withdraw the recorded result of a job's target if its bytes are not all there; return whether it was.
+
+    A look at sizes, not at every byte: what that misses is found by who reads it.
+    """
+    with service.database.session(read_only=True) as session:
+        outputs = recorded_outputs(session, target)
+    lost = sorted(blob for digest, is_tree in outputs.items() for blob in _absent(service.store, digest, is_tree))
+    if not lost:
+        return False
+    blobs = _with_trees(service, target, lost)
+    with service.database.session() as session:
+        lock_graph(session)
+        return withdraw_lost(session, target, blobs, lost[0]) > 0
+
+
+def _with_trees(service: Service, target: str, lost: Collection[str]) -> set[str]:
+    """Return lost blobs, and the trees that list them among what a task depends on or gives."""
+    with service.database.session(read_only=True) as session:
+        trees = tree_outputs(session, [target])
+    return {*lost, *(tree for tree in trees for blob in lost if tree not in lost and holds(service.store, tree, blob))}
+
+
+def _absent(store: Store, digest: str, is_tree: bool) -> list[str]:
+    """Return the blobs of an output that are not there, or not at their size."""
+    if not is_tree:
+        return [] if store.exists(digest) else [digest]
+    try:
+        files: Mapping[str, tuple[str, int]] = read_files(store, digest)
+    except (BlobLostError, ManifestError):
+        return [digest]
+    return [blob for blob, size in files.values() if not store.exists(blob) or store.size(blob) != size]
+
+
+@contextmanager
+def saying_how_to_repair(service: Service, release: ReleaseRow) -> Iterator[None]:
+    """Add to the error of a lost blob of a release how it is made again."""
+    try:
+        yield
+    except BlobLostError as error:
+        if error.digest != release.digest and not holds(service.store, release.digest, error.digest):
+            raise
+        again = type(error)(f"{error}; made again by: quantmill artifacts verify {release.ref} --repair", error.digest)
+        again.exit_code = error.exit_code
+        raise again from error

@@ -1,0 +1,141 @@
+"""What can be claimed, best first, and the choice among it.
+
+Queued tasks of equal `needs` are a group: what does not fit is passed over a group at a time, not a task at a time, and
+the claim costs the same with ten or with fifty thousand tasks in front that do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Row
+from sqlalchemy.orm import Session
+
+from orchestrator.db.rows import Candidate, Wishes
+from orchestrator.db.sql import Statement, is_postgres, run, statement
+from orchestrator.graph import Resources
+
+_NEEDS = "needs, alone, cpus, gpus, memory_bytes, gpu_type"
+_COLUMNS = (
+    "seq, id, key, kind, version, priority, cpus, gpus, memory_bytes, gpu_memory_bytes, "
+    "device, gpu_type, alone, batch_divisor, deterministic"
+)
+# Each group's first task stands for what the group asks for; the next group begins behind it in the index.
+_GROUPS = f"""
+    WITH RECURSIVE groups AS (
+        SELECT * FROM (
+            SELECT {_NEEDS} FROM tasks WHERE state = 'queued' ORDER BY needs, alone LIMIT 1
+        ) AS first
+        UNION ALL
+        %s
+    )
+"""
+_GROUPS_POSTGRES = (
+    _GROUPS
+    % f"""
+    SELECT next.* FROM groups CROSS JOIN LATERAL (
+        SELECT {_NEEDS} FROM tasks WHERE state = 'queued' AND (needs, alone) > (groups.needs, groups.alone)
+        ORDER BY needs, alone LIMIT 1
+    ) AS next
+"""
+)
+# SQLite has no LATERAL, so it finds the next group's first row by number; and comparing two columns at once, it would
+# read the whole group.
+_GROUPS_SQLITE = (
+    _GROUPS
+    % f"""
+    SELECT {", ".join(f"tasks.{name}" for name in _NEEDS.split(", "))}
+    FROM groups JOIN tasks ON tasks.seq = coalesce(
+        (SELECT seq FROM tasks AS following WHERE state = 'queued' AND needs = groups.needs AND alone > groups.alone
+         ORDER BY alone LIMIT 1),
+        (SELECT seq FROM tasks AS following WHERE state = 'queued' AND needs > groups.needs
+         ORDER BY needs, alone LIMIT 1)
+    )
+"""
+)
+# A type of GPU matters to tasks that must have one.
+_FITS = """
+    cpus <= :cpus AND gpus <= :gpus AND memory_bytes <= :memory
+    AND (gpus = 0 OR gpu_type IS NULL OR CAST(:gpu_types AS text) IS NULL
+         OR CAST(:gpu_types AS text) LIKE '%|' || lower(gpu_type) || '|%')
+"""
+_READY = """
+    state = 'queued' AND not_before <= {now}
+    AND NOT EXISTS (SELECT 1 FROM tasks AS other WHERE other.key = tasks.key AND other.state = 'running')
+"""
+_HEAD = f"""
+    SELECT {_COLUMNS} FROM tasks WHERE needs = %s AND alone = %s AND {_READY} ORDER BY priority DESC, seq LIMIT :limit
+"""
+_READ_GROUPS = statement(f"{_GROUPS_SQLITE} SELECT needs, alone FROM groups WHERE {_FITS}")
+_READ_HEAD = statement(_HEAD % (":needs", ":alone"))
+_READ = statement(
+    "SELECT 1",
+    postgres=f"""
+    {_GROUPS_POSTGRES}
+    SELECT head.* FROM (SELECT needs, alone FROM groups WHERE {_FITS}) AS fitting
+    CROSS JOIN LATERAL ({_HEAD % ("fitting.needs", "fitting.alone")} FOR NO KEY UPDATE SKIP LOCKED) AS head
+    """,
+)
+
+_NO_BOUND = Resources(cpus=1e300, gpus=1e300, memory_bytes=2**63 - 1)
+
+
+def read_candidates(
+    session: Session, limit: int, capacity: Resources | None, gpu_types: Sequence[str] | None = None
+) -> list[Candidate]:
+    """Return what can be claimed and fits `capacity` by itself, best first: at most `limit` of each group, locked.
+
+    Tasks that must have a type of GPU that is not among `gpu_types` (in lower case) are passed over; None: no matter.
+    """
+    rows = candidate_rows(session, limit, capacity, gpu_types)
+    rows.sort(key=lambda row: (-row.priority, row.seq))
+    candidates: dict[str, Candidate] = {}
+    for row in rows:
+        if row.key not in candidates:
+            candidates[row.key] = Candidate(
+                id=row.id,
+                key=row.key,
+                kind=row.kind,
+                resources=Resources(row.cpus, row.gpus, row.memory_bytes, row.gpu_memory_bytes),
+                wishes=wishes_of(row),
+                version=row.version,
+            )
+    return list(candidates.values())
+
+
+def wishes_of(row: Row[Any]) -> Wishes:
+    """Read the wishes of a task's row."""
+    return Wishes(row.device, row.gpu_type, bool(row.alone), row.batch_divisor, bool(row.deterministic))
+
+
+def candidate_rows(
+    session: Session, limit: int, capacity: Resources | None, gpu_types: Sequence[str] | None = None
+) -> list[Row[Any]]:
+    """Return the rows of candidates, in no order."""
+    bound = capacity or _NO_BOUND
+    fit: dict[str, Any] = {"cpus": bound.cpus, "gpus": bound.gpus, "memory": bound.memory_bytes}
+    fit["gpu_types"] = None if gpu_types is None else f"|{'|'.join(gpu_types)}|"
+    if is_postgres(session):
+        return list(run(session, _READ, **fit, limit=limit))
+    groups = run(session, _READ_GROUPS, **fit).all()
+    return [row for group in groups for row in run(session, _READ_HEAD, **group._mapping, limit=limit)]
+
+
+def claim_statement(session: Session) -> Statement:
+    """Return the statement that reads the heads of groups, or of one group; for a look at its plan."""
+    return _READ if is_postgres(session) else _READ_HEAD
+
+
+def fill(candidates: Sequence[Candidate], capacity: Resources | None) -> list[Candidate]:
+    """Choose those that fit `capacity` together, the first first."""
+    if capacity is None:
+        return list(candidates)
+    chosen: list[Candidate] = []
+    cpus, gpus, memory = capacity.cpus, capacity.gpus, capacity.memory_bytes
+    for each in candidates:
+        asked = each.resources
+        if asked.cpus <= cpus and asked.gpus <= gpus and asked.memory_bytes <= memory:
+            chosen.append(each)
+            cpus, gpus, memory = cpus - asked.cpus, gpus - asked.gpus, memory - asked.memory_bytes
+    return chosen

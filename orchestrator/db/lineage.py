@@ -1,0 +1,90 @@
+"""Which task made what: the edges of the graph, from a task back to everything that it depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import CTE, Text, cast, or_, select
+from sqlalchemy.orm import Session
+
+from orchestrator.db.models import Job, JobTask, Result, Task, TaskInput, in_states
+from orchestrator.db.statements import batches
+from orchestrator.graph import TaskNode, TaskRef
+from orchestrator.states import TaskState
+from quant_spec.kinds import KINDS
+
+
+def input_edges(node: TaskNode) -> list[dict[str, Any]]:
+    """Return a task's rows of `task_inputs`: each task that it reads, and where the outputs go."""
+    places: dict[str, list[list[Any]]] = {}
+    for name, items in node.inputs.items():
+        for position, item in enumerate(items):
+            if isinstance(item, TaskRef):
+                places.setdefault(item.task, []).append([name, position, item.output])
+    return [{"task_id": node.id, "source_id": source, "places": places[source]} for source in sorted(places)]
+
+
+def referring_inputs(session: Session, tasks: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """Return the inputs of tasks as they were planned: a reference where another task's output belongs.
+
+    A row of an older release does not say where it belongs; then the digest that was read stays.
+    """
+    inputs: dict[str, dict[str, list[Any]]] = {}
+    for batch in batches(tasks):
+        for row in session.execute(select(Task.id, Task.inputs).where(Task.id.in_(batch))):
+            inputs[row.id] = {name: list(items) for name, items in row.inputs.items()}
+        for edge in session.scalars(select(TaskInput).where(TaskInput.task_id.in_(batch))):
+            for name, position, output in edge.places or ():
+                inputs[edge.task_id][name][position] = {"task": edge.source_id, "output": output}
+    return inputs
+
+
+def ancestry(tasks: Sequence[str]) -> CTE:
+    """Return the ids of tasks and of all that they depend on, as a table for another query."""
+    found = select(Task.id).where(Task.id.in_(tasks)).cte("ancestry", recursive=True)
+    return found.union(select(TaskInput.source_id).join(found, TaskInput.task_id == found.c.id))
+
+
+def tree_outputs(session: Session, tasks: Sequence[str]) -> set[str]:
+    """Return the digests of all trees that these tasks depend on or have made, their jobs' models among them."""
+    kinds = {name: kind.trees for name, kind in KINDS.items() if kind.trees}
+    own = ancestry(tasks)
+    statement = select(Result.kind, Result.outputs).join(Task, Task.key == Result.key)
+    rows = session.execute(statement.where(Task.id.in_(select(own.c.id)), Result.kind.in_(kinds)))
+    trees = {row.outputs[name] for row in rows for name in kinds[row.kind] if name in row.outputs}
+    models = select(Job.model_digest).join(JobTask, JobTask.job_id == Job.id).where(JobTask.task_id.in_(tasks))
+    return trees | set(session.scalars(models))
+
+
+def makers(session: Session, tasks: Sequence[str], blobs: Collection[str]) -> dict[str, str]:
+    """Return the keys of recorded results among what tasks depend on that name one of these blobs, each with its kind.
+
+    The tasks' own results are looked at too.
+    """
+    own = ancestry(tasks)
+    named = or_(*[cast(Result.outputs, Text).contains(digest) for digest in sorted(blobs)])
+    keys = select(Task.key).where(Task.id.in_(select(own.c.id)))
+    rows = session.execute(select(Result.key, Result.kind).where(Result.key.in_(keys), named))
+    return {row.key: row.kind for row in rows}
+
+
+def is_outdated(session: Session, task: str, inputs: Mapping[str, Sequence[Any]]) -> bool:
+    """Say whether a task that is about to read `inputs` would be given others now: what it reads was made again."""
+    edges = select(TaskInput.places, Result.outputs).join(Task, Task.id == TaskInput.source_id)
+    edges = edges.join(Result, Result.key == Task.key).where(TaskInput.task_id == task)
+    return any(
+        inputs[name][position] != row.outputs.get(output)
+        for row in session.execute(edges)
+        for name, position, output in row.places or ()
+    )
+
+
+def recorded_outputs(session: Session, task: str) -> dict[str, bool]:
+    """Return the digests of the outputs of a task that has succeeded, and whether each is a tree; none of any other."""
+    statement = select(Result.kind, Result.outputs).join(Task, Task.key == Result.key)
+    row = session.execute(statement.where(Task.id == task, in_states(Task.state, [TaskState.SUCCEEDED]))).one_or_none()
+    if row is None:
+        return {}
+    trees = KINDS[row.kind].trees if row.kind in KINDS else ()
+    return {digest: name in trees for name, digest in row.outputs.items()}

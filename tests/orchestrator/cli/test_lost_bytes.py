@@ -1,0 +1,262 @@
+"""Bytes that the database believes in and the store has lost: what each command makes of that, and how it is mended."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.cli.main import run_cli
+from tests.orchestrator.in_process import InProcess
+from workers.execution.execute import TaskCall
+from workers.storage.blobs import blob_key
+from workers.storage.manifest import read_files
+from workers.storage.store import open_store
+
+SMALL = {
+    "sampler.num_inference_steps": "2",
+    "calibration.seeds": "2",
+    "calibration.shard_seeds": "2",
+    "evaluation.seeds": "2",
+    "evaluation.shard_seeds": "2",
+    "evaluation.sqnr_seeds": "2",
+    "evaluation.grid": "2",
+}
+SET = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+RUN = ["run", "minmax-w8a8", "--model", "digits", *SET, "--name", "small", "--json"]
+
+Cli = Callable[..., Any]
+pytestmark = pytest.mark.usefixtures("without_ray")
+
+
+@pytest.fixture(scope="module")
+def finished(home_with_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with one finished job; to be copied, not used."""
+    home = shutil.copytree(home_with_digits, tmp_path_factory.mktemp("finished") / "home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
+        assert run_cli(["--home", str(home), *RUN]) == 0
+    return home
+
+
+@pytest.fixture
+def done(finished: Path, home: Path) -> Path:
+    """The test's home, a copy of one with a finished job."""
+    shutil.copytree(finished, home)
+    return home
+
+
+def outputs(home: Path, kind: str, number: int = 0) -> dict[str, str]:
+    """Return what a recorded task of some kind gave."""
+    with sqlite3.connect(home / "quantmill.db") as connection:
+        rows = connection.execute("SELECT outputs FROM results WHERE kind = ? ORDER BY key", [kind]).fetchall()
+    connection.close()
+    found: dict[str, str] = json.loads(rows[number][0])
+    return found
+
+
+def weights(home: Path) -> str:
+    """Return the digest of the packed weights, which lie in the trees of `pack` and of the release."""
+    files = read_files(open_store(str(home / "store")), outputs(home, "pack")["packed"])
+    return next(digest for path, (digest, _) in files.items() if path.endswith(".safetensors"))
+
+
+def path_of(home: Path, digest: str) -> Path:
+    return home / "store" / blob_key(digest)
+
+
+def lose(home: Path, digest: str) -> None:
+    """Delete a blob."""
+    path_of(home, digest).unlink()
+
+
+def damage(home: Path, digest: str) -> None:
+    """Change one byte of a blob."""
+    path = path_of(home, digest)
+    path.chmod(0o644)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_run_makes_a_deleted_blob_of_a_cached_job_again(cli: Cli, done: Path, tmp_path: Path) -> None:
+    before = cli("artifacts", "show", "small@1", "--json").json
+    lose(done, weights(done))
+    again = cli(*RUN, "--out", tmp_path / "out")
+    assert again.code == 0, again.err
+    assert (again.json["state"], again.json["release"]) == ("succeeded", "small@1")
+    assert again.json["digest"] == before["digest"]
+    tasks = again.json["tasks"]
+    assert tasks["succeeded"] == tasks["total"]
+    assert tasks["total"] - tasks["cached"] == 2, "the packing and the release are made again, and nothing else"
+    assert cli("artifacts", "verify", "--all").code == 0
+
+
+def test_a_damaged_input_of_a_running_job_is_made_again_in_it(cli: Cli, done: Path, tmp_path: Path) -> None:
+    state = outputs(done, "round")
+    digest = next(iter(state.values()))
+    lose(done, weights(done))
+    damage(done, digest)
+    again = cli(*RUN, "--out", tmp_path / "out")
+    assert again.code == 0, again.err
+    assert again.json["release"] == "small@1"
+    events = cli("jobs", "logs", again.json["job"], "--json").json
+    repaired = [event for event in events if event["event"] == "repaired"]
+    assert [(event["kind"], event["data"]["digest"]) for event in repaired] == [("round", digest)]
+    assert [event["kind"] for event in events if event["event"] == "waiting"] == ["pack"]
+    assert cli("artifacts", "verify", "--all").code == 0
+
+
+def test_run_makes_again_what_its_report_finds_damaged(cli: Cli, done: Path) -> None:
+    samples = outputs(done, "score")["samples"]
+    damage(done, samples)
+    again = cli(*RUN)
+    assert again.code == 0, again.err
+    assert again.json["release"] == "small@1"
+    assert samples in again.err
+    assert "makes it again" in again.err
+    assert Path(again.json["report"]).is_file()
+    assert cli("artifacts", "verify", "--all").code == 0
+
+
+def test_a_store_that_loses_the_same_blob_again_fails_the_job_and_says_what(
+    cli: Cli, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = next(iter(outputs(done, "round").values()))
+    lose(done, weights(done))
+
+    class Thief(InProcess):
+        """Takes what a packing is about to read."""
+
+        def submit(self, call: TaskCall) -> int:
+            if call.kind == "pack":
+                lose(done, digest)
+            return super().submit(call)
+
+    monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: Thief())
+    failed = cli(*RUN)
+    assert (failed.code, failed.json["state"]) == (100, "failed")
+    assert digest in failed.json["error"]
+    assert "once more, after round" in failed.json["error"]
+
+
+def test_a_task_on_a_node_that_sees_another_store_takes_back_no_result(
+    cli: Cli, done: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lose(done, weights(done))
+    (tmp_path / "elsewhere").mkdir()
+    blind = [True]
+
+    class BlindAtFirst(InProcess):
+        """Runs the first packing on a node whose store is empty."""
+
+        def submit(self, call: TaskCall) -> int:
+            if call.kind == "pack" and blind:
+                blind.clear()
+                call = replace(call, store_url=str(tmp_path / "elsewhere"))
+            return super().submit(call)
+
+    monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: BlindAtFirst())
+    again = cli(*RUN)
+    assert (again.code, again.json["release"]) == (0, "small@1"), again.err
+    events = cli("jobs", "logs", again.json["job"], "--json").json
+    assert [event["data"]["fault"] for event in events if event["event"] == "retried"] == ["infrastructure"]
+    assert "repaired" not in {event["event"] for event in events}
+
+
+def test_pull_of_a_damaged_release_says_how_to_repair_it(cli: Cli, done: Path, tmp_path: Path) -> None:
+    digest = weights(done)
+    damage(done, digest)
+    for words in (["pull", "small", tmp_path / "out"], ["export", "small", "--format", "dequantized"]):
+        refused = cli("artifacts", *words)
+        assert (refused.code, digest in refused.err) == (2, True), refused.err
+        assert "quantmill artifacts verify small@1 --repair" in refused.err
+    assert list(tmp_path.iterdir()) == [done]
+    assert cli("artifacts", "verify", "small").code == 2
+    repaired = cli("artifacts", "verify", "small", "--repair", "--json")
+    assert repaired.code == 0
+    assert [digest in problem for problem in repaired.json["problems"]] == [True]
+    assert cli("jobs", "show", repaired.json["job"], "--json").json["state"] == "queued"
+    assert cli("serve", "--drain").code == 0
+    view = cli("jobs", "show", repaired.json["job"], "--json").json
+    assert (view["state"], view["release"]) == ("succeeded", "small@1")
+    assert cli("artifacts", "pull", "small@1", tmp_path / "out").code == 0
+    assert len(cli("artifacts", "ls", "--json").json) == 1
+
+
+def test_verify_all_counts_and_repairs(cli: Cli, done: Path) -> None:
+    whole = cli("artifacts", "verify", "--all", "--json")
+    assert whole.code == 0
+    assert whole.json["ok"] == whole.json["blobs"] > 20
+    assert (whole.json["missing"], whole.json["damaged"], whole.json["losses"]) == (0, 0, [])
+    gone, changed = outputs(done, "calibrate")["calibration"], weights(done)
+    lose(done, gone)
+    damage(done, changed)
+    found = cli("artifacts", "verify", "--all", "--json")
+    assert found.code == 2
+    assert (found.json["missing"], found.json["damaged"]) == (1, 1)
+    losses = {loss["digest"]: loss for loss in found.json["losses"]}
+    assert (losses[gone]["state"], losses[gone]["of"]) == ("missing", ["result calibrate calibration"])
+    assert losses[changed]["state"] == "damaged"
+    assert losses[changed]["of"] == ["release small@1", "result pack packed", "result release artifact"]
+    repaired = cli("artifacts", "verify", "--all", "--repair", "--json")
+    assert (repaired.code, repaired.json["withdrawn"], len(repaired.json["jobs"])) == (0, 3, 1)
+    assert cli("serve", "--drain").code == 0
+    again = cli("artifacts", "verify", "--all", "--json")
+    assert (again.code, again.json["blobs"]) == (0, whole.json["blobs"])
+    assert [row["version"] for row in cli("artifacts", "ls", "--json").json] == [1]
+    text = cli("artifacts", "verify", "--all").out
+    assert f"{whole.json['blobs']} blobs" in text
+
+
+def test_a_models_lost_file_is_asked_for_and_mended_by_adding_it_again(cli: Cli, done: Path, digits: Path) -> None:
+    model = cli("models", "show", "digits", "--json").json["digest"]
+    files = read_files(open_store(str(done / "store")), model)
+    damage(done, next(digest for path, (digest, _) in files.items() if path.endswith(".safetensors")))
+    failed = cli(*RUN, "--set", "evaluation.seeds=4")
+    assert (failed.code, failed.json["state"]) == (100, "failed")
+    assert f"quantmill models add {digits} --name digits" in failed.json["error"]
+    found = cli("artifacts", "verify", "--all", "--repair", "--json")
+    assert found.code == 2
+    assert [f"models add {digits}" in line for line in found.json["to_be_given"]] == [True]
+    assert cli("models", "add", digits, "--name", "digits").code == 0
+    assert cli("artifacts", "verify", "--all").code == 0
+    assert cli("jobs", "retry", failed.json["job"]).code == 0
+    assert cli("serve", "--drain").code == 0
+    assert cli("jobs", "show", failed.json["job"], "--json").json["state"] == "succeeded"
+
+
+def test_verify_wants_one_release_or_all(cli: Cli, home: Path) -> None:
+    assert cli("artifacts", "verify").code == 2
+    assert cli("artifacts", "verify", "x", "--all").code == 2
+
+
+def test_run_goes_on_with_the_job_that_was_interrupted(cli: Cli, with_digits: Path) -> None:
+    words = RUN[1:-1]
+    first = cli("submit", *words, "--json").json["job"]
+    other = cli("submit", *words[:-1], "other", "--json").json["job"]
+    again = cli(*RUN)
+    assert (again.code, again.json["job"], again.json["state"]) == (0, first, "succeeded")
+    assert "going on with it" in again.err
+    assert {row["job"] for row in cli("jobs", "ls", "--json").json} == {first, other}
+    assert cli(*RUN).json["job"] != first, "a job that has ended is not gone on with"
+
+
+def test_a_pull_that_was_kept_is_checked(cli: Cli, done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    assert cli("artifacts", "pull", "small", folder, "--json").json["kept"] is False
+    assert cli("artifacts", "pull", "small", folder, "--json").json["kept"] is True
+    (folder / "more.bin").write_bytes(b"")
+    refused = cli("artifacts", "pull", "small", folder)
+    assert (refused.code, "more.bin" in refused.err) == (2, True)
+    (folder / "more.bin").unlink()
+    changed = folder / "metrics.json"
+    changed.write_bytes(changed.read_bytes() + b" ")
+    refused = cli("artifacts", "pull", "small", folder)
+    assert (refused.code, "metrics.json" in refused.err) == (2, True)

@@ -14,7 +14,12 @@ from sqlalchemy import insert
 
 from orchestrator.actions.gpu_check import judge
 from orchestrator.db.models import KindTiming
-from orchestrator.db.orchestrators import forget_orchestrator, note_cluster
+from orchestrator.db.orchestrators import (
+    OrchestratorNote,
+    OrchestratorState,
+    forget_orchestrator,
+    see_orchestrator,
+)
 from orchestrator.db.session import open_database
 from orchestrator.scheduling.picker import Places
 from orchestrator.settings import resolve_settings
@@ -171,7 +176,8 @@ def test_nodes_that_orchestrators_leave_out_are_named(cli: Cli, home: Path) -> N
     places.look((node("good", gpus=2), node("old", versions={"torch": "1.0"})))
     database = open_database(resolve_settings({}, home=str(home)).database_url)
     with database.session() as session:
-        note_cluster(session, "elsewhere:1", "elsewhere", 1, places.document())
+        note = OrchestratorNote("elsewhere:1", "elsewhere", 1, OrchestratorState.WORKING, None, places.document())
+        see_orchestrator(session, note)
     wanted = f"old: got torch 1.0, wanted torch {own_versions()['torch']}, as the orchestrator has"
     assert cli("jobs", "show", job, "--json").json["left_out"] == [wanted]
     assert f"left out  {wanted}" in cli("jobs", "show", job).out

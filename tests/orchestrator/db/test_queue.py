@@ -510,7 +510,7 @@ def touched_by_claim(queue: Driver, backend: str, capacity: Resources | None = N
     with queue.database.session() as session:
         if backend == "postgres":
             bound = capacity or Resources(1e9, 1e9, 2**60)
-            values = {"cpus": bound.cpus, "gpus": bound.gpus, "memory": bound.memory_bytes, "limit": 8}
+            values: dict[str, Any] = {"cpus": bound.cpus, "gpus": bound.gpus, "memory": bound.memory_bytes, "limit": 8}
             values["gpu_types"] = None
             statement = claim_statement(session).postgresql.text
             plan = session.scalar(text(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"), values)

@@ -13,11 +13,11 @@ import pytest
 import yaml
 
 from orchestrator.errors import RecipeError
-from orchestrator.recipes import files as recipe_layers
 from orchestrator.recipes import reference
 from orchestrator.recipes.files import merge, recipe_path, shipped_names
 from orchestrator.recipes.json_schema import json_schema
 from orchestrator.recipes.load import load_recipe, recipe_from_json, resolve, shipped_recipes
+from orchestrator.recipes.yaml_text import parse_yaml
 from quant_spec.enums import RoundingMethod
 from quant_spec.errors import InvalidInputError
 from quant_spec.passes.reconstruct import Reconstruct
@@ -303,7 +303,7 @@ def test_yaml_reads_numbers_as_people_write_them(tmp_path: Path):
     reconstruct = recipe.passes.reconstruct
     assert reconstruct is not None
     assert (reconstruct.lr, reconstruct.activation_lr, reconstruct.rounding_weight) == (1e-3, 5e-5, 0.5)
-    assert recipe_layers.parse_yaml("[1, -2, 0x10, 1.5, 1e3, 2026-01-01, true, null, 1.2.3]", "") == [
+    assert parse_yaml("[1, -2, 0x10, 1.5, 1e3, 2026-01-01, true, null, 1.2.3]", "") == [
         *(1, -2, 16, 1.5, 1000.0),
         *("2026-01-01", True, None, "1.2.3"),
     ]

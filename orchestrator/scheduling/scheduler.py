@@ -236,7 +236,7 @@ class Scheduler:
         executor = self._executor
         limit = self._outages.room(len(self._in_flight), _CLAIM_LIMIT)
         room = None if self._stop.is_set() else self._room(executor)
-        self._outages.starved(yes=room is None and not self._in_flight)
+        self._outages.starved(yes=room is None and not (self._in_flight or self._stop.is_set()))
         claimed, dropped = self._patiently(lambda: self._record(room if limit else None, limit=limit))
         self._keeper.drop([task.lease for task, _ in self._ended])
         self._keeper.add([task.lease for task in claimed])

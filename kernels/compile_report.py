@@ -275,7 +275,7 @@ def _other_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.blocks import fp8_blocks
     from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel, quantize_long_fp8_kernel
 
-    chunks = {"GROUPS": 32, "WIDTH": 20, "BLOCK_P": 16, "BLOCK_G": 8, "BLOCK_W": 32}
+    chunks: dict[str, Any] = {"GROUPS": 32, "WIDTH": 20, "BLOCK_P": 16, "BLOCK_G": 8, "BLOCK_W": 32}
     yield _plain("group norm: chunks", norms.group_stats_kernel, **chunks)
     yield _plain("group norm: merge", norms.merge_stats_kernel, WIDTH=20, CHUNKS=64)
     yield _plain(

@@ -302,7 +302,7 @@ class Scheduler:
         self._places.look(executor.capacity().node_list())
         limit = self._outages.room(len(self._in_flight), _CLAIM_LIMIT)
         room = not self._stop.is_set() and self._places.has_room()
-        self._outages.starved(yes=not room and not self._in_flight)
+        self._outages.starved(yes=not room and not (self._in_flight or self._stop.is_set()))
         if room and time.monotonic() >= self._next_learning:
             self._next_learning = time.monotonic() + _LEARNING_SECONDS
             self._patiently(self._learn)

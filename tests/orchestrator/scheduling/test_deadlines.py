@@ -55,7 +55,7 @@ class Noting(InProcess):
 
 def test_a_tasks_own_deadline_reaches_the_executor(database: Database, tmp_path: Path) -> None:
     (tmp_path / "store").mkdir()
-    nodes = graph(2, seconds=0.0)
+    nodes = graph(2, seconds=0.01)
     job = submit(database, nodes)
     with database.session() as session:
         session.execute(text("UPDATE tasks SET deadline_seconds = 90 WHERE id = :id"), {"id": nodes[0].id})

@@ -15,6 +15,8 @@ next, as the scheduler does.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import resource
 import sys
@@ -142,13 +144,14 @@ def _result(task: ClaimedTask) -> tuple[dict[str, str], dict[str, float], float]
 
 def run(url: str, job: str, cpus: int, store: str) -> dict[str, Any]:
     """Execute a job on a local Ray; return the seconds from its first claim to its end, and our own CPU seconds."""
-    from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
-    from workers.execution.executor import RayExecutor
-
+    # Older versions have these elsewhere.
+    is_old = importlib.util.find_spec("orchestrator.scheduler") is not None
+    scheduling = importlib.import_module("orchestrator.scheduler" if is_old else "orchestrator.scheduling.scheduler")
+    execution = importlib.import_module("workers.executor" if is_old else "workers.execution.executor")
     database = open_database(url)
-    config = SchedulerConfig(store_url=store, cache_dir=Path(store).parent / "cache")
+    config = scheduling.SchedulerConfig(store_url=store, cache_dir=Path(store).parent / "cache")
     cpu = time.process_time()
-    Scheduler(database, lambda: RayExecutor.start(cpus=cpus), config).run(until_job=job)
+    scheduling.Scheduler(database, lambda: execution.RayExecutor.start(cpus=cpus), config).run(until_job=job)
     cpu = time.process_time() - cpu
     with database.session(read_only=True) as session:
         row = queries.find_job(session, job)

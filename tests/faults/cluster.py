@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import shutil
 import sys
 import tempfile
 import threading
@@ -69,6 +70,7 @@ class Servers:
                 "RAY_AUTH_TOKEN": secrets.token_hex(32),
             }
             self.ray_port = 0
+            self._temporary: str | None = None
             self.head: Processes | None = None
             self.node: Processes | None = None
             self.stack.callback(self._end_ray)
@@ -87,8 +89,8 @@ class Servers:
             self._end_ray()
             self.ray_port = free_port()
             # Sockets lie below it, and their paths may not be long.
-            temporary = tempfile.mkdtemp(prefix="qf-", dir="/tmp")
-            words = [f"--port={self.ray_port}", "--head", "--include-dashboard=false", f"--temp-dir={temporary}"]
+            self._temporary = tempfile.mkdtemp(prefix="qf-", dir="/tmp")
+            words = [f"--port={self.ray_port}", "--head", "--include-dashboard=false", f"--temp-dir={self._temporary}"]
             self.head = Processes(self._ray(self.host, *words), self.folder / "head.log", environment(**self.variables))
             wait_for_port(self.host, self.ray_port, self.head)
             self.node = None
@@ -108,6 +110,8 @@ class Servers:
         for each in (self.node, self.head):
             if each is not None:
                 each.close()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def close(self) -> None:
         """End all of it."""

@@ -43,6 +43,8 @@ def judge(service: Service, schedule: Schedule, having: frozenset[str]) -> tuple
     """
     history = service.history()
     found = violations(history)
+    if "outages" in having:
+        found.pop("renewals_in_time", None)
     at_once = list(bodies_exclusive(history))
     if at_once and "handover" in having:
         found["bodies_exclusive"] = at_once

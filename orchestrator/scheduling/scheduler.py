@@ -472,7 +472,9 @@ class Scheduler:
         self._start_executor()
 
     def _close(self) -> None:
-        """Give back what is in flight, and stop the executor."""
+        """Stop the executor, then give back what was in flight: nobody begins a task whose body still runs here."""
+        if self._executor is not None:
+            self._executor.shutdown()
         self._keeper.stop()
         self._wakeup.stop()
         self._presence.stop()
@@ -486,8 +488,6 @@ class Scheduler:
             log.warning("tasks in flight not given back: %s", error)
         finally:
             self._in_flight.clear()
-            if self._executor is not None:
-                self._executor.shutdown()
 
     def _patiently(self, work: Callable[[], T], dependency: Dependency = Dependency.DATABASE) -> T:
         """Do something that needs the database or the cluster, again and again if they do not answer.

@@ -71,7 +71,7 @@ def answer(process: subprocess.Popen[str]) -> Any:
     """Return what a process printed once it has ended."""
     out, _ = process.communicate()
     if process.returncode:
-        raise SystemExit(f"{process.args!r}: got exit status {process.returncode}")
+        raise SystemExit(f"{WORKER.name}: got exit status {process.returncode} of {process.args!r}")
     return json.loads(out)
 
 

@@ -410,10 +410,10 @@ def tune(minutes: float, workers: int, out: Path | None) -> dict[str, Any]:
 
 
 def install(found: dict[str, Any]) -> None:
-    """Write the table that the kernels read; what an older one has of shapes that were not measured now stays in it."""
+    """Write the table that the kernels read; an older one's tiles stay in it where none was found to be faster."""
     path = file_of(found["device"])
     path.parent.mkdir(exist_ok=True)
-    now = {json.dumps([each["op"], each["shape"]]) for each in found["measured"]}
+    now = {json.dumps([row["op"], row["shape"]]) for row in found["entries"]}
     older = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
     kept = [row for row in older if json.dumps([row["op"], row["shape"]]) not in now]
     table = {name: found[name] for name in ("device", "capability", "processors", "torch", "triton")}

@@ -145,13 +145,16 @@ def quantize_dynamic(
 
 
 def minmax_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Return scale and unsigned zero point of the grid that covers [low, high] and 0, both float32."""
+    """Return scale and unsigned zero point of the grid that covers [low, high] and 0, both float32.
+
+    Divisors are tensors, since CUDA multiplies by the rounded inverse of a number.
+    """
     top = 2**bits - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
-        scale = (torch.maximum(-low, high) / (top // 2)).clamp(min=SCALE_FLOOR)
+        scale = (torch.maximum(-low, high) / torch.full_like(high, top // 2)).clamp(min=SCALE_FLOOR)
         return scale, torch.full_like(scale, 2 ** (bits - 1))
-    scale = ((high - low) / top).clamp(min=SCALE_FLOOR)
+    scale = ((high - low) / torch.full_like(high, top)).clamp(min=SCALE_FLOOR)
     return scale, torch.round(-low / scale).clamp(0, top)
 
 

@@ -98,7 +98,8 @@ def linear_fp8(
 def quantize_fp8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Plain-torch twin of the Triton kernel."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).float()
-    scale = (flat.abs().amax(1) / FP8_MAX).clamp(min=SCALE_FLOOR)
+    most = flat.abs().amax(1)
+    scale = (most / torch.full_like(most, FP8_MAX)).clamp(min=SCALE_FLOOR)  # CUDA multiplies by a number's inverse
     return (flat / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8).view(x.shape), scale
 
 

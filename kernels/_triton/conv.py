@@ -11,12 +11,16 @@ from torch import Tensor
 
 from kernels._triton.blocks import architecture, int_blocks, rank_block
 from kernels._triton.common import finish_tile, lane_of, tile_of
-from kernels._triton.gemm import stride_of
+from kernels._triton.gemm import launch_linear_int, stride_of
 from kernels._triton.tuned import CONV_GROUPS, CONV_INT8, HOPPER, Shape, Tile, tuned_tile
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
 from kernels.epilogue import EpilogueRows
 from kernels.weights import PackedWeight
+
+
+# A convolution that is a product of pixels.
+POINTWISE = ConvGeometry((1, 1))
 
 
 @triton.jit
@@ -177,6 +181,9 @@ def launch_conv2d_int(
     """Run `conv2d_int_kernel` once for each part of the output channels; `tile` as for `launch_linear_int`."""
     batch, height, width, channels = x.codes.shape
     out_h, out_w = geometry.output_size(height, width)
+    if geometry == POINTWISE and x.codes.is_contiguous():
+        pixels = QuantizedActivation(x.codes.view(-1, channels), x.scale, x.zero_point, x.symmetric)
+        return launch_linear_int(pixels, weights, rows, n, dtype, tile).view(batch, height, width, n)
     out = torch.empty(batch, out_h, out_w, n, dtype=dtype, device=x.codes.device)
     m = batch * out_h * out_w
     if out.numel() == 0:

@@ -67,7 +67,8 @@ def group_stats_kernel(
     tl.store(squares_ptr + part, squares, mask=g < GROUPS)
 
 
-@triton.jit
+# P must not become a constant where it is 1: it is cast.
+@triton.jit(do_not_specialize=["P"])
 def merge_stats_kernel(
     mean_ptr,
     squares_ptr,

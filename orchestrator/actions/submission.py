@@ -110,10 +110,14 @@ def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Re
             raise RecipeError(f"{path}: got other bytes than a moment ago, wanted the file left alone")
     resolved = resolve(loaded.recipe)
     release_name = request.release_name or default_release_name(model.name, loaded.recipe.name)
+    wanted = loaded.recipe.resources
     withdraw_if_lost(service, target.id)
     with service.database.session() as session:
         lock_enqueue(session)
-        same = find_active_job(session, model.digest, resolved.digest, release_name) if request.resume else None
+        same = None
+        if request.resume:
+            names = (model.digest, resolved.digest, release_name)
+            same = find_active_job(session, *names, device=wanted.device.value, gpu_type=wanted.gpu_type)
         if same is not None:
             tasks = job_counts(session, same.id)
             return Submitted(same, EnqueueCounts(tasks["total"], tasks["succeeded"]), resumed=True)
@@ -125,8 +129,8 @@ def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Re
             recipe_digest=resolved.digest,
             release_name=release_name,
             priority=request.priority,
-            device=loaded.recipe.resources.device.value,
-            gpu_type=loaded.recipe.resources.gpu_type,
+            device=wanted.device.value,
+            gpu_type=wanted.gpu_type,
         )
         counts = enqueue_graph(session, job_id, nodes, target)
         job = find_job(session, job_id)

@@ -127,8 +127,8 @@ def find_active_job(
     recipe_digest: str,
     release_name: str,
     *,
-    device: str = "auto",
-    gpu_type: str | None = None,
+    device: str,
+    gpu_type: str | None,
 ) -> JobRow | None:
     """Return the newest job that has not ended and does exactly this; None if there is none."""
     statement = (

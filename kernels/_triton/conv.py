@@ -18,7 +18,6 @@ from kernels.conv import ConvGeometry
 from kernels.epilogue import EpilogueRows
 from kernels.weights import PackedWeight
 
-
 # A convolution that is a product of pixels.
 POINTWISE = ConvGeometry((1, 1))
 

@@ -1,13 +1,14 @@
 """Everything that only a GPU can show, in one command that ends in time and keeps what it has.
 
-    python -m benchmarks.device_check [--minutes 8] [--stages tests tune step kernels jobs] [--out FILE] [--device cuda]
+    python -m benchmarks.device_check [--minutes 8] [--stages tests step tune kernels jobs] [--out FILE] [--device cuda]
 
 Stages, each a process of its own with a share of the time, which is killed when that is over; FILE is written anew
 after each, and holds what a killed one had written:
 
 tests     tests of tests/kernels, on the device
-tune      benchmarks.tune: tiles of the kernels, timed; with --install, kernels of the later stages use the table
-step      benchmarks.gpu_step: a step of an SDXL-sized UNet at batch 4, FORMATS beside bfloat16, under a CUDA graph
+step      benchmarks.gpu_step: a step of an SDXL-sized UNet at batch 4, FORMATS beside bfloat16, under a CUDA graph; it
+          builds and compiles beside the tests
+tune      benchmarks.tune: tiles of the kernels, timed; with --install, later stages use the table
 kernels   benchmarks.kernels: each layer's kernels beside bfloat16, and the kernels that quantize beside a copy
 jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine's CPUs, which run beside the other
           stages: seconds by kind of task, PSNR of both, and what the tasks spend their time in
@@ -37,8 +38,8 @@ from benchmarks.cli import keep, parser
 
 RECIPES = ("fast-w4a8", "tfmq-w8a8", "mpqdm-w4a4")
 FORMATS = ("W8A8", "W4A8 g128")
-#: Shares of the minutes; the jobs' is what is left.
-SHARES = {"tests": 0.2, "tune": 0.35, "step": 0.25, "kernels": 0.2, "jobs": 0.1}
+#: Shares of the minutes among the stages that run; the jobs' is what is left.
+SHARES = {"tests": 0.15, "step": 0.3, "tune": 0.35, "kernels": 0.15, "jobs": 0.1}
 STAGES = tuple(SHARES)
 LOG_LINES = 80
 #: Candidates of benchmarks.kernels that are in the summary.
@@ -145,9 +146,10 @@ class Check:
         keep(self.found, self.out)
         print(f"{name}: {found['seconds']} s, exit code {found['exit_code']}{', cut' * found['cut']}", flush=True)
 
-    def share(self, stage: str) -> float:
-        """Return the seconds of a stage."""
-        return max(5.0, min(60 * self.minutes * SHARES[stage], self.left()))
+    def share(self, stage: str, stages: Sequence[str]) -> float:
+        """Return the seconds of one of the stages that run."""
+        part = SHARES[stage] / sum(SHARES[each] for each in stages)
+        return max(5.0, min(60 * self.minutes * part, self.left()))
 
     def run(self, stages: Sequence[str], recipes: Sequence[str]) -> None:
         """Run the stages, in the order of STAGES."""
@@ -157,30 +159,23 @@ class Check:
                 threads = max(1, (os.cpu_count() or 2) // (2 * len(recipes)))
                 name, hidden = f"{recipe} on cpu", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
                 self.beside.append(start(name, job(recipe, "cpu", threads), self.folder, hidden))
+        step = None
+        if "step" in stages:
+            command = ["-m", "benchmarks.gpu_step", "--batches", "4", "--formats", *FORMATS, "--repeats", "7"]
+            step = start("step", [*command, "--out", "{out}"], self.folder)
         if "tests" in stages:
             running = start("tests", tests(self.device), self.folder)
-            found = running.finish(self.share("tests"))
+            found = running.finish(self.share("tests", stages))
             self.note("tests", found | {"result": verdicts(running.log)})
+        if step is not None:
+            self.note("step", step.finish(self.share("step", stages)))
         if "tune" in stages:
-            seconds = self.share("tune")
+            seconds = self.share("tune", stages)
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
             command = ["-m", "benchmarks.tune", *minutes, "--out", "{out}", *["--install"] * self.install]
             self.note("tune", start("tune", command, self.folder).finish(seconds))
-        if "step" in stages:
-            command = [
-                "-m",
-                "benchmarks.gpu_step",
-                "--batches",
-                "4",
-                "--formats",
-                "W8A8",
-                "W4A8 g128",
-                "--repeats",
-                "7",
-            ]
-            self.note("step", start("step", [*command, "--out", "{out}"], self.folder).finish(self.share("step")))
         if "kernels" in stages:
-            seconds = self.share("kernels")
+            seconds = self.share("kernels", stages)
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
             command = ["-m", "benchmarks.kernels", "--batches", "8", "--repeats", "15", *minutes, "--out", "{out}"]
             self.note("kernels", start("kernels", command, self.folder).finish(seconds))

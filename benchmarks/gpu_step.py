@@ -150,13 +150,15 @@ def measure(
         gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
+        print(f"batch {batch}, {name}: building", file=sys.stderr)
         packed = packed_unet(SDXL, FORMATS[name], "cuda", KernelBackend.TRITON)
         packed_bytes = torch.cuda.memory_allocated() - before
         plain = half_unet(SDXL, "cuda")
         plain_bytes = torch.cuda.memory_allocated() - before - packed_bytes
+        print(f"batch {batch}, {name}: compiling and capturing", file=sys.stderr)
         models = {"bfloat16": plain, name: packed}
         calls = {f"{model}, {way}": run for model, each in models.items() for way, run in ways(each, told, compile_too)}
-        seen = take_turns(calls, repeats, idle_cuda_ms)
+        seen = take_turns(calls, repeats, idle_cuda_ms, progress=True)
         times = {key: statistics.median(each) for key, each in seen.items()}
         results[name] = {
             "ms": {key: round(ms, 3) for key, ms in times.items()},

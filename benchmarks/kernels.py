@@ -62,19 +62,20 @@ class Layer:
         return max(1, self.kernel**2)
 
 
+# Those that matter most first: a run may be cut.
 LAYERS = (
-    Layer("SDXL resnet 128x128", 128, 320, 320, 3),
     Layer("SDXL resnet 64x64", 64, 640, 640, 3),
+    Layer("SDXL feed-forward 32x32", 1024, 1280, 10240),
+    Layer("SDXL attention 64x64", 4096, 640, 640),
+    Layer("DiT-XL feed-forward", 256, 1152, 4608),
+    Layer("SDXL attention 32x32", 1024, 1280, 1280),
+    Layer("SDXL shortcut 64x64", 64, 960, 640, 1),
+    Layer("DiT-XL attention", 256, 1152, 3456),
     Layer("SDXL resnet 32x32", 32, 1280, 1280, 3),
     Layer("SDXL up resnet 32x32", 32, 2560, 1280, 3),
-    Layer("SDXL shortcut 64x64", 64, 960, 640, 1),
-    Layer("SDXL attention 64x64", 4096, 640, 640),
-    Layer("SDXL attention 32x32", 1024, 1280, 1280),
-    Layer("SDXL feed-forward 32x32", 1024, 1280, 10240),
+    Layer("SDXL resnet 128x128", 128, 320, 320, 3),
     Layer("SDXL cross-attention keys", 77, 2048, 1280),
     Layer("SDXL time embedding", 1, 1280, 1280),
-    Layer("DiT-XL attention", 256, 1152, 3456),
-    Layer("DiT-XL feed-forward", 256, 1152, 4608),
     Layer("DiT-XL modulation", 1, 1152, 6912),
 )
 # Layers of few rows at batch 1: reading weights is what takes time.

@@ -248,6 +248,8 @@ def _plain(label: str, kernel: Any, types: dict[str, str] | None = None, **const
     return Case(label, kernel, constants, {"x_ptr": "*bf16", **(types or {})}, 4, 1)
 
 
+# Rows of 1280 columns.
+_TOKEN = {"ROWS": 2, "BLOCK_A": 1024, "BLOCK_B": 256}
 _CODES = {"TOP": 255, "HALF": 128, "FUSED": True}
 _TABLE = {"zero_ptr": "*fp32"}
 
@@ -264,7 +266,7 @@ def _activation_cases() -> Iterator[Case]:
         grid = {**scale, **_CODES, "SYMMETRIC": False}
         blocks = {"BLOCK_M": 32, "BLOCK_C": 128}
         yield _plain(f"quantize by table{label}", activations.by_table_kernel, table, **divisor, **_CODES, **blocks)
-        yield _plain(f"quantize tokens{label}", activations.per_token_kernel, own, **grid, ROWS=2, BLOCK_C=2048)
+        yield _plain(f"quantize tokens{label}", activations.per_token_kernel, own, **grid, **_TOKEN)
         yield _plain(f"quantize long tokens{label}", activations.per_long_token_kernel, own, **grid, BLOCK_C=2048)
         yield _plain(f"range of samples{label}", activations.sample_range_kernel, **scale, BLOCK_N=2048)
         yield _plain(f"quantize samples{label}", activations.per_sample_kernel, own, **grid, CHUNKS=256, BLOCK_N=2048)
@@ -284,13 +286,13 @@ def _other_cases(arch: str) -> Iterator[Case]:
     )  # fmt: skip
     yield _plain(
         "layer norm + modulate + quantize tokens", norms.layer_norm_quantize_kernel, {"mod_scale_ptr": "*bf16"},
-        **_CODES, SYMMETRIC=False, ROWS=2, BLOCK_C=2048, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None,
+        **_CODES, **_TOKEN, SYMMETRIC=False, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None,
         index_ptr=None,
     )  # fmt: skip
     if arch in ("sm_90", "sm_100"):
-        values, limits = {"values_ptr": "*fp8e4nv"}, {"MAX": 448.0, "FLOOR": 1e-12, "FUSED": True, "BLOCK_K": 2048}
-        yield _plain("quantize FP8", quantize_fp8_kernel, values, **limits, ROWS=2)
-        yield _plain("quantize FP8, long rows", quantize_long_fp8_kernel, values, **limits)
+        values, limits = {"values_ptr": "*fp8e4nv"}, {"MAX": 448.0, "FLOOR": 1e-12, "FUSED": True}
+        yield _plain("quantize FP8", quantize_fp8_kernel, values, **limits, **_TOKEN)
+        yield _plain("quantize FP8, long rows", quantize_long_fp8_kernel, values, **limits, BLOCK_K=2048)
         blocks = fp8_blocks(arch, 8192, 2560)
         constants = {
             **_EPILOGUE, "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "BLOCK_R": 16,

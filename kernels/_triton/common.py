@@ -117,3 +117,11 @@ def finish_tile(
             tl.float32
         )
     tl.store((out_ptr + m * stride_out)[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_columns(x_ptr, m, in_m, C, stride_x, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """Load BLOCK columns of rows `m`, from FIRST on, as float32; return their numbers too, and which there are."""
+    c = FIRST + tl.arange(0, BLOCK)
+    mask = in_m[:, None] & (c < C)[None, :]
+    return tl.load(x_ptr + m[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32), c, mask

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.activations import TOKEN_BLOCK, fuses, row_view, token_block
+from kernels._triton.activations import TOKEN_BLOCK, fuses, row_view, token_blocks
 from kernels._triton.blocks import architecture, fp8_blocks, rank_block
-from kernels._triton.common import divide, finish_tile, inverse_of, nan_unless_finite, tile_of
+from kernels._triton.common import divide, finish_tile, inverse_of, load_columns, nan_unless_finite, tile_of
 from kernels._triton.gemm import stride_of
 from kernels._triton.tuned import HOPPER, LINEAR_FP8, Shape, Tile, tuned_tile
 from kernels.epilogue import EpilogueRows
@@ -51,18 +51,27 @@ def quantize_fp8_kernel(
     FLOOR: tl.constexpr,
     FUSED: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):
-    """Some rows, each read once: their largest magnitudes, then their numbers."""
+    """Some rows, each read once: their largest magnitudes, then their numbers; blocks as of per_token_kernel."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    k = tl.arange(0, BLOCK_K)
-    mask = (m < M)[:, None] & (k < K)[None, :]
-    x = tl.load(x_ptr + m[:, None] * stride_x + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    top = tl.max(tl.abs(x), axis=1)
-    scale = tl.maximum(tl.div_rn(top, tl.full(top.shape, MAX, tl.float32)), FLOOR) + nan_unless_finite(x, 1)
-    values = to_e4m3(x, scale[:, None], inverse_of(scale)[:, None], MAX, FUSED)
-    tl.store(values_ptr + m[:, None] * K + k[None, :], values.to(values_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_ptr + m, scale, mask=m < M)
+    in_m = m < M
+    a, k_a, mask_a = load_columns(x_ptr, m, in_m, K, stride_x, 0, BLOCK_A)
+    top, odd = tl.max(tl.abs(a), axis=1), nan_unless_finite(a, 1)
+    if BLOCK_B > 0:
+        b, k_b, mask_b = load_columns(x_ptr, m, in_m, K, stride_x, BLOCK_A, BLOCK_B)
+        top = tl.maximum(top, tl.max(tl.abs(b), axis=1))
+        odd += nan_unless_finite(b, 1)
+    scale = tl.maximum(tl.div_rn(top, tl.full(top.shape, MAX, tl.float32)), FLOOR) + odd
+    inverse = inverse_of(scale)
+    out = values_ptr + m[:, None] * K
+    values = to_e4m3(a, scale[:, None], inverse[:, None], MAX, FUSED)
+    tl.store(out + k_a[None, :], values.to(values_ptr.dtype.element_ty), mask=mask_a)
+    if BLOCK_B > 0:
+        values_b = to_e4m3(b, scale[:, None], inverse[:, None], MAX, FUSED)
+        tl.store(out + k_b[None, :], values_b.to(values_ptr.dtype.element_ty), mask=mask_b)
+    tl.store(scale_ptr + m, scale, mask=in_m)
 
 
 @triton.jit
@@ -157,10 +166,10 @@ def launch_quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
             **constants, BLOCK_K=TOKEN_BLOCK // 4, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return values, scale
-    block, per_program, warps = token_block(columns)
+    block_a, block_b, per_program, warps = token_blocks(columns)
     quantize_fp8_kernel[(triton.cdiv(m, per_program),)](
         rows, values, scale, m, columns, rows.stride(0),
-        **constants, ROWS=per_program, BLOCK_K=block, num_warps=warps, enable_fp_fusion=False,
+        **constants, ROWS=per_program, BLOCK_A=block_a, BLOCK_B=block_b, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return values, scale
 

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.activations import BLOCK, channel_block, empty_quantized, fuses, row_view, token_block
-from kernels._triton.common import code_of, grid_of, inverse_of, nan_unless_finite
+from kernels._triton.activations import BLOCK, channel_block, empty_quantized, fuses, row_view, token_blocks
+from kernels._triton.common import code_of, grid_of, inverse_of, load_columns, nan_unless_finite
 from kernels.activations import quantize_by_table_reference
 
 # Elements and channels of a block of group_stats_kernel, and blocks of a chunk.
@@ -180,29 +180,35 @@ def layer_norm_quantize_kernel(
     SYMMETRIC: tl.constexpr,
     FUSED: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
 ):
-    """Normalize, modulate and quantize some tokens, which stay in registers."""
+    """Normalize, modulate and quantize some tokens, which stay in registers; blocks as of per_token_kernel."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK_C)
-    in_m, in_c = m < M, c < C
-    mask = in_m[:, None] & in_c[None, :]
-    x = tl.load(x_ptr + m[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=1) / C
-    x = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / C + eps)
-    x = x * rstd[:, None]
-    if weight_ptr is not None:
-        x = x * tl.load(weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-    if mod_scale_ptr is not None:
-        row = (m // tokens * stride_mod)[:, None] + c[None, :]
-        x = x * (1.0 + tl.load(mod_scale_ptr + row, mask=mask, other=0.0).to(tl.float32))
-        x += tl.load(mod_shift_ptr + row, mask=mask, other=0.0).to(tl.float32)
+    in_m = m < M
+    a, c_a, mask_a = load_columns(x_ptr, m, in_m, C, stride_x, 0, BLOCK_A)
+    total = tl.sum(a, axis=1)
+    if BLOCK_B > 0:
+        b, c_b, mask_b = load_columns(x_ptr, m, in_m, C, stride_x, BLOCK_A, BLOCK_B)
+        total += tl.sum(b, axis=1)
+    mean = total / C
+    a = tl.where(mask_a, a - mean[:, None], 0.0)
+    squares = tl.sum(a * a, axis=1)
+    if BLOCK_B > 0:
+        b = tl.where(mask_b, b - mean[:, None], 0.0)
+        squares += tl.sum(b * b, axis=1)
+    rstd = 1.0 / tl.sqrt_rn(squares / C + eps)
+    image = m // tokens * stride_mod
+    a = modulated(a * rstd[:, None], c_a, mask_a, image, C, weight_ptr, bias_ptr, mod_scale_ptr, mod_shift_ptr)
+    if BLOCK_B > 0:
+        b = modulated(b * rstd[:, None], c_b, mask_b, image, C, weight_ptr, bias_ptr, mod_scale_ptr, mod_shift_ptr)
     if scale_ptr is None:
-        scale, zero = grid_of(tl.min(x, axis=1), tl.max(x, axis=1), TOP, HALF, SYMMETRIC)
-        scale += nan_unless_finite(x, 1)
+        low, high, odd = tl.min(a, axis=1), tl.max(a, axis=1), nan_unless_finite(a, 1)
+        if BLOCK_B > 0:
+            low, high = tl.minimum(low, tl.min(b, axis=1)), tl.maximum(high, tl.max(b, axis=1))
+            odd += nan_unless_finite(b, 1)
+        scale, zero = grid_of(low, high, TOP, HALF, SYMMETRIC)
+        scale += odd
         tl.store(run_scale_ptr + m, scale, mask=in_m)
         tl.store(run_zero_ptr + m, zero.to(tl.int32) - HALF, mask=in_m)
     else:
@@ -215,8 +221,27 @@ def layer_norm_quantize_kernel(
         first = in_m & (m % rows_per_run == 0)
         tl.store(run_scale_ptr + run, scale, mask=first)
         tl.store(run_zero_ptr + run, zero.to(tl.int32) - HALF, mask=first)
-    codes = code_of(x, scale[:, None], inverse_of(scale)[:, None], zero[:, None], TOP, HALF, FUSED)
-    tl.store(codes_ptr + m[:, None] * C + c[None, :], codes, mask=mask)
+    inverse = inverse_of(scale)[:, None]
+    codes = code_of(a, scale[:, None], inverse, zero[:, None], TOP, HALF, FUSED)
+    tl.store(codes_ptr + m[:, None] * C + c_a[None, :], codes, mask=mask_a)
+    if BLOCK_B > 0:
+        codes = code_of(b, scale[:, None], inverse, zero[:, None], TOP, HALF, FUSED)
+        tl.store(codes_ptr + m[:, None] * C + c_b[None, :], codes, mask=mask_b)
+
+
+@triton.jit
+def modulated(x, c, mask, image, C, weight_ptr, bias_ptr, mod_scale_ptr, mod_shift_ptr):
+    """Apply a norm's weight and bias, and a sample's modulation, to some columns; zeros beyond the row stay."""
+    in_c = c < C
+    if weight_ptr is not None:
+        x = x * tl.load(weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    if mod_scale_ptr is not None:
+        at = image[:, None] + c[None, :]
+        x = x * (1.0 + tl.load(mod_scale_ptr + at, mask=mask, other=0.0).to(tl.float32))
+        x += tl.load(mod_shift_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return x
 
 
 def launch_group_norm(
@@ -290,11 +315,11 @@ def launch_layer_norm(
         scale, zero_point = scale.float().contiguous(), zero_point.float().contiguous()
     if mod_scale is not None and mod_shift is not None:
         mod_scale, mod_shift = mod_scale.contiguous(), mod_shift.contiguous()
-    block_c, per_program, warps = token_block(channels)
+    block_a, block_b, per_program, warps = token_blocks(channels)
     layer_norm_quantize_kernel[(triton.cdiv(m, per_program),)](
         rows, weight, bias, mod_scale, mod_shift, scale, zero_point, index, codes, run_scale, run_zero,
         m, channels, m // x.shape[0], m // runs, rows.stride(0), channels, eps,
-        TOP=2**bits - 1, HALF=2 ** (bits - 1), SYMMETRIC=symmetric, FUSED=fuses(), ROWS=per_program, BLOCK_C=block_c,
-        num_warps=warps, enable_fp_fusion=False,
+        TOP=2**bits - 1, HALF=2 ** (bits - 1), SYMMETRIC=symmetric, FUSED=fuses(), ROWS=per_program, BLOCK_A=block_a,
+        BLOCK_B=block_b, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return codes, run_scale, run_zero

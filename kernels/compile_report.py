@@ -264,7 +264,7 @@ def _activation_cases() -> Iterator[Case]:
         divisor = {} if scaled else {"divisor_ptr": None}
         scale = {} if scaled else {"channel_scale_ptr": None}
         grid = {**scale, **_CODES, "SYMMETRIC": False}
-        blocks = {"BLOCK_M": 32, "BLOCK_C": 128}
+        blocks: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_C": 128}
         yield _plain(f"quantize by table{label}", activations.by_table_kernel, table, **divisor, **_CODES, **blocks)
         yield _plain(f"quantize tokens{label}", activations.per_token_kernel, own, **grid, **_TOKEN)
         yield _plain(f"quantize long tokens{label}", activations.per_long_token_kernel, own, **grid, BLOCK_C=2048)
@@ -277,7 +277,7 @@ def _other_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.blocks import fp8_blocks
     from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel, quantize_long_fp8_kernel
 
-    chunks = {"GROUPS": 32, "WIDTH": 20, "BLOCK_P": 16, "BLOCK_G": 8, "BLOCK_W": 32}
+    chunks: dict[str, Any] = {"GROUPS": 32, "WIDTH": 20, "BLOCK_P": 16, "BLOCK_G": 8, "BLOCK_W": 32}
     yield _plain("group norm: chunks", norms.group_stats_kernel, **chunks)
     yield _plain("group norm: merge", norms.merge_stats_kernel, WIDTH=20, CHUNKS=64)
     yield _plain(

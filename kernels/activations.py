@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import backend_for
+from kernels.backend import backend_for, is_traced
 from kernels.errors import KernelError
 from quant_spec.enums import KernelBackend
 
@@ -95,9 +95,8 @@ def quantize_by_table(
         If shapes disagree or bits are not in 2..8.
     """
     steps = table_steps(x, table, index)
-    codes, scale, zero = _quantize_by_table(
-        x, table.scale, table.zero_point, steps, table.divisor, table.bits, str(backend)
-    )
+    quantize = _quantize_by_table if is_traced() else _by_table
+    codes, scale, zero = quantize(x, table.scale, table.zero_point, steps, table.divisor, table.bits, str(backend))
     return QuantizedActivation(codes, scale, zero, table.symmetric)
 
 
@@ -229,8 +228,7 @@ def check_bits(bits: int) -> None:
         raise KernelError(f"activation bits: got {bits}, wanted 2 to 8")
 
 
-@torch.library.custom_op("quantmill::quantize_by_table", mutates_args=())
-def _quantize_by_table(
+def _by_table(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -245,6 +243,9 @@ def _quantize_by_table(
         with torch.cuda.device_of(x):
             return launch_by_table(x, scale, zero_point, index, divisor, bits)
     return quantize_by_table_reference(x, scale, zero_point, index, divisor, bits)
+
+
+_quantize_by_table = torch.library.custom_op("quantmill::quantize_by_table", _by_table, mutates_args=())
 
 
 @_quantize_by_table.register_fake

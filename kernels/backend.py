@@ -104,6 +104,16 @@ def backend_for(device: torch.device, backend: KernelBackend | str = KernelBacke
     return choice
 
 
+def is_traced() -> bool:
+    """Whether something looks at operators as they are called, so that kernels must be registered ones.
+
+    A registered operator costs the host some 80 us a call, more than most kernels take on a GPU.
+    """
+    import torch
+
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _check_triton(device: torch.device) -> None:
     """Refuse a device that Triton does not compile for; its interpreter runs on the CPU."""
     if not has_triton():

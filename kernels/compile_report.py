@@ -264,7 +264,7 @@ def _activation_cases() -> Iterator[Case]:
         divisor = {} if scaled else {"divisor_ptr": None}
         scale = {} if scaled else {"channel_scale_ptr": None}
         grid = {**scale, **_CODES, "SYMMETRIC": False}
-        blocks = {"BLOCK_M": 32, "BLOCK_C": 128}
+        blocks: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_C": 128}
         yield _plain(f"quantize by table{label}", activations.by_table_kernel, table, **divisor, **_CODES, **blocks)
         yield _plain(f"quantize tokens{label}", activations.per_token_kernel, own, **grid, **_TOKEN)
         yield _plain(f"quantize long tokens{label}", activations.per_long_token_kernel, own, **grid, BLOCK_C=2048)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.activations import QuantizedActivation
-from kernels.backend import backend_for
+from kernels.backend import backend_for, is_traced
 from kernels.epilogue import Epilogue, EpilogueRows, add_epilogue
 from kernels.errors import KernelError
 from kernels.gemm import check_weights, epilogue_rows, flatten_weights, unflatten_weights
@@ -106,6 +106,9 @@ def conv2d_int(
     rows = epilogue_rows(epilogue)
     span = sum((size - 1) * stride for size, stride in zip(x.codes.shape[1:], x.codes.stride()[1:], strict=True))
     codes = x.codes if x.codes.stride(-1) == 1 and span <= MAX_IMAGE else x.codes.contiguous()
+    if not is_traced():
+        image = QuantizedActivation(codes, x.scale.contiguous(), x.zero_point.contiguous(), x.symmetric)
+        return _convolve(image, weights, geometry, rows, n, epilogue.dtype, str(backend))
     return _conv2d_int(
         codes,
         x.scale.contiguous(),
@@ -153,6 +156,24 @@ def conv2d_int_reference(
     return add_epilogue(out.view(-1, n), rows, torch.float32).view(out.shape)
 
 
+def _convolve(
+    x: QuantizedActivation,
+    weights: Sequence[PackedWeight],
+    geometry: ConvGeometry,
+    rows: EpilogueRows,
+    n: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Convolve (B, H, W, C) on the backend that is asked for."""
+    if backend_for(x.codes.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.conv import launch_conv2d_int
+
+        with torch.cuda.device_of(x.codes):
+            return launch_conv2d_int(x, weights, geometry, rows, n, dtype)
+    return conv2d_int_reference(x, weights, geometry, rows, n).to(dtype)
+
+
 @torch.library.custom_op("quantmill::conv2d_int", mutates_args=())
 def _conv2d_int(
     codes: Tensor,
@@ -171,13 +192,8 @@ def _conv2d_int(
     backend: str,
 ) -> Tensor:
     weights, rows = unflatten_weights(weight_tensors, weight_ints), EpilogueRows(bias, residual, down, up)
-    shape, x = ConvGeometry.from_ints(geometry), QuantizedActivation(codes, x_scale, x_zero, x_symmetric)
-    if backend_for(codes.device, backend) is KernelBackend.TRITON:
-        from kernels._triton.conv import launch_conv2d_int
-
-        with torch.cuda.device_of(codes):
-            return launch_conv2d_int(x, weights, shape, rows, n, dtype)
-    return conv2d_int_reference(x, weights, shape, rows, n).to(dtype)
+    x = QuantizedActivation(codes, x_scale, x_zero, x_symmetric)
+    return _convolve(x, weights, ConvGeometry.from_ints(geometry), rows, n, dtype, backend)
 
 
 @_conv2d_int.register_fake

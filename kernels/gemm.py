@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.activations import QuantizedActivation
-from kernels.backend import backend_for
+from kernels.backend import backend_for, is_traced
 from kernels.epilogue import Epilogue, EpilogueRows, LowRank, add_epilogue
 from kernels.errors import KernelError
 from kernels.weights import PackedWeight, WeightLayout, weight_integers
@@ -65,6 +65,9 @@ def linear_int(
     rows, codes = epilogue_rows(epilogue), as_rows(x.codes)
     if not len(x.scale) or len(codes) % len(x.scale):
         raise KernelError(f"linear: got {len(x.scale)} scales for {len(codes)} rows, wanted equal runs of rows")
+    if not is_traced():
+        flat = QuantizedActivation(codes, x.scale.contiguous(), x.zero_point.contiguous(), x.symmetric)
+        return _multiply_int(flat, weights, rows, n, epilogue.dtype, str(backend)).view(shape)
     out = _linear_int(
         codes,
         x.scale.contiguous(),
@@ -211,6 +214,23 @@ def epilogue_rows(epilogue: Epilogue) -> EpilogueRows:
     return EpilogueRows(bias, residual, as_rows(low_rank.hidden).contiguous(), low_rank.up.contiguous())
 
 
+def _multiply_int(
+    x: QuantizedActivation,
+    weights: Sequence[PackedWeight],
+    rows: EpilogueRows,
+    n: int,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Multiply rows (M, K) on the backend that is asked for."""
+    if backend_for(x.codes.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.gemm import launch_linear_int
+
+        with torch.cuda.device_of(x.codes):
+            return launch_linear_int(x, weights, rows, n, dtype)
+    return linear_int_reference(x.codes, x.scale, x.zero_point, weights, rows, n).to(dtype)
+
+
 @torch.library.custom_op("quantmill::linear_int", mutates_args=())
 def _linear_int(
     codes: Tensor,
@@ -228,12 +248,8 @@ def _linear_int(
     backend: str,
 ) -> Tensor:
     weights, rows = unflatten_weights(weight_tensors, weight_ints), EpilogueRows(bias, residual, down, up)
-    if backend_for(codes.device, backend) is KernelBackend.TRITON:
-        from kernels._triton.gemm import launch_linear_int
-
-        with torch.cuda.device_of(codes):
-            return launch_linear_int(QuantizedActivation(codes, x_scale, x_zero, x_symmetric), weights, rows, n, dtype)
-    return linear_int_reference(codes, x_scale, x_zero, weights, rows, n).to(dtype)
+    x = QuantizedActivation(codes, x_scale, x_zero, x_symmetric)
+    return _multiply_int(x, weights, rows, n, dtype, backend)
 
 
 @_linear_int.register_fake

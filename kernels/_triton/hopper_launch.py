@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -13,7 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._triton.hopper import product_kernel
 from kernels._triton.sums import row_sums, window_sums
-from kernels._triton.tuned import Tile
+from kernels._triton.tuned import Tile, chip_of
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
 from kernels.epilogue import EpilogueRows
@@ -45,7 +46,7 @@ class Operands:
 
 def takes(x: Tensor, weight: Tensor, rows: EpilogueRows, n: int, dtype: torch.dtype) -> bool:
     """Whether operands, (..., K) and (N, taps * K), and outputs lie as TMA needs them, without a low-rank branch."""
-    lines = [*x.stride()[:-1], weight.stride(0), n * torch.empty(0, dtype=dtype).element_size()]
+    lines = [*x.stride()[:-1], weight.stride(0), n * dtype.itemsize]
     aligned = all(line % ALIGNED == 0 for line in lines) and x.data_ptr() % ALIGNED == weight.data_ptr() % ALIGNED == 0
     return aligned and x.stride(-1) == 1 and rows.rank == 0 and dtype in (torch.float16, torch.bfloat16)
 
@@ -120,7 +121,7 @@ def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry:
         tiles_h, tiles_w = triton.cdiv(height, down), triton.cdiv(width, across)
         tiles_m = out.shape[0] * tiles_h * tiles_w
     tiles = tiles_m * triton.cdiv(columns, tile.n)
-    programs = torch.cuda.get_device_properties(out.device).multi_processor_count * tile.per_processor
+    programs = chip_of(out.device).processors * tile.per_processor
     is_int = o.x.dtype is torch.int8
     layout = gl.NVMMADistributedLayout(
         version=[3, 0],
@@ -148,5 +149,12 @@ def registers(tile: Tile) -> int | None:
 
 
 def _descriptor(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[tensor.dtype])
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+    return TensorDescriptor(
+        tensor, list(tensor.shape), list(tensor.stride()), block, _layout(tuple(block), tensor.dtype)
+    )
+
+
+@lru_cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """Return how TMA lays a block out in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[dtype])

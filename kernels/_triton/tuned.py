@@ -74,7 +74,13 @@ def tuned_tile(device: torch.device, op: str, shape: Shape) -> Tile | None:
     """Return the tile of the nearest shape that was measured on this device; None if none is near."""
     if triton.knobs.runtime.interpret or device.type != "cuda":
         return None
-    return nearest(entries_of(chip_of(device)), op, shape)
+    return _tile_of(chip_of(device), op, shape)
+
+
+@lru_cache(maxsize=4096)
+def _tile_of(chip: Chip, op: str, shape: Shape) -> Tile | None:
+    """Look a shape up once; models call a few of them, over and over."""
+    return nearest(entries_of(chip), op, shape)
 
 
 def nearest(entries: Iterable[Entry], op: str, shape: Shape) -> Tile | None:

@@ -210,3 +210,15 @@ def test_cost_of_bits_that_differ_between_steps() -> None:
     assert cost.act_bits_mean == (100 * 6 + 300 * 8) / 400
     even = model_cost(found, ModelFormat(layers | {"a": LayerSpec(WeightSpec(4), ActivationSpec(6))}, {}))
     assert (even.bops, even.bops_per_step) == (cost.bops, ())
+
+
+@pytest.mark.gpu
+def test_features_are_computed_on_the_device_that_is_given() -> None:
+    generator, seen = torch.Generator().manual_seed(0), set()
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Flatten(), nn.Linear(392, 16))
+    network[0].register_forward_hook(lambda _, args, __: seen.add(args[0].device.type))
+    extractor = ResizedFeatures(network, 16, 16, "conv").eval()
+    sets = [torch.rand(40, 3, 16, 16, generator=generator) * 2 - 1 for _ in range(2)]
+    here, there = frechet_distance(*sets, extractor), frechet_distance(*sets, extractor, device="cuda")
+    assert seen == {"cpu", "cuda"}
+    assert there == pytest.approx(here, rel=1e-3)

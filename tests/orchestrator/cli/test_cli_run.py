@@ -166,6 +166,7 @@ def test_artifacts_pull_and_verify(cli: Cli, done: dict[str, Any], tmp_path: Pat
         "release": "small@1",
         "digest": done["digest"],
         "ok": True,
+        "signed_by": None,
         "problems": [],
     }
 

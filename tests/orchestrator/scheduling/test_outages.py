@@ -179,8 +179,8 @@ class Drain:
         self.job = submit(self.database, graph(14))
         real = Scheduler.__init__
 
-        def quick(self: Scheduler, database: Any, factory: Any, config: SchedulerConfig) -> None:
-            real(self, database, factory, replace(config, pauses=QUICK))
+        def quick(self: Scheduler, database: Any, factory: Any, config: SchedulerConfig, *more: Any) -> None:
+            real(self, database, factory, replace(config, pauses=QUICK), *more)
 
         monkeypatch.setattr(Scheduler, "__init__", quick)
 
@@ -194,11 +194,16 @@ class Drain:
             except BaseException as error:
                 failures.append(error)
                 # Else it would wait for what this thread was to bring back.
-                os.kill(os.getpid(), signal.SIGTERM)
+                while serving and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+                    time.sleep(0.1)
+                if serving:
+                    os.kill(os.getpid(), signal.SIGTERM)
 
+        serving = [True]
         thread = threading.Thread(target=act)
         thread.start()
         code = run_cli([*self.words, "serve", "--drain"])
+        serving.clear()
         thread.join()
         for failure in failures:
             raise failure

@@ -155,8 +155,8 @@ def test_a_lock_that_stays_is_an_outage_of_sqlite(
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     database = open_database(f"sqlite:///{path}")
-    with pytest.raises(DatabaseUnavailableError, match="locked"), database.session():
-        pass
+    with pytest.raises(DatabaseUnavailableError, match="locked"), database.session() as session:
+        session.execute(text("SELECT 1"))
     holder.execute("COMMIT")
     with database.session():
         pass

@@ -46,20 +46,21 @@ def rows_of(database: Path) -> int:
 def test_the_home_is_where_its_path_says(cli: Cli, odd: Path, tmp_path: Path) -> None:
     answer = cli("--home", odd, "init", "--json")
     assert answer.code == 0, answer.err
-    assert files_of(tmp_path) == {f"{odd.name}/quantmill.db"}
+    assert files_of(tmp_path) == {f"{odd.name}/quantmill.db", f"{odd.name}/store/quantmill.json"}
     assert (odd / "store").is_dir()
     assert rows_of(odd / "quantmill.db") > 5
     assert (answer.json["home"], answer.json["store"]) == (str(odd), str(odd / "store"))
     # What is shown is a URL, and means the same when it is given.
     assert cli("--db", answer.json["database"], "db", "current", "--json").json["current"] is True
-    assert files_of(tmp_path) == {f"{odd.name}/quantmill.db"}
+    assert files_of(tmp_path) == {f"{odd.name}/quantmill.db", f"{odd.name}/store/quantmill.json"}
 
 
 def test_a_given_database_and_store_are_where_their_paths_say(cli: Cli, odd: Path, tmp_path: Path, home: Path) -> None:
     url = cli("--home", odd, "init", "--json").json["database"].replace("quantmill.db", "other.db")
     words = ["--db", url, "--store", odd / "blobs"]
     assert cli(*words, "init").code == 0
-    assert files_of(tmp_path) == {f"{odd.name}/quantmill.db", f"{odd.name}/other.db"}
+    of_home = {f"{odd.name}/{name}" for name in ("quantmill.db", "store/quantmill.json")}
+    assert files_of(tmp_path) == of_home | {f"{odd.name}/other.db", f"{odd.name}/blobs/quantmill.json"}
     assert (odd / "blobs").is_dir()
     assert not (home / "store").exists()
     assert cli(*words, "jobs", "ls", "--json").json == []
@@ -75,12 +76,17 @@ def test_a_model_and_the_checks_find_their_way(digits: Path, tmp_path: Path, cli
     assert (added.json["name"], added.json["source"]) == ("a-20model", str(model))
     checks = {each["name"]: each for each in cli(*words, "doctor", "--json").json["checks"]}
     assert checks["database"]["ok"]
-    assert checks["store"] == {"name": "store", "ok": True, "detail": f"{odd / 'blobs'}: writes, reads and deletes"}
+    assert checks["store"] == {
+        "name": "store",
+        "ok": True,
+        "detail": f"{odd / 'blobs'}: writes, reads and deletes; it belongs to this database",
+    }
     # The inspecting task ran in a process of its own, with scratch in the home's cache.
     assert (odd / "home" / "cache").is_dir()
     blobs = {path for path in files_of(odd) if path.startswith("blobs/sha256/")}
     assert len(blobs) >= 4
-    assert files_of(odd) - blobs <= {f"a%20model/{path}" for path in files_of(model)} | {"home/quantmill.db"} | {
+    own = {"home/quantmill.db", "blobs/quantmill.json"}
+    assert files_of(odd) - blobs <= {f"a%20model/{path}" for path in files_of(model)} | own | {
         path for path in files_of(odd) if path.startswith("home/cache/")
     }
 

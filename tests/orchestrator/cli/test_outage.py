@@ -110,7 +110,7 @@ def test_an_outage_that_outlasts_patience_is_no_bad_input(
     monkeypatch.setattr("orchestrator.actions.patience.PATIENCE_SECONDS", 0.5)
     when_waiting(monkeypatch, outage.begin)
     answer = cli("--db", empty_postgres_url, "jobs", "wait", job)
-    assert (answer.code, "had answered before" in answer.err) == (1, True), answer.err
+    assert (answer.code, "cannot be reached" in answer.err) == (1, True), answer.err
 
 
 def test_a_time_limit_holds_in_an_outage_too(

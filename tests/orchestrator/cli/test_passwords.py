@@ -77,7 +77,7 @@ def test_by_the_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     answer = cli("doctor", "--json")
     assert_silent(answer, 1)
     bad = {check["name"] for check in answer.json["checks"] if not check["ok"]}
-    assert bad == {"database", "store"}
+    assert bad == {"database", "orchestrators", "nodes", "store"}
 
 
 def test_how_to_quote_is_said(cli: Cli) -> None:

@@ -95,7 +95,7 @@ def quantize_by_table(
         If shapes disagree or bits are not in 2..8.
     """
     steps = table_steps(x, table, index)
-    quantize = _quantize_by_table if is_traced() else _by_table
+    quantize = _quantize_by_table if is_traced(x) else _by_table
     codes, scale, zero = quantize(x, table.scale, table.zero_point, steps, table.divisor, table.bits, str(backend))
     return QuantizedActivation(codes, scale, zero, table.symmetric)
 

@@ -18,6 +18,7 @@ from quant_spec.enums import KernelBackend
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 
 class BackendUnavailableError(KernelError):
@@ -104,14 +105,14 @@ def backend_for(device: torch.device, backend: KernelBackend | str = KernelBacke
     return choice
 
 
-def is_traced() -> bool:
-    """Whether something looks at operators as they are called, so that kernels must be registered ones.
+def is_traced(x: Tensor) -> bool:
+    """Whether operators on `x` are looked at as they are called, or `x` has no values: kernels must be registered ones.
 
     A registered operator costs the host some 80 us a call, more than most kernels take on a GPU.
     """
     import torch
 
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return x.is_meta or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _check_triton(device: torch.device) -> None:

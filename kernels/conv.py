@@ -106,7 +106,7 @@ def conv2d_int(
     rows = epilogue_rows(epilogue)
     span = sum((size - 1) * stride for size, stride in zip(x.codes.shape[1:], x.codes.stride()[1:], strict=True))
     codes = x.codes if x.codes.stride(-1) == 1 and span <= MAX_IMAGE else x.codes.contiguous()
-    if not is_traced():
+    if not is_traced(x.codes):
         image = QuantizedActivation(codes, x.scale.contiguous(), x.zero_point.contiguous(), x.symmetric)
         return _convolve(image, weights, geometry, rows, n, epilogue.dtype, str(backend))
     return _conv2d_int(

@@ -65,7 +65,7 @@ def linear_int(
     rows, codes = epilogue_rows(epilogue), as_rows(x.codes)
     if not len(x.scale) or len(codes) % len(x.scale):
         raise KernelError(f"linear: got {len(x.scale)} scales for {len(codes)} rows, wanted equal runs of rows")
-    if not is_traced():
+    if not is_traced(x.codes):
         flat = QuantizedActivation(codes, x.scale.contiguous(), x.zero_point.contiguous(), x.symmetric)
         return _multiply_int(flat, weights, rows, n, epilogue.dtype, str(backend)).view(shape)
     out = _linear_int(

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Self
 from pydantic import Field, model_validator
 
 from quant_spec.enums import StepBitsMethod
-from quant_spec.record import Bits, Count, Positive, Record, Seed
+from quant_spec.record import Bits, Count, Record, Seed
 
 
 class StepBitsChoice(Record):
@@ -24,7 +24,7 @@ class StepBitsChoice(Record):
     target_mean: Annotated[float, Field(ge=2, le=8)] = Field(
         default=6.0, description="Mean bits over the steps, at most."
     )
-    threshold: Positive | None = Field(
+    threshold: Annotated[float, Field(gt=0, le=1e18)] | None = Field(
         default=None,
         description="For snr, in place of target_mean: a step takes the least bits whose prediction has so many times "
         "the signal-to-noise ratio (of powers) of the noise schedule.",

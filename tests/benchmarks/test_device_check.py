@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from benchmarks.device_check import verdicts
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,7 @@ def test_a_stage_that_is_cut_leaves_the_file(tmp_path: Path) -> None:
     assert found["versions"]["torch"]
 
 
+@pytest.mark.slow
 def test_a_job_runs_without_a_cluster_and_again_with_the_same_bytes(tmp_path: Path) -> None:
     sets = [word for text in SMALL for word in ("--set", text)]
     words = ("--recipe", "minmax-w8a8", "--model", "examples/models/digits", "--device", "cpu", "--threads", "1", *sets)

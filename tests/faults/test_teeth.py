@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from orchestrator.db import job_ends, promote, queue
 from orchestrator.db.models import Task
 from orchestrator.db.rows import Lease
+from tests.faults.broken import whatever_the_time
 from tests.faults.databases import Databases
 from tests.faults.level1 import run
 from tests.faults.schedule import draw
@@ -25,7 +26,7 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def leases_never_run_out(patch: pytest.MonkeyPatch) -> None:
     """Take the results of leases that ran out, whoever has the task now."""
-    patch.setattr(queue, "held", lambda lease: [Task.id == lease.task_id])
+    patch.setattr(queue, "_FINISH", whatever_the_time(queue._FINISH))
 
 
 def cancelled_tasks_go_on(patch: pytest.MonkeyPatch) -> None:
@@ -35,7 +36,7 @@ def cancelled_tasks_go_on(patch: pytest.MonkeyPatch) -> None:
 
 def nothing_is_reaped(patch: pytest.MonkeyPatch) -> None:
     """Leave tasks with whoever died with them."""
-    patch.setattr("orchestrator.scheduling.scheduler.reap_expired", lambda session: [])
+    patch.setattr("orchestrator.scheduling.leases.reap_expired", lambda session: [])
 
 
 def renewals_revive(patch: pytest.MonkeyPatch) -> None:

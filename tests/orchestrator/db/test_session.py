@@ -81,7 +81,7 @@ def test_sqlite_is_set_up_to_be_shared(database: Database) -> None:
             name: session.scalar(text(f"PRAGMA {name}"))
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
         }
-    assert settings == {"journal_mode": "wal", "synchronous": 1, "foreign_keys": 1, "busy_timeout": 60_000}
+    assert settings == {"journal_mode": "wal", "synchronous": 1, "foreign_keys": 1, "busy_timeout": 250}
 
 
 @ON_SQLITE
@@ -108,7 +108,7 @@ def test_sqlite_writers_take_turns_and_readers_do_not_wait(database: Database) -
 @ON_POSTGRES
 def test_postgres_ends_transactions_whose_owner_is_gone(database: Database) -> None:
     with database.session() as session:
-        assert session.scalar(text("SHOW idle_in_transaction_session_timeout")) == "1min"
+        assert session.scalar(text("SHOW idle_in_transaction_session_timeout")) == "30s"
 
 
 @ON_POSTGRES

@@ -235,7 +235,7 @@ def test_a_part_that_breaks_off_is_asked_for_again_and_no_more_than_five_times(s
     store.get_file(digest, tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == source.read_bytes()
     before, limit = len(cut), 1000
-    with pytest.raises(StoreUnreachableError):
+    with pytest.raises(StoreUnavailableError):
         store.get_file(digest, tmp_path / "again")
     assert not (tmp_path / "again").exists()
     assert len(cut) - before <= 3 * 5

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.many import BACKENDS, Plan, run_all, run_cluster
+from tests.faults.schedule import HAVE
 
 
 def summary(outcomes: Sequence[dict[str, Any]], level: int, seconds: float, commit: str) -> dict[str, Any]:
@@ -94,7 +95,9 @@ def main() -> int:
     arguments.add_argument("--minutes", type=float, default=1e6, help="begin no schedule after so long")
     arguments.add_argument("--jobs", type=int, default=2, help="processes at once (level 1)")
     arguments.add_argument("--backend", choices=BACKENDS, help="only this database")
-    arguments.add_argument("--having", default="", help="what the service has: lineage,outages,heartbeats,handover")
+    arguments.add_argument(
+        "--having", default=",".join(sorted(HAVE)), help="what the service has: lineage,outages,heartbeats,handover"
+    )
     arguments.add_argument("--only", default="", help="faults to draw from, by name, whatever they need")
     arguments.add_argument("--out", type=Path, help="write the document to a file too")
     arguments.add_argument("--show", action="store_true", help="print the schedules, run nothing")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tests.faults.member import silent_deaths
 from tests.faults.outcome import Outcome, judge, settle
-from tests.faults.schedule import Schedule
+from tests.faults.schedule import HAVE, Schedule
 from tests.faults.world import World
 
 
-def run(schedule: Schedule, url: str, folder: Path, having: frozenset[str] = frozenset()) -> Outcome:
+def run(schedule: Schedule, url: str, folder: Path, having: frozenset[str] = HAVE) -> Outcome:
     """Disturb a service as scheduled, let it come to its end, and judge what happened.
 
     Parameters

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tests.faults.cluster import Cluster, Servers
 from tests.faults.outcome import Outcome, judge, settle
-from tests.faults.schedule import Schedule
+from tests.faults.schedule import HAVE, Schedule
 
 
-def run(servers: Servers, schedule: Schedule, url: str, folder: Path, having: frozenset[str] = frozenset()) -> Outcome:
+def run(servers: Servers, schedule: Schedule, url: str, folder: Path, having: frozenset[str] = HAVE) -> Outcome:
     """Disturb a cluster as scheduled, let it come to its end, and judge what happened; see `level1.run`.
 
     Parameters

@@ -21,7 +21,7 @@ from tests.faults.cluster_faults import CLUSTER_FAULTS
 from tests.faults.databases import Databases
 from tests.faults.faults import FAULTS, Fault, Submitted
 from tests.faults.outcome import Outcome
-from tests.faults.schedule import Schedule, draw
+from tests.faults.schedule import HAVE, Schedule, draw
 from tests.faults.servers import wheel_postgres
 
 BACKENDS = ("sqlite", "postgres")
@@ -32,7 +32,7 @@ class Plan:
     """What is drawn from: the level, what the service has of that some faults need, and the only faults (all: none)."""
 
     level: int = 1
-    having: frozenset[str] = frozenset()
+    having: frozenset[str] = HAVE
     only: frozenset[str] = frozenset()
 
     def draw(self, seed: int, backend: str) -> Schedule:
@@ -46,7 +46,7 @@ class Plan:
         }
         # There must be work to disturb.
         chosen.setdefault(Submitted, 2)
-        having = self.having | (frozenset({"heartbeats", "lineage", "outages"}) if self.only else frozenset())
+        having = self.having | (HAVE if self.only else frozenset())
         if self.level == 1:
             return draw(seed, postgres=backend == "postgres", having=having, faults=chosen)
         return draw(seed, postgres=True, having=having, faults=chosen, steps=(3, 7), pause=2.5)

@@ -33,11 +33,15 @@ class Schedule:
         return {"seed": self.seed, "schedulers": self.schedulers, "steps": steps}
 
 
+#: What the service has of that some faults need.
+HAVE = frozenset({"heartbeats", "lineage", "outages"})
+
+
 def draw(
     seed: int,
     *,
     postgres: bool,
-    having: frozenset[str] = frozenset(),
+    having: frozenset[str] = HAVE,
     faults: Mapping[type[Fault], int] = FAULTS,
     steps: tuple[int, int] = (8, 24),
     pause: float = 0.1,

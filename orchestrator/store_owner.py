@@ -17,7 +17,7 @@ from enum import StrEnum
 from orchestrator.db.identity import Identity, read_identity, set_store, some_digests
 from orchestrator.db.session import Database
 from quant_spec.errors import InvalidInputError
-from workers.errors import StoreError
+from workers.errors import StoreError, StoreUnreachableError
 from workers.storage.store import Store
 
 _FORMAT = 1
@@ -89,6 +89,32 @@ def adopt_on_first_use(database: Database, store: Store) -> None:
     # Whoever may only read the store works on.
     with suppress(StoreError):
         adopt_store(database, store)
+
+
+def is_away(database: Database, store: Store) -> bool:
+    """Say whether what is missing here may lie elsewhere: the database's store is another, or its label is gone.
+
+    As of a folder whose file system is not mounted, or a store that was named by mistake: nothing in it is lost.
+    """
+    with database.session(read_only=True) as session:
+        if read_identity(session).store_id is None:
+            return False
+    return store_owner(database, store) is not StoreOwner.OURS
+
+
+def require_here(database: Database, store: Store) -> None:
+    """Refuse to take for lost what a store lacks that is not this database's.
+
+    Raises
+    ------
+    StoreUnreachableError
+        If it is another store, or has lost its label.
+    """
+    if is_away(database, store):
+        raise StoreUnreachableError(
+            f"store {store.url}: got one without the label of the store of {database.shown_url}, wanted that (is it "
+            "mounted?), so nothing was taken for lost; if its blobs are really gone: quantmill init --adopt"
+        )
 
 
 def require_own(database: Database, store: Store) -> None:

@@ -12,6 +12,7 @@ from orchestrator.db.remake import remake_job
 from orchestrator.db.repair import settle, withdraw
 from orchestrator.db.session import lock_enqueue, lock_graph
 from orchestrator.service import Service
+from orchestrator.store_owner import require_here
 from workers.errors import BlobLostError, ManifestError, NotFoundError
 from workers.storage.manifest import read_files
 from workers.storage.store import Store
@@ -92,7 +93,13 @@ def repair_store(service: Service, losses: Iterable[Loss]) -> Repaired:
     """Withdraw the results whose bytes are lost and queue the jobs whose releases are, in one transaction.
 
     Tasks of active jobs run again by themselves; those of ended jobs when they are next wanted.
+
+    Raises
+    ------
+    StoreUnreachableError
+        If the store is not the database's, whose blobs lie elsewhere.
     """
+    require_here(service.database, service.store)
     withdrawn: set[str] = set()
     blocked: list[str] = []
     jobs: dict[str, None] = {}

@@ -11,6 +11,7 @@ from orchestrator.db.remake import remake_job, withdraw_lost
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.db.session import lock_enqueue, lock_graph
 from orchestrator.service import Service
+from orchestrator.store_owner import require_here
 from workers.errors import BlobLostError, ManifestError
 from workers.storage.manifest import holds, read_files
 from workers.storage.store import Store
@@ -32,11 +33,17 @@ def remake(service: Service, job_id: str, lost: Collection[str]) -> str | None:
     -------
     str or None
         The new job's id; None if no result of the job names the blobs, and nothing was changed.
+
+    Raises
+    ------
+    StoreUnreachableError
+        If the store is not the database's, whose blobs lie elsewhere.
     """
     with service.database.session(read_only=True) as session:
         target = find_job(session, job_id).target_task
     if target is None or not lost:
         return None
+    require_here(service.database, service.store)
     blobs = _with_trees(service, target, lost)
     with service.database.session() as session:
         lock_enqueue(session)
@@ -56,6 +63,7 @@ def withdraw_if_lost(service: Service, target: str) -> bool:
     lost = sorted(blob for digest, is_tree in outputs.items() for blob in _absent(service.store, digest, is_tree))
     if not lost:
         return False
+    require_here(service.database, service.store)
     blobs = _with_trees(service, target, lost)
     with service.database.session() as session:
         lock_graph(session)

@@ -1,7 +1,7 @@
-"""What can be claimed, best first, and the choice among it.
+"""What can be claimed, best first.
 
-Queued tasks of equal `needs` are a group: what does not fit is passed over a group at a time, not a task at a time, and
-the claim costs the same with ten or with fifty thousand tasks in front that do not fit.
+Queued tasks of equal `needs` are a group, and of each group the first tasks are read: the claim costs the same with ten
+or with fifty thousand tasks in front that ask for the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from orchestrator.db.rows import Candidate, Wishes
 from orchestrator.db.sql import Statement, is_postgres, run, statement
 from orchestrator.graph import Resources
 
-_NEEDS = "needs, alone, cpus, gpus, memory_bytes, gpu_type"
+_NEEDS = "needs, alone, gpus, gpu_type"
 _COLUMNS = (
     "seq, id, key, kind, version, priority, cpus, gpus, memory_bytes, gpu_memory_bytes, "
     "device, gpu_type, alone, batch_divisor, deterministic"
@@ -54,9 +54,9 @@ _GROUPS_SQLITE = (
     )
 """
 )
-# A type of GPU matters to tasks that must have one.
+# Groups that must have GPUs which are not there are passed over whole.
 _FITS = """
-    cpus <= :cpus AND gpus <= :gpus AND memory_bytes <= :memory
+    gpus <= :gpus
     AND (gpus = 0 OR gpu_type IS NULL OR CAST(:gpu_types AS text) IS NULL
          OR CAST(:gpu_types AS text) LIKE '%|' || lower(gpu_type) || '|%')
 """
@@ -78,17 +78,18 @@ _READ = statement(
     """,
 )
 
-_NO_BOUND = Resources(cpus=1e300, gpus=1e300, memory_bytes=2**63 - 1)
+_ANY_GPUS = 1e300
 
 
 def read_candidates(
-    session: Session, limit: int, capacity: Resources | None, gpu_types: Sequence[str] | None = None
+    session: Session, limit: int, gpus: float = _ANY_GPUS, gpu_types: Sequence[str] | None = None
 ) -> list[Candidate]:
-    """Return what can be claimed and fits `capacity` by itself, best first: at most `limit` of each group, locked.
+    """Return what can be claimed, best first: at most `limit` of each group, locked.
 
-    Tasks that must have a type of GPU that is not among `gpu_types` (in lower case) are passed over; None: no matter.
+    Tasks that must have more than `gpus`, or a type of GPU that is not among `gpu_types` (in lower case), are passed
+    over; None: no matter.
     """
-    rows = candidate_rows(session, limit, capacity, gpu_types)
+    rows = candidate_rows(session, limit, gpus, gpu_types)
     rows.sort(key=lambda row: (-row.priority, row.seq))
     candidates: dict[str, Candidate] = {}
     for row in rows:
@@ -110,12 +111,10 @@ def wishes_of(row: Row[Any]) -> Wishes:
 
 
 def candidate_rows(
-    session: Session, limit: int, capacity: Resources | None, gpu_types: Sequence[str] | None = None
+    session: Session, limit: int, gpus: float = _ANY_GPUS, gpu_types: Sequence[str] | None = None
 ) -> list[Row[Any]]:
     """Return the rows of candidates, in no order."""
-    bound = capacity or _NO_BOUND
-    fit: dict[str, Any] = {"cpus": bound.cpus, "gpus": bound.gpus, "memory": bound.memory_bytes}
-    fit["gpu_types"] = None if gpu_types is None else f"|{'|'.join(gpu_types)}|"
+    fit = {"gpus": gpus, "gpu_types": None if gpu_types is None else f"|{'|'.join(gpu_types)}|"}
     if is_postgres(session):
         return list(run(session, _READ, **fit, limit=limit))
     groups = run(session, _READ_GROUPS, **fit).all()
@@ -125,17 +124,3 @@ def candidate_rows(
 def claim_statement(session: Session) -> Statement:
     """Return the statement that reads the heads of groups, or of one group; for a look at its plan."""
     return _READ if is_postgres(session) else _READ_HEAD
-
-
-def fill(candidates: Sequence[Candidate], capacity: Resources | None) -> list[Candidate]:
-    """Choose those that fit `capacity` together, the first first."""
-    if capacity is None:
-        return list(candidates)
-    chosen: list[Candidate] = []
-    cpus, gpus, memory = capacity.cpus, capacity.gpus, capacity.memory_bytes
-    for each in candidates:
-        asked = each.resources
-        if asked.cpus <= cpus and asked.gpus <= gpus and asked.memory_bytes <= memory:
-            chosen.append(each)
-            cpus, gpus, memory = cpus - asked.cpus, gpus - asked.gpus, memory - asked.memory_bytes
-    return chosen

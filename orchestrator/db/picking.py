@@ -16,7 +16,6 @@ from sqlalchemy.orm import Session
 from orchestrator.db.candidates import read_candidates
 from orchestrator.db.models import Job, JobTask, Task, in_states
 from orchestrator.db.rows import Candidate
-from orchestrator.graph import Resources
 from orchestrator.states import ACTIVE_JOBS, TaskState
 from quant_spec.kinds import KINDS
 
@@ -53,8 +52,6 @@ class Picker(Protocol):
 #: "cpu" or "cuda", and the type of GPU.
 Pin = tuple[str, str | None]
 
-_BOUNDLESS = 2.0**62
-
 
 def pick(session: Session, picker: Picker, limit: int) -> dict[str, str]:
     """Return the tasks to claim, best first, and the name of the node of each.
@@ -63,7 +60,7 @@ def pick(session: Session, picker: Picker, limit: int) -> dict[str, str]:
     what stands first in the queue, and what fits beside it is found however far back it is.
     """
     gpus, gpu_types = picker.gpus()
-    candidates = read_candidates(session, limit, Resources(_BOUNDLESS, gpus, int(_BOUNDLESS)), gpu_types)
+    candidates = read_candidates(session, limit, gpus, gpu_types)
     pins = _pins(session, [each.id for each in candidates if each.wishes.deterministic])
     found = {}
     for task, picked in picker.pick([_pinned(each, pins) for each in candidates]).items():

@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, case, select
 from sqlalchemy.orm import Session
 
-from orchestrator.db.candidates import fill, read_candidates, wishes_of
+from orchestrator.db.candidates import read_candidates, wishes_of
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.event_log import record_event
 from orchestrator.db.job_ends import fail_jobs_that_need
@@ -233,7 +233,6 @@ def claim_tasks(
     owner: str,
     limit: int,
     lease_seconds: float,
-    capacity: Resources | None = None,
     picker: Picker | None = None,
 ) -> list[ClaimedTask]:
     """Take leases on the next tasks: highest priority first, then those that came first.
@@ -246,20 +245,18 @@ def claim_tasks(
         How many at most.
     lease_seconds
         How long the leases last unless renewed.
-    capacity
-        What the claimed tasks may occupy together; one that does not fit is passed over. None: no bound.
     picker
-        Decides in place of `capacity` which tasks start now, and on which node.
+        Decides which tasks start now, and on which node; without one, the first do, on any.
 
     Notes
     -----
-    O(g + limit · log n) for g different needs (CPUs, memory, ...) among the queued tasks, however many of these do not
-    fit: it reads the head of each group. A task whose key is running under another id is left queued; it succeeds when
+    O(g · limit · log n) for g different needs (CPUs, memory, ...) among the queued tasks, however many there are: it
+    reads the head of each group. A task whose key is running under another id is left queued; it succeeds when
     that one does. One whose key another transaction is just finishing or claiming is left for the next claim.
     """
     if picker is None:
         where: Mapping[str, str] = {}
-        chosen = [each.id for each in fill(read_candidates(session, limit, capacity), capacity)][:limit]
+        chosen = [each.id for each in read_candidates(session, limit)][:limit]
     else:
         where = pick(session, picker, limit)
         chosen = list(where)

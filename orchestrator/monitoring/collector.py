@@ -1,4 +1,4 @@
-"""What is looked up when Prometheus asks: the database, the scheduler's pulse, the last listing of the store."""
+"""What is looked up when Prometheus asks: the database, the scheduler's status, the last listing of the store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchestrator.db.session import Database
 from orchestrator.errors import DatabaseError
 from orchestrator.monitoring.metrics import METRICS, Type
 from orchestrator.monitoring.store_size import StoreSize
-from orchestrator.scheduling.watch import Pulse, Watch
+from orchestrator.scheduling.watch import SchedulerStatus, Watch
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class ServiceCollector(Collector):
         yield _family("quantmill_database_up", [((), float(found is not None))])
         if found is not None:
             yield from _of_service(found)
-        yield from _of_pulse(self._watch.pulse)
+        yield from _of_scheduler(self._watch.status)
         listing = self._store.listing
         if listing is not None:
             yield _family("quantmill_store_bytes", [((), listing.bytes)])
@@ -85,20 +85,20 @@ def _of_service(found: Overview) -> Iterator[Family]:
     )
 
 
-def _of_pulse(pulse: Pulse) -> Iterator[Family]:
+def _of_scheduler(status: SchedulerStatus) -> Iterator[Family]:
     numbers: dict[str, float] = {
-        "quantmill_tasks_in_flight": pulse.in_flight,
-        "quantmill_claimed_cpus": pulse.claimed.cpus,
-        "quantmill_claimed_gpus": pulse.claimed.gpus,
-        "quantmill_claimed_memory_bytes": pulse.claimed.memory_bytes,
-        "quantmill_waiting": bool(pulse.waiting_for),
-        "quantmill_loop_silent_seconds": pulse.silent_seconds,
+        "quantmill_tasks_in_flight": status.in_flight,
+        "quantmill_claimed_cpus": status.claimed.cpus,
+        "quantmill_claimed_gpus": status.claimed.gpus,
+        "quantmill_claimed_memory_bytes": status.claimed.memory_bytes,
+        "quantmill_waiting": bool(status.waiting_for),
+        "quantmill_loop_silent_seconds": status.silent_seconds,
     }
-    if pulse.capacity is not None:
+    if status.capacity is not None:
         numbers |= {
-            "quantmill_cluster_cpus": pulse.capacity.cpus,
-            "quantmill_cluster_gpus": pulse.capacity.gpus,
-            "quantmill_cluster_memory_bytes": pulse.capacity.memory_bytes,
+            "quantmill_cluster_cpus": status.capacity.cpus,
+            "quantmill_cluster_gpus": status.capacity.gpus,
+            "quantmill_cluster_memory_bytes": status.capacity.memory_bytes,
         }
     for name, number in numbers.items():
         yield _family(name, [((), number)])

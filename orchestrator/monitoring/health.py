@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestrator.scheduling.watch import Pulse
+from orchestrator.scheduling.watch import SchedulerStatus
 
 #: A loop that did not go round for so long hangs. Starting Ray, the longest step that is none, takes 120 s at most.
 HUNG_SECONDS = 300.0
@@ -12,11 +12,11 @@ HUNG_SECONDS = 300.0
 BUSY_SECONDS = 30.0
 
 
-def health(pulse: Pulse) -> dict[str, Any]:
+def health(status: SchedulerStatus) -> dict[str, Any]:
     """Return what the two addresses answer as JSON: `live`, `ready`, why not, and seconds since the loop went round."""
-    silent = pulse.silent_seconds
+    silent = status.silent_seconds
     live = silent < HUNG_SECONDS
-    reason = pulse.waiting_for
+    reason = status.waiting_for
     if not reason and silent >= BUSY_SECONDS:
         reason = f"the loop did not go round for {silent:.0f} s"
     return {"live": live, "ready": live and not reason, "reason": reason or None, "silent_seconds": round(silent, 1)}

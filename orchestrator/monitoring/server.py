@@ -38,7 +38,7 @@ class _Handler(MetricsHandler):
         if path == "/metrics":
             super().do_GET()
         elif path in _HEALTH:
-            document = health(self.watch.pulse)
+            document = health(self.watch.status)
             good = document[_HEALTH[path]]
             self._send(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, document)
         else:

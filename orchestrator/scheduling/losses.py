@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from orchestrator.db.lineage import tree_outputs
 from orchestrator.db.session import Database
-from workers.errors import BlobLostError, Fault, StoreError
+from orchestrator.store_owner import require_here
+from workers.errors import BlobLostError, Dependency, Fault, StoreError
 from workers.execution.executor import Finished
 from workers.storage.manifest import holds
 from workers.storage.store import open_store
@@ -28,7 +29,8 @@ def examine_loss(database: Database, store_url: str, task: str, finished: Finish
     -------
     Finished
         The same with the trees that list the blob behind its digest: whatever gave one of them has to run again. Or a
-        fault of the infrastructure, if the blob is there, every byte as it must be, or the store does not answer.
+        fault of the infrastructure, if the blob is there, every byte as it must be; or an outage, if the store does not
+        answer, or is not the database's.
 
     Raises
     ------
@@ -45,10 +47,12 @@ def examine_loss(database: Database, store_url: str, task: str, finished: Finish
         try:
             store.verify(blob)
         except BlobLostError:
+            require_here(database, store)
             with database.session(read_only=True) as session:
                 trees = tree_outputs(session, [task]) - {blob}
             return replace(finished, lost=(blob, *sorted(tree for tree in trees if holds(store, tree, blob))))
     except StoreError as error:
-        return replace(finished, fault=Fault.INFRASTRUCTURE, error=f"{finished.error}; {error}")
+        said = f"{finished.error}; {error}"
+        return replace(finished, fault=Fault.OUTAGE, dependency=Dependency.STORE, error=said)
     found = f"{finished.error}; but it is there, every byte: that node reads another store, or its disk is damaged"
     return replace(finished, fault=Fault.INFRASTRUCTURE, error=found)

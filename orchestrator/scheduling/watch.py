@@ -12,7 +12,7 @@ from workers.execution.executor import Capacity, Finished
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse:
+class SchedulerStatus:
     """How a scheduler is at one moment.
 
     `passed_at` is when its loop last went round, by `time.monotonic`; `waiting_for` says what it can't reach, empty if
@@ -33,28 +33,28 @@ class Pulse:
 
 
 class Watch:
-    """Is told what a scheduler does. This one keeps the pulse and forgets the rest; metrics count it (`monitoring`)."""
+    """Is told what a scheduler does. This one keeps its status and forgets the rest; metrics count it."""
 
     def __init__(self) -> None:
         """Start with a scheduler that is about to begin."""
         self._lock = threading.Lock()
-        self._pulse = Pulse(time.monotonic())
+        self._status = SchedulerStatus(time.monotonic())
 
     @property
-    def pulse(self) -> Pulse:
-        """The scheduler's pulse now."""
+    def status(self) -> SchedulerStatus:
+        """The scheduler's status now."""
         with self._lock:
-            return self._pulse
+            return self._status
 
     def passed(self, waiting_for: str = "") -> None:
         """The loop went round, or what it can't reach was tried again and does not answer."""
         with self._lock:
-            self._pulse = replace(self._pulse, passed_at=time.monotonic(), waiting_for=waiting_for)
+            self._status = replace(self._status, passed_at=time.monotonic(), waiting_for=waiting_for)
 
     def occupied(self, capacity: Capacity, claimed: Resources, in_flight: int) -> None:
         """The cluster has `capacity`, of which so many tasks in flight occupy `claimed`."""
         with self._lock:
-            self._pulse = replace(self._pulse, capacity=capacity, claimed=claimed, in_flight=in_flight)
+            self._status = replace(self._status, capacity=capacity, claimed=claimed, in_flight=in_flight)
 
     def ended(self, task: ClaimedTask, finished: Finished) -> None:
         """An attempt ended, well or not."""

@@ -46,7 +46,7 @@ class Plan:
         }
         # There must be work to disturb.
         chosen.setdefault(Submitted, 2)
-        having = self.having | (HAVE if self.only else frozenset())
+        having = self.having | HAVE if self.only else self.having
         if self.level == 1:
             return draw(seed, postgres=backend == "postgres", having=having, faults=chosen)
         return draw(seed, postgres=True, having=having, faults=chosen, steps=(3, 7), pause=2.5)

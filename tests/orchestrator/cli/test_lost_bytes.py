@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.main import run_cli
+from orchestrator.db.session import open_database
+from orchestrator.scheduling.losses import examine_loss
 from tests.orchestrator.in_process import InProcess
+from workers.errors import Dependency, Fault
 from workers.execution.execute import TaskCall
+from workers.execution.executor import Finished
 from workers.storage.blobs import blob_key
 from workers.storage.manifest import read_files
 from workers.storage.store import open_store
@@ -168,6 +172,50 @@ def test_a_task_on_a_node_that_sees_another_store_takes_back_no_result(
     events = cli("jobs", "logs", again.json["job"], "--json").json
     assert [event["data"]["fault"] for event in events if event["event"] == "retried"] == ["infrastructure"]
     assert "repaired" not in {event["event"] for event in events}
+
+
+def recorded(home: Path) -> int:
+    """Return how many results are recorded."""
+    with sqlite3.connect(home / "quantmill.db") as connection:
+        count: int = connection.execute("SELECT count(*) FROM results").fetchone()[0]
+    connection.close()
+    return count
+
+
+@pytest.mark.parametrize("words", [RUN, ["artifacts", "verify", "--all", "--repair"]], ids=["run", "verify"])
+def test_nothing_is_taken_for_lost_while_the_store_is_away(cli: Cli, done: Path, words: list[str]) -> None:
+    """As when its file system is not mounted: an empty folder is in its place."""
+    before = recorded(done)
+    (done / "store").rename(done / "away")
+    (done / "store").mkdir()
+    refused = cli(*words)
+    assert refused.code == 2
+    assert "is it mounted?" in refused.err.splitlines()[-1]
+    assert recorded(done) == before
+    shutil.rmtree(done / "store")
+    (done / "away").rename(done / "store")
+    again = cli(*RUN)
+    assert again.json["tasks"]["cached"] == again.json["tasks"]["total"]
+
+
+def test_blobs_that_are_really_gone_are_said_to_be(cli: Cli, done: Path) -> None:
+    before = recorded(done)
+    shutil.rmtree(done / "store")
+    assert cli("init", "--adopt").code == 0
+    cli("artifacts", "verify", "--all", "--repair")
+    assert recorded(done) < before
+
+
+def test_a_task_that_finds_the_store_away_waits_for_it(done: Path) -> None:
+    (done / "store" / "quantmill.json").unlink()
+    for blob in (done / "store" / "sha256").rglob("*"):
+        if blob.is_file():
+            blob.unlink()
+    database = open_database(f"sqlite:///{done / 'quantmill.db'}")
+    lost = Finished(1, None, Fault.LOST, "got no blob", ("0" * 64,))
+    found = examine_loss(database, str(done / "store"), "0" * 64, lost)
+    database.close()
+    assert (found.fault, found.dependency) == (Fault.OUTAGE, Dependency.STORE)
 
 
 def test_pull_of_a_damaged_release_says_how_to_repair_it(cli: Cli, done: Path, tmp_path: Path) -> None:

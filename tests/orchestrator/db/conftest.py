@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import inspect, text
 
+from orchestrator.db.picking import Picker
 from orchestrator.db.queries import (
     add_model,
     claim_tasks,
@@ -20,7 +21,7 @@ from orchestrator.db.queries import (
 )
 from orchestrator.db.rows import ClaimedTask, EnqueueCounts, JobRow, Lease, ModelRow
 from orchestrator.db.session import Database, lock_graph
-from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
+from orchestrator.graph import TaskNode, TaskRef, task_node
 
 
 def digest(name: str) -> str:
@@ -62,12 +63,10 @@ class QueueDriver:
             self.counts = enqueue_graph(session, job, nodes, target)
         return job
 
-    def claim(
-        self, limit: int = 1, *, lease_seconds: float = 60.0, capacity: Resources | None = None
-    ) -> list[ClaimedTask]:
+    def claim(self, limit: int = 1, *, lease_seconds: float = 60.0, picker: Picker | None = None) -> list[ClaimedTask]:
         """Claim tasks."""
         with self.database.session() as session:
-            return claim_tasks(session, owner="test", limit=limit, lease_seconds=lease_seconds, capacity=capacity)
+            return claim_tasks(session, owner="test", limit=limit, lease_seconds=lease_seconds, picker=picker)
 
     def take(self, node: TaskNode, **options: Any) -> Lease:
         """Claim what is next, which must be this task; return the lease."""

@@ -17,6 +17,8 @@ from orchestrator.db.queue import INFRASTRUCTURE_BACKOFF, TASK_BACKOFF
 from orchestrator.db.rows import Lease
 from orchestrator.errors import ResultError
 from orchestrator.graph import Resources, TaskRef, task_node
+from orchestrator.scheduling.picker import Places
+from workers.execution.cluster import Node
 
 Driver = Any  # the fixture's class lives in conftest.py
 
@@ -69,15 +71,6 @@ def test_claim_tasks_gives_everything_that_a_worker_needs(queue: Driver) -> None
     (task,) = queue.claim()
     assert list(task.inputs.items()) == [("z", [queue.digest("bytes of first")]), ("a", ["f" * 64, "0" * 64])]
     assert list(task.params) == ["z", "a"]
-
-
-def test_claim_tasks_fills_the_capacity_and_passes_over_what_does_not_fit(queue: Driver) -> None:
-    sizes = [Resources(3, 0, 10), Resources(4, 0, 10), Resources(1, 0, 85), Resources(1, 0, 70), Resources(1, 1, 1)]
-    queue.submit([queue.node(str(size), resources=size) for size in sizes])
-    claimed = queue.claim(9, capacity=Resources(5, 0, 90))
-    assert [task.resources for task in claimed] == [sizes[0], sizes[3]]
-    assert [task.resources for task in queue.claim(9, capacity=Resources(1, 0.5, 90))] == [sizes[2]]
-    assert [task.resources for task in queue.claim(9, capacity=Resources(1, 1, 90))] == [sizes[4]]
 
 
 def test_claim_tasks_does_not_claim_a_key_that_is_running(queue: Driver) -> None:
@@ -448,15 +441,13 @@ HISTORY = """
 """
 
 
-@pytest.mark.parametrize("capacity", [None, Resources(4, 1, 10**9)], ids=["any", "bound"])
-def test_claim_tasks_reads_the_heads_of_an_index_whatever_the_history(
-    queue: Driver, backend: str, capacity: Resources | None
-) -> None:
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+def test_claim_tasks_reads_the_heads_of_an_index_whatever_the_history(queue: Driver, backend: str, gpus: float) -> None:
     queue.execute(HISTORY)
     queue.submit([queue.node(number) for number in range(300)])
     queue.claim(20)
     queue.execute("ANALYZE")
-    plan = explain_claim(queue, backend, capacity)
+    plan = explain_claim(queue, backend, gpus)
     read = [
         line for line in plan if "INDEX ix_tasks" in line or "Scan using ix_tasks_q" in line or line == "SCAN tasks"
     ]
@@ -466,7 +457,7 @@ def test_claim_tasks_reads_the_heads_of_an_index_whatever_the_history(
     assert not any("Sort" in line or "TEMP B-TREE" in line for line in plan)
 
 
-def explain_claim(queue: Driver, backend: str, capacity: Resources | None) -> list[str]:
+def explain_claim(queue: Driver, backend: str, gpus: float) -> list[str]:
     """Return the database's plans for the very statements that claim."""
     from sqlalchemy import event
 
@@ -477,24 +468,25 @@ def explain_claim(queue: Driver, backend: str, capacity: Resources | None) -> li
 
     with queue.database.session() as session:
         event.listen(queue.database.engine, "before_cursor_execute", note)
-        assert len(candidate_rows(session, 8, capacity)) == 8
+        assert len(candidate_rows(session, 8, gpus)) == 8
         event.remove(queue.database.engine, "before_cursor_execute", note)
         prefix = "EXPLAIN QUERY PLAN " if backend == "sqlite" else "EXPLAIN "
         plans = [session.connection().exec_driver_sql(prefix + statement, values).all() for statement, values in seen]
     return [row[3 if backend == "sqlite" else 0] for plan in plans for row in plan]
 
 
-def test_claim_tasks_passes_over_what_does_not_fit_a_group_at_a_time(queue: Driver, backend: str) -> None:
-    """Thousands of tasks in front that ask for too much cost as much as one."""
+def test_claim_tasks_passes_over_what_has_no_gpu_a_group_at_a_time(queue: Driver, backend: str) -> None:
+    """Thousands of tasks in front for which there is no GPU cost as much as one."""
     small = [queue.node(f"small {number}") for number in range(20)]
-    large = [queue.node(f"large {number}", resources=Resources(64.0, 0, 0)) for number in range(3000)]
-    room = Resources(4.0, 0, 10**9)
+    large = [queue.node(f"large {number}", resources=Resources(1.0, 1.0, 0)) for number in range(3000)]
+    places = Places(1.0)
+    places.look((Node("cpus", "cpus", 4.0, 10**9),))
     queue.submit([*large[:1], *small])
-    few = touched_by_claim(queue, backend, room)
+    few = touched_by_claim(queue, backend, places)
     queue.submit([*large, queue.node("last")], priority=1)
     queue.execute("ANALYZE")
-    assert touched_by_claim(queue, backend, room) <= few + 50
-    assert [task.label for task in queue.claim(2, capacity=room)] == ["last", "small 0"]
+    assert touched_by_claim(queue, backend, places) <= few + 50
+    assert [task.label for task in queue.claim(2, picker=places.picker(2))] == ["last", "small 0"]
 
 
 def test_claim_tasks_reads_few_rows_whatever_the_history(queue: Driver, backend: str) -> None:
@@ -506,12 +498,11 @@ def test_claim_tasks_reads_few_rows_whatever_the_history(queue: Driver, backend:
     assert touched_by_claim(queue, backend) <= few + 50
 
 
-def touched_by_claim(queue: Driver, backend: str, capacity: Resources | None = None) -> int:
+def touched_by_claim(queue: Driver, backend: str, places: Places | None = None) -> int:
+    picker = None if places is None else places.picker(8)
     with queue.database.session() as session:
         if backend == "postgres":
-            bound = capacity or Resources(1e9, 1e9, 2**60)
-            values: dict[str, Any] = {"cpus": bound.cpus, "gpus": bound.gpus, "memory": bound.memory_bytes, "limit": 8}
-            values["gpu_types"] = None
+            values = {"gpus": 1e9 if picker is None else picker.gpus()[0], "gpu_types": None, "limit": 8}
             statement = claim_statement(session).postgresql.text
             plan = session.scalar(text(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"), values)
             return int(plan[0]["Plan"]["Shared Hit Blocks"] + plan[0]["Plan"]["Shared Read Blocks"])
@@ -523,7 +514,7 @@ def touched_by_claim(queue: Driver, backend: str, capacity: Resources | None = N
 
         raw = session.connection().connection.dbapi_connection
         raw.set_progress_handler(count, 10)
-        claim_tasks(session, owner="test", limit=8, lease_seconds=60, capacity=capacity)
+        claim_tasks(session, owner="test", limit=8, lease_seconds=60, picker=picker)
         raw.set_progress_handler(None, 0)
         session.rollback()
         session.info["events"].clear()

@@ -30,7 +30,7 @@ from orchestrator.monitoring.health import health
 from orchestrator.monitoring.metrics import METRICS, updated
 from orchestrator.monitoring.server import monitoring
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
-from orchestrator.scheduling.watch import Pulse, Watch
+from orchestrator.scheduling.watch import SchedulerStatus, Watch
 from tests.orchestrator.in_process import InProcess
 from workers.storage.store import open_store
 
@@ -163,9 +163,9 @@ def test_health_is_that_of_the_loop(watched: tuple[Database, Watch, str]) -> Non
     with pytest.raises(urllib.error.HTTPError, match="404"):
         get(f"{base}/")
     watch.passed()
-    now = watch.pulse.passed_at
-    assert (health(Pulse(now - 60))["live"], health(Pulse(now - 60))["ready"]) == (True, False)
-    assert health(Pulse(now - 1000))["live"] is False
+    now = watch.status.passed_at
+    assert (health(SchedulerStatus(now - 60))["live"], health(SchedulerStatus(now - 60))["ready"]) == (True, False)
+    assert health(SchedulerStatus(now - 1000))["live"] is False
 
 
 def test_scrapes_beside_each_other_ask_the_database_once_for_what_it_costs(

@@ -179,25 +179,51 @@ METRICS: dict[str, Metric] = {
         is_required=True,
         is_number=True,
     ),
+    "psnr_db_of_mean": Metric(
+        "PSNR of the squared error averaged over the samples; below psnr_db where few samples are far off",
+        unit="dB",
+        direction=Direction.HIGHER,
+        format=".2f",
+        is_number=True,
+        places={Place.CARD: Shown("PSNR of the mean error, dB", lambda v: (f"{v['psnr_db_of_mean']:.2f}", "–"), 5)},
+    ),
     "fd": Metric(
-        "Fréchet distance between features of the quantized and of full precision's samples",
+        "Feature distance: Fréchet distance between features of the quantized and of full precision's samples of the "
+        "same seeds; it goes with PSNR, and is no distance of distributions (kid is)",
         direction=Direction.LOWER,
         format=".4g",
         is_required=True,
         is_number=True,
         places={
-            Place.HUB: Shown("FD, {fd_extractor}", lambda _: ("fd",)),
-            Place.CARD: Shown("Fréchet distance, {fd_extractor}", lambda v: (f"{v['fd']:.4g}", "0"), 6),
+            Place.HUB: Shown("Feature distance, same seeds, {fd_extractor}", lambda _: ("fd",)),
+            Place.CARD: Shown("feature distance, same seeds, {fd_extractor}", lambda v: (f"{v['fd']:.4g}", "0"), 6),
             Place.REPORT: Shown(
-                "Fréchet distance",
+                "Feature distance, same seeds",
                 lambda v: (f"{v['fd']:.3g}", str(v["fd_extractor"]).partition("-imagenet")[0]),
                 3,
             ),
             Place.JOB: Shown(
                 "fd", lambda v: (f"{v['fd']:.4g} ({v['fd_extractor']}, against full precision's samples)",)
             ),
-            Place.README: Shown("Fréchet distance", lambda v: (f"{v['fd']:.{2 if v['fd'] < 10 else 1}f}",)),
+            Place.README: Shown("feature distance", lambda v: (f"{v['fd']:.{2 if v['fd'] < 10 else 1}f}",)),
         },
+    ),
+    "kid": Metric(
+        "Kernel distance (KID, unbiased) between features of the quantized samples and of full precision's samples of "
+        "other seeds: two halves of the seeds, each against the other's",
+        direction=Direction.LOWER,
+        format=".3g",
+        is_number=True,
+        places={
+            Place.CARD: Shown(
+                "KID, other seeds, {fd_extractor}", lambda v: (f"{v['kid']:.3g}", f"{v['kid_full_precision']:.3g}"), 6
+            ),
+        },
+    ),
+    "kid_full_precision": Metric(
+        "The same of full precision's samples in place of the quantized: what chance alone gives",
+        format=".3g",
+        is_number=True,
     ),
     "weight_bits_mean": Metric(
         "Bits of a weight, mean over the weights of all Conv and Linear layers; a table of a layer's outputs counts "

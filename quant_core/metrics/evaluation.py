@@ -17,9 +17,15 @@ from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.diffusion.sampler import make_scheduler, model_timestep, sample, start
 from quant_core.methods.ptqd.noise import corrected_power
-from quant_core.metrics.frechet import ResizedFeatures, frechet_distance
+from quant_core.metrics.frechet import (
+    KERNEL_SAMPLES,
+    ResizedFeatures,
+    frechet_distance,
+    kernel_distance,
+    sample_features,
+)
 from quant_core.metrics.images import signal_maps, to_rgb
-from quant_core.metrics.psnr import mean_with_ci, psnr_per_sample
+from quant_core.metrics.psnr import mean_with_ci, psnr_of_mean_error, psnr_per_sample
 from quant_core.metrics.sqnr import error_power, sqnr_db
 from quant_spec.enums import SampleSpace
 from quant_spec.errors import QuantizationError
@@ -135,7 +141,8 @@ def summarize(
     Returns
     -------
     Quality
-        `metrics` holds psnr_db, psnr_db_ci95, n, fd, fd_extractor, sqnr_db_per_step, timesteps and
+        `metrics` holds psnr_db, psnr_db_ci95, psnr_db_of_mean, n, fd, fd_extractor, kid and kid_full_precision (of
+        `KERNEL_SAMPLES` and more), sqnr_db_per_step, timesteps and
         samples ("pixels", clamped to [-1, 1] before they were compared, or "latents", as they are).
     """
     expected, measured = [_read(path) for path in references], [_read(path) for path in evaluations]
@@ -144,14 +151,22 @@ def summarize(
     if are_signals:
         truth, samples = signal_maps(truth), signal_maps(samples)
     reference_rgb, quantized_rgb = to_rgb(truth, truth, space), to_rgb(samples, truth, space)
-    psnr = mean_with_ci(torch.cat([shard["psnr_db"] for shard in measured]).tolist())
+    decibels = torch.cat([shard["psnr_db"] for shard in measured]).tolist()
+    psnr = mean_with_ci(decibels)
+    features = [sample_features(images, extractor, device=device) for images in (reference_rgb, quantized_rgb)]
+    kernel = {}
+    if psnr.n >= KERNEL_SAMPLES:
+        pairs = {"kid": features, "kid_full_precision": features[:1] * 2}
+        kernel = {name: round(kernel_distance(*pair), 2 * _DECIMALS) for name, pair in pairs.items()}
     powers = [shard["power"] for shard in measured if "power" in shard]
     power = torch.stack(powers).sum(0).tolist() if powers else [[], []]
     metrics = {
         "psnr_db": round(psnr.value, _DECIMALS),
         "psnr_db_ci95": round(psnr.ci95, _DECIMALS),
+        "psnr_db_of_mean": round(psnr_of_mean_error(decibels), _DECIMALS),
         "n": psnr.n,
-        "fd": round(frechet_distance(reference_rgb, quantized_rgb, extractor, device=device), _DECIMALS),
+        "fd": round(frechet_distance(*features), _DECIMALS),
+        **kernel,
         "fd_extractor": extractor.name,
         "sqnr_db_per_step": [round(value, _DECIMALS) for value in sqnr_db(*power)],
         "timesteps": expected[0]["timesteps"].tolist(),

@@ -1,6 +1,6 @@
-"""Fréchet distance between two sets of samples, in the features of a network that is given as a module.
+"""Distances between two sets of samples, in the features of a network that is given as a module.
 
-torchmetrics computes the distance; the extractor that ships is EfficientNet-Lite0 with its ImageNet weights, from its
+torchmetrics computes the distances; the extractor that ships is EfficientNet-Lite0 with its ImageNet weights, from its
 package. InceptionV3 is used when the user has its weights in a local file.
 """
 
@@ -21,6 +21,8 @@ EFFICIENTNET = "efficientnet-lite0-imagenet"
 #: Side of the images that EfficientNet-Lite0 was trained on.
 EFFICIENTNET_PIXELS = 224
 BATCH = 32
+#: Samples that a kernel distance needs at least: two on either side.
+KERNEL_SAMPLES = 4
 
 
 class ResizedFeatures(nn.Module):
@@ -103,25 +105,69 @@ def inception_v3(path: Path) -> ResizedFeatures:
     return ResizedFeatures(network, INCEPTION_PIXELS, features.shape[1], f"{name}@{INCEPTION_PIXELS}").eval()
 
 
+class _Given(nn.Module):
+    """Features that were taken before, in place of an extractor of torchmetrics."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features as they are."""
+        return features
+
+
 @torch.no_grad()
-def frechet_distance(
-    reference: Tensor, quantized: Tensor, extractor: ResizedFeatures, *, device: str | torch.device = "cpu"
-) -> float:
-    """Return the Fréchet distance between the features of two sets of RGB images.
+def sample_features(images: Tensor, extractor: ResizedFeatures, *, device: str | torch.device = "cpu") -> Tensor:
+    """Return the features of RGB images, shape (n, D), dtype float32, on the CPU.
 
     Parameters
     ----------
-    reference, quantized : Tensor, shape (n, 3, H, W), dtype float32, in [-1, 1], on the CPU
-        At least two each.
+    images : Tensor, shape (n, 3, H, W), dtype float32, in [-1, 1]
     device
-        Where the features are computed, in full float32 everywhere; the distance between them is computed on the CPU.
+        Where they are computed, in full float32 everywhere.
+    """
+    extractor = extractor.to(device)
+    deterministic = torch.backends.cudnn.deterministic
+    with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic, allow_tf32=False):
+        return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(BATCH)])
+
+
+def frechet_distance(reference: Tensor, quantized: Tensor) -> float:
+    """Return the Fréchet distance between two sets of features.
+
+    Between samples of the same seeds it is no distance of two distributions: with few samples it is about half the mean
+    squared difference of a pair's features. So it goes with PSNR, and cannot be compared with published FIDs.
+
+    Parameters
+    ----------
+    reference, quantized : Tensor, shape (n, D), dtype float32
+        At least two each, as `sample_features` gives them.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=extractor).to(device)
-    deterministic = torch.backends.cudnn.deterministic
-    with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic, allow_tf32=False):
-        for images, real in ((reference, True), (quantized, False)):
-            for batch in images.split(BATCH):
-                metric.update(batch.to(device), real=real)
-    return max(0.0, float(metric.to("cpu").compute()))
+    metric = FrechetInceptionDistance(feature=_Given(reference.shape[1]))
+    for features, real in ((reference, True), (quantized, False)):
+        metric.update(features, real=real)
+    return max(0.0, float(metric.compute()))
+
+
+def kernel_distance(reference: Tensor, quantized: Tensor) -> float:
+    """Return the kernel distance (KID) between two sets of samples of *different* seeds, without bias.
+
+    The squared maximum mean discrepancy of features under the cubic kernel (x . y / D + 1)^3 (Binkowski et al.,
+    arXiv:1801.01401). Each half of the one set is compared with the other half of the other, and the two are averaged:
+    so no seed is on both sides, and equal distributions give 0 on average, whatever the number of samples.
+
+    Parameters
+    ----------
+    reference, quantized : Tensor, shape (n, D)
+        Features of the same seeds in the same order, at least `KERNEL_SAMPLES`.
+    """
+    from torchmetrics.image.kid import poly_mmd
+
+    half = len(reference) // 2
+    first, second = slice(0, half), slice(half, 2 * half)
+    reference, quantized = reference.double(), quantized.double()
+    pairs = ((reference[first], quantized[second]), (reference[second], quantized[first]))
+    return sum(float(poly_mmd(one, other)) for one, other in pairs) / 2

@@ -59,3 +59,11 @@ def mean_with_ci(values: Sequence[float]) -> Mean:
         return Mean(mean, 0.0, n)
     variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
     return Mean(mean, float(student_t.ppf(0.975, n - 1)) * math.sqrt(variance / n), n)
+
+
+def psnr_of_mean_error(values: Sequence[float]) -> float:
+    """Return the PSNR of the mean squared error, in dB, given each sample's PSNR in dB.
+
+    Where a few samples are far off it is well below the mean of the decibels.
+    """
+    return -10 * math.log10(math.fsum(10 ** (-value / 10) for value in values) / len(values))

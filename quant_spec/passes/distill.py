@@ -36,7 +36,11 @@ class DistillFit(Record):
         description="Distil, besides the prediction, how positions of the last block's output relate, averaged over "
         "the pair of steps.",
     )
-    relation_weight: Positive = Field(default=100.0, description="Weight of the relations in the loss.")
+    relation_weight: Positive = Field(
+        default=25_600.0,
+        description="Weight of the relations, averaged over positions, in the loss; as the paper's 100 of the sum over "
+        "256 positions.",
+    )
     positions: Count = Field(
         default=256, description="Positions that are related, drawn anew in each iteration if there are more."
     )

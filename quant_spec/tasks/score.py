@@ -36,4 +36,4 @@ class Inputs(TaskInputs[Source]):
     extractor_weights: Source | None = None
 
 
-KIND = TaskKind("score", 2, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))
+KIND = TaskKind("score", 3, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))

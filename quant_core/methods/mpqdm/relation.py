@@ -37,7 +37,9 @@ def log_relations(feature: Tensor) -> Tensor:
 
 
 def relation_loss(feature: Tensor, target: Tensor, window: int, positions: Tensor | None = None) -> Tensor:
-    """Return the divergence of relations, KL(target || feature) summed over positions and averaged over samples.
+    """Return the divergence of relations, KL(target || feature) averaged over positions and over samples.
+
+    The paper sums over positions: its weight then depends on how many there are, and on how many are drawn.
 
     Parameters
     ----------
@@ -50,4 +52,4 @@ def relation_loss(feature: Tensor, target: Tensor, window: int, positions: Tenso
     if positions is not None:
         own, other = own[:, positions], other[:, positions]
     wanted = log_relations(other)
-    return F.kl_div(log_relations(own), wanted, reduction="sum", log_target=True) / len(own)
+    return F.kl_div(log_relations(own), wanted, reduction="sum", log_target=True) / (own.shape[0] * own.shape[1])

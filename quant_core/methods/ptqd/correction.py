@@ -16,7 +16,9 @@ we differ from the authors' code (PTQD@6b190f9), and why:
 - k and mu are used at a step only if they lower the error on held-out seeds. A k below 0 is then as good as another;
   theirs are set to 0.
 - All is in terms of what the network predicts (noise, sample or velocity): D is measured there, and the sampler's own
-  derivative carries it on, exactly.
+  derivative carries it on. That derivative is of a step without clipping: where a scheduler clips the predicted
+  sample (`clip_sample`, `thresholding`), a clipped element's error reaches the next sample through the direction term
+  alone, with the opposite sign at eta 1, and the variance that is taken out of the noise is not quite its own.
 """
 
 from __future__ import annotations

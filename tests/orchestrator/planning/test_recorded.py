@@ -65,10 +65,13 @@ def without_samples(node: TaskNode) -> dict[str, Any]:
     return {name: value for name, value in node.params.items() if name != "samples"}
 
 
+#: Relations were summed over 256 positions.
+SUMMED_RELATIONS = {"relation_weight": 100.0}
+
 RISEN = {
     "round": Risen(1, 2, lambda node, plan: {**node.params, "cache_bytes": 2 * 2**30, "inputs": "fp"}),
     "reconstruct": Risen(1, 2, lambda node, plan: {**node.params, **plan.units[node.label]}),
-    "distill": Risen(2, 3, lambda node, plan: {**node.params, "units": plan.names}),
+    "distill": Risen(2, 4, lambda node, plan: {**node.params, **SUMMED_RELATIONS, "units": plan.names}),
     "pack": Risen(2, 3, lambda node, plan: {**node.params, "units": plan.names}),
     "scale": Risen(2, 3, lambda node, plan: {"samples": 32, **node.params, **units_before(node, plan)}),
     "channel_errors": Risen(3, 4, lambda node, plan: {**node.params, **units_before(node, plan)}),
@@ -80,7 +83,7 @@ RISEN = {
             "sqnr_seeds": plan.source(node, "reference").params["sqnr_seeds"],
         },
     ),
-    "score": Risen(1, 2, lambda node, plan: without_samples(node)),
+    "score": Risen(1, 3, lambda node, plan: without_samples(node)),
 }
 
 
@@ -88,6 +91,10 @@ def recipe_before(params: dict[str, Any]) -> dict[str, Any]:
     """Return what a release was told when `base` named a scheduler, which was the one that both models have now."""
     config = params["recipe"]["config"]
     config = config | {"sampler": config["sampler"] | {"scheduler": "DDIMScheduler"}}
+    distill = config["passes"]["distill"]
+    if distill is not None:
+        relations = SUMMED_RELATIONS if distill["relations"] else {}
+        config |= {"passes": config["passes"] | {"distill": distill | relations}}
     digest = resolve(recipe_from_json(config)).digest
     return params | {"recipe": params["recipe"] | {"config": config, "digest": digest}}
 

@@ -41,7 +41,7 @@ def test_the_head_is_what_the_hub_reads() -> None:
     results = {result.metric_type: result for result in card.data["eval_results"]}
     assert results["psnr"].metric_value == 33.25
     assert results["fd"].metric_value == 1.5
-    assert results["fd"].metric_name == "FD, efficientnet-lite0"
+    assert results["fd"].metric_name == "Feature distance, same seeds, efficientnet-lite0"
     assert results["psnr"].dataset_name == "samples of 256 seeds"
 
 

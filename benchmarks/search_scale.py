@@ -1,7 +1,7 @@
 """A search's worth of tasks: planned, enqueued, run through Ray and recorded, with bodies that do nothing.
 
     python -m benchmarks.search_scale [--tasks 100000] [--workers 8] [--shapes flat jobs] [--databases sqlite postgres]
-        [--finished 0] [--before COMMIT-or-FOLDER] [--before-tasks 600] [--out FILE]
+        [--finished 0] [--before COMMIT-or-FOLDER] [--before-tasks 600] [--out FILE] [--add]
 
 Shapes: "flat", one job in which of every 50 tasks 49 are ready at once and one reads them; "jobs", one job for every 50
 tasks, of which each job shares 40 with others, as candidates of a search do (groups of ten jobs have the same 40), so
@@ -234,29 +234,28 @@ def case_in_process(url: str, *arguments: object) -> dict[str, Any]:
     return figures
 
 
-def measure_all(options: Any, report: dict[str, Any]) -> Iterator[None]:
-    """Measure case after case, into the report."""
+def measure_all(options: Any) -> Iterator[dict[str, Any]]:
+    """Measure case after case, after an older version on the same database and machine."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="quantmill-bench-")))
         server = stack.enter_context(wheel_postgres(folder / "postgres"))
         before = stack.enter_context(checkout(options.before))
         number = 0
         for name in options.databases:
+            rate = None
             if before is not None:
                 number += 1
                 with database_url(name, server, number) as url:
-                    figures = measure_before(before, url, "wide", options.before_tasks, 2)
-                report.setdefault("before", {})[name] = {"rate": round(1000 / figures["ms"], 1), **figures}
-                yield
+                    rate = 1000 / measure_before(before, url, "wide", options.before_tasks, 2)["ms"]
             for shape in options.shapes:
                 for finished in options.finished:
                     number += 1
+                    about = {"database": name, "shape": shape, "machine": machine(), "workers": options.workers}
                     with database_url(name, server, number) as url:
                         case = case_in_process(url, shape, options.tasks, options.workers, finished)
-                    if before is not None:
-                        case["ratio"] = round(case["rate"] / report["before"][name]["rate"], 2)
-                    report["cases"].append({"database": name, "shape": shape, **case})
-                    yield
+                    if rate is not None:
+                        case |= {"before_rate": round(rate, 1), "ratio": round(case["rate"] / rate, 2)}
+                    yield about | case
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -274,12 +273,17 @@ def main(arguments: Sequence[str]) -> None:
     options_of.add_argument("--before", metavar="COMMIT-or-FOLDER", help="an older version to compare with")
     options_of.add_argument("--before-tasks", type=int, default=600)
     options_of.add_argument("--out", type=Path)
+    options_of.add_argument("--add", action="store_true", help="keep the cases that the file has")
     options = options_of.parse_args(arguments)
-    report: dict[str, Any] = {"machine": machine(), "workers": options.workers, "cases": []}
-    for _ in measure_all(options, report):
+    report: dict[str, Any] = {"cases": []}
+    for case in measure_all(options):
+        if options.out and options.out.exists() and (options.add or report["cases"]):
+            # Others may have added theirs meanwhile.
+            report = json.loads(options.out.read_text())
+        report["cases"].append(case)
         if options.out:
             keep(report, options.out)
-    give(report, options.out)
+    give(report)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def measured(results: Path) -> tuple[dict[str, float], dict[str, Any]]:
         # As many transactions as it gives are under way at once on the CPUs of the machine that measured it.
         "database": int(compare["machine"].split()[0]) / rate,
     }
-    source = {"search-scale": scale["machine"], "queue-compare": compare["machine"]}
+    source = {"search-scale": cases[0]["machine"], "queue-compare": compare["machine"]}
     return costs, source | {"database_bytes_a_task": cases[0]["database_bytes_a_task"]}
 
 

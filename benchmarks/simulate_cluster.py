@@ -150,12 +150,12 @@ class Model:
     chance: random.Random
 
     def run(self) -> dict[str, Any]:
-        """Run all tasks; return the figures."""
+        """Run until the last task has been handed out; return the figures: the emptying at the end is left out."""
         events: list[tuple[float, int, str, int]] = []
         order = itertools.count()
         queued = [1] * self.gpus
         running = [False] * self.gpus
-        started, worked, now = self.left, 0.0, 0.0
+        ended, worked, now = 0, 0.0, 0.0
 
         def begin(gpu: int) -> None:
             nonlocal worked
@@ -180,10 +180,11 @@ class Model:
             queued[gpu] = 2
             begin(gpu)
         self.left -= 2 * self.gpus
-        while events:
+        while self.left > 0:
             now, _, what, which = heapq.heappop(events)
             if what == "end":
                 running[which] = False
+                ended += 1
                 if queued[which]:
                     begin(which)
                 number = which % len(self.orchestrators)
@@ -200,7 +201,8 @@ class Model:
                             begin(gpu)
             if self.orchestrators[number].ends and not self.orchestrators[number].is_busy:
                 begin_pass(number)
-        return self._figures(started, worked, now)
+        worked -= sum(at - now for at, _, what, _ in events if what == "end")
+        return self._figures(ended, worked, now)
 
     def _figures(self, tasks: int, worked: float, took: float) -> dict[str, Any]:
         shares = {

@@ -76,8 +76,8 @@ def _checks_added(table: str) -> str:
         WHERE added.{column} IS NOT NULL
           AND NOT EXISTS (SELECT 1 FROM {target} WHERE {target}.id = added.{column}) LIMIT 1;
         IF FOUND THEN
-            RAISE foreign_key_violation USING TABLE = '{table}', COLUMN = '{column}',
-                MESSAGE = '{table}.{column}: got ' || missing || ', wanted one of {target}';
+            RAISE foreign_key_violation USING TABLE = '{table}', CONSTRAINT = 'fk_{table}_{column}',
+                MESSAGE = 'foreign key constraint fk_{table}_{column}: got ' || missing || ', wanted one of {target}';
         END IF;"""
         for owner, column, target in REFERENCES
         if owner == table
@@ -96,8 +96,8 @@ def _checks_removed(target: str) -> str:
     looks = "".join(
         f"""
         IF EXISTS (SELECT 1 FROM removed JOIN {owner} ON {owner}.{column} = removed.id) THEN
-            RAISE foreign_key_violation USING TABLE = '{owner}', COLUMN = '{column}',
-                MESSAGE = '{target}: got a row to remove that {owner}.{column} refers to';
+            RAISE foreign_key_violation USING TABLE = '{owner}', CONSTRAINT = 'fk_{owner}_{column}',
+                MESSAGE = 'foreign key constraint fk_{owner}_{column}: got one of {target} to remove that it refers to';
         END IF;"""
         for owner, column, held in REFERENCES
         if held == target
@@ -114,8 +114,8 @@ def _refuses_change() -> str:
     return """
     CREATE FUNCTION references_stay() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
-        RAISE foreign_key_violation USING TABLE = TG_TABLE_NAME,
-            MESSAGE = TG_TABLE_NAME || ': got a change of a reference or of what is referred to, wanted none';
+        RAISE foreign_key_violation USING TABLE = TG_TABLE_NAME, MESSAGE = 'foreign key constraints of '
+            || TG_TABLE_NAME || ': got a change of a reference or of what is referred to, wanted none';
     END $$"""
 
 

@@ -116,15 +116,17 @@ class Fault(StrEnum):
 
     TASK: the task's own error, tried a few times. INFRASTRUCTURE: a worker, node or lease was lost; counted apart and
     tried more often. MEMORY: memory ran out, the device's or the host's; counted as infrastructure, tried again alone.
-    REFUSED: by a worker that is not fit for it; counted as infrastructure, tried again elsewhere. OUTAGE: something
-    that every task needs is out; counts as nothing, and the task runs when it is back. INVALID: bad input, never tried
-    again. LOST: a blob that it reads is missing or damaged; it waits until that has been made again.
+    REFUSED: by a worker that is not fit for it; counted as infrastructure, tried again elsewhere. DEADLINE: it ran for
+    longer than it may; counted as infrastructure at first, as a node may be slow, and as its own after that. OUTAGE:
+    something that every task needs is out; counts as nothing, and the task runs when it is back. INVALID: bad input,
+    never tried again. LOST: a blob that it reads is missing or damaged; it waits until that has been made again.
     """
 
     TASK = "task"
     INFRASTRUCTURE = "infrastructure"
     MEMORY = "memory"
     REFUSED = "refused"
+    DEADLINE = "deadline"
     OUTAGE = "outage"
     INVALID = "invalid"
     LOST = "lost"

@@ -416,6 +416,7 @@ def fail_task(session: Session, lease: Lease, *, fault: str, error: str, lost: S
     fault
         "task" (its own), "infrastructure" (a worker, node or store was lost), "memory" (device's or host's ran out: the
         next attempt is alone, with half the batch where that is free), "refused" (by a node that is not fit for it),
+        "deadline" (it ran for longer than it may: its own, but the infrastructure's if that has no fault yet),
         "invalid" (bad input, final) or "lost" (a blob that it reads): then what gave the blob runs again, and the task
         after it (`orchestrator.db.repair`).
     error
@@ -429,6 +430,10 @@ def fail_task(session: Session, lease: Lease, *, fault: str, error: str, lost: S
         False if the lease is no longer good; then nothing was changed.
     """
     lock_graph(session)
+    if fault == "deadline":
+        # What took too long may do so on any node; the first time, it may have been the node.
+        before = session.scalar(select(Task.faults_infrastructure).where(*held(lease)))
+        fault = "task" if before else "infrastructure"
     if fault == "lost":
         return repair_lost(session, lease, lost, _storable(error))
     return _fault(session, lease.task_id, held(lease), TaskEvent.RETRY, fault, error)

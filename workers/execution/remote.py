@@ -209,7 +209,7 @@ class Driver:
             limit = self._deadlines.get(call)
             if limit is not None and seconds > limit and call not in self._condemned:
                 what = f"got a task that ran for {seconds:.0f} s, wanted at most {limit:.0f} s"
-                self._take_away(name, beat, what, now, Fault.TASK)
+                self._take_away(name, beat, what, now, Fault.DEADLINE)
         for call, (since, what, fault) in list(self._condemned.items()):
             # Its node answers no more than its worker does, and Ray has not noticed.
             if now - since > self._silence and self._running.pop(call, None) is not None:

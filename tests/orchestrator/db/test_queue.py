@@ -385,6 +385,19 @@ def test_fail_task_keeps_any_error_text(queue: Driver) -> None:
     assert len(error) == 10_000
 
 
+def test_a_missed_deadline_is_the_infrastructures_fault_once_and_then_the_tasks_own(queue: Driver) -> None:
+    node = queue.node("slow")
+    queue.submit([node])
+    counted = []
+    for _ in range(3):
+        assert queue.fail(queue.take(node), "deadline", "it took too long")
+        counted.append(tuple(queue.task(node)[name] for name in ("faults_infrastructure", "faults_task")))
+        queue.skip_backoff()
+    assert counted == [(1, 0), (1, 1), (1, 2)]
+    assert queue.fail(queue.take(node), "deadline", "it took too long")
+    assert queue.states(node) == ["failed"]
+
+
 def test_fail_task_knows_only_three_faults(queue: Driver) -> None:
     node = queue.node("node")
     queue.submit([node])

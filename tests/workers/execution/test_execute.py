@@ -108,6 +108,20 @@ def test_scratch_of_a_dead_process_is_removed(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == [mine]
 
 
+def test_a_folder_of_anothers_making_is_left_alone(tmp_path: Path) -> None:
+    import os
+
+    theirs = tmp_path / "task-of-theirs"
+    (theirs / "work").mkdir(parents=True)
+    link = tmp_path / "task-link.own"
+    link.symlink_to(theirs)
+    os.utime(theirs, (1e9, 1e9))
+    with own_folder(tmp_path):
+        pass
+    assert (theirs / "work").is_dir()
+    assert link.is_symlink()
+
+
 def test_execute_sets_the_threads_of_torch(call: TaskCall) -> None:
     import torch
 

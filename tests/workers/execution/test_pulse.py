@@ -160,7 +160,7 @@ class TestStoppedProcesses:
         in_time = impatient.submit(replace(call, params={"payload": 3, "seconds": 4.0}, deadline_seconds=600.0))
         ended = collect(impatient, 2)
         assert ended[in_time].output is not None
-        assert ended[late].fault is Fault.TASK
+        assert ended[late].fault is Fault.DEADLINE
         assert "wanted at most 2 s" in ended[late].error
 
     def test_a_stopped_driver_is_killed_with_all_that_is_below_it(self, impatient: RayExecutor, call: TaskCall) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 
 from orchestrator.actions.dry_run import worker_count
 from orchestrator.actions.patience import patiently
-from orchestrator.actions.progress import Progress
+from orchestrator.actions.progress import show_progress
 from orchestrator.db.jobs import find_job
 from orchestrator.db.rows import JobRow
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig, Served
@@ -35,7 +35,7 @@ def run_job(service: Service, job: JobRow, stop: threading.Event) -> JobRow:
         # A store that is out must not keep the progress, and with it the end, waiting.
         notes = open_store(service.settings.store_url, quick=True)
         scheduler = make_scheduler(service)
-        with Progress(service.database, notes, job.id, workers=worker_count(), cluster=scheduler.cluster):
+        with show_progress(service.database, notes, job.id, workers=worker_count(), cluster=scheduler.cluster):
             scheduler.run(stop=stop, until_job=job.id)
 
     def look() -> JobRow:

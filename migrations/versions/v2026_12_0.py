@@ -165,7 +165,7 @@ def _make_searches() -> None:
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("stage", sa.String(16), nullable=False),
         sa.Column("round", sa.Integer(), nullable=False),
-        sa.Column("budgets", sa.Integer(), nullable=False),
+        sa.Column("last_round", sa.Integer(), nullable=False),
         sa.Column("job_id", sa.String(12)),
         sa.Column("parent", sa.String(12)),
         sa.Column("parent_model", sa.String(128)),

@@ -394,8 +394,8 @@ class SearchModel(Base):
     """One model of a search, and how far its own search is.
 
     `job_id` is the job that its next step waits for (sensitivities and what follows from them), `parent` the search
-    whose front it starts from. `budgets` counts the budgets that its proposals know. `proposed` is what the last
-    proposals said beside their points.
+    whose front it starts from. Candidates are proposed until `last_round`. `proposed` is what the last proposals said
+    beside their points.
     """
 
     __tablename__ = "search_models"
@@ -413,7 +413,7 @@ class SearchModel(Base):
     state: Mapped[str] = mapped_column(String(16))
     stage: Mapped[str] = mapped_column(String(16))
     round: Mapped[int] = mapped_column(Integer)
-    budgets: Mapped[int] = mapped_column(Integer)
+    last_round: Mapped[int] = mapped_column(Integer)
     job_id: Mapped[str | None] = mapped_column(String(12))
     parent: Mapped[str | None] = mapped_column(String(12))
     parent_model: Mapped[str | None] = mapped_column(Name)

@@ -174,7 +174,7 @@ class SearchModelRow:
     state: JobState
     stage: str
     round: int
-    budgets: int
+    last_round: int
     job: str | None
     parent: str | None
     parent_model: str | None

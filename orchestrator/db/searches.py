@@ -10,12 +10,13 @@ import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import case, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.job_ends import end_jobs
 from orchestrator.db.models import Job, JobTask, Model, Result, Search, SearchModel, SearchPoint, Task, in_states
+from orchestrator.db.releases import publish
 from orchestrator.db.rows import SearchCosts, SearchModelRow, SearchPointRow, SearchRow
 from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
 from orchestrator.db.statements import batches
@@ -43,13 +44,11 @@ def create_search(session: Session, values: Mapping[str, Any]) -> str:
 
 
 def add_search_models(session: Session, search_id: str, models: Sequence[Mapping[str, Any]]) -> None:
-    """Add models (model_name, model_digest, shape_digest, parent, parent_model) to a search, behind those it has."""
+    """Add models (model_name, model_digest, shape_digest, last_round) to a search, behind those it has."""
     first = session.scalar(select(func.count()).where(SearchModel.search_id == search_id)) or 0
-    fresh = {"state": JobState.QUEUED.value, "stage": "sensitivity", "round": 0, "budgets": 0}
+    fresh = {"state": JobState.QUEUED.value, "stage": "sensitivity", "round": 0}
     for place, values in enumerate(models):
-        session.execute(
-            insert(SearchModel).values(search_id=search_id, position=first + place, **fresh, **values)
-        )
+        session.execute(insert(SearchModel).values(search_id=search_id, position=first + place, **fresh, **values))
 
 
 def find_search(session: Session, prefix: str) -> SearchRow:
@@ -88,6 +87,17 @@ def open_searches(session: Session) -> list[str]:
     """Return the ids of the searches that have not ended, by priority, then oldest first."""
     statement = select(Search.id).where(in_states(Search.state, ACTIVE_JOBS))
     return list(session.scalars(statement.order_by(Search.priority.desc(), Search.created_at)))
+
+
+def active_jobs(session: Session, searches: Collection[str]) -> dict[str, int]:
+    """Return how many jobs of each search have not ended."""
+    statement = (
+        select(Job.search_id, func.count())
+        .where(Job.search_id.in_(searches), in_states(Job.state, ACTIVE_JOBS))
+        .group_by(Job.search_id)
+    )
+    found = {row[0]: row[1] for row in session.execute(statement)}
+    return {search: found.get(search, 0) for search in searches}
 
 
 def search_models(session: Session, search_id: str) -> list[SearchModelRow]:
@@ -257,6 +267,31 @@ def search_costs(session: Session, search_id: str) -> SearchCosts:
     return SearchCosts(counts, spent, used - spent, by_job)
 
 
+def task_counts(session: Session, search_id: str) -> dict[str, dict[str, int]]:
+    """Return how many distinct tasks each model's jobs have: total, done, cached (of those), running and queued."""
+    computed = func.max(case((JobTask.cached, 0), else_=1)).label("computed")
+    own = (
+        select(Job.model_name, Task.state, computed)
+        .join(JobTask, JobTask.job_id == Job.id)
+        .join(Task, Task.id == JobTask.task_id)
+        .where(Job.search_id == search_id)
+        .group_by(Job.model_name, Task.id, Task.state)
+        .subquery()
+    )
+    statement = select(own.c.model_name, own.c.state, own.c.computed, func.count()).group_by(
+        own.c.model_name, own.c.state, own.c.computed
+    )
+    found: dict[str, dict[str, int]] = {}
+    for model, state, was_computed, count in session.execute(statement):
+        counts = found.setdefault(model, dict.fromkeys(("total", "done", "cached", "running", "queued"), 0))
+        counts["total"] += count
+        counts["done"] += count if state == TaskState.SUCCEEDED else 0
+        counts["cached"] += count if state == TaskState.SUCCEEDED and not was_computed else 0
+        counts["running"] += count if state == TaskState.RUNNING else 0
+        counts["queued"] += count if state in (TaskState.QUEUED, TaskState.BLOCKED) else 0
+    return found
+
+
 def model_spent(session: Session, search_id: str, model: str) -> tuple[int, float]:
     """Return how many tasks a model's jobs of a search have had computed, and their seconds."""
     tasks = (
@@ -292,6 +327,22 @@ def registered(session: Session, names: Collection[str]) -> list[str]:
     return list(session.scalars(select(Model.name).where(Model.name.in_(names))))
 
 
+def publish_point(session: Session, job_id: str, name: str) -> str | None:
+    """Publish what a job has made under a name; return "name@N", or None if the job has made no release.
+
+    Call under `lock_graph`.
+    """
+    made = target_result(session, job_id)
+    if made is None or "artifact" not in made[0]:
+        return None
+    outputs, metrics = made
+    size = int(metrics["artifact_bytes"])
+    ref = publish(session, name, outputs["artifact"], size, job=job_id, metrics=metrics["metrics"])
+    published = update(Job).where(Job.id == job_id).values(release=ref, release_name=name)
+    session.execute(published, execution_options=_PLAIN)
+    return ref
+
+
 def _search_row(row: Search) -> SearchRow:
     return SearchRow(
         id=row.id,
@@ -320,7 +371,7 @@ def _model_row(row: SearchModel) -> SearchModelRow:
         state=JobState(row.state),
         stage=row.stage,
         round=row.round,
-        budgets=row.budgets,
+        last_round=row.last_round,
         job=row.job_id,
         parent=row.parent,
         parent_model=row.parent_model,

@@ -18,7 +18,7 @@ is told, reads and gives is in its file in `quant_spec.tasks`; which tasks a pas
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import TaskNode
@@ -44,18 +44,21 @@ PASSES: tuple[Callable[[Draft], Drawing], ...] = (
 )
 
 
-def plan(model: ModelRow, recipe: Recipe) -> tuple[Iterator[TaskNode], TaskNode]:
+def plan(model: ModelRow, recipe: Recipe, *, released: bool = True) -> tuple[Iterator[TaskNode], TaskNode]:
     """Plan a quantization job.
 
     Parameters
     ----------
     model
         With its inspection.
+    released
+        Whether the job ends with a release; else with the figures of the packed model.
 
     Returns
     -------
     (iterator of TaskNode, TaskNode)
-        The tasks, each after all that it depends on, made as they are asked for; and the last of them, the release.
+        The tasks, each after all that it depends on, made as they are asked for; and the last of them, the release or
+        the score.
 
     Raises
     ------
@@ -65,11 +68,12 @@ def plan(model: ModelRow, recipe: Recipe) -> tuple[Iterator[TaskNode], TaskNode]
         If its scheduler does not.
     """
     draft = take_out(Draft.begin(model, recipe))
-    target = deque(_nodes(draft), maxlen=1)[0]
-    return _nodes(draft), target
+    passes = PASSES if released else tuple(draw for draw in PASSES if draw is not release)
+    target = deque(_nodes(draft, passes), maxlen=1)[0]
+    return _nodes(draft, passes), target
 
 
-def _nodes(draft: Draft) -> Iterator[TaskNode]:
+def _nodes(draft: Draft, passes: Sequence[Callable[[Draft], Drawing]]) -> Iterator[TaskNode]:
     """Draw the passes one after another."""
-    for draw in PASSES:
+    for draw in passes:
         draft = yield from draw(draft)

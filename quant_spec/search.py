@@ -232,6 +232,9 @@ class SearchSpec(Record):
     latency_table: Pattern | None = Field(
         default=None, description="File that bench --layers wrote; needed by limits of latency_ms."
     )
+    latency_device: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="Device that latencies are of, as bench names it; a table of another is refused."
+    )
     seed: Seed = Field(default=0, description="Of every random choice of the search.")
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from orchestrator.db.jobs import find_job
 from orchestrator.db.rows import JobRow
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig, Served
 from orchestrator.scheduling.watch import Watch
+from orchestrator.search.advance import Steps
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS
 from workers.execution.executor import RayExecutor
@@ -58,4 +59,5 @@ def make_scheduler(service: Service, watch: Watch | None = None) -> Scheduler:
     """Return a scheduler on the service's database, store and Ray."""
     settings = service.settings
     config = SchedulerConfig(settings.store_url, settings.cache_dir, settings.cache_bytes)
-    return Scheduler(service.database, partial(RayExecutor.start, settings.ray_address), config, watch)
+    start = partial(RayExecutor.start, settings.ray_address)
+    return Scheduler(service.database, start, config, watch, Steps(service))

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from orchestrator.db.rows import ModelRow
-from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Source
@@ -83,13 +82,11 @@ def plan_sensitivity(model: ModelRow, recipe: Recipe, options: SensitivityOption
     Raises
     ------
     RecipeError
-        If the recipe does not fit the model, or leaves nothing to choose.
+        If the recipe does not fit the model.
+    InvalidInputError
+        If it chooses bits by itself.
     """
-    try:
-        with_menu = apply_allocation(recipe, Allocation(), options.widths)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    draft = take_out(Draft.begin(model, with_menu))
+    draft = take_out(Draft.begin(model, apply_allocation(recipe, Allocation(), options.widths)))
     nodes: list[TaskNode] = []
     for draw in (calibrate, temporal, scale):
         made = draw(draft)

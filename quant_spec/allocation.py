@@ -10,9 +10,11 @@ import hashlib
 import re
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from quant_spec.errors import InvalidInputError
 from quant_spec.keys import canonical_json
+from quant_spec.messages import first_problem
 from quant_spec.passes.menu import Menu
 from quant_spec.recipe import Recipe
 from quant_spec.recipe_formats import ActivationsException, LayerException, WeightsException, exact_name
@@ -91,12 +93,15 @@ def apply_allocation(recipe: Recipe, allocation: Allocation, menu: Menu) -> Reci
 
     Raises
     ------
-    ValueError
+    InvalidInputError
         If the recipe can't have them.
     """
     made = [choice.exception(name) for name, choice in sorted(allocation.layers.items())]
     layers = (*recipe.layers, *(entry for entry in made if entry is not None))
-    return recipe.replaced(layers=layers, passes=recipe.passes.replaced(menu=menu))
+    try:
+        return recipe.replaced(layers=layers, passes=recipe.passes.replaced(menu=menu))
+    except ValidationError as error:
+        raise InvalidInputError(first_problem(error, Recipe)) from None
 
 
 def without_choices(recipe: Recipe) -> Recipe:

@@ -15,6 +15,8 @@ from quant_spec.tasks import (
     export,
     inspect,
     layer_table,
+    menu,
+    mix,
     noise,
     noop,
     pack,
@@ -24,14 +26,17 @@ from quant_spec.tasks import (
     round,
     scale,
     score,
+    sensitivity,
     step_bits,
     step_effects,
+    step_gains,
     temporal,
 )
 
 _MODULES = (
-    *(inspect, calibrate, reference, temporal, scale, round, reconstruct, step_effects, step_bits, channel_errors),
+    *(inspect, calibrate, reference, temporal, scale, round, menu, mix, reconstruct, step_effects, step_bits, channel_errors),
     *(allocate, distill, pack, noise, correct, evaluate, score, release),
+    *(step_gains, sensitivity),  # searches alone
     *(export, bench, layer_table, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery
 )

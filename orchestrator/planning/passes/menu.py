@@ -198,7 +198,8 @@ def _check_promotion(name: str, layer: PlannedLayer, menu: Menu) -> None:
         raise RecipeError(f"layer {name}: weights.promoted: got weights {layer.weight.granularity}, wanted per_channel")
     if next_width(menu.weight_bits, layer.weight.bits) is None:
         raise RecipeError(
-            f"layer {name}: weights.promoted: got {layer.weight.bits} bits, wanted a wider one in passes.menu.weight_bits"
+            f"layer {name}: weights.promoted: got {layer.weight.bits} bits, wanted wider ones in "
+            "passes.menu.weight_bits"
         )
 
 

@@ -85,14 +85,13 @@ def test_the_temporal_block_has_the_bits_that_names_give_and_no_mix() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"blocks.0.conv1": LayerChoice(weight_bits=3)}, "layer blocks.0.conv1: weights.bits: got 3 bits, wanted one of "
-         "the menu's 2, 4, 8"),
+        ({"blocks.0.conv1": LayerChoice(weight_bits=3)}, "weights.bits: got 3 bits, wanted one of the menu's 2, 4, 8"),
         ({"blocks.0.conv1": LayerChoice(activation_bits=4)}, "blocks.0.conv1: activations: got 4 bits"),
         ({"blocks.0.conv1": LayerChoice(activation_bits=(8, 4))}, "blocks.0.conv1: activations: got 4 bits"),
         ({"mid.attn": LayerChoice(activation_bits=5)}, "mid.attn: activations: got 5 bits"),
-        ({"blocks.0.conv1": LayerChoice(weight_bits=8, promoted=0.5)}, "wanted a wider one in passes.menu.weight_bits"),
+        ({"blocks.0.conv1": LayerChoice(weight_bits=8, promoted=0.5)}, "wanted wider ones in passes.menu.weight_bits"),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_on_the_menu_is_refused(choices: dict[str, LayerChoice], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         mixed(choices)
@@ -100,7 +99,7 @@ def test_what_is_not_on_the_menu_is_refused(choices: dict[str, LayerChoice], mes
 
 def test_promoted_channels_need_scales_of_their_own() -> None:
     grouped = "weights={granularity: per_group, group_size: 16}"
-    with pytest.raises(RecipeError, match="weights.promoted: got weights per_group, wanted per_channel"):
+    with pytest.raises(RecipeError, match=r"weights\.promoted: got weights per_group, wanted per_channel"):
         mixed({"blocks.0.conv1": LayerChoice(weight_bits=2, promoted=0.5)}, grouped)
 
 

@@ -1,4 +1,4 @@
-"""Tables of sensitivities (`quant_spec.tasks.sensitivity`): merged over groups of units, and summed over an allocation."""
+"""Tables of sensitivities (`quant_spec.tasks.sensitivity`): merged over groups, and summed over an allocation."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@
 
 If activation bits differ between trajectory steps, `step_effects` (seeds) and `step_bits` lie between calibrate and
 round. With the passes `scale` and `allocate`, `scale` (units), then `channel_errors` (units) and `allocate`, lie before
-round; with `menu`, `menu` (units) and `mix` (units) lie in its place; with `distill`, that task and the trajectories that it needs between reconstruct and pack; with
-`correct`, `noise` (seeds) and `correct` between pack and evaluate.
+round; with `menu`, `menu` (units) and `mix` (units) lie in its place; with `distill`, that task and the trajectories
+that it needs between reconstruct and pack; with `correct`, `noise` (seeds) and `correct` between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine. What each kind of task

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import TaskNode, TaskRef
@@ -52,12 +52,12 @@ class SensitivityOptions:
         Calibration rows of each measured step, and how many steps.
     """
 
-    widths: Menu = Menu()
+    widths: Menu = field(default_factory=Menu)
     step_ranges: int = 1
     promoted: tuple[float, ...] = ()
     fixed: tuple[str, ...] = ()
     path: int = 2
-    rows: int = 2
+    rows: int = 1
     steps: int | None = 10
 
 

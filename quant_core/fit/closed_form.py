@@ -50,9 +50,7 @@ def factorize(hessian: Tensor, damping: float) -> Factor:
     return Factor(order, inverse)
 
 
-def round_closed_form(
-    weight: Tensor, factor: Factor, grid: QParams, bits: int | Tensor, group_index: Tensor
-) -> Tensor:
+def round_closed_form(weight: Tensor, factor: Factor, grid: QParams, bits: int | Tensor, group_index: Tensor) -> Tensor:
     """Choose the codes of a weight matrix (GPTQ, Alg. 1, columns in the order of falling diag H).
 
     Parameters

@@ -194,9 +194,7 @@ class _Lab:
         finally:
             parameter.data = before
 
-    def _add(
-        self, sums: dict[tuple[str, int], Tensor], key: tuple[str, int], error: Tensor, batch: Batch
-    ) -> None:
+    def _add(self, sums: dict[tuple[str, int], Tensor], key: tuple[str, int], error: Tensor, batch: Batch) -> None:
         power = error.double().square().flatten(1).mean(dim=1).cpu()
         total = sums.setdefault(key, torch.zeros(self.steps, dtype=torch.float64))
         total.index_add_(0, batch.step, power)

@@ -26,9 +26,7 @@ class _Seen:
 
     def is_whole(self) -> bool:
         """Whether nothing that was given has been written over since."""
-        return all(
-            _versions(output) == versions for output, versions in zip(self.outputs, self.versions, strict=True)
-        )
+        return all(_versions(output) == versions for output, versions in zip(self.outputs, self.versions, strict=True))
 
 
 class Prefix:

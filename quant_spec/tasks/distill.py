@@ -26,4 +26,4 @@ class Inputs(TaskInputs[Source]):
     states: tuple[Source, ...]
 
 
-KIND = TaskKind("distill", 4, "workers.tasks.distill:run", Params, Inputs, (f"{STATE}:*",), reports=True, gpu=True)
+KIND = TaskKind("distill", 3, "workers.tasks.distill:run", Params, Inputs, (f"{STATE}:*",), reports=True, gpu=True)

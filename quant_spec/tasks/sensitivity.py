@@ -4,11 +4,11 @@ The table is JSON:
 
     {"layers": {name: {"weights": {"4": {"damage": x, "bytes": n}, "4+0.5": {...}, ...},
                        "activations": {"8": [x for each range of steps], ...},
-                       "keep": {"damage": 0, "bytes": n}, "parameters": n, "macs": n}, ...},
+                       "keep": {"damage": 0, "bytes": n}, "parameters": n, "macs": n}},
      "base_bytes": n, "unit": {name: unit}}
 
-Damage is error power of the final sample (mean square), weighted by step gains. Attentions are among the layers, without
-weights, and with 0 bytes. A layer that is fixed has its base width alone. Activations: the damages of all ranges of
+Damage is error power of the final sample (mean square), weighted by step gains. Attentions are among the layers,
+without weights. A layer that is fixed has its base width alone. Activations: the damages of all ranges of
 steps add up to that of a width at all steps. Tables of several groups are merged by `quant_spec.sensitivity_table`:
 layers are united, `base_bytes` add up.
 """

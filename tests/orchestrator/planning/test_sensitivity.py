@@ -124,13 +124,13 @@ def test_more_bits_do_less_damage_and_take_more_bytes(table: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_bytes_are_those_of_the_packed_file(
-    world: World, table: dict[str, Any], tmp_path: Path, seed: int
-) -> None:
+def test_bytes_are_those_of_the_packed_file(world: World, table: dict[str, Any], tmp_path: Path, seed: int) -> None:
     """Never below, and above by a few bytes of each tensor's entry in the header."""
     choices: dict[str, LayerChoice] = {}
     for place, (name, entry) in enumerate(table["layers"].items()):
-        width, _, share = list(entry["weights"] or ["8"])[(place * 3 + seed) % max(1, len(entry["weights"]))].partition("+")
+        width, _, share = list(entry["weights"] or ["8"])[(place * 3 + seed) % max(1, len(entry["weights"]))].partition(
+            "+"
+        )
         if not entry["weights"] or (place + seed) % 5 == 0:
             continue
         choices[name] = LayerChoice(weight_bits=int(width), promoted=float(share or 0))  # type: ignore[arg-type]
@@ -142,9 +142,7 @@ def test_bytes_are_those_of_the_packed_file(
     assert real <= told <= real + 0.01 * real
 
 
-def test_damage_depends_on_what_else_is_quantized(
-    world: World, table: dict[str, Any]
-) -> None:
+def test_damage_depends_on_what_else_is_quantized(world: World, table: dict[str, Any]) -> None:
     alone = world.table(base(), SensitivityOptions(widths=MENU, path=0, rows=1, steps=None))
     differ = [
         name
@@ -179,7 +177,8 @@ def test_scaled_channels_and_a_temporal_block_are_priced_too(world: World, tmp_p
         world.model.inspection["layers"].keys() | world.model.inspection["attentions"].keys()
     )
     damages = [entry["weights"]["4"]["damage"] for entry in found["layers"].values() if entry["weights"]]
-    assert 0 < min(damages) and sum(damages) < 1
+    assert min(damages) > 0
+    assert sum(damages) < 1
     allocation = Allocation(layers={"conv_in": LayerChoice(weight_bits=8)})
     told = predicted(found, allocation, defaults(found))["bytes"]
     real = world.packed_bytes(apply_allocation(recipe, allocation, MENU), tmp_path / "packed")

@@ -25,7 +25,7 @@ PASS: dict[str, Any] = {
     "zero_point_lr": 2e-3,
     "bias_lr": 3e-4,
     "relations": True,
-    "relation_weight": 25_600.0,
+    "relation_weight": 100.0,
     "positions": 16,
     "seed": 0,
 }

@@ -11,8 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.db.registry import find_model
+from orchestrator.db.rows import ModelRow
+from orchestrator.db.search_report import search_results
+from orchestrator.db.searches import find_search, search_models
+from orchestrator.errors import NotFoundError
+from orchestrator.planning.model import ModelInfo
+from orchestrator.service import Service
 from orchestrator.text import table
+from quant_spec.documents import read_json
+from quant_spec.errors import InvalidInputError
 from quant_spec.numbers import human_bytes, human_count
+from quant_spec.sensitivity_table import merge_tables
+from quant_spec.tasks.sensitivity import TABLE
 
 #: Layers that the text names, by default.
 MOST_LAYERS = 15
@@ -104,6 +115,76 @@ class Step:
     def per_byte(self) -> float:
         """Damage that each byte takes away; of a step down, damage that each byte saved adds."""
         return self.drop / self.bytes if self.bytes else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTable:
+    """A model's table as JSON, its layers and attentions in the order in which they run, and the predicted front."""
+
+    model: str
+    table: dict[str, Any]
+    order: tuple[str, ...]
+    front: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTables:
+    """The tables of a search's models."""
+
+    search: str
+    models: tuple[ModelTable, ...]
+
+
+def find_sensitivities(service: Service, prefix: str, model: str | None = None) -> SearchTables:
+    """Return the tables that a search has measured so far, all or one model's.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no such search, or none of its models (or not this one) has a table yet.
+    BlobLostError
+        If its bytes are lost.
+    """
+    with service.database.session(read_only=True) as session:
+        search = find_search(session, prefix)
+        rows = [row for row in search_models(session, search.id) if model is None or row.name == model]
+        orders = {row.name: tuple(layer for layer, _ in layer_order(find_model(session, row.name))) for row in rows}
+    tables = search_tables(service, search.id)
+    found = tuple(
+        ModelTable(row.name, tables[row.name], orders[row.name], (row.proposed or {}).get("front", ()))
+        for row in rows
+        if row.name in tables
+    )
+    if not found:
+        whose = "any of its models" if model is None else f"a model {model}"
+        raise NotFoundError(f"search {search.id}: got no table of sensitivities, wanted one of {whose}")
+    return SearchTables(search.id, found)
+
+
+def layer_order(model: ModelRow) -> list[tuple[str, str]]:
+    """Return a model's layers and attentions in the order in which they run, each with its unit."""
+    return [
+        (name, unit.name)
+        for unit in ModelInfo.read(model.digest, model.inspection).units
+        for name in (*(layer.name for layer in unit.layers), *unit.attentions)
+    ]
+
+
+def search_tables(service: Service, search_id: str) -> dict[str, dict[str, Any]]:
+    """Return the table of each model of a search that has one, the groups of its layers merged.
+
+    Raises
+    ------
+    BlobLostError
+        If its bytes are lost.
+    """
+    with service.database.session(read_only=True) as session:
+        results = search_results(session, search_id, "sensitivity")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        document = read_json(service.store.get_bytes(result.outputs[TABLE]), "table of sensitivities")
+        groups.setdefault(result.model, []).append(document)
+    return {model: merge_tables(documents) for model, documents in groups.items()}
 
 
 def read_sensitivities(document: Mapping[str, Any], order: Sequence[str] = ()) -> Sensitivities:
@@ -219,9 +300,16 @@ def sensitivity_text(
         The choice of weight bits that all layers start from, such as `4`; by default the middle one.
     most
         Layers that each list names at most.
+
+    Raises
+    ------
+    InvalidInputError
+        If no layer has the choice `start`.
     """
     found = read_sensitivities(document, order)
     start = start if start is not None else found.middle
+    if start not in found.labels:
+        raise InvalidInputError(f"--start: got {start}, wanted one of {', '.join(found.labels)}")
     weights = sum(layer.parameters for layer in found.layers)
     lines = [
         f"{model}: {len(found.layers)} layers, {human_count(weights)} weights, "

@@ -216,6 +216,28 @@ class SearchCosts:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchJobCost:
+    """What one job of a search took: its tasks, those it did not compute, and the seconds of both sorts."""
+
+    job: str
+    model: str
+    tasks: int
+    cached: int
+    seconds: float
+    saved_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class KindResult:
+    """What one task left: for which model, with which parameters, and the digests of its outputs."""
+
+    model: str
+    label: str
+    params: dict[str, Any]
+    outputs: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class TaskRow:
     """A task as one job sees it: `cached` if it needed no computing for this job.
 

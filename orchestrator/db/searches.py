@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.job_ends import end_jobs
-from orchestrator.db.models import Job, JobTask, Model, Result, Search, SearchModel, SearchPoint, Task, in_states
+from orchestrator.db.models import Job, JobTask, Result, Search, SearchModel, SearchPoint, Task, in_states
 from orchestrator.db.releases import publish
 from orchestrator.db.rows import SearchCosts, SearchModelRow, SearchPointRow, SearchRow
 from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
@@ -23,6 +23,9 @@ from orchestrator.db.statements import batches
 from orchestrator.errors import NotFoundError
 from orchestrator.states import ACTIVE_JOBS, JobEvent, JobState, TaskState
 from quant_spec.errors import InvalidInputError
+
+#: The kind of task that proposes points, and reads the tables of sensitivities.
+PROPOSE_KIND = "propose"
 
 _PLAIN = {"synchronize_session": False}
 
@@ -322,9 +325,24 @@ def target_result(session: Session, job_id: str) -> tuple[dict[str, str], dict[s
     return None if row is None else (row.outputs, row.metrics)
 
 
-def registered(session: Session, names: Collection[str]) -> list[str]:
-    """Return which of these names are registered models'."""
-    return list(session.scalars(select(Model.name).where(Model.name.in_(names))))
+def tables_read(session: Session, search_id: str, model: str) -> dict[str, list[str]] | None:
+    """Return the digests of the tables of sensitivities that a model's proposals were made from, by variant."""
+    statement = (
+        select(Task.params, Task.inputs)
+        .join(JobTask, JobTask.task_id == Task.id)
+        .join(Job, Job.id == JobTask.job_id)
+        .where(Job.search_id == search_id, Job.model_name == model, Task.kind == PROPOSE_KIND)
+        .where(in_states(Task.state, [TaskState.SUCCEEDED]))
+        .order_by(Task.seq)
+        .limit(1)
+    )
+    row = session.execute(statement).one_or_none()
+    if row is None:
+        return None
+    found: dict[str, list[str]] = {}
+    for variant, digest in zip(row.params["variants"], row.inputs["tables"], strict=True):
+        found.setdefault(variant, []).append(digest)
+    return found
 
 
 def publish_point(session: Session, job_id: str, name: str) -> str | None:

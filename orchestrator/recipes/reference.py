@@ -67,13 +67,13 @@ def with_tables(page: str, section: type[Record] = Recipe, whole: str = WHOLE) -
     found = [match["name"] for match in _BLOCK.finditer(page)]
     if sorted(found) != sorted(wanted):
         lacks = ", ".join(sorted(wanted.keys() - found)) or "none"
-        raise ValueError(f"page of {whole}: got fields of {', '.join(found)}, wanted each section once; missing: {lacks}")
+        raise ValueError(
+            f"page of {whole}: got fields of {', '.join(found)}, wanted each section once; missing: {lacks}"
+        )
     return _BLOCK.sub(lambda match: f"{match['name']}{match['open']}{wanted[match['name']]}", page)
 
 
-def sections(
-    path: str = "", section: type[Record] = Recipe, whole: str = WHOLE
-) -> Iterator[tuple[str, type[Record]]]:
+def sections(path: str = "", section: type[Record] = Recipe, whole: str = WHOLE) -> Iterator[tuple[str, type[Record]]]:
     """Return the sections of a record, each with the path to it, the record itself first."""
     yield path or whole, section
     for name, field in section.model_fields.items():

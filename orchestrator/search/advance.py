@@ -53,8 +53,8 @@ from orchestrator.search.fronts import (
 )
 from orchestrator.search.jobs import plan_candidate, queue_job
 from orchestrator.search.proposals import Proposals, read_proposals
-from orchestrator.search.trivial import trivial_proposals
-from orchestrator.search.warm import find_parent, warm_points
+from orchestrator.search.proposing import plan_proposals
+from orchestrator.search.warm import find_parent, parent_tables, warm_points
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS, JobState
 from quant_spec.allocation import Allocation
@@ -266,11 +266,12 @@ class _Step:
             values = {"parent": parent[0], "parent_model": parent[1]}
             if parent[0] is not None:
                 values["last_round"] = max(1, self.model.last_round - 1)
-        self.move(**values)
-        self.model = next(each for each in search_models(self.session, self.search.id) if each.name == self.model.name)
-        self.add_candidates(trivial_proposals(self.row, self.spec, self.search.recipes, self.model.round))
+        tables = parent_tables(self.session, self.search.row, *parent)
+        latency = self.search.row.latency
+        job = plan_proposals(self.row, self.spec, self.search.recipes, self.measured_json(), latency, tables)
+        self.move(job_id=queue_job(self.session, self.search.row, self.row, job), **values)
 
-    def measuredcanonical_json(self) -> list[dict[str, Any]]:
+    def measured_json(self) -> list[dict[str, Any]]:
         """Return what was measured so far, as proposals are told it: of each point its most exact measurement."""
         told = []
         for point in self.points:
@@ -279,7 +280,7 @@ class _Step:
                 continue
             told.append(
                 {
-                    "allocation": point.allocation,
+                    "allocation": Allocation.model_validate_json(canonical_json(point.allocation)).to_json(),
                     "psnr_db": metrics.get("psnr_db"),
                     "fd": metrics.get("fd"),
                     "error": prediction_error(metrics),

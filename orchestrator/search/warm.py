@@ -5,10 +5,18 @@ from __future__ import annotations
 import hashlib
 
 from orchestrator.db.rows import ModelRow, SearchModelRow, SearchRow
-from orchestrator.db.searches import earlier_parent, find_parents, search_models, search_points
+from orchestrator.db.searches import (
+    earlier_parent,
+    find_parents,
+    find_search,
+    search_models,
+    search_points,
+    tables_read,
+)
 from orchestrator.db.session import Session
 from orchestrator.planning.model import ModelInfo
 from orchestrator.search.proposals import Proposed
+from orchestrator.search.proposing import same_table
 from quant_spec.allocation import Allocation
 from quant_spec.keys import canonical_json
 from quant_spec.search import SearchSpec
@@ -53,6 +61,18 @@ def find_parent(
     wanted = spec.warm_start if isinstance(spec.warm_start, str) else None
     found = find_parents(session, model.shape_digest, but_model=model.digest, but_digest=search.digest, search=wanted)
     return found[0] if found else (None, None)
+
+
+def parent_tables(
+    session: Session, search: SearchRow, parent: str | None, parent_model: str | None
+) -> dict[str, list[str]] | None:
+    """Return a parent's tables of sensitivities, by variant, if that search had the same choices; else None."""
+    if parent is None or parent_model is None:
+        return None
+    other = find_search(session, parent)
+    if not same_table({"spec": search.spec, "recipes": search.recipes}, {"spec": other.spec, "recipes": other.recipes}):
+        return None
+    return tables_read(session, parent, parent_model)
 
 
 def warm_points(session: Session, parent: str, parent_model: str, most: int) -> list[Proposed]:

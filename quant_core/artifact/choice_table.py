@@ -71,7 +71,7 @@ def _weights(
         size = layer_bytes(name, spec, own, found.digits)
         entries[str(bits)] = {"damage": _rounded(damage), "bytes": size}
         above = next((width for width in widths if width > bits), None)
-        if above is None or spec.weight.granularity is not Granularity.PER_CHANNEL:
+        if not params.promoted or above is None or spec.weight.granularity is not Granularity.PER_CHANNEL:
             continue
         low, high = found.errors[f"{name}:{bits}"].double(), found.errors[f"{name}:{above}"].double()
         for share in params.promoted:

@@ -195,9 +195,7 @@ def _check_activations(
 def _check_promotion(name: str, layer: PlannedLayer, menu: Menu) -> None:
     """Refuse promoted channels where formats, or the menu, have no room for them."""
     if layer.weight.granularity is not Granularity.PER_CHANNEL:
-        raise RecipeError(
-            f"layer {name}: weights.promoted: got weights {layer.weight.granularity}, wanted per_channel"
-        )
+        raise RecipeError(f"layer {name}: weights.promoted: got weights {layer.weight.granularity}, wanted per_channel")
     if next_width(menu.weight_bits, layer.weight.bits) is None:
         raise RecipeError(
             f"layer {name}: weights.promoted: got {layer.weight.bits} bits, wanted a wider one in passes.menu.weight_bits"

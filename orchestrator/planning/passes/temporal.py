@@ -64,9 +64,7 @@ def take_out(draft: Draft) -> Draft:
         depth=1.0,
     )
     block = QuantizedUnit(info, PlannedUnit(TEMPORAL_UNIT, {layer.name: found[layer.name] for layer in layers}, {}))
-    return replace(
-        draft, block=block, units=_without(draft.units, found), base_units=_without(draft.base_units, found)
-    )
+    return replace(draft, block=block, units=_without(draft.units, found), base_units=_without(draft.base_units, found))
 
 
 def _without(units: Iterable[QuantizedUnit], layers: Mapping[str, PlannedLayer]) -> tuple[QuantizedUnit, ...]:

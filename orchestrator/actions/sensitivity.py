@@ -13,8 +13,7 @@ from typing import Any
 
 from orchestrator.db.registry import find_model
 from orchestrator.db.rows import ModelRow
-from orchestrator.db.search_report import search_results
-from orchestrator.db.searches import find_search, search_models
+from orchestrator.db.searches import find_search, search_models, tables_read
 from orchestrator.errors import NotFoundError
 from orchestrator.planning.model import ModelInfo
 from orchestrator.service import Service
@@ -23,7 +22,7 @@ from quant_spec.documents import read_json
 from quant_spec.errors import InvalidInputError
 from quant_spec.numbers import human_bytes, human_count
 from quant_spec.sensitivity_table import merge_tables
-from quant_spec.tasks.sensitivity import TABLE
+from workers.storage.store import Store
 
 #: Layers that the text names, by default.
 MOST_LAYERS = 15
@@ -118,11 +117,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelTable:
-    """A model's table as JSON, its layers and attentions in the order in which they run, and the predicted front."""
+class ModelTables:
+    """A model's tables as JSON, by variant of the base recipe (`base` first), and what is known beside them.
+
+    `order` are the names of its layers and attentions in the order in which they run, `front` is the predicted front.
+    """
 
     model: str
-    table: dict[str, Any]
+    tables: Mapping[str, dict[str, Any]]
     order: tuple[str, ...]
     front: Sequence[Sequence[float]]
 
@@ -132,11 +134,11 @@ class SearchTables:
     """The tables of a search's models."""
 
     search: str
-    models: tuple[ModelTable, ...]
+    models: tuple[ModelTables, ...]
 
 
 def find_sensitivities(service: Service, prefix: str, model: str | None = None) -> SearchTables:
-    """Return the tables that a search has measured so far, all or one model's.
+    """Return the tables that a search's proposals were made from, all or one model's.
 
     Raises
     ------
@@ -148,17 +150,31 @@ def find_sensitivities(service: Service, prefix: str, model: str | None = None) 
     with service.database.session(read_only=True) as session:
         search = find_search(session, prefix)
         rows = [row for row in search_models(session, search.id) if model is None or row.name == model]
-        orders = {row.name: tuple(layer for layer, _ in layer_order(find_model(session, row.name))) for row in rows}
-    tables = search_tables(service, search.id)
+        orders = {row.name: tuple(name for name, _ in layer_order(find_model(session, row.name))) for row in rows}
+        digests = {row.name: tables_read(session, search.id, row.name) for row in rows}
     found = tuple(
-        ModelTable(row.name, tables[row.name], orders[row.name], (row.proposed or {}).get("front", ()))
+        ModelTables(row.name, read_tables(service.store, read), orders[row.name], (row.proposed or {}).get("front", ()))
         for row in rows
-        if row.name in tables
+        if (read := digests[row.name])
     )
     if not found:
         whose = "any of its models" if model is None else f"a model {model}"
         raise NotFoundError(f"search {search.id}: got no table of sensitivities, wanted one of {whose}")
     return SearchTables(search.id, found)
+
+
+def read_tables(store: Store, digests: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """Read a model's tables, those of all groups of its layers in one, by variant.
+
+    Raises
+    ------
+    BlobLostError
+        If bytes are lost.
+    """
+    return {
+        variant: merge_tables([read_json(store.get_bytes(digest), "table of sensitivities") for digest in groups])
+        for variant, groups in digests.items()
+    }
 
 
 def layer_order(model: ModelRow) -> list[tuple[str, str]]:
@@ -168,23 +184,6 @@ def layer_order(model: ModelRow) -> list[tuple[str, str]]:
         for unit in ModelInfo.read(model.digest, model.inspection).units
         for name in (*(layer.name for layer in unit.layers), *unit.attentions)
     ]
-
-
-def search_tables(service: Service, search_id: str) -> dict[str, dict[str, Any]]:
-    """Return the table of each model of a search that has one, the groups of its layers merged.
-
-    Raises
-    ------
-    BlobLostError
-        If its bytes are lost.
-    """
-    with service.database.session(read_only=True) as session:
-        results = search_results(session, search_id, "sensitivity")
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
-        document = read_json(service.store.get_bytes(result.outputs[TABLE]), "table of sensitivities")
-        groups.setdefault(result.model, []).append(document)
-    return {model: merge_tables(documents) for model, documents in groups.items()}
 
 
 def read_sensitivities(document: Mapping[str, Any], order: Sequence[str] = ()) -> Sensitivities:

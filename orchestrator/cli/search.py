@@ -174,11 +174,19 @@ def search_sensitivity(app: App, search_id: str, model: str | None, start: str |
         found = find_sensitivities(service, search_id, model)
     view = {
         "search": found.search,
-        "models": {each.model: {"table": each.table, "front": each.front} for each in found.models},
+        "models": {each.model: {"tables": each.tables, "front": each.front} for each in found.models},
     }
     texts = [
-        sensitivity_text(each.table, model=each.model, order=each.order, front=each.front, start=start, most=layers)
+        sensitivity_text(
+            table,
+            model=each.model if len(each.tables) == 1 else f"{each.model}, variant {variant}",
+            order=each.order,
+            front=each.front if place == 0 else (),
+            start=start,
+            most=layers,
+        )
         for each in found.models
+        for place, (variant, table) in enumerate(each.tables.items())
     ]
     app.answer(view, lambda: "\n\n".join(texts))
 

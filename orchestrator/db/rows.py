@@ -228,16 +228,6 @@ class SearchJobCost:
 
 
 @dataclass(frozen=True, slots=True)
-class KindResult:
-    """What one task left: for which model, with which parameters, and the digests of its outputs."""
-
-    model: str
-    label: str
-    params: dict[str, Any]
-    outputs: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
 class TaskRow:
     """A task as one job sees it: `cached` if it needed no computing for this job.
 

@@ -1,12 +1,12 @@
-"""What a search's report asks of the database: what its jobs took, and what tasks of one kind left."""
+"""What a search's report asks of the database: what each of its jobs took."""
 
 from __future__ import annotations
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from orchestrator.db.models import Job, JobTask, Result, Task, in_states
-from orchestrator.db.rows import KindResult, SearchJobCost
+from orchestrator.db.models import Job, JobTask, Result, Task
+from orchestrator.db.rows import SearchJobCost
 from orchestrator.states import TaskState
 
 
@@ -39,20 +39,4 @@ def search_job_costs(session: Session, search_id: str) -> list[SearchJobCost]:
             seconds=cost.seconds + (seconds if own else 0.0),
             saved_seconds=cost.saved_seconds + (0.0 if own else seconds),
         )
-    return list(found.values())
-
-
-def search_results(session: Session, search_id: str, kind: str) -> list[KindResult]:
-    """Return what a search's tasks of one kind left, each once for each model, in the order in which they came."""
-    statement = (
-        select(Job.model_name, Task.id, Task.label, Task.params, Result.outputs)
-        .join(JobTask, JobTask.job_id == Job.id)
-        .join(Task, Task.id == JobTask.task_id)
-        .join(Result, (Result.key == Task.key) & in_states(Task.state, [TaskState.SUCCEEDED]))
-        .where(Job.search_id == search_id, Task.kind == kind)
-        .order_by(Job.created_at, Task.seq)
-    )
-    found: dict[tuple[str, str], KindResult] = {}
-    for row in session.execute(statement):
-        found.setdefault((row.model_name, row.id), KindResult(row.model_name, row.label, row.params, row.outputs))
     return list(found.values())

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import yaml
 
 from orchestrator.actions.searches import validated_front
-from orchestrator.actions.sensitivity import layer_order, read_sensitivities, search_tables
+from orchestrator.actions.sensitivity import layer_order, read_sensitivities, read_tables
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import list_tasks
 from orchestrator.db.registry import find_model
 from orchestrator.db.rows import ModelRow, SearchJobCost, SearchModelRow, SearchPointRow
 from orchestrator.db.search_report import search_job_costs
-from orchestrator.db.searches import find_search, search_models, search_points
+from orchestrator.db.searches import find_search, search_models, search_points, tables_read
 from orchestrator.report.collect import read_strips
 from orchestrator.report.images import Strips
 from orchestrator.report.render import protocol_line
@@ -26,6 +26,7 @@ from orchestrator.text import utc_text
 from quant_spec.allocation import Allocation
 from quant_spec.keys import canonical_json
 from quant_spec.search import SearchSpec
+from workers.storage.store import Store
 
 #: Points of a report whose samples it shows, and the pixels of each image's longer side, at most.
 MOST_GRIDS, MOST_PIXELS = 300, 96
@@ -40,6 +41,7 @@ class _Found:
     row: SearchModelRow
     model: ModelRow
     points: Sequence[SearchPointRow]
+    tables: Mapping[str, Sequence[str]]
 
 
 def collect_search(service: Service, prefix: str) -> SearchReportData:
@@ -62,11 +64,15 @@ def collect_search(service: Service, prefix: str) -> SearchReportData:
         now = database_time(session)
         costs = search_job_costs(session, row.id)
         found = [
-            _Found(model, find_model(session, model.name), search_points(session, row.id, model.name))
+            _Found(
+                model,
+                find_model(session, model.name),
+                search_points(session, row.id, model.name),
+                tables_read(session, row.id, model.name) or {},
+            )
             for model in search_models(session, row.id)
         ]
     spec = spec_from_json(row.spec)
-    tables = search_tables(service, row.id)
     grids = _grids(service, [point for each in found for point in each.points])
     measured = [point.metrics for each in found for point in each.points if point.metrics]
     return SearchReportData(
@@ -85,23 +91,24 @@ def collect_search(service: Service, prefix: str) -> SearchReportData:
         protocol=protocol_line(measured[0]) if measured else "",
         screening=_screening_text(spec),
         spec_yaml=yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        models=tuple(_model(each, spec, costs, tables.get(each.row.name), grids) for each in found),
+        models=tuple(_model(service.store, each, spec, costs, grids) for each in found),
     )
 
 
 def _model(
+    store: Store,
     found: _Found,
     spec: SearchSpec,
     costs: Sequence[SearchJobCost],
-    table: Mapping[str, object] | None,
     grids: Mapping[str, Strips],
 ) -> ModelReport:
-    """Return one model's part of the report."""
+    """Return one model's part of the report; of several variants' tables the base recipe's, which comes first."""
     row, proposed = found.row, found.row.proposed or {}
     by_job = {cost.job: cost for cost in costs if cost.model == row.name}
     layers = layer_order(found.model)
     surrogate = proposed.get("surrogate") or {}
     on_front = _on_front(spec, found.points)
+    table = next(iter(read_tables(store, dict(list(found.tables.items())[:1])).values()), None)
     return ModelReport(
         name=row.name,
         digest=row.digest,

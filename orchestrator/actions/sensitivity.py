@@ -256,17 +256,18 @@ def smallest_within(front: Sequence[Sequence[float]], most: int = 12) -> list[tu
     front
         (bytes, damage, PSNR in dB) of each point, as `propose` writes it.
     most
-        Levels at most, from the best that is reached down to the worst.
+        Levels at most, from the best that is reached down to the worst, each the best for its size.
     """
     reached = [(point[2], int(point[0])) for point in front if math.isfinite(point[2])]
     if not reached:
         return []
-    top, bottom = math.floor(max(reached)[0]), math.ceil(min(reached)[0])
-    stride = max(1, math.ceil((top - bottom + 1) / most))
-    return [
-        (float(level), min(size for psnr_db, size in reached if psnr_db >= level))
-        for level in range(top, bottom - 1, -stride)
-    ]
+    found: list[tuple[float, int]] = []
+    for level in range(math.floor(max(reached)[0]), math.floor(min(reached)[0]) - 1, -1):
+        size = min(size for psnr_db, size in reached if psnr_db >= level)
+        if not found or found[-1][1] != size:
+            found.append((float(level), size))
+    stride = (len(found) - 1) / max(most - 1, 1)
+    return found if len(found) <= most else [found[round(place * stride)] for place in range(most)]
 
 
 def share_text(part: float, whole: float) -> str:

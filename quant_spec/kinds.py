@@ -20,6 +20,7 @@ from quant_spec.tasks import (
     noise,
     noop,
     pack,
+    propose,
     reconstruct,
     reference,
     release,
@@ -34,9 +35,22 @@ from quant_spec.tasks import (
 )
 
 _MODULES = (
-    *(inspect, calibrate, reference, temporal, scale, round, menu, mix, reconstruct, step_effects, step_bits, channel_errors),
+    *(
+        inspect,
+        calibrate,
+        reference,
+        temporal,
+        scale,
+        round,
+        menu,
+        mix,
+        reconstruct,
+        step_effects,
+        step_bits,
+        channel_errors,
+    ),
     *(allocate, distill, pack, noise, correct, evaluate, score, release),
-    *(step_gains, sensitivity),  # searches alone
+    *(step_gains, sensitivity, propose),  # searches alone
     *(export, bench, layer_table, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery
 )

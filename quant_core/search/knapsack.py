@@ -245,7 +245,7 @@ def _program(choices: Choices, room: Floats, open_: NDArray[np.bool_], width: fl
         integrality=np.ones(len(left)),
         bounds=Bounds(0, 1),
         constraints=rows,
-        options={"mip_rel_gap": 0, "node_limit": _NODES, "presolve": False},
+        options={"mip_rel_gap": 0, "node_limit": _NODES},
     )
     if found.x is None:
         return None

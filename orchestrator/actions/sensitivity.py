@@ -126,7 +126,7 @@ class ModelTables:
     model: str
     tables: Mapping[str, dict[str, Any]]
     order: tuple[str, ...]
-    front: Sequence[Sequence[float]]
+    front: Sequence[Sequence[float | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,17 +248,19 @@ def _starts(sensitivities: Sensitivities, label: str) -> list[tuple[LayerSensiti
     return [(layer, option) for layer in sensitivities.layers if (option := layer.at_most(width))]
 
 
-def smallest_within(front: Sequence[Sequence[float]], most: int = 12) -> list[tuple[float, int]]:
+def smallest_within(front: Sequence[Sequence[float | None]], most: int = 12) -> list[tuple[float, int]]:
     """Answer the inverse question from a predicted front: for whole numbers of dB, the smallest file that reaches them.
 
     Parameters
     ----------
     front
-        (bytes, damage, PSNR in dB) of each point, as `propose` writes it.
+        (bytes, damage, PSNR in dB) of each point, as `propose` writes it; no PSNR where the objective is another.
     most
         Levels at most, from the best that is reached down to the worst, each the best for its size.
     """
-    reached = [(point[2], int(point[0])) for point in front if math.isfinite(point[2])]
+    reached = [
+        (psnr_db, round(size or 0)) for size, _, psnr_db in front if psnr_db is not None and math.isfinite(psnr_db)
+    ]
     if not reached:
         return []
     found: list[tuple[float, int]] = []
@@ -280,7 +282,7 @@ def sensitivity_text(
     *,
     model: str,
     order: Sequence[str] = (),
-    front: Sequence[Sequence[float]] = (),
+    front: Sequence[Sequence[float | None]] = (),
     start: str | None = None,
     most: int = MOST_LAYERS,
 ) -> str:

@@ -117,7 +117,11 @@ def _model(
         layers=tuple(layers),
         points=tuple(_point(each, by_job, grids, on_front=each.number in on_front) for each in found.points),
         sensitivities=None if table is None else read_sensitivities(table, [name for name, _ in layers]),
-        front=tuple((float(size), float(damage), float(psnr)) for size, damage, psnr in proposed.get("front", ())),
+        front=tuple(
+            (float(size), float(damage), float(psnr_db))
+            for size, damage, psnr_db in proposed.get("front", ())
+            if psnr_db is not None
+        ),
         surrogate=Surrogate(surrogate["n"], surrogate.get("residual_db")) if "n" in surrogate else None,
         costs=_stage_costs(found.points, by_job),
         parent=None if row.parent is None else f"{row.parent_model} (search {row.parent})",

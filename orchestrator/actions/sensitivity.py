@@ -11,8 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.db.registry import find_model
+from orchestrator.db.rows import ModelRow
+from orchestrator.db.searches import find_search, search_models, tables_read
+from orchestrator.errors import NotFoundError
+from orchestrator.planning.model import ModelInfo
+from orchestrator.service import Service
 from orchestrator.text import table
+from quant_spec.documents import read_json
+from quant_spec.errors import InvalidInputError
 from quant_spec.numbers import human_bytes, human_count
+from quant_spec.sensitivity_table import merge_tables
+from workers.storage.store import Store
 
 #: Layers that the text names, by default.
 MOST_LAYERS = 15
@@ -106,6 +116,76 @@ class Step:
         return self.drop / self.bytes if self.bytes else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class ModelTables:
+    """A model's tables as JSON, by variant of the base recipe (`base` first), and what is known beside them.
+
+    `order` are the names of its layers and attentions in the order in which they run, `front` is the predicted front.
+    """
+
+    model: str
+    tables: Mapping[str, dict[str, Any]]
+    order: tuple[str, ...]
+    front: Sequence[Sequence[float | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchTables:
+    """The tables of a search's models."""
+
+    search: str
+    models: tuple[ModelTables, ...]
+
+
+def find_sensitivities(service: Service, prefix: str, model: str | None = None) -> SearchTables:
+    """Return the tables that a search's proposals were made from, all or one model's.
+
+    Raises
+    ------
+    NotFoundError
+        If there is no such search, or none of its models (or not this one) has a table yet.
+    BlobLostError
+        If its bytes are lost.
+    """
+    with service.database.session(read_only=True) as session:
+        search = find_search(session, prefix)
+        rows = [row for row in search_models(session, search.id) if model is None or row.name == model]
+        orders = {row.name: tuple(name for name, _ in layer_order(find_model(session, row.name))) for row in rows}
+        digests = {row.name: tables_read(session, search.id, row.name) for row in rows}
+    found = tuple(
+        ModelTables(row.name, read_tables(service.store, read), orders[row.name], (row.proposed or {}).get("front", ()))
+        for row in rows
+        if (read := digests[row.name])
+    )
+    if not found:
+        whose = "any of its models" if model is None else f"a model {model}"
+        raise NotFoundError(f"search {search.id}: got no table of sensitivities, wanted one of {whose}")
+    return SearchTables(search.id, found)
+
+
+def read_tables(store: Store, digests: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """Read a model's tables, those of all groups of its layers in one, by variant.
+
+    Raises
+    ------
+    BlobLostError
+        If bytes are lost.
+    """
+    return {
+        variant: merge_tables([read_json(store.get_bytes(digest), "table of sensitivities") for digest in groups])
+        for variant, groups in digests.items()
+    }
+
+
+def layer_order(model: ModelRow) -> list[tuple[str, str]]:
+    """Return a model's layers and attentions in the order in which they run, each with its unit."""
+    return [
+        (name, unit.name)
+        for unit in ModelInfo.read(model.digest, model.inspection).units
+        for name in (*(layer.name for layer in unit.layers), *unit.attentions)
+    ]
+
+
 def read_sensitivities(document: Mapping[str, Any], order: Sequence[str] = ()) -> Sensitivities:
     """Return a table's JSON as records.
 
@@ -168,25 +248,28 @@ def _starts(sensitivities: Sensitivities, label: str) -> list[tuple[LayerSensiti
     return [(layer, option) for layer in sensitivities.layers if (option := layer.at_most(width))]
 
 
-def smallest_within(front: Sequence[Sequence[float]], most: int = 12) -> list[tuple[float, int]]:
+def smallest_within(front: Sequence[Sequence[float | None]], most: int = 12) -> list[tuple[float, int]]:
     """Answer the inverse question from a predicted front: for whole numbers of dB, the smallest file that reaches them.
 
     Parameters
     ----------
     front
-        (bytes, damage, PSNR in dB) of each point, as `propose` writes it.
+        (bytes, damage, PSNR in dB) of each point, as `propose` writes it; no PSNR where the objective is another.
     most
-        Levels at most, from the best that is reached down to the worst.
+        Levels at most, from the best that is reached down to the worst, each the best for its size.
     """
-    reached = [(point[2], int(point[0])) for point in front if math.isfinite(point[2])]
+    reached = [
+        (psnr_db, round(size or 0)) for size, _, psnr_db in front if psnr_db is not None and math.isfinite(psnr_db)
+    ]
     if not reached:
         return []
-    top, bottom = math.floor(max(reached)[0]), math.ceil(min(reached)[0])
-    stride = max(1, math.ceil((top - bottom + 1) / most))
-    return [
-        (float(level), min(size for psnr_db, size in reached if psnr_db >= level))
-        for level in range(top, bottom - 1, -stride)
-    ]
+    found: list[tuple[float, int]] = []
+    for level in range(math.floor(max(reached)[0]), math.floor(min(reached)[0]) - 1, -1):
+        size = min(size for psnr_db, size in reached if psnr_db >= level)
+        if not found or found[-1][1] != size:
+            found.append((float(level), size))
+    stride = (len(found) - 1) / max(most - 1, 1)
+    return found if len(found) <= most else [found[round(place * stride)] for place in range(most)]
 
 
 def share_text(part: float, whole: float) -> str:
@@ -199,7 +282,7 @@ def sensitivity_text(
     *,
     model: str,
     order: Sequence[str] = (),
-    front: Sequence[Sequence[float]] = (),
+    front: Sequence[Sequence[float | None]] = (),
     start: str | None = None,
     most: int = MOST_LAYERS,
 ) -> str:
@@ -219,9 +302,16 @@ def sensitivity_text(
         The choice of weight bits that all layers start from, such as `4`; by default the middle one.
     most
         Layers that each list names at most.
+
+    Raises
+    ------
+    InvalidInputError
+        If no layer has the choice `start`.
     """
     found = read_sensitivities(document, order)
     start = start if start is not None else found.middle
+    if start not in found.labels:
+        raise InvalidInputError(f"--start: got {start}, wanted one of {', '.join(found.labels)}")
     weights = sum(layer.parameters for layer in found.layers)
     lines = [
         f"{model}: {len(found.layers)} layers, {human_count(weights)} weights, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -16,6 +17,7 @@ from orchestrator.actions.searches import (
     show_search,
     show_searches,
 )
+from orchestrator.actions.sensitivity import MOST_LAYERS, find_sensitivities, sensitivity_text
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.rows import SearchRow
 from orchestrator.db.searches import cancel_search, find_search
@@ -143,6 +145,50 @@ def search_extend(app: App, search_id: str, models: tuple[str, ...], budgets: tu
         row = extend_search(service, search_id, models=models, budgets=budgets, skip_bad=skip_bad, notify=app.notify)
     app.notify(f"  {app.command('serve', '--drain')}    # execute what is queued, if nothing does")
     app.answer({"search": row.id, "state": row.state.value}, lambda: f"search {row.id} is {row.state.value}")
+
+
+@search.command("report")
+@click.argument("search_id", metavar="SEARCH")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.html", help="By default in HOME/reports."
+)
+@pass_app
+def search_report(app: App, search_id: str, out: Path | None) -> None:
+    """Write the report of a search, ended or not: one HTML file that needs nothing else."""
+    from orchestrator.report.write import write_search_report
+
+    with app.service() as service:
+        path = write_search_report(service, search_id, out)
+    app.answer({"report": str(path)}, lambda: str(path))
+
+
+@search.command("sensitivity")
+@click.argument("search_id", metavar="SEARCH")
+@click.option("--model", metavar="M", help="Only this one of its models.")
+@click.option("--start", metavar="BITS", help="Weight bits that all layers start from; by default the middle ones.")
+@click.option("--layers", type=click.IntRange(1), default=MOST_LAYERS, show_default=True, help="Layers of each list.")
+@pass_app
+def search_sensitivity(app: App, search_id: str, model: str | None, start: str | None, layers: int) -> None:
+    """Show which layers cost most, where the next bit pays most, and where bits are missed least."""
+    with app.service() as service:
+        found = find_sensitivities(service, search_id, model)
+    view = {
+        "search": found.search,
+        "models": {each.model: {"tables": each.tables, "front": each.front} for each in found.models},
+    }
+    texts = [
+        sensitivity_text(
+            table,
+            model=each.model if len(each.tables) == 1 else f"{each.model}, variant {variant}",
+            order=each.order,
+            front=each.front if place == 0 else (),
+            start=start,
+            most=layers,
+        )
+        for each in found.models
+        for place, (variant, table) in enumerate(each.tables.items())
+    ]
+    app.answer(view, lambda: "\n\n".join(texts))
 
 
 def _tell_next(app: App, row: SearchRow) -> None:

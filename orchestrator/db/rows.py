@@ -216,6 +216,18 @@ class SearchCosts:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchJobCost:
+    """What one job of a search took: its tasks, those it did not compute, and the seconds of both sorts."""
+
+    job: str
+    model: str
+    tasks: int
+    cached: int
+    seconds: float
+    saved_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class TaskRow:
     """A task as one job sees it: `cached` if it needed no computing for this job.
 

@@ -84,17 +84,6 @@ class PointRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Infeasible:
-    """A budget that no allocation meets: which limit, what it asks, and what the space reaches."""
-
-    budget: str
-    limit: str
-    got: float
-    smallest: float
-    largest: float
-
-
-@dataclass(frozen=True, slots=True)
 class StageCost:
     """What one stage of a model took: tasks, those found done, and the seconds spent and saved."""
 
@@ -130,7 +119,6 @@ class ModelReport:
     sensitivities: Sensitivities | None = None
     front: tuple[tuple[float, float, float], ...] = ()
     surrogate: Surrogate | None = None
-    infeasible: tuple[Infeasible, ...] = ()
     costs: tuple[StageCost, ...] = ()
     parent: str | None = None
     error: str | None = None

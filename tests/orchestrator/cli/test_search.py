@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -336,3 +338,48 @@ def test_models_that_do_not_load_are_named_and_can_be_left_out(cli: Cli, place: 
     assert taken.code == 0, taken.err
     assert "left out" in taken.err
     assert list(cli("search", "show", taken.json["search"], "--json").json["models"]) == ["good"]
+
+
+def test_report_is_one_page_with_points_samples_sensitivities_and_cost(done: Path, cli: Cli, tmp_path: Path):
+    answer = cli("search", "report", "small", "--out", tmp_path / "small.html")
+    assert answer.code == 0, answer.err
+    page = (tmp_path / "small.html").read_text()
+    view = cli("search", "show", "small", "--json").json
+    for point in view["models"]["tiny"]:
+        assert f'id="m0-p{point["number"]}"' in page
+        if point["dropped"]:
+            assert html.escape(point["dropped"]) in page
+    finals = [point for point in view["models"]["tiny"] if point["stage"] == "final"]
+    assert page.count('alt="quantized samples"') == len(finals)
+    assert page.count('alt="" id="m0-reference-') == 1, "full precision is there once"
+    assert page.count("<h3>Where the next bit pays most</h3>") == 1
+    assert page.count('<div class="pareto"><svg') == 1
+    assert page.count('<div class="sensitivity"><svg') == 1
+    assert f"<b>{view['models']['tiny'][0]['release'] or 'tiny-small@1'}</b>" in page
+    assert re.search(r"seeds 0 to 3\. Candidates were screened with seeds 2000000 to 2000001\.", page)
+    in_home = cli("search", "report", view["search"], "--json").json["report"]
+    assert Path(in_home).name == f"{view['search']}.html"
+    assert cli("search", "report", "small", "--out", tmp_path / "none" / "x.html").code == 2
+    assert cli("search", "report", "other").code == 102
+
+
+def test_sensitivity_tells_each_layer_and_where_the_next_bit_pays(done: Path, cli: Cli):
+    found = cli("search", "sensitivity", "small", "--json").json["models"]["tiny"]
+    layers = found["tables"]["base"]["layers"]
+    assert "mid_block.resnets.0.conv1" in layers
+    assert set(layers["mid_block.resnets.0.conv1"]["weights"]) == {"4", "8"}
+    text = cli("search", "sensitivity", "small", "--layers", "3").out
+    assert "where the next bit pays most, all else at 4:" in text
+    steps = [line for line in text.splitlines() if "4 -> 8" in line]
+    assert len(steps) == 3
+    best = max(
+        (each for name, each in layers.items() if len(each["weights"]) == 2),
+        key=lambda each: (
+            (each["weights"]["4"]["damage"] - each["weights"]["8"]["damage"])
+            / (each["weights"]["8"]["bytes"] - each["weights"]["4"]["bytes"])
+        ),
+    )
+    assert layers[steps[0].split()[0]] == best
+    refused = cli("search", "sensitivity", "small", "--start", "5")
+    assert (refused.code, "wanted one of 4, 8" in refused.err) == (2, True)
+    assert cli("search", "sensitivity", "small", "--model", "other").code == 102

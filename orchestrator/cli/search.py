@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from orchestrator.actions.search_dry_run import SearchDryRun, dry_run_search
 from orchestrator.actions.search_submission import SearchRequest, extend_search, submit_search
 from orchestrator.actions.searches import (
     pareto_view,
@@ -47,6 +48,7 @@ def _request_options(function: F) -> F:
         ),
         click.option("--skip-bad", is_flag=True, help="Go on without models that cannot be used."),
         click.option("--priority", type=int, default=0, show_default=True, help="Higher goes first."),
+        click.option("--dry-run", is_flag=True, help="Queue nothing; say how many tasks, how long, how much store."),
     )
     for option in reversed(options):
         function = option(function)
@@ -56,7 +58,15 @@ def _request_options(function: F) -> F:
 @search.command("run")
 @_request_options
 @pass_app
-def search_run(app: App, spec: str, overrides: tuple[str, ...], only: str | None, skip_bad: bool, priority: int) -> int:
+def search_run(
+    app: App,
+    spec: str,
+    overrides: tuple[str, ...],
+    only: str | None,
+    skip_bad: bool,
+    priority: int,
+    dry_run: bool,
+) -> int:
     """Queue a search and execute it here, with the front so far. SPEC is a YAML file.
 
     Ctrl-C stops at once and loses at most the tasks in flight; the same `quantmill search run` again goes on with it,
@@ -65,6 +75,9 @@ def search_run(app: App, spec: str, overrides: tuple[str, ...], only: str | None
     log_to_stderr(log_format(os.environ))
     with app.service() as service, stop_on_signals() as stop:
         request = SearchRequest(spec, overrides, only, skip_bad, priority, resume=True)
+        if dry_run:
+            _answer_dry_run(app, dry_run_search(service, request, notify=app.notify))
+            return 0
         row = submit_search(service, request, notify=app.notify)
         _tell_next(app, row)
         row = run_search(service, row, stop)
@@ -79,11 +92,20 @@ def search_run(app: App, spec: str, overrides: tuple[str, ...], only: str | None
 @_request_options
 @pass_app
 def search_submit(
-    app: App, spec: str, overrides: tuple[str, ...], only: str | None, skip_bad: bool, priority: int
+    app: App,
+    spec: str,
+    overrides: tuple[str, ...],
+    only: str | None,
+    skip_bad: bool,
+    priority: int,
+    dry_run: bool,
 ) -> None:
     """Queue a search; `quantmill serve` executes it. SPEC is a YAML file."""
     with app.service() as service:
         request = SearchRequest(spec, overrides, only, skip_bad, priority)
+        if dry_run:
+            _answer_dry_run(app, dry_run_search(service, request, notify=app.notify))
+            return
         row = submit_search(service, request, notify=app.notify)
     _tell_next(app, row)
     app.notify(f"  {app.command('serve', '--drain')}    # execute what is queued, if nothing does")
@@ -189,6 +211,23 @@ def search_sensitivity(app: App, search_id: str, model: str | None, start: str |
         for place, (variant, table) in enumerate(each.tables.items())
     ]
     app.answer(view, lambda: "\n\n".join(texts))
+
+
+def _answer_dry_run(app: App, found: SearchDryRun) -> None:
+    """Say what a search would take."""
+    rows = [
+        (name, each.tasks, each.cached, human_seconds(sum(kind.seconds for kind in each.per_kind.values())))
+        for name, each in found.models.items()
+    ]
+    lines = [
+        f"{found.name}: about {found.tasks} tasks, {found.cached} cached, {found.tasks - found.cached} to run",
+        "",
+        table(("MODEL", "TASKS PLANNED", "CACHED", "CPU TIME"), rows),
+        "",
+        f"estimated time  {human_seconds(found.seconds)}, {found.workers} tasks at once",
+        f"store           about {human_bytes(found.store_bytes)}",
+    ]
+    app.answer(found.document(), lambda: "\n".join(lines))
 
 
 def _tell_next(app: App, row: SearchRow) -> None:

@@ -48,8 +48,8 @@ class SensitivityOptions:
         Globs of layers that stay as the base recipe says.
     path
         Points on the way from full precision to the middle width; 0 measures each layer alone.
-    rows, steps
-        Calibration rows of each measured step, and how many steps.
+    rows
+        Calibration rows, most of them of the steps where most of the damage is made.
     """
 
     widths: Menu = field(default_factory=Menu)
@@ -57,8 +57,7 @@ class SensitivityOptions:
     promoted: tuple[float, ...] = ()
     fixed: tuple[str, ...] = ()
     path: int = 2
-    rows: int = 1
-    steps: int | None = 10
+    rows: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +159,6 @@ def _tables(
             step_ranges=options.step_ranges,
             path=options.path,  # type: ignore[arg-type]
             rows=options.rows,
-            steps=options.steps,
             forward_batch_size=draft.recipe.calibration.batch_size,
             counts_rest=place == 0,
         )
@@ -194,8 +192,7 @@ def _states(group: MenuGroup, output: str) -> tuple[Source, ...]:
 def sensitivity_cost(costs: Costs, group: MenuGroup, options: SensitivityOptions) -> Cost:
     """For each layer, width and path point a forward from that layer on."""
     batch = costs.recipe.calibration.batch_size
-    steps = options.steps or costs.recipe.sampler.num_inference_steps
-    rows = options.rows * steps * costs.recipe.sampler.calls_per_step
+    rows = max(options.rows, options.step_ranges)
     work, largest = 0.0, 0
     points = max(1, options.path)
     for unit in group.units:

@@ -1,7 +1,7 @@
 """The multiple-choice knapsack: one choice for each of several items, least cost within one or several limits. Exact.
 
-An integer program, solved by HiGHS. Before that, most choices are ruled out by the Lagrangian bound (Pisinger, "A minimal
-algorithm for the multiple-choice knapsack problem", EJOR 83, 1995, for one limit; the same with several multipliers): the
+An integer program, solved by HiGHS. Before that, most choices are ruled out by the Lagrangian bound (as in Pisinger, "A
+minimal algorithm for the multiple-choice knapsack problem", EJOR 83, 1995, with a multiplier for each limit). The
 linear relaxation gives a price for each limit, and a bound L on the least cost. A choice whose priced cost is d above
 the best of its item cannot be part of a solution that costs less than L + d. So a program over the choices with d up to
 some width, which finds a solution of cost U, is proven best if U - L is at most that width; otherwise once more with

@@ -15,7 +15,7 @@ from quant_core.search.space import Costs, Space, Table, build_space
 from quant_core.search.surrogate import Observation, Surrogate, fit
 from quant_spec.allocation import Allocation, LayerChoice
 from quant_spec.enums import Objective
-from quant_spec.search import LIMITS, SearchBudget
+from quant_spec.search import SearchBudget
 from quant_spec.tasks.propose import MeasuredPoint, Params
 
 #: Sizes of the sweep.

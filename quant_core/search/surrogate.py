@@ -4,12 +4,12 @@ The predicted log error of a candidate with parts d_i of damage, D their sum, is
 
     log e = a_v + b log D + sum_i (d_i / D) c_i
 
-with an offset a_v for each variant, a slope b > 0, and corrections c: to first order, log sum_i d_i exp(c_i). A correction
-is a sum of those of the part's width, of its layer, and of both together, so that what one candidate says of a width or
-of a layer carries over to others. All are fitted at once by ridge regression towards the table as it is (b = 1, c = 0);
-how strongly, is chosen by leaving candidates out one by one. The corrected damages d_i exp(c_i) add up again, so that the
-knapsack is solved with them; drawn from the fit's posterior, they give other candidates that may be the best (Thompson
-sampling).
+with an offset a_v for each variant, a slope b > 0, and corrections c: to first order, log sum_i d_i exp(c_i). A
+correction is a sum of those of the part's width, of its layer, and of both together, so that what one candidate says of
+a width or of a layer carries over to others. All are fitted at once by ridge regression towards the table as it is
+(b = 1, c = 0); how strongly, is chosen by leaving candidates out one by one. The corrected damages d_i exp(c_i) add up
+again, so that the knapsack is solved with them; drawn from the fit's posterior, they give other candidates that may be
+the best (Thompson sampling).
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Surrogate:
         return self.offset + math.log(max(price.damage, 1e-300)) + float(row @ self.weights)
 
     def draw(self, generator: np.random.Generator) -> Floats:
-        """Return weights drawn from the posterior: from the prior, and moved as far as candidates drawn with them say."""
+        """Return weights drawn from the posterior: drawn from the prior, and moved as the candidates say (Matheron)."""
         drawn = self.prior * generator.standard_normal(len(self.prior))
         noise = self.noise * generator.standard_normal(self.n)
         seen = self.scaled @ (drawn / np.where(self.prior > 0, self.prior, 1)) + noise

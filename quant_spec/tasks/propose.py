@@ -2,7 +2,7 @@
 
 The proposals are JSON:
 
-    {"points": [{"allocation": Allocation, "origin": "budget" | "front" | "refine" | "uniform-4" | …, "budget": place or null,
+    {"points": [{"allocation": Allocation, "origin": "budget" | "front" | "refine" | "uniform-4" | …, "budget": place,
                  "predicted": {"damage", "psnr_db", "bytes", "bits_mean", "bops", "latency_ms", "memory_bytes"}}],
      "front": [[bytes, damage, psnr_db], …],        # a sweep of sizes over all variants, predicted
      "surrogate": {"n": measured, "residual_db": rms of what it learned from, left out one by one; null below 3},

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -27,9 +27,7 @@ def toy_table(layers: int = 5, *, seed: int = 0, ranges: int = 0, shares: tuple[
         parameters = int(generator.integers(1, 50)) * 1000
         scale = float(np.exp(generator.normal(0, 1.5)))
         keys = {str(width): float(width) for width in WIDTHS}
-        keys |= {
-            f"{low}+{share:g}": low + share * (high - low) for share in shares for low, high in zip(WIDTHS, WIDTHS[1:])
-        }
+        keys |= {f"{low}+{share:g}": low + share * (high - low) for share in shares for low, high in pairwise(WIDTHS)}
         weights = {
             key: {
                 "damage": scale * 4.0**-bits * float(np.exp(generator.normal(0, 0.2))),
@@ -160,13 +158,14 @@ def test_layers_of_a_unit_share_their_bits(propose: Callable[..., dict[str, Any]
 def test_inputs_have_bits_at_each_range_of_steps(propose: Callable[..., dict[str, Any]]) -> None:
     """Where bit operations are limited, inputs pay too; the layer that damages least at a range pays there."""
     table = toy_table(3, ranges=2)
-    free = propose([("base", table)], budgets=[{"bytes": 10**5}])["points"][0]
+    size = cost(table, dict.fromkeys(table["layers"], 4))[1]
+    free = propose([("base", table)], budgets=[{"bytes": size}])["points"][0]
     assert {choice["activation_bits"] for choice in free["allocation"]["layers"].values()} == {8}
     limit = 0.8 * free["predicted"]["bops"]
     least = min(table["layers"], key=lambda name: table["layers"][name]["activations"]["4"][0])
     for key in ("4", "6"):
         table["layers"][least]["activations"][key][0] = 0.0
-    bound = propose([("base", table)], budgets=[{"bytes": 10**5, "bops": limit}])["points"][0]
+    bound = propose([("base", table)], budgets=[{"bytes": size, "bops": limit}])["points"][0]
     assert bound["predicted"]["bops"] <= limit
     assert bound["allocation"]["layers"][least]["activation_bits"][0] == 4
 
@@ -194,7 +193,7 @@ def test_later_proposals_learn_from_what_was_measured(propose: Callable[..., dic
     """A layer whose damage is 30 times what the table says gets more bits, once candidates were measured."""
     table = toy_table(8)
     truth = json.loads(json.dumps(table))
-    wrong = sorted(table["layers"])[3]
+    wrong = max(table["layers"], key=lambda name: table["layers"][name]["parameters"])
     for entry in truth["layers"][wrong]["weights"].values():
         entry["damage"] *= 30
     base = {name: LayerChoice() for name in table["layers"]}
@@ -212,7 +211,7 @@ def test_later_proposals_learn_from_what_was_measured(propose: Callable[..., dic
     known = {json.dumps(point["allocation"], sort_keys=True) for point in points}
     assert not known & {json.dumps(point["allocation"], sort_keys=True) for point in later["points"]}
     within = [psnr(point) for point in later["points"] if point["predicted"]["bytes"] <= budget["bytes"]]
-    assert max(within) > psnr(first["points"][0]) + 1
+    assert max(within) > psnr(first["points"][0]) + 0.5
     told = [point["predicted"]["psnr_db"] - psnr(point) for point in later["points"]]
     naive = [10 * math.log10(4 / point["predicted"]["damage"]) - psnr(point) for point in later["points"]]
     assert np.square(told).mean() < 0.25 * np.square(naive).mean()

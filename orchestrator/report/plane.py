@@ -23,6 +23,8 @@ from orchestrator.report.svg import (
 )
 
 _HEIGHT = 420.0
+#: Round numbers along an axis, about.
+_TICKS = 8
 #: Pixels of the left margin, and the share of an axis that is free on both sides of what is drawn.
 _LEFT, _ROOM = 66.0, 0.04
 #: Pixels: half of a mark, the room that a letter of a label takes, and a label's height.
@@ -75,7 +77,7 @@ class Axis:
 
     def ticks(self, scale: Scale) -> list[tuple[float, str]]:
         """Return round numbers within a scale, and their texts."""
-        ticks = log_ticks(scale.low, scale.high) if self.log else nice_ticks(scale.low, scale.high)
+        ticks = log_ticks(scale.low, scale.high) if self.log else nice_ticks(scale.low, scale.high, _TICKS)
         return [(tick, self.number(tick)) for tick in ticks if scale.low <= tick <= scale.high]
 
 
@@ -100,7 +102,8 @@ def plane_chart(
     marks = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     if not marks and not any(trace.points for trace in traces):
         return ""
-    along = [(point.x, point.y) for point in marks] + [point for trace in traces for point in trace.points]
+    along = [(mark.x, mark.y + side * (mark.whisker or 0.0)) for mark in marks for side in (-1, 1)]
+    along += [point for trace in traces for point in trace.points]
     x = x_axis.scale([x for x, _ in along] + [at for at, _ in guides], _LEFT, WIDTH - RIGHT)
     y = y_axis_.scale([y for _, y in along], height - BOTTOM, TOP)
     parts = y_axis(y_axis_.ticks(y), y, y_axis_.name, height=height, left=_LEFT)

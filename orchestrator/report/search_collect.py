@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import yaml
 
+from orchestrator.actions.diff import release_bits
 from orchestrator.actions.searches import validated_front
 from orchestrator.actions.sensitivity import layer_order, read_sensitivities, read_tables
 from orchestrator.db.clock import database_time
-from orchestrator.db.jobs import list_tasks
+from orchestrator.db.jobs import find_job, list_tasks
 from orchestrator.db.registry import find_model
 from orchestrator.db.rows import ModelRow, SearchJobCost, SearchModelRow, SearchPointRow
 from orchestrator.db.search_report import search_job_costs
 from orchestrator.db.searches import find_search, search_models, search_points, tables_read
+from orchestrator.db.session import Session
 from orchestrator.report.collect import read_strips
 from orchestrator.report.images import Strips
 from orchestrator.report.render import protocol_line
@@ -36,12 +38,13 @@ _OTHER = "sensitivity and proposals"
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """One model's rows."""
+    """One model's rows; `artifacts` are the digests of what was packed, by point, of those measured in full."""
 
     row: SearchModelRow
     model: ModelRow
     points: Sequence[SearchPointRow]
     tables: Mapping[str, Sequence[str]]
+    artifacts: Mapping[int, str]
 
 
 def collect_search(service: Service, prefix: str) -> SearchReportData:
@@ -63,15 +66,7 @@ def collect_search(service: Service, prefix: str) -> SearchReportData:
         row = find_search(session, prefix)
         now = database_time(session)
         costs = search_job_costs(session, row.id)
-        found = [
-            _Found(
-                model,
-                find_model(session, model.name),
-                search_points(session, row.id, model.name),
-                tables_read(session, row.id, model.name) or {},
-            )
-            for model in search_models(session, row.id)
-        ]
+        found = [_find(session, row.id, model) for model in search_models(session, row.id)]
     spec = spec_from_json(row.spec)
     grids = _grids(service, [point for each in found for point in each.points])
     measured = [point.metrics for each in found for point in each.points if point.metrics]
@@ -95,6 +90,19 @@ def collect_search(service: Service, prefix: str) -> SearchReportData:
     )
 
 
+def _find(session: Session, search_id: str, model: SearchModelRow) -> _Found:
+    """Read one model's rows."""
+    points = search_points(session, search_id, model.name)
+    jobs = {point.number: find_job(session, point.job) for point in points if point.metrics and point.job}
+    return _Found(
+        row=model,
+        model=find_model(session, model.name),
+        points=points,
+        tables=tables_read(session, search_id, model.name) or {},
+        artifacts={number: job.digest for number, job in jobs.items() if job.digest is not None},
+    )
+
+
 def _model(
     store: Store,
     found: _Found,
@@ -108,6 +116,7 @@ def _model(
     layers = layer_order(found.model)
     surrogate = proposed.get("surrogate") or {}
     on_front = _on_front(spec, found.points)
+    packed = {number: release_bits(store, digest) for number, digest in found.artifacts.items() if number in on_front}
     table = next(iter(read_tables(store, dict(list(found.tables.items())[:1])).values()), None)
     return ModelReport(
         name=row.name,
@@ -115,7 +124,14 @@ def _model(
         state=row.state.value,
         stage=row.stage,
         layers=tuple(layers),
-        points=tuple(_point(each, by_job, grids, on_front=each.number in on_front) for each in found.points),
+        points=tuple(
+            replace(
+                _point(each, by_job, grids),
+                on_front=each.number in on_front,
+                packed=packed.get(each.number, {}),
+            )
+            for each in found.points
+        ),
         sensitivities=None if table is None else read_sensitivities(table, [name for name, _ in layers]),
         front=tuple(
             (float(size), float(damage), float(psnr_db))
@@ -136,9 +152,7 @@ def _on_front(spec: SearchSpec, points: Sequence[SearchPointRow]) -> set[int]:
     return validated or {each.number for each in front([each for each in screened if each is not None])}
 
 
-def _point(
-    row: SearchPointRow, by_job: Mapping[str, SearchJobCost], grids: Mapping[str, Strips], *, on_front: bool
-) -> PointRow:
+def _point(row: SearchPointRow, by_job: Mapping[str, SearchJobCost], grids: Mapping[str, Strips]) -> PointRow:
     """Return one point with its most exact measurement."""
     metrics = row.metrics or row.screened or row.measured or {}
     costs = [by_job[job] for job in {row.job, (row.screened or {}).get("job")} & set(by_job)]
@@ -159,7 +173,6 @@ def _point(
         fd=metrics.get("fd"),
         error=prediction_error(metrics),
         n=metrics.get("n"),
-        on_front=on_front,
         dropped=row.dropped,
         release=row.release,
         job=row.job,

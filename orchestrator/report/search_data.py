@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.actions.sensitivity import Sensitivities
 from orchestrator.report.images import Strips
 from quant_spec.allocation import Allocation
+from quant_spec.layer_bits import LayerBits
 
 #: Origins of points that no search made: what their names begin with, and what people call them.
 PAPERS = {"mpqdm": "MPQ-DM", "ptqd": "PTQD", "tfmq": "TFMQ-DM", "qdiffusion": "Q-Diffusion", "dmq": "DMQ"}
@@ -21,7 +22,8 @@ class PointRow:
     `stage` is `screening` (few seeds) or `final` (the full protocol). `budget` counts from 1, None for points that
     no budget chose. `predicted` has what the proposal said: `damage`, `psnr_db`, `bytes` and others. Measured values
     are None until there are any; `error` is the power of the predictions' error. `seconds` were spent on it,
-    `saved_seconds` were spent already by others. `grid` shows its samples, if they are kept.
+    `saved_seconds` were spent already by others. `grid` shows its samples, if they are kept; `packed` are the bits
+    that layers have in the file of a point on the front.
     """
 
     number: int
@@ -47,6 +49,7 @@ class PointRow:
     seconds: float | None = None
     saved_seconds: float | None = None
     grid: Strips | None = None
+    packed: Mapping[str, LayerBits] = field(default_factory=dict)
 
     @property
     def is_uniform(self) -> bool:
@@ -78,7 +81,7 @@ class PointRow:
             return f"{PAPERS[head]} {rest.replace('-', ' ')}".strip()
         if self.origin == "budget" and self.budget is not None:
             return f"best within budget {self.budget}"
-        return {"front": "on the predicted front", "refine": "refined", "warm": "from another model's front"}.get(
+        return {"front": "proposed for the front", "refine": "refined", "warm": "from another model's front"}.get(
             self.origin, self.origin.replace("-", " ")
         )
 

@@ -30,8 +30,8 @@ class Scale:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Return about five round numbers that enclose [low, high].
+def nice_ticks(low: float, high: float, count: int = _TICKS) -> list[float]:
+    """Return about so many round numbers that enclose [low, high].
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
     """
     if not low < high:
         low, high = low - 0.5, high + 0.5
-    raw = (high - low) / (_TICKS - 1)
+    raw = (high - low) / (count - 1)
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -15,6 +15,7 @@ from orchestrator.report.search_data import ModelReport, PointRow
 from orchestrator.report.search_render import allocation_text, render_search
 from orchestrator.report.svg import log_ticks
 from quant_spec.allocation import Allocation, LayerChoice
+from quant_spec.layer_bits import LayerBits
 from tests.orchestrator.report.pages import Outside
 from tests.orchestrator.report.searches import failed_model, layer_names, model_report, search_report
 
@@ -91,9 +92,11 @@ def test_agreement_orders_predictions_against_measurements(model: ModelReport) -
     assert rank_correlation([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]) is None
 
 
-def point_of(number: int, layers: dict[str, LayerChoice]) -> PointRow:
-    """Return a measured point with these choices."""
-    return PointRow(number, "front", "final", 1, None, Allocation(layers=layers), "d" * 64, {}, bytes=1000 * number)
+def point_of(number: int, layers: dict[str, LayerChoice], packed: dict[str, LayerBits] | None = None) -> PointRow:
+    """Return a measured point with these choices, and these bits in its file."""
+    allocation = Allocation(layers=layers)
+    size = 1000 * number
+    return PointRow(number, "front", "final", 1, None, allocation, "d" * 64, {}, bytes=size, packed=packed or {})
 
 
 def test_heat_map_shows_units_widths_and_what_nothing_is_chosen_for() -> None:
@@ -124,7 +127,27 @@ def test_heat_map_shows_units_widths_and_what_nothing_is_chosen_for() -> None:
     assert inputs is not None
     assert [cell.text for cell in inputs.units[-1].rows[-1].cells] == ["8/6/4", "6"]
     assert weights_map(layers, [point_of(1, {"mid.attention": ranges})]) is None
+
+
+def test_heat_map_shows_paler_what_a_file_has_without_a_choice() -> None:
+    mixed = {"mid.q": LayerBits(3.8, 8, ((3, 2), (4, 6))), "mid.k": LayerBits(4, 8), "out": LayerBits(None, None)}
+    paper = point_of(1, {}, packed=mixed)
+    chosen = point_of(2, {"mid.q": LayerChoice(weight_bits=2)}, packed={"mid.q": LayerBits(2, 8)})
+    found = weights_map([("mid.q", "mid"), ("mid.k", "mid"), ("out", "out")], [paper, chosen])
+    assert found is not None
+    cells = [[(cell.text, cell.css_class) for cell in row.cells] for unit in found.units for row in unit.rows]
+    assert cells == [[("3.8", "b4 base"), ("2", "b2")], [("4", "b4 base"), ("·", "b0")]]
+    assert found.unchosen == ("out",)
+    assert weights_map([("mid.q", "mid")], [paper]) is None, "nothing was chosen"
+
+
+def test_allocations_are_told_in_words() -> None:
+    points = [
+        point_of(1, {"a": LayerChoice(weight_bits=8), "b": LayerChoice(keep=True)}),
+        point_of(2, {}),
+    ]
     assert allocation_text(points[0]) == "layers: 1 at 8, 1 in full precision"
+    assert allocation_text(points[1]) == "as the base recipe"
 
 
 def test_report_of_a_search_needs_nothing_outside_itself_and_escapes(model: ModelReport) -> None:

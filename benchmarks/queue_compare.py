@@ -1,7 +1,7 @@
 """The queue beside an older Quantmill's and beside other queues: tasks claimed and finished a second on one Postgres.
 
     python -m benchmarks.queue_compare [--before COMMIT-or-FOLDER] [--tasks 3000] [--seconds 4] [--rounds 2]
-        [--processes 1 2 4] [--others]
+        [--processes 1 2 4] [--others] [--out FILE]
 
 Every measurement is a new database on one server from its wheel, with its default settings (fsync on), of a job of rows
 of 100 tasks that each read three of the row before; processes drain it for some seconds. This tree and the older one
@@ -168,6 +168,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=2)
     arguments.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     arguments.add_argument("--others", action="store_true", help="also procrastinate and pgqueuer")
+    arguments.add_argument("--out", type=Path)
     options = arguments.parse_args()
     report: dict[str, Any] = {"machine": machine(), "tasks": options.tasks, "batch": BATCH}
     with (
@@ -178,7 +179,7 @@ def main() -> None:
         report |= compare(options, before, server)
         if options.others:
             report["others"] = others(options, server)
-    give(report)
+    give(report, options.out)
 
 
 if __name__ == "__main__":

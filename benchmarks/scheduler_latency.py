@@ -1,7 +1,7 @@
 """How soon the queue answers: claims with much in front and behind, a ready task's start, idle time between tasks.
 
     python -m benchmarks.scheduler_latency [--finished 1000000] [--in-front 50000] [--claims 200] [--starts 40]
-        [--unit-seconds 0.2] [--units 32]
+        [--unit-seconds 0.2] [--units 32] [--out FILE]
 
 Prints one JSON document, on Postgres from its wheel with its default settings:
 
@@ -185,6 +185,7 @@ def main() -> None:
     arguments.add_argument("--starts", type=int, default=40)
     arguments.add_argument("--units", type=int, default=32, help="units for every two CPUs")
     arguments.add_argument("--unit-seconds", type=float, default=0.2)
+    arguments.add_argument("--out", type=Path)
     options = arguments.parse_args()
     report: dict[str, Any] = {"machine": machine()}
     with tempfile.TemporaryDirectory(prefix="quantmill-bench-") as name:
@@ -199,7 +200,7 @@ def main() -> None:
             if options.claims:
                 history = {"finished": options.finished, "in_front": options.in_front}
                 report["claim_ms"] = history | claims(url, options.finished, options.in_front, options.claims)
-    give(report)
+    give(report, options.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What queue and scheduler add to a task: run tasks that do nothing, and see how long they take in all.
 
     python -m benchmarks.scheduler_overhead [--tasks 1000] [--cpus 2] [--postgres URL] [--before COMMIT-or-FOLDER]
-        [--rounds 1]
+        [--rounds 1] [--out FILE]
 
 Prints one JSON document: for each database the milliseconds per task of tasks that are all ready at once ("wide"; the
 last one reads the blob of the first), and of a chain, in which each reads the one before; beside each the CPU time of
@@ -71,6 +71,7 @@ def main() -> int:
     arguments.add_argument("--postgres", metavar="URL", help="a Postgres server; default: one from the wheel")
     arguments.add_argument("--before", metavar="COMMIT-or-FOLDER", help="an older version to compare with")
     arguments.add_argument("--rounds", type=int, default=1)
+    arguments.add_argument("--out", type=Path)
     options = arguments.parse_args()
     report: dict[str, Any] = {"machine": machine(), "tasks": options.tasks, "cpus": options.cpus}
     runs: dict[tuple[str, str, str], list[dict[str, float]]] = {}
@@ -98,7 +99,7 @@ def main() -> int:
             for shape in SHAPES
         }
     ok = all(figures["ms"] < LIMIT_MS for (which, _, _), figures in medians.items() if which == "after")
-    give(report | {"limit_ms": LIMIT_MS, "ok": ok})
+    give(report | {"limit_ms": LIMIT_MS, "ok": ok}, options.out)
     return 0 if ok else 1
 
 

@@ -7,6 +7,8 @@ import uuid
 import sqlalchemy as sa
 from alembic import op
 
+from orchestrator.db.reference_checks import REFERENCES, create_checks, drop_checks
+
 revision = "2026.12.0"
 down_revision = "2026.11.0"
 branch_labels = None
@@ -52,6 +54,13 @@ def upgrade() -> None:
         "SELECT kind, version, n, seconds, work FROM kind_timings_before"
     )
     op.drop_table("kind_timings_before")
+    op.drop_index("ix_events_job_id", "events")
+    op.create_index("ix_events_job_id", "events", ["job_id"], **_where("job_id IS NOT NULL"))
+    if _is_postgres():
+        for table, column, _ in REFERENCES:
+            op.drop_constraint(f"fk_{table}_{column}", table, type_="foreignkey")
+        for statement in create_checks():
+            op.execute(statement)
     op.create_table(
         "service",
         sa.Column("id", sa.String(32), nullable=False),
@@ -89,6 +98,13 @@ def downgrade() -> None:
     """Go back; times on GPUs, where tasks ran, and searches are forgotten."""
     for table in ("search_points", "search_models", "searches"):
         op.drop_table(table)
+    if _is_postgres():
+        for statement in drop_checks():
+            op.execute(statement)
+        for table, column, target in REFERENCES:
+            op.create_foreign_key(f"fk_{table}_{column}", table, target, [column], ["id"])
+    op.drop_index("ix_events_job_id", "events")
+    op.create_index("ix_events_job_id", "events", ["job_id"])
     op.drop_table("signatures")
     op.drop_table("orchestrators")
     op.drop_table("service")

@@ -7,26 +7,30 @@ needs `lock_graph`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.event_log import record_event
-from orchestrator.db.lineage import input_edges
+from orchestrator.db.lineage import EDGE, input_edges
 from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
-from orchestrator.db.promote import complete, recount
+from orchestrator.db.promote import complete, queue_new, recount
 from orchestrator.db.rows import EnqueueCounts
 from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
-from orchestrator.db.sql import rows_json, run, statement
+from orchestrator.db.sql import dump, rows_json, run, statement
 from orchestrator.db.statements import batches, insert_rows, move_job, move_task
 from orchestrator.errors import GraphError, NotFoundError
 from orchestrator.graph import TaskNode, inputs_json
 from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEvent, TaskState
 from quant_spec.errors import InvalidInputError
+from workers.execution.cluster import MEMORY_STEP
 
+_BLOCKED = TaskState.BLOCKED.value
 _PRESENT = statement("SELECT tasks.id FROM {given} JOIN tasks ON tasks.id = given.id", {"id": "text"})
 
 
@@ -54,15 +58,23 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
     """
     lock_enqueue(session)
     shared = _of_job(session, job_id)
+    begun = session.execute(select(JobTask.task_id).where(JobTask.job_id == job_id).limit(1)).first() is not None
     seen: set[str] = set()
+    ready: list[str] = []
+    is_shared = begun
     for batch in batches(nodes):
-        _add(session, job_id, shared, _unseen(batch, seen))
+        wanted = _unseen(batch, seen)
+        new = _add(session, job_id, shared, wanted, begun=begun)
+        ready += [item.node.id for item in new if not item.sources]
+        is_shared = is_shared or len(new) < len(wanted)
     if target.id not in seen:
         raise GraphError(f"graph of job {job_id}: got no target {target.id[:12]} among {len(seen)} tasks")
     update_target = update(Job).where(Job.id == job_id).values(target_task=target.id)
     session.execute(update_target, execution_options={"synchronize_session": False})
     lock_graph(session)
-    start_tasks(session, job_id)
+    queue_new(session, ready)
+    if is_shared:
+        start_tasks(session, job_id)
     tell_others(session)
     cached = JobTask.cached
     total, done = session.execute(
@@ -107,17 +119,17 @@ def _share_wishes(session: Session, job_id: str) -> None:
     job = _of_job(session, job_id)
     wanted = select(JobTask.task_id).where(JobTask.job_id == job_id)
     unfinished = update(Task).where(in_states(Task.state, UNFINISHED_TASKS), Task.id.in_(wanted))
-    differs = (Task.device != job["device"]) | Task.gpu_type.is_distinct_from(job["gpu_type"])
+    differs = (Task.device != job.device) | Task.gpu_type.is_distinct_from(job.gpu_type)
     plain = {"synchronize_session": False}
     no_matter = unfinished.where(differs, Task.gpu_memory_bytes > 0).values(device="auto", gpu_type=None, gpus=0.0)
     asked = (Task.cpus, Task.gpus, Task.memory_bytes, Task.gpu_memory_bytes, Task.device, Task.gpu_type)
     groups: dict[str, list[str]] = {}
     for row in session.execute(no_matter.returning(Task.id, *asked), execution_options=plain):
-        groups.setdefault(needs_of({name: getattr(row, name) for name in NEEDS}), []).append(row.id)
+        groups.setdefault(needs_of(*(getattr(row, name) for name in NEEDS)), []).append(row.id)
     for needs, tasks in groups.items():
         for batch in batches(tasks):
             session.execute(update(Task).where(Task.id.in_(batch)).values(needs=needs), execution_options=plain)
-    if job["deterministic"]:
+    if job.deterministic:
         session.execute(unfinished.values(deterministic=True), execution_options=plain)
 
 
@@ -133,8 +145,18 @@ def _start_job(session: Session, job_id: str) -> None:
         record_event(session, JobEvent.START, job=job_id)
 
 
-def _of_job(session: Session, job_id: str) -> dict[str, Any]:
-    """Return the values that all tasks have from the job that brings them."""
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """The values that all tasks have from the job that brings them."""
+
+    priority: int
+    device: str
+    gpu_type: str | None
+    deterministic: bool
+    deadline_seconds: float | None
+
+
+def _of_job(session: Session, job_id: str) -> _Shared:
     columns = (Job.priority, Job.state, Job.device, Job.gpu_type, Job.recipe)
     row = session.execute(select(*columns).where(Job.id == job_id)).one_or_none()
     if row is None:
@@ -142,77 +164,87 @@ def _of_job(session: Session, job_id: str) -> dict[str, Any]:
     if row.state not in ACTIVE_JOBS:
         raise InvalidInputError(f"job {job_id}: got state {row.state}, wanted one that has not ended")
     minutes = (row.recipe.get("resources") or {}).get("task_minutes")
-    return {
-        "priority": row.priority,
-        "device": row.device,
-        "gpu_type": row.gpu_type,
-        "deterministic": bool(row.recipe.get("deterministic")),
-        "deadline_seconds": None if minutes is None else 60.0 * minutes,
-    }
+    return _Shared(
+        priority=row.priority,
+        device=row.device,
+        gpu_type=row.gpu_type,
+        deterministic=bool(row.recipe.get("deterministic")),
+        deadline_seconds=None if minutes is None else 60.0 * minutes,
+    )
 
 
-def _unseen(batch: Sequence[TaskNode], seen: set[str]) -> list[TaskNode]:
+class _Item(NamedTuple):
+    """A task of a graph and the ids of those that it reads."""
+
+    node: TaskNode
+    sources: set[str]
+
+
+def _unseen(batch: Sequence[TaskNode], seen: set[str]) -> list[_Item]:
     """Drop repetitions, and see to it that each task comes after those that it reads."""
-    new: list[TaskNode] = []
+    new: list[_Item] = []
     for node in batch:
-        if missing := node.sources() - seen:
+        sources = node.sources()
+        if not sources <= seen:
             raise GraphError(
-                f"task {node.id[:12]} ({node.label or node.kind}): reads {sorted(missing)[0][:12]}, "
+                f"task {node.id[:12]} ({node.label or node.kind}): reads {sorted(sources - seen)[0][:12]}, "
                 "wanted a task that came before it"
             )
         if node.id not in seen:
             seen.add(node.id)
-            new.append(node)
+            new.append(_Item(node, sources))
     return new
 
 
-def _add(session: Session, job_id: str, shared: Mapping[str, Any], nodes: Sequence[TaskNode]) -> None:
+def _add(session: Session, job_id: str, shared: _Shared, items: Sequence[_Item], *, begun: bool) -> list[_Item]:
+    """Add the tasks that are not there yet, and return them; let the job, which may have some, want all."""
     # Only enqueueing adds tasks, under its own lock, and nothing removes them: what is absent now stays absent.
-    ids = [node.id for node in nodes]
+    ids = [item.node.id for item in items]
     present = set(run(session, _PRESENT, given=rows_json([{"id": each} for each in ids])).scalars())
-    new = [node for node in nodes if node.id not in present]
-    insert_rows(session, Task, [_task_values(node, shared) for node in new])
-    insert_rows(session, TaskInput, [edge for node in new for edge in input_edges(node)])
-    wanted = [{"job_id": job_id, "task_id": each, "cached": False} for each in ids]
-    insert_rows(session, JobTask, wanted, or_ignore=True)
+    new = [item for item in items if item.node.id not in present]
+    insert_rows(session, Task, _TASK, [_task_values(item, shared) for item in new])
+    insert_rows(session, TaskInput, EDGE, [edge for item in new if item.sources for edge in input_edges(item.node)])
+    insert_rows(session, JobTask, _WANTED, [(job_id, each, False) for each in ids], maybe=begun)
+    return new
 
 
+_WANTED = ("job_id", "task_id", "cached")
 #: What a task asks for; the claim reads tasks that ask for the same as one group.
 NEEDS = ("cpus", "gpus", "memory_bytes", "gpu_memory_bytes", "device", "gpu_type")
-_DEFAULT_NEEDS: Mapping[str, Any] = {"gpu_memory_bytes": 0, "device": "auto", "gpu_type": None}
+_TASK = (
+    *("id", "kind", "version", "params", "inputs", *NEEDS, "needs", "work", "label", "state", "waiting"),
+    *("priority", "deterministic", "deadline_seconds"),
+    *("not_before", "attempt", "faults_task", "faults_infrastructure"),
+)
 
 
-def needs_of(values: Mapping[str, Any]) -> str:
-    """Name what a task asks for, by the values of its columns."""
-    asked = {**_DEFAULT_NEEDS, **values, "cpus": float(values["cpus"]), "gpus": float(values["gpus"])}
-    return "/".join(str(asked[name]) for name in NEEDS)
+@lru_cache(maxsize=4096)
+def needs_of(
+    cpus: float, gpus: float, memory_bytes: int, gpu_memory_bytes: int, device: str, gpu_type: str | None
+) -> str:
+    """Name what a task asks for, by the values of its columns.
+
+    Memory counts in steps, as for placement: tasks of layers of many sizes would else be as many groups.
+    """
+    steps = (-(-memory_bytes // MEMORY_STEP), -(-gpu_memory_bytes // MEMORY_STEP))
+    return f"{float(cpus)}/{float(gpus)}/{steps[0]}/{steps[1]}/{device}/{gpu_type}"
 
 
-def _task_values(node: TaskNode, shared: Mapping[str, Any]) -> dict[str, Any]:
-    values = _plain_values(node, shared)
-    return values | {"needs": needs_of(values)}
-
-
-def _plain_values(node: TaskNode, shared: Mapping[str, Any]) -> dict[str, Any]:
-    resources = node.resources
-    must = shared["device"] == "cuda" and resources.gpu_memory_bytes > 0
-    return {
-        **shared,
-        "id": node.id,
-        "kind": node.kind,
-        "version": node.version,
-        "params": dict(node.params),
-        "inputs": inputs_json(node.inputs),
-        "cpus": node.resources.cpus,
-        "gpus": max(resources.gpus, 1.0) if must else resources.gpus,
-        "gpu_memory_bytes": resources.gpu_memory_bytes,
-        "memory_bytes": node.resources.memory_bytes,
-        "work": node.work,
-        "label": node.label,
-        "state": TaskState.BLOCKED.value,
-        "waiting": len(node.sources()),
-        "not_before": 0.0,
-        "attempt": 0,
-        "faults_task": 0,
-        "faults_infrastructure": 0,
-    }
+def _task_values(item: _Item, shared: _Shared) -> tuple[Any, ...]:
+    """Return the values of `_TASK`."""
+    node, resources = item.node, item.node.resources
+    must = shared.device == "cuda" and resources.gpu_memory_bytes > 0
+    needs = (
+        resources.cpus,
+        max(resources.gpus, 1.0) if must else resources.gpus,
+        resources.memory_bytes,
+        resources.gpu_memory_bytes,
+        shared.device,
+        shared.gpu_type,
+    )
+    return (
+        *(node.id, node.kind, node.version, dump(dict(node.params)), dump(inputs_json(node.inputs))),
+        *(*needs, needs_of(*needs), node.work, node.label, _BLOCKED, len(item.sources)),
+        *(shared.priority, shared.deterministic, shared.deadline_seconds),
+        *(0.0, 0, 0, 0),
+    )

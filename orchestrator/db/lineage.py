@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import CTE, Text, cast, or_, select
 from sqlalchemy.orm import Session
 
 from orchestrator.db.models import Job, JobTask, Result, Task, TaskInput, in_states
+from orchestrator.db.sql import dump
 from orchestrator.db.statements import batches
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.states import TaskState
 from quant_spec.kinds import KINDS
 
+#: The columns of `input_edges`.
+EDGE = ("task_id", "source_id", "places")
 
-def input_edges(node: TaskNode) -> list[dict[str, Any]]:
-    """Return a task's rows of `task_inputs`: each task that it reads, and where the outputs go."""
-    places: dict[str, list[list[Any]]] = {}
+
+def input_edges(node: TaskNode) -> list[tuple[str, str, str]]:
+    """Return a task's rows of `task_inputs`: each task that it reads, and where the outputs go, as JSON."""
+    places: dict[str, list[tuple[str, int, str]]] = {}
     for name, items in node.inputs.items():
         for position, item in enumerate(items):
             if isinstance(item, TaskRef):
-                places.setdefault(item.task, []).append([name, position, item.output])
-    return [{"task_id": node.id, "source_id": source, "places": places[source]} for source in sorted(places)]
+                places.setdefault(item.task, []).append((name, position, item.output))
+    return [(node.id, source, _places_json(tuple(places[source]))) for source in sorted(places)]
+
+
+@lru_cache(maxsize=4096)
+def _places_json(places: tuple[tuple[str, int, str], ...]) -> str:
+    return dump(places)
 
 
 def referring_inputs(session: Session, tasks: Sequence[str]) -> dict[str, dict[str, list[Any]]]:

@@ -1,4 +1,6 @@
-"""The tables. What must always hold is a constraint here; alembic (migrations/) is the only way that they change.
+"""The tables. What must always hold is a constraint here, or a trigger (`reference_checks.py`).
+
+Alembic (migrations/) is the only way that they change.
 
 models ── jobs ─┬─ job_tasks ── tasks ── task_inputs (which task reads which)
                 └─ releases ── aliases      results (by key), kind_timings (sums over results), events
@@ -33,6 +35,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
 
+from orchestrator.db.reference_checks import add_to, reference
 from orchestrator.states import ACTIVE_JOBS, JobState, TaskState
 
 #: Schema revisions, oldest first, as named in migrations/versions. The last is the one that this code works with.
@@ -217,9 +220,10 @@ class TaskInput(Base):
     """
 
     __tablename__ = "task_inputs"
+    __table_args__ = (reference("task_inputs", "source_id"), reference("task_inputs", "task_id"))
 
-    task_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"), primary_key=True)
-    source_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"), primary_key=True, index=True)
+    task_id: Mapped[str] = mapped_column(Digest, primary_key=True)
+    source_id: Mapped[str] = mapped_column(Digest, primary_key=True, index=True)
     places: Mapped[list[list[Any]] | None] = mapped_column(Json)
 
 
@@ -227,9 +231,10 @@ class JobTask(Base):
     """A job wants a task; `cached` if it needed no computing for that job."""
 
     __tablename__ = "job_tasks"
+    __table_args__ = (reference("job_tasks", "job_id"), reference("job_tasks", "task_id"))
 
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    task_id: Mapped[str] = mapped_column(ForeignKey("tasks.id"), primary_key=True, index=True)
+    job_id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    task_id: Mapped[str] = mapped_column(Digest, primary_key=True, index=True)
     cached: Mapped[bool]
 
 
@@ -305,11 +310,17 @@ class Event(Base):
     """One line of the log; how a reader that follows it misses none: `event_log.py`."""
 
     __tablename__ = "events"
-    __table_args__ = (CheckConstraint("job_id IS NOT NULL OR task_id IS NOT NULL", name="subject"),)
+    __table_args__ = (
+        CheckConstraint("job_id IS NOT NULL OR task_id IS NOT NULL", name="subject"),
+        reference("events", "job_id"),
+        reference("events", "task_id"),
+        Index("ix_events_job_id", "job_id", postgresql_where=text("job_id IS NOT NULL"),
+              sqlite_where=text("job_id IS NOT NULL")),
+    )  # fmt: skip
 
     id: Mapped[int] = mapped_column(Serial, Identity(), primary_key=True)
-    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), index=True)
-    task_id: Mapped[str | None] = mapped_column(ForeignKey("tasks.id"))
+    job_id: Mapped[str | None] = mapped_column(String(12))
+    task_id: Mapped[str | None] = mapped_column(Digest)
     attempt: Mapped[int | None] = mapped_column(Integer)
     at: Mapped[float] = mapped_column(Seconds)
     event: Mapped[str] = mapped_column(String(32))
@@ -451,3 +462,6 @@ class SearchPoint(Base):
     metrics: Mapped[dict[str, Any] | None] = mapped_column(Json)
     dropped: Mapped[str | None] = mapped_column(Text)
     release: Mapped[str | None] = mapped_column(String(160))
+
+
+add_to(Base.metadata)

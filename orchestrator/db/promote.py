@@ -113,6 +113,25 @@ _PROMOTE = statement(
     postgres=_GIVE_KEYS % ("CAST(given.inputs AS json)", _BLOCKED),
 )
 
+# What reads no other task's output has its id for its key.
+_QUEUE_NEW = statement(
+    f"""
+    UPDATE tasks SET key = id, queued_at = {{now}},
+        state = CASE WHEN EXISTS (SELECT 1 FROM results WHERE results.key = tasks.id)
+                THEN {target(TaskEvent.CACHE)} ELSE {target(TaskEvent.PROMOTE)} END
+    WHERE id IN (SELECT id FROM {{given}}) AND +{_BLOCKED}
+    RETURNING id, state
+    """,
+    {"id": "text"},
+    postgres=f"""
+    UPDATE tasks SET key = id, queued_at = {{now}},
+        state = CASE WHEN EXISTS (SELECT 1 FROM results WHERE results.key = tasks.id)
+                THEN {target(TaskEvent.CACHE)} ELSE {target(TaskEvent.PROMOTE)} END
+    WHERE id IN (SELECT id FROM {{given}}) AND {_BLOCKED}
+    RETURNING id, state
+    """,
+)
+
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
@@ -140,6 +159,18 @@ def complete_finished(session: Session, keys: Mapping[str, str]) -> None:
 def complete(session: Session, done: Sequence[str], ready: Sequence[str] = ()) -> None:
     """Draw every consequence of the success of the tasks `done`, and of the tasks `ready` having all inputs."""
     _complete(session, done, [*_select_ready(session, ready), *_count_down(session, done)], ends_jobs=True)
+
+
+def queue_new(session: Session, tasks: Sequence[str]) -> None:
+    """Queue new tasks that read no other's output, or draw the consequences of their results being recorded already.
+
+    Call it under `lock_graph`.
+    """
+    cached: list[str] = []
+    for batch in batches(tasks):
+        states = {row.id: row.state for row in run(session, _QUEUE_NEW, given=_ids(batch))}
+        cached += _note_given(session, batch, states)
+    complete(session, cached)
 
 
 def _complete(session: Session, done: Sequence[str], ready: Sequence[_Ready], *, ends_jobs: bool) -> None:
@@ -236,13 +267,18 @@ def _give_keys(session: Session, changes: Sequence[dict[str, Any]]) -> list[str]
     locks = [] if is_alone(session) else [(_LOCK_KEYS, {"given": given})]
     *_, rows = run_together(session, *locks, (_PROMOTE, {"given": given}))
     states = {row.id: row.state for row in rows}
-    cached = [change["id"] for change in changes if states.get(change["id"]) == TaskState.SUCCEEDED.value]
+    return _note_given(session, [change["id"] for change in changes], states)
+
+
+def _note_given(session: Session, tasks: Sequence[str], states: Mapping[str, str]) -> list[str]:
+    """Note what has become of tasks that were given keys; return those that have succeeded by that."""
+    cached = [task for task in tasks if states.get(task) == TaskState.SUCCEEDED.value]
     if cached:
         need_graph(session)
-    for change in changes:
-        if states.get(change["id"]) == TaskState.QUEUED.value:
-            record_event(session, TaskEvent.PROMOTE, task=change["id"])
-    note_ready(session, len(changes) - len(cached))
+    for task in tasks:
+        if states.get(task) == TaskState.QUEUED.value:
+            record_event(session, TaskEvent.PROMOTE, task=task)
+    note_ready(session, len(tasks) - len(cached))
     _mark_cached(session, cached)
     return cached
 

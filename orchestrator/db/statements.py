@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import islice
 from typing import Any, TypeVar, cast
@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.models import Base, Job, Task, in_states, sql_list
 from orchestrator.db.rows import Lease
-from orchestrator.db.sql import Statement, dump, is_postgres, rows_json, run, statement
+from orchestrator.db.sql import Statement, copy_rows, is_postgres, rows_json, run, statement
 from orchestrator.states import (
     ACTIVE_JOBS,
     JOB_TRANSITIONS,
@@ -103,30 +103,31 @@ def _transition(event: TaskEvent | JobEvent) -> Transition[TaskState] | Transiti
 
 
 def insert_rows(
-    session: Session, table: type[Base], rows: Sequence[Mapping[str, Any]], *, or_ignore: bool = False
+    session: Session, table: type[Base], columns: tuple[str, ...], rows: Sequence[Sequence[Any]], *, maybe: bool = False
 ) -> None:
-    """Insert rows of the same columns, numbered in this order; with `or_ignore` except those that are there."""
+    """Insert rows, numbered in this order; JSON is given as text. With `maybe`, rows that are there are left."""
+    if not rows:
+        return
+    if is_postgres(session) and not maybe:
+        copy_rows(session, f"{table.__tablename__} ({', '.join(columns)})", rows)
+        return
+    insertion = _insertion(table, columns, maybe)
     for batch in batches(rows):
-        columns = tuple(batch[0])
-        json_columns, insertion = _insertion(table, columns, or_ignore)
-        given = [
-            {"n": number, **row, **{name: dump(row[name]) for name in json_columns}} for number, row in enumerate(batch)
-        ]
+        given = [{"n": number, **dict(zip(columns, row, strict=True))} for number, row in enumerate(batch)]
         run(session, insertion, given=rows_json(given))
 
 
 @cache
-def _insertion(table: type[Base], names: tuple[str, ...], or_ignore: bool) -> tuple[list[str], Statement]:
-    """Return which of the columns are JSON, and the statement."""
+def _insertion(table: type[Base], names: tuple[str, ...], maybe: bool) -> Statement:
     columns = cast(Table, table.__table__).c
     json_columns = [name for name in names if isinstance(columns[name].type, JSON)]
     types = {
         name: "text" if name in json_columns else columns[name].type.compile(dialect=postgresql.dialect())
         for name in names
     }
-    listed, tail = ", ".join(names), " ON CONFLICT DO NOTHING" if or_ignore else ""
+    listed, tail = ", ".join(names), " ON CONFLICT DO NOTHING" if maybe else ""
     values = ", ".join(f"CAST({name} AS json)" if name in json_columns else name for name in names)
     into = f"INSERT INTO {table.__tablename__} ({listed}) SELECT "
     # WHERE true: SQLite would else take ON CONFLICT for a join's condition.
     end = f" FROM {{given}} WHERE true ORDER BY n{tail}"
-    return json_columns, statement(into + listed + end, {"n": "integer"} | types, postgres=into + values + end)
+    return statement(into + listed + end, {"n": "integer"} | types, postgres=into + values + end)

@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.db.rows import Candidate, Timing
+from orchestrator.db.rows import Candidate, Timing, Wishes
 from orchestrator.graph import Resources
 from orchestrator.planning.estimate import learned_memory
 from workers.execution.cluster import CPU, CUDA, MEMORY_STEP, Node, version_problem
@@ -73,6 +73,8 @@ class Decision:
     pinned: frozenset[str] = frozenset()
 
 
+#: Kind, version, resources and wishes of a task: all that placement knows of it.
+_Asked = tuple[str, int, Resources, Wishes]
 #: (kind, type of device) to what is known of its tasks.
 Learned = Mapping[tuple[str, str], Timing]
 
@@ -141,15 +143,21 @@ def place(
     placements: dict[str, Placement] = {}
     kept_for: Candidate | None = None
     pinned: set[str] = set()
+    # What tasks that ask for the same could occupy; none if there is no room for them: placing others makes none.
+    known: dict[_Asked, list[Placement]] = {}
     for task in tasks:
         if task.is_unpinned and pinned:
             continue  # its job may be bound to a type by the one before
-        options = list(_options(nodes, task, learned or {}))
+        asked = (task.kind, task.version, task.resources, task.wishes)
+        if asked not in known:
+            known[asked] = list(_options(nodes, task, learned or {}))
+        options = known[asked]
         if not options:
             continue
         share = weight(task.kind, task.version)
         found = state.start(options) or (state.queue(options, share) if kept_for is None else None)
         if found is None:
+            known[asked] = []
             if kept_for is None:
                 kept_for = task
                 state.keep(options)

@@ -12,8 +12,9 @@ from sqlalchemy import event, text
 
 from orchestrator.db.queries import cancel_job, create_job, enqueue_graph, find_model
 from orchestrator.db.rows import EnqueueCounts
+from orchestrator.db.sql import read_json
 from orchestrator.errors import GraphError, NotFoundError
-from orchestrator.graph import TaskNode, TaskRef, task_node
+from orchestrator.graph import Resources, TaskNode, TaskRef, inputs_json, task_node
 from quant_spec.errors import InvalidInputError
 
 Driver = Any  # the fixture's class lives in conftest.py
@@ -290,3 +291,23 @@ def test_finishing_costs_no_more_statements_when_the_history_is_long(queue: Driv
         queue.submit([queue.node(f"{round_} {number}") for number in range(20)])
         queue.work()
     assert statements_of_one_round("late") == few
+
+
+def test_values_come_back_as_they_were_planned(queue: Driver) -> None:
+    text_with_everything = 'tab\t, line\n, return\r, back\\slash, \\N, "quotes", äöü, \u2028'
+    source = queue.node(text_with_everything)
+    node = queue.node(["a", None, text_with_everything, 1.5, True], source)
+    queue.submit([source, node])
+    assert queue.task(source)["label"] == text_with_everything
+    stored = {name: read_json(queue.task(node)[name]) for name in ("params", "inputs")}
+    assert stored == {"params": dict(node.params), "inputs": inputs_json(node.inputs)}
+    assert queue.task(node)["gpu_type"] is None
+
+
+def test_layers_of_many_sizes_are_few_groups_for_the_claim(queue: Driver) -> None:
+    sizes = [Resources(memory_bytes=(1 << 28) + number) for number in (1, 100, 1 << 20, 1 << 28)]
+    queue.submit([queue.node(number, resources=each) for number, each in enumerate(sizes)])
+    assert len(queue.rows("SELECT DISTINCT needs FROM tasks")) == 1
+    assert [row["memory_bytes"] for row in queue.rows("SELECT memory_bytes FROM tasks ORDER BY seq")] == [
+        each.memory_bytes for each in sizes
+    ]

@@ -10,7 +10,8 @@ OrchestratorError
 ├── NotFoundError                 no job, model, release or alias of that name (102)
 ├── GraphError                    a task graph refers to a task it does not hold before it (1)
 ├── ResultError                   a task's outputs or metrics cannot be recorded (1)
-└── RecipeError                   a recipe cannot be read, resolved or planned (2)
+├── RecipeError                   a recipe cannot be read, resolved or planned (2)
+└── SearchError                   a search cannot be read, or asks for what cannot be (2)
 
 Other bad input from a user is `quant_spec.errors.InvalidInputError` itself.
 """
@@ -74,5 +75,11 @@ class ResultError(OrchestratorError, ValueError):
 
 class RecipeError(OrchestratorError, InvalidInputError):
     """A recipe cannot be read, resolved or planned."""
+
+    exit_code = 2
+
+
+class SearchError(OrchestratorError, InvalidInputError):
+    """A search cannot be read, or asks for what cannot be."""
 
     exit_code = 2

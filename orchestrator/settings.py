@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ from quant_spec.errors import InvalidInputError
 from workers.storage.store import CACHE_LIMIT_BYTES
 from workers.urls import HIDDEN, SecretUrl, shown_url
 
+_LONGEST_OWNER = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -21,7 +24,7 @@ class Settings:
     The database and the store lie in the home folder unless `given_database` or another `store` say otherwise; both may
     hold a password, and show none. `ray_address` is None where a local Ray is to be started. `cache_bytes` limits each
     node's copies of what lies in a remote store. `allowed_paths` are folders that recipes and model folders may name
-    files in, besides their own.
+    files in, besides their own. `owner` is whose jobs are submitted.
     """
 
     home: Path
@@ -31,6 +34,7 @@ class Settings:
     embedded_store: bool
     cache_bytes: int
     allowed_paths: tuple[Path, ...] = ()
+    owner: str = ""
 
     @property
     def embedded_database(self) -> bool:
@@ -78,8 +82,8 @@ def resolve_settings(
     ----------
     environ
         Read for `QUANTMILL_HOME`, `QUANTMILL_DB` (or the files of `orchestrator.secret_files`), `QUANTMILL_STORE`,
-        `QUANTMILL_CACHE_GIB`, `QUANTMILL_ALLOWED_PATHS` (folders, joined by colons) and `RAY_ADDRESS`; an empty value
-        counts as absent.
+        `QUANTMILL_CACHE_GIB`, `QUANTMILL_ALLOWED_PATHS` (folders, joined by colons), `QUANTMILL_OWNER` (the account's
+        name by default) and `RAY_ADDRESS`; an empty value counts as absent.
     home, database_url, store_url, ray_address
         What the command line gave; these win.
     allowed_paths
@@ -88,7 +92,8 @@ def resolve_settings(
     Raises
     ------
     InvalidInputError
-        If the size of the cache is no size, the store a URL gone wrong, or a file with a secret cannot be read.
+        If the size of the cache is no size, the store a URL gone wrong, the owner no name, or a file with a secret
+        cannot be read.
     """
     folder = Path(home or environ.get("QUANTMILL_HOME") or "~/.quantmill").expanduser().absolute()
     given_database = database_url_of(environ, database_url)
@@ -110,7 +115,23 @@ def resolve_settings(
         embedded_store=not given_store,
         cache_bytes=_cache_bytes(environ.get("QUANTMILL_CACHE_GIB")),
         allowed_paths=tuple(Path(path).expanduser().absolute() for path in allowed if path),
+        owner=_owner(environ.get("QUANTMILL_OWNER")),
     )
+
+
+def _owner(name: str | None) -> str:
+    """Return who submits jobs: the given name, else the account's."""
+    if name:
+        if len(name) > _LONGEST_OWNER or not name.isprintable():
+            raise InvalidInputError(
+                f"QUANTMILL_OWNER: got {name[:40]!r}, wanted a name of at most {_LONGEST_OWNER} characters"
+            )
+        return name
+    try:
+        return getpass.getuser()[:_LONGEST_OWNER]
+    except (KeyError, OSError):
+        # An account without a name, as in a container of an arbitrary number.
+        return str(os.getuid())
 
 
 def _cache_bytes(gib: str | None) -> int:

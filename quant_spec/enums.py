@@ -146,3 +146,19 @@ class SampleSpace(StrEnum):
 
     PIXELS = "pixels"  # of images, in [-1, 1]: compared and shown after clamping to that
     LATENTS = "latents"  # whatever their range: compared as they are
+
+
+class Objective(StrEnum):
+    """What a search calls best."""
+
+    PSNR_DB = "psnr_db"  # same-seed PSNR of samples, higher is better
+    PREDICTION_ERROR = "prediction_error"  # power of the predictions' error along the trajectory, lower is better
+    FD = "fd"  # Fréchet distance of features to those of full precision, lower is better
+
+
+class SearchUnit(StrEnum):
+    """What gets weight bits of its own in a search."""
+
+    LAYER = "layer"
+    UNIT = "unit"
+    CHANNELS = "channels"

@@ -15,23 +15,30 @@ from quant_spec.tasks import (
     export,
     inspect,
     layer_table,
+    menu,
+    mix,
     noise,
     noop,
     pack,
+    propose,
     reconstruct,
     reference,
     release,
     round,
     scale,
     score,
+    sensitivity,
     step_bits,
     step_effects,
+    step_gains,
     temporal,
 )
 
 _MODULES = (
-    *(inspect, calibrate, reference, temporal, scale, round, reconstruct, step_effects, step_bits, channel_errors),
-    *(allocate, distill, pack, noise, correct, evaluate, score, release),
+    *(inspect, calibrate, reference, temporal, scale, round, menu, mix, reconstruct),
+    *(step_effects, step_bits, channel_errors, allocate),
+    *(distill, pack, noise, correct, evaluate, score, release),
+    *(step_gains, sensitivity, propose),  # searches alone
     *(export, bench, layer_table, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery
 )

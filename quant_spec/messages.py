@@ -24,6 +24,7 @@ _TYPES = {
     "list": "a list",
     "finite_number": "a finite number",
     "missing": "a value",
+    "bytes_text": "a number of bytes, or text like 2.8MB",
 }
 _BOUNDS = {
     "greater_than": ("gt", "more than {}"),

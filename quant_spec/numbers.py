@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 
-def human_bytes(count: float) -> str:
+def human_bytes(count: float, decimals: int = 1) -> str:
     """Return a size in bytes, kB, MB, … of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.{decimals}f} {unit}"
         count /= 1000
-    return f"{count:.1f} TB"
+    return f"{count:.{decimals}f} TB"
 
 
 def human_count(count: float) -> str:

@@ -10,6 +10,7 @@ from quant_spec.enums import Extractor, Shift
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
 from quant_spec.passes.correct import Correct
 from quant_spec.passes.distill import Distill
+from quant_spec.passes.menu import Menu
 from quant_spec.passes.reconstruct import Reconstruct
 from quant_spec.passes.round import Round
 from quant_spec.passes.scale import Scale
@@ -20,6 +21,7 @@ from quant_spec.recipe_formats import (
     LayerException,
     Weights,
     activations_for,
+    exact_name,
     weights_for,
 )
 from quant_spec.record import Count, Record, Seed
@@ -44,6 +46,9 @@ class Passes(Record):
     allocate: Allocate | None = Field(
         default=None, description="Bits for each output channel; null gives all channels of a layer the same."
     )
+    menu: Menu | None = Field(
+        default=None, description="Every layer rounded at several widths, for exact names to choose from; null is none."
+    )
     round: Round = Field(default=Round(), description="How weights are rounded; always runs.")
     reconstruct: Reconstruct | None = Field(
         default=None, description="The rounding of each unit learned; null leaves it as round gives it."
@@ -54,6 +59,12 @@ class Passes(Record):
     correct: Correct | None = Field(
         default=None, description="Predictions corrected in the sampler; null corrects none."
     )
+
+    @model_serializer(mode="wrap")
+    def _without_a_menu(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a menu that is not there, so that the digests of recipes stay what they were."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "menu" or value is not None}
 
 
 class Calibration(Record):
@@ -181,6 +192,7 @@ class Recipe(Record):
             raise ValueError("passes.scale: got activations.bits null, wanted quantized activations")
         self._check_shift()
         self._check_allocation()
+        self._check_menu()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
             raise ValueError(f"calibration.steps: got {recorded}, wanted at most the sampler's {steps}")
@@ -236,6 +248,24 @@ class Recipe(Record):
                 f"passes.allocate: got symmetric weights of {weights.bits} bits, of which some channels would have 1, "
                 "wanted weights.symmetric false"
             )
+
+    def _check_menu(self) -> None:
+        """Refuse choices from a menu that is not there, or that something else makes too."""
+        for place, entry in enumerate(self.layers):
+            asks = {"weights.promoted": entry.weights.promoted, "activations.range_bits": entry.activations.range_bits}
+            for field, value in asks.items():
+                if value and (self.passes.menu is None or exact_name(entry.match) is None):
+                    got = f"match {entry.match!r}, passes.menu {'null' if self.passes.menu is None else 'set'}"
+                    raise ValueError(f"layers.{place}.{field}: got {got}, wanted an exact name and passes.menu")
+            mode = activations_for(self.activations, [entry], f"layers.{place}.activations").mode
+            if entry.activations.range_bits and mode != "per_step":
+                raise ValueError(f"layers.{place}.activations.range_bits: got mode {mode}, wanted per_step")
+        if self.passes.menu is None:
+            return
+        if self.passes.allocate is not None and not self.passes.allocate.is_uniform:
+            raise ValueError("passes.menu: got it beside passes.allocate, wanted one of them to choose weight bits")
+        if self.activations.step_bits is not None:
+            raise ValueError("passes.menu: got it beside activations.step_bits, wanted one choice of activation bits")
 
     def _check_seeds(self) -> None:
         """Refuse an evaluation on what the model was fitted to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
@@ -10,7 +11,9 @@ from quant_spec.enums import ActivationMode, Granularity, RangeMethod, UnknownTi
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
 from quant_spec.passes.step_bits import StepBits
-from quant_spec.record import Bits, Count, Partial, Percentile, Record
+from quant_spec.record import Bits, Count, Partial, Percentile, Record, Share
+
+_ESCAPED = re.compile(r"\[([*?[])\]")
 
 
 class Weights(Record):
@@ -95,6 +98,11 @@ class WeightsException(Partial):
     group_size: Count | None = Field(default=None, description="As in weights.")
     range: RangeMethod | None = Field(default=None, description="As in weights.")
     percentile: Percentile | None = Field(default=None, description="As in weights.")
+    promoted: Share | None = Field(
+        default=None,
+        description="Share of the output channels that get the menu's next width, those that gain most; only with "
+        "passes.menu, for an exact name.",
+    )
 
 
 class ActivationsException(Partial):
@@ -105,6 +113,11 @@ class ActivationsException(Partial):
     mode: ActivationMode | None = Field(default=None, description="As in activations.")
     range: RangeMethod | None = Field(default=None, description="As in activations.")
     percentile: Percentile | None = Field(default=None, description="As in activations.")
+    range_bits: Annotated[tuple[Bits, ...], Field(min_length=1, max_length=64)] | None = Field(
+        default=None,
+        description="Bits for each of so many equal ranges of trajectory steps, in place of bits; only with "
+        "passes.menu, for an exact name, mode per_step.",
+    )
 
 
 class LayerException(Record):
@@ -120,6 +133,13 @@ class LayerException(Record):
     )
     keep: bool = Field(default=False, description="Keep in full precision; a later entry that matches quantizes again.")
     required: bool = Field(default=True, description="Whether it is an error if the model has no such layer.")
+
+
+def exact_name(pattern: str) -> str | None:
+    """Return the one name that a pattern matches, whose special characters are escaped; None if it may match others."""
+    if pattern.startswith("@") or any(character in _ESCAPED.sub("", pattern) for character in "*?["):
+        return None
+    return _ESCAPED.sub(r"\1", pattern)
 
 
 def weights_for(weights: Weights, entries: list[LayerException], path: str = "weights") -> Weights:
@@ -144,7 +164,7 @@ def _merged(section: _S, partials: list[Any], path: str) -> _S:
     """Lay partial records over a whole one."""
     values = section.model_dump(mode="json")
     for partial in partials:
-        values |= partial.model_dump(mode="json")
+        values |= {name: value for name, value in partial.model_dump(mode="json").items() if name in values}
     try:
         return type(section).model_validate_json(canonical_json(values))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""A GPU cluster: what tasks need and where they ran, who works on the database, which store belongs to it."""
+"""A GPU cluster: what tasks need and where they ran, who works on the database, which store belongs to it; searches."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ def upgrade() -> None:
     # One after the other and not in a batch: SQLite would copy the table, and lose its indexes on expressions.
     op.add_column("jobs", sa.Column("device", sa.String(8), nullable=False, server_default="auto"))
     op.add_column("jobs", sa.Column("gpu_type", sa.String(128)))
+    op.add_column("jobs", sa.Column("search_id", sa.String(12)))
+    op.add_column("jobs", sa.Column("owner", sa.String(128), nullable=False, server_default=""))
+    op.create_index("ix_jobs_search_id", "jobs", ["search_id"])
     for column in (
         sa.Column("gpu_memory_bytes", sa.BigInteger(), nullable=False, server_default="0"),
         sa.Column("device", sa.String(8), nullable=False, server_default="auto"),
@@ -85,13 +88,16 @@ def upgrade() -> None:
         sa.Column("created_at", DOUBLE, nullable=False),
         sa.PrimaryKeyConstraint("digest", "key_id", name=op.f("pk_signatures")),
     )
+    _make_searches()
     clock = "extract(epoch FROM now())" if op.get_context().dialect.name == "postgresql" else "strftime('%s', 'now')"
     insert = sa.text(f"INSERT INTO service (id, created_at) VALUES (:id, {clock})")
     op.get_bind().execute(insert.bindparams(id=uuid.uuid4().hex))
 
 
 def downgrade() -> None:
-    """Go back; times on GPUs, and where tasks ran, are forgotten."""
+    """Go back; times on GPUs, where tasks ran, and searches are forgotten."""
+    for table in ("search_points", "search_models", "searches"):
+        op.drop_table(table)
     if _is_postgres():
         for statement in drop_checks():
             op.execute(statement)
@@ -131,8 +137,95 @@ def downgrade() -> None:
     ):
         op.drop_column("tasks", column)
     op.drop_column("tasks", "gpu_memory_bytes")
-    op.drop_column("jobs", "gpu_type")
-    op.drop_column("jobs", "device")
+    op.drop_index("ix_jobs_search_id", "jobs")
+    for column in ("owner", "search_id", "gpu_type", "device"):
+        op.drop_column("jobs", column)
+
+
+def _make_searches() -> None:
+    """Make the tables of searches."""
+    states = "'cancelled', 'failed', 'queued', 'running', 'succeeded'"
+    op.create_table(
+        "searches",
+        sa.Column("id", sa.String(12), nullable=False),
+        sa.Column("name", sa.String(128), nullable=False),
+        sa.Column("owner", sa.String(128), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("priority", sa.Integer(), nullable=False),
+        sa.Column("only", sa.String(16)),
+        sa.Column("spec", JSON, nullable=False),
+        sa.Column("recipes", JSON, nullable=False),
+        sa.Column("latency", JSON),
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("created_at", DOUBLE, nullable=False),
+        sa.Column("started_at", DOUBLE),
+        sa.Column("finished_at", DOUBLE),
+        sa.Column("error", sa.Text()),
+        sa.CheckConstraint(f"state IN ({states})", name=op.f("ck_searches_state")),
+        sa.CheckConstraint(
+            "(state IN ('queued', 'running')) = (finished_at IS NULL)", name=op.f("ck_searches_finished")
+        ),
+        sa.CheckConstraint("state <> 'failed' OR error IS NOT NULL", name=op.f("ck_searches_error")),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_searches")),
+    )
+    op.create_index("ix_searches_open", "searches", ["created_at"], **_where("state IN ('queued', 'running')"))
+    for column in ("created_at", "digest"):
+        op.create_index(f"ix_searches_{column}", "searches", [column])
+    op.create_table(
+        "search_models",
+        sa.Column("search_id", sa.String(12), nullable=False),
+        sa.Column("model_name", sa.String(128), nullable=False),
+        sa.Column("position", sa.Integer(), nullable=False),
+        sa.Column("model_digest", sa.String(64), nullable=False),
+        sa.Column("shape_digest", sa.String(64), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("stage", sa.String(16), nullable=False),
+        sa.Column("round", sa.Integer(), nullable=False),
+        sa.Column("last_round", sa.Integer(), nullable=False),
+        sa.Column("job_id", sa.String(12)),
+        sa.Column("parent", sa.String(12)),
+        sa.Column("parent_model", sa.String(128)),
+        sa.Column("proposed", JSON),
+        sa.Column("error", sa.Text()),
+        sa.CheckConstraint(f"state IN ({states})", name=op.f("ck_search_models_state")),
+        sa.CheckConstraint(
+            "stage IN ('sensitivity', 'screening', 'final', 'done')", name=op.f("ck_search_models_stage")
+        ),
+        sa.CheckConstraint("state <> 'failed' OR error IS NOT NULL", name=op.f("ck_search_models_error")),
+        sa.ForeignKeyConstraint(["search_id"], ["searches.id"], name=op.f("fk_search_models_search_id")),
+        sa.ForeignKeyConstraint(["model_name"], ["models.name"], name=op.f("fk_search_models_model_name")),
+        sa.PrimaryKeyConstraint("search_id", "model_name", name=op.f("pk_search_models")),
+    )
+    for column in ("model_digest", "shape_digest"):
+        op.create_index(f"ix_search_models_{column}", "search_models", [column])
+    op.create_table(
+        "search_points",
+        sa.Column("search_id", sa.String(12), nullable=False),
+        sa.Column("model_name", sa.String(128), nullable=False),
+        sa.Column("number", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("round", sa.Integer(), nullable=False),
+        sa.Column("stage", sa.String(16), nullable=False),
+        sa.Column("origin", sa.String(128), nullable=False),
+        sa.Column("budget", sa.Integer()),
+        sa.Column("allocation", JSON, nullable=False),
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("job_id", sa.String(12)),
+        sa.Column("predicted", JSON),
+        sa.Column("screened", JSON),
+        sa.Column("metrics", JSON),
+        sa.Column("dropped", sa.Text()),
+        sa.Column("release", sa.String(160)),
+        sa.CheckConstraint("stage IN ('screening', 'final')", name=op.f("ck_search_points_stage")),
+        sa.ForeignKeyConstraint(
+            ["search_id", "model_name"],
+            ["search_models.search_id", "search_models.model_name"],
+            name=op.f("fk_search_points_search_id_model_name"),
+        ),
+        sa.UniqueConstraint(
+            "search_id", "model_name", "digest", name=op.f("uq_search_points_search_id_model_name_digest")
+        ),
+        sa.PrimaryKeyConstraint("search_id", "model_name", "number", name=op.f("pk_search_points")),
+    )
 
 
 def _make_timings(*, with_device: bool) -> None:

@@ -8,11 +8,12 @@ from functools import partial
 
 from orchestrator.actions.dry_run import worker_count
 from orchestrator.actions.patience import patiently
-from orchestrator.actions.progress import Progress
+from orchestrator.actions.progress import show_progress
 from orchestrator.db.jobs import find_job
 from orchestrator.db.rows import JobRow
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig, Served
 from orchestrator.scheduling.watch import Watch
+from orchestrator.search.advance import Steps
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS
 from workers.execution.executor import RayExecutor
@@ -35,7 +36,7 @@ def run_job(service: Service, job: JobRow, stop: threading.Event) -> JobRow:
         # A store that is out must not keep the progress, and with it the end, waiting.
         notes = open_store(service.settings.store_url, quick=True)
         scheduler = make_scheduler(service)
-        with Progress(service.database, notes, job.id, workers=worker_count(), cluster=scheduler.cluster):
+        with show_progress(service.database, notes, job.id, workers=worker_count(), cluster=scheduler.cluster):
             scheduler.run(stop=stop, until_job=job.id)
 
     def look() -> JobRow:
@@ -58,4 +59,5 @@ def make_scheduler(service: Service, watch: Watch | None = None) -> Scheduler:
     """Return a scheduler on the service's database, store and Ray."""
     settings = service.settings
     config = SchedulerConfig(settings.store_url, settings.cache_dir, settings.cache_bytes)
-    return Scheduler(service.database, partial(RayExecutor.start, settings.ray_address), config, watch)
+    start = partial(RayExecutor.start, settings.ray_address)
+    return Scheduler(service.database, start, config, watch, Steps(service))

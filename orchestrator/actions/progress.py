@@ -1,42 +1,30 @@
-"""A job's progress while it runs: a live table on a terminal, a line now and then anywhere else; always on stderr."""
+"""A job's progress while it runs: what is done, what runs, and how long the rest will take."""
 
 from __future__ import annotations
 
-import sys
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from orchestrator.actions.cluster import gpu_text
+from orchestrator.actions.live import Live
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import find_job, job_kinds, list_tasks
 from orchestrator.db.orchestrators import gpu_types, waiting_reason
 from orchestrator.db.rows import KindRow
 from orchestrator.db.session import Database
 from orchestrator.db.timings import kind_timings
-from orchestrator.errors import DatabaseError
 from orchestrator.planning.estimate import Rate, fitted_rates
 from orchestrator.scheduling.running import REPORTING, RunningTask, running_tasks, step_text
 from orchestrator.states import ACTIVE_JOBS
-from orchestrator.text import human_seconds, printable
+from orchestrator.text import human_seconds
 from quant_spec.kinds import KINDS
 from workers.storage.store import Store
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-#: Seconds between two looks at the database: on a terminal, and elsewhere.
-LIVE_SECONDS, PLAIN_SECONDS = 0.5, 1.0
-#: Elsewhere a line is due after a hundredth of the tasks, or after so many seconds if anything changed.
-LINE_SECONDS = 10.0
-_RATE_WINDOW_SECONDS = 60.0
 _TELLING_SHARE = 0.1
-_JOIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +65,24 @@ class Snapshot:
     def running(self) -> int:
         """Tasks that run now."""
         return sum(kind.running for kind in self.kinds)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What is worth another line if it changes."""
+        return self.state, self.done, self.running, self.total, self.steps
+
+    @property
+    def news(self) -> str | None:
+        """What is worth another line at once: that all wait, and for what."""
+        return self.waiting
+
+    def line(self) -> str:
+        """Return it as one line of text."""
+        return progress_line(self)
+
+    def table(self, per_second: float) -> Table:
+        """Return it as a table for a terminal."""
+        return progress_table(self, per_second)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,117 +190,18 @@ def take_snapshot(database: Database, store: Store, job_id: str, pacer: Pacer) -
     return Snapshot(*names, kinds, max(seconds, 0.0), eta, steps, gpus, waiting)
 
 
-class Progress:
-    """Shows a job's progress from a thread of its own, while the block runs."""
-
-    def __init__(
-        self,
-        database: Database,
-        store: Store,
-        job_id: str,
-        *,
-        workers: int,
-        cluster: Callable[[], Mapping[str, Any]] = dict,
-        stream: TextIO | None = None,
-    ) -> None:
-        pacer = Pacer(database, workers, cluster)
-        self._take: Callable[[], Snapshot] = lambda: take_snapshot(database, store, job_id, pacer)
-        self._stream = stream if stream is not None else sys.stderr
-        self._stop = threading.Event()
-        show = self._show_live if self._stream.isatty() else self._show_lines
-        self._thread = threading.Thread(target=show, name="progress", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        # What it shows comes from the database and the store, which may be hung.
-        self._thread.join(_JOIN_SECONDS)
-
-    def _show_lines(self) -> None:
-        pace = LinePace()
-        stopped = False
-        while not stopped:
-            stopped = self._stop.wait(PLAIN_SECONDS)
-            # A look that fails costs one line of progress; the scheduler says on the log what it waits for.
-            with suppress(DatabaseError):
-                snapshot = self._take()
-                if pace.is_due(snapshot, time.monotonic(), last=stopped):
-                    self._stream.write(printable(progress_line(snapshot)) + "\n")
-                    self._stream.flush()
-
-    def _show_live(self) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        pace = Pace()
-        with Live(console=Console(file=self._stream), auto_refresh=False) as live:
-            stopped = False
-            while not stopped:
-                with suppress(DatabaseError):
-                    snapshot = self._take()
-                    pace.add(time.monotonic(), snapshot.computed)
-                    live.update(progress_table(snapshot, pace.per_second()), refresh=True)
-                stopped = self._stop.wait(LIVE_SECONDS)
-            with suppress(DatabaseError):
-                live.update(progress_table(self._take(), pace.per_second()), refresh=True)
-
-
-class LinePace:
-    """Decides when another line is worth writing."""
-
-    def __init__(self) -> None:
-        self._shown: tuple[object, ...] | None = None
-        self._done = 0
-        self._at = 0.0
-
-    def is_due(self, snapshot: Snapshot, now: float, *, last: bool) -> bool:
-        """Say whether to write a line now; True also notes that it was written.
-
-        Parameters
-        ----------
-        now
-            Seconds of any clock.
-        last
-            The block is over: whatever changed is worth a line.
-        """
-        content = (snapshot.state, snapshot.done, snapshot.running, snapshot.total, snapshot.steps, snapshot.waiting)
-        if content == self._shown:
-            return False
-        step = max(1, snapshot.total // 100)
-        due = (
-            self._shown is None
-            or snapshot.waiting != self._shown[-1]
-            or snapshot.done >= self._done + step
-            or now >= self._at + LINE_SECONDS
-        )
-        if due or last:
-            self._shown, self._done, self._at = content, snapshot.done, now
-        return due or last
-
-
-class Pace:
-    """Tasks per second over the last minute."""
-
-    def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque()
-
-    def add(self, now: float, computed: int) -> None:
-        """Note how many tasks were computed by now."""
-        self._seen.append((now, computed))
-        while now - self._seen[0][0] > _RATE_WINDOW_SECONDS:
-            self._seen.popleft()
-
-    def per_second(self) -> float:
-        """Return the rate; 0 while nothing is known."""
-        if len(self._seen) < 2 or self._seen[-1][0] <= self._seen[0][0]:
-            return 0.0
-        (start, first), (end, last) = self._seen[0], self._seen[-1]
-        return (last - first) / (end - start)
+def show_progress(
+    database: Database,
+    store: Store,
+    job_id: str,
+    *,
+    workers: int,
+    cluster: Callable[[], Mapping[str, Any]] = dict,
+    stream: TextIO | None = None,
+) -> Live:
+    """Show a job's progress while a block runs."""
+    pacer = Pacer(database, workers, cluster)
+    return Live(lambda: take_snapshot(database, store, job_id, pacer), stream)
 
 
 def progress_line(snapshot: Snapshot) -> str:

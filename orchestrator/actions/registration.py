@@ -104,6 +104,7 @@ def resolve_model(
     *,
     notify: Callable[[str], None],
     dry_run: bool = False,
+    register: bool = True,
     sample_size: SampleSize | None = None,
     check: Check = _accept,
 ) -> ModelRow:
@@ -119,6 +120,8 @@ def resolve_model(
         As for `add_model_from`.
     dry_run
         Do not register a model that is not registered yet, and leave nothing of it in the store.
+    register
+        False leaves that to the caller: the model's bytes are in the store, its row is only returned.
     sample_size, check
         As for `add_model_from`; `check` is called with a model that is registered already, too.
 
@@ -145,15 +148,16 @@ def resolve_model(
             return known
         if not Path(text).is_dir():
             raise NotFoundError(f"model: got {text!r}, wanted a name of models ls, a folder or hf:owner/name")
-    if not dry_run:
+    if register and not dry_run:
         return add_model_from(service, text, None, notify=notify, sample_size=sample_size, check=check)
     with tempfile.TemporaryDirectory(prefix="quantmill-dry-run-") as folder:
-        model = look_at(service, text, open_store(folder), notify=notify, sample_size=sample_size)
+        store = open_store(folder) if dry_run else service.store
+        model = look_at(service, text, store, notify=notify, sample_size=sample_size)
     registered = _registered(service, model.digest)
     if registered is not None:
         model = replace(registered, inspection=model.inspection)
     else:
-        model = _with_free_name(service, model, notify, "would be registered")
+        model = _with_free_name(service, model, notify, "would be registered" if dry_run else "registered")
     check(model)
     return model
 

@@ -131,6 +131,7 @@ def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Re
             priority=request.priority,
             device=wanted.device.value,
             gpu_type=wanted.gpu_type,
+            owner=service.settings.owner,
         )
         counts = enqueue_graph(session, job_id, nodes, target)
         job = find_job(session, job_id)

@@ -41,6 +41,8 @@ def job_view(job: JobRow, tasks: Mapping[str, int], now: float, waiting: str | N
         "metrics": job.metrics,
         "error": job.error,
         "priority": job.priority,
+        "owner": job.owner,
+        "search": job.search,
         "device": job.device,
         "gpu_type": job.gpu_type,
         "model_digest": job.model_digest,

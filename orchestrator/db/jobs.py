@@ -7,14 +7,14 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row, Select, func, insert, or_, select
+from sqlalchemy import Row, Select, func, insert, literal, or_, select
 from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.enqueue import start_tasks
 from orchestrator.db.event_log import last_settled_event, record_event
 from orchestrator.db.job_ends import end_jobs
-from orchestrator.db.models import Event, Job, JobTask, Result, Task, in_states
+from orchestrator.db.models import Event, Job, JobTask, Result, Search, Task, in_states
 from orchestrator.db.rows import EventRow, JobRow, KindRow, ModelRow, TaskRow
 from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
 from orchestrator.db.statements import move_job
@@ -43,8 +43,12 @@ def create_job(
     priority: int = 0,
     device: str = "auto",
     gpu_type: str | None = None,
+    owner: str = "",
+    search: str | None = None,
 ) -> str:
     """Make a job without tasks; return its id, 12 random hexadecimal digits.
+
+    `owner` is who wants it, `search` the search that it belongs to, if one.
 
     Raises
     ------
@@ -61,7 +65,7 @@ def create_job(
     values = {"id": job_id, "state": JobState.QUEUED.value, "priority": priority, "release_name": release_name}
     values |= {"model_name": model.name, "model_digest": model.digest, "created_at": epoch_seconds()}
     values |= {"recipe_name": recipe_name, "recipe_digest": recipe_digest, "recipe": dict(recipe)}
-    values |= {"device": device, "gpu_type": gpu_type}
+    values |= {"device": device, "gpu_type": gpu_type, "owner": owner, "search_id": search}
     session.execute(insert(Job).values(**values))
     data = {"model": model.name, "recipe": recipe_name, "priority": priority}
     record_event(session, "created", job=job_id, data=data)
@@ -151,8 +155,10 @@ def list_jobs(session: Session, *, states: Iterable[JobState] = (), limit: int =
 
 
 def work_left(session: Session) -> bool:
-    """Return whether any job has not ended."""
-    return session.scalar(select(Job.id).where(in_states(Job.state, ACTIVE_JOBS)).limit(1)) is not None
+    """Return whether any job or search has not ended."""
+    jobs = select(literal(1)).where(in_states(Job.state, ACTIVE_JOBS))
+    searches = select(literal(1)).where(in_states(Search.state, ACTIVE_JOBS))
+    return bool(session.scalar(select(or_(jobs.exists(), searches.exists()))))
 
 
 def nothing_left(session: Session) -> bool:
@@ -317,4 +323,6 @@ def _job_row(job: Job) -> JobRow:
         metrics=job.metrics,
         device=job.device,
         gpu_type=job.gpu_type,
+        search=job.search_id,
+        owner=job.owner,
     )

@@ -5,6 +5,7 @@ Alembic (migrations/) is the only way that they change.
 models ── jobs ─┬─ job_tasks ── tasks ── task_inputs (which task reads which)
                 └─ releases ── aliases      results (by key), kind_timings (sums over results), events
 signatures (of what was released, by key), service (which database this is), orchestrators (who works on it)
+searches ── search_models ── search_points (each has its jobs)
 """
 
 from __future__ import annotations
@@ -93,7 +94,10 @@ class Model(Base):
 
 
 class Job(Base):
-    """A recipe applied to a model. `target_task` is the task that ends it."""
+    """A recipe applied to a model. `target_task` is the task that ends it.
+
+    `owner` is who submitted it, `search_id` the search that wants it, if one does.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -126,6 +130,8 @@ class Job(Base):
     metrics: Mapped[dict[str, Any] | None] = mapped_column(Json)
     device: Mapped[str] = mapped_column(String(8), server_default="auto")
     gpu_type: Mapped[str | None] = mapped_column(Name)
+    search_id: Mapped[str | None] = mapped_column(String(12), index=True)
+    owner: Mapped[str] = mapped_column(Name, server_default="")
 
 
 class Task(Base):
@@ -360,6 +366,102 @@ class Alias(Base):
     name: Mapped[str] = mapped_column(Name, primary_key=True)
     alias: Mapped[str] = mapped_column(Name, primary_key=True)
     version: Mapped[int] = mapped_column(Integer)
+
+
+class Search(Base):
+    """A search over models and choices of bits.
+
+    `spec` is what was asked for (`quant_spec.search.SearchSpec`), `recipes` the base recipe and its variants, resolved,
+    by name; `latency` a measured table of latencies. `only` is "sensitivity" if no candidate is to be measured.
+    `digest` names all that decides the outcome: who asks for the same again is shown the one that is open.
+    """
+
+    __tablename__ = "searches"
+    __table_args__ = (
+        CheckConstraint(f"state IN ({sql_list(JobState)})", name="state"),
+        CheckConstraint(f"(state IN ({sql_list(ACTIVE_JOBS)})) = (finished_at IS NULL)", name="finished"),
+        CheckConstraint("state <> 'failed' OR error IS NOT NULL", name="error"),
+        Index("ix_searches_open", "created_at", postgresql_where=text("state IN ('queued', 'running')"),
+              sqlite_where=text("state IN ('queued', 'running')")),
+    )  # fmt: skip
+
+    id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    name: Mapped[str] = mapped_column(Name)
+    owner: Mapped[str] = mapped_column(Name)
+    state: Mapped[str] = mapped_column(String(16))
+    priority: Mapped[int] = mapped_column(Integer)
+    only: Mapped[str | None] = mapped_column(String(16))
+    spec: Mapped[dict[str, Any]] = mapped_column(Json)
+    recipes: Mapped[dict[str, Any]] = mapped_column(Json)
+    latency: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    digest: Mapped[str] = mapped_column(Digest, index=True)
+    created_at: Mapped[float] = mapped_column(Seconds, index=True)
+    started_at: Mapped[float | None] = mapped_column(Seconds)
+    finished_at: Mapped[float | None] = mapped_column(Seconds)
+    error: Mapped[str | None] = mapped_column(Text)
+
+
+class SearchModel(Base):
+    """One model of a search, and how far its own search is.
+
+    `job_id` is the job that its next step waits for (sensitivities and what follows from them), `parent` the search
+    whose front it starts from. Candidates are proposed until `last_round`. `proposed` is what the last proposals said
+    beside their points.
+    """
+
+    __tablename__ = "search_models"
+    __table_args__ = (
+        CheckConstraint(f"state IN ({sql_list(JobState)})", name="state"),
+        CheckConstraint("stage IN ('sensitivity', 'screening', 'final', 'done')", name="stage"),
+        CheckConstraint("state <> 'failed' OR error IS NOT NULL", name="error"),
+    )
+
+    search_id: Mapped[str] = mapped_column(ForeignKey("searches.id"), primary_key=True)
+    model_name: Mapped[str] = mapped_column(ForeignKey("models.name"), primary_key=True)
+    position: Mapped[int] = mapped_column(Integer)
+    model_digest: Mapped[str] = mapped_column(Digest, index=True)
+    shape_digest: Mapped[str] = mapped_column(Digest, index=True)
+    state: Mapped[str] = mapped_column(String(16))
+    stage: Mapped[str] = mapped_column(String(16))
+    round: Mapped[int] = mapped_column(Integer)
+    last_round: Mapped[int] = mapped_column(Integer)
+    job_id: Mapped[str | None] = mapped_column(String(12))
+    parent: Mapped[str | None] = mapped_column(String(12))
+    parent_model: Mapped[str | None] = mapped_column(Name)
+    proposed: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    error: Mapped[str | None] = mapped_column(Text)
+
+
+class SearchPoint(Base):
+    """One allocation of bits that a search measures; `number` counts within the model.
+
+    `stage` is "screening" or "final", `job_id` the job that measures it there (None: not queued yet). `screened` and
+    `metrics` are what the two stages measured, `dropped` is why it is not on the front, `release` what it was
+    published as.
+    """
+
+    __tablename__ = "search_points"
+    __table_args__ = (
+        ForeignKeyConstraint(["search_id", "model_name"], ["search_models.search_id", "search_models.model_name"]),
+        UniqueConstraint("search_id", "model_name", "digest"),
+        CheckConstraint("stage IN ('screening', 'final')", name="stage"),
+    )
+
+    search_id: Mapped[str] = mapped_column(String(12), primary_key=True)
+    model_name: Mapped[str] = mapped_column(Name, primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    round: Mapped[int] = mapped_column(Integer)
+    stage: Mapped[str] = mapped_column(String(16))
+    origin: Mapped[str] = mapped_column(Name)
+    budget: Mapped[int | None] = mapped_column(Integer)
+    allocation: Mapped[dict[str, Any]] = mapped_column(Json)
+    digest: Mapped[str] = mapped_column(Digest)
+    job_id: Mapped[str | None] = mapped_column(String(12))
+    predicted: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    screened: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    metrics: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    dropped: Mapped[str | None] = mapped_column(Text)
+    release: Mapped[str | None] = mapped_column(String(160))
 
 
 add_to(Base.metadata)

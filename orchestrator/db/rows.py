@@ -139,6 +139,92 @@ class JobRow:
     metrics: dict[str, Any] | None
     device: str = "auto"
     gpu_type: str | None = None
+    search: str | None = None
+    owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRow:
+    """A search: `spec` is what was asked for, `recipes` the base recipe and its variants by name, resolved."""
+
+    id: str
+    name: str
+    owner: str
+    state: JobState
+    priority: int
+    only: str | None
+    spec: dict[str, Any]
+    recipes: dict[str, Any]
+    latency: dict[str, Any] | None
+    digest: str
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchModelRow:
+    """A model of a search; `job` is what its next step waits for, `parent` and `parent_model` what it starts from."""
+
+    search: str
+    name: str
+    digest: str
+    shape_digest: str
+    state: JobState
+    stage: str
+    round: int
+    last_round: int
+    job: str | None
+    parent: str | None
+    parent_model: str | None
+    proposed: dict[str, Any] | None
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchPointRow:
+    """An allocation that a search measures, and what became of the job that measures it (`measured`: its metrics)."""
+
+    number: int
+    model: str
+    round: int
+    stage: str
+    origin: str
+    budget: int | None
+    allocation: dict[str, Any]
+    digest: str
+    job: str | None
+    job_state: JobState | None
+    job_error: str | None
+    measured: dict[str, Any] | None
+    predicted: dict[str, Any] | None
+    screened: dict[str, Any] | None
+    metrics: dict[str, Any] | None
+    dropped: str | None
+    release: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchCosts:
+    """What a search's jobs took: distinct tasks by state, task-seconds spent and saved, and those spent by each job."""
+
+    tasks: dict[str, int]
+    spent_seconds: float
+    saved_seconds: float
+    by_job: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchJobCost:
+    """What one job of a search took: its tasks, those it did not compute, and the seconds of both sorts."""
+
+    job: str
+    model: str
+    tasks: int
+    cached: int
+    seconds: float
+    saved_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from orchestrator.planning.costs import GIB, Cost, Costs
 from orchestrator.planning.formats import QuantizedUnit, choose_formats
 from orchestrator.planning.model import ModelInfo
 from orchestrator.planning.sampler import with_scheduler
+from quant_spec.allocation import without_choices
 from quant_spec.recipe import Recipe
 from quant_spec.sampler import Sampler
 from quant_spec.task import TaskInputs, TaskKind, TaskParams
@@ -36,6 +37,8 @@ class Draft:
         What tasks of this recipe cost on this model.
     units
         To quantize, in the order in which they run; without the temporal block.
+    base_units
+        The same in the formats that a menu is rounded in; without one, `units`.
     block
         The temporal information block, if it is a unit of its own.
     calibration
@@ -61,6 +64,7 @@ class Draft:
     sampler: Sampler
     costs: Costs
     units: tuple[QuantizedUnit, ...]
+    base_units: tuple[QuantizedUnit, ...]
     block: QuantizedUnit | None = None
     calibration: tuple[Source, ...] = ()
     step_bits: Source | None = None
@@ -85,7 +89,8 @@ class Draft:
         given, recipe = recipe, with_scheduler(recipe, row)
         model = ModelInfo.read(row.digest, row.inspection)
         units = tuple(choose_formats(model, recipe))
-        return cls(row, model, given, recipe, recipe.sampler, Costs(model, recipe), units)
+        base = units if recipe.passes.menu is None else tuple(choose_formats(model, without_choices(recipe)))
+        return cls(row, model, given, recipe, recipe.sampler, Costs(model, recipe), units, base)
 
     @property
     def cache_bytes(self) -> int:

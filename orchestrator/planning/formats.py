@@ -6,7 +6,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from orchestrator.errors import RecipeError
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
@@ -16,17 +16,29 @@ from quant_spec.messages import nearest
 from quant_spec.planned import PlannedActivation, PlannedAttention, PlannedLayer, PlannedUnit, VariedLayer
 from quant_spec.ranges import RangeSpec
 from quant_spec.recipe import Recipe
-from quant_spec.recipe_formats import Activations, LayerException, Weights, activations_for, weights_for
+from quant_spec.recipe_formats import (
+    Activations,
+    LayerException,
+    Weights,
+    activations_for,
+    exact_name,
+    weights_for,
+)
 
 FLOAT_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedUnit:
-    """A unit of which something is quantized: what the model says of it, and what its tasks are told."""
+    """A unit of which something is quantized: what the model says of it, and what its tasks are told.
+
+    `promoted` and `range_bits` have what some layers choose from a menu beside their bits (see `LayerException`).
+    """
 
     info: UnitInfo
     planned: PlannedUnit
+    promoted: Mapping[str, float] = field(default_factory=dict)
+    range_bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -65,7 +77,11 @@ def choose_formats(model: ModelInfo, recipe: Recipe) -> list[QuantizedUnit]:
     """
     rules = _Rules(model, recipe)
     planned = [(unit, rules.unit(unit)) for unit in model.units]
-    units = [QuantizedUnit(unit, formats) for unit, formats in planned if formats.layers or formats.attentions]
+    units = [
+        QuantizedUnit(unit, formats, *rules.menu_choices(formats))
+        for unit, formats in planned
+        if formats.layers or formats.attentions
+    ]
     rules.check_used()
     if not units:
         raise RecipeError("layers: got every layer kept in full precision, wanted at least one to quantize")
@@ -107,18 +123,36 @@ class _Rules:
         self.recipe = recipe
         self.names = [layer.name for layer in model.layers] + [n for unit in model.units for n in unit.attentions]
         ends = {"@first": model.first_layer, "@last": model.last_layer}
-        self.patterns = [
-            re.compile(re.escape(ends[e.match]) if e.match in ends else fnmatch.translate(e.match))
-            for e in recipe.layers
-        ]
+        self.patterns: list[tuple[int, re.Pattern[str]]] = []
+        self.exact: dict[str, list[int]] = {}  # by name, as there may be an exception for each of thousands of layers
+        for place, entry in enumerate(recipe.layers):
+            name = ends.get(entry.match) or exact_name(entry.match)
+            if name is None:
+                self.patterns.append((place, re.compile(fnmatch.translate(entry.match))))
+            else:
+                self.exact.setdefault(name, []).append(place)
         self.used: set[int] = set()
         self.formats: dict[tuple[int, ...], tuple[Weights, Activations]] = {}  # by the exceptions that match
 
     def matches(self, name: str) -> tuple[int, ...]:
         """Return the places of the exceptions that match a name."""
-        places = tuple(place for place, pattern in enumerate(self.patterns) if pattern.fullmatch(name))
+        matching = [place for place, pattern in self.patterns if pattern.fullmatch(name)]
+        places = tuple(sorted([*matching, *self.exact.get(name, ())]))
         self.used.update(places)
         return places
+
+    def menu_choices(self, unit: PlannedUnit) -> tuple[dict[str, float], dict[str, tuple[int, ...]]]:
+        """Return the shares of promoted channels, and the bits by range of steps, that exact names are given."""
+        promoted: dict[str, float] = {}
+        ranges: dict[str, tuple[int, ...]] = {}
+        for name in (*unit.layers, *unit.attentions):
+            for place in self.exact.get(name, ()):
+                entry = self.recipe.layers[place]
+                if entry.weights.model_fields_set & {"bits", "promoted"}:
+                    promoted[name] = entry.weights.promoted or 0.0
+                if entry.activations.model_fields_set & {"bits", "range_bits"}:
+                    ranges[name] = entry.activations.range_bits or ()
+        return {n: share for n, share in promoted.items() if share}, {n: bits for n, bits in ranges.items() if bits}
 
     def keeps(self, places: Collection[int]) -> bool:
         """Return what the last of these exceptions says about full precision."""
@@ -170,11 +204,26 @@ class _Rules:
         kept = self.keeps(self.matches(name)) or (own and all(planned is None for planned in own))
         if kept or not attention.enabled or activations.bits is None:
             return None
+        bits = self.attention_bits(name)
         return PlannedAttention(
-            _activation(activations, attention.bits),
+            _activation(activations, attention.bits if bits is None else bits),
             None if activations.is_dynamic else _range(activations),
-            attention.softmax_bits,
+            attention.softmax_bits if bits is None else bits,
         )
+
+    def attention_bits(self, name: str) -> int | None:
+        """Return the bits that an exception gives to this very attention: of its query, key, value and probabilities.
+
+        Patterns speak of the inputs of layers, among which those of an attention's own.
+        """
+        bits: int | None = None
+        for place in self.exact.get(name, ()):
+            activations = self.recipe.layers[place].activations
+            if "bits" in activations.model_fields_set:
+                bits = activations.bits
+            if activations.range_bits:
+                bits = max(activations.range_bits)
+        return bits
 
     def format(self, places: tuple[int, ...], name: str) -> tuple[Weights, Activations]:
         """Return the formats of the layers that these exceptions match."""
@@ -185,6 +234,11 @@ class _Rules:
                 activations = activations_for(self.recipe.activations, entries, f"layer {name}: activations")
             except ValueError as error:
                 raise RecipeError(str(error)) from error
+            for entry in entries:
+                if entry.activations.range_bits and activations.bits is not None:
+                    activations = activations.replaced(bits=max(entry.activations.range_bits))
+                elif "bits" in entry.activations.model_fields_set and activations.bits is not None:
+                    activations = activations.replaced(bits=entry.activations.bits)
             self.formats[places] = weights, activations
         return self.formats[places]
 

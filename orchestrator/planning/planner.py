@@ -6,8 +6,8 @@
 
 If activation bits differ between trajectory steps, `step_effects` (seeds) and `step_bits` lie between calibrate and
 round. With the passes `scale` and `allocate`, `scale` (units), then `channel_errors` (units) and `allocate`, lie before
-round; with `distill`, that task and the trajectories that it needs between reconstruct and pack; with
-`correct`, `noise` (seeds) and `correct` between pack and evaluate.
+round; with `menu`, `menu` (units) and `mix` (units) lie in its place; with `distill`, that task and the trajectories
+that it needs between reconstruct and pack; with `correct`, `noise` (seeds) and `correct` between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine. What each kind of task
@@ -18,7 +18,7 @@ is told, reads and gives is in its file in `quant_spec.tasks`; which tasks a pas
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import TaskNode
@@ -28,6 +28,7 @@ from orchestrator.planning.passes.calibrate import calibrate
 from orchestrator.planning.passes.correct import correct
 from orchestrator.planning.passes.distill import distill
 from orchestrator.planning.passes.evaluate import evaluate
+from orchestrator.planning.passes.menu import menu
 from orchestrator.planning.passes.pack import pack
 from orchestrator.planning.passes.reconstruct import reconstruct
 from orchestrator.planning.passes.release import release
@@ -39,23 +40,26 @@ from quant_spec.recipe import Recipe
 
 #: The passes in the order in which they are drawn, which is the order in which a free worker takes tasks.
 PASSES: tuple[Callable[[Draft], Drawing], ...] = (
-    *(calibrate, step_bits, temporal, scale, allocate, round_units, reconstruct, distill, pack, correct),
-    *(evaluate, release),
+    *(calibrate, step_bits, temporal, scale, allocate, menu, round_units, reconstruct, distill),
+    *(pack, correct, evaluate, release),
 )
 
 
-def plan(model: ModelRow, recipe: Recipe) -> tuple[Iterator[TaskNode], TaskNode]:
+def plan(model: ModelRow, recipe: Recipe, *, released: bool = True) -> tuple[Iterator[TaskNode], TaskNode]:
     """Plan a quantization job.
 
     Parameters
     ----------
     model
         With its inspection.
+    released
+        Whether the job ends with a release; else with the figures of the packed model.
 
     Returns
     -------
     (iterator of TaskNode, TaskNode)
-        The tasks, each after all that it depends on, made as they are asked for; and the last of them, the release.
+        The tasks, each after all that it depends on, made as they are asked for; and the last of them, the release or
+        the score.
 
     Raises
     ------
@@ -65,11 +69,12 @@ def plan(model: ModelRow, recipe: Recipe) -> tuple[Iterator[TaskNode], TaskNode]
         If its scheduler does not.
     """
     draft = take_out(Draft.begin(model, recipe))
-    target = deque(_nodes(draft), maxlen=1)[0]
-    return _nodes(draft), target
+    passes = PASSES if released else tuple(draw for draw in PASSES if draw is not release)
+    target = deque(_nodes(draft, passes), maxlen=1)[0]
+    return _nodes(draft, passes), target
 
 
-def _nodes(draft: Draft) -> Iterator[TaskNode]:
+def _nodes(draft: Draft, passes: Sequence[Callable[[Draft], Drawing]]) -> Iterator[TaskNode]:
     """Draw the passes one after another."""
-    for draw in PASSES:
+    for draw in passes:
         draft = yield from draw(draft)

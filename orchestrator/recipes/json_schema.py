@@ -1,10 +1,11 @@
-"""The JSON schema of recipe files, for editors and other tools; `make reference` publishes it."""
+"""The JSON schemas of recipe and search files, for editors and other tools; `make reference` publishes them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from quant_spec.recipe import Recipe
+from quant_spec.search import SearchSpec
 
 #: Sections where null is a value or an error, never the removal of what was inherited.
 _EXACT = {"LayerException", "WeightsException", "ActivationsException"}
@@ -20,6 +21,14 @@ def json_schema() -> dict[str, Any]:
             definition["properties"] = {name: _nullable(value) for name, value in definition["properties"].items()}
     extends = {"type": ["string", "null"], "description": "A shipped recipe, or a file relative to this one."}
     schema["properties"] = {"extends": extends, **schema["properties"]}
+    return schema
+
+
+def search_json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a search's file."""
+    schema = SearchSpec.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Quantmill search"
     return schema
 
 

@@ -1,7 +1,8 @@
-"""The reference of recipes, written from the records: docs/recipe.schema.json, and the field tables of docs/recipes.md.
+"""The reference of recipes and searches, written from the records: their JSON schemas, and the tables of their fields.
 
-`python -m orchestrator.recipes.reference` (or `make reference`) writes both in the folder that it is started in. In
-docs/recipes.md, what lies between `<!-- fields of SECTION -->` and `<!-- end -->` is written; the rest is prose.
+`python -m orchestrator.recipes.reference` (or `make reference`) writes docs/recipe.schema.json, docs/recipes.md,
+docs/search.schema.json and docs/search.md in the folder that it is started in. In the pages, what lies between
+`<!-- fields of SECTION -->` and `<!-- end -->` is written; the rest is prose.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from typing import Any
 
 from pydantic_core import PydanticUndefined
 
-from orchestrator.recipes.json_schema import json_schema
+from orchestrator.recipes.json_schema import json_schema, search_json_schema
 from orchestrator.recipes.load import load_recipe
 from quant_spec.recipe import Recipe
 from quant_spec.record import Partial, Record, to_json
+from quant_spec.search import SearchSpec
 
 SCHEMA_FILE, FIELDS_FILE = "docs/recipe.schema.json", "docs/recipes.md"
-#: Name of the section that is the recipe itself.
-WHOLE = "a recipe"
+SEARCH_SCHEMA_FILE, SEARCH_FIELDS_FILE = "docs/search.schema.json", "docs/search.md"
+#: Names of the sections that are the recipe, or the search, itself.
+WHOLE, WHOLE_SEARCH = "a recipe", "a search"
 
 _BLOCK = re.compile(r"(?<=^<!-- fields of )(?P<name>[^\n]+?)(?P<open> -->\n).*?(?=^<!-- end -->$)", re.M | re.S)
 _BASE = "base"
@@ -34,36 +37,45 @@ _TYPES = {"integer": "integer", "number": "number", "string": "text", "object": 
 
 
 def main() -> None:
-    """Write both files anew."""
+    """Write all files anew."""
     Path(SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
-    page = Path(FIELDS_FILE)
-    page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+    Path(SEARCH_SCHEMA_FILE).write_text(search_schema_text(), encoding="utf-8")
+    for name, section, whole in ((FIELDS_FILE, Recipe, WHOLE), (SEARCH_FIELDS_FILE, SearchSpec, WHOLE_SEARCH)):
+        page = Path(name)
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), section, whole), encoding="utf-8")
 
 
 def schema_text() -> str:
-    """Return the file with the JSON schema."""
+    """Return the file with the JSON schema of recipes."""
     return json.dumps(json_schema(), indent=2) + "\n"
 
 
-def with_tables(page: str) -> str:
-    """Return a page with its tables of fields written anew.
+def search_schema_text() -> str:
+    """Return the file with the JSON schema of searches."""
+    return json.dumps(search_json_schema(), indent=2) + "\n"
+
+
+def with_tables(page: str, section: type[Record] = Recipe, whole: str = WHOLE) -> str:
+    """Return a page with its tables of the fields of a record, and of those in it, written anew.
 
     Raises
     ------
     ValueError
         If it has not one place for each section.
     """
-    wanted = {name: field_table(name, section) for name, section in sections()}
+    wanted = {name: field_table(name, each) for name, each in sections("", section, whole)}
     found = [match["name"] for match in _BLOCK.finditer(page)]
     if sorted(found) != sorted(wanted):
         lacks = ", ".join(sorted(wanted.keys() - found)) or "none"
-        raise ValueError(f"{FIELDS_FILE}: got fields of {', '.join(found)}, wanted each section once; missing: {lacks}")
+        raise ValueError(
+            f"page of {whole}: got fields of {', '.join(found)}, wanted each section once; missing: {lacks}"
+        )
     return _BLOCK.sub(lambda match: f"{match['name']}{match['open']}{wanted[match['name']]}", page)
 
 
-def sections(path: str = "", section: type[Record] = Recipe) -> Iterator[tuple[str, type[Record]]]:
-    """Return the sections of a recipe, each with the path to it, the recipe itself first."""
-    yield path or WHOLE, section
+def sections(path: str = "", section: type[Record] = Recipe, whole: str = WHOLE) -> Iterator[tuple[str, type[Record]]]:
+    """Return the sections of a record, each with the path to it, the record itself first."""
+    yield path or whole, section
     for name, field in section.model_fields.items():
         below = _record_in(field.annotation)
         if below is not None and not issubclass(below, Partial):

@@ -74,7 +74,7 @@ def collect(service: Service, prefix: str) -> ReportData:
             (name.replace("_", " "), _plain(value)) for name, value in protocol(Listing.REPORT, metrics).items()
         ),
         provenance=_provenance(service.store, job, model),
-        strips=_strips(service.store, tasks),
+        strips=read_strips(service.store, tasks),
         layers=_layers(service.store, job.digest, model, tasks),
         units=_units(tasks),
         features=_features(tasks),
@@ -111,22 +111,37 @@ def _provenance(store: Store, job: JobRow, model: ModelRow) -> tuple[tuple[str, 
     return tuple(facts)
 
 
-def _strips(store: Store, tasks: Sequence[TaskRow]) -> tuple[Strips, ...]:
-    """Draw the samples that the score kept, a few rows of the same seeds."""
+def read_strips(
+    store: Store, tasks: Sequence[TaskRow], *, rows: int | None = None, most: int | None = None
+) -> tuple[Strips, ...]:
+    """Draw the samples that a job's score kept, a few rows of the same seeds.
+
+    Parameters
+    ----------
+    tasks
+        The job's, its score among them.
+    rows
+        Rows at most; all by default.
+    most
+        Pixels of an image's longer side; larger ones are made smaller.
+    """
     score = next(task for task in tasks if task.kind == "score")
     if score.outputs is None or "samples" not in score.outputs:
         return ()
     images = _tensors(store, score.outputs["samples"])
     reference, quantized = images["reference"], images["quantized"]
     first = (score.metrics or {})["metrics"]["seeds"]["first"]
-    columns = max(1, min(_STRIP_IMAGES, _STRIP_PIXELS // reference.shape[3]))
+    wide = reference.shape[3] if most is None else min(reference.shape[3], most)
+    columns = max(1, min(_STRIP_IMAGES, _STRIP_PIXELS // wide))
+    starts = range(0, len(reference), columns)
     return tuple(
         make_strips(
             reference[start : start + columns],
             quantized[start : start + columns],
             tuple(range(first + start, first + min(start + columns, len(reference)))),
+            most=most,
         )
-        for start in range(0, len(reference), columns)
+        for start in starts[: len(starts) if rows is None else rows]
     )
 
 

@@ -68,7 +68,7 @@ def step_charts(metrics: Mapping[str, Any]) -> list[StepChart]:
     """Draw the metrics that have a value for each step; those without any are left out."""
     found = []
     for name, (heading, axis, note) in lines(Place.STEPS, metrics).items():
-        chart = line_chart(metrics[name], x_label="step of the sampler", y_label=axis)
+        chart = line_chart(metrics[name], x_name="step of the sampler", y_name=axis)
         if chart:
             found.append(StepChart(heading, note, Markup(chart)))
     return found
@@ -105,7 +105,7 @@ def _layer_chart(layers: Sequence[LayerRow]) -> str:
         for layer in layers
         if layer.sqnr_db is not None
     ]
-    return column_chart(columns, x_label="layers, first to last", y_label="SQNR, dB")
+    return column_chart(columns, x_name="layers, first to last", y_name="SQNR, dB")
 
 
 def _layer_title(layer: LayerRow) -> str:
@@ -124,17 +124,17 @@ def _feature_chart(features: Sequence[FeatureRow]) -> str:
         columns.append(Column(each.start_db, "before", f"{each.name}, weights rounded: {each.start_db:.1f} dB"))
         title = f"{each.name}, from its {each.served}: {each.end_db:.1f} dB, cosine {each.cosine:.6f}"
         columns.append(Column(each.end_db, "after", title))
-    return column_chart(columns, x_label="temporal features, first to last", y_label="SQNR, dB")
+    return column_chart(columns, x_name="temporal features, first to last", y_name="SQNR, dB")
 
 
 def _step_bits_chart(bits: Sequence[int]) -> str:
     columns = [Column(float(each), _css_class(each), f"step {step}: {each} bits") for step, each in enumerate(bits)]
-    return column_chart(columns, x_label="steps of the sampler, noisiest first", y_label="activation bits")
+    return column_chart(columns, x_name="steps of the sampler, noisiest first", y_name="activation bits")
 
 
 def _correction_chart(steps: Sequence[CorrectionRow]) -> str:
     columns = [Column(step.gain_db, "after", _correction_title(at, step)) for at, step in enumerate(steps)]
-    return column_chart(columns, x_label="steps of the sampler, noisiest first", y_label="held-out error, -dB")
+    return column_chart(columns, x_name="steps of the sampler, noisiest first", y_name="held-out error, -dB")
 
 
 def _correction_title(at: int, step: CorrectionRow) -> str:
@@ -148,4 +148,4 @@ def _unit_chart(units: Sequence[UnitRow]) -> str:
     for unit in units:
         pair = (("before", "before", unit.before_db), ("after", "after reconstruction", unit.after_db))
         columns += [Column(value, css, f"{unit.name}, {when}: {value:.1f} dB") for css, when, value in pair]
-    return column_chart(columns, x_label="units, first to last", y_label="SQNR, dB")
+    return column_chart(columns, x_name="units, first to last", y_name="SQNR, dB")

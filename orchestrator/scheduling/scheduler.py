@@ -34,6 +34,7 @@ from orchestrator.db.queries import (
     work_left,
 )
 from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
+from orchestrator.db.searches import find_search
 from orchestrator.db.session import Database, Session, lock_graph, ready_count, tell_others
 from orchestrator.db.timings import device_timings
 from orchestrator.errors import OUTAGES, DatabaseError, ResultError
@@ -48,7 +49,7 @@ from orchestrator.scheduling.task_log import TaskLog
 from orchestrator.scheduling.wakeup import Wakeup
 from orchestrator.scheduling.watch import Watch
 from orchestrator.states import ACTIVE_JOBS
-from workers.errors import Dependency, ExecutorError, Fault
+from workers.errors import Dependency, ExecutorError, Fault, StoreError
 from workers.execution.cluster import own_versions
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Executor, Finished
@@ -129,10 +130,12 @@ class Scheduler:
         executor_factory: Callable[[], Executor],
         config: SchedulerConfig,
         watch: Watch | None = None,
+        between: Callable[[], float] | None = None,
     ) -> None:
         """Work on `database` with executors from `executor_factory`, called when there is work and after each loss.
 
-        `watch` is told what happens.
+        `watch` is told what happens. `between` is called between claims: it does what else there is to do, and returns
+        in how many seconds it wants to be called again.
         """
         self._database = database
         self._executor_factory = executor_factory
@@ -154,7 +157,8 @@ class Scheduler:
         self._found_work = self._said_no_gpu = False
         self._executed = 0
         self._poll = _SHORTEST_POLL_SECONDS
-        self._next_claim = self._next_look = self._next_telling = self._next_learning = 0.0
+        self._between = between
+        self._next_claim = self._next_look = self._next_telling = self._next_learning = self._next_between = 0.0
 
     def run(
         self,
@@ -162,6 +166,7 @@ class Scheduler:
         drain: bool = False,
         stop: threading.Event | None = None,
         until_job: str | None = None,
+        until_search: str | None = None,
     ) -> Served:
         """Schedule until told to end; a scheduler runs once.
 
@@ -171,13 +176,13 @@ class Scheduler:
             End when no job is left that has not ended.
         stop
             End when it is set: tasks in flight are given back, at no cost to them.
-        until_job
-            End when this job has ended.
+        until_job, until_search
+            End when this job, or this search, has ended.
 
         Returns
         -------
         Served
-            `stopped` is False exactly if what `drain` or `until_job` wait for has come.
+            `stopped` is False exactly if what `drain` or the last two wait for has come.
 
         Raises
         ------
@@ -193,7 +198,7 @@ class Scheduler:
         self._presence.start()
         done = False
         try:
-            while not self._stop.is_set() and not (done := self._is_done(drain, until_job)):
+            while not self._stop.is_set() and not (done := self._is_done(drain, until_job, until_search)):
                 self._pass()
         except (*OUTAGES, ExecutorError):
             # Who is told to end while something is out has not failed.
@@ -203,14 +208,15 @@ class Scheduler:
             self._close()
         return Served(not done, self._found_work, self._executed)
 
-    def _is_done(self, drain: bool, until_job: str | None) -> bool:
+    def _is_done(self, drain: bool, until_job: str | None, until_search: str | None) -> bool:
         """Say whether what the scheduler was started for has been reached; starts the executor if it is needed."""
+        self._do_between()
         now = time.monotonic()
         idle = not self._in_flight and not self._ended
         if now < self._next_look and not (idle and self._executor is not None and self._poll > _SHORTEST_POLL_SECONDS):
             return False
         self._next_look = now + _LONGEST_WAIT_SECONDS
-        ended, left = self._patiently(lambda: self._look(until_job))
+        ended, left = self._patiently(lambda: self._look(until_job, until_search))
         self._found_work = self._found_work or left
         if ended or (drain and idle and not left and self._patiently(self._is_drained)):
             return True
@@ -218,11 +224,22 @@ class Scheduler:
             self._start_executor()
         return False
 
-    def _look(self, job: str | None) -> tuple[bool, bool]:
-        """Return whether the job has ended, and whether any job has not."""
+    def _look(self, job: str | None, search: str | None) -> tuple[bool, bool]:
+        """Return whether the job or search has ended, and whether any has not."""
         with self._database.session(read_only=True) as session:
             ended = job is not None and find_job(session, job).state not in ACTIVE_JOBS
+            ended = ended or (search is not None and find_search(session, search).state not in ACTIVE_JOBS)
             return ended, work_left(session)
+
+    def _do_between(self) -> None:
+        """Do what is to be done between claims, where that is due; a store that is out is waited for."""
+        if self._between is None or time.monotonic() < self._next_between:
+            return
+        try:
+            self._next_between = time.monotonic() + self._patiently(self._between)
+        except StoreError as error:
+            log.warning("between claims: %s", error)
+            self._next_between = time.monotonic() + self._config.poll_seconds
 
     def _is_drained(self) -> bool:
         """Say whether no job is left, nor one that is being submitted: the look above sees what has been committed."""

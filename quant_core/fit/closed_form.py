@@ -12,6 +12,8 @@ of the quantized model by less than their confidence interval, at three times th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -28,24 +30,40 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return hessian + torch.diag(ridge + (diagonal == 0).float())
 
 
-def round_closed_form(
-    weight: Tensor, hessian: Tensor, grid: QParams, bits: int | Tensor, group_index: Tensor, *, damping: float
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """What rounding needs of a second moment, whatever the weight and its bits.
+
+    `order`, shape (K,): columns in the order of falling diag H. `inverse`, shape (K, K): upper Cholesky factor of the
+    inverse of the damped H in that order.
+    """
+
+    order: Tensor
+    inverse: Tensor
+
+
+def factorize(hessian: Tensor, damping: float) -> Factor:
+    """Factorize a second moment, shape (K, K), float32, not yet damped; cost O(K^3)."""
+    h = damped(hessian, damping)
+    order = torch.argsort(h.diagonal(), descending=True)
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order])), upper=True)
+    return Factor(order, inverse)
+
+
+def round_closed_form(weight: Tensor, factor: Factor, grid: QParams, bits: int | Tensor, group_index: Tensor) -> Tensor:
     """Choose the codes of a weight matrix (GPTQ, Alg. 1, columns in the order of falling diag H).
 
     Parameters
     ----------
     weight : Tensor, shape (C_out, K), dtype float32
-    hessian : Tensor, shape (K, K), dtype float32
-        Second moment of the input, not yet damped.
+    factor : Factor
+        Of the second moment of the input.
     grid : QParams
         Scales and zero points, shape (C_out, G) or (1, 1).
     bits : int or Tensor, shape (C_out,)
         Of all codes, or of those of each output channel.
     group_index : Tensor, shape (K,), dtype int64
         Group of each column.
-    damping : float
-        Share of the mean diagonal of H that is added to it.
 
     Returns
     -------
@@ -54,14 +72,12 @@ def round_closed_form(
 
     Notes
     -----
-    Cost O(K^3 + C_out K^2).
+    Cost O(C_out K^2).
     """
-    h = damped(hessian, damping)
-    order = torch.argsort(h.diagonal(), descending=True)
+    order, inverse = factor.order, factor.inverse
     w = weight[:, order].clone()
     scale = grid.scale[:, group_index[order]].expand_as(w)
     zero_point = grid.zero_point[:, group_index[order]].expand_as(w)
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order])), upper=True)
     codes, top = torch.empty_like(w), torch.as_tensor(greatest_code(bits)).to(w).reshape(-1)
     for start in range(0, w.shape[1], _BLOCK):
         stop = min(start + _BLOCK, w.shape[1])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet
-from quant_core.fit.closed_form import round_closed_form
+from quant_core.fit.closed_form import Factor, factorize, round_closed_form
 from quant_core.fit.observe import Observation, Watched, observe
 from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
 from quant_core.nn.activation import ActivationQuantizer
@@ -77,11 +77,11 @@ def round_units(
     timesteps = tuple(float(t) for t in calibration.timesteps)
     scales, shifts, mixed = channel_scales or {}, channel_shifts or {}, channel_bits or {}
     units = [(mix_channels(mark_channels(formats, scales, shifts), mixed), ranges) for formats, ranges in units]
-    watched = _watch([formats for formats, _ in units], [ranges for _, ranges in units], config, scales)
+    watched = watch([formats for formats, _ in units], [ranges for _, ranges in units], config, scales)
     names = [formats.unit for formats, _ in units]
     seen = observe(model, calibration, names, watched, batch_size=config.forward_batch_size, seed=config.seed)
     weights = {name: model.get_parameter(f"{name}.weight").detach() for formats, _ in units for name in formats.layers}
-    blank = [UnitState(formats, _trajectory(formats, timesteps), {}) for formats, _ in units]
+    blank = [UnitState(formats, trajectory(formats, timesteps), {}) for formats, _ in units]
     parts = build_quantized(model, merge_formats(blank))
     results = []
     for (formats, ranges), state in zip(units, blank, strict=True):
@@ -93,8 +93,9 @@ def round_units(
             if layer.spec.weight.mixture:
                 layer.set_channel_bits(mixed[name])
             moment = seen.moments[name].mean() if name in seen.moments else None
-            sqnr[name] = round_layer(layer, layer.scaled(weights[name]), moment, ranges.weights[name], config.damping)
-        _set_ranges(parts, formats, ranges, seen, shifts)
+            scaled = layer.scaled(weights[name])
+            sqnr[name] = round_layer(layer, scaled, moment, ranges.weights[name], config.damping).sqnr_db
+        set_ranges(parts, formats, ranges, seen, shifts)
         results.append(RoundedUnit(collect_state(parts, formats, state.timesteps), sqnr))
     return results
 
@@ -108,7 +109,7 @@ def mark_channels(formats: UnitFormat, scaled: Container[str], shifted: Containe
     return replace(formats, layers=layers)
 
 
-def _trajectory(formats: UnitFormat, timesteps: tuple[float, ...]) -> tuple[float, ...]:
+def trajectory(formats: UnitFormat, timesteps: tuple[float, ...]) -> tuple[float, ...]:
     """Return the timesteps if any table of the unit is per step."""
     modes = [spec.activation.mode for spec in formats.layers.values() if spec.activation is not None]
     modes += [spec.activation.mode for spec in formats.attentions.values()]
@@ -126,7 +127,7 @@ def mix_channels(formats: UnitFormat, channel_bits: Mapping[str, Tensor]) -> Uni
     return replace(formats, layers=layers)
 
 
-def _watch(
+def watch(
     units: Sequence[UnitFormat], ranges: Sequence[UnitRanges], config: RoundFit, scales: Mapping[str, Tensor]
 ) -> Watched:
     """Say what has to be seen of these units."""
@@ -183,7 +184,25 @@ def nearest_codes(matrix: Tensor, grid: QParams, bits: int | Tensor, group_index
     return torch.minimum(codes, torch.as_tensor(greatest_code(bits)).to(codes)).to(torch.uint8)
 
 
-def round_layer(layer: QuantLayer, weight: Tensor, moment: Tensor | None, ranges: RangeSpec, damping: float) -> float:
+@dataclass(frozen=True, slots=True)
+class RoundedLayer:
+    """What rounding a layer's weight leaves at its output (of the weight, where there are no second moments).
+
+    `sqnr_db`: signal-to-noise ratio in dB. `channel_errors`, shape (C_out,): error power of each output channel.
+    """
+
+    sqnr_db: float
+    channel_errors: Tensor
+
+
+def round_layer(
+    layer: QuantLayer,
+    weight: Tensor,
+    moment: Tensor | None,
+    ranges: RangeSpec,
+    damping: float,
+    factor: Factor | None = None,
+) -> RoundedLayer:
     """Set a layer's codes: the nearest, or those in closed form if second moments are given.
 
     Parameters
@@ -193,12 +212,9 @@ def round_layer(layer: QuantLayer, weight: Tensor, moment: Tensor | None, ranges
     moment : Tensor, shape (K, K), float32, or None
         E[x x^T] of the layer's input.
     damping : float
-        See `round_closed_form`.
-
-    Returns
-    -------
-    float
-        Signal-to-noise ratio in dB: of the output, or of the weight without second moments.
+        Share of the mean diagonal of the second moments that is added to it.
+    factor : Factor, optional
+        Of these second moments with this damping, where several widths share it.
     """
     matrix, bits, groups = weight_matrix(weight.float()), layer.bits, layer.group_index.to(weight.device)
     grid = weight_grid(matrix, layer.spec, groups, ranges, bits)
@@ -206,21 +222,23 @@ def round_layer(layer: QuantLayer, weight: Tensor, moment: Tensor | None, ranges
     if moment is None or len(moment) != matrix.shape[1]:
         codes = nearest_codes(matrix, grid, bits, groups)
     else:
-        codes = round_closed_form(matrix, moment, grid, bits, groups, damping=damping)
+        codes = round_closed_form(matrix, factor or factorize(moment, damping), grid, bits, groups)
     layer.set_codes(codes, grid.scale, grid.zero_point)
     error = matrix - weight_matrix(layer.weight.float())
-    return _sqnr_db(matrix, error, moment if moment is not None and len(moment) == matrix.shape[1] else None)
+    return _rounded(matrix, error, moment if moment is not None and len(moment) == matrix.shape[1] else None)
 
 
-def _sqnr_db(matrix: Tensor, error: Tensor, moment: Tensor | None) -> float:
+def _rounded(matrix: Tensor, error: Tensor, moment: Tensor | None) -> RoundedLayer:
+    """Weigh an error of a weight matrix by the second moments of its input."""
     if moment is None:
-        signal, noise = matrix.square().sum(), error.square().sum()
+        signal, noise = matrix.square(), error.square()
     else:
-        signal, noise = ((matrix @ moment) * matrix).sum(), ((error @ moment) * error).sum()
-    return 10 * math.log10(float(signal.clamp(min=1e-30)) / float(noise.clamp(min=1e-30)))
+        signal, noise = (matrix @ moment) * matrix, (error @ moment) * error
+    ratio = float(signal.sum().clamp(min=1e-30)) / float(noise.sum().clamp(min=1e-30))
+    return RoundedLayer(10 * math.log10(ratio), noise.sum(dim=1))
 
 
-def _set_ranges(
+def set_ranges(
     parts: QuantizedParts,
     formats: UnitFormat,
     ranges: UnitRanges,

@@ -12,6 +12,7 @@ PASSES: Mapping[str, tuple[str, ...]] = {
     "temporal": ("temporal",),
     "scale": ("scale",),
     "allocate": ("channel_errors", "allocate"),
+    "menu": ("menu", "mix"),
     "round": (),
     "reconstruct": (),
     "distill": ("distill",),

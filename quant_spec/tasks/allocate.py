@@ -31,4 +31,4 @@ class Inputs(TaskInputs[Source]):
     errors: tuple[Source, ...]
 
 
-KIND = TaskKind("allocate", 2, "workers.tasks.allocate:run", Params, Inputs, (ALLOCATION,))
+KIND = TaskKind("allocate", 3, "workers.tasks.allocate:run", Params, Inputs, (ALLOCATION,))

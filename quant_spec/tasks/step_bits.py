@@ -21,4 +21,4 @@ class Inputs(TaskInputs[Source]):
     effects: tuple[Source, ...]
 
 
-KIND = TaskKind("step_bits", 2, "workers.tasks.step_bits:run", Params, Inputs, (STEP_BITS,))
+KIND = TaskKind("step_bits", 3, "workers.tasks.step_bits:run", Params, Inputs, (STEP_BITS,))

@@ -51,6 +51,8 @@ from quant_spec.tasks import (
     export,
     inspect,
     layer_table,
+    menu,
+    mix,
     noise,
     noop,
     pack,
@@ -60,8 +62,10 @@ from quant_spec.tasks import (
     round,
     scale,
     score,
+    sensitivity,
     step_bits,
     step_effects,
+    step_gains,
     temporal,
 )
 from workers.execution.context import TaskContext, TaskOutput
@@ -189,6 +193,20 @@ class Tasks:
         return tuple(self.run(round.KIND, *_round()(self)).outputs.values())
 
     @cached_property
+    def menu(self) -> dict[str, str]:
+        """The units at two widths."""
+        return dict(self.run(menu.KIND, *_menu(method=RoundingMethod.CLOSED_FORM)(self)).outputs)
+
+    def on_menu(self, output: str, width: int | str = "") -> tuple[str, ...]:
+        """States of the menu, at one width or at all."""
+        return tuple(digest for name, digest in self.menu.items() if name.startswith(f"{output}:{width}"))
+
+    @cached_property
+    def gains(self) -> str:
+        """Gains of the steps."""
+        return self.run(step_gains.KIND, *_step_gains()(self)).outputs[step_gains.GAINS]
+
+    @cached_property
     def effects(self) -> str:
         """What bits of each step do."""
         return self.run(step_effects.KIND, *_step_effects()(self)).outputs[step_effects.EFFECTS]
@@ -274,6 +292,54 @@ def _round_what_was_chosen(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
     factors = tuple(tasks.run(scale.KIND, *_scale(**FEW)(tasks)).outputs.values())
     inputs = round.Inputs(tasks.model, tasks.calibration, step_bits=step, factors=factors, allocation=bits)
     return round.Params(units=tasks.units(None, allocated=True), **GROUP), inputs
+
+
+def _menu(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        params = menu.Params(units=tasks.units(), **GROUP, weight_bits=(3, 4), **changes)
+        return params, menu.Inputs(model=tasks.model, calibration=tasks.calibration)
+
+    return case
+
+
+def _mix(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        units = tuple(
+            mix.MixedUnit(
+                unit=unit.unit,
+                layers={name: mix.MixedLayer(weights=3, activations=(8,), **changes) for name in unit.layers},
+                attentions={name: mix.MixedAttention(activations=(8,), softmax=8) for name in unit.attentions},
+            )
+            for unit in tasks.units()
+        )
+        inputs = mix.Inputs(*(tasks.on_menu(output) for output in (menu.WEIGHTS, menu.ACTIVATIONS, menu.ERRORS)))
+        return mix.Params(units=units), inputs
+
+    return case
+
+
+def _step_gains() -> Case:
+    params = step_gains.Params(sampler=SAMPLER, seeds=Seeds(first=20, count=1), batch_size=1)
+    return lambda tasks: (params, step_gains.Inputs(tasks.model, tasks.on_menu(menu.WEIGHTS, 4)))
+
+
+def _sensitivity(**changes: Any) -> Case:
+    settings: dict[str, Any] = {"path": 1, "rows": 1, "forward_batch_size": 8} | changes
+
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        layers = {name: 1 for unit in tasks.units() for name in (*unit.layers, *unit.attentions)}
+        inputs = sensitivity.Inputs(
+            model=tasks.model,
+            calibration=tasks.calibration,
+            gains=tasks.gains,
+            context=tasks.on_menu(menu.WEIGHTS, 4),
+            weights=tasks.on_menu(menu.WEIGHTS),
+            activations=tasks.on_menu(menu.ACTIVATIONS),
+            errors=tasks.on_menu(menu.ERRORS),
+        )
+        return sensitivity.Params(units=UNITS, layers=layers, **settings), inputs
+
+    return case
 
 
 def _reconstruct(place: int = 0, **changes: Any) -> Case:
@@ -438,6 +504,18 @@ CASES: dict[str, dict[str, Case]] = {
         "nearest": _round(),
         "closed_form": _round(method=RoundingMethod.CLOSED_FORM),
         "what was chosen": _round_what_was_chosen,
+    },
+    "menu": {
+        "nearest": _menu(),
+        "closed_form": _menu(method=RoundingMethod.CLOSED_FORM),
+        "activations": _menu(activation_bits=(4,)),
+    },
+    "mix": {"": _mix(), "promoted": _mix(promoted=0.5, promoted_bits=4)},
+    "step_gains": {"": _step_gains()},
+    "sensitivity": {
+        "one point": _sensitivity(),
+        "promoted, ranges": _sensitivity(promoted=(0.5,), step_ranges=2, rows=4, path=0),
+        "fixed, with the rest": _sensitivity(fixed={"up_blocks.1.resnets.0.conv1": 4}, counts_rest=True),
     },
     "reconstruct": {
         "rounding": _reconstruct(),

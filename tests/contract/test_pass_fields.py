@@ -33,9 +33,13 @@ ALL_PASSES = (
     *("passes.reconstruct={learn_activation_scales: true}", "passes.distill={seeds: 4, shard_seeds: 2}"),
     "passes.correct={seeds: 8, held_out_seeds: 4, shard_seeds: 4, batch_size: 2}",
 )
+#: What a menu can't stand beside.
+_MENU = ("activations.step_bits=null", "passes.allocate=null", "passes.menu={activation_bits: [4]}")
 #: For fields that do not matter there: what makes them matter.
 BESIDE: Mapping[str, tuple[str, ...]] = {
     "activations.step_bits.threshold": ("activations.step_bits.method=snr",),
+    "passes.menu.weight_bits": _MENU,
+    "passes.menu.activation_bits": _MENU,
     "passes.temporal.finite_set": ("activations={step_bits: null, mode: static}",),
     "passes.scale.exponent": ("passes.scale.method=smooth",),
     "passes.scale.half_life": ("passes.scale.weighting=early",),

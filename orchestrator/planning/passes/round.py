@@ -17,8 +17,10 @@ from quant_spec.tasks.round import KIND, STATE, Inputs, Params
 
 
 def round_units(draft: Draft) -> Drawing:
-    """Leave the state of each unit."""
+    """Leave the state of each unit, unless they come from a menu."""
     config = draft.recipe.passes.round
+    if draft.recipe.passes.menu is not None:
+        return draft
     states = dict(draft.states)
     for group in round_groups(draft.units, config, draft.cache_bytes):
         params = Params.of(

@@ -27,7 +27,7 @@ def scale(draft: Draft) -> Drawing:
     if config is None:
         return draft
     factors = dict(draft.factors)
-    for group in round_groups(draft.units, rounding, draft.cache_bytes):
+    for group in round_groups(draft.base_units, rounding, draft.cache_bytes):
         params = Params.of(
             config,
             units=tuple(unit.planned.before_allocation() for unit in group),

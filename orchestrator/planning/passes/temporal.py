@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from orchestrator.errors import RecipeError
@@ -63,10 +64,13 @@ def take_out(draft: Draft) -> Draft:
         depth=1.0,
     )
     block = QuantizedUnit(info, PlannedUnit(TEMPORAL_UNIT, {layer.name: found[layer.name] for layer in layers}, {}))
-    rest = tuple(unit.without(found.keys()) for unit in draft.units)
-    return replace(
-        draft, block=block, units=tuple(unit for unit in rest if unit.planned.layers or unit.planned.attentions)
-    )
+    return replace(draft, block=block, units=_without(draft.units, found), base_units=_without(draft.base_units, found))
+
+
+def _without(units: Iterable[QuantizedUnit], layers: Mapping[str, PlannedLayer]) -> tuple[QuantizedUnit, ...]:
+    """Return units without the block's layers, and without those that have nothing else."""
+    rest = (unit.without(layers.keys()) for unit in units)
+    return tuple(unit for unit in rest if unit.planned.layers or unit.planned.attentions)
 
 
 def temporal(draft: Draft) -> Drawing:

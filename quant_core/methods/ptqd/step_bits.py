@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from quant_core.fit.knapsack import Choice, choose
+from quant_core.search.knapsack import Choice, choose
 from quant_core.methods.ptqd.step_effects import StepEffects
 from quant_spec.enums import StepBitsMethod
 from quant_spec.errors import QuantizationError
@@ -49,8 +49,11 @@ def choose_step_bits(effects: StepEffects, config: StepBitsChoice) -> tuple[int,
     gram[steps - 1, low, steps - 1, low] = np.inf
     places = np.arange(steps)
     powers = gram[places, :, places, :][:, range(len(choices)), range(len(choices))]
-    items = [[Choice(float(power), bits) for power, bits in zip(row, choices, strict=True)] for row in powers]
-    start = choose(items, budget)
+    allowed = [[place for place in range(len(choices)) if np.isfinite(row[place])] for row in powers]
+    items = [
+        [Choice(float(row[place]), choices[place]) for place in own] for row, own in zip(powers, allowed, strict=True)
+    ]
+    start = [own[place] for own, place in zip(allowed, choose(items, budget), strict=True)]
     found = start if config.method is StepBitsMethod.EFFECT else improve_jointly(gram, choices, budget, start)
     return tuple(choices[place] for place in found)
 

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from quant_core.diffusion.branch import Branch, Recorder
 from quant_core.diffusion.calibration import CalibrationSet
-from quant_core.diffusion.conditioning import Conditioning
-from quant_core.diffusion.denoiser import Denoiser, call_denoiser
-from quant_core.diffusion.sampler import Step, make_scheduler, sample, start, trajectory_conditioning
+from quant_core.diffusion.denoiser import Denoiser
+from quant_core.diffusion.sampler import make_scheduler, sample, start, trajectory_conditioning
 from quant_core.fit.observe import Observation, Watched, observe
 from quant_core.nn.model import build_quantized
 from quant_spec.documents import read_json
@@ -134,7 +134,7 @@ def measure_effects(
     def draw(**options: Any) -> Tensor:
         return sample(model, scheduler, sampler, seeds, conditioning, batch_size=batch_size, **options)
 
-    record = _Recorder()
+    record = Recorder()
     expected = draw(on_step=record)
     timesteps = start(copy.deepcopy(scheduler), sampler, tuple(expected.shape[1:]))
     steps = len(timesteps)
@@ -143,7 +143,7 @@ def measure_effects(
     for place, bits in enumerate(choices):
         quantized = _quantized(model, layers, bits, seen, calibration)
         for step in range(steps):
-            branch = _Branch(model, quantized, record.predictions, step)
+            branch = Branch(model, quantized, record.predictions, step)
             errors[step, place] = (draw(predict=branch) - expected).flatten()
             noise[step, place] = branch.noise
     flat = errors.flatten(0, 1).double()
@@ -158,35 +158,6 @@ def measure_effects(
         noise=noise,
         schedule_snr=schedule_snr(ticks, timesteps),
     )
-
-
-class _Recorder:
-    """Keeps the predictions of each step, by the first row of their batch."""
-
-    def __init__(self) -> None:
-        self.predictions: dict[int, dict[int, Tensor]] = {}
-
-    def __call__(self, step: Step, /) -> None:
-        self.predictions.setdefault(step.index, {})[step.row] = step.prediction.clone()
-
-
-class _Branch:
-    """Predicts as recorded before a step, with the quantized model at it, and in full precision after it."""
-
-    def __init__(
-        self, model: nn.Module, quantized: nn.Module, recorded: Mapping[int, Mapping[int, Tensor]], step: int
-    ) -> None:
-        self.model, self.quantized, self.recorded, self.step = model, quantized, recorded, step
-        self.noise = 0.0
-
-    def __call__(self, index: int, row: int, x: Tensor, timestep: Tensor, conditioning: Conditioning, /) -> Tensor:
-        if index < self.step:
-            return self.recorded[index][row]
-        if index > self.step:
-            return call_denoiser(self.model, x, timestep, conditioning)
-        prediction = call_denoiser(self.quantized, x, timestep, conditioning)
-        self.noise += float((prediction.double() - self.recorded[index][row].double()).square().sum())
-        return prediction
 
 
 def _power(tensors: Any) -> float:

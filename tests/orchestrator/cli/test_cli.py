@@ -16,16 +16,15 @@ import click
 import psycopg
 import pytest
 
+from orchestrator.actions.live import LinePace, Pace
 from orchestrator.actions.probe import run_python
 from orchestrator.actions.progress import (
-    LinePace,
-    Pace,
-    Progress,
     Snapshot,
     Width,
     progress_line,
     remaining_seconds,
     seconds_left,
+    show_progress,
 )
 from orchestrator.actions.registration import default_model_name
 from orchestrator.actions.submission import default_release_name
@@ -415,7 +414,7 @@ class Terminal(io.StringIO):
 def test_progress_shows_a_job_while_the_block_runs(cli: Cli, with_digits: Path, stream: io.StringIO) -> None:
     job = cli("submit", "fast-w4a8", "--model", "digits", "--json").json["job"]
     database = open_database(f"sqlite:///{with_digits / 'quantmill.db'}")
-    with Progress(database, open_store(str(with_digits / "store")), job, workers=2, stream=stream):
+    with show_progress(database, open_store(str(with_digits / "store")), job, workers=2, stream=stream):
         time.sleep(1.5)
         cli("jobs", "cancel", job)
     database.close()

@@ -7,18 +7,19 @@ import io
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from orchestrator.report.charts import Column, column_chart, line_chart, nice_ticks
+from orchestrator.report.charts import Column, column_chart, line_chart
 from orchestrator.report.data import CorrectionRow, FeatureRow, KindTime, LayerRow, ReportData, UnitRow
 from orchestrator.report.images import GAP, make_strips
 from orchestrator.report.render import render_report
+from orchestrator.report.svg import nice_ticks
 from quant_spec.layer_bits import LayerBits
+from tests.orchestrator.report.pages import Outside
 
 METRICS = {
     "psnr_db": 33.25,
@@ -52,18 +53,18 @@ def test_ticks_are_round_and_enclose(low: float, high: float, wanted: list[float
 
 
 def test_line_chart_draws_every_value_and_leaves_gaps() -> None:
-    chart = ElementTree.fromstring(line_chart([30.0, 20.0, math.nan, 25.0], x_label="step", y_label="dB"))
+    chart = ElementTree.fromstring(line_chart([30.0, 20.0, math.nan, 25.0], x_name="step", y_name="dB"))
     lines = [element.get("points", "").split() for element in chart.iter("polyline")]
     assert [len(points) for points in lines] == [2, 1]
     assert len(list(chart.iter("circle"))) == 3
     (_, top), (_, bottom) = (point.split(",") for point in lines[0])
     assert float(top) < float(bottom)
-    assert line_chart([math.inf], x_label="step", y_label="dB") == ""
+    assert line_chart([math.inf], x_name="step", y_name="dB") == ""
 
 
 def test_column_chart_is_to_scale_and_escapes() -> None:
     columns = [Column(10.0, "low", "a <b>"), Column(20.0, "high", "c & d"), Column(math.nan, "low", "none")]
-    text = column_chart(columns, x_label="layers", y_label="dB")
+    text = column_chart(columns, x_name="layers", y_name="dB")
     chart = ElementTree.fromstring(text)
     heights = [float(element.get("height", "0")) for element in chart.iter("rect")]
     assert heights[1] == pytest.approx(2 * heights[0], abs=0.2)
@@ -128,27 +129,6 @@ def data() -> ReportData:
         corrections=(CorrectionRow(-0.01, 0.02, True, False, 0.25), CorrectionRow(0.0, 0.0, False, False, 0.0)),
         kinds=(KindTime("calibrate", 2, 1, 4.5), KindTime("release", 1, 0, 0.0)),
     )
-
-
-class Outside(HTMLParser):
-    """Notes every reference to something outside the page, and the tags that are left open."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.tags: set[str] = set()
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        if tag not in ("meta", "img", "link", "br"):
-            self.open.append(tag)
-        for name, value in attrs:
-            if name in ("src", "href", "xlink:href", "action", "data") and not (value or "").startswith("data:"):
-                self.found.append(f"{tag} {name}={value}")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
 
 
 def test_page_needs_nothing_else(data: ReportData) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant_core.fit.closed_form import damped, round_closed_form
+from quant_core.fit.closed_form import damped, factorize, round_closed_form
 from quant_core.fit.rounding import nearest_codes, weight_grid
 from quant_core.nn.layers import weight_groups
 from quant_core.nn.ranges import QParams
@@ -42,7 +42,7 @@ def output_error(matrix: Tensor, codes: Tensor, grid: QParams, groups: Tensor, h
 def test_it_beats_nearest_at_the_output(hessian: Tensor, bits: int, weight: dict[str, object]) -> None:
     matrix, grid, groups = setup(bits, **weight)
     nearest = nearest_codes(matrix, grid, bits, groups)
-    codes = round_closed_form(matrix, hessian, grid, bits, groups, damping=0.01)
+    codes = round_closed_form(matrix, factorize(hessian, 0.01), grid, bits, groups)
     assert codes.dtype is torch.uint8
     assert int(codes.max()) <= 2**bits - 1
     errors = [output_error(matrix, c, grid, groups, hessian) for c in (nearest, codes)]
@@ -53,7 +53,7 @@ def test_it_beats_nearest_at_the_output(hessian: Tensor, bits: int, weight: dict
 def test_with_inputs_that_are_uncorrelated_it_is_nearest(granularity: Granularity) -> None:
     matrix, grid, groups = setup(4, granularity=granularity)
     for hessian in (torch.eye(COLUMNS), torch.diag(torch.linspace(1, 9, COLUMNS))):
-        codes = round_closed_form(matrix, hessian, grid, 4, groups, damping=0.0)
+        codes = round_closed_form(matrix, factorize(hessian, 0.0), grid, 4, groups)
         assert torch.equal(codes, nearest_codes(matrix, grid, 4, groups))
 
 
@@ -63,7 +63,7 @@ def test_one_column_after_the_other_of_hand() -> None:
     matrix, grid = torch.tensor([[0.4, 0.4]]), QParams(torch.ones(1, 1), torch.full((1, 1), 2.0))
     groups = torch.zeros(2, dtype=torch.long)
     assert nearest_codes(matrix, grid, 2, groups).tolist() == [[2, 2]]
-    assert round_closed_form(matrix, hessian, grid, 2, groups, damping=0.0).tolist() == [[2, 3]]
+    assert round_closed_form(matrix, factorize(hessian, 0.0), grid, 2, groups).tolist() == [[2, 3]]
 
 
 def test_columns_that_are_never_active_are_rounded_to_nearest(hessian: Tensor) -> None:
@@ -71,20 +71,20 @@ def test_columns_that_are_never_active_are_rounded_to_nearest(hessian: Tensor) -
     silent = torch.arange(COLUMNS) % 5 == 0
     hessian[silent] = 0
     hessian[:, silent] = 0
-    codes = round_closed_form(matrix, hessian, grid, 4, groups, damping=0.01)
+    codes = round_closed_form(matrix, factorize(hessian, 0.01), grid, 4, groups)
     nearest = nearest_codes(matrix, grid, 4, groups)
     assert torch.equal(codes[:, silent], nearest[:, silent])
     assert output_error(matrix, codes, grid, groups, hessian) < 0.5 * output_error(
         matrix, nearest, grid, groups, hessian
     )
-    none = round_closed_form(matrix, torch.zeros(COLUMNS, COLUMNS), grid, 4, groups, damping=0.01)
+    none = round_closed_form(matrix, factorize(torch.zeros(COLUMNS, COLUMNS), 0.01), grid, 4, groups)
     assert torch.equal(none, nearest)
 
 
 def test_fewer_samples_than_columns_are_enough() -> None:
     x = random(40, COLUMNS, seed=4)
     matrix, grid, groups = setup()
-    codes = round_closed_form(matrix, x.T @ x / 40, grid, 4, groups, damping=0.01)
+    codes = round_closed_form(matrix, factorize(x.T @ x / 40, 0.01), grid, 4, groups)
     nearest = nearest_codes(matrix, grid, 4, groups)
     errors = [output_error(matrix, c, grid, groups, x.T @ x / 40) for c in (nearest, codes)]
     assert errors[1] < 0.5 * errors[0]

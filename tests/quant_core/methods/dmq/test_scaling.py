@@ -15,7 +15,7 @@ from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.fit.channel_scaling import ChannelScaling
 from quant_core.fit.channel_stats import ChannelStats
-from quant_core.fit.closed_form import damped, round_closed_form
+from quant_core.fit.closed_form import damped, factorize, round_closed_form
 from quant_core.fit.observe import Watched, observe
 from quant_core.fit.rounding import UnitRanges, round_units
 from quant_core.fit.unit_state import UnitState, load_states, merge_formats
@@ -110,7 +110,7 @@ def test_the_weights_error_is_what_rounding_them_leaves(
     flat = (x / channel_scale).flatten(0, 1)
     hessian = flat.T @ flat / len(flat)
     if rounding is RoundingMethod.CLOSED_FORM:
-        codes = round_closed_form(scaled, hessian, grid, 6, groups, damping=0.0).float()
+        codes = round_closed_form(scaled, factorize(hessian, 0.0), grid, 6, groups).float()
     else:
         codes = (torch.round(scaled / grid.scale[:, groups]) + grid.zero_point[:, groups]).clamp(0, 63)
     error = scaled - (codes - grid.zero_point[:, groups]) * grid.scale[:, groups]

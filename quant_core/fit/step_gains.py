@@ -1,0 +1,119 @@
+"""What an error of the prediction at each trajectory step does to the final sample, as power per power.
+
+Sampling runs once for each step, with the prediction of a quantized model at that step and in full precision at all
+others: errors have the shape that quantization gives them, and the later steps do to them what they do.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant_core.diffusion.branch import Branch, Recorder
+from quant_core.diffusion.denoiser import Denoiser
+from quant_core.diffusion.sampler import make_scheduler, sample, start, trajectory_conditioning
+from quant_core.fit.unit_state import UnitState, load_states, merge_formats
+from quant_core.nn.model import build_quantized
+from quant_spec.documents import read_json
+from quant_spec.sampler import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class StepGains:
+    """Gains of one sampler with one model.
+
+    Attributes
+    ----------
+    timesteps : tuple of float, length S
+        As the scheduler has them, noisiest first.
+    gains : tuple of float, length S
+        Mean square error of the final samples, per mean square error of the prediction of one step.
+    noises : tuple of float, length S
+        Mean square error of the prediction of each step that these gains were measured with.
+    coherence : float
+        Error power of the final samples when all steps are quantized, per sum of those of each step alone: more than
+        1, as errors of neighbouring steps are alike and add up.
+    """
+
+    timesteps: tuple[float, ...]
+    gains: tuple[float, ...]
+    noises: tuple[float, ...]
+    coherence: float
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """Mean square error of the final samples that each step alone made."""
+        return tuple(gain * noise for gain, noise in zip(self.gains, self.noises, strict=True))
+
+    def to_bytes(self) -> bytes:
+        """Serialise."""
+        data = {name: getattr(self, name) for name in ("timesteps", "gains", "noises", "coherence")}
+        return json.dumps(data, sort_keys=True).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> StepGains:
+        """Read what `to_bytes` wrote."""
+        found = read_json(data, "step gains")
+        return cls(tuple(found["timesteps"]), tuple(found["gains"]), tuple(found["noises"]), found["coherence"])
+
+
+def measure_gains(
+    denoiser: Denoiser,
+    states: Sequence[UnitState],
+    sampler: Sampler,
+    seeds: Sequence[int],
+    *,
+    batch_size: int,
+    device: str = "cpu",
+) -> StepGains:
+    """Run the sampler once for each step, and once with all steps quantized.
+
+    Parameters
+    ----------
+    states : sequence of UnitState
+        What the quantized model's units are; their weights' errors are what is added. Inputs stay exact.
+    seeds : sequence of int
+        Whose samples are compared.
+    batch_size : int
+        Seeds per denoiser call.
+    """
+    model = denoiser.model.to(device)
+    quantized = _with_weights(model, states)
+    conditioning = trajectory_conditioning(model, sampler, seeds, denoiser.conditioning)
+    scheduler = make_scheduler(sampler, denoiser.scheduler_config)
+
+    def draw(network: Any, **options: Any) -> Tensor:
+        return sample(network, scheduler, sampler, seeds, conditioning, batch_size=batch_size, **options)
+
+    record = Recorder()
+    expected = draw(model, on_step=record)
+    timesteps = start(copy.deepcopy(scheduler), sampler, tuple(expected.shape[1:]))
+    noises: list[float] = []
+    powers: list[float] = []
+    for step in range(len(timesteps)):
+        branch = Branch(model, quantized, record.predictions, step)
+        powers.append(_power(draw(model, predict=branch), expected))
+        noises.append(max(branch.noise / max(branch.elements, 1), 1e-30))
+    coherence = _power(draw(quantized), expected) / max(sum(powers), 1e-30)
+    gains = tuple(power / noise for power, noise in zip(powers, noises, strict=True))
+    return StepGains(tuple(timesteps.double().tolist()), gains, tuple(noises), coherence)
+
+
+def _power(samples: Tensor, expected: Tensor) -> float:
+    return float((samples.double() - expected.double()).square().mean())
+
+
+def _with_weights(model: torch.nn.Module, states: Sequence[UnitState]) -> torch.nn.Module:
+    """Return a copy of the model whose layers have the states' weights, and exact inputs."""
+    made, plain = copy.deepcopy(model), copy.deepcopy(model)
+    parts = build_quantized(made, merge_formats(list(states)))
+    load_states(made, list(states))
+    for name, layer in parts.layers.items():
+        plain.get_parameter(f"{name}.weight").data = layer.unscaled(layer.weight)
+    return plain

@@ -1,0 +1,32 @@
+"""Step gains: what an error of the prediction at each trajectory step does to the final sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from quant_spec.record import Count
+from quant_spec.sampler import Sampler
+from quant_spec.task import Seeds, Source, TaskInputs, TaskKind, TaskParams
+
+GAINS = "gains"
+
+
+class Params(TaskParams):
+    """How to sample."""
+
+    sampler: Sampler
+    seeds: Seeds
+    batch_size: Count = Field(description="Seeds per denoiser call.")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs(TaskInputs[Source]):
+    """The model's tree, and the weights of all units at the width whose errors are added."""
+
+    model: Source
+    states: tuple[Source, ...]
+
+
+KIND = TaskKind("step_gains", 2, "workers.tasks.step_gains:run", Params, Inputs, (GAINS,), gpu=True)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.db.rows import ModelRow
+from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Source
@@ -22,6 +23,7 @@ from orchestrator.planning.passes.menu import MenuGroup, menu_groups
 from orchestrator.planning.passes.scale import scale
 from orchestrator.planning.passes.temporal import take_out, temporal
 from quant_spec.allocation import Allocation, apply_allocation
+from quant_spec.enums import ActivationMode
 from quant_spec.passes.menu import Menu
 from quant_spec.recipe import Recipe
 from quant_spec.task import Seeds
@@ -81,10 +83,14 @@ def plan_sensitivity(model: ModelRow, recipe: Recipe, options: SensitivityOption
     Raises
     ------
     RecipeError
-        If the recipe does not fit the model.
+        If the recipe does not fit the model, or its activations have no steps to tell ranges apart.
     InvalidInputError
         If it chooses bits by itself.
     """
+    if options.step_ranges > 1 and recipe.activations.mode is not ActivationMode.PER_STEP:
+        raise RecipeError(
+            f"step_ranges: got {options.step_ranges} with activations.mode {recipe.activations.mode}, wanted per_step"
+        )
     draft = take_out(Draft.begin(model, apply_allocation(recipe, Allocation(), options.widths)))
     nodes: list[TaskNode] = []
     for draw in (calibrate, temporal, scale):

@@ -194,13 +194,18 @@ class _Lab:
                     exact[name] = self._with_weight(name, self.original[name], batch)
                 made = self._with_weight(name, self._layer(state, name), batch)
                 self._add(self.weights, (name, spec.weight.bits), made - exact[name], rows)
+        done: set[tuple[str, int]] = set()  # the base's width may be on the menu too
         for state in self.choices.activations:
             for name, layer in state.formats.layers.items():
-                if layer.activation is not None:
+                if layer.activation is not None and (name, layer.activation.bits) not in done:
+                    done.add((name, layer.activation.bits))
                     with self._quantized_input(state, name):
                         made = self._forward(name, batch)
                     self._add(self.activations, (name, layer.activation.bits), made - given, rows)
             for name, attention in state.formats.attentions.items():
+                if (name, attention.activation.bits) in done:
+                    continue
+                done.add((name, attention.activation.bits))
                 with self._quantized_attention(state, name):
                     made = self._forward(name, batch)
                 self._add(self.activations, (name, attention.activation.bits), made - given, rows)

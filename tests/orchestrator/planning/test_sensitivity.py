@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.db.rows import ModelRow
+from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.planner import plan
 from orchestrator.planning.sensitivity import SensitivityOptions, plan_sensitivity
@@ -183,6 +184,11 @@ def test_scaled_channels_and_a_temporal_block_are_priced_too(world: World, tmp_p
     told = predicted(found, allocation, defaults(found))["bytes"]
     real = world.packed_bytes(apply_allocation(recipe, allocation, MENU), tmp_path / "packed")
     assert real <= told <= real + 0.01 * real
+
+
+def test_ranges_of_steps_need_activations_per_step(world: World) -> None:
+    with pytest.raises(RecipeError, match=r"step_ranges: got 3 with activations\.mode static, wanted per_step"):
+        plan_sensitivity(world.model, base("activations.mode=static"), OPTIONS)
 
 
 def test_a_recipe_that_chooses_bits_by_itself_is_refused(world: World) -> None:

@@ -102,7 +102,7 @@ def test_an_inputs_damage_is_that_of_quantizing_it_alone(
     family: str,
 ) -> None:
     denoiser, calibration, menu = made
-    choices = Choices([], [unit.activations[BASE] for unit in menu])
+    choices = Choices([], [unit.activations[BASE] for unit in menu] * 2)  # the base's width, on the menu too
     units = [unit.unit for unit in menu]
     options: dict[str, Any] = {"path": PATHS[0], "rows": ROWS, "batch_size": 8}
     found = measure(denoiser.model, calibration, units, [], choices, **options)

@@ -15,6 +15,7 @@ from quant_spec.tasks import (
     export,
     inspect,
     layer_table,
+    layer_times,
     menu,
     mix,
     noise,
@@ -39,7 +40,7 @@ _MODULES = (
     *(step_effects, step_bits, channel_errors, allocate),
     *(distill, pack, noise, correct, evaluate, score, release),
     *(step_gains, sensitivity, propose),  # searches alone
-    *(export, bench, layer_table, card),  # run at once for the command line, not queued
+    *(export, bench, layer_table, layer_times, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery
 )
 

@@ -15,10 +15,12 @@ from orchestrator.db.session import lock_graph
 from orchestrator.service import Service
 from quant_spec.enums import KernelBackend
 from quant_spec.sampler import Sampler
-from quant_spec.tasks import bench, card
+from quant_spec.tasks import bench, card, layer_times
 
 #: Of a release and of its original: as it is (float32), in bfloat16, and that compiled.
 SIDES = ("release_figures", "original_figures", "bf16_figures", "bf16_compiled_figures")
+#: Bits of weights and inputs in which single layers are timed, and for how long each at least, in seconds.
+WEIGHT_BITS, ACTIVATION_BITS, LAYER_SECONDS = (2, 3, 4, 5, 6, 8), (4, 6, 8), 0.5
 #: Batch sizes whose step is timed, and for how long each at least, in seconds.
 BATCHES, SECONDS = (1, 8), 1.0
 
@@ -92,6 +94,37 @@ def bench_release(
         "ratios_bf16": _ratios(ours, half),
         "ratios_bf16_compiled": None if compiled is None else _ratios(ours, compiled),
     }
+
+
+def bench_layers(service: Service, ref: str, options: BenchOptions, *, notify: Callable[[str], None]) -> dict[str, Any]:
+    """Time each layer of a release's model in each format, as a search's `latency_table` has it.
+
+    Returns
+    -------
+    dict
+        `release`, `device`, `threads`, `backend`; `layers`, {layer: {"4/8": milliseconds, …, "float/float": …}} by bits
+        of weights and inputs; `rest_ms`, what of a denoiser call no layer takes.
+    """
+    with service.database.session(read_only=True) as session:
+        release = find_release(session, ref)
+        job = find_job(session, release.job)
+    notify(f"timing the layers of {release.ref} on {options.device}")
+    with saying_how_to_repair(service, release):
+        metrics = run_task(
+            service.settings,
+            layer_times.KIND,
+            layer_times.Params(
+                sampler=Sampler.from_json(release.metrics["sampler"]),
+                weight_bits=WEIGHT_BITS,
+                activation_bits=ACTIVATION_BITS,
+                seconds=LAYER_SECONDS,
+                backend=options.backend,
+            ),
+            layer_times.Inputs(artifact=release.digest, model=job.model_digest),
+            device=options.device,
+            threads=options.threads or worker_count(),
+        ).metrics
+    return {"release": release.ref, **metrics}
 
 
 def publish_bench(service: Service, found: dict[str, Any]) -> str:

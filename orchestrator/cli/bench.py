@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
-from orchestrator.actions.bench import SIDES, BenchOptions, bench_release, publish_bench
+from orchestrator.actions.bench import SIDES, BenchOptions, bench_layers, bench_release, publish_bench
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.text import table
 from quant_spec.enums import KernelBackend
+from quant_spec.keys import canonical_json
 from quant_spec.numbers import human_bytes
 
 _HEADS = ("RELEASE", "FP32", "BF16", "BF16 COMPILED")
@@ -28,10 +30,30 @@ _HEADS = ("RELEASE", "FP32", "BF16", "BF16 COMPILED")
 )
 @click.option("--compile/--no-compile", "compiled", default=True, help="Measure the compiled original too (minutes).")
 @click.option("--publish", "publishes", is_flag=True, help="Publish the next version, with the result in its card.")
+@click.option("--layers", is_flag=True, help="Time each layer in each format instead, for a search's latency_table.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="File for the table of --layers.")
 @pass_app
-def bench(app: App, ref: str, device: str, threads: int | None, backend: str, compiled: bool, publishes: bool) -> None:
+def bench(
+    app: App,
+    ref: str,
+    device: str,
+    threads: int | None,
+    backend: str,
+    compiled: bool,
+    publishes: bool,
+    layers: bool,
+    out: Path | None,
+) -> None:
     """Measure a release and its original (float32, bfloat16, compiled), in one run on the device at hand."""
+    if layers != (out is not None):
+        raise click.UsageError("got one of --layers and --out, wanted both or none")
     with app.service() as service:
+        if out is not None:
+            options = BenchOptions(device, threads, KernelBackend(backend))
+            table_of_layers = bench_layers(service, ref, options, notify=app.notify)
+            out.write_text(canonical_json(table_of_layers) + "\n", encoding="utf-8")
+            app.answer({**table_of_layers, "file": str(out)}, lambda: f"{len(table_of_layers['layers'])} layers: {out}")
+            return
         found = bench_release(
             service, ref, BenchOptions(device, threads, KernelBackend(backend), compiled), notify=app.notify
         )

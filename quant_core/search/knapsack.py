@@ -115,6 +115,34 @@ def cheapest(choices: Choices, limits: Sequence[float]) -> Picked:
         tightened -= np.where(over > slack, 2 * over, 0)
 
 
+def supported(choices: Choices, row: int, limit: float) -> Picked:
+    """Return choices within one limit that are the cheapest of all that use no more of it than they do.
+
+    They are best at some price for what they use, which takes no search: a sweep over many limits gives a front all of
+    whose points are optimal, though not one for every limit.
+
+    Raises
+    ------
+    OverBudgetError
+        If no choices fit.
+    """
+    extra, least = _above_least(choices.uses[row : row + 1], choices.item)
+    room = limit - float(least.sum())
+    if room < -1e-12 * abs(limit):
+        raise OverBudgetError("no choices fit the limits")
+    size = room if room > 0 else max(float(extra.max()), 1e-300)
+    scaled = Choices(choices.item, choices.cost, extra * (_ROOM / size))
+    bound = max(room, 0.0) * (_ROOM / size)
+    fits = scaled.uses[0] <= bound * (1 + 1e-12) + 1e-9
+    prices = _price(scaled, bound, fits)
+    priced = np.where(fits, choices.cost + prices @ scaled.uses, np.inf)
+    # Of what is equal at this price the least use comes first.
+    order = np.lexsort((scaled.uses[0], priced, choices.item))
+    places = order[choices.starts]
+    cost = float(choices.cost[places].sum())
+    return Picked(places, cost, cost)
+
+
 def choose(items: Sequence[Sequence[Choice]], budget: float) -> list[int]:
     """Return the place of each item's choice with the least sum of costs, sizes within one budget.
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from quant_core.search.knapsack import OverBudgetError, cheapest
+from quant_core.search.knapsack import OverBudgetError, cheapest, supported
 from quant_core.search.price import Part, Price, price
-from quant_core.search.space import Costs, Space, Table, build_space
+from quant_core.search.space import BYTES, Costs, Space, Table, build_space
 from quant_core.search.surrogate import Observation, Surrogate, fit
 from quant_spec.allocation import Allocation, LayerChoice
 from quant_spec.enums import Objective
@@ -179,16 +179,27 @@ def _best(
     return sorted(found, key=proposer.log_error)
 
 
+def _best_of_size(proposer: Proposer, spaces: Mapping[str, Space], size: float, origin: str) -> Candidate | None:
+    """Return the best allocation of about a size over all variants, None if all are larger."""
+    found = []
+    for variant, space in spaces.items():
+        try:
+            picked = supported(space.choices, BYTES, size - space.base[BYTES])
+        except OverBudgetError:
+            continue
+        found.append(proposer.candidate(space.allocation(variant, picked.places.tolist()), origin))
+    return min(found, key=proposer.log_error, default=None)
+
+
 def _sweep(proposer: Proposer, spaces: Mapping[str, Space]) -> list[Candidate]:
     """Return the best allocations at sizes from the smallest to the largest, without those that a smaller one beats."""
     reach = [space.reach()["bytes"] for space in spaces.values()]
     low, high = min(each[0] for each in reach), max(each[1] for each in reach)
     front: list[Candidate] = []
     for share in np.linspace(0, 1, SWEEP):
-        budget = SearchBudget(bytes=math.ceil(low * (high / low) ** float(share)))
-        best = _best(proposer, spaces, budget, "front")
-        if best and (not front or proposer.log_error(best[0]) < proposer.log_error(front[-1]) - 1e-9):
-            front.append(best[0])
+        best = _best_of_size(proposer, spaces, math.ceil(low * (high / low) ** float(share)), "front")
+        if best is not None and (not front or proposer.log_error(best) < proposer.log_error(front[-1]) - 1e-9):
+            front.append(best)
     return front
 
 
@@ -220,24 +231,27 @@ def _points(proposer: Proposer, spaces: Mapping[str, Space], sweep: Sequence[Can
         for each in _spread(sweep, free):
             take(each)
     else:
-        # Half near the budgets, half over the front, where predictions are corrected most.
-        targets = [(budget, place) for place, budget in enumerate(params.budgets)]
-        sizes = [SearchBudget(bytes=round(each.price.uses["bytes"])) for each in _spread(sweep, max(free, 1))]
-        _refine(proposer, [*targets, *((size, None) for size in sizes)], free, take)
+        sizes = [each.price.uses["bytes"] for each in _spread(sweep, max(free, 1))]
+        _refine(proposer, sizes, free, take)
     return found[: params.candidates]
 
 
-def _refine(proposer: Proposer, targets: Sequence[tuple[SearchBudget, int | None]], wanted: int, take: Any) -> None:
-    """Take the best allocations of tables drawn from the posterior, target by target."""
+def _refine(proposer: Proposer, sizes: Sequence[float], wanted: int, take: Callable[[Candidate], bool]) -> None:
+    """Take the best allocations of tables drawn from the posterior: for the budgets, and between over the front."""
     generator = np.random.default_rng([proposer.params.seed, len(proposer.params.measured)])
+    budgets = list(enumerate(proposer.params.budgets))
     taken = 0
-    for _ in range(_MOST_DRAWS):
-        for target, place in targets:
-            if taken >= wanted:
-                return
-            drawn = proposer.spaces(proposer.surrogate.draw(generator))
-            best = _best(proposer, drawn, target, "refine", place)
-            taken += bool(best) and take(best[0])
+    for number in range(_MOST_DRAWS * wanted):
+        drawn = proposer.spaces(proposer.surrogate.draw(generator))
+        # Every other one for a budget, of which each gets as many.
+        if budgets and number % 2 == 0:
+            place, budget = budgets[number // 2 % len(budgets)]
+            best = next(iter(_best(proposer, drawn, budget, "refine", place)), None)
+        else:
+            best = _best_of_size(proposer, drawn, sizes[number % len(sizes)], "refine")
+        taken += best is not None and take(best)
+        if taken >= wanted:
+            return
 
 
 def _uniform(proposer: Proposer) -> Iterator[Candidate]:

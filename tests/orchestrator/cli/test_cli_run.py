@@ -218,6 +218,21 @@ def test_artifacts_export(cli: Cli, done: dict[str, Any], tmp_path: Path) -> Non
     assert cli("artifacts", "export", "small@1", "--format", "dequantized", "--out", plain).code == 2
 
 
+def test_bench_layers_writes_a_table_of_latencies(cli: Cli, done: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "latency.json"
+    answer = cli(
+        "bench", "small@1", "--threads", "1", "--backend", "reference", "--layers", "--out", str(file), "--json"
+    )
+    assert answer.code == 0, answer.err
+    written = json.loads(file.read_text())
+    assert answer.json == {**written, "file": str(file)}
+    assert written["device"]
+    assert all({"float/float", "2/8", "4/8", "8/4"} <= times.keys() for times in written["layers"].values())
+    refused = cli("bench", "small@1", "--layers")
+    assert refused.code == 2
+    assert "got one of --layers and --out, wanted both or none" in refused.err
+
+
 def test_bench(cli: Cli, done: dict[str, Any]) -> None:
     answer = cli("bench", "small@1", "--threads", "1", "--backend", "reference", "--no-compile", "--json")
     assert answer.code == 0, answer.err

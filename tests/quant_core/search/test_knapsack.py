@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant_core.search.knapsack import Choice, Choices, OverBudgetError, cheapest, choose
+from quant_core.search.knapsack import Choice, Choices, OverBudgetError, cheapest, choose, supported
 from quant_spec.errors import QuantizationError
 
 ITEMS = st.lists(
@@ -77,3 +77,15 @@ def test_a_thousand_layers_are_solved_exactly() -> None:
 def test_a_budget_that_nothing_fits_is_refused() -> None:
     with pytest.raises(QuantizationError, match="budget: got 4, wanted at least 5, the smallest that fits all items"):
         choose([[Choice(0.0, 2), Choice(0.0, 9)], [Choice(0.0, 3)]], 4)
+
+
+def test_supported_choices_are_the_best_of_their_own_size() -> None:
+    choices = many(40)
+    for share in np.linspace(0, 1, 7):
+        limit = float(choices.least()[0] + share * (choices.most() - choices.least())[0])
+        found = supported(choices, 0, limit)
+        used = float(choices.uses[0, found.places].sum())
+        assert used <= limit
+        assert found.cost == pytest.approx(cheapest(choices, [used]).cost, rel=1e-9)
+    with pytest.raises(OverBudgetError):
+        supported(choices, 0, float(choices.least()[0]) - 1)

@@ -73,3 +73,18 @@ def test_a_compiler_that_is_not_there_costs_its_own_figures_only(
     assert metrics["bf16_compiled_figures"] is None
     assert "no-such-compiler" in metrics["compile_error"]
     assert metrics["bf16_figures"]["images_per_second"] > 0
+
+
+def test_layers_are_timed_in_each_format(
+    run_task: RunTask, digits: str, packed_digits: str, seeds: Callable[..., dict[str, Any]]
+) -> None:
+    params = {"sampler": seeds(0, 1)["sampler"], "weight_bits": [4, 8], "activation_bits": [8], "seconds": 0.01}
+    metrics = run_task(
+        "layer_times", params | {"backend": "auto"}, {"artifact": [packed_digits], "model": [digits]}
+    ).metrics
+    assert metrics["device"]
+    assert metrics["rest_ms"] > 0
+    formats = {"float/float", "4/float", "8/float"}  # its inputs are as they are
+    assert {frozenset(times) for times in metrics["layers"].values()} == {frozenset(formats)}
+    assert all(time > 0 for times in metrics["layers"].values() for time in times.values())
+    assert "conv_in" in metrics["layers"]

@@ -190,31 +190,30 @@ def test_of_variants_the_better_is_proposed(propose: Callable[..., dict[str, Any
 
 
 def test_later_proposals_learn_from_what_was_measured(propose: Callable[..., dict[str, Any]]) -> None:
-    """A layer whose damage is 30 times what the table says gets more bits, once candidates were measured."""
-    table = toy_table(8)
+    """2 bits do 20 times what the table says: that is learned, and the budget's choice has fewer of them."""
+    table = toy_table(12)
     truth = json.loads(json.dumps(table))
-    wrong = max(table["layers"], key=lambda name: table["layers"][name]["parameters"])
-    for entry in truth["layers"][wrong]["weights"].values():
-        entry["damage"] *= 30
+    for entry in truth["layers"].values():
+        entry["weights"]["2"]["damage"] *= 20
     base = {name: LayerChoice() for name in table["layers"]}
-    budget = {"bytes": 1000 + cost(table, dict.fromkeys(table["layers"], 4))[1]}
+    budget = {"bytes": cost(table, dict.fromkeys(table["layers"], 3))[1]}
 
     def psnr(point: dict[str, Any]) -> float:
         allocation = Allocation.model_validate_json(json.dumps(point["allocation"]))
         return 10 * math.log10(4 / predicted(truth, allocation, base)["damage"])
 
-    first = propose([("base", table)], budgets=[budget], candidates=12)
+    first = propose([("base", table)], budgets=[budget], uniform=True)
     points = [measured(point, psnr(point)) for point in first["points"]]
-    later = propose([("base", table)], budgets=[budget], candidates=12, measured=points)
+    later = propose([("base", table)], budgets=[budget], measured=points)
     assert later["surrogate"]["n"] == len(points)
-    assert later == propose([("base", table)], budgets=[budget], candidates=12, measured=points)
+    assert later == propose([("base", table)], budgets=[budget], measured=points)
     known = {json.dumps(point["allocation"], sort_keys=True) for point in points}
     assert not known & {json.dumps(point["allocation"], sort_keys=True) for point in later["points"]}
     within = [psnr(point) for point in later["points"] if point["predicted"]["bytes"] <= budget["bytes"]]
-    assert max(within) > psnr(first["points"][0]) + 0.5
+    assert max(within) > psnr(first["points"][0]) + 1
     told = [point["predicted"]["psnr_db"] - psnr(point) for point in later["points"]]
     naive = [10 * math.log10(4 / point["predicted"]["damage"]) - psnr(point) for point in later["points"]]
-    assert np.square(told).mean() < 0.25 * np.square(naive).mean()
+    assert np.square(told).mean() < 0.5 * np.square(naive).mean()
 
 
 def test_as_many_tables_as_variants_are_wanted(propose: Callable[..., dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from quant_spec.tasks import (
     export,
     inspect,
     layer_table,
+    low_rank,
     noise,
     noop,
     pack,
@@ -30,7 +31,19 @@ from quant_spec.tasks import (
 )
 
 _MODULES = (
-    *(inspect, calibrate, reference, temporal, scale, round, reconstruct, step_effects, step_bits, channel_errors),
+    *(
+        inspect,
+        calibrate,
+        reference,
+        temporal,
+        scale,
+        low_rank,
+        round,
+        reconstruct,
+        step_effects,
+        step_bits,
+        channel_errors,
+    ),
     *(allocate, distill, pack, noise, correct, evaluate, score, release),
     *(export, bench, layer_table, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery

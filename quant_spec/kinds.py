@@ -28,6 +28,7 @@ from quant_spec.tasks import (
     step_bits,
     step_effects,
     temporal,
+    text_encoder,
 )
 
 _MODULES = (
@@ -45,6 +46,7 @@ _MODULES = (
         channel_errors,
     ),
     *(allocate, distill, pack, noise, correct, evaluate, score, release),
+    text_encoder,  # of a pipeline whose recipe names a recipe for it
     *(export, bench, layer_table, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,7 @@ SMALL = {
 
 def run(cli: Cli, recipe: str, *more: str) -> dict[str, Any]:
     """Quantize the small model; return its release's view."""
-    words = [
-        word for each in (*(f"{key}={value}" for key, value in SMALL.items()), *more) for word in ("--set", each)
-    ]
+    words = [word for each in (*(f"{key}={value}" for key, value in SMALL.items()), *more) for word in ("--set", each)]
     view: dict[str, Any] = cli("run", recipe, "--model", "digits", *words, "--json").json
     assert (view["state"], view["error"]) == ("succeeded", None), view["error"]
     return view

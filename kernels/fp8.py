@@ -104,8 +104,8 @@ def linear_fp8(
     rows = epilogue_rows(epilogue)
     values = as_rows(x.values)
     out = _linear_fp8(
-        values, x.scale.contiguous(), weight.values.contiguous(), weight.scale.contiguous(), rows.bias, rows.residual, rows.down, rows.up,
-        epilogue.dtype, str(backend),
+        values, x.scale.contiguous(), weight.values.contiguous(), weight.scale.contiguous(),
+        rows.bias, rows.residual, rows.down, rows.up, epilogue.dtype, str(backend),
     )  # fmt: skip
     return out.view(shape)
 

@@ -96,7 +96,7 @@ def test_low_rank_branches_reach_release_listing_and_export(cli: Cli, tmp_path: 
         each["layer"]: each for each in cli("artifacts", "show", view["release"], "--layers", "--json").json["layers"]
     }
     assert shown[name]["bits"]["low_rank"] == layers[name].spec.low_rank
-    assert "4 + rank " in cli("artifacts", "show", view["release"], "--layers").out
+    assert "4 per_group of 128 + rank 4 " in cli("artifacts", "show", view["release"], "--layers").out
     # a branch costs bits
     held = {name: layer.spec.low_rank * (layer.shape[0] + layer.columns) * 16 for name, layer in layers.items()}
     sizes = {name: layer.shape[0] * layer.columns for name, layer in layers.items()}

@@ -2,6 +2,9 @@
 
     x8 = to_e4m3(clamp(x / x_scale[m], -448, 448)),   y = x_scale[m] * scale[n] * sum_k x8[m, k] * w8[n, k]
 
+What lies outside of +-448 saturates, infinities too, and NaN stays NaN: E4M3 (`torch.float8_e4m3fn`) has no infinity.
+Where a scale is taken of the row itself, a row with an infinity or NaN has no finite scale, and becomes NaN.
+
 Products of E4M3 numbers are exact in float32; their sum is not, and its order is the backend's (`FP8_TOLERANCE`).
 """
 
@@ -66,6 +69,18 @@ def quantize_fp8(x: Tensor, backend: KernelBackend | str = KernelBackend.AUTO) -
     return Fp8Matrix(*_quantize_fp8(x, str(backend)))
 
 
+def why_no_fp8(device: torch.device) -> str | None:
+    """Say why the Triton kernels of this module don't run on a device; None if they do.
+
+    gfx942 has another 8-bit format, and GPUs before sm_89 none.
+    """
+    if device.type != "cuda":
+        return None  # the interpreter, which emulates E4M3
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 9):
+        return f"FP8: got {torch.cuda.get_device_name(device)}, wanted an NVIDIA GPU of sm_89 or later"
+    return None
+
+
 def linear_fp8(
     x: Fp8Matrix, weight: Fp8Matrix, epilogue: Epilogue, backend: KernelBackend | str = KernelBackend.AUTO
 ) -> Tensor:
@@ -89,18 +104,43 @@ def linear_fp8(
     rows = epilogue_rows(epilogue)
     values = as_rows(x.values)
     out = _linear_fp8(
-        values, x.scale, weight.values.contiguous(), weight.scale, rows.bias, rows.residual, rows.down, rows.up,
-        epilogue.dtype, str(backend),
+        values, x.scale.contiguous(), weight.values.contiguous(), weight.scale.contiguous(),
+        rows.bias, rows.residual, rows.down, rows.up, epilogue.dtype, str(backend),
     )  # fmt: skip
     return out.view(shape)
+
+
+def fp8_scale(most: Tensor) -> Tensor:
+    """Return the scale at which magnitudes up to `most`, any shape, fill E4M3's range: most / 448, above a floor."""
+    return (most / torch.full_like(most, FP8_MAX)).clamp(min=SCALE_FLOOR)  # CUDA multiplies by a number's inverse
+
+
+def to_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """Convert `x` / `scale` to E4M3, to the nearest number with ties to even; what is too large saturates.
+
+    Parameters
+    ----------
+    x : Tensor, any shape, floating dtype
+        Computed in float32, with a true division.
+    scale : Tensor, broadcastable to `x`, dtype float32, > 0
+
+    Returns
+    -------
+    Tensor, shape of `x`, dtype float8_e4m3fn
+    """
+    return (x.float() / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def fake_quantize_fp8(x: Tensor, scale: Tensor, output_scale: Tensor | None = None) -> Tensor:
+    """Convert to E4M3 and back: the numbers that `to_fp8` gives, times `output_scale` (`scale` by default), float32."""
+    return to_fp8(x, scale).float() * (scale if output_scale is None else output_scale)
 
 
 def quantize_fp8_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     """Plain-torch twin of the Triton kernel."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).float()
-    most = flat.abs().amax(1)
-    scale = (most / torch.full_like(most, FP8_MAX)).clamp(min=SCALE_FLOOR)  # CUDA multiplies by a number's inverse
-    return (flat / scale[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8).view(x.shape), scale
+    scale = fp8_scale(flat.abs().amax(1))
+    return to_fp8(flat, scale[:, None]).view(x.shape), scale
 
 
 def linear_fp8_reference(x: Fp8Matrix, weight: Fp8Matrix, rows: EpilogueRows, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,13 @@ class Granularity(StrEnum):
     PER_GROUP = "per_group"
 
 
+class NumberType(StrEnum):
+    """What a stored number is."""
+
+    INT = "int"  # a code on an affine grid of some bits
+    E4M3 = "e4m3"  # a float of 8 bits, torch.float8_e4m3fn, times a scale
+
+
 class ActivationMode(StrEnum):
     """When the range of an activation is fixed."""
 

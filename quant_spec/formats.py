@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from quant_spec.enums import ActivationMode, Granularity, UnknownTimestep
+from quant_spec.enums import ActivationMode, Granularity, NumberType, UnknownTimestep
 from quant_spec.errors import QuantizationError
 
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
@@ -19,6 +19,10 @@ SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
 SHIFT_DEPTH = 3
 #: Bits of single output channels where they differ within a layer.
 CHANNEL_BITS = (1, *SUPPORTED_BITS)
+#: Bits of an E4M3 number.
+E4M3_BITS = 8
+#: Bits of a number of a low-rank branch, a bfloat16: exact in whatever dtype a model computes in.
+LOW_RANK_BITS = 16
 
 
 def check_bits(bits: int, what: str) -> None:
@@ -37,6 +41,8 @@ class WeightSpec:
 
     `mixture` has (bits, number of output channels) in rising order, where channels have bits of their own; `bits` is
     then the greatest. Which channel has which is stored with the layer's codes.
+
+    Numbers of type E4M3 have 8 bits and scales per channel or tensor, no zero points; `symmetric` means nothing there.
     """
 
     bits: int
@@ -44,9 +50,11 @@ class WeightSpec:
     granularity: Granularity = Granularity.PER_CHANNEL
     group_size: int | None = None
     mixture: tuple[tuple[int, int], ...] = ()
+    type: NumberType = NumberType.INT
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "weight")
+        object.__setattr__(self, "type", NumberType(self.type))
         object.__setattr__(self, "granularity", Granularity(self.granularity))
         object.__setattr__(self, "mixture", tuple((int(bits), int(count)) for bits, count in self.mixture))
         self._check_mixture()
@@ -55,6 +63,16 @@ class WeightSpec:
                 f"group_size: got {self.group_size} with granularity {self.granularity}, "
                 "wanted a size exactly for per_group"
             )
+        if self.is_float and (self.bits != E4M3_BITS or self.group_size is not None or self.mixture):
+            raise QuantizationError(
+                f"weight type: got e4m3 with {self.bits} bits {self.granularity}, wanted 8 bits per_channel or "
+                "per_tensor"
+            )
+
+    @property
+    def is_float(self) -> bool:
+        """Whether numbers are E4M3."""
+        return self.type is NumberType.E4M3
 
     def _check_mixture(self) -> None:
         """Refuse bits of channels that do not fit the rest."""
@@ -87,6 +105,7 @@ class WeightSpec:
             "granularity": self.granularity.value,
             "group_size": self.group_size,
             **({"mixture": [list(entry) for entry in self.mixture]} if self.mixture else {}),
+            **({"type": self.type.value} if self.is_float else {}),
         }
 
 
@@ -94,18 +113,23 @@ class WeightSpec:
 class ActivationSpec:
     """Format of a layer's input codes; one scale and zero point per tensor (per part, step, sample or token).
 
-    `step_bits` has the bits of each trajectory step, where they differ; `bits` is then the greatest.
+    `step_bits` has the bits of each trajectory step, where they differ; `bits` is then the greatest. Numbers of type
+    E4M3 have 8 bits and zero points of 0; `symmetric` means nothing there.
     """
 
     bits: int
     symmetric: bool = False
     mode: ActivationMode = ActivationMode.PER_STEP
     step_bits: tuple[int, ...] = ()
+    type: NumberType = NumberType.INT
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "activation")
         object.__setattr__(self, "mode", ActivationMode(self.mode))
         object.__setattr__(self, "step_bits", tuple(self.step_bits))
+        object.__setattr__(self, "type", NumberType(self.type))
+        if self.is_float and (self.bits != E4M3_BITS or self.step_bits):
+            raise QuantizationError(f"activation type: got e4m3 with {self.bits} bits, wanted 8 at every step")
         for bits in self.step_bits:
             check_bits(bits, "activation step")
         if self.step_bits and (self.mode is not ActivationMode.PER_STEP or self.bits != max(self.step_bits)):
@@ -126,7 +150,13 @@ class ActivationSpec:
             "symmetric": self.symmetric,
             "mode": self.mode.value,
             **({"step_bits": list(self.step_bits)} if self.step_bits else {}),
+            **({"type": self.type.value} if self.is_float else {}),
         }
+
+    @property
+    def is_float(self) -> bool:
+        """Whether numbers are E4M3."""
+        return self.type is NumberType.E4M3
 
     @property
     def is_dynamic(self) -> bool:
@@ -145,6 +175,9 @@ class LayerSpec:
     activation quantizer's own division; the codes are then those of channel_scale_k * weight (equivalent scaling).
     `channel_shift`: whether, at each trajectory step, channel k has the quantization step scale * 2**shift_k
     (power-of-two scaling).
+
+    `low_rank`: rank of a branch beside the codes, two matrices of bfloat16 that multiply the unquantized input
+    (SVDQuant); 0 where there is none. The codes are then those of what is left of the weight.
     """
 
     weight: WeightSpec
@@ -152,12 +185,17 @@ class LayerSpec:
     split: tuple[int, ...] | None = None
     channel_scale: bool = False
     channel_shift: bool = False
+    low_rank: int = 0
 
     def __post_init__(self) -> None:
+        if self.low_rank < 0:
+            raise QuantizationError(f"low_rank: got {self.low_rank}, wanted a rank of 0 or more")
         if self.activation is None and (self.channel_scale or self.channel_shift):
             raise QuantizationError("channel_scale: got a layer whose input is not quantized, wanted one that is")
         if self.channel_shift and self.activation is not None and self.activation.is_dynamic:
             raise QuantizationError(f"channel_shift: got mode {self.activation.mode}, wanted static or per_step")
+        if self.channel_shift and self.activation is not None and self.activation.is_float:
+            raise QuantizationError("channel_shift: got e4m3 inputs, whose steps follow each number, wanted int")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -169,6 +207,7 @@ class LayerSpec:
             split=None if split is None else tuple(split),
             channel_scale=data.get("channel_scale", False),
             channel_shift=data.get("channel_shift", False),
+            low_rank=data.get("low_rank", 0),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -179,6 +218,7 @@ class LayerSpec:
             "activation": None if self.activation is None else self.activation.to_json(),
             "split": None if self.split is None else list(self.split),
             **{name: True for name, has in channels.items() if has},
+            **({"low_rank": self.low_rank} if self.low_rank else {}),
         }
 
 
@@ -186,7 +226,7 @@ class LayerSpec:
 class AttentionSpec:
     """Operands of one attention's two matmuls.
 
-    Query, key and value have the format `activation`; probabilities have `softmax_bits`, from zero up.
+    Query, key and value have the format `activation`; probabilities have its type and `softmax_bits`, from zero up.
     """
 
     activation: ActivationSpec
@@ -194,6 +234,8 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         check_bits(self.softmax_bits, "softmax")
+        if self.activation.is_float and self.softmax_bits != E4M3_BITS:
+            raise QuantizationError(f"softmax: got {self.softmax_bits} bits with e4m3 operands, wanted 8")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -15,6 +15,7 @@ from quant_spec.tasks import (
     export,
     inspect,
     layer_table,
+    low_rank,
     layer_times,
     menu,
     mix,
@@ -33,12 +34,14 @@ from quant_spec.tasks import (
     step_effects,
     step_gains,
     temporal,
+    text_encoder,
 )
 
 _MODULES = (
-    *(inspect, calibrate, reference, temporal, scale, round, menu, mix, reconstruct),
+    *(inspect, calibrate, reference, temporal, scale, low_rank, round, menu, mix, reconstruct),
     *(step_effects, step_bits, channel_errors, allocate),
     *(distill, pack, noise, correct, evaluate, score, release),
+    text_encoder,  # of a pipeline whose recipe names a recipe for it
     *(step_gains, sensitivity, propose),  # searches alone
     *(export, bench, layer_table, layer_times, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery

@@ -29,6 +29,10 @@ class LayerBits:
         Bits of the inputs at each trajectory step, noisiest first, where steps differ.
     table
         Bits of the table of its outputs that is kept in place of the layer.
+    low_rank
+        Rank of the 16-bit branch beside the codes, 0 without one.
+    types
+        Number types of weights and activations that are not integers: "e4m3".
     is_dropped
         Nothing needs the layer's outputs, so that it is not kept at all.
     """
@@ -39,16 +43,20 @@ class LayerBits:
     step_bits: tuple[int, ...] = ()
     table: int | None = None
     is_dropped: bool = False
+    low_rank: int = 0
+    types: tuple[str | None, str | None] = (None, None)
 
     @classmethod
     def of(cls, spec: LayerSpec) -> Self:
         """Return the bits of a layer's format."""
         weight, activation = spec.weight, spec.activation
         weights = weight.bits_mean if weight.mixture else weight.bits
+        types = tuple(each.type.value if each is not None and each.is_float else None for each in (weight, activation))
+        more: dict[str, Any] = {"low_rank": spec.low_rank, "types": types}
         if activation is None:
-            return cls(weights, mixture=weight.mixture)
+            return cls(weights, mixture=weight.mixture, **more)
         activations = activation.bits_mean if activation.step_bits else activation.bits
-        return cls(weights, activations, weight.mixture, activation.step_bits)
+        return cls(weights, activations, weight.mixture, activation.step_bits, **more)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -60,6 +68,8 @@ class LayerBits:
             step_bits=tuple(data.get("step_bits", ())),
             table=data.get("table"),
             is_dropped=data.get("is_dropped", False),
+            low_rank=data.get("low_rank", 0),
+            types=tuple(data.get("types", (None, None))),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +79,8 @@ class LayerBits:
             "step_bits": list(self.step_bits),
             "table": self.table,
             "is_dropped": self.is_dropped,
+            "low_rank": self.low_rank,
+            "types": list(self.types) if any(self.types) else [],
         }
         return {
             "weights": _rounded(self.weights),
@@ -83,12 +95,17 @@ class LayerBits:
             return "not kept"
         if self.table is not None:
             return f"table of {self.table}"
-        return None if self.weights is None else _text(self.weights, self.mixture)
+        if self.weights is None:
+            return None
+        rank = f" + rank {self.low_rank}" if self.low_rank else ""
+        return (self.types[0] or _text(self.weights, self.mixture)) + rank
 
     @property
     def activations_text(self) -> str | None:
         """Bits of the inputs; None in full precision, or if there is no layer to have inputs."""
-        return None if self.activations is None else _text(self.activations, sorted(Counter(self.step_bits).items()))
+        if self.activations is None:
+            return None
+        return self.types[1] or _text(self.activations, sorted(Counter(self.step_bits).items()))
 
     @property
     def text(self) -> str:
@@ -109,11 +126,13 @@ def layer_bits(model_format: ModelFormat) -> dict[str, LayerBits]:
 
 def weight_bits_text(spec: WeightSpec) -> str:
     """Return the bits of a weight format for people."""
-    return _text(spec.bits_mean if spec.mixture else spec.bits, spec.mixture)
+    return spec.type.value if spec.is_float else _text(spec.bits_mean if spec.mixture else spec.bits, spec.mixture)
 
 
 def activation_bits_text(spec: ActivationSpec) -> str:
     """Return the bits of an activation format for people."""
+    if spec.is_float:
+        return spec.type.value
     return _text(spec.bits_mean if spec.step_bits else spec.bits, sorted(Counter(spec.step_bits).items()))
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import PlainValidator
 
-from quant_spec.enums import ActivationMode
+from quant_spec.enums import ActivationMode, NumberType
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, WeightSpec, check_bits
 from quant_spec.messages import shown
@@ -26,11 +26,13 @@ class PlannedActivation:
     bits: int | None
     symmetric: bool = False
     mode: ActivationMode = ActivationMode.PER_STEP
+    type: NumberType = NumberType.INT
 
     def __post_init__(self) -> None:
         if self.bits is not None:
             check_bits(self.bits, "activation")
         object.__setattr__(self, "mode", ActivationMode(self.mode))
+        object.__setattr__(self, "type", NumberType(self.type))
 
     def spec(self, step_bits: Sequence[int] | None = None) -> ActivationSpec:
         """Return the format with its bits, those of each step if they were open.
@@ -41,14 +43,15 @@ class PlannedActivation:
             If they are open and none are given.
         """
         if self.bits is not None:
-            return ActivationSpec(self.bits, self.symmetric, self.mode)
+            return ActivationSpec(self.bits, self.symmetric, self.mode, type=self.type)
         if step_bits is None:
             raise QuantizationError("activation: got null bits, wanted a number, or bits chosen for each step")
         return ActivationSpec(max(step_bits), self.symmetric, self.mode, tuple(step_bits))
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able mapping."""
-        return {"bits": self.bits, "symmetric": self.symmetric, "mode": self.mode.value}
+        number = {} if self.type is NumberType.INT else {"type": self.type.value}
+        return {"bits": self.bits, "symmetric": self.symmetric, "mode": self.mode.value, **number}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from quant_spec.enums import Extractor, Shift
+from quant_spec.enums import Extractor, NumberType, Shift, TemporalRounding
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
 from quant_spec.passes.correct import Correct
 from quant_spec.passes.distill import Distill
+from quant_spec.passes.low_rank import LowRank
 from quant_spec.passes.menu import Menu
 from quant_spec.passes.reconstruct import Reconstruct
 from quant_spec.passes.round import Round
@@ -24,7 +25,7 @@ from quant_spec.recipe_formats import (
     exact_name,
     weights_for,
 )
-from quant_spec.record import Count, Record, Seed
+from quant_spec.record import Count, Grown, Record, Seed
 from quant_spec.resources import JobResources
 from quant_spec.sampler import Sampler
 
@@ -32,8 +33,10 @@ from quant_spec.sampler import Sampler
 MOST_SHARDS = 10_000
 
 
-class Passes(Record):
+class Passes(Grown):
     """The steps of the method, in the planner's order."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"low_rank"})
 
     temporal: Temporal | None = Field(
         default=None,
@@ -42,6 +45,10 @@ class Passes(Record):
     )
     scale: Scale | None = Field(
         default=None, description="Input channels divided, and weights multiplied, before rounding; null scales none."
+    )
+    low_rank: LowRank | None = Field(
+        default=None,
+        description="A 16-bit branch beside each layer's codes, of its largest singular values; null gives none.",
     )
     allocate: Allocate | None = Field(
         default=None, description="Bits for each output channel; null gives all channels of a layer the same."
@@ -192,6 +199,8 @@ class Recipe(Record):
             raise ValueError("passes.scale: got activations.bits null, wanted quantized activations")
         self._check_shift()
         self._check_allocation()
+        self._check_low_rank()
+        self._check_floats()
         self._check_menu()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
@@ -264,8 +273,63 @@ class Recipe(Record):
             return
         if self.passes.allocate is not None and not self.passes.allocate.is_uniform:
             raise ValueError("passes.menu: got it beside passes.allocate, wanted one of them to choose weight bits")
+        if self.passes.low_rank is not None:
+            raise ValueError("passes.menu: got it beside passes.low_rank, wanted one of them")
+        if NumberType.E4M3 in {self.weights.type, *(entry.weights.type for entry in self.layers)}:
+            raise ValueError("passes.menu: got it beside weights.type e4m3, which has no widths, wanted int")
         if self.activations.step_bits is not None:
             raise ValueError("passes.menu: got it beside activations.step_bits, wanted one choice of activation bits")
+
+    def _check_low_rank(self) -> None:
+        """Refuse branches beside what has no room for them."""
+        low_rank, allocate = self.passes.low_rank, self.passes.allocate
+        if low_rank is None:
+            return
+        if allocate is not None and not allocate.is_uniform:
+            raise ValueError(
+                f"passes.low_rank: got it with passes.allocate {allocate.method}, wanted one of the two: errors of "
+                "channels are measured without a branch"
+            )
+        if low_rank.smoothing is not None and self.passes.scale is not None:
+            raise ValueError(
+                f"passes.low_rank.smoothing: got {low_rank.smoothing} with passes.scale, wanted null: that scales "
+                "channels"
+            )
+        if low_rank.smoothing is not None and self.activations.bits is None:
+            raise ValueError(
+                f"passes.low_rank.smoothing: got {low_rank.smoothing} with activations.bits null, wanted null, or "
+                "quantized activations"
+            )
+
+    def _check_floats(self) -> None:
+        """Refuse passes that work on integer codes where numbers are E4M3."""
+        passes, attention = self.passes, self.attention
+        if NumberType.E4M3 in {self.weights.type, *(entry.weights.type for entry in self.layers)}:
+            taken = {name for name in ("reconstruct", "distill", "allocate") if getattr(passes, name) is not None}
+            if passes.temporal is not None and passes.temporal.method is TemporalRounding.RECONSTRUCT:
+                taken.add("temporal.method reconstruct")
+            if taken:
+                raise ValueError(
+                    f"weights.type: got e4m3 with passes.{min(taken)}, wanted int, whose codes that pass chooses among"
+                )
+        if self.activations.bits is None:
+            return
+        if (
+            self.activations.type is NumberType.E4M3
+            and attention.enabled
+            and (attention.bits, attention.softmax_bits) != (8, 8)
+        ):
+            raise ValueError(
+                f"attention.bits: got {attention.bits}, softmax_bits {attention.softmax_bits} with activations.type "
+                "e4m3, wanted 8 and 8, or enabled false"
+            )
+        types = {self.activations.type, *(entry.activations.type for entry in self.layers)}
+        if passes.distill is not None and NumberType.E4M3 in types:
+            raise ValueError("activations.type: got e4m3 with passes.distill, wanted int, whose grids that pass learns")
+        if passes.scale is not None and passes.scale.shift is not Shift.NONE and NumberType.E4M3 in types:
+            raise ValueError(
+                f"passes.scale.shift: got {passes.scale.shift} with e4m3, whose steps follow each number, wanted none"
+            )
 
     def _check_seeds(self) -> None:
         """Refuse an evaluation on what the model was fitted to."""

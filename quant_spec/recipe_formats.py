@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from quant_spec.enums import ActivationMode, Granularity, RangeMethod, UnknownTimestep
+from quant_spec.enums import ActivationMode, Granularity, NumberType, RangeMethod, UnknownTimestep
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
 from quant_spec.passes.step_bits import StepBits
-from quant_spec.record import Bits, Count, Partial, Percentile, Record, Share
+from quant_spec.record import Bits, Count, Grown, Partial, Percentile, Record, Share
 
 _ESCAPED = re.compile(r"\[([*?[])\]")
 
 
-class Weights(Record):
+class Weights(Grown):
     """Format of the weights."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"type"})
 
     bits: Bits = Field(
         default=8, description="Bits of a code (single output channels may have 1, see passes.allocate)."
@@ -35,9 +37,16 @@ class Weights(Record):
         "out.",
     )
     percentile: Percentile = Field(default=0.9999, description="Share of values inside the range; only for percentile.")
+    type: NumberType = Field(
+        default=NumberType.INT, description="int, codes of so many bits; or e4m3, floats of 8 bits (FP8)."
+    )
 
     @model_validator(mode="after")
     def _has_group_size(self) -> Self:
+        if self.type is NumberType.E4M3 and (self.bits != 8 or self.granularity is Granularity.PER_GROUP):
+            raise ValueError(
+                f"type: got e4m3 with {self.bits} bits {self.granularity}, wanted 8 bits per_channel or per_tensor"
+            )
         if (self.granularity is Granularity.PER_GROUP) != (self.group_size is not None):
             got = "null" if self.group_size is None else self.group_size
             wanted = "a size" if self.group_size is None else "null"
@@ -45,8 +54,10 @@ class Weights(Record):
         return self
 
 
-class Activations(Record):
+class Activations(Grown):
     """Format of the layers' inputs; `bits` null keeps all of them, and attention, in full precision."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"type"})
 
     bits: Bits | None = Field(
         default=None,
@@ -72,6 +83,15 @@ class Activations(Record):
         default=UnknownTimestep.ERROR,
         description="At a timestep that was not calibrated for; nearest takes the nearest step, with a warning.",
     )
+    type: NumberType = Field(
+        default=NumberType.INT, description="int, codes of so many bits; or e4m3, floats of 8 bits (FP8)."
+    )
+
+    @model_validator(mode="after")
+    def _fits_type(self) -> Self:
+        if self.type is NumberType.E4M3 and (self.bits not in (None, 8) or self.step_bits is not None):
+            raise ValueError(f"type: got e4m3 with bits {self.bits}, wanted 8 at every step")
+        return self
 
     @property
     def is_dynamic(self) -> bool:
@@ -103,6 +123,7 @@ class WeightsException(Partial):
         description="Share of the output channels that get the menu's next width, those that gain most; only with "
         "passes.menu, for an exact name.",
     )
+    type: NumberType | None = Field(default=None, description="As in weights.")
 
 
 class ActivationsException(Partial):
@@ -118,6 +139,7 @@ class ActivationsException(Partial):
         description="Bits for each of so many equal ranges of trajectory steps, in place of bits; only with "
         "passes.menu, for an exact name, mode per_step.",
     )
+    type: NumberType | None = Field(default=None, description="As in activations.")
 
 
 class LayerException(Record):

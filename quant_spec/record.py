@@ -86,6 +86,17 @@ class Partial(Record):
         return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
 
 
+class Grown(Record):
+    """A mapping that got fields later: `_later` are left out of its JSON at their default, so that digests stay."""
+
+    _later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        defaults = {name for name in self._later if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in handler(self).items() if name not in defaults}
+
+
 def _differences(told: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Say what makes a mapping, whose fields are right one by one, other than what a record writes."""
     missing = [f"no {name}" for name in sorted(wanted.keys() - told.keys())]

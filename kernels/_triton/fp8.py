@@ -14,7 +14,7 @@ from kernels._triton.gemm import stride_of
 from kernels._triton.tuned import HOPPER, LINEAR_FP8, Shape, Tile, tuned_tile
 from kernels.epilogue import EpilogueRows
 from kernels.errors import KernelError
-from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR, Fp8Matrix
+from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR, Fp8Matrix, why_no_fp8
 
 
 @triton.jit
@@ -202,8 +202,6 @@ def launch_linear_fp8(
 
 
 def _check_hardware(x: Tensor) -> None:
-    """Refuse devices without E4M3 (gfx942 has another 8-bit format)."""
-    if triton.knobs.runtime.interpret:
-        return
-    if torch.version.hip is not None or torch.cuda.get_device_capability(x.device) < (8, 9):
-        raise KernelError(f"fp8: got {torch.cuda.get_device_name(x.device)}, wanted an NVIDIA GPU of sm_89 or later")
+    """Refuse devices without E4M3."""
+    if not triton.knobs.runtime.interpret and (reason := why_no_fp8(x.device)) is not None:
+        raise KernelError(reason)

@@ -295,7 +295,7 @@ def _layer_table(found: dict[str, Any]) -> str:
         rows.append(
             (
                 each["layer"],
-                _weight_text(spec.weight) + (f" in {len(spec.split)} parts" if spec.split else ""),
+                _weight_text(spec.weight, spec.low_rank) + (f" in {len(spec.split)} parts" if spec.split else ""),
                 _activation_text(spec.activation) + _channels_text(spec),
                 human_bytes(each["bytes"]),
                 each["backend"],
@@ -306,9 +306,10 @@ def _layer_table(found: dict[str, Any]) -> str:
     return f"{head}\n\n" + table(("LAYER", "WEIGHTS", "INPUT", "BYTES", "RUNS ON", "HOW OR WHY"), rows)
 
 
-def _weight_text(weight: WeightSpec) -> str:
+def _weight_text(weight: WeightSpec, low_rank: int) -> str:
     group = f" of {weight.group_size}" if weight.group_size else ""
-    return f"{weight_bits_text(weight)} {weight.granularity}{group}"
+    rank = f" + rank {low_rank}" if low_rank else ""
+    return f"{weight_bits_text(weight)} {weight.granularity}{group}{rank}"
 
 
 def _activation_text(activation: ActivationSpec | None) -> str:

@@ -46,7 +46,9 @@ class Draft:
     step_bits
         The choice of bits for each trajectory step, if there is one.
     factors
-        What `scale` chose, by unit.
+        What `scale` chose, or the smoothing of `low_rank`, by unit.
+    branches
+        What `low_rank` chose, by unit.
     allocation
         The choice of bits of output channels, if there is one.
     states
@@ -69,6 +71,7 @@ class Draft:
     calibration: tuple[Source, ...] = ()
     step_bits: Source | None = None
     factors: Mapping[str, Source] = field(default_factory=dict)
+    branches: Mapping[str, Source] = field(default_factory=dict)
     allocation: Source | None = None
     states: Mapping[str, Source] = field(default_factory=dict)
     packed: Source | None = None

@@ -179,7 +179,9 @@ class _Rules:
         quantized = activations.bits is not None
         bits = None if self.varies(places, activations) else activations.bits
         return PlannedLayer(
-            weight=WeightSpec(weights.bits, weights.symmetric, weights.granularity, weights.group_size),
+            weight=WeightSpec(
+                weights.bits, weights.symmetric, weights.granularity, weights.group_size, type=weights.type
+            ),
             weight_range=_range(weights),
             activation=_activation(activations, bits) if quantized else None,
             activation_range=_range(activations) if quantized and not activations.is_dynamic else None,
@@ -262,4 +264,4 @@ def _range(section: Weights | Activations) -> RangeSpec:
 
 
 def _activation(activations: Activations, bits: int | None) -> PlannedActivation:
-    return PlannedActivation(bits, activations.symmetric, activations.mode)
+    return PlannedActivation(bits, activations.symmetric, activations.mode, activations.type)

@@ -19,7 +19,7 @@ def zero_point_bits(model: nn.Module) -> dict[str, int]:
     bits = {
         name: layer.spec.weight.bits
         for name, layer in model.named_modules()
-        if isinstance(layer, QuantLayer) and not layer.spec.weight.mixture
+        if isinstance(layer, QuantLayer) and not layer.spec.weight.mixture and not layer.spec.weight.is_float
     }
     return {
         f"{name}.zero_point": width

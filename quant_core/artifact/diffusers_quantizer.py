@@ -16,6 +16,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from kernels.fp8 import FP8
 from quant_core.artifact.compact import pack_zero_points, packed_shape, unpack_zero_points, zero_point_bits
 from quant_core.artifact.dequantize import dequantize
 from quant_core.artifact.folder import parse_quantization_config
@@ -141,6 +142,8 @@ class QuantmillQuantizer(DiffusersQuantizer):
             raise ArtifactError(f"packed tensor {param_name}: got dtype {stored.dtype}, wanted {wanted.dtype}")
         if leaf in ("scale", "channel_scale") and not bool(((stored > 0) & stored.isfinite()).all()):
             raise ArtifactError(f"packed tensor {param_name}: got a scale that is zero, negative or not finite")
+        if stored.dtype is FP8 and bool(stored.float().isnan().any()):
+            raise ArtifactError(f"packed tensor {param_name}: got NaN among E4M3 numbers")
         if param_name in self._zero_bits:
             stored = unpack_zero_points(stored, tuple(wanted.shape), self._zero_bits[param_name])
         setattr(module, leaf, stored.to(target_device))

@@ -8,9 +8,10 @@
 
 Tensor names end in `.qweight` (uint8 codes, packed as `kernels.packing` draws; where output channels have bits of their
 own, also `.channel_bits`), `.scale` (float32, bfloat16 per group), `.zero_point` (uint8, or packed as codes are where
-that is smaller: `quant_core.artifact.compact`) and `.bias`; those of activation quantizers lie below `act_quantizers.`
-and `attention_quantizer.`. Everything that is not quantized keeps its name and dtype. There is no pickle in it, and the
-same model gives the same bytes.
+that is smaller: `quant_core.artifact.compact`; none of E4M3 numbers, whose `.qweight` is float8_e4m3fn),
+`.low_rank_down` and `.low_rank_up` (bfloat16, where there is a branch) and `.bias`; those of activation quantizers lie
+below `act_quantizers.` and `attention_quantizer.`. Everything that is not quantized keeps its name and dtype. There is
+no pickle in it, and the same model gives the same bytes.
 """
 
 from __future__ import annotations

@@ -12,11 +12,13 @@ of the quantized model by less than their confidence interval, at three times th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kernels.fp8 import FP8, to_fp8
 from quant_core.nn.layers import greatest_code
 from quant_core.nn.ranges import QParams
 
@@ -74,20 +76,54 @@ def round_closed_form(weight: Tensor, factor: Factor, grid: QParams, bits: int |
     -----
     Cost O(C_out K^2).
     """
+    top = torch.as_tensor(greatest_code(bits)).to(weight).reshape(-1)
+    scale = grid.scale[:, group_index].expand_as(weight)
+    zero_point = grid.zero_point[:, group_index].expand_as(weight)
+
+    def nearest(column: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        codes = (torch.round(column / scale[:, at]) + zero_point[:, at]).clamp_(min=0).minimum(top)
+        return codes, (codes - zero_point[:, at]) * scale[:, at]
+
+    return _sweep(weight, factor, nearest).to(torch.uint8)
+
+
+def round_closed_form_fp8(weight: Tensor, factor: Factor, scale: Tensor) -> Tensor:
+    """Choose the E4M3 numbers of a weight matrix, as `round_closed_form` chooses codes.
+
+    Parameters
+    ----------
+    scale : Tensor, shape (C_out, K), dtype float32
+        Of each weight.
+
+    Returns
+    -------
+    Tensor, shape (C_out, K), dtype float8_e4m3fn
+    """
+
+    def nearest(column: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        numbers = to_fp8(column, scale[:, at]).float()
+        return numbers, numbers * scale[:, at]
+
+    return _sweep(weight, factor, nearest).to(FP8)  # exact: these are E4M3 numbers
+
+
+def _sweep(weight: Tensor, factor: Factor, nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:
+    """Round the columns of a weight matrix one after another, in the order of falling diag H.
+
+    `nearest` gives the numbers that are nearest to a column, which is given with its place, and what they stand for.
+    """
     order, inverse = factor.order, factor.inverse
-    w = weight[:, order].clone()
-    scale = grid.scale[:, group_index[order]].expand_as(w)
-    zero_point = grid.zero_point[:, group_index[order]].expand_as(w)
-    codes, top = torch.empty_like(w), torch.as_tensor(greatest_code(bits)).to(w).reshape(-1)
+    w, places = weight[:, order].clone(), order.tolist()
+    numbers = torch.empty_like(w)
     for start in range(0, w.shape[1], _BLOCK):
         stop = min(start + _BLOCK, w.shape[1])
         errors = torch.empty_like(w[:, start:stop])
         for j in range(start, stop):
-            codes[:, j] = (torch.round(w[:, j] / scale[:, j]) + zero_point[:, j]).clamp_(min=0).minimum(top)
-            error = (w[:, j] - (codes[:, j] - zero_point[:, j]) * scale[:, j]) / inverse[j, j]
+            numbers[:, j], value = nearest(w[:, j], places[j])
+            error = (w[:, j] - value) / inverse[j, j]
             w[:, j:stop] -= error[:, None] * inverse[j, j:stop]
             errors[:, j - start] = error
         w[:, stop:] -= errors @ inverse[start:stop, stop:]
-    restored = torch.empty_like(codes)
-    restored[:, order] = codes
-    return restored.to(torch.uint8)
+    restored = torch.empty_like(numbers)
+    restored[:, order] = numbers
+    return restored

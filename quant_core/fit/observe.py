@@ -14,7 +14,7 @@ from quant_core.diffusion.conditioning import seed_stream
 from quant_core.fit.channel_stats import ChannelStats
 from quant_core.fit.hessian import SecondMoment, input_rows
 from quant_core.nn.attention import OPERANDS, AttentionFunction, softmax_scores, wrap_processor
-from quant_core.nn.ranges import QParams, choose_qparams, qparams_from_range
+from quant_core.nn.ranges import QParams, choose_fp8_scale, choose_qparams, qparams_from_range
 from quant_spec.enums import ActivationMode, RangeMethod
 from quant_spec.formats import ActivationSpec, LayerSpec
 from quant_spec.ranges import RangeSpec
@@ -54,12 +54,17 @@ class StepRanges:
         if spec.mode is ActivationMode.STATIC:
             low, high = low.min()[None], high.max()[None]
             values = [[value for step in values for value in step]]
+        if ranges.method is RangeMethod.MINMAX and spec.is_float:
+            return choose_fp8_scale(torch.stack([low, high], dim=1), ranges)
         if ranges.method is RangeMethod.MINMAX and not spec.step_bits:
             return qparams_from_range(low, high, spec.bits, symmetric=spec.symmetric)
         tables = []
         for at, step in enumerate(values):
             # The extremes were perhaps not drawn, and shrinking starts from them.
             row = torch.cat([*step, low[at, None], high[at, None]])
+            if spec.is_float:
+                tables.append(choose_fp8_scale(row, ranges))
+                continue
             bits = spec.step_bits[at] if spec.step_bits else spec.bits
             tables.append(choose_qparams(row, bits, symmetric=spec.symmetric, spec=ranges))
         return QParams(torch.stack([t.scale for t in tables]), torch.stack([t.zero_point for t in tables]))

@@ -13,15 +13,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from kernels.fp8 import to_fp8
 from quant_core.diffusion.calibration import CalibrationSet
-from quant_core.fit.closed_form import Factor, factorize, round_closed_form
+from quant_core.fit.closed_form import Factor, factorize, round_closed_form, round_closed_form_fp8
+from quant_core.fit.low_rank_branch import LowRankBranch
 from quant_core.fit.observe import Observation, Watched, observe
 from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.attention import OPERANDS
 from quant_core.nn.layers import QuantLayer, greatest_code, scale_dtype, weight_matrix
 from quant_core.nn.model import QuantizedParts, build_quantized
-from quant_core.nn.ranges import QParams, choose_qparams
+from quant_core.nn.ranges import QParams, choose_fp8_scale, choose_qparams
 from quant_spec.enums import ActivationMode, Granularity, RangeMethod, RoundingMethod
 from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, LayerSpec, UnitFormat
 from quant_spec.passes.round import RoundFit
@@ -54,6 +56,7 @@ def round_units(
     channel_scales: Mapping[str, Tensor] | None = None,
     channel_shifts: Mapping[str, Tensor] | None = None,
     channel_bits: Mapping[str, Tensor] | None = None,
+    branches: Mapping[str, LowRankBranch] | None = None,
 ) -> list[RoundedUnit]:
     """Quantize a group of units.
 
@@ -69,14 +72,17 @@ def round_units(
         Exponents of the channels' activation steps: SHIFT_DEPTH stands for the measured range, less for a finer step.
     channel_bits : mapping of str to Tensor, shape (C_out,), dtype uint8, optional
         Bits of the output channels of some layers, in place of the format's.
+    branches : mapping of str to LowRankBranch, optional
+        What is added beside the codes of some layers, which are then those of what is left.
 
     Returns
     -------
     list of RoundedUnit, one for each unit
     """
     timesteps = tuple(float(t) for t in calibration.timesteps)
-    scales, shifts, mixed = channel_scales or {}, channel_shifts or {}, channel_bits or {}
+    scales, shifts, mixed, beside = channel_scales or {}, channel_shifts or {}, channel_bits or {}, branches or {}
     units = [(mix_channels(mark_channels(formats, scales, shifts), mixed), ranges) for formats, ranges in units]
+    units = [(mark_branches(formats, beside), ranges) for formats, ranges in units]
     watched = watch([formats for formats, _ in units], [ranges for _, ranges in units], config, scales)
     names = [formats.unit for formats, _ in units]
     seen = observe(model, calibration, names, watched, batch_size=config.forward_batch_size, seed=config.seed)
@@ -92,6 +98,8 @@ def round_units(
                 layer.set_channel_scale(scales[name])
             if layer.spec.weight.mixture:
                 layer.set_channel_bits(mixed[name])
+            if name in beside:
+                layer.set_branch(beside[name].down, beside[name].up)
             moment = seen.moments[name].mean() if name in seen.moments else None
             scaled = layer.scaled(weights[name])
             sqnr[name] = round_layer(layer, scaled, moment, ranges.weights[name], config.damping).sqnr_db
@@ -104,6 +112,15 @@ def mark_channels(formats: UnitFormat, scaled: Container[str], shifted: Containe
     """Return the formats with `channel_scale` and `channel_shift` for those layers."""
     layers = {
         name: replace(spec, channel_scale=name in scaled, channel_shift=name in shifted)
+        for name, spec in formats.layers.items()
+    }
+    return replace(formats, layers=layers)
+
+
+def mark_branches(formats: UnitFormat, branches: Mapping[str, LowRankBranch]) -> UnitFormat:
+    """Return the formats with the ranks of these branches."""
+    layers = {
+        name: replace(spec, low_rank=branches[name].rank) if name in branches else spec
         for name, spec in formats.layers.items()
     }
     return replace(formats, layers=layers)
@@ -154,6 +171,8 @@ def weight_grid(
     (C_out,), where output channels have bits of their own.
     """
     bits = spec.weight.bits if bits is None else bits
+    if spec.weight.is_float:
+        return _fp8_grid(matrix, spec, group_index, ranges)
     if spec.weight.granularity is Granularity.PER_TENSOR:
         whole = choose_qparams(matrix.reshape(1, -1), spec.weight.bits, symmetric=spec.weight.symmetric, spec=ranges)
         return QParams(whole.scale[:, None], whole.zero_point[:, None])
@@ -163,6 +182,17 @@ def weight_grid(
     ]
     scale = torch.stack([grid.scale for grid in grids], dim=1).to(scale_dtype(spec)).float()
     return QParams(scale, torch.stack([grid.zero_point for grid in grids], dim=1))
+
+
+def _fp8_grid(matrix: Tensor, spec: LayerSpec, group_index: Tensor, ranges: RangeSpec) -> QParams:
+    """Choose scales of E4M3 numbers; zero points are 0."""
+    if spec.weight.granularity is Granularity.PER_TENSOR:
+        whole = choose_fp8_scale(matrix.reshape(1, -1), ranges)
+        return QParams(whole.scale[:, None], whole.zero_point[:, None])
+    grids = [choose_fp8_scale(matrix[:, group_index == group], ranges) for group in range(int(group_index.max()) + 1)]
+    return QParams(
+        torch.stack([grid.scale for grid in grids], dim=1), torch.stack([grid.zero_point for grid in grids], dim=1)
+    )
 
 
 def _row_grids(rows: Tensor, bits: int | Tensor, symmetric: bool, ranges: RangeSpec) -> QParams:
@@ -208,7 +238,8 @@ def round_layer(
     Parameters
     ----------
     weight : Tensor, shape of the weight, float32
-        In full precision, its input channels scaled where the layer scales them.
+        What codes are to stand for: in full precision, `QuantLayer.scaled` where the layer scales its input channels or
+        has a low-rank branch.
     moment : Tensor, shape (K, K), float32, or None
         E[x x^T] of the layer's input.
     damping : float
@@ -219,13 +250,22 @@ def round_layer(
     matrix, bits, groups = weight_matrix(weight.float()), layer.bits, layer.group_index.to(weight.device)
     grid = weight_grid(matrix, layer.spec, groups, ranges, bits)
     # A grouped convolution has one Hessian for each group of channels; such layers are small and rounded to nearest.
-    if moment is None or len(moment) != matrix.shape[1]:
-        codes = nearest_codes(matrix, grid, bits, groups)
+    moment = moment if moment is not None and len(moment) == matrix.shape[1] else None
+    if layer.spec.weight.is_float:
+        scale = grid.scale[:, groups]
+        if moment is None:
+            numbers = to_fp8(matrix, scale)
+        else:
+            numbers = round_closed_form_fp8(matrix, factor or factorize(moment, damping), scale)
+        layer.set_numbers(numbers, grid.scale)
     else:
-        codes = round_closed_form(matrix, factor or factorize(moment, damping), grid, bits, groups)
-    layer.set_codes(codes, grid.scale, grid.zero_point)
+        if moment is None:
+            codes = nearest_codes(matrix, grid, bits, groups)
+        else:
+            codes = round_closed_form(matrix, factor or factorize(moment, damping), grid, bits, groups)
+        layer.set_codes(codes, grid.scale, grid.zero_point)
     error = matrix - weight_matrix(layer.weight.float())
-    return _rounded(matrix, error, moment if moment is not None and len(moment) == matrix.shape[1] else None)
+    return _rounded(weight_matrix(layer.with_branch(weight.float())), error, moment)
 
 
 def _rounded(matrix: Tensor, error: Tensor, moment: Tensor | None) -> RoundedLayer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from quant_spec.formats import ModelFormat
+from quant_spec.formats import LOW_RANK_BITS, ModelFormat
 
 FLOAT_BITS = 32
 
@@ -19,10 +19,10 @@ class Cost:
     Attributes
     ----------
     weight_bits_mean : float
-        Over the weights of all Conv and Linear layers; a layer whose outputs are looked up counts the bits of its table
-        and no multiplications; a layer that was dropped counts neither.
+        Over the weights of all Conv and Linear layers, low-rank branches added to theirs; a layer whose outputs are
+        looked up counts the bits of its table and no multiplications; a layer that was dropped counts neither.
     act_bits_mean : float
-        Over the multiplications of all Conv and Linear layers.
+        Over the multiplications of all Conv and Linear layers; those of low-rank branches are of unquantized inputs.
     bops, bops_fp32 : int
         Bit operations: sum of MACs x weight bits x activation bits; attention matmuls with the bits of their operands.
     bops_per_step : tuple of int
@@ -44,7 +44,7 @@ def model_cost(inspection: Mapping[str, Any], model_format: ModelFormat) -> Cost
     inspection : mapping
         From `quant_core.inspect.inspection.inspect_model`.
     """
-    weights = macs = bops = saved = 0
+    weights = macs = bops = saved = branch_macs = 0
     weight_bits = act_bits = 0.0
     for name, layer in inspection["layers"].items():
         if name in model_format.features or name in model_format.unserved:
@@ -58,10 +58,21 @@ def model_cost(inspection: Mapping[str, Any], model_format: ModelFormat) -> Cost
         weights, weight_bits = weights + count, weight_bits + count * bits_w
         macs, act_bits = macs + layer["macs"], act_bits + layer["macs"] * bits_a
         bops += round(layer["macs"] * bits_w * bits_a)
+        if spec is not None and spec.low_rank:
+            held = spec.low_rank * (layer["shape"][0] + prod(layer["shape"][1:]))
+            beside = layer["macs"] * held // count
+            weight_bits, bops = weight_bits + held * LOW_RANK_BITS, bops + beside * LOW_RANK_BITS * FLOAT_BITS
+            branch_macs, act_bits = branch_macs + beside, act_bits + beside * FLOAT_BITS
     attention_macs = sum(attention["macs"] for attention in inspection["attentions"].values())
     bops += sum(_attention_bops(item["macs"], model_format, name) for name, item in inspection["attentions"].items())
     per_step = tuple(bops + change for change in _step_changes(inspection, model_format))
-    return Cost(weight_bits / weights, act_bits / macs, bops, (macs + saved + attention_macs) * FLOAT_BITS**2, per_step)
+    return Cost(
+        weight_bits / weights,
+        act_bits / (macs + branch_macs),
+        bops,
+        (macs + saved + attention_macs) * FLOAT_BITS**2,
+        per_step,
+    )
 
 
 def _step_changes(inspection: Mapping[str, Any], model_format: ModelFormat) -> list[int]:

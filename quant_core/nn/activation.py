@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.affine import fake_quantize_affine
+from kernels.fp8 import fake_quantize_fp8, fp8_scale
 from quant_core.nn.ranges import QParams, qparams_from_range
 from quant_core.nn.steps import StepClock
-from quant_core.nn.straight_through import FakeQuantize
+from quant_core.nn.straight_through import FakeQuantize, FakeQuantizeFp8
 from quant_spec.enums import ActivationMode
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec
@@ -39,7 +40,9 @@ class ActivationQuantizer(nn.Module):
         code  = clamp(round(x / (scale * 2**shift[c] * channel_scale[c])) + zero_point, 0, top)
         x_hat = (code - zero_point) * scale * 2**shift[c]
 
-    So what comes out stands for x / channel_scale: the weight behind is multiplied by it.
+    So what comes out stands for x / channel_scale: the weight behind is multiplied by it. Numbers of type E4M3 are
+
+        number = e4m3(clamp(x / (scale * channel_scale[c]), -448, 448)),     x_hat = number * scale
 
     Attributes
     ----------
@@ -107,10 +110,14 @@ class ActivationQuantizer(nn.Module):
             zeros = self.zero_point if self.soft_zero_point is None else self.soft_zero_point
             scale, zero_point = self.clock.gather(table, x), self.clock.gather(zeros, x)
             scale = scale * self._channel_steps(x)
+        input_scale = scale if channel_scale is None else scale * channel_scale
+        if self.spec.is_float:
+            if torch.is_grad_enabled():
+                return FakeQuantizeFp8.apply(x, scale, channel_scale).to(x.dtype)
+            return fake_quantize_fp8(x, input_scale, scale).to(x.dtype)
         top = self._top(x)
         if torch.is_grad_enabled():
             return FakeQuantize.apply(x, scale, zero_point, top, channel_scale).to(x.dtype)
-        input_scale = scale if channel_scale is None else scale * channel_scale
         return fake_quantize_affine(x, input_scale, zero_point, 0, top, output_scale=scale).to(x.dtype)
 
     def _channel_scale(self, x: Tensor) -> Tensor | None:
@@ -143,5 +150,8 @@ def dynamic_qparams(x: Tensor, spec: ActivationSpec) -> QParams:
     per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
     dims = (x.dim() - 1,) if per_token else tuple(range(1, x.dim()))
     detached = x.detach().float()
+    if spec.is_float:
+        scale = fp8_scale(detached.abs().amax(dim=dims, keepdim=True))
+        return QParams(scale, torch.zeros_like(scale))
     low, high = detached.amin(dim=dims, keepdim=True), detached.amax(dim=dims, keepdim=True)
     return qparams_from_range(low, high, spec.bits, symmetric=spec.symmetric)

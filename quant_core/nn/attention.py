@@ -35,7 +35,7 @@ class AttentionQuantizer(nn.Module):
 
     def __init__(self, spec: AttentionSpec, clock: StepClock, device: torch.device | str | None = None) -> None:
         super().__init__()
-        probabilities = ActivationSpec(spec.softmax_bits, mode=spec.activation.mode)
+        probabilities = ActivationSpec(spec.softmax_bits, mode=spec.activation.mode, type=spec.activation.type)
         for operand in OPERANDS:
             chosen = probabilities if operand == "probabilities" else spec.activation
             self.add_module(operand, ActivationQuantizer(chosen, clock, device))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.affine import dequantize_affine
+from kernels.fp8 import FP8
 from kernels.packing import pack_codes, packed_size, unpack_codes
 from quant_core.nn.activation import ActivationQuantizer, Channels
 from quant_core.nn.steps import StepClock
@@ -99,13 +100,18 @@ class QuantLayer(nn.Module):
     Attributes
     ----------
     qweight : Tensor, shape (C_out, ceil(K * bits / 8)), dtype uint8
-        Packed codes. Where channels have bits of their own, shape (bytes,): the rows of all channels with the least
-        bits, in order, then of those with the next, each row padded to whole bytes.
+        Packed codes; of type E4M3 the numbers themselves, shape (C_out, K), dtype float8_e4m3fn. Where channels have
+        bits of their own, shape (bytes,): the rows of all channels with the least bits, in order, then of those with
+        the next, each row padded to whole bytes.
     channel_bits : Tensor, shape (C_out,), dtype uint8
         Bits of each output channel, where they have bits of their own; else absent.
     scale : Tensor, shape (C_out, G) or (1, 1), dtype float32 (bfloat16 if per group, of which there are many)
         Step size, in weight units per integer step.
     zero_point : Tensor, shape as `scale`, dtype uint8
+        Absent where numbers are E4M3.
+    low_rank_down, low_rank_up : Tensor, shapes (R, K) and (C_out, R), dtype bfloat16
+        Where the format has a branch: up @ (down @ x) is added for the input x before it is scaled and quantized. K in
+        the weight matrix's order.
     bias : Tensor, shape (C_out,), dtype float32, or None
     soft_weight : Tensor, shape of the weight, or None
         While a rounding is learned, the weight that stands in for the codes.
@@ -115,6 +121,8 @@ class QuantLayer(nn.Module):
     channel_bits: Tensor
     scale: Tensor
     zero_point: Tensor
+    low_rank_down: Tensor
+    low_rank_up: Tensor
     bias: Tensor | None
 
     def __init__(self, layer: Quantizable, spec: LayerSpec, clock: StepClock) -> None:
@@ -130,17 +138,33 @@ class QuantLayer(nn.Module):
         self.columns = len(groups)
         channels = 1 if spec.weight.granularity is Granularity.PER_TENSOR else self.shape[0]
         grid = (channels, int(groups.max()) + 1)
-        packed = _packed_shape(self.shape[0], self.columns, spec)
-        self.register_buffer("qweight", torch.zeros(packed, dtype=torch.uint8, device=weight.device))
+        if spec.weight.is_float:
+            numbers = torch.zeros(self.shape[0], self.columns, dtype=FP8, device=weight.device)
+            self.register_buffer("qweight", numbers)
+        else:
+            packed = _packed_shape(self.shape[0], self.columns, spec)
+            self.register_buffer("qweight", torch.zeros(packed, dtype=torch.uint8, device=weight.device))
         if spec.weight.mixture:
             bits = [width for width, count in spec.weight.mixture for _ in range(count)]
             self.register_buffer("channel_bits", torch.tensor(bits, dtype=torch.uint8, device=weight.device))
         self.register_buffer("scale", torch.ones(grid, dtype=scale_dtype(spec), device=weight.device))
-        self.register_buffer("zero_point", torch.zeros(grid, dtype=torch.uint8, device=weight.device))
+        if not spec.weight.is_float:
+            self.register_buffer("zero_point", torch.zeros(grid, dtype=torch.uint8, device=weight.device))
+        self._make_branch(weight.device)
         bias = None if layer.bias is None else layer.bias.detach().clone()
         self.register_buffer("bias", bias)
         self.act_quantizers = nn.ModuleList(self._make_quantizers(clock, weight.device))
         self.soft_weight: Tensor | None = None
+
+    def _make_branch(self, device: torch.device) -> None:
+        """Make the low-rank branch, if the format has one."""
+        rank = self.spec.low_rank
+        if not rank:
+            return
+        if self.kind is not nn.Linear and self.groups > 1:
+            raise QuantizationError(f"low_rank: got a convolution of {self.groups} groups, wanted 1")
+        for name, shape in (("low_rank_down", (rank, self.columns)), ("low_rank_up", (self.shape[0], rank))):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.bfloat16, device=device))
 
     def _make_quantizers(self, clock: StepClock, device: torch.device) -> list[ActivationQuantizer]:
         """Make the quantizer of each part of the input."""
@@ -180,6 +204,22 @@ class QuantLayer(nn.Module):
             self.qweight.copy_(pack_codes(codes, self.spec.weight.bits))
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
+
+    def set_numbers(self, numbers: Tensor, scale: Tensor) -> None:
+        """Take E4M3 numbers (C_out, K) and their scales, shape (C_out, G) or (1, 1)."""
+        self.qweight.copy_(numbers)
+        self.scale.copy_(scale)
+
+    def set_branch(self, down: Tensor, up: Tensor) -> None:
+        """Take the low-rank branch, shapes (R, K) and (C_out, R); codes must be those of `scaled` weights after it."""
+        self.low_rank_down.copy_(down)
+        self.low_rank_up.copy_(up)
+
+    def branch(self) -> Tensor | None:
+        """Return the weight that the low-rank branch stands for, shape of the weight, float32; None without one."""
+        if not self.spec.low_rank:
+            return None
+        return weight_from_matrix(self.low_rank_up.float() @ self.low_rank_down.float(), self.shape)
 
     def set_channel_bits(self, bits: Tensor) -> None:
         """Say which output channels have which bits, shape (C_out,), before codes are set; must fit the mixture."""
@@ -222,14 +262,25 @@ class QuantLayer(nn.Module):
             quantizer.channel_shift.copy_(part)
 
     def scaled(self, weight: Tensor) -> Tensor:
-        """Return the weight that codes stand for: `weight` (C_out, C_in, *kernel), times the channels' scales."""
-        channel_scale = self._channel_scale()
+        """Return the weight that codes stand for: `weight` (C_out, C_in, *kernel), less the low-rank branch, scaled."""
+        channel_scale, branch = self._channel_scale(), self.branch()
+        if branch is not None:
+            weight = weight - branch.to(weight.device)
         return weight if channel_scale is None else weight * channel_scale
 
     def unscaled(self, weight: Tensor) -> Tensor:
-        """Undo `scaled`, for an input whose channels are not divided."""
-        channel_scale = self._channel_scale()
-        return weight if channel_scale is None else (weight / channel_scale).to(weight.dtype)
+        """Undo `scaled`: return the whole weight, for an input whose channels are not divided."""
+        channel_scale, branch = self._channel_scale(), self.branch()
+        if branch is None:
+            return weight if channel_scale is None else (weight / channel_scale).to(weight.dtype)
+        return ((weight if channel_scale is None else weight / channel_scale) + branch).to(weight.dtype)
+
+    def with_branch(self, weight: Tensor) -> Tensor:
+        """Return what `scaled` gives with the low-rank branch left in."""
+        channel_scale, branch = self._channel_scale(), self.branch()
+        if branch is None:
+            return weight
+        return weight + (branch if channel_scale is None else branch * channel_scale)
 
     def _channel_scale(self) -> Tensor | None:
         """Return the channels' scales, shaped to broadcast against the weight."""
@@ -252,6 +303,9 @@ class QuantLayer(nn.Module):
         """The weight that the layer multiplies with (scaled), shape of the original, float32 or the model's dtype."""
         if self.soft_weight is not None:
             return self.soft_weight
+        if self.spec.weight.is_float:
+            scale = self.scale if self.scale.shape[1] == 1 else self.scale[:, self.group_index.to(self.scale.device)]
+            return weight_from_matrix(self.qweight.float() * scale, self.shape).to(self.dtype)
         scale, zero_point = self.scale.float(), self.zero_point
         if scale.shape[1] > 1:
             index = self.group_index.to(scale.device)
@@ -270,9 +324,22 @@ class QuantLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for the quantized input, in the dtype of `x`."""
-        x = self.quantize_input(x)
-        weight = self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        quantized = self._multiply(self.quantize_input(x), self.weight, self.bias)
+        if not self.spec.low_rank:
+            return quantized
+        hidden, up = self.low_rank_hidden(x), self.low_rank_up.to(x.dtype)
+        if self.kind is nn.Linear:
+            return quantized + F.linear(hidden, up)
+        return quantized + F.linear(hidden.movedim(1, -1), up).movedim(-1, 1)
+
+    def low_rank_hidden(self, x: Tensor) -> Tensor:
+        """Return down @ x of the unquantized input, (..., R) of a Linear, (B, R, *space) of a convolution."""
+        return self._multiply(x, weight_from_matrix(self.low_rank_down, (self.spec.low_rank, *self.shape[1:])), None)
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Call the float operator with the layer's geometry, in the dtype of `x`."""
+        weight = weight.to(x.dtype)
+        bias = None if bias is None else bias.to(x.dtype)
         if self.kind is nn.Linear:
             return F.linear(x, weight, bias)
         padding: str | tuple[int, ...] | int = self.padding
@@ -284,7 +351,8 @@ class QuantLayer(nn.Module):
         """Describe the layer in one line."""
         weight, activation = self.spec.weight, self.spec.activation
         act = "float" if activation is None else f"A{activation_bits_text(activation)} {activation.mode}"
-        return f"{self.kind.__name__}{self.shape}, W{weight_bits_text(weight)} {weight.granularity}, {act}"
+        rank = f", rank {self.spec.low_rank} in 16 bits" if self.spec.low_rank else ""
+        return f"{self.kind.__name__}{self.shape}, W{weight_bits_text(weight)} {weight.granularity}, {act}{rank}"
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.affine import fake_quantize_affine
+from kernels.fp8 import fake_quantize_fp8, fp8_scale
 from quant_spec.enums import RangeMethod
 from quant_spec.ranges import RangeSpec
 
@@ -73,6 +74,26 @@ def choose_qparams(rows: Tensor, bits: int, *, symmetric: bool, spec: RangeSpec)
     if spec.method is not RangeMethod.MSE:
         return qparams_from_range(low, high, bits, symmetric=symmetric)
     return _search(rows, low, high, bits, symmetric=symmetric)
+
+
+def choose_fp8_scale(rows: Tensor, spec: RangeSpec) -> QParams:
+    """Return one scale of E4M3 numbers per row (..., n), zero points 0.
+
+    The range's greatest magnitude becomes 448. MSE searches the shrunken ranges of `choose_qparams` for the smallest
+    mean |x - Q(x)|^2.4: what saturates costs much and what is rounded gains little, so it rarely shrinks far.
+    """
+    low, high = rows.amin(dim=-1), rows.amax(dim=-1)
+    if spec.method is RangeMethod.PERCENTILE:
+        tail = (1 - spec.percentile) / 2
+        low, high = _quantile(rows, tail), _quantile(rows, 1 - tail)
+    best = fp8_scale(torch.maximum(-low, high).clamp(min=0))
+    if spec.method is RangeMethod.MSE:
+        least, start = torch.full_like(best, torch.inf), best
+        for i in range(SEARCH_STEPS):
+            scale = start * (1 - 0.01 * i)
+            score = ((rows - fake_quantize_fp8(rows, scale[..., None])).abs() ** SEARCH_POWER).mean(dim=-1)
+            best, least = torch.where(score < least, scale, best), torch.minimum(score, least)
+    return QParams(best, torch.zeros_like(best))
 
 
 def _quantile(rows: Tensor, q: float) -> Tensor:

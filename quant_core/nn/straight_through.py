@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.affine import fake_quantize_affine
+from kernels.fp8 import FP8_MAX, fake_quantize_fp8
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -51,6 +52,35 @@ class FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_zero = ((grad_inside - gradient) * scale).sum_to_size(zero_point.shape)
         return grad_x, grad_scale, grad_zero, None, None
+
+
+class FakeQuantizeFp8(torch.autograd.Function):
+    """x_hat = e4m3(clamp(x / s, -448, 448)) s, with the gradients of `FakeQuantize` at a zero point of 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, channel_scale: Tensor | None = None) -> Tensor:
+        """Return what the numbers stand for, shape of `x`, float32; the others broadcast against `x`."""
+        input_scale = scale if channel_scale is None else scale * channel_scale
+        result = fake_quantize_fp8(x, input_scale, scale)
+        ctx.save_for_backward(x, scale, result)
+        ctx.channel_scale = channel_scale
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return the gradients of `x` and `scale`."""
+        (gradient,) = gradients
+        x, scale, result = ctx.saved_tensors
+        steps = x / (scale if ctx.channel_scale is None else scale * ctx.channel_scale)
+        inside = steps.abs() <= FP8_MAX
+        grad_x = grad_scale = None
+        if ctx.needs_input_grad[0]:
+            grad_inside = gradient * inside
+            grad_x = (grad_inside if ctx.channel_scale is None else grad_inside / ctx.channel_scale).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            numbers = result / scale
+            grad_scale = (gradient * torch.where(inside, numbers - steps, numbers)).sum_to_size(scale.shape)
+        return grad_x, grad_scale, None
 
 
 def round_through(x: Tensor) -> Tensor:

@@ -14,21 +14,23 @@ from torch import nn
 
 from kernels.backend import BackendUnavailableError, prefers_int8_weights, why_reference
 from kernels.errors import KernelError
+from kernels.fp8 import why_no_fp8
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer, replace_module
 from quant_core.nn.steps import StepClock
 from quant_core.runtime.fused_blocks import fuse_blocks
 from quant_core.runtime.layer import LayerRun, RuntimeLayer, layer_quantizers
 from quant_core.runtime.memory import return_free_memory
+from quant_core.runtime.parts import is_pointwise
 from quant_spec.enums import ActivationMode, KernelBackend, WeightMemory
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
 
 # What this module knows of a layer's format. A layer with any other field set runs the reference.
 _KNOWN_FIELDS = {
-    LayerSpec: {"weight", "activation", "split", "channel_scale", "channel_shift"},
-    WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture"},
-    ActivationSpec: {"bits", "symmetric", "mode", "step_bits"},
+    LayerSpec: {"weight", "activation", "split", "channel_scale", "channel_shift", "low_rank"},
+    WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture", "type"},
+    ActivationSpec: {"bits", "symmetric", "mode", "step_bits", "type"},
 }
 # Packed bytes that are laid out before the allocator's free pages go back to the system: what a layer needs meanwhile
 # is a few times its size, in pieces of all sizes.
@@ -139,6 +141,8 @@ def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
         return "its rounding or ranges are being learned"
     if layer.kind not in (nn.Linear, nn.Conv2d):
         return f"{layer.kind.__name__} has no kernel"
+    if spec.weight.is_float or (activation is not None and activation.is_float):
+        return _unsuited_float(layer, backend)
     if layer.kind is nn.Conv2d:
         if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             return f"got a convolution of {layer.groups} groups, padding {layer.padding!r} {layer.padding_mode}"
@@ -150,6 +154,18 @@ def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
         if activation.mode is ActivationMode.DYNAMIC_TOKEN:
             return "ranges per token: oneDNN takes one for each call"
     return None
+
+
+def _unsuited_float(layer: QuantLayer, backend: KernelBackend) -> str | None:
+    """Say why `backend` can't run a layer with E4M3 numbers; None if nothing is known against it."""
+    if backend is not KernelBackend.TRITON:
+        return "FP8 numbers: oneDNN multiplies integers"
+    activation = layer.spec.activation
+    if activation is None or not activation.is_float or not layer.spec.weight.is_float:
+        return "FP8 kernels multiply E4M3 inputs with E4M3 weights"
+    if layer.kind is nn.Conv2d and not is_pointwise(layer):
+        return "FP8 convolutions have no kernel, but those of 1 x 1 pixels"
+    return why_no_fp8(layer.qweight.device)
 
 
 def _is_unknown(record: LayerSpec | WeightSpec | ActivationSpec, name: str) -> bool:

@@ -17,6 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.fp8 import Fp8Matrix
 from quant_core.nn.layers import replace_module
 from quant_core.runtime.layer import RuntimeLayer
 
@@ -106,7 +107,9 @@ def _activated(x: Tensor, norm: nn.GroupNorm | None) -> Tensor:
 
 
 def _takes_norm(layer: object) -> TypeGuard[RuntimeLayer]:
-    """Whether a layer is a convolution of one product, whose grids are in a table."""
+    """Whether a layer is a convolution of one integer product, whose grids are in a table."""
     if not isinstance(layer, RuntimeLayer) or layer.geometry is None or len(layer.parts) != 1:
+        return False
+    if layer.branch is not None or isinstance(layer.parts[0].weight, Fp8Matrix):
         return False
     return layer.parts[0].table is not None and layer.parts[0].channels is None

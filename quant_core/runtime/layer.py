@@ -11,22 +11,24 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
 from kernels.cpu_activation import cpu_grid, quantize_cpu, quantize_cpu_dynamic
 from kernels.cpu_weight import CpuWeight
-from kernels.epilogue import Epilogue
+from kernels.epilogue import Epilogue, LowRank
+from kernels.fp8 import Fp8Matrix, fp8_scale, linear_fp8, quantize_fp8, to_fp8
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, group_norm_quantize
 from quant_core.nn.activation import ActivationQuantizer
-from quant_core.nn.layers import QuantLayer
+from quant_core.nn.layers import QuantLayer, weight_from_matrix
 from quant_core.nn.steps import StepClock
 from quant_core.runtime.parts import LayerPart, lay_out_parts
 from quant_spec.enums import ActivationMode, KernelBackend
 from quant_spec.errors import QuantizationError
-from quant_spec.formats import ActivationSpec, WeightSpec
+from quant_spec.formats import ActivationSpec, LayerSpec
 from quant_spec.layer_bits import weight_bits_text
 
 
@@ -49,6 +51,8 @@ class RuntimeLayer(nn.Module):
     run : LayerRun
     parts : list of LayerPart
         Several if the input is split (`LayerSpec.split`) or its channels' steps differ (`LayerSpec.channel_shift`).
+    branch : tuple of Tensor, or None
+        `low_rank_down` in the weight's shape, and `low_rank_up` (`QuantLayer`), where the format has a low-rank branch.
     norm : GroupNorm or None
         To normalize the input with, before SiLU, before it is quantized; see `take_norm`.
     """
@@ -68,7 +72,8 @@ class RuntimeLayer(nn.Module):
         self.clock: StepClock | None = quantizers[0].clock if quantizers else None
         self.activation: ActivationSpec | None = quantizers[0].spec if quantizers else None
         self.parts = lay_out_parts(layer, backend, self.geometry, unpacked=unpacked)
-        self.run = LayerRun(name, backend, _how(self.parts, self.activation, layer.spec.weight))
+        self.branch = _branch(layer)
+        self.run = LayerRun(name, backend, _how(self.parts, self.activation, layer.spec))
         self.norm: GroupNorm | None = None
 
     def take_norm(self, norm: nn.GroupNorm) -> None:
@@ -103,12 +108,28 @@ class RuntimeLayer(nn.Module):
     def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
         assert rows is not None
+        low_rank = self._low_rank(x)
+        if low_rank is not None and self.run.backend is KernelBackend.CPU:
+            # oneDNN's epilogue has no branch; a residual it has.
+            beside = F.linear(low_rank.hidden, low_rank.up)
+            low_rank, out = None, beside if out is None else out + beside
         for i, part in enumerate(self.parts):
-            is_last = i == len(self.parts) - 1
-            epilogue = Epilogue(x.dtype if is_last else torch.float32, self.bias if i == 0 else None, out)
+            is_last, is_first = i == len(self.parts) - 1, i == 0
+            dtype = x.dtype if is_last else torch.float32
+            epilogue = Epilogue(dtype, self.bias if is_first else None, out, low_rank if is_first else None)
             out = self._multiply(part.take(rows), part, epilogue)
         assert out is not None
         return out if self.geometry is None else out.permute(0, 3, 1, 2)
+
+    def _low_rank(self, x: Tensor) -> LowRank | None:
+        """Multiply the unquantized input with the first matrix of the branch, in the dtype of `x`."""
+        if self.branch is None:
+            return None
+        down, up = (matrix.to(x.dtype) for matrix in self.branch)
+        if self.geometry is None:
+            return LowRank(F.linear(x, down), up)
+        at = self.geometry
+        return LowRank(F.conv2d(x, down, None, at.stride, at.padding, at.dilation).permute(0, 2, 3, 1), up)
 
     def _multiply(self, x: Tensor, part: LayerPart, epilogue: Epilogue) -> Tensor:
         """Quantize channels-last rows and multiply them with a part's weight."""
@@ -117,12 +138,33 @@ class RuntimeLayer(nn.Module):
             codes = self._cpu_codes(x, part)
             multiply = cpu_linear if self.geometry is None else cpu_conv2d
             return multiply(codes, weight, epilogue)
+        if isinstance(weight, Fp8Matrix):
+            return linear_fp8(self._numbers(x, part), weight, epilogue, self.run.backend)
         if self.activation is None:
             return linear_float(x, weight, epilogue, self.run.backend)
         codes = self._codes(x, part, self.activation)
         if self.geometry is None:
             return linear_int(codes, weight, epilogue, self.run.backend)
         return conv2d_int(codes, weight, self.geometry, epilogue, self.run.backend)
+
+    def _numbers(self, x: Tensor, part: LayerPart) -> Fp8Matrix:
+        """Convert channels-last rows to E4M3, with a scale for each."""
+        spec = self.activation
+        assert spec is not None
+        per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
+        if part.table is None and per_token and part.channel_scale is None:
+            return quantize_fp8(x, self.run.backend)
+        count = x.numel() // x.shape[-1]
+        if part.table is None:
+            seen = x.float() if part.channel_scale is None else x / part.channel_scale
+            rows = seen.reshape(count if per_token else x.shape[0], -1)
+            scale = fp8_scale(rows.abs().amax(1))
+        else:
+            index = self._steps(x, part.table)
+            scale = part.table.scale if index is None else part.table.scale.index_select(0, index.reshape(-1))
+        scale = scale.view(-1, 1).expand(-1, count // len(scale)).reshape(*x.shape[:-1], 1)
+        divisor = scale if part.channel_scale is None else scale * part.channel_scale
+        return Fp8Matrix(to_fp8(x, divisor), scale.reshape(-1))
 
     def _cpu_codes(self, x: Tensor, part: LayerPart) -> QuantizedActivation:
         if part.table is None:
@@ -203,6 +245,14 @@ def _geometry(layer: QuantLayer) -> ConvGeometry | None:
     return ConvGeometry((kh, kw), (sh, sw), (height, width), (dh, dw))
 
 
+def _branch(layer: QuantLayer) -> tuple[Tensor, Tensor] | None:
+    """Return copies of a layer's low-rank branch, the first matrix in the shape that its operator takes."""
+    rank = layer.spec.low_rank
+    if not rank:
+        return None
+    return weight_from_matrix(layer.low_rank_down.clone(), (rank, *layer.shape[1:])), layer.low_rank_up.clone()
+
+
 def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | None, offset: int) -> QuantizedActivation:
     """Clamp codes to the greatest of their step, where bits differ; `offset` is what stored codes are less by."""
     if part.tops is None:
@@ -213,15 +263,19 @@ def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | No
     return replace(codes, codes=limited)
 
 
-def _how(parts: list[LayerPart], activation: ActivationSpec | None, spec: WeightSpec) -> str:
+def _how(parts: list[LayerPart], activation: ActivationSpec | None, layer: LayerSpec) -> str:
     """Say in a few words how a layer is computed, and on a GPU how many bytes its weights take there."""
-    weight = parts[0].weight
-    if isinstance(weight, CpuWeight):
+    weight, spec = parts[0].weight, layer.weight
+    if isinstance(weight, Fp8Matrix):
+        stored = sum(part.weight.values.numel() for part in parts if isinstance(part.weight, Fp8Matrix))
+        how = f"FP8 weights in {stored} bytes, FP8 products"
+    elif isinstance(weight, CpuWeight):
         how = "int8 products" if weight.digits == 1 else f"int8 products, weights in {weight.digits} digits"
     else:
         widths = " and ".join(str(each.layout.bits) for each in weight)
-        stored = sum(each.nbytes for part in parts if not isinstance(part.weight, CpuWeight) for each in part.weight)
+        stored = sum(each.nbytes for part in parts if isinstance(part.weight, tuple) for each in part.weight)
         fewer = max((bits for bits, _ in spec.mixture), default=spec.bits) < 8 and weight[0].layout.symmetric
         unpacked = " unpacked from fewer bits" if fewer else ""
         how = f"{widths}-bit weights{unpacked} in {stored} bytes, {'float' if activation is None else 'int8'} products"
-    return how if len(parts) == 1 else f"{how}, {len(parts)} parts"
+    how = how if len(parts) == 1 else f"{how}, {len(parts)} parts"
+    return f"{how}, a branch of rank {layer.low_rank} in 16 bits" if layer.low_rank else how

@@ -26,6 +26,7 @@ from kernels.activations import ActivationTable
 from kernels.conv import ConvGeometry
 from kernels.cpu_activation import CpuGrid, cpu_grid
 from kernels.cpu_weight import CpuWeight, pack_cpu_weight
+from kernels.fp8 import Fp8Matrix
 from kernels.packing import pack_codes, unpack_codes
 from kernels.weights import PackedWeight, pack_weight, unpack_weight
 from quant_core.nn.activation import ActivationQuantizer
@@ -41,14 +42,14 @@ class LayerPart:
     ----------
     start, stop : int
         The channels, or where they lie if `channels` names them.
-    weight : CpuWeight or tuple of PackedWeight
-        One record for each width of weight codes.
+    weight : CpuWeight, Fp8Matrix or tuple of PackedWeight
+        One record for each width of weight codes; one matrix of E4M3 numbers.
     channels : Tensor, shape (n,), dtype int64, or None
         The layer's input channels, where they are not all from `start` to `stop`.
     channel_scale : Tensor, shape (stop - start,), dtype float32, or None
-        What channels are divided by before grids are taken at run time; `table` holds it otherwise.
+        What channels are divided by before grids are taken at run time; `table` holds it otherwise, but for E4M3.
     table : ActivationTable or None
-        None if grids are taken at run time, or the input is not quantized.
+        None if grids are taken at run time, or the input is not quantized. Of E4M3 numbers, scales alone matter.
     tops : Tensor, shape (S,), dtype int32, or None
         Greatest code of each trajectory step, where their bits differ.
     grids : tuple of CpuGrid
@@ -57,7 +58,7 @@ class LayerPart:
 
     start: int
     stop: int
-    weight: CpuWeight | tuple[PackedWeight, ...]
+    weight: CpuWeight | Fp8Matrix | tuple[PackedWeight, ...]
     channels: Tensor | None
     channel_scale: Tensor | None
     table: ActivationTable | None
@@ -123,6 +124,9 @@ def _part(
     own = None
     if quantizer is not None and shift is not None and shift != _shifts(quantizer)[0]:
         own = _whole_groups((quantizer.channel_shift == shift).any(0), layer.spec.weight.group_size)
+    if layer.spec.weight.is_float:
+        assert quantizer is not None, "a layer without E4M3 inputs runs the reference"
+        return _fp8_part(layer, number, quantizer, start, stop)
     weights = _pack(layer, number, own)
     if unpacked and quantizer is not None and backend is KernelBackend.TRITON:
         weights = unpack_weight(weights)
@@ -137,6 +141,22 @@ def _part(
     if backend is KernelBackend.CPU:
         grids = tuple(cpu_grid(table, torch.tensor(step)) for step in range(table.scale.numel()))
     return LayerPart(start, stop, weight, channels, None, table, tops, grids)
+
+
+def _fp8_part(layer: QuantLayer, number: int, quantizer: ActivationQuantizer, start: int, stop: int) -> LayerPart:
+    """Lay out part `number` of the input of a Linear or a convolution of 1 x 1, of E4M3 numbers."""
+    scale = layer.scale[:, 0 if layer.scale.shape[1] == 1 else number].expand(layer.shape[0])
+    weight = Fp8Matrix(layer.qweight[:, start:stop].clone(), scale.clone())
+    channel_scale = quantizer.channel_scale.clone() if layer.spec.channel_scale else None
+    table = None
+    if not quantizer.spec.is_dynamic:
+        table = ActivationTable(quantizer.scale.clone(), quantizer.zero_point.clone(), quantizer.spec.bits, True)
+    return LayerPart(start, stop, weight, None, channel_scale, table, None)
+
+
+def is_pointwise(layer: QuantLayer) -> bool:
+    """Whether a convolution is a Linear over pixels: 1 x 1, of stride 1 and one group, nothing padded."""
+    return layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding in (0, (0, 0)) and layer.groups == 1
 
 
 def _whole_groups(taken: Tensor, group_size: int | None) -> Tensor:

@@ -11,6 +11,7 @@ ALWAYS = ("calibrate", "round", "reconstruct", "pack", "reference", "evaluate", 
 PASSES: Mapping[str, tuple[str, ...]] = {
     "temporal": ("temporal",),
     "scale": ("scale",),
+    "low_rank": ("low_rank",),
     "allocate": ("channel_errors", "allocate"),
     "menu": ("menu", "mix"),
     "round": (),

@@ -21,14 +21,15 @@ class Params(RoundFit, UnitsParams):
 class Inputs(TaskInputs[Source]):
     """The model's tree, shards of its calibration, and what was chosen before.
 
-    `step_bits` where activation bits are open; `factors` of each unit, if channels are scaled; `allocation`, if layers
-    are marked as allocated.
+    `step_bits` where activation bits are open; `factors` of each unit, if channels are scaled; `branches` of each unit,
+    if layers have low-rank branches; `allocation`, if layers are marked as allocated.
     """
 
     model: Source
     calibration: tuple[Source, ...]
     step_bits: Source | None = None
     factors: tuple[Source, ...] = ()
+    branches: tuple[Source, ...] = ()
     allocation: Source | None = None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from safetensors.torch import load
 from torch import Tensor
 
+from quant_core.fit.low_rank_branch import branches_from_bytes
 from quant_core.fit.rounding import read_unit, round_units
 from quant_spec.task import per_unit
 from quant_spec.tasks.round import STATE, Inputs, Params
@@ -24,7 +25,8 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     units = [read_unit(unit, bits) for unit in params.units]
     scaling = read_channel_scaling(inputs.factors, context)
     channels = (scaling.scales, scaling.shifts, _allocation(inputs.allocation, context))
-    rounded = round_units(model, calibration, units, params, *channels)
+    branches = branches_from_bytes([context.store.get_bytes(digest) for digest in inputs.branches])
+    rounded = round_units(model, calibration, units, params, *channels, branches=branches)
     outputs = {
         per_unit(STATE, each.state.formats.unit): context.store.put_bytes(each.state.to_bytes()) for each in rounded
     }

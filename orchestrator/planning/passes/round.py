@@ -34,6 +34,7 @@ def round_units(draft: Draft) -> Drawing:
             calibration=draft.calibration,
             step_bits=draft.step_bits if varied_layers(group) else None,
             factors=tuple(draft.factors[unit.name] for unit in group) if draft.factors else (),
+            branches=tuple(draft.branches[unit.name] for unit in group) if draft.branches else (),
             allocation=draft.allocation if allocated_layers(group) else None,
         )
         node = draft.node(KIND, params, inputs, round_cost(draft.costs, group, config), group_label(group))

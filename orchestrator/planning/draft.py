@@ -11,13 +11,24 @@ from orchestrator.planning.conditioning import check_conditioning
 from orchestrator.planning.costs import GIB, Cost, Costs
 from orchestrator.planning.formats import QuantizedUnit, choose_formats
 from orchestrator.planning.model import ModelInfo
+from orchestrator.planning.pipeline import check_pipeline, pipeline_of
 from orchestrator.planning.sampler import with_scheduler
+from orchestrator.prompts.choose import prompts_digest
+from quant_spec.prompts import PromptPart
 from quant_spec.recipe import Recipe
 from quant_spec.sampler import Sampler
 from quant_spec.task import TaskInputs, TaskKind, TaskParams
 
 #: What a task reads: a digest, or another task's output.
 Source = str | TaskRef
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What of the prompts a task is told: which part, of which file."""
+
+    part: PromptPart | None = None
+    prompts: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,8 @@ class Draft:
         The model that diffusers loads.
     score
         Its figures.
+    prompts
+        The file that a whole pipeline is told from; None for a bare denoiser, and for all classes.
     """
 
     row: ModelRow
@@ -69,6 +82,7 @@ class Draft:
     states: Mapping[str, Source] = field(default_factory=dict)
     packed: Source | None = None
     score: Source | None = None
+    prompts: str | None = None
 
     @classmethod
     def begin(cls, row: ModelRow, recipe: Recipe) -> Draft:
@@ -81,11 +95,18 @@ class Draft:
         QuantizationError
             If its scheduler does not.
         """
-        check_conditioning(row, recipe.sampler)
+        check_pipeline(row, recipe)
+        if pipeline_of(row) is None:
+            check_conditioning(row, recipe.sampler)
         given, recipe = recipe, with_scheduler(recipe, row)
         model = ModelInfo.read(row.digest, row.inspection)
         units = tuple(choose_formats(model, recipe))
-        return cls(row, model, given, recipe, recipe.sampler, Costs(model, recipe), units)
+        prompts = prompts_digest(row, recipe.prompts)
+        return cls(row, model, given, recipe, recipe.sampler, Costs(model, recipe), units, prompts=prompts)
+
+    def told(self, part: PromptPart) -> Told:
+        """Return what of the prompts tasks that sample are told; nothing for a bare denoiser."""
+        return Told() if self.model.pipeline is None else Told(part, self.prompts)
 
     @property
     def cache_bytes(self) -> int:

@@ -118,13 +118,15 @@ def _strips(store: Store, tasks: Sequence[TaskRow]) -> tuple[Strips, ...]:
         return ()
     images = _tensors(store, score.outputs["samples"])
     reference, quantized = images["reference"], images["quantized"]
-    first = (score.metrics or {})["metrics"]["seeds"]["first"]
+    metrics = (score.metrics or {})["metrics"]
+    first, prompts = metrics["seeds"]["first"], tuple(metrics.get("shown_prompts", ()))
     columns = max(1, min(_STRIP_IMAGES, _STRIP_PIXELS // reference.shape[3]))
     return tuple(
         make_strips(
             reference[start : start + columns],
             quantized[start : start + columns],
             tuple(range(first + start, first + min(start + columns, len(reference)))),
+            prompts[start : start + columns],
         )
         for start in range(0, len(reference), columns)
     )

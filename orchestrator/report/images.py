@@ -26,9 +26,15 @@ class Strips:
     quantized: str
     difference: str
     gain: int
+    prompts: tuple[str, ...] = ()
 
 
-def make_strips(reference: NDArray[np.float32], quantized: NDArray[np.float32], seeds: tuple[int, ...]) -> Strips:
+def make_strips(
+    reference: NDArray[np.float32],
+    quantized: NDArray[np.float32],
+    seeds: tuple[int, ...],
+    prompts: tuple[str, ...] = (),
+) -> Strips:
     """Draw one strip of images for each side and one of their difference times `GAIN`, in which grey means none.
 
     Parameters
@@ -37,6 +43,8 @@ def make_strips(reference: NDArray[np.float32], quantized: NDArray[np.float32], 
         Samples of the same seeds. One or three channels are shown as they are, of any other number the first.
     seeds
         The n seeds.
+    prompts
+        What each sample's pipeline was told; none for a bare denoiser.
     """
     if reference.shape != quantized.shape or reference.ndim != 4 or len(reference) != len(seeds):
         got = f"{reference.shape} and {quantized.shape}"
@@ -49,6 +57,7 @@ def make_strips(reference: NDArray[np.float32], quantized: NDArray[np.float32], 
         quantized=_strip((quantized + 1) / 2),
         difference=_strip(delta + 0.5),
         gain=GAIN,
+        prompts=prompts,
     )
 
 

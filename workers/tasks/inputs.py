@@ -9,11 +9,17 @@ from typing import Any
 
 from quant_core.artifact.folder import SCHEDULER_FILE
 from quant_core.diffusion.calibration import CalibrationSet
+from quant_core.diffusion.conditioning import class_count
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
+from quant_core.diffusion.pipeline import load_pipeline
+from quant_core.diffusion.sampler import make_scheduler
 from quant_core.diffusion.spread import spread
+from quant_core.diffusion.trajectories import LoopTrajectories, PipelineTrajectories, Trajectories
 from quant_core.fit.channel_scaling import ChannelScaling
 from quant_core.fit.unit_state import UnitState
 from quant_spec.documents import read_json, read_json_file
+from quant_spec.prompts import PromptLine, PromptPart, read_prompts, select_part
+from quant_spec.sampler import Sampler
 from workers.execution.context import TaskContext
 from workers.storage.manifest import link_tree, pull_tree
 
@@ -30,6 +36,37 @@ def place_model(denoiser: Denoiser, context: TaskContext) -> tuple[Denoiser, str
     if len(context.devices) < 2:
         return denoiser, context.device
     return replace(denoiser, model=spread(denoiser.model, context.devices)), None
+
+
+def find_trajectories(
+    denoiser: Denoiser, sampler: Sampler, prompts: str | None, part: PromptPart | None, context: TaskContext
+) -> Trajectories:
+    """Return what samples with a denoiser: its pipeline, if a whole one lies around it, else the sampler's loop.
+
+    Parameters
+    ----------
+    denoiser
+        On its device. Its model may be another than its folder's: a quantized one.
+    prompts
+        Digest of a prompts file; None: all classes of a class-conditional model.
+    part
+        Which prompts of the file.
+    """
+    if part is None or denoiser.folder is None:
+        return LoopTrajectories(denoiser.model, denoiser.scheduler_config, sampler, denoiser.conditioning)
+    pipeline = load_pipeline(denoiser.folder, denoiser.model, make_scheduler(sampler, denoiser.scheduler_config))
+    if len(context.devices) < 2:
+        pipeline.to(context.device)
+    return PipelineTrajectories(pipeline, sampler, read_lines(denoiser, prompts, part, context))
+
+
+def read_lines(
+    denoiser: Denoiser, prompts: str | None, part: PromptPart, context: TaskContext
+) -> tuple[PromptLine, ...]:
+    """Return what a pipeline is told: a part of a prompts file, or every class of its denoiser."""
+    if prompts is not None:
+        return select_part(read_prompts(context.store.get_bytes(prompts), f"prompts {prompts[:12]}"), part)
+    return tuple(PromptLine(class_label=label) for label in range(class_count(denoiser.model)))
 
 
 def fetch_packed(digest: str, context: TaskContext) -> Path:

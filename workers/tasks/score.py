@@ -18,18 +18,19 @@ from quant_core.artifact.folder import CONFIG_FILE, parse_quantization_config
 from quant_core.diffusion.denoiser import Denoiser, has_signals
 from quant_core.inspect.inspection import inspect_model
 from quant_core.metrics.cost import model_cost
-from quant_core.metrics.evaluation import Quality, summarize
+from quant_core.metrics.evaluation import Quality, summarize, worst_seeds
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, inception_v3
 from quant_core.metrics.images import difference, grid
 from quant_spec.documents import read_json
 from quant_spec.enums import Extractor
 from quant_spec.keys import canonical_json
 from quant_spec.metrics import check_computed
+from quant_spec.prompts import PromptPart, line_of
 from quant_spec.tasks.score import GRID, SAMPLES, SCORE, Inputs, Params
 from workers.errors import TaskError
 from workers.execution.context import TaskContext, TaskOutput
 from workers.storage.manifest import read_files
-from workers.tasks.inputs import fetch_model, local_files
+from workers.tasks.inputs import fetch_model, local_files, read_lines
 
 _GRID_PIXELS = 64  # smaller samples are enlarged to about this
 
@@ -55,6 +56,8 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         "sqnr_seeds": params.sqnr_seeds,
     }
     metrics = quality.metrics | _costs(original, inputs, context) | protocol
+    if params.part is not None:
+        metrics |= _prompts(original, params, params.part, inputs, context)
     check_computed(metrics)
     images = {"reference": quality.reference_rgb.contiguous(), "quantized": quality.quantized_rgb.contiguous()}
     outputs = {
@@ -63,6 +66,19 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         SAMPLES: context.store.put_bytes(save(images)),
     }
     return TaskOutput(outputs, {"metrics": metrics})
+
+
+def _prompts(
+    original: Denoiser, params: Params, part: PromptPart, inputs: Inputs[str], context: TaskContext
+) -> dict[str, Any]:
+    """Return what the pipeline was told, and the prompts of which came out worst."""
+    lines = read_lines(original, inputs.prompts, part, context)
+    worst = worst_seeds(local_files(inputs.evaluations, context), params.seeds.first, params.grid)
+    return {
+        "prompts": {"file": inputs.prompts, "part": part.value, "lines": len(lines)},
+        "worst_prompts": [{"prompt": line_of(lines, seed).text, "seed": seed, "psnr_db": psnr} for seed, psnr in worst],
+        "shown_prompts": [line_of(lines, params.seeds.first + index).text for index in range(params.grid)],
+    }
 
 
 def _extractor(extractor: Extractor, weights: str | None, context: TaskContext) -> ResizedFeatures:

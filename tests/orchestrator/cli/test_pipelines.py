@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
+from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors.torch import save_file
 
 import quant_core
 from orchestrator.cli.main import run_cli
+from orchestrator.prompts.choose import NEUTRAL, neutral_digest
 from quant_core.errors import UnknownTimestepError
 from quant_core.nn.layers import QuantLayer
+from quant_spec.errors import QuantizationError
 from tests.orchestrator.in_process import InProcess
 from tests.tiny_pipelines import EMOJI_SD, save_dit, save_sd3
 from workers.storage.manifest import read_files
@@ -36,11 +40,11 @@ SMALL = {
 }
 SET = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 #: Digest of the small shipped denoiser, which is no pipeline.
-DIGITS = "@DIGITS@"
+DIGITS = "a7fae3650d87c8461fa8350c5582b0c317c984829d962306a1ec15428fa7a99c"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a home in which the three pipelines are registered and one job each is done, and their releases."""
     folder = tmp_path_factory.mktemp("pipelines")
     (folder / "prompts.txt").write_text(PROMPTS)
@@ -55,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             assert run_cli([*home, "models", "add", str(folder / name)]) == 0
             words = ["run", "minmax-w8a8", "--model", name, "--prompts", str(folder / told), *SET]
             assert run_cli([*home, *words, "--out", str(folder / f"{name}-release")]) == 0
-    yield folder
+    return folder
 
 
 @pytest.fixture
@@ -91,19 +95,6 @@ def difference(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
     return float(np.abs(one - other).max())
 
 
-def evaluations(cli: Cli, home: Path, release: str) -> list[dict[str, torch.Tensor]]:
-    """Return what the evaluation shards of a release's job hold."""
-    provenance = json.loads(
-        open_store(str(home / "store")).get_bytes(
-            read_files(open_store(str(home / "store")), cli("artifacts", "show", release, "--json").json["digest"])[
-                "provenance.json"
-            ][0]
-        )
-    )
-    assert provenance["inputs"]
-    return []
-
-
 def test_models_add_shows_components_and_what_is_quantized(cli: Cli) -> None:
     answer = cli("models", "add", EMOJI_SD)
     lines = {line.split()[0]: line for line in answer.out.splitlines() if line}
@@ -119,7 +110,6 @@ def test_models_add_shows_components_and_what_is_quantized(cli: Cli) -> None:
 
 def test_a_bare_denoiser_keeps_its_digest(cli: Cli, digits: Path) -> None:
     assert cli("models", "add", digits, "--json").json["digest"] == DIGITS
-    shutil.copytree(EMOJI_SD, digits.parent / "unused", dirs_exist_ok=True) if False else None
 
 
 def test_a_job_measures_pixels_and_names_the_worst_prompts(cli: Cli, used: Path) -> None:
@@ -139,7 +129,9 @@ def test_a_job_measures_pixels_and_names_the_worst_prompts(cli: Cli, used: Path)
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "dit"])
-def test_a_release_is_a_pipeline_whose_other_components_are_the_models_blobs(cli: Cli, used: Path, home: Path, name: str) -> None:
+def test_a_release_is_a_pipeline_whose_other_components_are_the_models_blobs(
+    cli: Cli, used: Path, home: Path, name: str
+) -> None:
     store = open_store(str(home / "store"))
     release = read_files(store, cli("artifacts", "show", f"{name}-minmax-w8a8", "--json").json["digest"])
     (model,) = (row for row in cli("models", "ls", "--json").json if row["name"] == name)
@@ -148,9 +140,10 @@ def test_a_release_is_a_pipeline_whose_other_components_are_the_models_blobs(cli
     for path, entry in original.items():
         if path.partition("/")[0] not in (quantized, "scheduler", "model_index.json"):
             assert release[path] == entry
-    assert release[f"{quantized}/diffusion_pytorch_model.safetensors"][1] < 0.8 * original[
-        f"{quantized}/diffusion_pytorch_model.safetensors"
-    ][1]
+    assert (
+        release[f"{quantized}/diffusion_pytorch_model.safetensors"][1]
+        < 0.8 * original[f"{quantized}/diffusion_pytorch_model.safetensors"][1]
+    )
 
 
 def test_a_release_draws_what_its_evaluation_measured(made: Path, pipeline: Any) -> None:
@@ -175,7 +168,9 @@ def test_other_families_load_and_draw(made: Path, name: str) -> None:
 
 
 def test_another_number_of_steps_is_named(pipeline: Any) -> None:
-    with pytest.raises(UnknownTimestepError, match="this UNet2DConditionModel was calibrated on.*num_inference_steps=3"):
+    with pytest.raises(
+        UnknownTimestepError, match=r"this UNet2DConditionModel was calibrated on.*num_inference_steps=3"
+    ):
         draw(pipeline, steps=5)
 
 
@@ -188,7 +183,9 @@ def test_denoiser_only_is_the_form_that_load_quantized_takes(cli: Cli, used: Pat
         assert torch.equal(tensor, alone.state_dict()[name]), name
 
 
-def test_denoiser_only_of_a_bare_release_is_refused(cli: Cli, used: Path, tmp_path: Path, without_ray: None, digits: Path) -> None:
+def test_denoiser_only_of_a_bare_release_is_refused(
+    cli: Cli, used: Path, tmp_path: Path, without_ray: None, digits: Path
+) -> None:
     words = [word for name, value in SMALL.items() if "guidance" not in name for word in ("--set", f"{name}={value}")]
     assert cli("run", "minmax-w8a8", "--model", digits, *words).code == 0
     answer = cli("artifacts", "pull", "digits-minmax-w8a8", tmp_path / "out", "--denoiser-only")
@@ -211,7 +208,9 @@ def test_card_and_report_show_prompts_and_the_pipelines_call(cli: Cli, used: Pat
 
 def test_a_dry_run_counts_encoding_and_decoding(cli: Cli, used: Path) -> None:
     few = ["--set", "evaluation.seeds=3", "--set", "sampler.num_inference_steps=3"]
-    found = cli("submit", "fast-w4a8", "--model", "sd", *few, "--set", "evaluation.seeds=256", "--dry-run", "--json").json
+    found = cli(
+        "submit", "fast-w4a8", "--model", "sd", *few, "--set", "evaluation.seeds=256", "--dry-run", "--json"
+    ).json
     assert found["kinds"]["reference"]["estimated_cpu_seconds"] > 0
     inspection = cli("models", "show", "sd", "--json").json["inspection"]["pipeline"]
     assert inspection["decode_gmacs"] == pytest.approx(0.793, abs=0.01)
@@ -222,8 +221,16 @@ def test_a_dry_run_counts_encoding_and_decoding(cli: Cli, used: Path) -> None:
     ("model", "words", "message"),
     [
         ("sd", ["--set", "passes.correct={}"], "passes.correct: got it for model sd"),
-        ("sd", ["--set", "sampler.arguments={strength: 1}"], "sampler.arguments: got strength, wanted what the call of"),
-        ("sd", ["--set", "sampler.arguments={prompt: a}"], "sampler.arguments: got prompt, wanted the recipe's own field"),
+        (
+            "sd",
+            ["--set", "sampler.arguments={strength: 1}"],
+            "sampler.arguments: got strength, wanted what the call of",
+        ),
+        (
+            "sd",
+            ["--set", "sampler.arguments={prompt: a}"],
+            "sampler.arguments: got prompt, wanted the recipe's own field",
+        ),
         ("sd", ["--set", "sampler.null_class=1"], "sampler.null_class: got 1 for model sd"),
         ("sd", ["--prompts", "LABELS"], "prompts: got class labels in"),
         ("dit", ["--prompts", "PROMPTS"], "prompts: got prompts in"),
@@ -256,13 +263,9 @@ def test_prompts_of_a_bare_denoiser_are_refused(cli: Cli, with_digits: Path, tmp
 
 
 def test_without_a_file_the_shipped_prompts_are_recorded_by_digest(cli: Cli, used: Path, home: Path) -> None:
-    from orchestrator.prompts.choose import NEUTRAL, neutral_digest
-
     answer = cli("submit", "fast-w4a8", "--model", "sd", "--json")
     assert answer.code == 0, answer.err
     assert open_store(str(home / "store")).get_bytes(neutral_digest()) == NEUTRAL.read_bytes()
-    import sqlite3
-
     with sqlite3.connect(home / "quantmill.db") as connection:
         ((recipe,),) = connection.execute("SELECT recipe FROM jobs WHERE id = ?", (answer.json["job"],)).fetchall()
     connection.close()
@@ -295,8 +298,33 @@ class TestWhatUsersDoWithAPipeline:
         again.set_progress_bar_config(disable=True)
         assert difference(draw(again), draw(pipeline)) == 0
 
-    def test_attention_slicing(self, fresh: Any, pipeline: Any) -> None:
+    def test_attention_slicing_is_refused_where_matmuls_are_quantized(self, fresh: Any, pipeline: Any) -> None:
         fresh.enable_attention_slicing()
-        assert difference(draw(fresh), draw(pipeline)) < 0.05
+        with pytest.raises(QuantizationError, match="got processor SlicedAttnProcessor, which does not call"):
+            draw(fresh)
         fresh.disable_attention_slicing()
         assert difference(draw(fresh), draw(pipeline)) == 0
+
+    def test_another_processor_is_quantized_too(self, fresh: Any, pipeline: Any) -> None:
+        fresh.unet.set_attn_processor(AttnProcessor2_0())
+        assert difference(draw(fresh), draw(pipeline)) == 0
+        assert all("Quantized" in type(each).__name__ for each in fresh.unet.attn_processors.values())
+
+    def test_fusing_projections_is_refused(self, fresh: Any) -> None:
+        with pytest.raises((AttributeError, QuantizationError), match=r"fuse|weight"):
+            fresh.unet.fuse_qkv_projections()
+
+    def test_offloading_needs_an_accelerator(self, fresh: Any) -> None:
+        if torch.cuda.is_available():
+            fresh.enable_model_cpu_offload()
+            assert np.isfinite(draw(fresh)).all()
+            return
+        with pytest.raises(RuntimeError, match="requires accelerator"):
+            fresh.enable_model_cpu_offload()
+
+    def test_a_lora_is_refused(self, fresh: Any, tmp_path: Path) -> None:
+        down, up = torch.zeros(4, 128), torch.zeros(160, 4)
+        name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+        save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "lora.safetensors")
+        with pytest.raises((ValueError, RuntimeError), match=r"PEFT|peft|not supported"):
+            fresh.load_lora_weights(tmp_path, weight_name="lora.safetensors")

@@ -59,7 +59,7 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         scheduler config, null if it has none; numbers that are not finite as text. `samples`: "pixels" or "latents".
         `has_tokens`: whether samples are packed tokens. `conditioning`: what a forward is told, with the number of
         classes or the shape of a row; with it the entries of `quant_core.inspect.first_call.describe_needs`.
-        `pipeline`: what `quant_core.inspect.pipeline.describe_pipeline` says of a whole pipeline, null for a bare denoiser.
+        `pipeline`: what `quant_core.inspect.pipeline.describe_pipeline` says of a whole pipeline, null for a denoiser.
 
     Raises
     ------

@@ -3,7 +3,7 @@
     python -m benchmarks.pipelines --model examples/models/emoji-sd --prompts examples/prompts/emoji.txt \\
         --home FOLDER --recipes fast-w4a8 dmq-w8a8 dmq-w4a8 > benchmarks/results/pipelines-emoji-sd.json
 
-Every figure is the job's own: images that the release draws inside its pipeline against those of full precision, for the
+Every figure is the job's own: images that the release draws in its pipeline against those of full precision, for the
 same prompts and seeds, none of which calibration used (`--prompts` is split between them; class labels are all used by
 both, with other seeds). Each recipe is measured at guidance 4 and without guidance; jobs of one home share their
 full-precision samples. A recipe may be followed by overrides: "fast-w4a8 weights.group_size=64".

@@ -11,6 +11,7 @@ from quant_spec.tasks import (
     channel_errors,
     correct,
     distill,
+    encode,
     evaluate,
     export,
     inspect,
@@ -30,7 +31,19 @@ from quant_spec.tasks import (
 )
 
 _MODULES = (
-    *(inspect, calibrate, reference, temporal, scale, round, reconstruct, step_effects, step_bits, channel_errors),
+    *(
+        inspect,
+        encode,
+        calibrate,
+        reference,
+        temporal,
+        scale,
+        round,
+        reconstruct,
+        step_effects,
+        step_bits,
+        channel_errors,
+    ),
     *(allocate, distill, pack, noise, correct, evaluate, score, release),
     *(export, bench, layer_table, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery

@@ -81,7 +81,7 @@ class Costs:
     sample_bytes, image_bytes
         Of one sample in float32; of what a pipeline makes of it.
     around_bytes
-        Of the weights of a pipeline's other components in float32.
+        Of the weights of a pipeline's other components in float32, as far as tasks that sample hold them.
     layers, weights, elements
         Conv and Linear layers, their weights, and the elements of their inputs per sample.
     """
@@ -100,7 +100,7 @@ class Costs:
         self.live_bytes = min(model.activation_bytes, 6 * widest)
         self.sample_bytes = 4 * math.prod(model.sample_shape)
         self.image_bytes = self.sample_bytes if whole is None else whole.image_bytes
-        self.around_bytes = 0 if whole is None else whole.other_bytes
+        self.around_bytes = 0 if whole is None else whole.other_bytes - (whole.text_bytes if whole.encodes else 0)
         self.layers = len(model.layers)
         self.weights = sum(unit.weights for unit in model.units)
         self.elements = sum(unit.input_elements for unit in model.units)
@@ -116,7 +116,8 @@ class Costs:
         whole = self.model.pipeline
         if whole is None:
             return 0.0
-        return seeds * (whole.encode_gmacs + (whole.decode_gmacs if decoded else 0.0))
+        encoding = 0.0 if whole.encodes else whole.encode_gmacs
+        return seeds * (encoding + (whole.decode_gmacs if decoded else 0.0))
 
     def forward(self, samples: int, batch: int) -> float:
         """Full-precision denoiser calls on so many rows, GMAC."""

@@ -25,10 +25,11 @@ Source = str | TaskRef
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What of the prompts a task is told: which part, of which file."""
+    """What of the prompts a task is told: which part, of which file, and what it encodes to."""
 
     part: PromptPart | None = None
     prompts: str | None = None
+    embeddings: Source | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ class Draft:
         Its figures.
     prompts
         The file that a whole pipeline is told from; None for a bare denoiser, and for all classes.
+    embeddings
+        What the prompts of the calibration's and of the evaluation's seeds encode to, where tasks of their own do that.
     """
 
     row: ModelRow
@@ -83,6 +86,7 @@ class Draft:
     packed: Source | None = None
     score: Source | None = None
     prompts: str | None = None
+    embeddings: Mapping[PromptPart, Source] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, row: ModelRow, recipe: Recipe) -> Draft:
@@ -106,7 +110,7 @@ class Draft:
 
     def told(self, part: PromptPart) -> Told:
         """Return what of the prompts tasks that sample are told; nothing for a bare denoiser."""
-        return Told() if self.model.pipeline is None else Told(part, self.prompts)
+        return Told() if self.model.pipeline is None else Told(part, self.prompts, self.embeddings.get(part))
 
     @property
     def cache_bytes(self) -> int:

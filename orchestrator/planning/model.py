@@ -79,14 +79,16 @@ class PipelineInfo:
     """A whole pipeline around a denoiser, per sample.
 
     `rows` of the denoiser's input where the call is guided, GMAC of encoding a prompt and of decoding, float32 bytes of
-    the other components' weights.
+    the text encoders' weights and of all other components'; whether prompts are encoded by tasks of their own.
     """
 
     rows: int
     image_shape: tuple[int, ...]
     encode_gmacs: float
     decode_gmacs: float
+    text_bytes: int
     other_bytes: int
+    encodes: bool
 
     @property
     def image_bytes(self) -> int:
@@ -162,7 +164,9 @@ def _pipeline(data: Mapping[str, Any] | None) -> PipelineInfo | None:
         image_shape=tuple(data["image_shape"]),
         encode_gmacs=data["encode_gmacs"],
         decode_gmacs=data["decode_gmacs"],
+        text_bytes=4 * sum(part["parameters"] for part in others if part["name"].startswith("text_encoder")),
         other_bytes=4 * sum(part["parameters"] for part in others),
+        encodes=data["encodes"],
     )
 
 

@@ -78,6 +78,27 @@ def load_denoiser(folder: str | Path) -> Denoiser:
     )
 
 
+def empty_denoiser(folder: Path) -> Denoiser:
+    """Return a model folder's denoiser without its weights, on torch's meta device: for what never calls it."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    home = find_denoiser_folder(folder)
+    config = read_json_file(home / "config.json")
+    cls = getattr(diffusers, config["_class_name"])
+    with init_empty_weights():
+        model = cls.from_config(config)
+    scheduler = folder / SCHEDULER_CONFIG
+    return Denoiser(
+        model=model.eval(),
+        config=config,
+        scheduler_config=read_json_file(scheduler) if scheduler.is_file() else None,
+        conditioning=None,
+        pipeline=read_json_file(folder / MODEL_INDEX),
+        folder=folder,
+    )
+
+
 def find_denoiser_folder(root: Path) -> Path:
     """Return the folder of `config.json` under a model folder."""
     for home in (root, *(root / name for name in DENOISER_FOLDERS)):

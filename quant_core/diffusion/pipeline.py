@@ -15,12 +15,12 @@ from torch import nn
 
 from quant_core.errors import DenoiserError
 from quant_spec.documents import read_json_file
-from quant_spec.pipeline import MODEL_INDEX, denoiser_entry
+from quant_spec.pipeline import MODEL_INDEX, component_entries, denoiser_entry
 from quant_spec.prompts import PromptLine
 from quant_spec.sampler import Sampler
 
 
-def load_pipeline(folder: Path, denoiser: nn.Module, scheduler: Any) -> Any:
+def load_pipeline(folder: Path, denoiser: nn.Module, scheduler: Any, *, reads_text: bool = True) -> Any:
     """Load the pipeline in a model's folder around a denoiser and a scheduler that are there already.
 
     Parameters
@@ -31,6 +31,8 @@ def load_pipeline(folder: Path, denoiser: nn.Module, scheduler: Any) -> Any:
         In full precision or quantized; takes the place of the folder's.
     scheduler
         A diffusers scheduler; takes the place of the folder's.
+    reads_text : bool
+        Whether text encoders and tokenizers are loaded; without them, prompts must be given encoded.
 
     Returns
     -------
@@ -59,6 +61,7 @@ def load_pipeline(folder: Path, denoiser: nn.Module, scheduler: Any) -> Any:
             use_safetensors=True,
             torch_dtype=torch.float32,
             **{name: denoiser, "scheduler": scheduler},
+            **({} if reads_text else dict.fromkeys(filter(is_for_text, component_entries(index)))),
         )
     except Exception as error:  # every component has a loader of its own, which may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -70,6 +73,22 @@ def load_pipeline(folder: Path, denoiser: nn.Module, scheduler: Any) -> Any:
         if isinstance(part, nn.Module):
             part.requires_grad_(False).eval()
     return pipeline
+
+
+def is_for_text(component: str) -> bool:
+    """Whether only the encoding of prompts needs a component, by its name."""
+    return component.startswith(("text_encoder", "tokenizer"))
+
+
+def place_pipeline(pipeline: Any, device: str) -> None:
+    """Move a pipeline's components to a device, but for those without values, and let its call make inputs there."""
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module) and not any(value.is_meta for value in part.parameters()):
+            part.to(device)
+    where = torch.device(device)
+    cls = type(pipeline)
+    # Its own property takes the device of whichever component comes first, which may be the one without values.
+    pipeline.__class__ = type(cls.__name__, (cls,), {"_execution_device": property(lambda _: where)})
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:

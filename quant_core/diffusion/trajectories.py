@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.conditioning import UNBATCHED
 from quant_core.diffusion.denoiser import forward_signature, sample_shape
+from quant_core.diffusion.embeddings import Embeddings, given
 from quant_core.diffusion.finite import Moment, check_prediction
 from quant_core.diffusion.pipeline import call_arguments, decoder_of, denoiser_of, flatten
 from quant_core.diffusion.sampler import (
@@ -141,13 +142,17 @@ class PipelineTrajectories:
         As from `load_pipeline`.
     lines : sequence of PromptLine
         Seed s is told line s mod n.
+    embeddings : Embeddings, optional
+        What the lines encode to, for a pipeline without text encoders.
     """
 
-    def __init__(self, pipeline: Any, sampler: Sampler, lines: Sequence[PromptLine]) -> None:
+    def __init__(
+        self, pipeline: Any, sampler: Sampler, lines: Sequence[PromptLine], embeddings: Embeddings | None = None
+    ) -> None:
         if not lines:
             raise DenoiserError("prompts: got none, wanted at least one")
         self.pipeline, self.sampler, self.lines = pipeline, sampler, tuple(lines)
-        self.model = denoiser_of(pipeline)
+        self.model, self.embeddings = denoiser_of(pipeline), embeddings
 
     def script(self, seeds: Sequence[int], *, wants_samples: bool = False) -> Script:
         """Rehearse one seed, with one call of the denoiser."""
@@ -210,8 +215,13 @@ class PipelineTrajectories:
         own = [seed if line.seed is None else line.seed for seed, line in zip(seeds, lines, strict=True)]
         arguments = call_arguments(self.pipeline, self.sampler, lines, own)
         kept: list[Tensor] = []
+        places = [seed % len(self.lines) for seed in seeds]
         try:
-            with watched(self.model, act), _decoding(decoder_of(self.pipeline), kept, wants_samples):
+            with (
+                given(self.pipeline, self.embeddings, places),
+                watched(self.model, act),
+                _decoding(decoder_of(self.pipeline), kept, wants_samples),
+            ):
                 output = self.pipeline(**arguments)
         except _EnoughError:
             return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from quant_core.diffusion.conditioning import UNBATCHED, Conditioning
 from quant_core.diffusion.denoiser import Denoiser
-from quant_core.diffusion.pipeline import call_parameters, decoder_of, load_pipeline
+from quant_core.diffusion.embeddings import Embeddings, encode, encodes
+from quant_core.diffusion.pipeline import call_parameters, decoder_of, is_for_text, load_pipeline
 from quant_core.diffusion.sampler import make_scheduler
 from quant_core.diffusion.trajectories import PipelineTrajectories, Script
 from quant_spec.errors import QuantServiceError
@@ -42,7 +44,8 @@ def describe_pipeline(denoiser: Denoiser) -> tuple[dict[str, Any], tuple[Tensor,
         class, parameters and bytes; `prompts`, "prompt", "class_labels" or null; `takes`, names of its call's keywords;
         `guidance_scale`, its default, null if it has none; `rows`, of the denoiser's input for one seed at that
         guidance; `image_shape`; `encode_gmacs` and `decode_gmacs`, giga-MACs for one sample; `problem`, why it cannot
-        be called, or null. And a sample and one row of conditioning, as the denoiser gets them; None with a problem.
+        be called, or null; `encodes`, whether prompts can be encoded by themselves. And a sample and one row of
+        conditioning, as the denoiser gets them; None with a problem.
     """
     assert denoiser.folder is not None
     assert denoiser.pipeline is not None
@@ -51,7 +54,9 @@ def describe_pipeline(denoiser: Denoiser) -> tuple[dict[str, Any], tuple[Tensor,
         "class_name": index["_class_name"],
         "denoiser": denoiser_entry(index),
         "components": _components(denoiser.folder, index),
-        **dict.fromkeys(("prompts", "takes", "guidance_scale", "rows", "image_shape", "encode_gmacs", "decode_gmacs")),
+        **dict.fromkeys(
+            ("prompts", "takes", "guidance_scale", "rows", "image_shape", "encode_gmacs", "decode_gmacs", "encodes")
+        ),
         "problem": None,
     }
     try:
@@ -80,6 +85,7 @@ def describe_pipeline(denoiser: Denoiser) -> tuple[dict[str, Any], tuple[Tensor,
     except Exception as error:  # a stranger's call may raise anything
         reason = (str(error).strip().splitlines() or [""])[0]
         return facts | {"problem": f"its call raised {type(error).__name__}: {reason}"}, None
+    facts["encodes"] = _encodes_alone(pipeline, sampler) if told == "prompt" else False
     row = {
         key: value if key in UNBATCHED or value.dim() == 0 else value[:1] for key, value in script.conditioning.items()
     }
@@ -120,6 +126,24 @@ def _rehearse(pipeline: Any, sampler: Sampler, line: PromptLine) -> tuple[Script
             del decoder.decode
     rest = counter.get_total_flops() - sum(spent.values())
     return script, {"encode_gmacs": max(rest, 0) / 2 / GIGA, "decode_gmacs": spent["decode"] / 2 / GIGA}
+
+
+def _encodes_alone(pipeline: Any, sampler: Sampler) -> bool:
+    """Whether prompts can be encoded by themselves, so that who samples needs no text encoders; they are taken away."""
+    if not encodes(pipeline):
+        return False
+    lines = [PromptLine(prompt="a"), PromptLine(prompt="several words that take more room than one")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "embeddings.safetensors")
+        try:
+            encode(pipeline, sampler, lines, (0, 1), path)
+            embeddings = Embeddings(path)
+            for name in filter(is_for_text, tuple(pipeline.components)):
+                pipeline.register_modules(**{name: None})
+            PipelineTrajectories(pipeline, sampler, lines, embeddings).script([0])
+        except Exception:  # then its text encoders read prompts in every task
+            return False
+    return True
 
 
 def _components(folder: Path, index: Mapping[str, Any]) -> list[dict[str, Any]]:

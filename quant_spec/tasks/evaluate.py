@@ -30,12 +30,13 @@ class Params(TaskParams):
 
 @dataclass(frozen=True, slots=True)
 class Inputs(TaskInputs[Source]):
-    """The packed tree, and the reference of the same seeds; of a whole pipeline also the model's tree and prompts."""
+    """The packed tree, and the reference of the same seeds; of a pipeline also the model's tree and prompts."""
 
     packed: Source
     reference: Source
     model: Source | None = None
     prompts: Source | None = None
+    embeddings: Source | None = None
 
 
 KIND = TaskKind(

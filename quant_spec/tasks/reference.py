@@ -29,10 +29,11 @@ class Params(TaskParams):
 
 @dataclass(frozen=True, slots=True)
 class Inputs(TaskInputs[Source]):
-    """The model's tree; for a whole pipeline that is told prompts, a file of them."""
+    """The model's tree; for a whole pipeline that is told prompts, a file of them, and what they encode to."""
 
     model: Source
     prompts: Source | None = None
+    embeddings: Source | None = None
 
 
 KIND = TaskKind(

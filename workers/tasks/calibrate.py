@@ -19,7 +19,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     if device is not None:
         denoiser.model.to(device)
     record(
-        find_trajectories(denoiser, params.sampler, inputs.prompts, params.part, context),
+        find_trajectories(denoiser, params.sampler, inputs, params.part, context),
         params.seeds.range,
         spec,
         path,

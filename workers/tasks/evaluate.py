@@ -38,7 +38,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         )
     else:
         whole = replace(fetch_model(inputs.model, context), model=model, scheduler_config=scheduler_config(folder))
-        trajectories = find_trajectories(whole, params.sampler, inputs.prompts, params.part, context)
+        trajectories = find_trajectories(whole, params.sampler, inputs, params.part, context)
         evaluate_pipeline(trajectories, model, params.seeds.range, reference, path, batch_size=params.batch_size)
     values = load_file(path)["psnr_db"]
     metrics = {"psnr_db": round(float(values.mean()), 6), "n": len(values)}

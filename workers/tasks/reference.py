@@ -25,6 +25,6 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     denoiser, device = place_model(fetch_model(inputs.model, context), context)
     if device is not None:
         denoiser.model.to(device)
-    trajectories = find_trajectories(denoiser, params.sampler, inputs.prompts, params.part, context)
+    trajectories = find_trajectories(denoiser, params.sampler, inputs, params.part, context)
     record(trajectories, params.seeds.range, spec, path)
     return TaskOutput({REFERENCE: context.store.put_file(path)})

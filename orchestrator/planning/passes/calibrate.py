@@ -21,7 +21,7 @@ def calibrate(draft: Draft) -> Drawing:
         batch = min(section.batch_size, shard.count)
         params = Params(sampler=draft.sampler, seeds=shard.seeds, batch_size=batch, steps=steps, part=told.part)
         cost = draft.costs.sampling(shard.count, batch, recorded=shard.count)
-        node = draft.node(KIND, params, Inputs(draft.model.digest, told.prompts), cost, shard.label)
+        node = draft.node(KIND, params, Inputs(draft.model.digest, told.prompts, told.embeddings), cost, shard.label)
         recorded.append(TaskRef(node.id, CALIBRATION))
         yield node
     return replace(draft, calibration=tuple(recorded))

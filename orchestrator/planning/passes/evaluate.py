@@ -28,14 +28,14 @@ def evaluate(draft: Draft) -> Drawing:
     references: list[TaskRef] = []
     evaluations: list[TaskRef] = []
     for shard in shards(section.first_seed, section.seeds, section.shard_seeds, recorded=section.sqnr_seeds):
-        sampled = reference(draft, shard, section.batch_size, PromptPart.EVALUATION)
+        sampled = reference(draft, shard, section.batch_size, told)
         references.append(TaskRef(sampled.id, REFERENCE))
         yield sampled
         batch = min(section.batch_size, shard.count)
         params = shard_task.Params(
             sampler=draft.sampler, seeds=shard.seeds, batch_size=batch, samples=draft.model.samples, part=told.part
         )
-        inputs = shard_task.Inputs(draft.packed_model, references[-1], whole, told.prompts)
+        inputs = shard_task.Inputs(draft.packed_model, references[-1], whole, told.prompts, told.embeddings)
         cost = evaluate_cost(draft.costs, shard.count, batch, shard.recorded)
         node = draft.node(shard_task.KIND, params, inputs, cost, shard.label)
         evaluations.append(TaskRef(node.id, shard_task.EVALUATION))

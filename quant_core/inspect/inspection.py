@@ -45,8 +45,13 @@ def trace_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None = N
     return trace
 
 
-def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
+def inspect_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None = None) -> dict[str, Any]:
     """Describe a denoiser for planning.
+
+    Parameters
+    ----------
+    call : tuple of Tensor and mapping, optional
+        As for `trace_model`: a pipeline is not called then, and nothing is said of it.
 
     Returns
     -------
@@ -67,7 +72,9 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         As `trace_model`.
     """
     model = denoiser.model
-    pipeline, call = (None, None) if not denoiser.is_whole else describe_pipeline(denoiser)
+    pipeline = None
+    if denoiser.is_whole and call is None:
+        pipeline, call = describe_pipeline(denoiser)
     trace = trace_model(denoiser, call)
     found = find_units(model, trace)
     done = _finished(trace)

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from quant_core.artifact.folder import CONFIG_FILE, parse_quantization_config
+from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, has_signals
 from quant_core.inspect.inspection import inspect_model
 from quant_core.metrics.cost import model_cost
@@ -94,7 +95,7 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
     """Return bits, bit operations and bytes of the packed model."""
     files = read_files(context.store, inputs.packed)
     config = read_json(context.store.get_bytes(files[CONFIG_FILE][0]), CONFIG_FILE)
-    inspection = inspect_model(original)
+    inspection = inspect_model(original, _call(inputs, context) if original.is_whole else None)
     cost = model_cost(inspection, parse_quantization_config(config["quantization_config"]))
     per_step = {"bops_per_step": list(cost.bops_per_step)} if cost.bops_per_step else {}
     return {
@@ -106,6 +107,12 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
         "bytes": sum(size for path, (_, size) in files.items() if path.endswith(".safetensors")),
         "bytes_fp16": 2 * inspection["parameters"],
     }
+
+
+def _call(inputs: Inputs[str], context: TaskContext) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return a sample's shape and a row of what a pipeline tells its denoiser, as its first trajectory has them."""
+    batch = CalibrationSet([context.store.local_path(inputs.references[0])]).rows(0, 0, 1)
+    return torch.zeros_like(batch.x), dict(batch.conditioning)
 
 
 def _grid_png(quality: Quality) -> bytes:

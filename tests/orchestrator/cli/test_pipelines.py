@@ -193,6 +193,18 @@ def test_denoiser_only_of_a_bare_release_is_refused(
     assert "which is a denoiser alone" in answer.err
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "dequantized"])
+def test_an_export_is_a_pipeline_too(cli: Cli, used: Path, tmp_path: Path, layout: str) -> None:
+    answer = cli("artifacts", "export", "dit-minmax-w8a8", "--out", tmp_path / "out", "--format", layout)
+    assert answer.code == 0, answer.err
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    loaded.set_progress_bar_config(disable=True)
+    is_packed = any(isinstance(module, QuantLayer) for module in loaded.transformer.modules())
+    assert is_packed == (layout == "diffusers")
+    images = loaded(class_labels=[2], num_inference_steps=3, guidance_scale=4.0, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
+
+
 def test_card_and_report_show_prompts_and_the_pipelines_call(cli: Cli, used: Path, tmp_path: Path) -> None:
     card = (used / "sd-release" / "README.md").read_text()
     assert "A StableDiffusionPipeline whose UNet2DConditionModel is quantized" in card

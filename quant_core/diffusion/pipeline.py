@@ -59,7 +59,7 @@ def load_pipeline(folder: Path, denoiser: nn.Module, scheduler: Any, *, reads_te
             folder,
             local_files_only=True,
             use_safetensors=True,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
             **{name: denoiser, "scheduler": scheduler},
             **({} if reads_text else dict.fromkeys(filter(is_for_text, component_entries(index)))),
         )

@@ -147,7 +147,7 @@ def test_a_release_is_a_pipeline_whose_other_components_are_the_models_blobs(
 
 
 def test_a_release_draws_what_its_evaluation_measured(made: Path, pipeline: Any) -> None:
-    full = DiffusionPipeline.from_pretrained(made / "sd", torch_dtype=torch.float32)
+    full = DiffusionPipeline.from_pretrained(made / "sd", dtype=torch.float32)
     full.set_progress_bar_config(disable=True)
     image, reference = draw(pipeline), draw(full)
     metrics = json.loads((made / "sd-release" / "metrics.json").read_text())
@@ -298,7 +298,7 @@ class TestWhatUsersDoWithAPipeline:
         assert difference(draw(fresh.to("cpu")), draw(pipeline)) == 0
 
     def test_bfloat16(self, made: Path, pipeline: Any) -> None:
-        loaded = DiffusionPipeline.from_pretrained(made / "sd-release", torch_dtype=torch.bfloat16)
+        loaded = DiffusionPipeline.from_pretrained(made / "sd-release", dtype=torch.bfloat16)
         loaded.set_progress_bar_config(disable=True)
         assert any(isinstance(module, QuantLayer) for module in loaded.unet.modules())
         image = draw(loaded)

@@ -14,7 +14,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
 
 EMOJI_SD = Path(__file__).parents[1] / "examples" / "models" / "emoji-sd"
 
@@ -31,7 +31,7 @@ def _vae() -> AutoencoderKL:
 
 
 def save_dit(folder: Path) -> Path:
-    """Save a class-conditional pipeline: three classes, 16 x 16 pixels, a transformer that learns the variance."""
+    """Save a class-conditional pipeline: 1,000 classes, 16 x 16 pixels, a transformer that learns the variance."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
@@ -41,7 +41,7 @@ def save_dit(folder: Path) -> Path:
         num_layers=1,
         sample_size=8,
         patch_size=2,
-        num_embeds_ada_norm=3,
+        num_embeds_ada_norm=1000,  # the pipeline's label for no class is 1000, whatever the model
         norm_type="ada_norm_zero",
         norm_elementwise_affine=False,
         attention_bias=True,
@@ -52,7 +52,7 @@ def save_dit(folder: Path) -> Path:
 
 
 def save_sd3(folder: Path) -> Path:
-    """Save a flow-matching pipeline: two CLIPs of random weights, no T5, 16 x 16 pixels."""
+    """Save a flow-matching pipeline: two CLIPs and a T5 of random weights, 16 x 16 pixels."""
     torch.manual_seed(0)
     clip = CLIPTextConfig(
         vocab_size=1500,
@@ -66,6 +66,7 @@ def save_sd3(folder: Path) -> Path:
         bos_token_id=0,
         pad_token_id=1,
     )
+    t5 = T5Config(vocab_size=1500, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=1)
     transformer = SD3Transformer2DModel(
         sample_size=8,
         patch_size=2,
@@ -79,7 +80,7 @@ def save_sd3(folder: Path) -> Path:
         out_channels=4,
         pos_embed_max_size=8,
     )
-    tokenizers = [CLIPTokenizer.from_pretrained(EMOJI_SD / "tokenizer") for _ in range(2)]
+    tokenizers = [CLIPTokenizer.from_pretrained(EMOJI_SD / "tokenizer") for _ in range(3)]
     encoders = [CLIPTextModelWithProjection(clip) for _ in range(2)]
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
@@ -89,8 +90,8 @@ def save_sd3(folder: Path) -> Path:
         tokenizer=tokenizers[0],
         text_encoder_2=encoders[1],
         tokenizer_2=tokenizers[1],
-        text_encoder_3=None,
-        tokenizer_3=None,
+        text_encoder_3=T5EncoderModel(t5),
+        tokenizer_3=tokenizers[2],
     )
     pipeline.save_pretrained(folder)
     return folder

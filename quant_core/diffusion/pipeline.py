@@ -61,6 +61,8 @@ def load_pipeline(folder: Path, denoiser: nn.Module, scheduler: Any, *, reads_te
             use_safetensors=True,
             dtype=torch.float32,
             **{name: denoiser, "scheduler": scheduler},
+            # Components that were left out: some pipelines must be told so again.
+            **{part: None for part, entry in index.items() if isinstance(entry, list) and not any(entry)},
             **({} if reads_text else dict.fromkeys(filter(is_for_text, component_entries(index)))),
         )
     except Exception as error:  # every component has a loader of its own, which may raise anything

@@ -246,14 +246,14 @@ def test_a_dry_run_counts_encoding_and_decoding(cli: Cli, used: Path) -> None:
         ("sd", ["--set", "sampler.null_class=1"], "sampler.null_class: got 1 for model sd"),
         ("sd", ["--prompts", "LABELS"], "prompts: got class labels in"),
         ("dit", ["--prompts", "PROMPTS"], "prompts: got prompts in"),
-        ("dit", ["--prompts", "FAR"], "prompts: got class label 9 in"),
+        ("dit", ["--prompts", "FAR"], "prompts: got class label 5000 in"),
         ("sd", ["--prompts", "NOWHERE"], "prompts: "),
     ],
 )
 def test_what_a_pipeline_cannot_do_is_refused_at_submit(
     cli: Cli, used: Path, home: Path, tmp_path: Path, model: str, words: list[str], message: str
 ) -> None:
-    (tmp_path / "far.txt").write_text("0\n9\n")
+    (tmp_path / "far.txt").write_text("0\n5000\n")
     places = {
         "LABELS": str(used / "labels.txt"),
         "PROMPTS": str(used / "prompts.txt"),

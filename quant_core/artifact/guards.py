@@ -1,4 +1,4 @@
-"""What keeps a packed model right inside whatever pipeline it is put: inputs of other widths, and layers fused later."""
+"""What keeps a packed model right inside whatever pipeline it is in: inputs of other widths, layers fused later."""
 
 from __future__ import annotations
 
@@ -70,6 +70,6 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
 def _refuse_fusing(*_: Any, **__: Any) -> NoReturn:
     """Stand in for a method that would join weights."""
     raise ArtifactError(
-        "fuse_qkv_projections: got a packed model, whose layers have codes and ranges of their own, wanted it as it is: "
+        "fuse_qkv_projections: got a packed model, whose layers have codes and ranges each, wanted it as it is: "
         "projections that were fused would not be quantized"
     )

@@ -11,12 +11,13 @@ from quant_spec.tasks import (
     channel_errors,
     correct,
     distill,
+    encode,
     evaluate,
     export,
     inspect,
     layer_table,
-    low_rank,
     layer_times,
+    low_rank,
     menu,
     mix,
     noise,
@@ -38,7 +39,7 @@ from quant_spec.tasks import (
 )
 
 _MODULES = (
-    *(inspect, calibrate, reference, temporal, scale, low_rank, round, menu, mix, reconstruct),
+    *(inspect, encode, calibrate, reference, temporal, scale, low_rank, round, menu, mix, reconstruct),
     *(step_effects, step_bits, channel_errors, allocate),
     *(distill, pack, noise, correct, evaluate, score, release),
     text_encoder,  # of a pipeline whose recipe names a recipe for it

@@ -225,6 +225,45 @@ METRICS: dict[str, Metric] = {
         format=".3g",
         is_number=True,
     ),
+    "ssim": Metric(
+        "Structural similarity (11 x 11 Gaussian window) of a pipeline's images with full precision's of the same "
+        "seeds, mean over n",
+        direction=Direction.HIGHER,
+        format=".4f",
+        is_number=True,
+        places={
+            Place.CARD: Shown("SSIM", lambda v: (f"{v['ssim']:.4f} (± {v['ssim_ci95']:.4f})", "1"), 6),
+            Place.REPORT: Shown("SSIM", lambda v: (f"{v['ssim']:.4f}", f"± {v['ssim_ci95']:.4f} (95 %)"), 1),
+            Place.JOB: Shown("ssim", lambda v: (f"{v['ssim']:.4f} ± {v['ssim_ci95']:.4f}",)),
+        },
+    ),
+    "ssim_ci95": Metric(
+        "Half the width of the 95 % interval of ssim", direction=Direction.LOWER, format=".4f", is_number=True
+    ),
+    "latent_sqnr_db": Metric(
+        "Signal-to-quantization-noise ratio of the latents that a pipeline decodes, mean over n",
+        unit="dB",
+        direction=Direction.HIGHER,
+        format=".2f",
+        is_number=True,
+        places={Place.CARD: Shown("SQNR of the latents, dB", rank=7)},
+    ),
+    "worst_prompts": Metric(
+        "Prompts whose images are farthest from full precision's, with seed and PSNR, worst first",
+        places={
+            Place.CARD: Shown(
+                "worst prompt",
+                lambda v: (f"{v['worst_prompts'][0]['prompt']}: {v['worst_prompts'][0]['psnr_db']:.2f} dB", "–"),
+                8,
+            ),
+            Place.JOB: Shown(
+                "worst",
+                lambda v: (
+                    "; ".join(f"{each['prompt']} ({each['psnr_db']:.1f} dB)" for each in v["worst_prompts"][:3]),
+                ),
+            ),
+        },
+    ),
     "weight_bits_mean": Metric(
         "Bits of a weight, mean over the weights of all Conv and Linear layers; a table of a layer's outputs counts "
         "its own bits in place of the layer's",
@@ -355,6 +394,11 @@ METRICS: dict[str, Metric] = {
         listed=EVERYWHERE,
     ),
     "seeds": Metric("Seeds of the samples: the first, and how many", listed=EVERYWHERE),
+    "shown_prompts": Metric("Prompts of the first seeds, which the pictures show, in order"),
+    "prompts": Metric(
+        "What a whole pipeline was told: SHA-256 of the prompts file, or all classes, and how many different lines",
+        listed=EVERYWHERE,
+    ),
     "n": Metric(
         "How many samples psnr_db and fd are of", is_required=True, is_number=True, format="d", listed=EVERYWHERE
     ),

@@ -38,3 +38,28 @@ def sample_space(shape: Sequence[int], index: Mapping[str, Any] | None = None) -
         return SampleSpace.LATENTS
     pixels = len(shape) == 3 and shape[0] in PIXEL_CHANNELS
     return SampleSpace.PIXELS if pixels else SampleSpace.LATENTS
+
+
+#: Libraries that components may come from: naming any other would import it.
+LIBRARIES = ("diffusers", "transformers")
+#: Names that pipelines of diffusers give to the network that is called at every step.
+DENOISERS = ("unet", "transformer", "denoiser")
+
+
+def is_whole(index: Mapping[str, Any] | None) -> bool:
+    """Whether an index is a pipeline's own, and not the decoders alone that are kept beside a denoiser."""
+    return index is not None and isinstance(index.get("_class_name"), str)
+
+
+def component_entries(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return a pipeline's components that are there: name to (library, class)."""
+    return {
+        name: (str(entry[0]), str(entry[1]))
+        for name, entry in index.items()
+        if not name.startswith("_") and _is_component(entry)
+    }
+
+
+def denoiser_entry(index: Mapping[str, Any]) -> str | None:
+    """Return the name of a pipeline's denoiser; None if it has none that is known by its name."""
+    return next((name for name in DENOISERS if _is_component(index.get(name))), None)

@@ -140,6 +140,7 @@ class Evaluation(Record):
 
 #: Fields that say how tasks run, and decide no byte of what they give.
 HOW_IT_RUNS = ("resources", "deterministic")
+_ONLY_WHERE_SAID = (*HOW_IT_RUNS, "prompts")
 
 
 class Recipe(Record):
@@ -152,6 +153,11 @@ class Recipe(Record):
         default="", description="What the recipe is, in one line."
     )
     sampler: Sampler = Field(default=Sampler(), description="How samples are drawn.")
+    prompts: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        default=None,
+        description="File of prompts for a whole pipeline, below the recipe's folder (resolved: its SHA-256): text, "
+        "TSV or JSON lines; null is a shipped set of 256, or all classes.",
+    )
     calibration: Calibration = Field(default=Calibration(), description="What ranges and roundings are fitted on.")
     weights: Weights = Field(default=Weights(), description="Format of the weights.")
     activations: Activations = Field(default=Activations(), description="Format of the layers' inputs.")
@@ -178,9 +184,9 @@ class Recipe(Record):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked_for(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out how tasks run where nothing is said of it, so that the digests of recipes stay what they were."""
+        """Leave out how tasks run, and prompts, where nothing is said of them, so that digests stay what they were."""
         values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name not in HOW_IT_RUNS or self.says(name)}
+        return {name: value for name, value in values.items() if name not in _ONLY_WHERE_SAID or self.says(name)}
 
     def says(self, name: str) -> bool:
         """Whether a field has another value than its default."""

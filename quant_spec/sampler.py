@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -22,9 +22,10 @@ class Sampler(Record):
     eta: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="Share of DDPM's noise in DDIM-like schedulers."
     )
-    guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = Field(
-        default=1.0,
-        description="Classifier-free guidance; 1 is none and calls the denoiser once per step, anything else twice.",
+    guidance_scale: Annotated[float, Field(ge=0, le=10_000)] | None = Field(
+        default=None,
+        description="Classifier-free guidance; 1 is none and calls the denoiser once per step, anything else twice; "
+        "null is a pipeline's own default, and 1 for a bare denoiser.",
     )
     null_class: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         default=None, description='Label that means "no class", if it is not the embedding\'s extra row.'
@@ -39,10 +40,17 @@ class Sampler(Record):
         default={}, description="Overrides of the scheduler's config, such as timestep_spacing."
     )
 
+    arguments: Annotated[dict[str, Any], Field(max_length=100)] = Field(
+        default={},
+        description="Further keyword arguments of a pipeline's call, such as height, width or max_sequence_length.",
+    )
+
+    _omitted: ClassVar[frozenset[str]] = frozenset({"arguments"})
+
     @property
     def is_guided(self) -> bool:
         """Whether each step calls the denoiser with and without the condition."""
-        return self.guidance_scale != 1.0
+        return self.guidance_scale not in (None, 1.0)
 
     @property
     def calls_per_step(self) -> int:

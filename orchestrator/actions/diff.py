@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from orchestrator.actions.releases import get_release, read_release_json
+from orchestrator.actions.releases import get_release, read_release_json, release_home
 from orchestrator.service import Service
 from quant_spec.layer_bits import LayerBits, layer_bits
 from quant_spec.metrics import numbers
@@ -55,7 +55,7 @@ def release_bits(store: Store, digest: str) -> dict[str, LayerBits]:
     QuantizationError
         If its `quantization_config` is of a version that this Quantmill cannot read.
     """
-    config = read_release_json(store, digest, "config.json")
+    config = read_release_json(store, digest, f"{release_home(store, digest)}config.json")
     return layer_bits(parse_quantization_config(config["quantization_config"]))
 
 

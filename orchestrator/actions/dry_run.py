@@ -14,6 +14,7 @@ from orchestrator.db.registry import known_results
 from orchestrator.db.timings import kind_timings
 from orchestrator.planning.estimate import Estimate, cached_tasks, estimate
 from orchestrator.planning.planner import plan
+from orchestrator.prompts.choose import with_prompts
 from orchestrator.recipes.load import load_recipe
 from orchestrator.service import Service
 
@@ -54,6 +55,7 @@ def dry_run_job(service: Service, request: Request, *, notify: Callable[[str], N
     """
     loaded = load_recipe(request.recipe, request.assignments(), allowed=service.settings.allowed_paths)
     model = resolve_model(service, request.model, notify=notify, dry_run=True, sample_size=request.sample_size)
+    loaded = with_prompts(loaded, model)
     notify_scheduler(model, loaded.recipe, notify)
     workers = worker_count()
     with service.database.session(read_only=True) as session:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from orchestrator.actions.local import run_task
-from orchestrator.actions.releases import check_target, get_release
+from orchestrator.actions.releases import check_target, get_release, release_home
 from orchestrator.actions.repair import saying_how_to_repair
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.service import Service
 from quant_spec.documents import read_json_file
+from quant_spec.pipeline import MODEL_INDEX
 from quant_spec.tasks import export
 from workers.storage.manifest import MANIFEST_NAME, pull_tree
 
@@ -21,7 +23,7 @@ DIFFUSERS, DEQUANTIZED = "diffusers", "dequantized"
 
 
 def export_release(service: Service, ref: str, layout: str, folder: Path) -> ReleaseRow:
-    """Write a release into a new folder in the layout of a pipeline: the denoiser and the scheduler each in its own.
+    """Write a release into a new folder in the layout of a pipeline: each component in its own.
 
     Parameters
     ----------
@@ -38,10 +40,11 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
     Notes
     -----
     A `model_index.json` is added where diffusers has a pipeline that needs nothing else (an unconditional UNet2DModel).
+    The release of a whole pipeline has one; its other components are written as they are.
     """
     folder = check_target(folder)
     release = get_release(service, ref)
-    digest = release.digest
+    digest, home = release.digest, release_home(service.store, release.digest)
     if layout == DEQUANTIZED:
         with saying_how_to_repair(service, release):
             output = run_task(service.settings, export.KIND, export.Params(), export.Inputs(artifact=digest))
@@ -50,11 +53,29 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
         pulled, laid_out = Path(scratch, "pulled"), Path(scratch, "out")
         with saying_how_to_repair(service, release):
             pull_tree(service.store, digest, pulled)
+            if home:
+                _pull_around(service, release.digest, home, pulled)
         (pulled / MANIFEST_NAME).unlink()
-        _lay_out(pulled, laid_out)
+        if home:
+            pulled.rename(laid_out)
+        else:
+            _lay_out(pulled, laid_out)
         laid_out.chmod(0o755)
         laid_out.replace(folder)
     return release
+
+
+def _pull_around(service: Service, release: str, home: str, pulled: Path) -> None:
+    """Put a whole pipeline's release around its denoiser's weights in plain float16, if those were pulled alone."""
+    if (pulled / MODEL_INDEX).is_file():
+        return
+    pulled.rename(pulled.with_name("plain"))
+    pull_tree(service.store, release, pulled)
+    shutil.rmtree(pulled / home)
+    (pulled / home).mkdir()
+    for path in pulled.with_name("plain").iterdir():
+        if path.name not in ("scheduler", MANIFEST_NAME):
+            path.rename(pulled / home / path.name)
 
 
 def _lay_out(pulled: Path, target: Path) -> None:

@@ -52,7 +52,7 @@ class Survey:
                 again = f"quantmill models add {owner.source} --name {owner.name}"
                 lines.append(f"{_named(owner)}: wanted it added again: {again}")
             elif owner.owner is Owner.RECIPE:
-                lines.append(f"{_named(owner)}: wanted the recipe submitted again where its extractor_weights are")
+                lines.append(f"{_named(owner)}: wanted the recipe submitted again where the files that it names are")
         return lines
 
 

@@ -12,8 +12,17 @@ from orchestrator.db.signatures import find_signature
 from orchestrator.service import Service
 from quant_spec.documents import read_json
 from quant_spec.errors import InvalidInputError
+from quant_spec.pipeline import MODEL_INDEX, denoiser_entry
 from workers.errors import ManifestError
-from workers.storage.manifest import MANIFEST_NAME, check_folder, pull_tree, read_manifest, verify_tree
+from workers.storage.manifest import (
+    MANIFEST_NAME,
+    check_folder,
+    pull_files,
+    pull_tree,
+    read_files,
+    read_manifest,
+    verify_tree,
+)
 from workers.storage.signature import SIGNATURE_NAME
 from workers.storage.store import Store
 
@@ -22,6 +31,32 @@ def get_release(service: Service, ref: str) -> ReleaseRow:
     """Return the release that a reference means: name@3, name@alias, name, or a digest's beginning."""
     with service.database.session(read_only=True) as session:
         return find_release(session, ref)
+
+
+def pull_denoiser(service: Service, ref: str, folder: Path) -> ReleaseRow:
+    """Write the packed denoiser of a whole pipeline's release into a new folder, with its scheduler and its records.
+
+    The folder has a `manifest.json` of its own, which lists what is in it.
+
+    Raises
+    ------
+    InvalidInputError
+        If the release is a denoiser alone, or the folder is not free.
+    DigestMismatchError, NotFoundError
+        If the store's bytes are not those of the release.
+    """
+    target = check_target(folder)
+    release = get_release(service, ref)
+    home = release_home(service.store, release.digest)
+    if not home:
+        raise InvalidInputError(f"--denoiser-only: got {release.ref}, which is a denoiser alone, wanted it without")
+    files = {}
+    for path, entry in read_files(service.store, release.digest).items():
+        if path.startswith((home, "scheduler/")) or ("/" not in path and path != MODEL_INDEX):
+            files[path.removeprefix(home)] = entry
+    with saying_how_to_repair(service, release):
+        pull_files(service.store, files, target)
+    return release
 
 
 def pull_release(service: Service, ref: str, folder: Path, signature: str | None = None) -> tuple[ReleaseRow, bool]:
@@ -84,6 +119,14 @@ def verify_release(service: Service, ref: str) -> tuple[ReleaseRow, dict[str, st
     """Read every byte of a release in the store; return it, and of each lost blob its digest and what is wrong."""
     release = get_release(service, ref)
     return release, verify_tree(service.store, release.digest)
+
+
+def release_home(store: Store, digest: str) -> str:
+    """Return what stands before the paths of a release's packed denoiser: nothing, or "unet/" in a whole pipeline."""
+    files = read_manifest(store, digest)["files"]
+    if "config.json" in files or MODEL_INDEX not in files:
+        return ""
+    return f"{denoiser_entry(read_release_json(store, digest, MODEL_INDEX))}/"
 
 
 def read_release_json(store: Store, digest: str, path: str) -> dict[str, Any]:

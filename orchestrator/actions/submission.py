@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from orchestrator.actions.registration import resolve_model
 from orchestrator.actions.repair import withdraw_if_lost
@@ -15,6 +16,7 @@ from orchestrator.db.session import lock_enqueue
 from orchestrator.errors import RecipeError
 from orchestrator.planning.planner import plan
 from orchestrator.planning.sampler import choice_for
+from orchestrator.prompts.choose import with_prompts
 from orchestrator.recipes.load import LoadedRecipe, load_recipe, resolve
 from orchestrator.service import Service
 from quant_spec.recipe import Recipe
@@ -30,8 +32,8 @@ class Request:
     """What to do to which model: a recipe's name or file, assignments on top, a model's name, folder or hf:ID.
 
     `sample_size` is for a folder or hf:ID whose config leaves it open. `device` and `gpu_type` go before what the
-    recipe says in `resources`. With `resume`, a job of the same model, recipe and release name that has not ended is
-    what is asked for.
+    recipe says in `resources`, and `prompts` before its own. With `resume`, a job of the same model, recipe and
+    release name that has not ended is what is asked for.
     """
 
     recipe: str
@@ -43,10 +45,12 @@ class Request:
     device: str | None = None
     gpu_type: str | None = None
     resume: bool = False
+    prompts: Path | None = None
 
     def assignments(self) -> tuple[str, ...]:
         """Return what goes on top of the recipe, in order; what was said of devices is last."""
-        own = {"resources.device": self.device, "resources.gpu_type": self.gpu_type}
+        prompts = None if self.prompts is None else str(self.prompts)
+        own = {"resources.device": self.device, "resources.gpu_type": self.gpu_type, "prompts": prompts}
         return self.overrides + tuple(f"{name}={json.dumps(value)}" for name, value in own.items() if value is not None)
 
 
@@ -92,7 +96,7 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
         check_name(request.release_name)
 
     def check(model: ModelRow) -> None:
-        plan(model, loaded.recipe)
+        plan(model, with_prompts(loaded, model).recipe)
         notify_scheduler(model, loaded.recipe, notify)
 
     model = resolve_model(service, request.model, notify=notify, sample_size=request.sample_size, check=check)
@@ -104,6 +108,7 @@ def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Re
 
     A recorded result of the job's end is believed only if its bytes are there.
     """
+    loaded = with_prompts(loaded, model)
     nodes, target = plan(model, loaded.recipe)
     for digest, path in loaded.files.items():
         if service.store.put_file(path) != digest:

@@ -77,7 +77,26 @@ def model_view(model: ModelRow) -> dict[str, Any]:
         "bytes": model.bytes,
         "parameters": model.parameters,
         "created_at": utc_text(model.created_at),
+        "pipeline": (model.inspection.get("pipeline") or {}).get("class_name"),
+        "components": components_view(model),
     }
+
+
+def components_view(model: ModelRow) -> list[dict[str, Any]]:
+    """Return the components of a whole pipeline, and whether each would be quantized; none for a bare denoiser."""
+    pipeline = model.inspection.get("pipeline")
+    if pipeline is None:
+        return []
+    return [
+        {
+            "name": part["name"],
+            "class_name": part["class_name"],
+            "parameters": part["parameters"],
+            "bytes": part["bytes"],
+            "quantized": part["name"] == pipeline["denoiser"],
+        }
+        for part in pipeline["components"]
+    ]
 
 
 def event_view(event: EventRow, kind: str | None, label: str | None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from orchestrator.actions.registration import add_model_from
@@ -10,6 +12,7 @@ from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.cli.sample_size import sample_size_option
 from orchestrator.db.registry import find_model, list_models
 from orchestrator.planning.conditioning import missing_conditioning
+from orchestrator.planning.pipeline import pipeline_of
 from orchestrator.text import table
 from quant_spec.numbers import human_bytes, human_count
 from workers.storage.model_folder import SampleSize
@@ -34,8 +37,12 @@ def models_add(app: App, source: str, name: str | None, sample_size: SampleSize 
     with app.service() as service:
         row = add_model_from(service, source, name, notify=app.notify, sample_size=sample_size)
         view = model_view(row)
-    app.answer(view, lambda: f"model {view['name']} ({view['class_name']}), digest {view['digest'][:12]}")
-    if missing := missing_conditioning(row):
+    app.answer(view, lambda: _added(view))
+    problem = (pipeline_of(row) or {}).get("problem")
+    if problem is not None:
+        app.notify(f"note: its pipeline cannot be quantized: {problem}")
+        return
+    if pipeline_of(row) is None and (missing := missing_conditioning(row)):
         app.notify(f"note: it has no {', '.join(missing)} yet; jobs want conditioning.safetensors beside the model")
         return
     app.notify(
@@ -82,10 +89,37 @@ def models_show(app: App, name: str) -> None:
         ("size", f"{human_bytes(row.bytes)}, {human_count(row.parameters)} parameters"),
         ("cost", f"{row.inspection['forward_gmacs']:.3f} GMAC for one sample and step"),
     )
+    parts = _components(view)
     units = [(unit["name"], len(unit["layers"]), round(unit["gmacs"], 4)) for unit in row.inspection["units"]]
     app.answer(
         view,
         lambda: (
-            "\n".join(f"{key:<7} {value}" for key, value in facts) + "\n\n" + table(("UNIT", "LAYERS", "GMAC"), units)
+            "\n".join(f"{key:<7} {value}" for key, value in facts)
+            + "\n\n"
+            + (parts + "\n\n" if parts else "")
+            + table(("UNIT", "LAYERS", "GMAC"), units)
         ),
     )
+
+
+def _added(view: dict[str, Any]) -> str:
+    """Say what was registered, and what of a pipeline would be quantized."""
+    name = view["class_name"] if view["pipeline"] is None else f"{view['pipeline']}, {view['class_name']}"
+    first = f"model {view['name']} ({name}), digest {view['digest'][:12]}"
+    parts = _components(view)
+    return f"{first}\n\n{parts}" if parts else first
+
+
+def _components(view: dict[str, Any]) -> str:
+    """Return a table of a pipeline's components; empty for a bare denoiser."""
+    rows = [
+        (
+            part["name"],
+            part["class_name"],
+            human_count(part["parameters"]) if part["parameters"] else None,
+            human_bytes(part["bytes"]),
+            "quantized" if part["quantized"] else "as it is",
+        )
+        for part in view["components"]
+    ]
+    return table(("COMPONENT", "CLASS", "PARAMETERS", "SIZE", "IN A RELEASE"), rows) if rows else ""

@@ -47,6 +47,7 @@ def run(
     name: str | None,
     device: str | None,
     gpu_type: str | None,
+    prompts: Path | None,
     out: Path | None,
     key_file: Path | None,
 ) -> int:
@@ -61,7 +62,9 @@ def run(
     key = read_signing_key(key_file) if key_file is not None else None
     log_to_stderr(log_format(os.environ))
     with app.service() as service, stop_on_signals() as stop:
-        request = Request(recipe, model, overrides, name, 0, sample_size, device, gpu_type, resume=True)
+        request = Request(
+            recipe, model, overrides, name, 0, sample_size, device, gpu_type, resume=True, prompts=prompts
+        )
         submitted = submit(service, request, notify=app.notify)
         tell_next(app, submitted)
         job, written = _run(app, service, submitted.job, out, stop, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -34,6 +35,13 @@ def request_options(function: F) -> F:
         click.option("--model", required=True, metavar="M", help=_MODEL_HELP),
         click.option(
             "--set", "overrides", metavar="A.B=V", multiple=True, help="Change a value of the recipe; may be repeated."
+        ),
+        click.option(
+            "--prompts",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="What a whole pipeline is told, one line each: text, TSV or JSON lines of prompts or class labels. By "
+            "default 256 neutral prompts, or all classes.",
         ),
         sample_size_option,
         click.option("--name", metavar="RELEASE", help="Name to publish under; MODEL-RECIPE by default."),
@@ -67,12 +75,13 @@ def submit(
     name: str | None,
     device: str | None,
     gpu_type: str | None,
+    prompts: Path | None,
     priority: int,
     wait: bool,
     dry_run: bool,
 ) -> int:
     """Queue a job; `quantmill serve` executes it. RECIPE is a YAML file or a name of `recipes ls`."""
-    request = Request(recipe, model, overrides, name, priority, sample_size, device, gpu_type)
+    request = Request(recipe, model, overrides, name, priority, sample_size, device, gpu_type, prompts=prompts)
     with app.service() as service:
         if dry_run:
             found = dry_run_job(service, request, notify=app.notify)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -41,6 +42,12 @@ class Reference:
     source: str | None = None
 
 
+def recipe_files(recipe: Mapping[str, Any]) -> set[str]:
+    """Return the digests of the files that a resolved recipe names."""
+    stated = ((recipe.get("evaluation") or {}).get("extractor_weights"), recipe.get("prompts"))
+    return {digest for digest in stated if digest}
+
+
 def references(session: Session) -> Iterator[Reference]:
     """Stream everything that the database refers to; a blob comes as often as it is referred to.
 
@@ -53,9 +60,8 @@ def references(session: Session) -> Iterator[Reference]:
         yield Reference(release.digest, Owner.RELEASE, name, True, source=release.job_id)
     recipes = select(Job.id, Job.recipe).order_by(Job.created_at).execution_options(yield_per=_PER_READ)
     for job in session.execute(recipes):
-        weights = (job.recipe.get("evaluation") or {}).get("extractor_weights")
-        if weights:
-            yield Reference(weights, Owner.RECIPE, job.id, False)
+        for digest in recipe_files(job.recipe):
+            yield Reference(digest, Owner.RECIPE, job.id, False)
     results = select(Result.key, Result.kind, Result.outputs).execution_options(yield_per=_PER_READ)
     for row in session.execute(results):
         kind = KINDS.get(row.kind)

@@ -17,6 +17,7 @@ from orchestrator.db.job_ends import end_jobs, fail_jobs_that_need
 from orchestrator.db.lineage import is_outdated, makers, referring_inputs
 from orchestrator.db.models import Event, Job, JobTask, Json, Model, Result, Task, TaskInput, in_states
 from orchestrator.db.promote import complete
+from orchestrator.db.references import recipe_files
 from orchestrator.db.rows import Lease
 from orchestrator.db.session import record_event
 from orchestrator.db.statements import batches, held, move_task
@@ -234,10 +235,9 @@ def _what_to_do(session: Session, reader: Row[Any], lost: Sequence[str], error: 
         again = f"quantmill models add {model.source} --name {model.name}"
         return f"{name}: {error}; it is part of the model {model.name}, wanted it added again: {again}, {then}"
     wanting = select(Job.recipe).join(JobTask, JobTask.job_id == Job.id).where(JobTask.task_id == reader.id)
-    weights = {(recipe.get("evaluation") or {}).get("extractor_weights") for recipe in session.scalars(wanting)}
-    if weights & set(lost):
+    if set(lost) & {digest for recipe in session.scalars(wanting) for digest in recipe_files(recipe)}:
         again = "submit the recipe again where its file is"
-        return f"{name}: {error}; it is the recipe's evaluation.extractor_weights, {again}, {then}"
+        return f"{name}: {error}; it is a file that the recipe names (extractor_weights, prompts), {again}, {then}"
     return f"{name}: {error}; no task gives it"
 
 

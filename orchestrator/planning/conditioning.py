@@ -28,11 +28,11 @@ def check_conditioning(model: ModelRow, sampler: Sampler) -> None:
     if null is not None and not (labels is not None and null < labels):
         wanted = "null, as the model has no class labels" if labels is None else f"a label, 0 to {labels - 1}"
         raise RecipeError(f"sampler.null_class: got {null} for model {model.name}, wanted {wanted}")
-    is_guided, nulls = sampler.guidance_scale != 1.0, model.inspection["null_conditioning"]
-    if is_guided and null is None and not nulls:
+    scale, nulls = sampler.guidance_scale, model.inspection["null_conditioning"]
+    if scale is not None and sampler.is_guided and null is None and not nulls:
         named = "" if labels is None else "sampler.null_class, or "
         raise RecipeError(
-            f"sampler.guidance_scale: got {sampler.guidance_scale:g}, but nothing of model {model.name} stands for no "
+            f"sampler.guidance_scale: got {scale:g}, but nothing of model {model.name} stands for no "
             f"condition; wanted 1, or {named}rows null.* in {_FILE}"
         )
 

@@ -78,8 +78,10 @@ class Costs:
         Of the weights in float32.
     live_bytes
         What is alive at once in a forward, per sample.
-    sample_bytes
-        Of one sample in float32.
+    sample_bytes, image_bytes
+        Of one sample in float32; of what a pipeline makes of it.
+    around_bytes
+        Of the weights of a pipeline's other components in float32, as far as tasks that sample hold them.
     layers, weights, elements
         Conv and Linear layers, their weights, and the elements of their inputs per sample.
     """
@@ -87,22 +89,35 @@ class Costs:
     def __init__(self, model: ModelInfo, recipe: Recipe) -> None:
         self.model = model
         self.recipe = recipe
-        self.calls_per_sample = recipe.sampler.num_inference_steps * recipe.sampler.calls_per_step
+        whole = model.pipeline
+        per_step = recipe.sampler.calls_per_step if whole is None else whole.rows_per_step(recipe.sampler)
+        self.calls_per_sample = recipe.sampler.num_inference_steps * per_step
         recorded = recipe.calibration.steps or recipe.sampler.num_inference_steps
-        self.recorded_per_seed = recorded * recipe.sampler.calls_per_step
+        self.recorded_per_seed = recorded * per_step
         self.calibrated = recipe.calibration.seeds * self.recorded_per_seed
         self.model_bytes = 4 * model.parameters
         widest = max(unit.input_bytes + unit.output_bytes for unit in model.units)
         self.live_bytes = min(model.activation_bytes, 6 * widest)
         self.sample_bytes = 4 * math.prod(model.sample_shape)
+        self.image_bytes = self.sample_bytes if whole is None else whole.image_bytes
+        self.around_bytes = 0 if whole is None else whole.other_bytes - (whole.text_bytes if whole.encodes else 0)
         self.layers = len(model.layers)
         self.weights = sum(unit.weights for unit in model.units)
         self.elements = sum(unit.input_elements for unit in model.units)
 
-    def sampling(self, seeds: int, batch: int, *, recorded: int = 0) -> Cost:
+    def sampling(self, seeds: int, batch: int, *, recorded: int = 0, decoded: bool = False) -> Cost:
         """Sampling with the full-precision model, of which some seeds' steps are kept."""
         kept = recorded * self.calls_per_sample * self.sample_bytes * 2
-        return Cost(self.forward(seeds * self.calls_per_sample, batch), self.memory(batch, kept), kept)
+        work = self.forward(seeds * self.calls_per_sample, batch) + self.around(seeds, decoded=decoded)
+        return Cost(work, self.memory(batch, kept + self.around_bytes), kept)
+
+    def around(self, seeds: int, *, decoded: bool) -> float:
+        """What a whole pipeline does beside its denoiser: prompts encoded, latents decoded, GMAC."""
+        whole = self.model.pipeline
+        if whole is None:
+            return 0.0
+        encoding = 0.0 if whole.encodes else whole.encode_gmacs
+        return seeds * (encoding + (whole.decode_gmacs if decoded else 0.0))
 
     def forward(self, samples: int, batch: int) -> float:
         """Full-precision denoiser calls on so many rows, GMAC."""

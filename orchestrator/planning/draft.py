@@ -11,14 +11,26 @@ from orchestrator.planning.conditioning import check_conditioning
 from orchestrator.planning.costs import GIB, Cost, Costs
 from orchestrator.planning.formats import QuantizedUnit, choose_formats
 from orchestrator.planning.model import ModelInfo
+from orchestrator.planning.pipeline import check_pipeline, pipeline_of
 from orchestrator.planning.sampler import with_scheduler
+from orchestrator.prompts.choose import prompts_digest
 from quant_spec.allocation import without_choices
+from quant_spec.prompts import PromptPart
 from quant_spec.recipe import Recipe
 from quant_spec.sampler import Sampler
 from quant_spec.task import TaskInputs, TaskKind, TaskParams
 
 #: What a task reads: a digest, or another task's output.
 Source = str | TaskRef
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What of the prompts a task is told: which part, of which file, and what it encodes to."""
+
+    part: PromptPart | None = None
+    prompts: str | None = None
+    embeddings: Source | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +69,10 @@ class Draft:
         The model that diffusers loads.
     score
         Its figures.
+    prompts
+        The file that a whole pipeline is told from; None for a bare denoiser, and for all classes.
+    embeddings
+        What the prompts of the calibration's and of the evaluation's seeds encode to, where tasks of their own do that.
     """
 
     row: ModelRow
@@ -76,6 +92,8 @@ class Draft:
     states: Mapping[str, Source] = field(default_factory=dict)
     packed: Source | None = None
     score: Source | None = None
+    prompts: str | None = None
+    embeddings: Mapping[PromptPart, Source] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, row: ModelRow, recipe: Recipe) -> Draft:
@@ -88,12 +106,20 @@ class Draft:
         QuantizationError
             If its scheduler does not.
         """
-        check_conditioning(row, recipe.sampler)
+        check_pipeline(row, recipe)
+        if pipeline_of(row) is None:
+            check_conditioning(row, recipe.sampler)
         given, recipe = recipe, with_scheduler(recipe, row)
         model = ModelInfo.read(row.digest, row.inspection)
         units = tuple(choose_formats(model, recipe))
         base = units if recipe.passes.menu is None else tuple(choose_formats(model, without_choices(recipe)))
-        return cls(row, model, given, recipe, recipe.sampler, Costs(model, recipe), units, base)
+        prompts = prompts_digest(row, recipe.prompts)
+        costs = Costs(model, recipe)
+        return cls(row, model, given, recipe, recipe.sampler, costs, units, base, prompts=prompts)
+
+    def told(self, part: PromptPart) -> Told:
+        """Return what of the prompts tasks that sample are told; nothing for a bare denoiser."""
+        return Told() if self.model.pipeline is None else Told(part, self.prompts, self.embeddings.get(part))
 
     @property
     def cache_bytes(self) -> int:

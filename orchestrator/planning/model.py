@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from quant_spec.enums import SampleSpace
+from quant_spec.sampler import Sampler
 
 #: What an inspection must have; one of an earlier version may lack some of it.
 INSPECTED = frozenset(
@@ -74,6 +75,32 @@ class UnitInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PipelineInfo:
+    """A whole pipeline around a denoiser, per sample.
+
+    `rows` of the denoiser's input where the call is guided, GMAC of encoding a prompt and of decoding, float32 bytes of
+    the text encoders' weights and of all other components'; whether prompts are encoded by tasks of their own.
+    """
+
+    rows: int
+    image_shape: tuple[int, ...]
+    encode_gmacs: float
+    decode_gmacs: float
+    text_bytes: int
+    other_bytes: int
+    encodes: bool
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image in float32."""
+        return 4 * math.prod(self.image_shape)
+
+    def rows_per_step(self, sampler: Sampler) -> int:
+        """Return how many rows the denoiser's input has for one sample."""
+        return self.rows if sampler.is_guided else 1
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A denoiser, per sample and forward; units in the order in which they run."""
 
@@ -86,6 +113,7 @@ class ModelInfo:
     units: tuple[UnitInfo, ...]
     temporal: tuple[str, ...] | None  # layers of the temporal information block; None if not looked for
     samples: SampleSpace
+    pipeline: PipelineInfo | None = None
 
     @classmethod
     def read(cls, digest: str, inspection: Mapping[str, Any]) -> Self:
@@ -101,6 +129,7 @@ class ModelInfo:
             units=tuple(_unit(data, layers) for data in inspection["units"]),
             temporal=tuple(inspection["temporal"]) if "temporal" in inspection else None,
             samples=SampleSpace(inspection["samples"]),
+            pipeline=_pipeline(inspection.get("pipeline")),
         )
 
     @property
@@ -124,6 +153,21 @@ class ModelInfo:
     def last_layer(self) -> str:
         """Name of the layer that writes the prediction: the last one that runs."""
         return self.layers[-1].name
+
+
+def _pipeline(data: Mapping[str, Any] | None) -> PipelineInfo | None:
+    if data is None or data["problem"] is not None:
+        return None
+    others = [part for part in data["components"] if part["name"] != data["denoiser"]]
+    return PipelineInfo(
+        rows=data["rows"],
+        image_shape=tuple(data["image_shape"]),
+        encode_gmacs=data["encode_gmacs"],
+        decode_gmacs=data["decode_gmacs"],
+        text_bytes=4 * sum(part["parameters"] for part in others if part["name"].startswith("text_encoder")),
+        other_bytes=4 * sum(part["parameters"] for part in others),
+        encodes=data["encodes"],
+    )
 
 
 def _layer(name: str, data: Mapping[str, Any]) -> LayerInfo:

@@ -4,11 +4,11 @@
          │                    └── temporal ─────────────┴────────────────────┘
          └── reference (seeds) ───────────────────────────────────────────────────────┘
 
-If activation bits differ between trajectory steps, `step_effects` (seeds) and `step_bits` lie between calibrate and
-round. With the passes `scale`, `low_rank` and `allocate`, `scale` (units), `low_rank` (units), then `channel_errors`
-(units) and `allocate`, lie before round; with `menu`, `menu` (units) and `mix` (units) lie in its place; with `distill`,
-that task and the trajectories that it needs between reconstruct and pack; with `correct`, `noise` (seeds) and `correct`
-between pack and evaluate.
+The prompts of a whole pipeline are encoded first (`encode`). If activation bits differ between trajectory steps,
+`step_effects` (seeds) and `step_bits` lie between calibrate and round. With the passes `scale`, `low_rank` and
+`allocate`, `scale` (units), `low_rank` (units), then `channel_errors` (units) and `allocate`, lie before round; with
+`menu`, `menu` (units) and `mix` (units) lie in its place; with `distill`, that task and the trajectories that it needs
+between reconstruct and pack; with `correct`, `noise` (seeds) and `correct` between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine. What each kind of task
@@ -28,6 +28,7 @@ from orchestrator.planning.passes.allocate import allocate
 from orchestrator.planning.passes.calibrate import calibrate
 from orchestrator.planning.passes.correct import correct
 from orchestrator.planning.passes.distill import distill
+from orchestrator.planning.passes.encode import encode
 from orchestrator.planning.passes.evaluate import evaluate
 from orchestrator.planning.passes.low_rank import low_rank
 from orchestrator.planning.passes.menu import menu
@@ -42,7 +43,7 @@ from quant_spec.recipe import Recipe
 
 #: The passes in the order in which they are drawn, which is the order in which a free worker takes tasks.
 PASSES: tuple[Callable[[Draft], Drawing], ...] = (
-    *(calibrate, step_bits, temporal, scale, low_rank, allocate, menu, round_units, reconstruct, distill),
+    *(encode, calibrate, step_bits, temporal, scale, low_rank, allocate, menu, round_units, reconstruct, distill),
     *(pack, correct, evaluate, release),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.db.rows import ModelRow
+from orchestrator.planning.pipeline import default_guidance
 from quant_spec.recipe import Recipe
 from quant_spec.scheduler_choice import SchedulerChoice, choose_scheduler, default_scheduler
 from quant_spec.schedulers import TAKE_ETA
@@ -25,7 +26,8 @@ def choice_for(model: ModelRow, recipe: Recipe) -> SchedulerChoice:
 def with_scheduler(recipe: Recipe, model: ModelRow) -> Recipe:
     """Return the recipe with the sampler as tasks are told it.
 
-    Its scheduler is named, as null means another class for every model; fields that this scheduler does not read, and
+    Its scheduler is named, as null means another class for every model, and its guidance, as null means a pipeline's
+    own; fields that this scheduler does not read, and
     the null class where nothing is guided, have their defaults, so that recipes which differ only there share their
     tasks.
     """
@@ -33,5 +35,6 @@ def with_scheduler(recipe: Recipe, model: ModelRow) -> Recipe:
     idle: dict[str, Any] = {"eta": 0.0} if choice.name not in TAKE_ETA else {}
     idle |= {} if choice.config.get("use_dynamic_shifting") else {"mu": None}
     idle |= {} if sampler.is_guided else {"null_class": None}
-    told = sampler.replaced(scheduler=choice.name, **idle)
+    guidance = default_guidance(model) if sampler.guidance_scale is None else sampler.guidance_scale
+    told = sampler.replaced(scheduler=choice.name, guidance_scale=guidance, **idle)
     return recipe.model_copy(update={"sampler": told})  # a recipe that was checked stays one

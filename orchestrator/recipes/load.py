@@ -21,7 +21,8 @@ from workers.storage.plain_files import file_within
 
 #: What says nothing about the result.
 _UNDIGESTED = ("name", "description")
-_WEIGHTS_FIELD = "evaluation.extractor_weights"
+#: Fields that name a file, as paths through the recipe.
+_FILE_FIELDS = (("evaluation", "extractor_weights"), ("prompts",))
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -87,7 +88,7 @@ def load_recipe(
     values.setdefault("name", layers[-1].name)
     for override in overrides:
         values = assign(values, override)
-    files = _replace_files(values, here)
+    values, files = _replace_files(values, here)
     return LoadedRecipe(recipe_from_json(values), files)
 
 
@@ -119,33 +120,44 @@ def shipped_recipes() -> dict[str, Recipe]:
     return {name: load_recipe(name).recipe for name in shipped_names()}
 
 
-def _weights_file(values: Mapping[str, Any]) -> str | None:
-    """Return what a recipe says about the extractor's weights, if that is text."""
-    section = values.get("evaluation")
-    stated = section.get("extractor_weights") if isinstance(section, Mapping) else None
-    return stated if isinstance(stated, str) and stated else None
+def _stated(values: Mapping[str, Any], field: Sequence[str]) -> str | None:
+    """Return the file that a recipe names in a field, if that is text, and not yet a digest."""
+    value: Any = values
+    for name in field:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) and value and not _DIGEST.fullmatch(value) else None
+
+
+def _with(values: Mapping[str, Any], field: Sequence[str], value: str) -> dict[str, Any]:
+    """Return a recipe with a field that is there replaced."""
+    first, *rest = field
+    return {**values, first: _with(values[first], rest, value) if rest else value}
 
 
 def _anchored(layer: Layer, roots: Sequence[Path]) -> dict[str, Any]:
-    """Return what a layer says, with the file that it names made independent of where it lies, if that is in a root."""
-    stated = _weights_file(layer.values)
-    if stated is None or _DIGEST.fullmatch(stated):
-        return layer.values
-    path = file_within(layer.folder / Path(stated).expanduser(), roots, _WEIGHTS_FIELD, error=RecipeError)
-    return layer.values | {"evaluation": layer.values["evaluation"] | {"extractor_weights": str(path)}}
+    """Return what a layer says, its files made independent of where it lies, if those are in a root."""
+    values: dict[str, Any] = layer.values
+    for field in _FILE_FIELDS:
+        stated = _stated(values, field)
+        if stated is not None:
+            path = layer.folder / Path(stated).expanduser()
+            values = _with(values, field, str(file_within(path, roots, ".".join(field), error=RecipeError)))
+    return values
 
 
-def _replace_files(values: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Put digests for the files that a recipe names, in place; return the files by digest."""
-    stated = _weights_file(values)
-    if stated is None or _DIGEST.fullmatch(stated):
-        return {}
-    path = folder / Path(stated).expanduser()
-    path = file_within(path, (path.resolve().parent,), _WEIGHTS_FIELD, error=RecipeError)
-    try:
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise RecipeError(f"{_WEIGHTS_FIELD}: got {stated} ({error.strerror}), wanted a readable file") from error
-    values["evaluation"] = values["evaluation"] | {"extractor_weights": digest}
-    return {digest: path}
+def _replace_files(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Return a recipe with digests for the files that it names, and these by digest."""
+    replaced, files = dict(values), {}
+    for field in _FILE_FIELDS:
+        stated, name = _stated(replaced, field), ".".join(field)
+        if stated is None:
+            continue
+        path = folder / Path(stated).expanduser()
+        path = file_within(path, (path.resolve().parent,), name, error=RecipeError)
+        try:
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise RecipeError(f"{name}: got {stated} ({error.strerror}), wanted a readable file") from error
+        replaced, files[digest] = _with(replaced, field, digest), path
+    return replaced, files

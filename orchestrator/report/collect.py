@@ -130,7 +130,8 @@ def read_strips(
         return ()
     images = _tensors(store, score.outputs["samples"])
     reference, quantized = images["reference"], images["quantized"]
-    first = (score.metrics or {})["metrics"]["seeds"]["first"]
+    metrics = (score.metrics or {})["metrics"]
+    first, prompts = metrics["seeds"]["first"], tuple(metrics.get("shown_prompts", ()))
     wide = reference.shape[3] if most is None else min(reference.shape[3], most)
     columns = max(1, min(_STRIP_IMAGES, _STRIP_PIXELS // wide))
     starts = range(0, len(reference), columns)
@@ -139,6 +140,7 @@ def read_strips(
             reference[start : start + columns],
             quantized[start : start + columns],
             tuple(range(first + start, first + min(start + columns, len(reference)))),
+            prompts[start : start + columns],
             most=most,
         )
         for start in starts[: len(starts) if rows is None else rows]

@@ -28,10 +28,16 @@ class Strips:
     quantized: str
     difference: str
     gain: int
+    prompts: tuple[str, ...] = ()
 
 
 def make_strips(
-    reference: NDArray[np.float32], quantized: NDArray[np.float32], seeds: tuple[int, ...], *, most: int | None = None
+    reference: NDArray[np.float32],
+    quantized: NDArray[np.float32],
+    seeds: tuple[int, ...],
+    prompts: tuple[str, ...] = (),
+    *,
+    most: int | None = None,
 ) -> Strips:
     """Draw one strip of images for each side and one of their difference times `GAIN`, in which grey means none.
 
@@ -41,6 +47,8 @@ def make_strips(
         Samples of the same seeds. One or three channels are shown as they are, of any other number the first.
     seeds
         The n seeds.
+    prompts
+        What each sample's pipeline was told; none for a bare denoiser.
     most
         Pixels of an image's longer side; larger ones are made smaller, and are no longer exact.
     """
@@ -55,6 +63,7 @@ def make_strips(
         quantized=_strip((quantized + 1) / 2, most),
         difference=_strip(delta + 0.5, most),
         gain=GAIN,
+        prompts=prompts,
     )
 
 

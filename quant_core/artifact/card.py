@@ -28,13 +28,19 @@ _TEMPLATE = """\
 
 # {{ title }}
 
-A {{ class_name }} with packed low-bit weights ({{ label }}), made from `{{ base_model }}` by Quantmill with the recipe
+A {{ made }} with packed low-bit weights ({{ label }}), made from `{{ base_model }}` by Quantmill with the recipe
 `{{ recipe }}`.
 
 ## Use
 
 ```python
 import quant_core  # registers the method with diffusers
+{% if pipeline -%}
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("FOLDER")
+{{ call }}
+{% else -%}
 from diffusers import {{ class_name }}
 
 model = {{ class_name }}.from_pretrained("FOLDER")
@@ -43,6 +49,7 @@ model = quant_core.load_quantized("FOLDER")
 {% if corrected -%}
 # corrects the model's predictions before the sampler uses them
 scheduler = quant_core.QuantmillCorrectedScheduler.from_pretrained("FOLDER", subfolder="scheduler")
+{% endif -%}
 {% endif -%}
 ```
 
@@ -58,6 +65,19 @@ trajectory.
 {% endfor %}
 PSNR compares samples of the same seeds; the Fréchet distance is between the two sets of samples.
 
+{% if prompts -%}
+### Prompts
+
+The first samples were told, in order: {{ prompts | join("; ") }}.
+
+Farthest from full precision:
+
+| prompt | seed | PSNR, dB |
+|---|---|---|
+{% for each in worst -%}
+| {{ each.prompt }} | {{ each.seed }} | {{ "%.2f" | format(each.psnr_db) }} |
+{% endfor %}
+{% endif -%}
 ## Protocol
 
 {% for name, value in protocol -%}
@@ -76,7 +96,7 @@ class CardContent:
 
     `base_model` is the Hub's `owner/name`, or the registered name of a model that is not from there; `config` is the
     denoiser's config.json; `license` is the base model's, None if not known; `corrected` says whether the scheduler is
-    a `QuantmillCorrectedScheduler`.
+    a `QuantmillCorrectedScheduler`; `pipeline` is the `model_index.json` of a whole pipeline.
     """
 
     base_model: str
@@ -85,6 +105,7 @@ class CardContent:
     metrics: Mapping[str, Any]
     license: str | None = None
     corrected: bool = False
+    pipeline: Mapping[str, Any] | None = None
 
 
 def render_card(content: CardContent) -> str:
@@ -115,14 +136,41 @@ def render_card(content: CardContent) -> str:
         template_str=_TEMPLATE,
         title=title,
         class_name=content.config["_class_name"],
+        made=_made(content),
+        pipeline=content.pipeline is not None,
+        call=_call(metrics),
         base_model=content.base_model,
         recipe=content.recipe,
         label=label,
         corrected=content.corrected,
+        prompts=[_cell(prompt) for prompt in metrics.get("shown_prompts", ())],
+        worst=[each | {"prompt": _cell(each["prompt"])} for each in metrics.get("worst_prompts", ())],
         table=list(lines(Place.CARD, metrics).values()),
         protocol=[(name.replace("_", " "), _plain(value)) for name, value in settings.items()],
     )
     return str(card).rstrip("\n") + "\n"
+
+
+def _made(content: CardContent) -> str:
+    """Return what a release is: its class, or its pipeline's and which component of that is quantized."""
+    name = str(content.config["_class_name"])
+    return name if content.pipeline is None else f"{content.pipeline['_class_name']} whose {name} is quantized,"
+
+
+def _call(metrics: Mapping[str, Any]) -> str:
+    """Return a call of a pipeline with the settings that it was calibrated with."""
+    sampler = metrics["sampler"]
+    told = (metrics.get("worst_prompts") or [{"prompt": "…"}])[-1]["prompt"]
+    is_label = told.startswith("class ") and told.removeprefix("class ").isdecimal()
+    first = f"class_labels=[{told.removeprefix('class ')}]" if is_label else json.dumps(told, ensure_ascii=False)
+    settings = {"num_inference_steps": sampler["num_inference_steps"], "guidance_scale": sampler["guidance_scale"]}
+    settings |= sampler.get("arguments", {})
+    return f"images = pipeline({first}, {', '.join(f'{name}={value!r}' for name, value in settings.items())}).images"
+
+
+def _cell(text: str) -> str:
+    """Return a prompt as it may stand in a table of Markdown, in one line."""
+    return " ".join(text.split()).translate({ord(letter): f"\\{letter}" for letter in "|`<>[]*_"})
 
 
 def add_speed(card: str, bench: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from kernels.fp8 import FP8
 from quant_core.artifact.compact import pack_zero_points, packed_shape, unpack_zero_points, zero_point_bits
 from quant_core.artifact.dequantize import dequantize
 from quant_core.artifact.folder import parse_quantization_config
+from quant_core.artifact.guards import guard
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.attention import AttentionQuantizer
@@ -92,6 +93,7 @@ class QuantmillQuantizer(DiffusersQuantizer):
             # Not part of the file; on the meta device it was built without values.
             if isinstance(module, QuantLayer) and module.group_index.is_meta:
                 module.group_index = weight_groups(module.shape, module.spec).to(module.qweight.device)
+        guard(model)
         return model
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:

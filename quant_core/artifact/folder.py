@@ -6,6 +6,8 @@
     recipe.json                            the resolved recipe, once published
     manifest.json                          sha256 and bytes of every other file, once published
 
+The release of a whole pipeline has the first two in its denoiser's folder, and its other components beside it.
+
 Tensor names end in `.qweight` (uint8 codes, packed as `kernels.packing` draws; where output channels have bits of their
 own, also `.channel_bits`), `.scale` (float32, bfloat16 per group), `.zero_point` (uint8, or packed as codes are where
 that is smaller: `quant_core.artifact.compact`; none of E4M3 numbers, whose `.qweight` is float8_e4m3fn),
@@ -33,6 +35,7 @@ from quant_core.nn.layers import QuantLayer
 from quant_spec.documents import read_json_file
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ModelFormat
+from quant_spec.pipeline import MODEL_INDEX, denoiser_entry
 from quant_spec.quantization_config import parse_quantization_config as parse_config
 
 CONFIG_FILE = "config.json"
@@ -109,6 +112,14 @@ def scheduler_json(scheduler: Any) -> bytes:
     return _json_bytes(json.loads(scheduler.to_json_string()))
 
 
+def packed_home(folder: Path) -> Path:
+    """Return where the packed denoiser of a release lies: in its folder, or in that of a whole pipeline's denoiser."""
+    if (folder / CONFIG_FILE).is_file() or not (folder / MODEL_INDEX).is_file():
+        return folder
+    name = denoiser_entry(_read_json(folder / MODEL_INDEX))
+    return folder if name is None else folder / name
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of an artifact folder, its `quantization_config` checked.
 
@@ -140,7 +151,7 @@ def verify_folder(folder: Path) -> None:
     """
     if (folder / MANIFEST_FILE).exists():
         _verify_manifest(folder)
-    check_weights(folder)
+    check_weights(packed_home(folder))
 
 
 def check_weights(folder: Path) -> None:
@@ -163,7 +174,9 @@ def _verify_manifest(folder: Path) -> None:
     files = manifest.get("files")
     if manifest.get("format") != 1 or not isinstance(files, dict):
         raise ArtifactError(f"{path}: got format {manifest.get('format')!r}, wanted 1 with a table of files")
-    for name in (CONFIG_FILE, *sorted(path.name for path in folder.glob("*.safetensors*"))):
+    home = packed_home(folder)
+    for path in (home / CONFIG_FILE, *sorted(home.glob("*.safetensors*"))):
+        name = path.relative_to(folder).as_posix()
         if name not in files:
             raise ArtifactError(f"{folder / name}: got a file that manifest.json does not list")
     for name, entry in files.items():

@@ -7,7 +7,10 @@ A shard covers a range of seeds and is one safetensors file:
     timesteps           (S,)                      as the denoiser got them, noisiest first
     step_index          (S,) int64                position of each recorded step in the sampler's trajectory
     conditioning.<key>  (n, ...)                  rows of the conditioning, the same at every step
-    sample              (seeds, *sample) float32  what the sampler ended with (only where it was asked for)
+    stepwise.<key>      (S, n, ...)               rows of the conditioning that are others at every step
+    sample              (seeds, *sample) float32  what the sampler ended with (only where it was asked for): pixels in
+                                                  [-1, 1] if a pipeline made them, which then has
+    latent              (seeds, ...) float32      what its decoder was given
 
 Shards over consecutive seeds concatenate to the set of all of them. Tensors are read lazily through the file's memory
 map.
@@ -27,21 +30,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from quant_core.diffusion.conditioning import UNBATCHED, Conditioning, concatenate, take, to_device
-from quant_core.diffusion.denoiser import Denoiser, call_denoiser, sample_shape
-from quant_core.diffusion.sampler import (
-    Step,
-    make_scheduler,
-    model_timestep,
-    sample,
-    start,
-    token_count,
-    trajectory_conditioning,
-)
+from quant_core.diffusion.denoiser import Denoiser, call_denoiser
+from quant_core.diffusion.sampler import OnStep, Step
 from quant_core.diffusion.tensorfile import TensorInfo, create_tensor_file
+from quant_core.diffusion.trajectories import LoopTrajectories, Trajectories
 from quant_spec.errors import QuantizationError
 from quant_spec.sampler import Sampler
 
 CONDITIONING = "conditioning."
+STEPWISE = "stepwise."
 _FLOAT = np.dtype(np.float32)
 _LONG = np.dtype(np.int64)
 
@@ -106,51 +103,81 @@ def record_trajectories(
     if not seeds:
         raise QuantizationError("seeds: got none, wanted at least one")
     model = denoiser.model if device is None else denoiser.model.to(device)
-    sampler = spec.sampler
-    scheduler = make_scheduler(sampler, denoiser.scheduler_config)
-    conditioning = trajectory_conditioning(model, sampler, seeds, denoiser.conditioning)
-    shape = sample_shape(model, token_count(conditioning))
-    timesteps = start(make_scheduler(sampler, denoiser.scheduler_config), sampler, shape)
-    chosen = select_steps(len(timesteps), spec.steps)
+    loop = LoopTrajectories(model, denoiser.scheduler_config, spec.sampler, denoiser.conditioning)
+    record(loop, seeds, spec, path)
+
+
+def record(trajectories: Trajectories, seeds: Sequence[int], spec: RecordSpec, path: Path) -> None:
+    """Write what the denoiser saw on the trajectories of `seeds` to a shard at `path`; see `record_trajectories`."""
+    script = trajectories.script(seeds, wants_samples=spec.samples)
+    chosen = select_steps(len(script.timesteps), spec.steps)
     recorded = len(seeds) if spec.recorded_seeds is None else min(spec.recorded_seeds, len(seeds))
-    rows = recorded * sampler.calls_per_step
-    recorded_timesteps = model_timestep(timesteps, sampler)[list(chosen)]
+    rows = recorded * script.rows
+    recorded_timesteps = script.timesteps[list(chosen)]
     parts: dict[str, TensorInfo] = {
         "timesteps": TensorInfo.of(recorded_timesteps),
         "step_index": TensorInfo((len(chosen),), _LONG),
-        **{CONDITIONING + key: TensorInfo.of(value) for key, value in conditioning.items()},
     }
+    for key, value in script.conditioning.items():
+        info = TensorInfo.of(value if key in UNBATCHED else _row(value, script.rows))
+        if key in script.stepwise:
+            if rows:
+                parts[STEPWISE + key] = TensorInfo((len(chosen), rows, *info.shape), info.dtype)
+        elif key in UNBATCHED:
+            parts[CONDITIONING + key] = info
+        else:
+            parts[CONDITIONING + key] = TensorInfo((len(seeds) * script.rows, *info.shape), info.dtype)
     if rows:
-        parts["x"] = TensorInfo((len(chosen), rows, *shape), _FLOAT)
+        parts["x"] = TensorInfo((len(chosen), rows, *script.x), _FLOAT)
     if rows and spec.predictions:
-        parts["prediction"] = parts["x"]
+        parts["prediction"] = TensorInfo((len(chosen), rows, *script.prediction), _FLOAT)
     if spec.samples:
-        parts["sample"] = TensorInfo((len(seeds), *shape), _FLOAT)
-    maps = create_tensor_file(path, parts, {"sampler": json.dumps(sampler.to_json(), sort_keys=True)})
+        parts["sample"] = TensorInfo((len(seeds), *script.sample), _FLOAT)
+    if spec.samples and script.latent is not None:
+        parts["latent"] = TensorInfo((len(seeds), *script.latent), _FLOAT)
+    maps = create_tensor_file(path, parts, {"sampler": json.dumps(spec.sampler.to_json(), sort_keys=True)})
     maps["timesteps"][:] = recorded_timesteps.numpy()
     maps["step_index"][:] = chosen
-    for key, value in conditioning.items():
-        maps[CONDITIONING + key][:] = value.numpy()
-    on_step = _writer(maps, chosen, rows) if rows else None
-    samples = sample(model, scheduler, sampler, seeds, conditioning, batch_size=spec.batch_size, on_step=on_step)
-    if spec.samples:
-        maps["sample"][:] = samples.numpy()
+    on_step = _writer(maps, script.timesteps, chosen, rows)
+    made = trajectories.run(seeds, batch_size=spec.batch_size, on_step=on_step, wants_samples=spec.samples)
+    if spec.samples and made is not None:
+        maps["sample"][:] = made.samples.numpy()
+        if made.latents is not None:
+            maps["latent"][:] = made.latents.numpy()
     for part in maps.values():
         part.flush()
 
 
-def _writer(maps: Mapping[str, Any], chosen: Sequence[int], rows: int) -> Any:
+def _row(value: Tensor, rows: int) -> Tensor:
+    """Return the first row of a keyword's tensor; a number stands for one in every row."""
+    return value if value.dim() == 0 else value[0]
+
+
+def _writer(maps: Mapping[str, Any], timesteps: Tensor, chosen: Sequence[int], rows: int) -> OnStep:
     """Return the callback that writes the steps of `chosen` into the shard's memory maps."""
     places = {index: place for place, index in enumerate(chosen)}
 
     def write(step: Step) -> None:
+        if float(step.timestep) != float(timesteps[step.index]):
+            raise QuantizationError(
+                f"trajectory: got timestep {float(step.timestep):g} at step {step.index}, wanted "
+                f"{float(timesteps[step.index]):g}, as for the first seed"
+            )
+        if step.index == 0:
+            for key, value in step.conditioning.items():
+                if CONDITIONING + key in maps:
+                    where = slice(None) if key in UNBATCHED else slice(step.row, step.row + len(step.x))
+                    maps[CONDITIONING + key][where] = value.cpu().numpy()
         count = min(len(step.x), rows - step.row)
         if step.index not in places or count <= 0:
             return
-        where = (places[step.index], slice(step.row, step.row + count))
-        maps["x"][where] = step.x[:count].float().cpu().numpy()
+        place = (places[step.index], slice(step.row, step.row + count))
+        maps["x"][place] = step.x[:count].float().cpu().numpy()
+        for key, value in step.conditioning.items():
+            if STEPWISE + key in maps:
+                maps[STEPWISE + key][place] = value[:count].cpu().numpy()
         if "prediction" in maps:
-            maps["prediction"][where] = step.prediction[:count].float().cpu().numpy()
+            maps["prediction"][place] = step.prediction[:count].float().cpu().numpy()
 
     return write
 
@@ -207,6 +234,10 @@ class CalibrationSet:
         self._x = [handle.get_slice("x") for handle in self._handles]
         self._counts = [part.get_shape()[1] for part in self._x]
         self.sample_shape: tuple[int, ...] = tuple(self._x[0].get_shape()[2:])
+        stepwise = [key for key in sorted(first.keys()) if key.startswith(STEPWISE)]
+        self._stepwise = {
+            key.removeprefix(STEPWISE): [handle.get_slice(key) for handle in self._handles] for key in stepwise
+        }
         pairs = zip(self._handles, self._counts, strict=True)
         self.conditioning = concatenate([read_conditioning(_small(handle), count) for handle, count in pairs])
 
@@ -265,7 +296,11 @@ class CalibrationSet:
                 yield self.rows(step, first, min(first + batch_size, self.samples))
 
     def _batch(self, x: Tensor, step: Tensor, row: Tensor) -> Batch:
-        return Batch(x, self.timesteps[step], step, take(self.conditioning, row))
+        told = take(self.conditioning, row)
+        places = list(zip(step.tolist(), row.tolist(), strict=True)) if self._stepwise else []
+        for key, shards in self._stepwise.items():
+            told[key] = torch.cat([self._read(s, r, r + 1, shards) for s, r in places])
+        return Batch(x, self.timesteps[step], step, told)
 
 
 def read_conditioning(shard: Mapping[str, Tensor], rows: int | None = None) -> dict[str, Tensor]:

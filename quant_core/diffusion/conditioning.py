@@ -227,6 +227,12 @@ def label_count(model: nn.Module) -> int | None:
     return field.classes + (0 if _extra_class(model, field.classes) is None else 1)
 
 
+def class_count(model: nn.Module) -> int:
+    """Return how many classes a denoiser's label can name, "no class" not included; 0 if it takes no label."""
+    field = conditioning_fields(model).get("class_labels")
+    return 0 if field is None or field.classes is None else field.classes
+
+
 def _extra_class(model: nn.Module, classes: int) -> int | None:
     """Return the index of the label embedding's row beyond the classes, if there is one."""
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == classes + 1]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quant_core.errors import DenoiserError
 from quant_spec.documents import read_json_file
-from quant_spec.pipeline import MODEL_INDEX
+from quant_spec.pipeline import MODEL_INDEX, is_whole
 
 DENOISER_FOLDERS = ("denoiser", "unet", "transformer")
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
@@ -34,6 +34,12 @@ class Denoiser:
     scheduler_config: Mapping[str, Any] | None
     conditioning: Path | None  # safetensors with prompts' conditioning
     pipeline: Mapping[str, Any] | None = None  # the pipeline's model_index.json, or what of it is known
+    folder: Path | None = None  # where all of it lies
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a whole pipeline lies around it."""
+        return is_whole(self.pipeline)
 
 
 def load_denoiser(folder: str | Path) -> Denoiser:
@@ -68,6 +74,28 @@ def load_denoiser(folder: str | Path) -> Denoiser:
         scheduler_config=None if scheduler is None else read_json_file(scheduler),
         conditioning=_first_file(beside, Path(CONDITIONING_FILE)),
         pipeline=read_json_file(index) if home != root and index.is_file() else None,
+        folder=root,
+    )
+
+
+def empty_denoiser(folder: Path) -> Denoiser:
+    """Return a model folder's denoiser without its weights, on torch's meta device: for what never calls it."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    home = find_denoiser_folder(folder)
+    config = read_json_file(home / "config.json")
+    cls = getattr(diffusers, config["_class_name"])
+    with init_empty_weights():
+        model = cls.from_config(config)
+    scheduler = folder / SCHEDULER_CONFIG
+    return Denoiser(
+        model=model.eval(),
+        config=config,
+        scheduler_config=read_json_file(scheduler) if scheduler.is_file() else None,
+        conditioning=None,
+        pipeline=read_json_file(folder / MODEL_INDEX),
+        folder=folder,
     )
 
 
@@ -176,7 +204,7 @@ def call_denoiser(model: nn.Module, x: Tensor, t: Tensor | float, conditioning: 
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested dictionaries."""
+    """Turn dotted keys into nested dictionaries, and those whose keys are all #0, #1, ... into tuples."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         *parents, leaf = key.split(".")
@@ -184,7 +212,15 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             place = place.setdefault(parent, {})
         place[leaf] = value
-    return nested
+    return {key: _sequences(value) for key, value in nested.items()}
+
+
+def _sequences(value: Any) -> Any:
+    """Turn dictionaries with the keys #0, #1, ... into tuples."""
+    if not isinstance(value, dict):
+        return value
+    items = {key: _sequences(item) for key, item in value.items()}
+    return tuple(items[f"#{place}"] for place in range(len(items))) if "#0" in items else items
 
 
 def config_value(model: nn.Module, *names: str) -> Any:

@@ -215,10 +215,11 @@ def _sample_batch(
 
 def guide(prediction: Tensor, sampler: Sampler) -> Tensor:
     """Combine the rows of a prediction by classifier-free guidance: uncond + scale * (cond - uncond)."""
-    if not sampler.is_guided:
+    scale = sampler.guidance_scale
+    if scale is None or not sampler.is_guided:
         return prediction
     conditional, unconditional = prediction[0::2], prediction[1::2]
-    return unconditional + sampler.guidance_scale * (conditional - unconditional)
+    return unconditional + scale * (conditional - unconditional)
 
 
 def token_count(conditioning: Conditioning) -> int | None:

@@ -8,38 +8,50 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from quant_core.diffusion.conditioning import UNBATCHED, conditioning_fields
+from quant_core.diffusion.conditioning import UNBATCHED, Conditioning, conditioning_fields
 from quant_core.diffusion.denoiser import Denoiser, has_tokens
 from quant_core.inspect.first_call import check_prediction_shape, describe_needs, explained, first_call
+from quant_core.inspect.pipeline import describe_pipeline
 from quant_core.inspect.temporal import trace_temporal
 from quant_core.inspect.trace import Trace, trace_denoiser
 from quant_core.inspect.units import Unit, find_units
 from quant_core.nn.layers import QUANTIZABLE
+from quant_spec.enums import SampleSpace
 from quant_spec.pipeline import sample_space
 
 GIGA = 1e9
 _FLOAT_BYTES = 4
 
 
-def trace_model(denoiser: Denoiser) -> Trace:
+def trace_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None = None) -> Trace:
     """Trace one forward at batch 1, with the folder's first drawn conditioning or zeros where there is none.
+
+    Parameters
+    ----------
+    call : tuple of Tensor and mapping, optional
+        The sample, shape (1, ...), and one row of conditioning, instead.
 
     Raises
     ------
     DenoiserError, ConditioningError
         If the model cannot be called so, or predicts something else than it takes; see `quant_core.inspect.first_call`.
     """
-    x, conditioning = first_call(denoiser)
+    x, conditioning = call or first_call(denoiser)
     with explained(denoiser, x, conditioning):
         trace = trace_denoiser(denoiser.model, x, torch.tensor(0), conditioning)
     check_prediction_shape(denoiser.model, x, trace.output_shape)
     return trace
 
 
-def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
+def inspect_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None = None) -> dict[str, Any]:
     """Describe a denoiser for planning.
+
+    Parameters
+    ----------
+    call : tuple of Tensor and mapping, optional
+        As for `trace_model`: a pipeline is not called then, and nothing is said of it.
 
     Returns
     -------
@@ -52,6 +64,7 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         scheduler config, null if it has none; numbers that are not finite as text. `samples`: "pixels" or "latents".
         `has_tokens`: whether samples are packed tokens. `conditioning`: what a forward is told, with the number of
         classes or the shape of a row; with it the entries of `quant_core.inspect.first_call.describe_needs`.
+        `pipeline`: what `quant_core.inspect.pipeline.describe_pipeline` says of a whole pipeline, null for a denoiser.
 
     Raises
     ------
@@ -59,7 +72,10 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         As `trace_model`.
     """
     model = denoiser.model
-    trace = trace_model(denoiser)
+    pipeline = None
+    if denoiser.is_whole and call is None:
+        pipeline, call = describe_pipeline(denoiser)
+    trace = trace_model(denoiser, call)
     found = find_units(model, trace)
     done = _finished(trace)
     units = [_describe_unit(model, unit, trace, done) for unit in found.units]
@@ -78,9 +94,10 @@ def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
         "layers": layers,
         "attentions": {name: {"macs": macs} for name, macs in trace.attentions.items()},
         "unused": list(found.unused),
-        "temporal": _describe_temporal(denoiser),
+        "temporal": _describe_temporal(denoiser, call),
+        "pipeline": pipeline,
         "scheduler": _finite(denoiser.scheduler_config),
-        "samples": str(sample_space(trace.output_shape[1:], denoiser.pipeline)),
+        "samples": _samples(trace.output_shape[1:], denoiser, pipeline),
     }
 
 
@@ -140,8 +157,15 @@ def _describe_layer(model: nn.Module, name: str, trace: Trace) -> dict[str, Any]
     }
 
 
-def _describe_temporal(denoiser: Denoiser) -> dict[str, Any]:
-    x, conditioning = first_call(denoiser)
+def _samples(shape: tuple[int, ...], denoiser: Denoiser, pipeline: Mapping[str, Any] | None) -> str:
+    """Return what the samples are that are compared: what a pipeline makes of a denoiser's, if it can be called."""
+    if pipeline is not None and pipeline["problem"] is None:
+        return str(SampleSpace.PIXELS)
+    return str(sample_space(shape, denoiser.pipeline))
+
+
+def _describe_temporal(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None) -> dict[str, Any]:
+    x, conditioning = call or first_call(denoiser)
     with explained(denoiser, x, conditioning):
         found = trace_temporal(denoiser.model, x, torch.zeros(1), conditioning)
     return {name: layer.to_json() for name, layer in found.layers.items()}

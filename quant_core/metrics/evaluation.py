@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, read_conditioning, record_trajectories
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.diffusion.denoiser import Denoiser
-from quant_core.diffusion.sampler import make_scheduler, model_timestep, sample, start
+from quant_core.diffusion.sampler import Step, make_scheduler, model_timestep, sample, start
+from quant_core.diffusion.trajectories import Trajectories
 from quant_core.methods.ptqd.noise import corrected_power
 from quant_core.metrics.frechet import (
     KERNEL_SAMPLES,
@@ -26,7 +27,8 @@ from quant_core.metrics.frechet import (
 )
 from quant_core.metrics.images import signal_maps, to_rgb
 from quant_core.metrics.psnr import mean_with_ci, psnr_of_mean_error, psnr_per_sample
-from quant_core.metrics.sqnr import error_power, sqnr_db
+from quant_core.metrics.sqnr import error_power, sqnr_db, sqnr_per_sample
+from quant_core.metrics.ssim import ssim_per_sample
 from quant_spec.enums import SampleSpace
 from quant_spec.errors import QuantizationError
 from quant_spec.sampler import Sampler
@@ -80,6 +82,48 @@ def evaluate_shard(
     with safe_open(reference, framework="pt") as handle:
         if "x" in handle.keys():  # noqa: SIM118 - not a mapping
             results["power"] = _power(model, scheduler, sampler, reference, handle, batch_size)
+    save_file({name: tensor.contiguous() for name, tensor in results.items()}, path)
+
+
+def evaluate_pipeline(
+    trajectories: Trajectories, model: nn.Module, seeds: Sequence[int], reference: Path, path: Path, *, batch_size: int
+) -> None:
+    """Sample the seeds of a reference shard with a pipeline whose denoiser is quantized; write what came out to `path`.
+
+    The file is as from `evaluate_shard`, the samples are pixels; besides it has, where they were decoded, `latent`, and
+    `latent_sqnr_db` (n,) float64, which compares them with the reference's.
+
+    Raises
+    ------
+    QuantizationError
+        If the reference is of other seeds, or the pipeline calls its denoiser at other timesteps.
+    """
+    expected = _read(reference)
+    if len(expected["sample"]) != len(seeds):
+        raise QuantizationError(f"reference: got samples of {len(expected['sample'])} seeds, wanted {len(seeds)}")
+    timesteps = expected["timesteps"]
+
+    def check(step: Step) -> None:
+        if step.index >= len(timesteps) or float(step.timestep) != float(timesteps[step.index]):
+            raise QuantizationError(
+                f"reference: got timesteps {_ends(timesteps)}, wanted {float(step.timestep):g} at step {step.index}, "
+                "as the packed model's pipeline has"
+            )
+
+    made = trajectories.run(seeds, batch_size=batch_size, on_step=check)
+    assert made is not None
+    results = {
+        "sample": made.samples,
+        "psnr_db": psnr_per_sample(expected["sample"], made.samples, SampleSpace.PIXELS),
+        "ssim": ssim_per_sample(expected["sample"], made.samples),
+    }
+    if made.latents is not None and "latent" in expected:
+        results |= {"latent": made.latents, "latent_sqnr_db": sqnr_per_sample(expected["latent"], made.latents)}
+    with safe_open(reference, framework="pt") as handle:
+        if "x" in handle.keys():  # noqa: SIM118 - not a mapping
+            trajectory = CalibrationSet([reference])
+            rows = batch_size * max(1, trajectory.samples // len(seeds))
+            results["power"] = error_power(model, trajectory, handle.get_slice("prediction"), rows)
     save_file({name: tensor.contiguous() for name, tensor in results.items()}, path)
 
 
@@ -172,4 +216,25 @@ def summarize(
         "timesteps": expected[0]["timesteps"].tolist(),
         "samples": str(space),
     }
-    return Quality(metrics, reference_rgb[:shown], quantized_rgb[:shown])
+    return Quality(metrics | _pipeline_metrics(measured), reference_rgb[:shown], quantized_rgb[:shown])
+
+
+def _pipeline_metrics(measured: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Return what is measured of a whole pipeline besides: structural similarity, and latents before decoding."""
+    found: dict[str, Any] = {}
+    if all("ssim" in shard for shard in measured):
+        values = torch.cat([shard["ssim"] for shard in measured])
+        if bool(torch.isfinite(values).all()):
+            ssim = mean_with_ci(values.tolist())
+            found |= {"ssim": round(ssim.value, _DECIMALS), "ssim_ci95": round(ssim.ci95, _DECIMALS)}
+    if all("latent_sqnr_db" in shard for shard in measured):
+        sqnr = mean_with_ci(torch.cat([shard["latent_sqnr_db"] for shard in measured]).tolist())
+        found["latent_sqnr_db"] = round(sqnr.value, _DECIMALS)
+    return found
+
+
+def worst_seeds(evaluations: Sequence[Path], first: int, count: int) -> list[tuple[int, float]]:
+    """Return the seeds whose samples are farthest from full precision's, with their PSNR in dB, worst first."""
+    psnr = torch.cat([_read(path)["psnr_db"] for path in evaluations]).tolist()
+    order = sorted(range(len(psnr)), key=lambda index: (psnr[index], index))
+    return [(first + index, round(psnr[index], _DECIMALS)) for index in order[:count]]

@@ -65,3 +65,10 @@ def sqnr_db(signal: Sequence[float], error: Sequence[float]) -> list[float]:
         min(10 * math.log10(s / e), IDENTICAL_DB) if s > 0 and e > 0 else (IDENTICAL_DB if e == 0 else 0.0)
         for s, e in zip(signal, error, strict=True)
     ]
+
+
+def sqnr_per_sample(reference: Tensor, quantized: Tensor) -> Tensor:
+    """Return 10 log10(|x|^2 / |x_hat - x|^2) of each sample, shape (n,), dtype float64, in dB; at most 144 dB."""
+    reference, quantized = reference.double().flatten(1), quantized.double().flatten(1)
+    ratio = reference.square().sum(1) / (quantized - reference).square().sum(1)
+    return (10 * torch.log10(ratio)).clamp(max=IDENTICAL_DB)

@@ -120,6 +120,36 @@ def _processor(inner: Any, function: AttentionFunction) -> _Processor:
     return made
 
 
+class _OtherProcessor:
+    """A quantized attention's function, for a processor that a user put in the place of the one that was wrapped."""
+
+    def __init__(self, function: AttentionQuantizer, name: str) -> None:
+        self.function, self.name, self.is_used = function, name, False
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        self.is_used = True
+        result: Tensor = self.function(query, key, value, mask, scale)
+        return result
+
+
+def _keep_quantized(attention: nn.Module, _: tuple[Any, ...]) -> None:
+    """Wrap the processor of a quantized attention again if another was set; hooked before its forward."""
+    if torch.compiler.is_compiling() or isinstance(attention.processor, _Processor):
+        return
+    name = type(attention.processor).__name__
+    wrap_processor(attention, _OtherProcessor(attention.attention_quantizer, name))  # type: ignore[arg-type]
+
+
+def _check_used(attention: nn.Module, *_: Any) -> None:
+    """Refuse a processor that was set later and does not call what is quantized; hooked behind the forward."""
+    function = getattr(attention.processor, "function", None)
+    if isinstance(function, _OtherProcessor) and not function.is_used:
+        raise QuantizationError(
+            f"attention: got processor {function.name}, which does not call scaled_dot_product_attention, so that its "
+            "matmuls would not be quantized; wanted the model's own, or AttnProcessor2_0"
+        )
+
+
 def wrap_processor(attention: nn.Module, function: AttentionFunction) -> Callable[[], None]:
     """Run `attention`'s processor with its scaled dot product replaced by `function`; returns what undoes it."""
     inner = getattr(attention, "processor", None)
@@ -147,4 +177,6 @@ def quantize_attentions(
         made[name] = AttentionQuantizer(spec, clock, device)
         wrap_processor(attention, made[name])
         attention.add_module("attention_quantizer", made[name])
+        attention.register_forward_pre_hook(_keep_quantized)
+        attention.register_forward_hook(_check_used)
     return made

@@ -36,6 +36,8 @@ class StepClock:
     def __init__(self, timesteps: Sequence[float], unknown: UnknownTimestep = UnknownTimestep.ERROR) -> None:
         self.timesteps = torch.tensor(tuple(timesteps), dtype=torch.float64)
         self.unknown = unknown
+        self.model = "this model"
+        self.tolerance = _tolerance(self.timesteps)
         self.waits = True
         self.step: int | None = 0
         self.index: Tensor = torch.zeros((), dtype=torch.long)
@@ -70,8 +72,9 @@ class StepClock:
         wanted = torch.as_tensor(timestep).detach().to("cpu", torch.float64)
         wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
         distance, index = (wanted[..., None] - self.timesteps).abs().min(dim=-1)
-        if bool((distance > 1e-3).any()):
-            self._handle_unknown(wanted, distance)
+        is_far = distance > self._allowed(wanted, timestep)
+        if bool(is_far.any()):
+            self._handle_unknown(wanted, is_far)
         # One step for all, which is the rule, is one grid for the whole batch: backends then need no run per sample.
         self.index = index[0] if index.dim() and bool((index == index[0]).all()) else index
         self.step = int(self.index) if self.index.dim() == 0 else None
@@ -113,16 +116,22 @@ class StepClock:
         wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
         distance, index = (wanted[..., None] - self.timesteps).abs().min(dim=-1)
         if self.unknown is UnknownTimestep.ERROR:
-            torch._assert_async((distance <= 1e-3).all(), "timestep: wanted one of the calibrated trajectory")
+            is_near = distance <= self._allowed(wanted, timestep)
+            torch._assert_async(is_near.all(), "timestep: wanted one of the calibrated trajectory")
         return index
 
-    def _handle_unknown(self, wanted: Tensor, distance: Tensor) -> None:
-        first = wanted.reshape(-1)[distance.reshape(-1) > 1e-3][0].item()
+    def _allowed(self, wanted: Tensor, timestep: Tensor | float) -> Tensor:
+        """Return how far timesteps, shape () or (B,), may be from the trajectory's: as their dtype rounds them."""
+        dtype = timestep.dtype if isinstance(timestep, Tensor) and timestep.is_floating_point() else torch.float32
+        return (wanted.abs() * torch.finfo(dtype).eps).clamp(min=self.tolerance)
+
+    def _handle_unknown(self, wanted: Tensor, is_far: Tensor) -> None:
+        first = wanted.reshape(-1)[is_far.reshape(-1)][0].item()
         grid = f"{len(self.timesteps)} steps, {self.timesteps.max().item():g} to {self.timesteps.min().item():g}"
         if self.unknown is UnknownTimestep.ERROR:
             raise UnknownTimestepError(
-                f"timestep: got {first:g}, wanted one of the trajectory that this model was calibrated on ({grid}); "
-                "sample with the scheduler and number of steps in its scheduler/ folder"
+                f"timestep: got {first:g}, wanted one of the trajectory that {self.model} was calibrated on ({grid}); "
+                f"sample with the scheduler in its scheduler/ folder and num_inference_steps={len(self.timesteps)}"
             )
         warnings.warn(
             f"timestep {first:g} is not in the calibrated trajectory ({grid}); using the nearest step", stacklevel=3
@@ -144,6 +153,13 @@ class StepClock:
         return rows.reshape(-1, *(1,) * (x.dim() - 1))
 
 
+def _tolerance(timesteps: Tensor) -> float:
+    """Return how far a timestep may be from one of these: 0.001, or a quarter of the least gap, if that is less."""
+    gaps = timesteps.sort().values.diff()
+    gaps = gaps[gaps > 0]
+    return min(1e-3, float(gaps.min()) / 4) if len(gaps) else 1e-3
+
+
 class _SetClock:
     """A hook before a model's forward; an object, so that a copied model sets its own clock."""
 
@@ -162,6 +178,7 @@ class _SetClock:
 
 def attach_clock(model: nn.Module, clock: StepClock, labels: int = 1) -> None:
     """Make every forward of `model` set `clock` from its timestep argument and, for more labels than 1, its labels."""
+    clock.model = f"this {type(model).__name__}"
     parameters = list(inspect.signature(model.forward).parameters)
     name = next((n for n in _TIMESTEP_NAMES if n in parameters), None)
     if name is None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kernels.backend import BackendUnavailableError, check_backend, resolve_backend
-from quant_core.artifact.folder import check_weights, read_config, verify_folder
+from quant_core.artifact.folder import check_weights, packed_home, read_config, verify_folder
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.runtime.build import build_runtime
 from quant_core.runtime.memory import return_free_memory
@@ -112,6 +112,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
 
     For a folder whose bytes were just written or verified; a folder of links will do. As `load_quantized` otherwise.
     """
+    folder = packed_home(folder)
     config = read_config(folder)
     check_weights(folder)
     cls = getattr(diffusers, str(config.get("_class_name")), None)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import Field
 
 from quant_spec.enums import Extractor, SampleSpace
+from quant_spec.prompts import PromptPart
 from quant_spec.record import Count
 from quant_spec.sampler import Sampler
 from quant_spec.task import Seeds, Source, TaskInputs, TaskKind, TaskParams
@@ -23,17 +25,21 @@ class Params(TaskParams):
     extractor: Extractor
     grid: Count = Field(description="Images in the sample grid.")
     samples: SampleSpace = Field(description="Whether samples are pixels.")
+    part: PromptPart | None = Field(default=None, description="Which prompts a whole pipeline is told.")
+
+    _omitted: ClassVar[frozenset[str]] = frozenset({"part"})
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs(TaskInputs[Source]):
-    """Packed and original trees; shards in the order of their seeds; one file of weights, for inception-v3."""
+    """Packed and original trees; shards in the order of their seeds; one file of weights, for inception-v3; prompts."""
 
     packed: Source
     references: tuple[Source, ...]
     evaluations: tuple[Source, ...]
     model: Source
     extractor_weights: Source | None = None
+    prompts: Source | None = None
 
 
 KIND = TaskKind("score", 3, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))

@@ -36,6 +36,7 @@ from quant_spec.enums import (
 from quant_spec.formats import WeightSpec
 from quant_spec.kinds import KINDS
 from quant_spec.planned import PlannedActivation, PlannedAttention, PlannedLayer, PlannedUnit, VariedLayer
+from quant_spec.prompts import PromptPart
 from quant_spec.ranges import RangeSpec
 from quant_spec.sampler import Sampler
 from quant_spec.task import Seeds, TaskInputs, TaskKind, TaskParams
@@ -47,6 +48,7 @@ from quant_spec.tasks import (
     channel_errors,
     correct,
     distill,
+    encode,
     evaluate,
     export,
     inspect,
@@ -68,6 +70,7 @@ from quant_spec.tasks import (
     step_gains,
     temporal,
 )
+from tests.tiny_pipelines import save_sd3
 from workers.execution.context import TaskContext, TaskOutput
 from workers.execution.execute import load_body
 from workers.storage.model_folder import import_model
@@ -75,6 +78,7 @@ from workers.storage.store import open_cached
 
 DIGITS = Path(__file__).parents[2] / "examples" / "models" / "digits"
 SAMPLER = Sampler(scheduler="DDIMScheduler", num_inference_steps=2)
+SD3 = Sampler(scheduler="FlowMatchEulerDiscreteScheduler", num_inference_steps=2, guidance_scale=4.0)
 #: Units of the model that are quantized: one reads a concatenation, one has an attention, both layers of the temporal
 #: information block or none.
 UNITS = ("up_blocks.1.resnets.0", "up_blocks.1.attentions.0")
@@ -142,6 +146,22 @@ class Tasks:
     def model(self) -> str:
         """The digits model's tree."""
         return import_model(self.store, DIGITS).digest
+
+    @cached_property
+    def pipeline(self) -> str:
+        """A whole pipeline's tree."""
+        scratch = next(self._scratch)
+        return import_model(self.store, save_sd3(scratch / "sd3")).digest
+
+    @cached_property
+    def prompts(self) -> str:
+        """A prompts file."""
+        return self.store.put_bytes(b"red heart\nred apple\n")
+
+    @cached_property
+    def embeddings(self) -> str:
+        """What its first line encodes to."""
+        return self.run(encode.KIND, *_encode()(self)).outputs[encode.EMBEDDINGS]
 
     @cached_property
     def inspection(self) -> dict[str, Any]:
@@ -415,6 +435,18 @@ def _correct(**changes: Any) -> Case:
     )
 
 
+def _encode() -> Case:
+    params = encode.Params(sampler=SD3, part=PromptPart.CALIBRATION, seeds=Seeds(first=0, count=2))
+    return lambda tasks: (params, encode.Inputs(tasks.pipeline, tasks.prompts))
+
+
+def _calibrate_pipeline() -> Case:
+    params = calibrate.Params(
+        sampler=SD3, seeds=Seeds(first=0, count=1), batch_size=1, steps=None, part=PromptPart.CALIBRATION
+    )
+    return lambda tasks: (params, calibrate.Inputs(tasks.pipeline, tasks.prompts, tasks.embeddings))
+
+
 def _evaluate() -> Case:
     params = evaluate.Params(sampler=SAMPLER, seeds=Seeds(first=0, count=2), batch_size=2, samples=SampleSpace.PIXELS)
     return lambda tasks: (params, evaluate.Inputs(packed=tasks.packed, reference=tasks.reference))
@@ -476,7 +508,8 @@ LEARNED: dict[str, Any] = FEW | {"method": Scaling.LEARNED}
 #: By kind, tasks under every choice that decides which other parameters matter.
 CASES: dict[str, dict[str, Case]] = {
     "inspect": {"": _inspect()},
-    "calibrate": {"all steps": _calibrate(), "one step": _calibrate(1)},
+    "encode": {"": _encode()},
+    "calibrate": {"all steps": _calibrate(), "one step": _calibrate(1), "a pipeline": _calibrate_pipeline()},
     "reference": {"samples": _reference(0), "trajectories": _reference(1)},
     "temporal": {
         "nearest": _temporal(),

@@ -185,6 +185,17 @@ def pull_tree(store: Store, digest: str, target: Path) -> dict[str, Any]:
         If there is no room.
     """
     manifest = read_manifest(store, digest)
+    _write_tree(store, manifest, target)
+    return manifest
+
+
+def pull_files(store: Store, files: Mapping[str, tuple[str, int]], target: Path) -> None:
+    """Write some blobs into a new folder, as `pull_tree` writes a tree that lists them: path to (digest, bytes)."""
+    _write_tree(store, _manifest(files), target)
+
+
+def _write_tree(store: Store, manifest: Mapping[str, Any], target: Path) -> None:
+    """Write a tree into a new folder."""
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise ManifestError(f"{target}: got something there already, wanted a new or empty folder")
     if not target.parent.is_dir():
@@ -193,7 +204,6 @@ def pull_tree(store: Store, digest: str, target: Path) -> dict[str, Any]:
         _pull(store, manifest, target)
     except OSError as error:
         raise disk_error(error, target) from error
-    return manifest
 
 
 def _pull(store: Store, manifest: Mapping[str, Any], target: Path) -> None:

@@ -3,7 +3,9 @@
 A model in the store is a tree with fixed paths, so that the same config and weights have the same digest wherever they
 came from: `denoiser/config.json`, `denoiser/*.safetensors` (and their index), `scheduler/scheduler_config.json` and
 `conditioning.safetensors` where there are any, and `model_index.json` with the pipeline's decoders where samples would
-be taken for pixels without it. `hf:owner/name@revision` is fetched from the Hugging Face Hub first.
+be taken for pixels without it. A whole pipeline (`workers.storage.components`) keeps its own paths, with all its
+components and its `model_index.json`; one that has a `conditioning.safetensors` counts as a denoiser alone.
+`hf:owner/name@revision` is fetched from the Hugging Face Hub first.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from quant_spec.documents import read_json_file
 from quant_spec.pipeline import MODEL_INDEX
 from workers.errors import ModelError
 from workers.storage.blobs import digest_of, digest_of_file
+from workers.storage.components import Components, component_patterns, find_components
 from workers.storage.manifest import manifest_digest, put_manifest
 from workers.storage.pipeline_index import read_decoders
 from workers.storage.plain_files import file_within
@@ -50,7 +53,8 @@ _HUB_CONFIGS = [
 class ModelFolder:
     """A denoiser on disk: its folder and what lies beside it.
 
-    `denoiser_subfolder` is "" where the folder that was given is the denoiser's own.
+    `denoiser_subfolder` is "" where the folder that was given is the denoiser's own; `components` are the rest of a
+    whole pipeline.
     """
 
     denoiser: Path
@@ -59,6 +63,12 @@ class ModelFolder:
     conditioning: Path | None
     class_name: str
     config: Mapping[str, Any]
+    components: Components | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """The denoiser's folder in the store."""
+        return "denoiser" if self.components is None else self.denoiser_subfolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +81,7 @@ class ModelRecord:
     parameters: int
 
 
-def find_model(path: Path) -> ModelFolder:
+def find_model(path: Path, *, alone: bool = False) -> ModelFolder:
     """Find the denoiser in a model folder.
 
     Parameters
@@ -79,6 +89,8 @@ def find_model(path: Path) -> ModelFolder:
     path
         A pipeline's folder, with the denoiser in `unet/`, `transformer/` or `denoiser/`; or the denoiser's own, with
         `scheduler/` in it or beside it.
+    alone
+        Do not look for other components.
 
     Raises
     ------
@@ -95,11 +107,13 @@ def find_model(path: Path) -> ModelFolder:
         if config.get("quantization_config") is not None:
             raise ModelError(f"{home}/config.json: got a quantized model, wanted full precision")
         beside = (path,) if subfolder else (path, path.resolve().parent)
+        conditioning = _first(beside, CONDITIONING_FILE)
         return ModelFolder(
             denoiser=home,
             denoiser_subfolder=subfolder,
             scheduler=_first(beside, SCHEDULER_PATH),
-            conditioning=_first(beside, CONDITIONING_FILE),
+            conditioning=conditioning,
+            components=None if alone or conditioning is not None else find_components(path, subfolder),
             class_name=str(config["_class_name"]),
             config=config,
         )
@@ -144,6 +158,9 @@ def check_model(folder: ModelFolder) -> int:
         raise ModelError(f"{folder.denoiser}: got weight files without a tensor, wanted weights")
     if folder.conditioning is not None:
         check_finite(folder.conditioning)
+    if folder.components is not None:
+        for path in folder.components.weights.values():
+            check_finite(path)
     return parameters
 
 
@@ -164,6 +181,8 @@ def check_places(folder: ModelFolder, given: Path, allowed: Sequence[Path] = ())
         roots.append(real.parent.parent)
     weights = find_weights(folder.denoiser)
     beside = [folder.scheduler, folder.conditioning]
+    if folder.components is not None:
+        beside += [each for each in folder.components.files.values() if isinstance(each, Path)]
     for path in (folder.denoiser / "config.json", *weights.files.values(), *(each for each in beside if each)):
         file_within(path, (*roots, *allowed), "model", error=ModelError)
 
@@ -248,16 +267,19 @@ def changed_since(path: Path, epoch: float) -> bool:
 def _tree(folder: ModelFolder, sample_size: SampleSize | None = None) -> dict[str, Path | bytes]:
     """Return what a model consists of: its paths in the store, each with a file or the bytes themselves."""
     sized = {} if sample_size is None else {"sample_size": sample_size}
-    tree: dict[str, Path | bytes] = {"denoiser/config.json": _config_bytes({**folder.config, **sized})}
+    home = folder.stored_as
+    tree: dict[str, Path | bytes] = {f"{home}/config.json": _config_bytes({**folder.config, **sized})}
     weights = find_weights(folder.denoiser)
-    tree |= {f"denoiser/{name}": path for name, path in weights.files.items()}
+    tree |= {f"{home}/{name}": path for name, path in weights.files.items()}
     if weights.index is not None:
-        tree[f"denoiser/{INDEX}"] = weights.index
+        tree[f"{home}/{INDEX}"] = weights.index
     if folder.scheduler is not None:
         scheduler = _read_config(folder.scheduler)
         if scheduler is None:
             raise ModelError(f"{folder.scheduler}: got no _class_name, wanted a diffusers scheduler config")
         tree[SCHEDULER_PATH] = _config_bytes(scheduler)
+    if folder.components is not None:
+        return tree | dict(folder.components.files) | {MODEL_INDEX: _config_bytes(folder.components.index)}
     decoders = read_decoders(folder.denoiser, folder.config)
     if decoders is not None:
         tree[MODEL_INDEX] = _config_bytes(decoders)
@@ -279,7 +301,8 @@ def resolve_source(source: str) -> Path:
     ----------
     source
         A folder's path, returned as it is; or `hf:owner/name` or `hf:owner/name@revision`, of which the denoiser's
-        files and the scheduler's config are fetched into the Hub's usual cache, and nothing else.
+        files, the scheduler's config and the pipeline's other components are fetched into the Hub's usual cache, and
+        nothing else.
 
     Raises
     ------
@@ -290,9 +313,12 @@ def resolve_source(source: str) -> Path:
         return Path(source).expanduser()
     repository, _, revision = source.removeprefix(_HUB).partition("@")
     folder = _fetch(source, repository, revision or None, _HUB_CONFIGS)
-    home = find_model(folder).denoiser_subfolder
+    found = find_model(folder, alone=True)
+    patterns = hub_patterns(found.denoiser_subfolder)
+    if found.conditioning is None:
+        patterns += component_patterns(folder, found.denoiser_subfolder)
     # The commit that was found first: a branch may move between the two calls.
-    return _fetch(source, repository, folder.name, hub_patterns(home))
+    return _fetch(source, repository, folder.name, patterns)
 
 
 def hub_patterns(subfolder: str) -> list[str]:

@@ -36,8 +36,15 @@ class WeightFiles:
     index: bytes | None = None
 
 
-def find_weights(folder: Path) -> WeightFiles:
-    """Find the weights of a denoiser's folder: those that are no variant if there are any, else the only variant.
+def find_weights(folder: Path, name: str = WEIGHTS) -> WeightFiles:
+    """Find the weights of a component's folder: those that are no variant if there are any, else the only variant.
+
+    Parameters
+    ----------
+    folder
+        A denoiser's, or another component's.
+    name
+        Of the file that holds weights which are neither a variant nor shards: `model.safetensors` for transformers.
 
     Raises
     ------
@@ -48,30 +55,31 @@ def find_weights(folder: Path) -> WeightFiles:
     for path in sorted(folder.glob("*.safetensors*")):
         if path.exists() and not path.is_file():
             raise ModelError(f"{path}: got what is no plain file, wanted weights in one")
-    if (folder / WEIGHTS).is_file():
-        return WeightFiles({WEIGHTS: folder / WEIGHTS})
-    if (folder / INDEX).is_file():
-        shards = _shards(folder / INDEX)
+    index = f"{name}.index.json"
+    if (folder / name).is_file():
+        return WeightFiles({name: folder / name})
+    if (folder / index).is_file():
+        shards = _shards(folder / index)
         return WeightFiles(
-            {shard.name: shard for shard in shards}, read_plain_file(folder / INDEX, LONGEST_BYTES, error=ModelError)
+            {shard.name: shard for shard in shards}, read_plain_file(folder / index, LONGEST_BYTES, error=ModelError)
         )
     indexes = sorted(folder.glob(WEIGHT_PATTERNS[1]))
     files = sorted(folder.glob(WEIGHT_PATTERNS[0]))
     single = [path for path in files if not _SHARD.search(path.name)]
     if len(indexes) == 1 and not single:
-        return _renamed(indexes[0])
+        return _renamed(indexes[0], name)
     if len(files) == 1 and not indexes:
-        return WeightFiles({WEIGHTS: files[0]})
+        return WeightFiles({name: files[0]})
     if indexes or files:
         names = ", ".join(path.name for path in [*indexes, *single] or files)
-        wanted = f"one file or an index, or {WEIGHTS} among them"
-        raise ModelError(f"{folder}: got several weight files ({names}) and no {INDEX}, wanted {wanted}")
+        wanted = f"one file or an index, or {name} among them"
+        raise ModelError(f"{folder}: got several weight files ({names}) and no {index}, wanted {wanted}")
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ModelError(
             f"{folder}: got weights as pickles only ({pickles[0]}), which are never loaded, wanted safetensors"
         )
-    raise ModelError(f"{folder}: got no weights, wanted {WEIGHTS}")
+    raise ModelError(f"{folder}: got no weights, wanted {name}")
 
 
 def _shards(index: Path) -> list[Path]:
@@ -83,10 +91,10 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _renamed(index: Path) -> WeightFiles:
+def _renamed(index: Path, name: str) -> WeightFiles:
     """Return a variant's shards, and their index, as diffusers would have saved them without a variant."""
     shards = _shards(index)
-    stem = WEIGHTS.removesuffix(".safetensors")
+    stem = name.removesuffix(".safetensors")
     names = {
         shard.name: f"{stem}-{number:05}-of-{len(shards):05}.safetensors" for number, shard in enumerate(shards, 1)
     }

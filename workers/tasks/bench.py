@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.backend import resolve_backend
-from quant_core.artifact.folder import WEIGHTS_FILE
-from quant_core.diffusion.conditioning import to_device
+from quant_core.artifact.folder import WEIGHTS_FILE, packed_home
+from quant_core.diffusion.conditioning import UNBATCHED, dummy_conditioning, to_device
 from quant_core.diffusion.denoiser import call_denoiser, load_denoiser, sample_shape
 from quant_core.diffusion.sampler import (
     make_scheduler,
@@ -64,6 +64,7 @@ class _Bench:
     sampler: Sampler
     scheduler_config: Mapping[str, Any] | None
     conditioning: Path | None
+    is_whole: bool
     batches: tuple[int, ...]
     seconds: float
 
@@ -82,6 +83,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         sampler=params.sampler,
         scheduler_config=original.scheduler_config,
         conditioning=original.conditioning,
+        is_whole=original.is_whole,
         batches=params.batches,
         seconds=params.seconds,
     )
@@ -101,7 +103,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         del models[COMPILED]
     times, speeds = _step_ms(bench, models), _images_per_second(bench, models)
     sizes = {name: weights * (4 if name == "original_figures" else 2) for name in models}
-    sizes["release_figures"] = (folders["artifact"] / WEIGHTS_FILE).stat().st_size
+    sizes["release_figures"] = (packed_home(folders["artifact"]) / WEIGHTS_FILE).stat().st_size
     figures = {
         name: {
             "step_ms": times[name],
@@ -159,7 +161,7 @@ def _with_float32_ends(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
     """Return a call of the denoiser as the sampler makes it for a batch of seeds, in the middle of the trajectory."""
-    conditioning = trajectory_conditioning(model, bench.sampler, range(batch), bench.conditioning)
+    conditioning = _told(bench, model, range(batch))
     shape = sample_shape(model, token_count(conditioning))
     timesteps = start(make_scheduler(bench.sampler, bench.scheduler_config), bench.sampler, shape)
     timestep = model_timestep(timesteps[len(timesteps) // 2], bench.sampler).to(bench.device)
@@ -175,6 +177,17 @@ def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
         return prediction
 
     return call
+
+
+def _told(bench: _Bench, model: nn.Module, seeds: range) -> dict[str, Tensor]:
+    """Return what the denoiser is told for some seeds; zeros for a whole pipeline's: values take no time."""
+    if not bench.is_whole:
+        return trajectory_conditioning(model, bench.sampler, seeds, bench.conditioning)
+    rows = len(seeds) * bench.sampler.calls_per_step
+    return {
+        key: value if key in UNBATCHED else value.expand(rows, *value.shape[1:]).clone()
+        for key, value in dummy_conditioning(model).items()
+    }
 
 
 def _compiled(bench: _Bench, model: nn.Module) -> tuple[nn.Module, str | None]:
@@ -212,7 +225,7 @@ def _images_per_second(bench: _Bench, models: Mapping[str, nn.Module]) -> dict[s
     best = dict.fromkeys(models, 0.0)
     for _ in range(_TURNS):
         for name, model in models.items():
-            conditioning = trajectory_conditioning(model, bench.sampler, seeds, bench.conditioning)
+            conditioning = _told(bench, model, seeds)
             started = time.perf_counter()
             sample(model, scheduler, bench.sampler, seeds, conditioning, batch_size=len(seeds))
             best[name] = max(best[name], len(seeds) / (time.perf_counter() - started))

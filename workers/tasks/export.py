@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant_core.artifact.dequantize import dequantized_state
-from quant_core.artifact.folder import CONFIG_FILE, SCHEDULER_FILE, WEIGHTS_FILE
+from quant_core.artifact.folder import CONFIG_FILE, SCHEDULER_FILE, WEIGHTS_FILE, packed_home
 from quant_core.runtime.loader import load_folder
 from quant_spec.documents import read_json_file
 from quant_spec.tasks.export import MODEL, Inputs, Params
@@ -25,15 +25,16 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     """Write the dequantized model."""
     packed, plain = context.scratch / "packed", context.scratch / "plain"
     link_tree(context.store, inputs.artifact, packed)
+    root, packed = packed, packed_home(packed)
     plain.mkdir()
     config = read_json_file(packed / CONFIG_FILE)
     del config["quantization_config"]
     (plain / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     state = {name: _half(tensor) for name, tensor in sorted(dequantized_state(load_folder(packed)).items())}
     save_file(state, plain / WEIGHTS_FILE, metadata={"format": "pt"})
-    if (packed / SCHEDULER_FILE).is_file():
+    if (root / SCHEDULER_FILE).is_file():
         (plain / SCHEDULER_FILE).parent.mkdir()
-        (plain / SCHEDULER_FILE).write_bytes((packed / SCHEDULER_FILE).read_bytes())
+        (plain / SCHEDULER_FILE).write_bytes((root / SCHEDULER_FILE).read_bytes())
     return TaskOutput({MODEL: put_tree(context.store, plain)})
 
 

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from quant_core.artifact.folder import SCHEDULER_FILE
 from quant_core.diffusion.calibration import CalibrationSet
+from quant_core.diffusion.conditioning import class_count
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
+from quant_core.diffusion.embeddings import Embeddings
+from quant_core.diffusion.pipeline import load_pipeline, place_pipeline
+from quant_core.diffusion.sampler import make_scheduler
 from quant_core.diffusion.spread import spread
+from quant_core.diffusion.trajectories import LoopTrajectories, PipelineTrajectories, Trajectories
 from quant_core.fit.channel_scaling import ChannelScaling
 from quant_core.fit.unit_state import UnitState
 from quant_spec.documents import read_json, read_json_file
+from quant_spec.prompts import PromptLine, PromptPart, read_prompts, select_part
+from quant_spec.sampler import Sampler
 from workers.execution.context import TaskContext
 from workers.storage.manifest import link_tree, pull_tree
 
@@ -30,6 +37,57 @@ def place_model(denoiser: Denoiser, context: TaskContext) -> tuple[Denoiser, str
     if len(context.devices) < 2:
         return denoiser, context.device
     return replace(denoiser, model=spread(denoiser.model, context.devices)), None
+
+
+class Sampled(Protocol):
+    """What tasks that sample read besides a model."""
+
+    @property
+    def prompts(self) -> str | None:
+        """Digest of a prompts file."""
+
+    @property
+    def embeddings(self) -> str | None:
+        """Digest of what its lines encode to."""
+
+
+def find_trajectories(
+    denoiser: Denoiser, sampler: Sampler, inputs: Sampled, part: PromptPart | None, context: TaskContext
+) -> Trajectories:
+    """Return what samples with a denoiser: its pipeline, if a whole one lies around it, else the sampler's loop.
+
+    Parameters
+    ----------
+    denoiser
+        On its device. Its model may be another than its folder's: a quantized one.
+    inputs
+        The task's: digests of a prompts file (None: all classes of a class-conditional model), and of what its lines
+        encode to (None: the pipeline's own text encoders read them).
+    part
+        Which prompts of the file.
+    """
+    if part is None or denoiser.folder is None:
+        return LoopTrajectories(denoiser.model, denoiser.scheduler_config, sampler, denoiser.conditioning)
+    pipeline = load_pipeline(
+        denoiser.folder,
+        denoiser.model,
+        make_scheduler(sampler, denoiser.scheduler_config),
+        reads_text=inputs.embeddings is None,
+    )
+    if len(context.devices) < 2:
+        place_pipeline(pipeline, context.device)
+    lines = read_lines(denoiser, inputs.prompts, part, context)
+    encoded = None if inputs.embeddings is None else Embeddings(context.store.local_path(inputs.embeddings))
+    return PipelineTrajectories(pipeline, sampler, lines, encoded)
+
+
+def read_lines(
+    denoiser: Denoiser, prompts: str | None, part: PromptPart, context: TaskContext
+) -> tuple[PromptLine, ...]:
+    """Return what a pipeline is told: a part of a prompts file, or every class of its denoiser."""
+    if prompts is not None:
+        return select_part(read_prompts(context.store.get_bytes(prompts), f"prompts {prompts[:12]}"), part)
+    return tuple(PromptLine(class_label=label) for label in range(class_count(denoiser.model)))
 
 
 def fetch_packed(digest: str, context: TaskContext) -> Path:

@@ -17,11 +17,15 @@ from quant_core.diffusion.corrected_scheduler import is_corrected
 from quant_spec.documents import read_json
 from quant_spec.kinds import KINDS
 from quant_spec.passes.table import kinds_of
+from quant_spec.pipeline import MODEL_INDEX, denoiser_entry, is_whole
 from quant_spec.tasks.release import ARTIFACT, Inputs, Origin, Params
 from workers.errors import TaskError
 from workers.execution.context import TaskContext, TaskOutput
 from workers.storage.manifest import put_manifest, read_files
 from workers.storage.store import Store
+
+#: Paths to digest and bytes.
+Files = dict[str, tuple[str, int]]
 
 METRICS_FILE = "metrics.json"
 PROVENANCE_FILE = "provenance.json"
@@ -38,6 +42,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     metrics = _read_metrics(store, inputs.score)
     check_metrics(metrics)
     config = read_json(store.get_bytes(files[CONFIG_FILE][0]), CONFIG_FILE)
+    index = _pipeline_index(inputs.model, store)
     card = render_card(
         CardContent(
             base_model=_base_model(params.model),
@@ -45,8 +50,11 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
             config=config,
             metrics=metrics,
             corrected=_is_corrected(files, store),
+            pipeline=index,
         )
     )
+    if index is not None:
+        files = _in_pipeline(files, index, inputs.model, store)
     texts = {
         METRICS_FILE: _json(metrics),
         PROVENANCE_FILE: _json(provenance(params, inputs)),
@@ -59,6 +67,31 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     digest = put_manifest(store, files)
     size = sum(size for _, size in files.values())
     return TaskOutput({ARTIFACT: digest}, {"metrics": metrics, "artifact_bytes": size})
+
+
+def _pipeline_index(model: str, store: Store) -> dict[str, Any] | None:
+    """Return the index of the whole pipeline that a model is; None for a bare denoiser."""
+    files = read_files(store, model)
+    index = read_json(store.get_bytes(files[MODEL_INDEX][0]), MODEL_INDEX) if MODEL_INDEX in files else None
+    return index if is_whole(index) else None
+
+
+def _in_pipeline(packed: Files, index: Mapping[str, Any], model: str, store: Store) -> Files:
+    """Return a pipeline's files with the packed denoiser and its scheduler in place of the model's own.
+
+    All other components are the same blobs as the model's.
+    """
+    home = denoiser_entry(index)
+    files = {
+        path: entry
+        for path, entry in read_files(store, model).items()
+        if path.partition("/")[0] not in (home, "scheduler")
+    }
+    for path, entry in packed.items():
+        files[path if path == SCHEDULER_FILE else f"{home}/{path}"] = entry
+    scheduler = read_json(store.get_bytes(packed[SCHEDULER_FILE][0]), SCHEDULER_FILE)["_class_name"]
+    data = _json({**index, "scheduler": ["diffusers", scheduler]}).encode()
+    return files | {MODEL_INDEX: (store.put_bytes(data), len(data))}
 
 
 def provenance(params: Params, inputs: Inputs[str]) -> dict[str, Any]:

@@ -15,21 +15,23 @@ from PIL import Image
 from safetensors.torch import save
 
 from quant_core.artifact.folder import CONFIG_FILE, parse_quantization_config
+from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, has_signals
 from quant_core.inspect.inspection import inspect_model
 from quant_core.metrics.cost import model_cost
-from quant_core.metrics.evaluation import Quality, summarize
+from quant_core.metrics.evaluation import Quality, summarize, worst_seeds
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, inception_v3
 from quant_core.metrics.images import difference, grid
 from quant_spec.documents import read_json
 from quant_spec.enums import Extractor
 from quant_spec.keys import canonical_json
 from quant_spec.metrics import check_computed
+from quant_spec.prompts import PromptPart, line_of
 from quant_spec.tasks.score import GRID, SAMPLES, SCORE, Inputs, Params
 from workers.errors import TaskError
 from workers.execution.context import TaskContext, TaskOutput
 from workers.storage.manifest import read_files
-from workers.tasks.inputs import fetch_model, local_files
+from workers.tasks.inputs import fetch_model, local_files, read_lines
 
 _GRID_PIXELS = 64  # smaller samples are enlarged to about this
 
@@ -55,6 +57,8 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         "sqnr_seeds": params.sqnr_seeds,
     }
     metrics = quality.metrics | _costs(original, inputs, context) | protocol
+    if params.part is not None:
+        metrics |= _prompts(original, params, params.part, inputs, context)
     check_computed(metrics)
     images = {"reference": quality.reference_rgb.contiguous(), "quantized": quality.quantized_rgb.contiguous()}
     outputs = {
@@ -63,6 +67,19 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         SAMPLES: context.store.put_bytes(save(images)),
     }
     return TaskOutput(outputs, {"metrics": metrics})
+
+
+def _prompts(
+    original: Denoiser, params: Params, part: PromptPart, inputs: Inputs[str], context: TaskContext
+) -> dict[str, Any]:
+    """Return what the pipeline was told, and the prompts of which came out worst."""
+    lines = read_lines(original, inputs.prompts, part, context)
+    worst = worst_seeds(local_files(inputs.evaluations, context), params.seeds.first, params.grid)
+    return {
+        "prompts": {"file": inputs.prompts, "part": part.value, "lines": len(lines)},
+        "worst_prompts": [{"prompt": line_of(lines, seed).text, "seed": seed, "psnr_db": psnr} for seed, psnr in worst],
+        "shown_prompts": [line_of(lines, params.seeds.first + index).text for index in range(params.grid)],
+    }
 
 
 def _extractor(extractor: Extractor, weights: str | None, context: TaskContext) -> ResizedFeatures:
@@ -78,7 +95,7 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
     """Return bits, bit operations and bytes of the packed model."""
     files = read_files(context.store, inputs.packed)
     config = read_json(context.store.get_bytes(files[CONFIG_FILE][0]), CONFIG_FILE)
-    inspection = inspect_model(original)
+    inspection = inspect_model(original, _call(inputs, context) if original.is_whole else None)
     cost = model_cost(inspection, parse_quantization_config(config["quantization_config"]))
     per_step = {"bops_per_step": list(cost.bops_per_step)} if cost.bops_per_step else {}
     return {
@@ -90,6 +107,12 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
         "bytes": sum(size for path, (_, size) in files.items() if path.endswith(".safetensors")),
         "bytes_fp16": 2 * inspection["parameters"],
     }
+
+
+def _call(inputs: Inputs[str], context: TaskContext) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return a sample's shape and a row of what a pipeline tells its denoiser, as its first trajectory has them."""
+    batch = CalibrationSet([context.store.local_path(inputs.references[0])]).rows(0, 0, 1)
+    return torch.zeros_like(batch.x), dict(batch.conditioning)
 
 
 def _grid_png(quality: Quality) -> bytes:

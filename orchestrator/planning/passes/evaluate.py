@@ -11,6 +11,7 @@ from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.references import reference
 from orchestrator.planning.shards import shards
 from quant_spec.enums import Extractor
+from quant_spec.prompts import PromptPart
 from quant_spec.task import Seeds
 from quant_spec.tasks import evaluate as shard_task
 from quant_spec.tasks import score
@@ -22,18 +23,19 @@ _EXTRACTOR_BYTES = {Extractor.EFFICIENTNET_LITE0: 0.5 * GIB, Extractor.INCEPTION
 
 def evaluate(draft: Draft) -> Drawing:
     """Leave the figures of the packed model."""
-    section = draft.recipe.evaluation
+    section, told = draft.recipe.evaluation, draft.told(PromptPart.EVALUATION)
+    whole = None if told.part is None else draft.model.digest
     references: list[TaskRef] = []
     evaluations: list[TaskRef] = []
     for shard in shards(section.first_seed, section.seeds, section.shard_seeds, recorded=section.sqnr_seeds):
-        sampled = reference(draft, shard, section.batch_size)
+        sampled = reference(draft, shard, section.batch_size, told)
         references.append(TaskRef(sampled.id, REFERENCE))
         yield sampled
         batch = min(section.batch_size, shard.count)
         params = shard_task.Params(
-            sampler=draft.sampler, seeds=shard.seeds, batch_size=batch, samples=draft.model.samples
+            sampler=draft.sampler, seeds=shard.seeds, batch_size=batch, samples=draft.model.samples, part=told.part
         )
-        inputs = shard_task.Inputs(draft.packed_model, references[-1])
+        inputs = shard_task.Inputs(draft.packed_model, references[-1], whole, told.prompts, told.embeddings)
         cost = evaluate_cost(draft.costs, shard.count, batch, shard.recorded)
         node = draft.node(shard_task.KIND, params, inputs, cost, shard.label)
         evaluations.append(TaskRef(node.id, shard_task.EVALUATION))
@@ -47,21 +49,22 @@ def evaluate_cost(costs: Costs, seeds: int, batch: int, recorded: int) -> Cost:
     """Sampling with the packed model, and its predictions along the recorded trajectories of the references."""
     calls = (seeds + recorded) * costs.calls_per_sample
     kept = recorded * costs.calls_per_sample * costs.sample_bytes * 2
-    return Cost(costs.quantized_forward(calls, batch), costs.memory(batch, kept + costs.model_bytes), kept)
+    work = costs.quantized_forward(calls, batch) + costs.around(seeds, decoded=True)
+    return Cost(work, costs.memory(batch, kept + costs.model_bytes + costs.around_bytes), kept)
 
 
 def score_cost(costs: Costs) -> Cost:
     """Features of all samples of both models, and the metrics over them."""
     section = costs.recipe.evaluation
     samples = 2 * section.seeds
-    held = _EXTRACTOR_BYTES[section.extractor] + 2 * samples * costs.sample_bytes
+    held = _EXTRACTOR_BYTES[section.extractor] + 2 * samples * costs.image_bytes + costs.around_bytes
     work = samples * _EXTRACTOR_WORK[section.extractor] + costs.forward(1, 1)
     return Cost(work, int(WORKER_BYTES + costs.model_bytes + held))
 
 
 def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[TaskRef]) -> TaskNode:
     """Make the task that takes the figures over all shards."""
-    section = draft.recipe.evaluation
+    section, told = draft.recipe.evaluation, draft.told(PromptPart.EVALUATION)
     params = score.Params(
         sampler=draft.sampler,
         seeds=Seeds(first=section.first_seed, count=section.seeds),
@@ -69,6 +72,7 @@ def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[Ta
         extractor=section.extractor,
         grid=min(section.grid, section.seeds),
         samples=draft.model.samples,
+        part=told.part,
     )
     inputs = score.Inputs(
         packed=draft.packed_model,
@@ -76,5 +80,6 @@ def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[Ta
         evaluations=tuple(evaluations),
         model=draft.model.digest,
         extractor_weights=section.extractor_weights,
+        prompts=told.prompts,
     )
     return draft.node(score.KIND, params, inputs, score_cost(draft.costs), f"{section.seeds} seeds")

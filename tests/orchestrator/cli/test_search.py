@@ -1,4 +1,4 @@
-"""`quantmill search` from the command line: whole searches on a tiny model, what goes on, what is added, what is refused."""
+"""`search` from the command line: a search of a tiny model from its file to releases, and what bad input gets."""
 
 from __future__ import annotations
 

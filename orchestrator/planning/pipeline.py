@@ -1,0 +1,83 @@
+"""Whether a whole pipeline can do what a recipe asks for, before anything runs: its inspection knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.db.rows import ModelRow
+from orchestrator.errors import RecipeError
+from quant_spec.recipe import Recipe
+
+#: What the call is given by the recipe's own fields, by prompts, or by the seeds.
+_OWN = frozenset(
+    {
+        *("prompt", "negative_prompt", "class_labels", "generator", "latents", "num_inference_steps", "guidance_scale"),
+        *("eta", "output_type", "return_dict", "num_images_per_prompt", "callback_on_step_end"),
+    }
+)
+
+
+def pipeline_of(model: ModelRow) -> Mapping[str, Any] | None:
+    """Return what the inspection says of a model's pipeline; None for a bare denoiser."""
+    found: Mapping[str, Any] | None = model.inspection.get("pipeline")
+    return found
+
+
+def default_guidance(model: ModelRow) -> float:
+    """Return the guidance of a recipe that states none: the default of the pipeline's call, 1 if it has none."""
+    stated = (pipeline_of(model) or {}).get("guidance_scale")
+    return 1.0 if stated is None else float(stated)
+
+
+def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
+    """Refuse what a model's pipeline cannot do, and what only pipelines can for a bare denoiser.
+
+    Raises
+    ------
+    RecipeError
+        Naming what is missing.
+    """
+    pipeline, sampler = pipeline_of(model), recipe.sampler
+    if pipeline is None:
+        if sampler.arguments:
+            raise RecipeError(
+                f"sampler.arguments: got {', '.join(sampler.arguments)} for model {model.name}, a bare denoiser, "
+                "wanted none, or a whole pipeline"
+            )
+        return
+    name = f"model {model.name} ({pipeline['class_name']})"
+    if pipeline["problem"] is not None:
+        raise RecipeError(
+            f"{name}: {pipeline['problem']}; wanted a pipeline that can be called with prompts or class labels"
+        )
+    if (
+        sampler.guidance_scale is not None
+        and pipeline["guidance_scale"] is None
+        and "guidance_scale" not in pipeline["takes"]
+    ):
+        raise RecipeError(f"sampler.guidance_scale: got {sampler.guidance_scale:g} for {name}, whose call takes none")
+    for field in ("null_class", "mu"):
+        if getattr(sampler, field) is not None:
+            raise RecipeError(
+                f"sampler.{field}: got {getattr(sampler, field)} for {name}, wanted null: its call decides it"
+            )
+    if sampler.timestep_scale != 1.0:
+        raise RecipeError(
+            f"sampler.timestep_scale: got {sampler.timestep_scale:g} for {name}, wanted 1: its call decides it"
+        )
+    if own := sorted(sampler.arguments.keys() & _OWN):
+        raise RecipeError(
+            f"sampler.arguments: got {', '.join(own)}, wanted the recipe's own field, or the prompts file"
+        )
+    if unknown := sorted(sampler.arguments.keys() - set(pipeline["takes"])):
+        known = ", ".join(sorted(set(pipeline["takes"]) - _OWN))
+        raise RecipeError(f"sampler.arguments: got {', '.join(unknown)}, wanted what the call of {name} takes: {known}")
+    if recipe.passes.correct is not None:
+        raise RecipeError(
+            f"passes.correct: got it for {name}, wanted null: predictions of whole pipelines are not corrected yet"
+        )
+    if recipe.activations.step_bits is not None:
+        raise RecipeError(
+            f"activations.step_bits: got them for {name}, wanted null: steps' effects are not measured on pipelines yet"
+        )

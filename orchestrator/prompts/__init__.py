@@ -1,0 +1,1 @@
+"""Prompts files: the shipped one, and what a job's pipeline is told."""

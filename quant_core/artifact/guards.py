@@ -1,0 +1,55 @@
+"""What keeps a packed model right inside whatever pipeline it is in: inputs of other widths, layers fused later."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from quant_core.errors import ArtifactError
+from quant_core.nn.layers import QuantLayer
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def guard(model: nn.Module) -> None:
+    """Let a packed model take inputs in half precision, whatever it computes in, and refuse fusing its projections.
+
+    Unless the user says otherwise, a pipeline's text encoders have the dtype of their checkpoint, and all else float32.
+    """
+    model.register_forward_pre_hook(_widen, with_kwargs=True)
+    for module in model.modules():
+        if any(isinstance(child, QuantLayer) for child in module.children()) and hasattr(module, "fuse_projections"):
+            module.fuse_projections = _refuse_fusing  # type: ignore[assignment]
+    if hasattr(model, "fuse_qkv_projections"):
+        model.fuse_qkv_projections = _refuse_fusing  # type: ignore[assignment]
+
+
+def _widen(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Cast what a forward is given to the model's dtype, where that is float32 and the input is narrower.
+
+    What it gives stays in float32: schedulers then go on in it, and so do decoders, which diffusers loads so.
+    """
+    wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if wanted is not torch.float32 or not any(_is_narrow(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+        return None
+    cast: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
+        lambda leaf: leaf.to(wanted) if _is_narrow(leaf) else leaf, (args, kwargs)
+    )
+    return cast
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in _NARROW
+
+
+def _refuse_fusing(*_: Any, **__: Any) -> NoReturn:
+    """Stand in for a method that would join weights."""
+    raise ArtifactError(
+        "fuse_qkv_projections: got a packed model, whose layers have codes and ranges each, wanted it as it is: "
+        "projections that were fused would not be quantized"
+    )

@@ -1,0 +1,379 @@
+"""Trajectories: whatever a sampler does, shown call by call.
+
+Two things give them: the loop of `quant_core.diffusion.sampler` around a bare denoiser, and the `__call__` of a whole
+pipeline, watched at its denoiser. Calibration, references and evaluation ask for trajectories and know no more.
+
+A pipeline is *rehearsed* first, for one seed and with a denoiser that computes once and then says zero, to learn at
+which timesteps it calls, with what, and how many rows each seed has. Rows of guided calls are recorded seed by seed, in
+the order in which the pipeline has them (all seeds' first rows, then all seeds' second rows).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quant_core.diffusion.conditioning import UNBATCHED
+from quant_core.diffusion.denoiser import forward_signature, sample_shape
+from quant_core.diffusion.embeddings import Embeddings, given
+from quant_core.diffusion.finite import Moment, check_prediction
+from quant_core.diffusion.pipeline import call_arguments, decoder_of, denoiser_of, flatten
+from quant_core.diffusion.sampler import (
+    OnStep,
+    Step,
+    make_scheduler,
+    model_timestep,
+    sample,
+    start,
+    token_count,
+    trajectory_conditioning,
+)
+from quant_core.errors import DenoiserError
+from quant_spec.prompts import PromptLine, line_of
+from quant_spec.sampler import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What all trajectories of a sampler have in common.
+
+    Attributes
+    ----------
+    timesteps : Tensor, shape (S,)
+        As the denoiser gets them, in the order of its calls; float32 stands for narrower floats.
+    rows : int
+        Of the denoiser's input for each seed.
+    x, prediction : tuple of int
+        Shape of one row.
+    conditioning : mapping of str to Tensor
+        What a single seed's call is told besides; all of it for `UNBATCHED` keys, else `rows` rows.
+    stepwise : frozenset of str
+        Keys of `conditioning` whose values are not the same at every step.
+    sample, latent : tuple of int
+        Shape of one sample, and of what it is decoded from; only told where samples are wanted.
+    """
+
+    timesteps: Tensor
+    rows: int
+    x: tuple[int, ...]
+    prediction: tuple[int, ...]
+    conditioning: Mapping[str, Tensor]
+    stepwise: frozenset[str] = frozenset()
+    sample: tuple[int, ...] = ()
+    latent: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What trajectories end with: `samples` (n, ...) float32, pixels in [-1, 1] where the pipeline makes any.
+
+    `latents` (n, ...) are what the pipeline's decoder was given, None where nothing is decoded.
+    """
+
+    samples: Tensor
+    latents: Tensor | None = None
+
+
+class Trajectories(Protocol):
+    """Runs a sampler from seeds to samples."""
+
+    def script(self, seeds: Sequence[int], *, wants_samples: bool = False) -> Script:
+        """Return what will be seen of these seeds' trajectories."""
+
+    def run(
+        self, seeds: Sequence[int], *, batch_size: int, on_step: OnStep | None = None, wants_samples: bool = True
+    ) -> Samples | None:
+        """Draw one sample for each seed; None if samples are not wanted, and cost something of their own."""
+
+
+class LoopTrajectories:
+    """Trajectories of a bare denoiser, by the sampler's loop.
+
+    Parameters
+    ----------
+    conditioning_file : Path | None
+        As for `draw_conditioning`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scheduler_config: Mapping[str, Any] | None,
+        sampler: Sampler,
+        conditioning_file: Path | None,
+    ) -> None:
+        self.model, self.sampler = model, sampler
+        self.scheduler_config, self.conditioning_file = scheduler_config, conditioning_file
+
+    def script(self, seeds: Sequence[int], *, wants_samples: bool = False) -> Script:
+        """Return what will be seen."""
+        conditioning = trajectory_conditioning(self.model, self.sampler, seeds[:1], self.conditioning_file)
+        shape = sample_shape(self.model, token_count(conditioning))
+        timesteps = start(make_scheduler(self.sampler, self.scheduler_config), self.sampler, shape)
+        rows = self.sampler.calls_per_step
+        return Script(model_timestep(timesteps, self.sampler), rows, shape, shape, conditioning, sample=shape)
+
+    def run(
+        self, seeds: Sequence[int], *, batch_size: int, on_step: OnStep | None = None, wants_samples: bool = True
+    ) -> Samples:
+        """Draw the samples."""
+        conditioning = trajectory_conditioning(self.model, self.sampler, seeds, self.conditioning_file)
+        scheduler = make_scheduler(self.sampler, self.scheduler_config)
+        return Samples(
+            sample(self.model, scheduler, self.sampler, seeds, conditioning, batch_size=batch_size, on_step=on_step)
+        )
+
+
+class PipelineTrajectories:
+    """Trajectories of a whole pipeline, by its own `__call__`.
+
+    Parameters
+    ----------
+    pipeline
+        As from `load_pipeline`.
+    lines : sequence of PromptLine
+        Seed s is told line s mod n.
+    embeddings : Embeddings, optional
+        What the lines encode to, for a pipeline without text encoders.
+    """
+
+    def __init__(
+        self, pipeline: Any, sampler: Sampler, lines: Sequence[PromptLine], embeddings: Embeddings | None = None
+    ) -> None:
+        if not lines:
+            raise DenoiserError("prompts: got none, wanted at least one")
+        self.pipeline, self.sampler, self.lines = pipeline, sampler, tuple(lines)
+        self.model, self.embeddings = denoiser_of(pipeline), embeddings
+
+    def script(self, seeds: Sequence[int], *, wants_samples: bool = False) -> Script:
+        """Rehearse one seed, with one call of the denoiser."""
+        seen: list[_Call] = []
+        first: list[Any] = []
+
+        def act(call: _Call, compute: Callable[[], Any]) -> Any:
+            seen.append(call)
+            if not first:
+                first.append(compute())
+            else:
+                first[:1] = [_zeros_like(first[0])]
+            return first[0]
+
+        made = self._call(seeds[:1], act, wants_samples=wants_samples)
+        if not seen:
+            raise DenoiserError(
+                f"{type(self.pipeline).__name__}: got no call of its {type(self.model).__name__}, wanted one a step"
+            )
+        rows = len(seen[0].x)
+        prediction = _prediction(first[0], seen[0].x)
+        told = seen[0].conditioning
+        changing = {key for call in seen[1:] for key in told if not _equal(call.conditioning.get(key), told[key])}
+        if any(call.conditioning.keys() != told.keys() or call.x.shape != seen[0].x.shape for call in seen):
+            raise DenoiserError(
+                f"{type(self.pipeline).__name__}: got calls of its {type(self.model).__name__} that differ in what "
+                "they are told, wanted the same keywords and shapes at every step"
+            )
+        return Script(
+            torch.stack([call.timestep for call in seen]),
+            rows,
+            tuple(seen[0].x.shape[1:]),
+            tuple(prediction.shape[1:]),
+            told,
+            frozenset(changing),
+            () if made is None else tuple(made.samples.shape[1:]),
+            None if made is None or made.latents is None else tuple(made.latents.shape[1:]),
+        )
+
+    def run(
+        self, seeds: Sequence[int], *, batch_size: int, on_step: OnStep | None = None, wants_samples: bool = True
+    ) -> Samples | None:
+        """Call the pipeline, a batch of seeds at a time."""
+        parts = []
+        row = 0
+        for first in range(0, len(seeds), batch_size):
+            batch = seeds[first : first + batch_size]
+            watch = _Watch(self.model, len(batch), row, on_step)
+            parts.append(self._call(batch, watch, wants_samples=wants_samples))
+            row += watch.rows
+        made = [part for part in parts if part is not None]
+        if not made:
+            return None
+        latents = [part.latents for part in made if part.latents is not None]
+        return Samples(torch.cat([part.samples for part in made]), torch.cat(latents) if latents else None)
+
+    @torch.no_grad()
+    def _call(self, seeds: Sequence[int], act: Act, *, wants_samples: bool) -> Samples | None:
+        lines = [line_of(self.lines, seed) for seed in seeds]
+        own = [seed if line.seed is None else line.seed for seed, line in zip(seeds, lines, strict=True)]
+        arguments = call_arguments(self.pipeline, self.sampler, lines, own)
+        kept: list[Tensor] = []
+        places = [seed % len(self.lines) for seed in seeds]
+        try:
+            with (
+                given(self.pipeline, self.embeddings, places),
+                watched(self.model, act),
+                _decoding(decoder_of(self.pipeline), kept, wants_samples),
+            ):
+                output = self.pipeline(**arguments)
+        except _EnoughError:
+            return None
+        if not wants_samples:
+            return None
+        return Samples(_pixels(output), torch.cat(kept).float().cpu() if kept else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of a denoiser: its input, the timestep (shape ()), and everything else that it is told, flat."""
+
+    x: Tensor
+    timestep: Tensor
+    conditioning: Mapping[str, Tensor]
+
+
+#: Is given a call and what computes it; returns the denoiser's output.
+Act = Callable[[_Call, Callable[[], Any]], Any]
+
+
+@contextmanager
+def watched(model: nn.Module, act: Act) -> Iterator[None]:
+    """Let `act` stand between a denoiser and whoever calls it."""
+    forward = model.forward
+    had = model.__dict__.get("forward")
+    signature, names = inspect.signature(forward), forward_signature(model)
+
+    @functools.wraps(forward)
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(*args, **kwargs).arguments)
+        x, timestep = given.pop(names.sample), given.pop(names.timestep)
+        given.pop("return_dict", None)
+        steps = torch.as_tensor(timestep).detach().reshape(-1)[0].cpu()
+        steps = steps.float() if steps.dtype in (torch.float16, torch.bfloat16) else steps
+        defaults = {name: each.default for name, each in signature.parameters.items()}
+        told = flatten({key: value for key, value in given.items() if value is not defaults[key]})
+        for key, value in told.items():
+            if not isinstance(value, Tensor):
+                raise DenoiserError(
+                    f"{type(model).__name__}: got {key} {str(value)[:40]} ({type(value).__name__}), wanted tensors: "
+                    "nothing else that a pipeline tells its denoiser can be replayed yet"
+                )
+        return act(_Call(x, steps, told), lambda: forward(*args, **kwargs))
+
+    model.forward = seen
+    try:
+        yield
+    finally:
+        if had is None:
+            del model.forward
+        else:
+            model.forward = had
+
+
+class _Watch:
+    """Passes every call of a batch on to the denoiser, and shows it to a callback with its rows seed by seed."""
+
+    def __init__(self, model: nn.Module, seeds: int, row: int, on_step: OnStep | None) -> None:
+        self.model, self.seeds, self.row, self.on_step = model, seeds, row, on_step
+        self.index, self.rows = 0, seeds
+
+    def __call__(self, call: _Call, compute: Callable[[], Any]) -> Any:
+        output = compute()
+        prediction = _prediction(output, call.x)
+        check_prediction(Moment(self.index, call.timestep), prediction, self.model)
+        self.rows = len(call.x)
+        if self.rows % self.seeds:
+            raise DenoiserError(
+                f"{type(self.model).__name__}: got {self.rows} rows for {self.seeds} seeds, wanted a multiple of them"
+            )
+        if self.on_step is not None:
+            told = {
+                key: value if key in UNBATCHED else self._by_seed(_rows(value, self.rows, key))
+                for key, value in call.conditioning.items()
+            }
+            x, prediction = self._by_seed(call.x), self._by_seed(prediction)
+            self.on_step(Step(self.index, call.timestep, self.row, x, told, prediction))
+        self.index += 1
+        return output
+
+    def _by_seed(self, value: Tensor) -> Tensor:
+        """Reorder rows from (all seeds' first, all seeds' second, ...) to seed by seed."""
+        per_seed = len(value) // self.seeds
+        if per_seed == 1:
+            return value
+        return value.unflatten(0, (per_seed, self.seeds)).transpose(0, 1).flatten(0, 1)
+
+
+def _rows(value: Tensor, rows: int, key: str) -> Tensor:
+    """Return a keyword's tensor if it has a row for each of the input."""
+    if value.dim() == 0:
+        return value.expand(rows)
+    if len(value) != rows:
+        raise DenoiserError(f"{key}: got shape {tuple(value.shape)}, wanted {rows} rows, as the denoiser's input has")
+    return value
+
+
+def _prediction(output: Any, x: Tensor) -> Tensor:
+    """Return the prediction in what a denoiser gave, without learned-variance channels."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    learns_variance = found.shape[1] == 2 * x.shape[1] and found.shape[2:] == x.shape[2:]
+    return found[:, : x.shape[1]] if learns_variance else found
+
+
+def _zeros_like(output: Any) -> Any:
+    """Return a denoiser's output with zeros for its values."""
+    if isinstance(output, Tensor):
+        return torch.zeros_like(output)
+    if isinstance(output, tuple):
+        return tuple(_zeros_like(item) for item in output)
+    return type(output)(**{name: _zeros_like(value) for name, value in output.items()})
+
+
+def _equal(one: Tensor | None, other: Tensor) -> bool:
+    return one is not None and one.shape == other.shape and torch.equal(one, other)
+
+
+class _EnoughError(Exception):
+    """Leaves a pipeline's call where its denoiser is done and samples are not wanted."""
+
+
+@contextmanager
+def _decoding(decoder: nn.Module | None, kept: list[Tensor], wants_samples: bool) -> Iterator[None]:
+    """Keep what a decoder is given; or leave the pipeline's call there."""
+    if decoder is None:
+        yield
+        return
+    decode: Any = decoder.decode
+    had = decoder.__dict__.get("decode")
+
+    @functools.wraps(decode)
+    def seen(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not wants_samples:
+            raise _EnoughError
+        kept.append(z.detach())
+        return decode(z, *args, **kwargs)
+
+    decoder.decode = seen  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if had is None:
+            del decoder.decode
+        else:
+            decoder.decode = had
+
+
+def _pixels(output: Any) -> Tensor:
+    """Return a pipeline's images, (n, H, W, C) in [0, 1], as (n, C, H, W) float32 in [-1, 1]."""
+    images = output[0] if isinstance(output, tuple | list) else output
+    array = np.asarray(images)
+    if array.ndim != 4 or array.shape[-1] not in (1, 3):
+        raise DenoiserError(f"pipeline: got samples of shape {array.shape}, wanted images (n, H, W, 3)")
+    return torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2).contiguous() * 2 - 1

@@ -1,0 +1,69 @@
+"""Prompts files of every form, and which lines a part of a job is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.prompts.choose import NEUTRAL
+from quant_spec.errors import InvalidInputError
+from quant_spec.prompts import PromptLine, PromptPart, line_of, read_prompts, select_part
+
+
+def test_plain_text_has_a_prompt_a_line() -> None:
+    lines = read_prompts(b"# emoji\nred heart\n\n  red apple \n")
+    assert lines == (PromptLine(prompt="red heart"), PromptLine(prompt="red apple"))
+
+
+def test_numbers_alone_are_class_labels() -> None:
+    assert read_prompts(b"3\n0\n") == (PromptLine(class_label=3), PromptLine(class_label=0))
+    assert read_prompts(b"3\nthree cats\n")[0] == PromptLine(prompt="3")
+    assert read_prompts(b"3\n")[0].text == "class 3"
+
+
+def test_tsv_names_its_columns_first() -> None:
+    lines = read_prompts(b"seed\tprompt\tnegative_prompt\n7\tred heart\tblurred\n\tred apple\t\n")
+    assert lines == (PromptLine("red heart", "blurred", seed=7), PromptLine("red apple"))
+
+
+def test_json_lines_are_objects() -> None:
+    lines = read_prompts(b'{"prompt": "red heart", "seed": 3}\n{"prompt": "\\u2764"}\n')
+    assert lines == (PromptLine("red heart", seed=3), PromptLine("❤"))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "p: got no prompts, wanted one a line"),
+        (b"\xff\xfe\x00", "p: got bytes that are not UTF-8"),
+        (b'{"prompt": "a"}\n{"promt": "b"}\n', "p:2: got promt, wanted some of prompt"),
+        (b'{"prompt": "a"}\nb\n', "p:2: got what is no JSON"),
+        (b'{"prompt": 1}\n', "p:1: got prompt '1', wanted text"),
+        (b'{"prompt": "a", "seed": -1}\n', "p:1: got seed '-1', wanted a number from 0"),
+        (b'{"seed": 1}\n', "p:1: got seed, wanted a prompt or a class_label"),
+        (b'{"prompt": "a"}\n{"class_label": 1}\n', "p: got prompts and class labels"),
+        (b"prompt\tseed\na\n", "p:2: got 1 columns, wanted 2"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(data: bytes, message: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        read_prompts(data, "p")
+    assert str(caught.value).startswith(message)
+
+
+def test_what_calibrates_is_not_measured_on() -> None:
+    lines = read_prompts(b"a\nb\nc\nd\ne\n")
+    fitted, held_out = (select_part(lines, part) for part in PromptPart)
+    assert [line.prompt for line in fitted] == ["a", "c", "e"]
+    assert [line.prompt for line in held_out] == ["b", "d"]
+    assert line_of(held_out, 3).prompt == "d"
+
+
+def test_one_line_and_class_labels_are_told_to_both_parts() -> None:
+    for data in (b"a\n", b"0\n1\n2\n"):
+        lines = read_prompts(data)
+        assert select_part(lines, PromptPart.CALIBRATION) == select_part(lines, PromptPart.EVALUATION) == lines
+
+
+def test_the_shipped_prompts_are_256_different_ones() -> None:
+    lines = read_prompts(NEUTRAL.read_bytes())
+    assert len({line.prompt for line in lines}) == len(lines) == 256

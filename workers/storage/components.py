@@ -1,0 +1,86 @@
+"""The components of a whole pipeline beside its denoiser: text encoders, tokenizers, decoders, as a folder has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quant_spec.documents import read_json_file
+from quant_spec.pipeline import LIBRARIES, MODEL_INDEX, component_entries, is_whole
+from workers.errors import ModelError
+from workers.storage.weights import WEIGHT_PATTERNS, WEIGHTS, find_weights
+
+SCHEDULER = "scheduler"
+_NAMES = {"diffusers": WEIGHTS, "transformers": "model.safetensors"}
+#: What a component is made of besides weights: configs, vocabularies, merges, chat templates.
+_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """A pipeline's index, and the files of its components, by their path in the store; `weights` are those with
+    numbers in them."""
+
+    index: Mapping[str, Any]
+    files: Mapping[str, Path | bytes]
+    weights: Mapping[str, Path]
+
+
+def find_components(root: Path, denoiser: str) -> Components | None:
+    """Find what a pipeline's folder holds beside its denoiser and its scheduler.
+
+    Parameters
+    ----------
+    root
+        The pipeline's folder.
+    denoiser
+        The name of its denoiser's folder.
+
+    Returns
+    -------
+    Components or None
+        None if the folder holds a denoiser alone: no index, or one that names nothing else, or whose components lie
+        elsewhere.
+
+    Raises
+    ------
+    ModelError
+        If a component is of a library that is not read, or has no weights that can be read.
+    """
+    path = root / MODEL_INDEX
+    if not denoiser or not path.is_file():
+        return None
+    index = read_json_file(path, error=ModelError)
+    if not isinstance(index, dict) or not is_whole(index) or denoiser not in component_entries(index):
+        return None
+    others = {name: entry for name, entry in component_entries(index).items() if name not in (denoiser, SCHEDULER)}
+    if not others or not all((root / name).is_dir() for name in others):
+        return None
+    files: dict[str, Path | bytes] = {}
+    weights: dict[str, Path] = {}
+    for name, (library, class_name) in others.items():
+        if library not in LIBRARIES:
+            raise ModelError(
+                f"{path}: {name}: got a component of {library!r} ({class_name}), wanted one of {', '.join(LIBRARIES)}"
+            )
+        folder = root / name
+        texts = {each for pattern in _TEXTS for each in folder.glob(pattern) if ".safetensors.index" not in each.name}
+        files |= {f"{name}/{each.name}": each for each in texts if each.is_file()}
+        if (folder / "config.json").is_file():
+            found = find_weights(folder, _NAMES[library])
+            weights |= {f"{name}/{each}": file for each, file in found.files.items()}
+            if found.index is not None:
+                files[f"{name}/{_NAMES[library]}.index.json"] = found.index
+    return Components(index, files | weights, weights)
+
+
+def component_patterns(root: Path, denoiser: str) -> list[str]:
+    """Return the patterns of a repository's files that may belong to a pipeline's components beside its denoiser."""
+    path = root / MODEL_INDEX
+    index = read_json_file(path, error=ModelError) if denoiser and path.is_file() else None
+    if not isinstance(index, dict) or not is_whole(index):
+        return []
+    others = component_entries(index).keys() - {denoiser, SCHEDULER}
+    return [f"{name}/{pattern}" for name in sorted(others) for pattern in (*_TEXTS, *WEIGHT_PATTERNS)]

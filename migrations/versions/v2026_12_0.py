@@ -38,12 +38,13 @@ def upgrade() -> None:
         sa.Column("repairs", sa.Integer(), nullable=False, server_default="0"),
         sa.Column("needs", sa.Text(), nullable=False, server_default=""),
         sa.Column("deterministic", sa.Boolean(), nullable=False, server_default=sa.false()),
+        sa.Column("rank", DOUBLE, nullable=False, server_default="0"),
     ):
         op.add_column("tasks", column)
     _name_needs()
     op.drop_index("ix_tasks_queued", "tasks")
     op.drop_index("ix_tasks_queued_cpu", "tasks")
-    queued = ["needs", "alone", sa.text("priority DESC"), "seq"]
+    queued = ["needs", "alone", sa.text("priority DESC"), "rank", "seq"]
     op.create_index("ix_tasks_queued_needs", "tasks", queued, **_where("state = 'queued'"))
     op.add_column("task_inputs", sa.Column("places", JSON))
     op.add_column("results", sa.Column("ran", JSON, nullable=False, server_default=sa.text("'{}'")))
@@ -88,6 +89,12 @@ def upgrade() -> None:
         sa.Column("created_at", DOUBLE, nullable=False),
         sa.PrimaryKeyConstraint("digest", "key_id", name=op.f("pk_signatures")),
     )
+    op.create_table(
+        "owners",
+        sa.Column("name", sa.String(128), nullable=False),
+        sa.Column("rank", DOUBLE, nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_owners")),
+    )
     _make_searches()
     clock = "extract(epoch FROM now())" if op.get_context().dialect.name == "postgresql" else "strftime('%s', 'now')"
     insert = sa.text(f"INSERT INTO service (id, created_at) VALUES (:id, {clock})")
@@ -96,7 +103,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     """Go back; times on GPUs, where tasks ran, and searches are forgotten."""
-    for table in ("search_points", "search_models", "searches"):
+    for table in ("search_points", "search_models", "searches", "owners"):
         op.drop_table(table)
     if _is_postgres():
         for statement in drop_checks():
@@ -124,6 +131,7 @@ def downgrade() -> None:
     )
     op.drop_column("task_inputs", "places")
     for column in (
+        "rank",
         "needs",
         "deterministic",
         "repairs",

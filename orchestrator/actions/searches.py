@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -158,6 +159,24 @@ def pareto_view(view: Mapping[str, Any]) -> dict[str, Any]:
         for name, points in view["models"].items()
     }
     return {**view, "models": models}
+
+
+def smallest_models(
+    view: Mapping[str, Any], damage: float | None, psnr_db: float | None
+) -> dict[str, dict[str, Any] | None]:
+    """Return for each model the smallest point of its predicted front within a damage, and of at least a PSNR.
+
+    None where nothing is predicted to reach that.
+    """
+    found: dict[str, dict[str, Any] | None] = {}
+    for model, stage in view["stages"].items():
+        good = [
+            {"bytes": size, "damage": lost, "psnr_db": decibels}
+            for size, lost, decibels in stage["predicted_front"]
+            if (damage is None or lost <= damage) and (psnr_db is None or (decibels or -math.inf) >= psnr_db)
+        ]
+        found[model] = min(good, key=lambda each: int(each["bytes"]), default=None)
+    return found
 
 
 def show_searches(service: Service, limit: int = 50) -> list[dict[str, Any]]:

@@ -17,14 +17,16 @@ from orchestrator.actions.searches import (
     search_exit_code,
     show_search,
     show_searches,
+    smallest_models,
 )
-from orchestrator.actions.sensitivity import MOST_LAYERS, find_sensitivities, sensitivity_text
+from orchestrator.actions.sensitivity import MOST_LAYERS, SearchTables, find_sensitivities, sensitivity_text
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.db.rows import SearchRow
 from orchestrator.db.searches import cancel_search, find_search
 from orchestrator.logs import log_format, log_to_stderr
+from orchestrator.report.write import write_search_report
 from orchestrator.scheduling.scheduler import stop_on_signals
-from orchestrator.states import ACTIVE_JOBS
+from orchestrator.states import ACTIVE_JOBS, JobState
 from orchestrator.text import human_seconds, table
 from quant_spec.numbers import human_bytes
 
@@ -57,6 +59,10 @@ def _request_options(function: F) -> F:
 
 @search.command("run")
 @_request_options
+@click.option(
+    "--damage", type=click.FloatRange(0), metavar="X", help="Say the smallest file predicted to do at most this damage."
+)
+@click.option("--psnr-db", type=float, metavar="X", help="Say the smallest file predicted to reach at least this PSNR.")
 @pass_app
 def search_run(
     app: App,
@@ -66,6 +72,8 @@ def search_run(
     skip_bad: bool,
     priority: int,
     dry_run: bool,
+    damage: float | None,
+    psnr_db: float | None,
 ) -> int:
     """Queue a search and execute it here, with the front so far. SPEC is a YAML file.
 
@@ -82,10 +90,48 @@ def search_run(
         _tell_next(app, row)
         row = run_search(service, row, stop)
         view = show_search(service, row.id)
+        text = search_text(app, view)
         if row.state in ACTIVE_JOBS:
             app.notify(f"search {row.id} is not finished; go on with: {app.command('search', 'run', spec)}")
-    app.answer(view, lambda: search_text(app, view))
+        elif row.state is JobState.SUCCEEDED:
+            view |= {"report": str(write_search_report(service, row.id))}
+            text += f"\n\nreport    {view['report']}"
+            if only is not None:
+                text = f"{text}\n\n{_sensitivity_texts(find_sensitivities(service, row.id))}"
+        if damage is not None or psnr_db is not None:
+            view |= {"smallest": smallest_models(view, damage, psnr_db)}
+            text += "\n\n" + _smallest_text(view["smallest"])
+    app.answer(view, lambda: text)
     return search_exit_code(row)
+
+
+def _sensitivity_texts(found: SearchTables, start: str | None = None, most: int = MOST_LAYERS) -> str:
+    """Return for a person which layers of each model cost most, and where bits pay."""
+    return "\n\n".join(
+        sensitivity_text(
+            table,
+            model=each.model if len(each.tables) == 1 else f"{each.model}, variant {variant}",
+            order=each.order,
+            front=each.front if place == 0 else (),
+            start=start,
+            most=most,
+        )
+        for each in found.models
+        for place, (variant, table) in enumerate(each.tables.items())
+    )
+
+
+def _smallest_text(smallest: dict[str, Any]) -> str:
+    """Return the answer to the inverse question for a person."""
+    lines = []
+    for name, found in smallest.items():
+        if found is None:
+            lines.append(f"{name}: nothing is predicted to reach that")
+        else:
+            quality = "" if found["psnr_db"] is None else f", {found['psnr_db']:.1f} dB"
+            size = human_bytes(found["bytes"], 2)
+            lines.append(f"{name}: {size} is the smallest, predicted damage {found['damage']:.3g}{quality}")
+    return "\n".join(lines)
 
 
 @search.command("submit")
@@ -177,8 +223,6 @@ def search_extend(app: App, search_id: str, models: tuple[str, ...], budgets: tu
 @pass_app
 def search_report(app: App, search_id: str, out: Path | None) -> None:
     """Write the report of a search, ended or not: one HTML file that needs nothing else."""
-    from orchestrator.report.write import write_search_report
-
     with app.service() as service:
         path = write_search_report(service, search_id, out)
     app.answer({"report": str(path)}, lambda: str(path))
@@ -198,19 +242,8 @@ def search_sensitivity(app: App, search_id: str, model: str | None, start: str |
         "search": found.search,
         "models": {each.model: {"tables": each.tables, "front": each.front} for each in found.models},
     }
-    texts = [
-        sensitivity_text(
-            table,
-            model=each.model if len(each.tables) == 1 else f"{each.model}, variant {variant}",
-            order=each.order,
-            front=each.front if place == 0 else (),
-            start=start,
-            most=layers,
-        )
-        for each in found.models
-        for place, (variant, table) in enumerate(each.tables.items())
-    ]
-    app.answer(view, lambda: "\n\n".join(texts))
+    text = _sensitivity_texts(found, start, layers)
+    app.answer(view, lambda: text)
 
 
 def _answer_dry_run(app: App, found: SearchDryRun) -> None:

@@ -18,7 +18,7 @@ from orchestrator.graph import Resources
 
 _NEEDS = "needs, alone, gpus, gpu_type"
 _COLUMNS = (
-    "seq, id, key, kind, version, priority, cpus, gpus, memory_bytes, gpu_memory_bytes, "
+    "seq, rank, id, key, kind, version, priority, cpus, gpus, memory_bytes, gpu_memory_bytes, "
     "device, gpu_type, alone, batch_divisor, deterministic"
 )
 # Each group's first task stands for what the group asks for; the next group begins behind it in the index.
@@ -65,7 +65,8 @@ _READY = """
     AND NOT EXISTS (SELECT 1 FROM tasks AS other WHERE other.key = tasks.key AND other.state = 'running')
 """
 _HEAD = f"""
-    SELECT {_COLUMNS} FROM tasks WHERE needs = %s AND alone = %s AND {_READY} ORDER BY priority DESC, seq LIMIT :limit
+    SELECT {_COLUMNS} FROM tasks WHERE needs = %s AND alone = %s AND {_READY}
+    ORDER BY priority DESC, rank, seq LIMIT :limit
 """
 _READ_GROUPS = statement(f"{_GROUPS_SQLITE} SELECT needs, alone FROM groups WHERE {_FITS}")
 _READ_HEAD = statement(_HEAD % (":needs", ":alone"))
@@ -90,7 +91,7 @@ def read_candidates(
     over; None: no matter.
     """
     rows = candidate_rows(session, limit, gpus, gpu_types)
-    rows.sort(key=lambda row: (-row.priority, row.seq))
+    rows.sort(key=lambda row: (-row.priority, row.rank, row.seq))
     candidates: dict[str, Candidate] = {}
     for row in rows:
         if row.key not in candidates:

@@ -7,7 +7,8 @@ needs `lock_graph`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.event_log import record_event
+from orchestrator.db.fairness import next_rank, note_rank
 from orchestrator.db.lineage import EDGE, input_edges
 from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
 from orchestrator.db.promote import complete, queue_new, recount
@@ -57,7 +59,8 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
         If the job has ended.
     """
     lock_enqueue(session)
-    shared = _of_job(session, job_id)
+    first = next_rank(session, job_id)
+    shared = _of_job(session, job_id, first)
     begun = session.execute(select(JobTask.task_id).where(JobTask.job_id == job_id).limit(1)).first() is not None
     seen: set[str] = set()
     ready: list[str] = []
@@ -71,9 +74,11 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
         raise GraphError(f"graph of job {job_id}: got no target {target.id[:12]} among {len(seen)} tasks")
     update_target = update(Job).where(Job.id == job_id).values(target_task=target.id)
     session.execute(update_target, execution_options={"synchronize_session": False})
+    note_rank(session, job_id, next(shared.ranks))
     lock_graph(session)
     queue_new(session, ready)
     if is_shared:
+        _bring_forward(session, job_id, first)
         start_tasks(session, job_id)
     tell_others(session)
     cached = JobTask.cached
@@ -81,6 +86,13 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
         select(func.count(), func.count().filter(cached)).where(JobTask.job_id == job_id)
     ).one()
     return EnqueueCounts(total, done)
+
+
+def _bring_forward(session: Session, job_id: str, rank: float) -> None:
+    """Let tasks that came with others' jobs wait no longer than this job's own would."""
+    wanted = select(JobTask.task_id).where(JobTask.job_id == job_id)
+    statement = update(Task).where(in_states(Task.state, UNFINISHED_TASKS), Task.id.in_(wanted), Task.rank > rank)
+    session.execute(statement.values(rank=rank), execution_options={"synchronize_session": False})
 
 
 def start_tasks(session: Session, job_id: str) -> None:
@@ -154,9 +166,10 @@ class _Shared:
     gpu_type: str | None
     deterministic: bool
     deadline_seconds: float | None
+    ranks: Iterator[float]
 
 
-def _of_job(session: Session, job_id: str) -> _Shared:
+def _of_job(session: Session, job_id: str, first_rank: float = 0.0) -> _Shared:
     columns = (Job.priority, Job.state, Job.device, Job.gpu_type, Job.recipe)
     row = session.execute(select(*columns).where(Job.id == job_id)).one_or_none()
     if row is None:
@@ -170,6 +183,7 @@ def _of_job(session: Session, job_id: str) -> _Shared:
         gpu_type=row.gpu_type,
         deterministic=bool(row.recipe.get("deterministic")),
         deadline_seconds=None if minutes is None else 60.0 * minutes,
+        ranks=itertools.count(first_rank),
     )
 
 
@@ -213,7 +227,7 @@ _WANTED = ("job_id", "task_id", "cached")
 NEEDS = ("cpus", "gpus", "memory_bytes", "gpu_memory_bytes", "device", "gpu_type")
 _TASK = (
     *("id", "kind", "version", "params", "inputs", *NEEDS, "needs", "work", "label", "state", "waiting"),
-    *("priority", "deterministic", "deadline_seconds"),
+    *("priority", "deterministic", "deadline_seconds", "rank"),
     *("not_before", "attempt", "faults_task", "faults_infrastructure"),
 )
 
@@ -245,6 +259,6 @@ def _task_values(item: _Item, shared: _Shared) -> tuple[Any, ...]:
     return (
         *(node.id, node.kind, node.version, dump(dict(node.params)), dump(inputs_json(node.inputs))),
         *(*needs, needs_of(*needs), node.work, node.label, _BLOCKED, len(item.sources)),
-        *(shared.priority, shared.deterministic, shared.deadline_seconds),
+        *(shared.priority, shared.deterministic, shared.deadline_seconds, next(shared.ranks)),
         *(0.0, 0, 0, 0),
     )

@@ -138,8 +138,9 @@ class Task(Base):
     """One task, whoever wants it.
 
     `inputs` holds digests and, while the task is blocked, references to other tasks' outputs; `waiting` counts the
-    distinct tasks among them that have not succeeded. `seq` is the order of arrival. A lease's columns are set
-    exactly while the task is running.
+    distinct tasks among them that have not succeeded. `seq` is the order of arrival; of equal priority the lowest
+    `rank` is claimed first (`fairness.py`), then the lowest `seq`. A lease's columns are set exactly while the task is
+    running.
 
     `gpu_memory_bytes` is what it takes on a GPU (0: no GPU helps), `gpus` how many it cannot do without; `device`
     ("auto", "cpu", "cuda") and `gpu_type` are what its jobs allow, `deterministic` that one of them asks for.
@@ -163,7 +164,7 @@ class Task(Base):
         ),
         CheckConstraint("cpus >= 0 AND gpus >= 0 AND memory_bytes >= 0 AND work >= 0", name="resources"),
         # The claim reads the head of each group of equal needs and never sorts, nor passes over what does not fit.
-        Index("ix_tasks_queued_needs", "needs", "alone", text("priority DESC"), "seq",
+        Index("ix_tasks_queued_needs", "needs", "alone", text("priority DESC"), "rank", "seq",
               postgresql_where=text("state = 'queued'"), sqlite_where=text("state = 'queued'")),
         Index("ix_tasks_queued_key", "key", postgresql_where=text("state = 'queued'"),
               sqlite_where=text("state = 'queued'")),
@@ -210,6 +211,16 @@ class Task(Base):
     repairs: Mapped[int] = mapped_column(Integer, server_default="0")
     needs: Mapped[str] = mapped_column(Text, server_default="")
     deterministic: Mapped[bool] = mapped_column(server_default=false())
+    rank: Mapped[float] = mapped_column(Float(53), server_default="0")
+
+
+class Owner(Base):
+    """Somebody who submits jobs; `rank` is that of the next task that comes from there (`fairness.py`)."""
+
+    __tablename__ = "owners"
+
+    name: Mapped[str] = mapped_column(Name, primary_key=True)
+    rank: Mapped[float] = mapped_column(Float(53))
 
 
 class TaskInput(Base):

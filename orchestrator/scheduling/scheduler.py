@@ -49,7 +49,7 @@ from orchestrator.scheduling.task_log import TaskLog
 from orchestrator.scheduling.wakeup import Wakeup
 from orchestrator.scheduling.watch import Watch
 from orchestrator.states import ACTIVE_JOBS
-from workers.errors import Dependency, ExecutorError, Fault, StoreError
+from workers.errors import Dependency, ExecutorError, Fault
 from workers.execution.cluster import own_versions
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Executor, Finished
@@ -232,14 +232,9 @@ class Scheduler:
             return ended, work_left(session)
 
     def _do_between(self) -> None:
-        """Do what is to be done between claims, where that is due; a store that is out is waited for."""
-        if self._between is None or time.monotonic() < self._next_between:
-            return
-        try:
+        """Do what is to be done between claims, where that is due."""
+        if self._between is not None and time.monotonic() >= self._next_between:
             self._next_between = time.monotonic() + self._patiently(self._between)
-        except StoreError as error:
-            log.warning("between claims: %s", error)
-            self._next_between = time.monotonic() + self._config.poll_seconds
 
     def _is_drained(self) -> bool:
         """Say whether no job is left, nor one that is being submitted: the look above sees what has been committed."""

@@ -17,6 +17,7 @@ from typing import Any
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import find_job
 from orchestrator.db.registry import find_model
+from orchestrator.db.remake import withdraw_lost
 from orchestrator.db.rows import JobRow, ModelRow, SearchModelRow, SearchPointRow, SearchRow
 from orchestrator.db.searches import (
     active_jobs,
@@ -62,7 +63,7 @@ from quant_spec.errors import QuantServiceError
 from quant_spec.keys import canonical_json
 from quant_spec.recipe import Recipe
 from quant_spec.search import BASE_VARIANT, SearchSpec
-from workers.errors import StoreError
+from workers.errors import BlobLostError, StoreError
 from workers.storage.names import check_name
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,11 @@ class Steps:
             count, looked = self._seen.get(search, (-1, 0.0))
             # Steps follow the ends of jobs; another orchestrator's steps are seen a little later.
             if active[search] != count or now > looked + _LOOK_SECONDS:
-                advance(self._service, search)
+                try:
+                    advance(self._service, search)
+                except StoreError as error:
+                    # Whatever is with its bytes, other searches go on.
+                    log.warning("search %s waits for the store: %s", search, error)
                 with self._service.database.session(read_only=True) as session:
                     self._seen[search] = (active_jobs(session, [search])[search], now)
         self._seen = {search: seen for search, seen in self._seen.items() if search in active}
@@ -185,6 +190,8 @@ def _step(service: Service, search: _Search, model: SearchModelRow) -> bool:
             step = _Step(session, search, model)
             step.take(proposals)
             return True
+    except BlobLostError as error:
+        return _make_again(service, search, model, error.digest)
     except (DatabaseError, StoreError):
         raise
     except QuantServiceError as error:
@@ -212,6 +219,19 @@ def _read(service: Service, job_id: str) -> Proposals | JobRow:
         job = find_job(session, job_id)
         made = target_result(session, job_id) if job.state is JobState.SUCCEEDED else None
     return job if made is None else read_proposals(service.store, *made)
+
+
+def _make_again(service: Service, search: _Search, model: SearchModelRow, lost: str) -> bool:
+    """Withdraw proposals whose bytes are lost, so that the model's next step asks for them again."""
+    with service.database.session() as session:
+        lock_enqueue(session)
+        lock_graph(session)
+        if model.job is None or not _is_unchanged(session, search, model):
+            return False
+        withdraw_lost(session, str(find_job(session, model.job).target_task), [lost], lost)
+        update_search_model(session, search.id, model.name, job_id=None)
+    log.warning("search %s, model %s: proposals are made again, as their bytes are lost", search.id, model.name)
+    return True
 
 
 def _fail(service: Service, search: _Search, model: SearchModelRow, error: str) -> bool:

@@ -51,6 +51,7 @@ class QueueDriver:
         *,
         priority: int = 0,
         release: str | None = None,
+        owner: str = "",
     ) -> str:
         """Make a job of a graph whose last node is its target; `counts` then says what enqueueing returned."""
         if target is None:
@@ -59,7 +60,7 @@ class QueueDriver:
         with self.database.session() as session:
             model = add_model(session, ModelRow("model", digest("model"), "UNet2DModel", "here", 10, 5, {"units": []}))
             recipe = {"recipe_name": "recipe", "recipe": {"bits": 4}, "recipe_digest": digest("recipe")}
-            job = create_job(session, model=model, release_name=release, priority=priority, **recipe)
+            job = create_job(session, model=model, release_name=release, priority=priority, owner=owner, **recipe)
             self.counts = enqueue_graph(session, job, nodes, target)
         return job
 

@@ -36,7 +36,7 @@ MOST_SHARDS = 10_000
 class Passes(Grown):
     """The steps of the method, in the planner's order."""
 
-    _later: ClassVar[frozenset[str]] = frozenset({"low_rank"})
+    _later: ClassVar[frozenset[str]] = frozenset({"low_rank", "menu"})
 
     temporal: Temporal | None = Field(
         default=None,
@@ -66,12 +66,6 @@ class Passes(Grown):
     correct: Correct | None = Field(
         default=None, description="Predictions corrected in the sampler; null corrects none."
     )
-
-    @model_serializer(mode="wrap")
-    def _without_a_menu(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a menu that is not there, so that the digests of recipes stay what they were."""
-        values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name != "menu" or value is not None}
 
 
 class Calibration(Record):

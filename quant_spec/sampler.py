@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from quant_spec.record import Positive, Record
+from quant_spec.record import Grown, Positive
 
 
-class Sampler(Record):
+class Sampler(Grown):
     """How samples are drawn: for calibration, for the references and for the evaluation alike."""
 
     scheduler: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9]*$", max_length=128)] | None = Field(
@@ -46,6 +46,7 @@ class Sampler(Record):
     )
 
     _omitted: ClassVar[frozenset[str]] = frozenset({"arguments"})
+    _later: ClassVar[frozenset[str]] = frozenset({"arguments"})
 
     @property
     def is_guided(self) -> bool:

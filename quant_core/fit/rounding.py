@@ -237,11 +237,11 @@ def round_layer(layer: QuantLayer, weight: Tensor, moment: Tensor | None, ranges
     moment = moment if moment is not None and len(moment) == matrix.shape[1] else None
     if layer.spec.weight.is_float:
         scale = grid.scale[:, groups]
-        nearest = moment is None
-        layer.set_numbers(
-            to_fp8(matrix, scale) if nearest else round_closed_form_fp8(matrix, moment, scale, damping=damping),
-            grid.scale,
-        )
+        if moment is None:
+            numbers = to_fp8(matrix, scale)
+        else:
+            numbers = round_closed_form_fp8(matrix, moment, scale, damping=damping)
+        layer.set_numbers(numbers, grid.scale)
     else:
         if moment is None:
             codes = nearest_codes(matrix, grid, bits, groups)

@@ -106,7 +106,7 @@ def load_text_encoder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def _dtypes(folder: Path) -> dict[str, torch.dtype]:
     """Return the dtype of each tensor in a folder's safetensors files."""
-    found = {}
+    found: dict[str, torch.dtype] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118  # not a mapping

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -14,8 +13,6 @@ Rank = Annotated[int, Field(ge=1, le=4096)]
 
 class LowRank(Record):
     """Keep the largest singular values of each weight in 16 bits, and give codes to what is left (SVDQuant)."""
-
-    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {("rank", "auto"): frozenset({"max_rank"})}
 
     rank: Rank | Literal["auto"] = Field(
         default="auto",
@@ -35,3 +32,7 @@ class LowRank(Record):
     positions: Count = Field(
         default=16, description="Output positions per sample that errors are measured on, at most."
     )
+
+    def idle_fields(self) -> set[str]:
+        """Return the fields that cannot matter; a rank that is given has no greatest."""
+        return super().idle_fields() | (set() if self.rank == "auto" else {"max_rank"})

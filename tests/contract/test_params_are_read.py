@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from quant_spec.enums import (
     AllocationMethod,
@@ -53,6 +55,7 @@ from quant_spec.tasks import (
     export,
     inspect,
     layer_table,
+    low_rank,
     menu,
     mix,
     noise,
@@ -69,10 +72,12 @@ from quant_spec.tasks import (
     step_effects,
     step_gains,
     temporal,
+    text_encoder,
 )
 from tests.tiny_pipelines import save_sd3
 from workers.execution.context import TaskContext, TaskOutput
 from workers.execution.execute import load_body
+from workers.storage.manifest import put_tree
 from workers.storage.model_folder import import_model
 from workers.storage.store import open_cached
 
@@ -162,6 +167,17 @@ class Tasks:
     def embeddings(self) -> str:
         """What its first line encodes to."""
         return self.run(encode.KIND, *_encode()(self)).outputs[encode.EMBEDDINGS]
+
+    def text_pipeline(self) -> str:
+        """A tree with a text encoder in it."""
+        folder = next(self._scratch)
+        CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                max_position_embeddings=6,
+            )
+        ).save_pretrained(folder / "text_encoder")  # fmt: skip
+        return put_tree(self.store, folder)
 
     @cached_property
     def inspection(self) -> dict[str, Any]:
@@ -294,6 +310,24 @@ def _scale(**changes: Any) -> Case:
     def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
         params = scale.Params(units=tasks.units(), **GROUP, **changes)
         return params, scale.Inputs(model=tasks.model, calibration=tasks.calibration)
+
+    return case
+
+
+def _low_rank(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        params = low_rank.Params(units=tasks.units(), positions=4, **GROUP, **changes)
+        return params, low_rank.Inputs(model=tasks.model, calibration=tasks.calibration)
+
+    return case
+
+
+def _text_encoder(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        layer = PlannedLayer(WeightSpec(4), MINMAX)
+        params = text_encoder.Params(component="text_encoder", layer=layer, **GROUP, **changes)
+        prompts = save({"input_ids": torch.arange(24).reshape(4, 6)})
+        return params, text_encoder.Inputs(model=tasks.text_pipeline, prompts=tasks.store.put_bytes(prompts))
 
     return case
 
@@ -533,6 +567,11 @@ CASES: dict[str, dict[str, Case]] = {
         "skip": _scale(method=Scaling.NONE, shift=Shift.SKIP),
         "variance": _scale(method=Scaling.NONE, shift=Shift.VARIANCE, least_spread=0.01),
     },
+    "low_rank": {
+        "auto": _low_rank(smoothing="search", convolutions=True, max_rank=4),
+        "given": _low_rank(rank=2, smoothing=0.5, convolutions=True, rounding=RoundingMethod.NEAREST),
+    },
+    "text_encoder": {"nearest": _text_encoder(), "closed_form": _text_encoder(method=RoundingMethod.CLOSED_FORM)},
     "round": {
         "nearest": _round(),
         "closed_form": _round(method=RoundingMethod.CLOSED_FORM),

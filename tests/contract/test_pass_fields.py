@@ -43,7 +43,10 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "passes.temporal.finite_set": ("activations={step_bits: null, mode: static}",),
     "passes.scale.exponent": ("passes.scale.method=smooth",),
     "passes.scale.half_life": ("passes.scale.weighting=early",),
+    "passes.low_rank.smoothing": ("passes.scale=null",),
 }
+#: For sections that others of that recipe exclude: what takes these out.
+INSTEAD: Mapping[str, tuple[str, ...]] = {"passes.low_rank": ("passes.allocate=null", "passes.low_rank={}")}
 _SHARD = frozenset({"seeds", "batch_size", "sqnr_seeds"})
 #: Parameters that say a field under another name.
 TOLD_AS: Mapping[str, frozenset[str]] = {
@@ -109,7 +112,7 @@ def candidates(schema: Mapping[str, Any], records: Mapping[str, Any], value: Any
         for place, item in enumerate(value):
             yield [*value[:place], item * 1.5, *value[place + 1 :]]
     else:
-        start = 1 if value is None else value
+        start = value if isinstance(value, int | float) else 1
         kind = int if schema["type"] == "integer" else float
         yield from (kind(other) for other in (start + 1, 2 * start, start / 2, start + 0.25))
 
@@ -158,7 +161,8 @@ def changed_names(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[s
 
 @pytest.mark.parametrize(("path", "name"), FIELDS, ids=str)
 def test_field_is_told_under_its_name_or_refused(path: str, name: str) -> None:
-    field, beside = f"{path}.{name}", BESIDE.get(f"{path}.{name}", ())
+    field = f"{path}.{name}"
+    beside = (*INSTEAD.get(path, ()), *BESIDE.get(field, ()))
     values = others(load(*beside), path, name, beside)
     if not values:  # there is but one value
         choices = schema_of(SECTIONS[path])["properties"][name]
@@ -184,10 +188,12 @@ def test_field_is_told_under_its_name_or_refused(path: str, name: str) -> None:
 def idle_cases() -> Iterator[tuple[str, str, str]]:
     """Return (choice as an assignment, path, field that cannot matter under it) for each choice of each pass."""
     for path, record in SECTIONS.items():
+        beside = INSTEAD.get(path, ())
         for choice in (name for name in record.model_fields if is_choice(record, name)):
-            for value in (to_json(getattr(section_of(load(), path), choice)), *others(load(), path, choice)):
+            default = to_json(getattr(section_of(load(*beside), path), choice))
+            for value in (default, *others(load(*beside), path, choice, beside)):
                 assignment = setting(path, choice, value)
-                section = section_of(load(assignment), path)
+                section = section_of(load(*beside, assignment), path)
                 for name in sorted(section.idle_fields() - record._omitted):
                     yield assignment, path, name
 

@@ -48,6 +48,7 @@ def test_shipped_recipes_are_those_that_are_promised():
     promised = {"base", "minmax-w8a8", "qdiffusion-w8a8", "qdiffusion-w4a8", "fast-w4a8", "tfmq-w8a8", "tfmq-w4a8"}
     promised |= {"ptqd-w8a8", "ptqd-w4a8", "ptqd-w4-mixed", "tfmq-ptqd-w4a8"}
     promised |= {"dmq-w8a8", "dmq-w4a8", "dmq-w4a6", "dmq-ptqd-w4a6"}
+    promised |= {"svdquant-w4a8", "svdquant-w4a4", "fp8-w8a8", "weights-w4", "weights-w8"}
     promised |= {f"mpqdm-w{bits}a4{plus}" for bits in (4, 3, 2) for plus in ("", "-plus")}
     assert promised <= set(shipped_names())
 
@@ -66,10 +67,12 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     assert (recipe.passes.temporal is not None and recipe.passes.temporal.cache) == is_tfmq
     if name != "base":
         both = {"w4a8": (4, 8), "w4a6": (4, 6), "w8a8": (8, 8), "mixed": (4, 8)}
-        both |= {f"w{bits}a4": (bits, 4) for bits in (4, 3, 2)}
+        both |= {f"w{bits}a4": (bits, 4) for bits in (4, 3, 2)} | {"w4": (4, None), "w8": (8, None)}
         assert (recipe.weights.bits, recipe.activations.bits) == both[name.removesuffix("-plus").rpartition("-")[2]]
     assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
     assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq", "dmq"))
+    assert (recipe.passes.low_rank is not None) == name.startswith("svdquant")
+    assert {recipe.weights.type, recipe.activations.type} == {"e4m3" if name.startswith("fp8") else "int"}
     scale = recipe.passes.scale
     assert (scale is not None and (scale.method, scale.shift) == ("learned", "skip")) == name.startswith("dmq")
     assert (recipe.passes.correct is not None) == ("ptqd" in name)

@@ -10,8 +10,9 @@ the same seeds, DDIM with 20 steps, as error power and as PSNR. Predicted are su
     one point       with half of the error of all others at a middle width
     two points      the mean of two such points on the way (what `sensitivity` tasks do)
 
-each weighted by step gains (power at the final sample per power at the prediction), and not. The folder keeps what was
-computed, so that the script goes on where it was stopped.
+each weighted by step gains (power at the final sample per power at the prediction), on rows drawn where most of the
+damage is made; "unweighted" is the isolated error of the prediction on rows of all steps alike. The folder keeps what
+was computed, so that the script goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from quant_core.diffusion.denoiser import Denoiser, load_denoiser
 from quant_core.diffusion.sampler import make_scheduler, sample, trajectory_conditioning
 from quant_core.fit.menu import MenuUnit, mix_unit, round_menu
 from quant_core.fit.rounding import read_unit
-from quant_core.fit.sensitivity import PATHS, Choices, Damage, measure
+from quant_core.fit.sensitivity import PATHS, Choices, Damage, Row, choose_rows, measure
 from quant_core.fit.step_gains import StepGains, measure_gains
 from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.inspect.inspection import inspect_model
@@ -56,8 +57,9 @@ from quant_spec.tasks.mix import MixedAttention, MixedLayer, MixedUnit
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SAMPLER = Sampler(scheduler="DDIMScheduler", num_inference_steps=20)
 FIRST_SEED = 2_000_000
+UNWEIGHTED = "isolated, unweighted"
 #: Name to shares of the other layers' errors.
-SCORES = {"isolated": PATHS[0], "one point": PATHS[1], "two points": PATHS[2]}
+SCORES = {"two points": PATHS[2], "isolated": PATHS[0], UNWEIGHTED: PATHS[0], "one point": PATHS[1]}
 
 
 def main() -> None:
@@ -67,8 +69,8 @@ def main() -> None:
     options.add_argument("--work", type=Path, required=True, help="folder that keeps what was computed")
     options.add_argument("--allocations", type=int, default=30)
     options.add_argument("--seeds", type=int, default=32, help="whose samples are compared")
-    options.add_argument("--rows", type=int, default=1, help="calibration rows of each measured step")
-    options.add_argument("--steps", type=int, default=10, help="trajectory steps that damages are measured at")
+    options.add_argument("--rows", type=int, default=10, help="calibration rows that damages are measured on")
+    options.add_argument("--scores", nargs="+", choices=list(SCORES), default=list(SCORES), help="what to compare")
     given = options.parse_args()
     torch.set_num_threads(1)
     print(json.dumps(Bench(given).result(), indent=2))
@@ -86,7 +88,7 @@ class Bench:
         self.menu: list[MenuUnit] = self._kept("menu", self._menu)
         context = [unit.weights[middle_width(WIDTHS)] for unit in self.menu]
         self.gains: StepGains = self._kept("gains", lambda: self._gains(context))
-        self.damages = {name: self._damage(name, path, context) for name, path in SCORES.items()}
+        self.damages = {name: self._damage(name, SCORES[name], context) for name in options.scores}
         self.base = {n: s for unit in self.menu for n, s in unit.activations[BASE].formats.layers.items()}
 
     def _kept(self, name: str, make: Callable[[], Any]) -> Any:
@@ -120,7 +122,10 @@ class Bench:
         return measure_gains(self.denoiser, context, SAMPLER, GAIN_SEEDS.range, batch_size=GAIN_SEEDS.count)
 
     def _damage(self, name: str, path: tuple[float, ...], context: list[UnitState]) -> Damage:
-        rows, steps = self.options.rows, self.options.steps
+        rows = choose_rows(self.gains, range(SAMPLER.num_inference_steps), self.calibration.samples, self.options.rows)
+        if name == UNWEIGHTED:
+            steps = select_steps(SAMPLER.num_inference_steps, self.options.rows)
+            rows = [Row(step, place, 1 / len(steps)) for place, step in enumerate(steps)]
 
         def make() -> Damage:
             choices = Choices(
@@ -134,12 +139,11 @@ class Bench:
                 context,
                 choices,
                 path=path,
-                steps=select_steps(self.calibration.steps, steps),
                 rows=rows,
                 batch_size=32,
             )
 
-        found: Damage = self._kept(f"{name.replace(' ', '-')}-{rows}x{steps}", make)
+        found: Damage = self._kept(f"{name.replace(' ', '-')}-{self.options.rows}", make)
         return found
 
     def draw(self, place: int) -> dict[str, int]:
@@ -179,14 +183,11 @@ class Bench:
             layer.soft_weight = layer.weight  # the same, unpacked once
         return model
 
-    def predicted(self, name: str, bits: Mapping[str, int], *, weighted: bool) -> float:
+    def predicted(self, name: str, bits: Mapping[str, int]) -> float:
         """Return the sum of damages of an allocation."""
         damage = self.damages[name]
-        gains = torch.tensor(self.gains.gains, dtype=torch.float64) * self.gains.coherence
-        powers = [damage.weights[layer, width] for layer, width in bits.items()]
-        powers += list(damage.activations.values())
-        total = torch.stack(powers).sum(0)
-        return float((total * gains).sum()) if weighted else float(total.mean())
+        parts = [damage.weights[layer, width] for layer, width in bits.items()]
+        return float(torch.stack([*parts, *damage.activations.values()]).sum())
 
     def result(self) -> dict[str, Any]:
         """Measure all allocations, and compare."""
@@ -203,11 +204,7 @@ class Bench:
                     "code_bytes": sum(weights[n] * b for n, b in bits.items()) // 8,
                     "error_power": float((made.double() - reference.double()).square().mean()),
                     "psnr_db": float(psnr_per_sample(reference, made, SampleSpace.PIXELS).mean()),
-                    "predicted": {
-                        f"{name}{'' if weighted else ', unweighted'}": self.predicted(name, bits, weighted=weighted)
-                        for name in SCORES
-                        for weighted in (True, False)
-                    },
+                    "predicted": {name: self.predicted(name, bits) for name in self.options.scores},
                 }
             )
         return self._report(rows)
@@ -225,11 +222,12 @@ class Bench:
                 "pearson_of_logs": float(pearsonr(np.log(told), np.log(error)).statistic),
                 "predicted_over_measured_db": {"mean": float(ratio.mean()), "std": float(ratio.std())},
             }
-        settings = {key: getattr(self.options, key) for key in ("allocations", "seeds", "rows", "steps")}
+        settings = {key: getattr(self.options, key) for key in ("allocations", "seeds", "rows")}
         return {
             "protocol": {"model": self.options.model.name, "recipe": "fast-w4a8", "sampler": "DDIM 20", **settings},
             "scores": scores,
             "gains": self.gains.gains,
+            "step_powers": self.gains.powers,
             "coherence": self.gains.coherence,
             "cpu_seconds": {n: round(s, 1) for n, s in self.seconds.items() if not n.startswith("allocation")},
             "rows": rows,

@@ -125,7 +125,8 @@ class LayerException(Record):
 
     match: Annotated[str, Field(pattern=r"^(@first|@last|[^@].*)$", max_length=1000)] = Field(
         description="Glob over the names of layers and attentions (* also matches dots); @first is the layer that "
-        "reads the sample, @last the one that writes the prediction."
+        "reads the sample, @last the one that writes the prediction. With an attention's exact name, activations.bits "
+        "are those of its query, key, value and probabilities."
     )
     weights: WeightsException = Field(default=WeightsException(), description="What differs from weights.")
     activations: ActivationsException = Field(

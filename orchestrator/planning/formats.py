@@ -86,30 +86,32 @@ def choose_formats(model: ModelInfo, recipe: Recipe) -> list[QuantizedUnit]:
     if not units:
         raise RecipeError("layers: got every layer kept in full precision, wanted at least one to quantize")
     extra = recipe.passes.allocate.extra if recipe.passes.allocate is not None else 0.0
-    _check_budget(model, units, recipe.budget.weight_bits_mean, extra)
+    widths = () if recipe.passes.menu is None else recipe.passes.menu.weight_bits
+    _check_budget(recipe.budget.weight_bits_mean, weight_bits_mean(model, units, extra, widths))
     return units
 
 
-def weight_bits_mean(model: ModelInfo, units: Sequence[QuantizedUnit], extra: float = 0.0) -> float:
+def weight_bits_mean(
+    model: ModelInfo, units: Sequence[QuantizedUnit], extra: float = 0.0, widths: Sequence[int] = ()
+) -> float:
     """Return the mean bits of a weight over all Conv and Linear layers; a layer that is not quantized has 32.
 
-    `extra`: the share of the channels of allocated layers that get one more bit.
+    `extra`: the share of the channels of allocated layers that get one more bit. `widths`: those of the menu, of which
+    promoted channels get the next.
     """
-    bits = {
-        name: layer.weight.bits + (extra if layer.allocated else 0.0)
-        for unit in units
-        for name, layer in unit.planned.layers.items()
-    }
+    bits: dict[str, float] = {}
+    for unit in units:
+        for name, layer in unit.planned.layers.items():
+            own = layer.weight.bits
+            above = min((width for width in widths if width > own), default=own)
+            bits[name] = own + (extra if layer.allocated else 0.0) + unit.promoted.get(name, 0.0) * (above - own)
     total = sum(layer.weights * bits.get(layer.name, FLOAT_BITS) for layer in model.layers)
     return float(total / sum(layer.weights for layer in model.layers))
 
 
-def _check_budget(model: ModelInfo, units: Sequence[QuantizedUnit], budget: float | None, extra: float) -> None:
+def _check_budget(budget: float | None, smallest: float) -> None:
     """Refuse bits that cost more than allowed; a recipe fixes each layer's, so theirs is the smallest budget."""
-    if budget is None:
-        return
-    smallest = weight_bits_mean(model, units, extra)
-    if smallest > budget:
+    if budget is not None and smallest > budget:
         raise RecipeError(
             f"budget.weight_bits_mean: got {budget:g}, wanted at least {math.ceil(smallest * 1000) / 1000:g} (the "
             "smallest that this recipe's bits can meet on this model)"

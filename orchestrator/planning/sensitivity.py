@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.db.rows import ModelRow
+from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Source
@@ -22,6 +23,7 @@ from orchestrator.planning.passes.menu import MenuGroup, menu_groups
 from orchestrator.planning.passes.scale import scale
 from orchestrator.planning.passes.temporal import take_out, temporal
 from quant_spec.allocation import Allocation, apply_allocation
+from quant_spec.enums import ActivationMode
 from quant_spec.passes.menu import Menu
 from quant_spec.recipe import Recipe
 from quant_spec.task import Seeds
@@ -48,8 +50,8 @@ class SensitivityOptions:
         Globs of layers that stay as the base recipe says.
     path
         Points on the way from full precision to the middle width; 0 measures each layer alone.
-    rows, steps
-        Calibration rows of each measured step, and how many steps.
+    rows
+        Calibration rows, most of them of the steps where most of the damage is made.
     """
 
     widths: Menu = field(default_factory=Menu)
@@ -57,8 +59,7 @@ class SensitivityOptions:
     promoted: tuple[float, ...] = ()
     fixed: tuple[str, ...] = ()
     path: int = 2
-    rows: int = 1
-    steps: int | None = 10
+    rows: int = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +83,14 @@ def plan_sensitivity(model: ModelRow, recipe: Recipe, options: SensitivityOption
     Raises
     ------
     RecipeError
-        If the recipe does not fit the model.
+        If the recipe does not fit the model, or its activations have no steps to tell ranges apart.
     InvalidInputError
         If it chooses bits by itself.
     """
+    if options.step_ranges > 1 and recipe.activations.mode is not ActivationMode.PER_STEP:
+        raise RecipeError(
+            f"step_ranges: got {options.step_ranges} with activations.mode {recipe.activations.mode}, wanted per_step"
+        )
     draft = take_out(Draft.begin(model, apply_allocation(recipe, Allocation(), options.widths)))
     nodes: list[TaskNode] = []
     for draw in (calibrate, temporal, scale):
@@ -160,7 +165,6 @@ def _tables(
             step_ranges=options.step_ranges,
             path=options.path,  # type: ignore[arg-type]
             rows=options.rows,
-            steps=options.steps,
             forward_batch_size=draft.recipe.calibration.batch_size,
             counts_rest=place == 0,
         )
@@ -194,8 +198,7 @@ def _states(group: MenuGroup, output: str) -> tuple[Source, ...]:
 def sensitivity_cost(costs: Costs, group: MenuGroup, options: SensitivityOptions) -> Cost:
     """For each layer, width and path point a forward from that layer on."""
     batch = costs.recipe.calibration.batch_size
-    steps = options.steps or costs.recipe.sampler.num_inference_steps
-    rows = options.rows * steps * costs.recipe.sampler.calls_per_step
+    rows = max(options.rows, options.step_ranges)
     work, largest = 0.0, 0
     points = max(1, options.path)
     for unit in group.units:

@@ -13,11 +13,9 @@ from kernels.packing import packed_size
 from quant_core.artifact.size import kept_bytes, layer_bytes, tensor_bytes
 from quant_core.fit.menu import promoted_channels
 from quant_core.fit.sensitivity import Choices, Damage
-from quant_core.fit.step_gains import StepGains
 from quant_core.fit.unit_state import UnitState
 from quant_spec.enums import Granularity
 from quant_spec.formats import LayerSpec
-from quant_spec.tasks.mix import range_of_step
 from quant_spec.tasks.sensitivity import Params
 
 _FIGURES = 6  # significant digits of a damage
@@ -30,7 +28,6 @@ class Measured:
     model: nn.Module
     choices: Choices
     damage: Damage
-    gains: StepGains
     errors: Mapping[str, Tensor]
     digits: int
 
@@ -44,18 +41,17 @@ def layer_entries(found: Measured, params: Params) -> dict[str, dict[str, Any]]:
         fixed = params.fixed.get(name)
         chosen = {bits: s for bits, s in weights.items() if fixed is None or bits == fixed}
         entry: dict[str, Any] = {"weights": _weights(found, name, chosen, tables, params)}
-        entry["activations"] = _activations(found, name, params.step_ranges)
+        entry["activations"] = {
+            str(bits): [_rounded(part) for part in damage.tolist()]
+            for (layer, bits), damage in sorted(found.damage.activations.items(), key=lambda item: item[0][1])
+            if layer == name
+        }
         if weights:
             entry["keep"] = {"damage": 0.0, "bytes": kept_bytes(found.model, name, found.digits)}
         entry["parameters"] = found.model.get_parameter(f"{name}.weight").numel() if weights else 0
         entry["macs"] = macs
         entries[name] = entry
     return entries
-
-
-def _weighted(found: Measured, power: Tensor) -> Tensor:
-    """Return damage at the final sample by step, from error powers of the prediction by step; shape (S,)."""
-    return power * torch.tensor(found.gains.gains, dtype=torch.float64) * found.gains.coherence
 
 
 def _weights(
@@ -67,7 +63,7 @@ def _weights(
     for bits in widths:
         spec = states[bits].formats.layers[name]
         own = _below(f"{name}.", states[bits]) | (_below(f"{name}.", tables[0]) if tables else {})
-        damage = float(_weighted(found, found.damage.weights[name, bits]).sum())
+        damage = float(found.damage.weights[name, bits].sum())
         size = layer_bytes(name, spec, own, found.digits)
         entries[str(bits)] = {"damage": _rounded(damage), "bytes": size}
         above = next((width for width in widths if width > bits), None)
@@ -100,19 +96,6 @@ def _mixed_bytes(
         f"{name}.channel_bits": torch.empty(len(up), dtype=torch.uint8),
     }
     return layer_bytes(name, mixed, tensors, digits)
-
-
-def _activations(found: Measured, name: str, ranges: int) -> dict[str, list[float]]:
-    """Return the damage of each activation width, by range of steps."""
-    entries = {}
-    for (layer, bits), power in sorted(found.damage.activations.items(), key=lambda item: item[0][1]):
-        if layer != name:
-            continue
-        parts = [0.0] * ranges
-        for step, damage in enumerate(_weighted(found, power).tolist()):
-            parts[range_of_step(step, len(power), ranges)] += damage
-        entries[str(bits)] = [_rounded(part) for part in parts]
-    return entries
 
 
 def attention_bytes(states: Sequence[UnitState], digits: int) -> int:

@@ -6,27 +6,30 @@ between 0 and 1, and a choice's damage is the mean over these of
 
     mean over elements of |f(context, layer as chosen) - f(context, layer exact)|^2
 
-at each trajectory step. The final rounding is what is measured: states of a menu (`quant_core.fit.menu`), the same
-that are packed.
+weighted over trajectory steps by what it does to the final sample. The final rounding is what is measured: states of a
+menu (`quant_core.fit.menu`), the same that are packed.
 """
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
+from quant_core.fit.step_gains import StepGains
 from quant_core.fit.unit_state import UnitState
 from quant_core.inspect.prefix import Prefix
 from quant_core.nn.attention import AttentionQuantizer, wrap_processor
 from quant_core.nn.layers import QuantLayer
 from quant_core.nn.steps import StepClock
 from quant_spec.enums import UnknownTimestep
+from quant_spec.tasks.mix import range_of_step
 
 #: Shares of the other layers' errors: the nodes of Gauss-Legendre quadrature on [0, 1], by their number.
 PATHS: Mapping[int, tuple[float, ...]] = {0: (0.0,), 1: (0.5,), 2: (0.21132486540518713, 0.7886751345948129)}
@@ -45,34 +48,60 @@ class Choices:
 
 @dataclass(slots=True)
 class Damage:
-    """Mean error power of the prediction at each step, shape (S,), float64, by (layer or attention, width).
-
-    Between the steps that were measured it is interpolated.
-    """
+    """Damage of (layer or attention, width) in each range of trajectory steps, shape (R,), float64."""
 
     weights: dict[tuple[str, int], Tensor]
     activations: dict[tuple[str, int], Tensor]
 
 
-def trajectory_rows(calibration: CalibrationSet, steps: Sequence[int], rows: int) -> Tensor:
-    """Return flat indices of so many rows of each of some steps, other seeds at each step, step after step."""
-    count = min(rows, calibration.samples)
-    place = torch.arange(len(steps))[:, None]
-    row = (place * count + torch.arange(count)) % calibration.samples
-    return (torch.tensor(steps)[:, None] * calibration.samples + row).flatten()
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A calibration row that errors are measured on.
+
+    `step`: position among the recorded ones. `weight`: what a mean square error of its prediction counts.
+    `span`: the range of trajectory steps that it stands for.
+    """
+
+    step: int
+    sample: int
+    weight: float
+    span: int = 0
 
 
-def interpolated(power: Tensor, steps: Sequence[int], count: int) -> Tensor:
-    """Return values at all of `count` steps from those at some of them, linear between and constant beyond."""
-    return torch.from_numpy(np.interp(np.arange(count), np.asarray(steps), power.numpy()))
+def choose_rows(gains: StepGains, recorded: Sequence[int], samples: int, rows: int, ranges: int = 1) -> list[Row]:
+    """Choose the rows that say most of the final samples' error, and what each counts.
 
+    An error of the prediction does to the sample what the gain of its step says, which falls by orders of magnitude
+    along the trajectory; most rows should lie where most of the damage is made. So steps are drawn in proportion to
+    what each step of the quantized model that gains were measured with did to the sample (stratified importance
+    sampling); a choice's error counts as its share of that model's error at the step. Each range has one row at least.
 
-def at_all_steps(damage: Damage, steps: Sequence[int], count: int) -> Damage:
-    """Return damages at all steps of a sampler, of whose trajectory those at `steps` were recorded."""
-    return Damage(
-        {key: interpolated(power, steps, count) for key, power in damage.weights.items()},
-        {key: interpolated(power, steps, count) for key, power in damage.activations.items()},
-    )
+    Parameters
+    ----------
+    gains : StepGains
+    recorded : sequence of int
+        Steps of the trajectory that the calibration set has.
+    samples : int
+        Its rows of each step.
+    rows : int
+        Wanted in all.
+    ranges : int
+        Equal ranges of trajectory steps that are told apart.
+    """
+    powers, steps = gains.powers, len(gains.powers)
+    total = max(sum(powers), 1e-30)
+    chosen: list[Row] = []
+    for span in range(ranges):
+        own = [step for step in range(steps) if range_of_step(step, steps, ranges) == span]
+        mass = sum(powers[step] for step in own)
+        count = max(1, round(rows * mass / total))
+        passed = list(itertools.accumulate(powers[step] for step in own))
+        for draw in range(count):
+            step = own[min(bisect_left(passed, (draw + 0.5) / count * mass), len(own) - 1)]
+            place = min(range(len(recorded)), key=lambda at: abs(recorded[at] - step))
+            weight = gains.coherence * mass / count / gains.noises[recorded[place]]
+            chosen.append(Row(place, len(chosen) % samples, weight, span))
+    return chosen
 
 
 @torch.no_grad()
@@ -84,8 +113,7 @@ def measure(
     choices: Choices,
     *,
     path: Sequence[float],
-    steps: Sequence[int],
-    rows: int,
+    rows: Sequence[Row],
     batch_size: int,
 ) -> Damage:
     """Measure every choice of a group of units.
@@ -100,26 +128,22 @@ def measure(
         Weights of all units at the middle width.
     path : sequence of float
         Shares of the other layers' errors.
-    steps : sequence of int
-        Trajectory steps that are measured, rising.
-    rows : int
-        Calibration rows of each of them.
+    rows : sequence of Row
+        What is measured on; damages are sums over them.
     batch_size : int
         Rows in one forward.
     """
-    lab = _Lab(model, calibration, units, context, choices)
-    index = trajectory_rows(calibration, steps, rows)
-    chunks = index.split(batch_size)
+    lab = _Lab(model, calibration, units, context, choices, 1 + max(row.span for row in rows))
     for share in path:
         with lab.in_context(share):
-            for chunk in chunks:
-                lab.measure(calibration.gather(chunk))
-    count = len(index) // len(steps) * len(path)
-    measured = Damage(
-        {key: power[list(steps)] / count for key, power in lab.weights.items()},
-        {key: power[list(steps)] / count for key, power in lab.activations.items()},
+            for first in range(0, len(rows), batch_size):
+                part = rows[first : first + batch_size]
+                index = torch.tensor([row.step * calibration.samples + row.sample for row in part])
+                lab.measure(calibration.gather(index), part)
+    return Damage(
+        {key: damage / len(path) for key, damage in lab.weights.items()},
+        {key: damage / len(path) for key, damage in lab.activations.items()},
     )
-    return at_all_steps(measured, steps, calibration.steps)
 
 
 class _Lab:
@@ -132,8 +156,9 @@ class _Lab:
         units: Sequence[str],
         context: Sequence[UnitState],
         choices: Choices,
+        ranges: int,
     ) -> None:
-        self.model, self.steps, self.choices = model, calibration.steps, choices
+        self.model, self.ranges, self.choices = model, ranges, choices
         self.clock = StepClock([float(t) for t in calibration.timesteps], UnknownTimestep.ERROR)
         self.original = {n: model.get_parameter(f"{n}.weight").data for s in context for n in s.formats.layers}
         self.context = context
@@ -158,8 +183,8 @@ class _Lab:
             for name, weight in self.original.items():
                 self.model.get_parameter(f"{name}.weight").data = weight
 
-    def measure(self, batch: Batch) -> None:
-        """Add the error powers of all choices on some rows."""
+    def measure(self, batch: Batch, rows: Sequence[Row]) -> None:
+        """Add the damages of all choices on some rows."""
         self.clock.set_timestep(batch.timestep)
         given = self.prefix.record(lambda: replay(self.model, batch))
         exact: dict[str, Tensor] = {}
@@ -168,17 +193,22 @@ class _Lab:
                 if name not in exact:
                     exact[name] = self._with_weight(name, self.original[name], batch)
                 made = self._with_weight(name, self._layer(state, name), batch)
-                self._add(self.weights, (name, spec.weight.bits), made - exact[name], batch)
+                self._add(self.weights, (name, spec.weight.bits), made - exact[name], rows)
+        done: set[tuple[str, int]] = set()  # the base's width may be on the menu too
         for state in self.choices.activations:
             for name, layer in state.formats.layers.items():
-                if layer.activation is not None:
+                if layer.activation is not None and (name, layer.activation.bits) not in done:
+                    done.add((name, layer.activation.bits))
                     with self._quantized_input(state, name):
                         made = self._forward(name, batch)
-                    self._add(self.activations, (name, layer.activation.bits), made - given, batch)
+                    self._add(self.activations, (name, layer.activation.bits), made - given, rows)
             for name, attention in state.formats.attentions.items():
+                if (name, attention.activation.bits) in done:
+                    continue
+                done.add((name, attention.activation.bits))
                 with self._quantized_attention(state, name):
                     made = self._forward(name, batch)
-                self._add(self.activations, (name, attention.activation.bits), made - given, batch)
+                self._add(self.activations, (name, attention.activation.bits), made - given, rows)
 
     def _forward(self, name: str, batch: Batch) -> Tensor:
         with self.prefix.before(name):
@@ -194,10 +224,13 @@ class _Lab:
         finally:
             parameter.data = before
 
-    def _add(self, sums: dict[tuple[str, int], Tensor], key: tuple[str, int], error: Tensor, batch: Batch) -> None:
+    def _add(
+        self, sums: dict[tuple[str, int], Tensor], key: tuple[str, int], error: Tensor, rows: Sequence[Row]
+    ) -> None:
         power = error.double().square().flatten(1).mean(dim=1).cpu()
-        total = sums.setdefault(key, torch.zeros(self.steps, dtype=torch.float64))
-        total.index_add_(0, batch.step, power)
+        weights = torch.tensor([row.weight for row in rows], dtype=torch.float64)
+        total = sums.setdefault(key, torch.zeros(self.ranges, dtype=torch.float64))
+        total.index_add_(0, torch.tensor([row.span for row in rows]), power * weights)
 
     def _module(self, state: UnitState, name: str) -> QuantLayer:
         """Make a quantized layer, with what a state has of it."""

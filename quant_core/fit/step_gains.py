@@ -34,6 +34,8 @@ class StepGains:
         As the scheduler has them, noisiest first.
     gains : tuple of float, length S
         Mean square error of the final samples, per mean square error of the prediction of one step.
+    noises : tuple of float, length S
+        Mean square error of the prediction of each step that these gains were measured with.
     coherence : float
         Error power of the final samples when all steps are quantized, per sum of those of each step alone: more than
         1, as errors of neighbouring steps are alike and add up.
@@ -41,18 +43,24 @@ class StepGains:
 
     timesteps: tuple[float, ...]
     gains: tuple[float, ...]
+    noises: tuple[float, ...]
     coherence: float
+
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """Mean square error of the final samples that each step alone made."""
+        return tuple(gain * noise for gain, noise in zip(self.gains, self.noises, strict=True))
 
     def to_bytes(self) -> bytes:
         """Serialise."""
-        data = {"timesteps": self.timesteps, "gains": self.gains, "coherence": self.coherence}
+        data = {name: getattr(self, name) for name in ("timesteps", "gains", "noises", "coherence")}
         return json.dumps(data, sort_keys=True).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StepGains:
         """Read what `to_bytes` wrote."""
         found = read_json(data, "step gains")
-        return cls(tuple(found["timesteps"]), tuple(found["gains"]), found["coherence"])
+        return cls(tuple(found["timesteps"]), tuple(found["gains"]), tuple(found["noises"]), found["coherence"])
 
 
 def measure_gains(
@@ -86,14 +94,15 @@ def measure_gains(
     record = Recorder()
     expected = draw(model, on_step=record)
     timesteps = start(copy.deepcopy(scheduler), sampler, tuple(expected.shape[1:]))
-    gains: list[float] = []
+    noises: list[float] = []
     powers: list[float] = []
     for step in range(len(timesteps)):
         branch = Branch(model, quantized, record.predictions, step)
         powers.append(_power(draw(model, predict=branch), expected))
-        gains.append(powers[-1] / max(branch.noise / max(branch.elements, 1), 1e-30))
+        noises.append(max(branch.noise / max(branch.elements, 1), 1e-30))
     coherence = _power(draw(quantized), expected) / max(sum(powers), 1e-30)
-    return StepGains(tuple(timesteps.double().tolist()), tuple(gains), coherence)
+    gains = tuple(power / noise for power, noise in zip(powers, noises, strict=True))
+    return StepGains(tuple(timesteps.double().tolist()), gains, tuple(noises), coherence)
 
 
 def _power(samples: Tensor, expected: Tensor) -> float:

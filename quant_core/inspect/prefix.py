@@ -93,7 +93,7 @@ class Prefix:
         try:
             for name in replaced:
                 module = self.model.get_submodule(name)
-                module.forward = _Replay(self._seen[name].outputs)  # type: ignore[method-assign]
+                module.forward = _Replay(self._seen[name].outputs)
                 modules.append(module)
             yield
         finally:

@@ -37,8 +37,7 @@ class Params(TaskParams):
     promoted: tuple[Share, ...] = Field(default=(), description="Shares of output channels at the next width.")
     step_ranges: Count = Field(default=1, description="Equal ranges of trajectory steps with bits of their own.")
     path: Literal[0, 1, 2] = Field(description="Path points; 0 measures in the full-precision network.")
-    rows: Count = Field(description="Calibration rows of each step.")
-    steps: Count | None = Field(description="Trajectory steps that are measured, evenly spread; null is all.")
+    rows: Count = Field(description="Calibration rows, most where most of the damage is made; one a range at least.")
     forward_batch_size: Count = Field(description="Samples through the whole model at once.")
     counts_rest: bool = Field(default=False, description="Whether `base_bytes` has what is not quantized.")
 
@@ -63,7 +62,7 @@ class Inputs(TaskInputs[Source]):
 
 KIND = TaskKind(
     "sensitivity",
-    1,
+    2,
     "workers.tasks.sensitivity:run",
     Params,
     Inputs,

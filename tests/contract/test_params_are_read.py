@@ -324,7 +324,7 @@ def _step_gains() -> Case:
 
 
 def _sensitivity(**changes: Any) -> Case:
-    settings: dict[str, Any] = {"path": 1, "rows": 1, "steps": 1, "forward_batch_size": 8} | changes
+    settings: dict[str, Any] = {"path": 1, "rows": 1, "forward_batch_size": 8} | changes
 
     def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
         layers = {name: 1 for unit in tasks.units() for name in (*unit.layers, *unit.attentions)}
@@ -514,7 +514,7 @@ CASES: dict[str, dict[str, Case]] = {
     "step_gains": {"": _step_gains()},
     "sensitivity": {
         "one point": _sensitivity(),
-        "promoted, ranges, all steps": _sensitivity(promoted=(0.5,), step_ranges=2, steps=None, path=0),
+        "promoted, ranges": _sensitivity(promoted=(0.5,), step_ranges=2, rows=4, path=0),
         "fixed, with the rest": _sensitivity(fixed={"up_blocks.1.resnets.0.conv1": 4}, counts_rest=True),
     },
     "reconstruct": {

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from quant_core.artifact.choice_table import Measured, attention_bytes, layer_entries
 from quant_core.artifact.size import layer_bytes, offset_digits, rest_bytes, tensor_bytes
-from quant_core.diffusion.calibration import select_steps
-from quant_core.fit.sensitivity import PATHS, Choices, at_all_steps, measure
+from quant_core.fit.sensitivity import PATHS, Choices, choose_rows, measure
 from quant_core.fit.step_gains import StepGains
 from quant_core.fit.unit_state import UnitState
 from quant_spec.keys import canonical_json
@@ -26,6 +25,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     calibration = open_trajectories(inputs.calibration, context)
     around = read_states(inputs.context, context)
     choices = Choices(read_states(inputs.weights, context), read_states(inputs.activations, context))
+    gains = StepGains.from_bytes(context.store.get_bytes(inputs.gains))
     damage = measure(
         model,
         calibration,
@@ -33,17 +33,14 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         around,
         choices,
         path=PATHS[params.path],
-        steps=select_steps(calibration.steps, params.steps),
-        rows=params.rows,
+        rows=choose_rows(gains, calibration.step_index.tolist(), calibration.samples, params.rows, params.step_ranges),
         batch_size=params.forward_batch_size,
     )
     errors: dict[str, Tensor] = {}
     for digest in inputs.errors:
         errors |= load(context.store.get_bytes(digest))
-    gains = StepGains.from_bytes(context.store.get_bytes(inputs.gains))
     digits = offset_digits(sum(parameter.numel() for parameter in model.parameters()))
-    damage = at_all_steps(damage, calibration.step_index.tolist(), len(gains.gains))
-    found = Measured(model, choices, damage, gains, errors, digits)
+    found = Measured(model, choices, damage, errors, digits)
     layers = layer_entries(found, params)
     base = attention_bytes(_one_width(choices.activations), digits)
     if params.counts_rest:

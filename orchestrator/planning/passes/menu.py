@@ -126,7 +126,7 @@ def mixed_unit(base: QuantizedUnit, unit: QuantizedUnit, widths: Menu) -> mix.Mi
         layers[name] = mix.MixedLayer(
             weights=layer.weight.bits,  # type: ignore[arg-type]  # of `Bits`, as the record checks
             promoted=promoted,
-            promoted_bits=next_width(widths.weight_bits, layer.weight.bits) if promoted else None,  # type: ignore[arg-type]
+            promoted_bits=next_width(base, name, layer, widths) if promoted else None,  # type: ignore[arg-type]
             activations=_steps(layer, unit.range_bits.get(name)),  # type: ignore[arg-type]
         )
     attentions = {
@@ -139,9 +139,10 @@ def mixed_unit(base: QuantizedUnit, unit: QuantizedUnit, widths: Menu) -> mix.Mi
     return mix.MixedUnit(unit=base.name, layers=layers, attentions=attentions)
 
 
-def next_width(widths: Sequence[int], bits: int) -> int | None:
-    """Return the least width above `bits`; None if there is none."""
-    return min((width for width in widths if width > bits), default=None)
+def next_width(base: QuantizedUnit, name: str, layer: PlannedLayer, menu: Menu) -> int | None:
+    """Return the least width on the menu above a layer's; None if there is none."""
+    widths = (*menu.weight_bits, base.planned.layers[name].weight.bits)
+    return min((width for width in widths if width > layer.weight.bits), default=None)
 
 
 def _steps(layer: PlannedLayer, ranges: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -164,12 +165,12 @@ def _check_choices(draft: Draft, menu: Menu) -> None:
         own = base.get(unit.name)
         for name, layer in unit.planned.layers.items():
             given = None if own is None else own.planned.layers.get(name)
-            if given is None:
+            if own is None or given is None:
                 raise RecipeError(f"layer {name}: got bits where the base keeps full precision, wanted it on the menu")
             _check(f"layer {name}: weights.bits", [layer.weight.bits], [*menu.weight_bits, given.weight.bits])
             _check_activations(name, layer, given, unit.range_bits, menu)
             if name in unit.promoted:
-                _check_promotion(name, layer, menu)
+                _check_promotion(own, name, layer, menu)
         for name, attention in unit.planned.attentions.items():
             of_base = None if own is None else own.planned.attentions.get(name)
             if of_base is None:
@@ -192,11 +193,11 @@ def _check_activations(
     _check(f"{name}: activations", ranges.get(name) or own, on_menu)
 
 
-def _check_promotion(name: str, layer: PlannedLayer, menu: Menu) -> None:
+def _check_promotion(base: QuantizedUnit, name: str, layer: PlannedLayer, menu: Menu) -> None:
     """Refuse promoted channels where formats, or the menu, have no room for them."""
     if layer.weight.granularity is not Granularity.PER_CHANNEL:
         raise RecipeError(f"layer {name}: weights.promoted: got weights {layer.weight.granularity}, wanted per_channel")
-    if next_width(menu.weight_bits, layer.weight.bits) is None:
+    if next_width(base, name, layer, menu) is None:
         raise RecipeError(
             f"layer {name}: weights.promoted: got {layer.weight.bits} bits, wanted wider ones in "
             "passes.menu.weight_bits"

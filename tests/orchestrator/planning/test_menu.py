@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskNode
-from orchestrator.planning.formats import _Rules, choose_formats
+from orchestrator.planning.formats import _Rules, choose_formats, weight_bits_mean
 from orchestrator.planning.model import ModelInfo
 from quant_spec.allocation import Allocation, LayerChoice, apply_allocation
 from quant_spec.passes.menu import Menu
@@ -101,6 +101,20 @@ def test_promoted_channels_need_scales_of_their_own() -> None:
     grouped = "weights={granularity: per_group, group_size: 16}"
     with pytest.raises(RecipeError, match=r"weights\.promoted: got weights per_group, wanted per_channel"):
         mixed({"blocks.0.conv1": LayerChoice(weight_bits=2, promoted=0.5)}, grouped)
+
+
+def test_a_budget_counts_promoted_channels() -> None:
+    choices = {"blocks.0.conv1": LayerChoice(weight_bits=2, promoted=0.5)}
+    row = model()
+    info = ModelInfo.read(row.digest, row.inspection)
+    units = choose_formats(info, apply_allocation(base(), Allocation(layers=choices), WIDTHS))
+    share = next(layer.weights for layer in info.layers if layer.name == "blocks.0.conv1")
+    total = sum(layer.weights for layer in info.layers)
+    promoted, plain = (weight_bits_mean(info, units, 0.0, widths) for widths in (WIDTHS.weight_bits, ()))
+    assert promoted - plain == pytest.approx(0.5 * 2 * share / total)
+    allocation = Allocation(layers=choices)
+    with pytest.raises(RecipeError, match=r"budget\.weight_bits_mean"):
+        nodes_of(apply_allocation(base(f"budget.weight_bits_mean={plain + 1e-3}"), allocation, WIDTHS))
 
 
 def test_thousands_of_exact_names_are_looked_up() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.db.rows import ModelRow
+from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.planner import plan
 from orchestrator.planning.sensitivity import SensitivityOptions, plan_sensitivity
@@ -30,7 +31,7 @@ from workers.storage.store import NodeStore, open_cached
 DIGITS = Path(__file__).parents[3] / "examples" / "models" / "digits"
 WIDTHS = (2, 3, 4, 8)
 MENU = Menu(weight_bits=WIDTHS, activation_bits=(4,))
-OPTIONS = SensitivityOptions(widths=MENU, step_ranges=3, promoted=(0.5,), path=1, rows=1, steps=None)
+OPTIONS = SensitivityOptions(widths=MENU, step_ranges=3, promoted=(0.5,), path=1, rows=4)
 SMALL = (
     *("sampler.num_inference_steps=3", "calibration={seeds: 4, shard_seeds: 4, batch_size: 8}"),
     *("weights={granularity: per_channel, group_size: null, range: minmax}", "passes.round.positions=8"),
@@ -143,7 +144,7 @@ def test_bytes_are_those_of_the_packed_file(world: World, table: dict[str, Any],
 
 
 def test_damage_depends_on_what_else_is_quantized(world: World, table: dict[str, Any]) -> None:
-    alone = world.table(base(), SensitivityOptions(widths=MENU, path=0, rows=1, steps=None))
+    alone = world.table(base(), SensitivityOptions(widths=MENU, path=0, rows=4))
     differ = [
         name
         for name, entry in table["layers"].items()
@@ -162,7 +163,7 @@ def test_the_same_again_is_the_same_table(world: World, table: dict[str, Any]) -
 
 
 def test_fixed_layers_have_their_own_width_alone(world: World) -> None:
-    options = SensitivityOptions(widths=MENU, fixed=("conv_*",), rows=1, steps=1, path=0)
+    options = SensitivityOptions(widths=MENU, fixed=("conv_*",), rows=1, path=0)
     layers = world.table(base(), options)["layers"]
     assert list(layers["conv_in"]["weights"]) == list(layers["conv_out"]["weights"]) == ["4"]
     assert len(layers["mid_block.resnets.0.conv1"]["weights"]) == len(WIDTHS)
@@ -170,7 +171,7 @@ def test_fixed_layers_have_their_own_width_alone(world: World) -> None:
 
 def test_scaled_channels_and_a_temporal_block_are_priced_too(world: World, tmp_path: Path) -> None:
     recipe = base("passes.scale={method: smooth}", "passes.temporal={method: closed_form}")
-    found = world.table(recipe, SensitivityOptions(widths=MENU, rows=1, steps=1, path=1))
+    found = world.table(recipe, SensitivityOptions(widths=MENU, rows=1, path=1))
     block = set(world.model.inspection["temporal"])
     assert not block & found["layers"].keys()
     assert found["layers"].keys() | block == (
@@ -183,6 +184,11 @@ def test_scaled_channels_and_a_temporal_block_are_priced_too(world: World, tmp_p
     told = predicted(found, allocation, defaults(found))["bytes"]
     real = world.packed_bytes(apply_allocation(recipe, allocation, MENU), tmp_path / "packed")
     assert real <= told <= real + 0.01 * real
+
+
+def test_ranges_of_steps_need_activations_per_step(world: World) -> None:
+    with pytest.raises(RecipeError, match=r"step_ranges: got 3 with activations\.mode static, wanted per_step"):
+        plan_sensitivity(world.model, base("activations.mode=static"), OPTIONS)
 
 
 def test_a_recipe_that_chooses_bits_by_itself_is_refused(world: World) -> None:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant_core.diffusion.calibration import CalibrationSet, replay
+from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.fit.menu import MenuUnit, round_menu
-from quant_core.fit.sensitivity import PATHS, Choices, interpolated, measure, trajectory_rows
+from quant_core.fit.sensitivity import PATHS, Choices, Row, choose_rows, measure
 from quant_core.fit.step_gains import StepGains, measure_gains
 from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.nn.model import build_quantized
@@ -20,7 +20,8 @@ from quant_spec.sampler import Sampler
 from quant_spec.tasks.menu import BASE, Params
 
 FAMILIES = ("unet", "sd3")
-STEPS = [0, 2]
+#: Two of the first step, which is a range of its own, and one of the last.
+ROWS = [Row(0, 0, 2.0, 0), Row(0, 1, 3.0, 0), Row(2, 3, 0.5, 1)]
 SAMPLER = Sampler(num_inference_steps=3)
 
 
@@ -37,6 +38,15 @@ def made(
     denoiser, calibration = calibrated(family)
     config = Params(seed=0, forward_batch_size=4, weight_bits=(2, 4), units=())
     return denoiser, calibration, round_menu(denoiser.model, calibration, unit_formats(denoiser), config)
+
+
+def rows_of(calibration: CalibrationSet) -> Batch:
+    return calibration.gather(torch.tensor([row.step * calibration.samples + row.sample for row in ROWS]))
+
+
+def by_range(error: Tensor) -> Tensor:
+    power = error.double().square().flatten(1).mean(1)
+    return torch.stack([2 * power[0] + 3 * power[1], 0.5 * power[2]])
 
 
 def weights_of(denoiser: Denoiser, states: list[UnitState]) -> dict[str, Tensor]:
@@ -69,22 +79,21 @@ def test_a_weights_damage_is_the_power_of_its_own_change_in_context(
     choices = Choices([state for unit in menu for state in unit.weights.values()], [])
     units = [unit.unit for unit in menu]
     before = {name: value.clone() for name, value in denoiser.model.state_dict().items()}
-    options: dict[str, Any] = {"path": PATHS[points], "steps": STEPS, "rows": 2, "batch_size": 3}
+    options: dict[str, Any] = {"path": PATHS[points], "rows": ROWS, "batch_size": 3}
     found = measure(denoiser.model, calibration, units, context, choices, **options)
     assert all(torch.equal(value, before[name]) for name, value in denoiser.model.state_dict().items())
     layers = [name for unit in menu for name in unit.weights.get(2, unit.weights[4]).formats.layers]
     assert found.weights.keys() == {(name, bits) for name in layers for bits in (2, 4)}
     low, mid = (weights_of(calibrated(family)[0], [u.weights[bits] for u in menu if u.weights]) for bits in (2, 4))
-    batch = calibration.gather(trajectory_rows(calibration, STEPS, 2))
+    batch = rows_of(calibration)
     for name in (layers[1], layers[len(layers) // 2], layers[-1]):
         powers = torch.zeros(2, dtype=torch.float64)
         for share in PATHS[points]:
             exact, worse = (
                 replay(changed(calibrated(family)[0].model, mid, share, name, own), batch) for own in (None, low[name])
             )
-            powers += (worse - exact).double().square().flatten(1).mean(1).reshape(2, 2).mean(1) / len(PATHS[points])
-        assert torch.allclose(found.weights[name, 2][STEPS], powers, rtol=1e-3)
-        assert found.weights[name, 2][1] == pytest.approx(float(powers.mean()), rel=1e-3)  # in between
+            powers += by_range(worse - exact) / len(PATHS[points])
+        assert torch.allclose(found.weights[name, 2], powers, rtol=1e-3)
 
 
 def test_an_inputs_damage_is_that_of_quantizing_it_alone(
@@ -93,9 +102,9 @@ def test_an_inputs_damage_is_that_of_quantizing_it_alone(
     family: str,
 ) -> None:
     denoiser, calibration, menu = made
-    choices = Choices([], [unit.activations[BASE] for unit in menu])
+    choices = Choices([], [unit.activations[BASE] for unit in menu] * 2)  # the base's width, on the menu too
     units = [unit.unit for unit in menu]
-    options: dict[str, Any] = {"path": PATHS[0], "steps": STEPS, "rows": 2, "batch_size": 8}
+    options: dict[str, Any] = {"path": PATHS[0], "rows": ROWS, "batch_size": 8}
     found = measure(denoiser.model, calibration, units, [], choices, **options)
     formats = [unit.activations[BASE].formats for unit in menu]
     parts = {name for each in formats for name in (*each.layers, *each.attentions)}
@@ -103,7 +112,7 @@ def test_an_inputs_damage_is_that_of_quantizing_it_alone(
     # The ends of a range are exact, so one timestep's embedding is; and nothing may read what a layer gives.
     assert sum(bool(power.min() > 0) for power in found.activations.values()) > 0.9 * len(parts)
     attentions = [n for unit in menu for n in unit.activations[BASE].formats.attentions]
-    batch = calibration.gather(trajectory_rows(calibration, STEPS, 2))
+    batch = rows_of(calibration)
     exact = replay(calibrated(family)[0].model, batch)
     for name in attentions[:1]:
         other = calibrated(family)[0].model
@@ -115,8 +124,7 @@ def test_an_inputs_damage_is_that_of_quantizing_it_alone(
         )
         build_quantized(other, merge_formats([alone]))
         load_states(other, [alone])
-        powers = (replay(other, batch) - exact).double().square().flatten(1).mean(1).reshape(2, 2).mean(1)
-        assert torch.allclose(found.activations[name, 8][STEPS], powers, rtol=1e-3)
+        assert torch.allclose(found.activations[name, 8], by_range(replay(other, batch) - exact), rtol=1e-3)
 
 
 def test_gains_are_power_at_the_sample_per_power_at_the_prediction(
@@ -131,11 +139,24 @@ def test_gains_are_power_at_the_sample_per_power_at_the_prediction(
     assert 0.3 < first.coherence < 4  # of independent errors 1, of three equal ones 3
 
 
-def test_steps_in_between_are_interpolated() -> None:
-    found = interpolated(torch.tensor([1.0, 3.0], dtype=torch.float64), [1, 3], 6)
-    assert found.tolist() == [1, 1, 2, 3, 3, 3]
+def gains_of(*powers: float) -> StepGains:
+    return StepGains(tuple(map(float, range(len(powers)))), tuple(p / 2 for p in powers), (2.0,) * len(powers), 3.0)
 
 
-def test_rows_are_other_seeds_at_each_step(calibrated: Callable[..., tuple[Denoiser, CalibrationSet]]) -> None:
-    _, calibration = calibrated("unet")
-    assert trajectory_rows(calibration, [0, 1, 2], 2).tolist() == [0, 1, 4 + 2, 4 + 3, 8 + 0, 8 + 1]
+def test_rows_lie_where_damage_is_made_and_count_what_it_is() -> None:
+    rows = choose_rows(gains_of(6, 2, 1, 1), range(4), 8, 10)
+    assert [row.step for row in rows] == [0] * 6 + [1] * 2 + [2, 3]
+    assert [row.sample for row in rows] == [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]
+    # The very error that gains were measured with, 2 at each step, does what it did: all powers, times the coherence.
+    assert sum(row.weight * 2 for row in rows) == pytest.approx(3 * 10)
+
+
+def test_each_range_has_a_row_and_its_own_share() -> None:
+    rows = choose_rows(gains_of(90, 8, 1, 1), range(4), 8, 4, ranges=2)
+    assert [(row.step, row.span) for row in rows] == [(0, 0)] * 4 + [(2, 1)]
+    assert sum(row.weight * 2 for row in rows if row.span == 1) == pytest.approx(3 * 2)
+
+
+def test_steps_that_were_not_recorded_have_the_rows_of_the_nearest() -> None:
+    rows = choose_rows(gains_of(1, 1, 1, 1), (0, 3), 8, 4)
+    assert [row.step for row in rows] == [0, 0, 1, 1]

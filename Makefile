@@ -5,6 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
+# Each process would else compile torch and diffusers anew (a second import takes 4 s, a first one 16), and tests start
+# hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo cluster test tests test-slow soak check format lint contracts types fmt reference docs clean
 
 install: $(STAMP)

@@ -15,22 +15,53 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 import torch
 
 from orchestrator.db.session import Database, open_database, upgrade
+from tests.warm import Warm, WarmServer
 
 # Read by triton when it is imported, whoever imports it first: without a GPU its kernels are interpreted.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 _numbers = itertools.count()
 KEY, SECRET = "testkey", "testsecret"
+_SERVER = pytest.StashKey[WarmServer]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests that start Ray first: they wait more than they compute, and would else be all that runs in the end."""
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell each process of pytest-xdist of one server of warm processes for all."""
+    stash = node.config.stash
+    if _SERVER not in stash:
+        stash[_SERVER] = WarmServer()
+    node.workerinput["warm"] = stash[_SERVER].address
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop that server."""
+    server = config.stash.get(_SERVER, None)
+    if server is not None:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def warm(request: pytest.FixtureRequest) -> Iterator[Warm]:
+    """Processes that have imported torch, for tests in which their start is not the point."""
+    told = getattr(request.config, "workerinput", {}).get("warm")
+    if told:
+        yield Warm(told)
+        return
+    server = WarmServer()
+    yield Warm(server.address)
+    server.close()
 
 
 @pytest.fixture(scope="session")

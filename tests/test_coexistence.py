@@ -17,8 +17,10 @@ PROBES = (
 
 @pytest.mark.parametrize(
     "script",
-    [f"import kernels; import kernels.packing; {IMPORTS}; {PROBES}", f"{IMPORTS}; import kernels; {IMPORTS}; {PROBES}"],
-    ids=["kernels-first", "kernels-last"],
+    [
+        pytest.param(f"import kernels; import kernels.packing; {IMPORTS}; {PROBES}", id="kernels-first"),
+        pytest.param(f"{IMPORTS}; import kernels; {IMPORTS}; {PROBES}", id="kernels-last", marks=pytest.mark.slow),
+    ],
 )
 def test_the_libraries_import_and_do_not_take_ours_for_theirs(script: str) -> None:
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

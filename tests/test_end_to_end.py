@@ -59,13 +59,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("embedded") / "home"
 
 
+def answer_here(*words: str | Path) -> Any:
+    """Call the command line in this process; return its JSON."""
+    answer = io.StringIO()
+    with redirect_stdout(answer):
+        assert run_cli([*map(str, words), "--json"]) == 0
+    return json.loads(answer.getvalue())
+
+
 def run_here(home: Path, *words: str) -> dict[str, Any]:
     """Run a job in this process, one task after another: what it gives has nothing to do with Ray."""
-    answer = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(answer):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
-        assert run_cli(["--home", str(home), "run", RECIPE, "--model", str(MODEL), *SET, *words, "--json"]) == 0
-    found: dict[str, Any] = json.loads(answer.getvalue())
+        found: dict[str, Any] = answer_here("--home", home, "run", RECIPE, "--model", MODEL, *SET, *words)
     return found
 
 
@@ -95,8 +101,8 @@ def test_embedded_and_grown_up_give_the_same_artifact(
 def test_a_release_loads_by_name_and_by_folder_alike(
     job: dict[str, Any], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantmill("--home", home, "artifacts", "alias", job["release"], "prod")
-    quantmill("--home", home, "artifacts", "pull", job["release"], tmp_path / "pulled")
+    answer_here("--home", home, "artifacts", "alias", job["release"], "prod")
+    answer_here("--home", home, "artifacts", "pull", job["release"], tmp_path / "pulled")
     monkeypatch.setenv("QUANTMILL_HOME", str(home))
     by_name = load_quantized(job["release"].partition("@")[0] + "@prod", backend="reference")
     plain = UNet2DModel.from_pretrained(tmp_path / "pulled").eval()
@@ -119,10 +125,10 @@ def test_a_release_loads_by_name_and_by_folder_alike(
 def test_jobs_share_what_their_recipes_have_in_common(job: dict[str, Any], home: Path) -> None:
     words = ["--home", home, "submit", "minmax-w8a8", "--model", MODEL]
     settings = to_options({name: value for name, value in SETTINGS.items() if "reconstruct" not in name})
-    shared = quantmill(*words, *settings, "--dry-run")
+    shared = answer_here(*words, *settings, "--dry-run")
     shards = 2 + 2  # calibration, reference samples
     assert shared["tasks"]["cached"] == shards
-    other = quantmill(*words, *settings, "--set", "calibration.first_seed=5000", "--dry-run")
+    other = answer_here(*words, *settings, "--set", "calibration.first_seed=5000", "--dry-run")
     assert other["tasks"]["cached"] == 2
 
 

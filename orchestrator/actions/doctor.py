@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.actions.cluster import left_out
 from orchestrator.actions.gpu_check import check_gpu
+from orchestrator.actions.probe import run_python
 from orchestrator.db.orchestrators import OrchestratorState, clusters, list_orchestrators
 from orchestrator.db.session import current, open_database
 from orchestrator.service import open_store_of, private_paths
@@ -100,9 +101,7 @@ def _python() -> tuple[bool, str]:
 def _torch() -> tuple[bool, str]:
     """Import torch and diffusers where the tasks will: in another process."""
     try:
-        run = subprocess.run(
-            [sys.executable, "-P", "-c", _TORCH], capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False
-        )
+        run = run_python(_TORCH, _TORCH_SECONDS)
     except subprocess.TimeoutExpired:
         return False, f"no answer from importing torch and diffusers for {_TORCH_SECONDS} s"
     if run.returncode:

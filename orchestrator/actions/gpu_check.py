@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.actions.probe import run_python
 from quant_spec.numbers import human_bytes
 
 _SECONDS = 180
@@ -52,9 +52,7 @@ def check_gpu() -> tuple[bool, str]:
     if driver is None and not any(Path(each).exists() for each in _DEVICES):
         return True, "no GPU: no driver; tasks run on CPUs"
     try:
-        run = subprocess.run(
-            [sys.executable, "-P", "-c", _PROBE], capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
+        run = run_python(_PROBE, _SECONDS)
     except subprocess.TimeoutExpired:
         return False, f"got no answer from torch about its GPUs for {_SECONDS} s, wanted one"
     try:

@@ -54,9 +54,9 @@ def are_places(paths: list[str], patterns: list[str]) -> bool:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of all packages."""
+    """A copy of all packages, compiled as far as they are."""
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / package, tmp_path / package)
     return tmp_path
 
 
@@ -352,6 +352,7 @@ def test_a_metric(copy: Path) -> None:
         ROOT / "tests" / "workers", copy / "tests" / "workers", ignore=shutil.ignore_patterns("__pycache__")
     )
     (copy / "examples").symlink_to(ROOT / "examples")
+    (copy / "pytest.ini").write_text("[pytest]\n")  # else it takes one from any folder above
     (copy / "tests" / "workers" / "tasks" / "test_toy.py").write_text(
         """
 from quant_core.artifact.card import check_metrics

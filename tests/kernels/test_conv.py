@@ -45,7 +45,10 @@ def convolve(x: QuantizedActivation, integers: Tensor, geometry: ConvGeometry) -
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize(("bits", "group_size"), [(8, None), (8, 32), (4, None), (4, 32), (4, 64), (2, None)])
+@pytest.mark.parametrize(
+    ("bits", "group_size"),
+    [(8, None), (8, 32), (4, None), (4, 32), pytest.param(4, 64, marks=pytest.mark.slow), (2, None)],
+)
 def test_sums_are_the_definitions_integers(
     geometry: ConvGeometry, bits: int, group_size: int | None, device: str
 ) -> None:

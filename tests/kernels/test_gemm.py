@@ -35,7 +35,7 @@ def whole(x: QuantizedActivation) -> Tensor:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
-@pytest.mark.parametrize("group_size", [None, 32, 64, 96])
+@pytest.mark.parametrize("group_size", [None, 32, pytest.param(64, marks=pytest.mark.slow), 96])
 def test_sums_are_the_definitions_integers(bits: int, group_size: int | None, device: str) -> None:
     layer = random_layer(37, 200, bits=bits, group_size=group_size, unit_scale=True)
     x = activation(42, 200, 42, unit_scale=True)
@@ -103,7 +103,7 @@ def test_channels_of_different_bits(device: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])
-@pytest.mark.parametrize("group_size", [None, 32, 64])
+@pytest.mark.parametrize("group_size", [None, 32, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("m", "dtype"), [(1, torch.float32), (35, torch.float16)])
 def test_float_activations(bits: int, group_size: int | None, m: int, dtype: torch.dtype, device: str) -> None:
     layer = random_layer(33, 520, bits=bits, group_size=group_size)

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.cli.main import run_cli
 from tests.orchestrator.in_process import InProcess
-from tests.warm import WarmProcess
+from tests.warm import Warm
 
 ROOT = Path(__file__).parents[2]
 VARIABLES = (
@@ -48,13 +48,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _warm_tasks() -> Iterator[None]:
-    """Let tasks that the command line runs at once start without importing torch anew: as forks of one process."""
-    process = WarmProcess()
+def _warm_processes(warm: Warm) -> Iterator[None]:
+    """Let what the command line runs in another process start without importing torch anew."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.actions.local.run_in_subprocess", process.run)
+        patch.setattr("orchestrator.actions.local.run_in_subprocess", warm.run)
+        patch.setattr("orchestrator.actions.doctor.run_python", warm.run_python)
         yield
-    process.close()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import click
 import psycopg
 import pytest
 
+from orchestrator.actions.probe import run_python
 from orchestrator.actions.progress import (
     LinePace,
     Pace,
@@ -182,6 +183,8 @@ def test_a_postgres_database_is_upgraded_only_when_asked(
 
 def test_doctor_finds_nothing_wrong(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("init")
+    # A new process, not a warm one: it must not import from the current folder.
+    monkeypatch.setattr("orchestrator.actions.doctor.run_python", run_python)
     (tmp_path / "queue.py").write_text("raise RuntimeError('imported from the current folder')\n")
     monkeypatch.chdir(tmp_path)
     answer = cli("doctor", "--json")

@@ -512,10 +512,11 @@ def test_memory_is_bounded_by_the_budget():
 # --- scale and hygiene
 
 
-def test_plan_streams_ten_thousand_tasks():
-    stream, target = plan(model(inspection(blocks=8800)), recipe("qdiffusion-w4a8"))
+@pytest.mark.parametrize("blocks", [880, pytest.param(8800, marks=pytest.mark.slow)])
+def test_plan_streams_ten_thousand_tasks(blocks):
+    stream, target = plan(model(inspection(blocks=blocks)), recipe("qdiffusion-w4a8"))
     assert iter(stream) is stream
-    assert sum(1 for _ in stream) > 9_900
+    assert sum(1 for _ in stream) > 1.12 * blocks
     assert target.kind == "release"
 
 

@@ -56,7 +56,8 @@ def are_places(paths: list[str], patterns: list[str]) -> bool:
 def copy(tmp_path: Path) -> Path:
     """A copy of all packages, compiled as far as they are."""
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / package)
+        # What another process is writing has a number behind its name, and may be gone.
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.pyc.*"))
     return tmp_path
 
 

@@ -56,7 +56,8 @@ def are_places(paths: list[str], patterns: list[str]) -> bool:
 def copy(tmp_path: Path) -> Path:
     """A copy of all packages, compiled as far as they are."""
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / package)
+        # What another process is writing has a number behind its name, and may be gone.
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.pyc.*"))
     return tmp_path
 
 
@@ -352,6 +353,7 @@ def test_a_metric(copy: Path) -> None:
         ROOT / "tests" / "workers", copy / "tests" / "workers", ignore=shutil.ignore_patterns("__pycache__")
     )
     (copy / "examples").symlink_to(ROOT / "examples")
+    (copy / "pytest.ini").write_text("[pytest]\n")  # else it takes one from any folder above
     (copy / "tests" / "workers" / "tasks" / "test_toy.py").write_text(
         """
 from quant_core.artifact.card import check_metrics

@@ -10,11 +10,11 @@ logical CPUs.
 
 Prints one JSON document, and writes it after every case to `--out`. Of each case: seconds to plan and enqueue, tasks
 run a second from the first claim to the last end (`run_rate`) and with planning and enqueueing (`rate`); CPU
-milliseconds a task of the orchestrator, of Ray's driver, of Ray's other processes and of the tasks' workers; the
-orchestrator's memory through the run; bytes of the database a task. `--finished` fills the tables with so many
-finished tasks before (give several to compare). `--before` measures an older version with `benchmarks.queue_worker`
-in the same run: `--before-tasks` tasks that are all ready at once, on two logical CPUs as in its own benchmark;
-`ratio` is `rate` by that.
+milliseconds a task of the orchestrator, of Ray's driver, of Ray's other processes, of the tasks' workers, and, while
+they run, of Postgres' processes; the orchestrator's memory through the run; bytes of the database a task. `--finished`
+fills the tables with so many finished tasks before (give several to compare). `--before` measures an older version
+with `benchmarks.queue_worker` in the same run: `--before-tasks` tasks that are all ready at once, on two logical CPUs
+as in its own benchmark; `ratio` is `rate` by that.
 """
 
 from __future__ import annotations
@@ -110,12 +110,13 @@ def fill(database: Database, finished: int) -> None:
 
 
 class Usage:
-    """CPU seconds of this process, of Ray's driver and of the processes below that; memory of this one over time."""
+    """CPU seconds of this process, of those below it, and of a database's on this machine; memory of this one."""
 
-    def __init__(self, every: float) -> None:
-        """Look so often, in seconds."""
-        self._every, self._own = every, psutil.Process()
+    def __init__(self, every: float, database: str) -> None:
+        """Look so often, in seconds; `database` is the name of one of Postgres."""
+        self._every, self._own, self._database = every, psutil.Process(), database
         self._cpu: dict[tuple[str, int], float] = {}
+        self._before: dict[tuple[str, int], float] = {}
         self.memory_mb: list[float] = []
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -124,6 +125,8 @@ class Usage:
     def watched(self) -> Iterator[Usage]:
         """Watch while the block runs."""
         begun = self._own.cpu_times()
+        self._look()
+        self._before = dict(self._cpu)
         self._thread.start()
         yield self
         self._ending.set()
@@ -142,6 +145,9 @@ class Usage:
             self._note("ray driver", child)
             for process in child.children(recursive=True):
                 self._note("ray", process)
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if process.info["name"] == "postgres" and f" {self._database} " in " ".join(process.info["cmdline"] or ()):
+                self._note("postgres", process)
 
     def _note(self, what: str, process: psutil.Process) -> None:
         try:
@@ -155,8 +161,8 @@ class Usage:
     def cpu_ms(self, tasks: int) -> dict[str, float]:
         """Return CPU milliseconds a task."""
         sums: dict[str, float] = {}
-        for (what, _), seconds in self._cpu.items():
-            sums[what] = sums.get(what, 0.0) + seconds
+        for (what, process), seconds in self._cpu.items():
+            sums[what] = sums.get(what, 0.0) + seconds - self._before.get((what, process), 0.0)
         return {what: round(1000 * seconds / tasks, 3) for what, seconds in sorted(sums.items())}
 
     def memory(self) -> dict[str, Any]:
@@ -186,7 +192,7 @@ def run_case(url: str, shape: str, tasks: int, workers: int, finished: int) -> d
         store.mkdir()
         config = SchedulerConfig(store_url=str(store), cache_dir=Path(folder, "cache"))
         scheduler = Scheduler(database, lambda: RayExecutor.start(cpus=workers), config)
-        with Usage(max(0.2, tasks / 50_000)).watched() as usage:
+        with Usage(max(0.2, tasks / 50_000), str(database.location.database)).watched() as usage:
             served = scheduler.run(drain=True)
     with database.session(read_only=True) as session:
         recent = "FROM tasks WHERE kind = 'noop' AND id NOT LIKE 'old-%'"

@@ -3,17 +3,16 @@
     python -m benchmarks.simulate_cluster [--gpus 100 1000] [--seconds 1 10 60] [--orchestrators 1 4] [--tasks 20000]
         [--database-cpus 8] [--results benchmarks/results] [--out FILE]
 
-What a task costs comes from `search-scale.json` (CPU of orchestrator and driver, bytes of the database) and
-`queue-compare.json` (tasks a second that one Postgres takes), as they were measured. What placement costs depends on
-how much runs, and is measured here, on nodes of 8 GPUs.
+What a task costs in CPU of orchestrator, driver and Postgres comes from `search-scale.json`, as it was measured there.
+What placement costs depends on how much runs, and is measured here, on nodes of 8 GPUs.
 
 The model is of discrete events. Each GPU runs one task and has one queued behind it. The end of a task goes to its
 orchestrator, which does pass after pass: it takes up to 64 ends that have come, spends its CPU on them, and waits for
-the database, which serves so many at once as it has CPUs; then the GPUs of these ends have their next tasks. An
-orchestrator has an equal share of the GPUs; all share the database. Bodies take times of an exponential distribution
-with the given mean, and wait for two requests to the store besides. Prints one JSON document: for each case the share
-of the time that GPUs were busy, tasks a second, how busy orchestrators and database were, and which of them was the
-limit.
+the database, which serves so many at once as it has CPUs, and for a commit; then the GPUs of these ends have their next
+tasks. An orchestrator has an equal share of the GPUs; all share the database. Bodies take times of an exponential
+distribution with the given mean, and wait for two requests to the store besides. Prints one JSON document: for each
+case the share of the time that GPUs were busy, tasks a second, how busy orchestrators and database were, and which of
+them was the limit.
 """
 
 from __future__ import annotations
@@ -39,6 +38,8 @@ from workers.execution.cluster import Node, own_versions
 BATCH = 64
 #: Seconds of one request to an object store in the same region, and how many a task makes.
 STORE_SECONDS, STORE_REQUESTS = 0.02, 2
+#: Seconds of a commit and the round trips of a pass, beside the database's CPU.
+COMMIT_SECONDS = 0.005
 _GPUS_A_NODE = 8
 
 
@@ -53,21 +54,12 @@ class Costs:
     placement: float
 
 
-def measured(results: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return seconds a task of orchestrator, driver and database, and where they come from."""
-    scale = json.loads((results / "search-scale.json").read_text())
-    cases = [case for case in scale["cases"] if case["database"] == "postgres" and case["shape"] == "flat"]
-    cpu = cases[0]["cpu_ms_a_task"]
-    compare = json.loads((results / "queue-compare.json").read_text())
-    rate = max(figures["tasks_per_second"] for name, figures in compare.items() if name.startswith("after batch"))
-    costs = {
-        "orchestrator": cpu["orchestrator"] / 1000,
-        "driver": cpu["ray driver"] / 1000,
-        # As many transactions as it gives are under way at once on the CPUs of the machine that measured it.
-        "database": int(compare["machine"].split()[0]) / rate,
-    }
-    source = {"search-scale": cases[0]["machine"], "queue-compare": compare["machine"]}
-    return costs, source | {"database_bytes_a_task": cases[0]["database_bytes_a_task"]}
+def measured(results: Path) -> tuple[dict[str, float], str]:
+    """Return seconds a task of orchestrator, driver and database, and on what that was measured."""
+    cases = json.loads((results / "search-scale.json").read_text())["cases"]
+    case = next(case for case in cases if "postgres" in case["cpu_ms_a_task"])
+    names = {"orchestrator": "orchestrator", "driver": "ray driver", "database": "postgres"}
+    return {name: case["cpu_ms_a_task"][key] / 1000 for name, key in names.items()}, case["machine"]
 
 
 def placement_seconds(gpus: int) -> tuple[float, float]:
@@ -171,7 +163,7 @@ class Model:
             own = self.costs.placement_pass + size * (self.costs.orchestrator + self.costs.placement)
             each.own += own
             each.is_busy = True
-            done = self.database.serve(now + own, size * self.costs.database)
+            done = self.database.serve(now + own, size * self.costs.database) + COMMIT_SECONDS
             # Its driver works meanwhile, and is the limit only where it takes longer.
             done = max(done, now + size * self.costs.driver)
             heapq.heappush(events, (done, next(order), "pass", number * (BATCH + 1) + size))

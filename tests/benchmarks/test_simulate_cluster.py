@@ -43,15 +43,13 @@ def test_a_slow_database_is_the_limit_however_many_orchestrators() -> None:
 
 
 def test_the_command_reads_what_was_measured(tmp_path: Path) -> None:
-    case = {"database": "postgres", "shape": "flat", "machine": "2 CPUs of x", "database_bytes_a_task": 3000}
-    case["cpu_ms_a_task"] = {"orchestrator": 2.0, "ray driver": 1.0}
-    (tmp_path / "search-scale.json").write_text(json.dumps({"cases": [case]}))
-    compare = {"machine": "2 CPUs of x", "after batch 1": {"tasks_per_second": 100.0}}
-    (tmp_path / "queue-compare.json").write_text(json.dumps(compare))
+    cpu = {"orchestrator": 2.0, "ray driver": 1.0, "postgres": 3.0}
+    cases = [{"machine": "x", "cpu_ms_a_task": {"orchestrator": 1.0}}, {"machine": "y", "cpu_ms_a_task": cpu}]
+    (tmp_path / "search-scale.json").write_text(json.dumps({"cases": cases}))
     words = ("--results", str(tmp_path), "--gpus", "16", "--seconds", "1", "--tasks", "500")
     command = [sys.executable, "-m", "benchmarks.simulate_cluster", *words]
     found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout)
     costs = {name: found["ms_a_task"][name] for name in ("orchestrator", "driver", "database")}
-    assert costs == {"orchestrator": 2.0, "driver": 1.0, "database": 20.0}
+    assert costs == {"orchestrator": 2.0, "driver": 1.0, "database": 3.0}
     assert [case["orchestrators"] for case in found["cases"]] == [1, 4]
     assert found["placement"]["16 GPUs"]["ms_a_pass"] > 0

@@ -157,7 +157,7 @@ def test_a_release_draws_what_its_evaluation_measured(made: Path, pipeline: Any)
     assert -10 * np.log10(np.square(image - reference).mean()) == pytest.approx(expected, abs=0.05)
     # without a dtype, what encodes text is in the checkpoint's, float16: the original does not even run so
     assert pipeline.text_encoder.dtype is torch.float16
-    assert np.square(draw(pipeline) - image).mean() < 1e-3
+    assert np.square(draw(pipeline) - image).mean() < 0.02
     assert any(isinstance(module, QuantLayer) for module in pipeline.unet.modules())
 
 

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_core.search.knapsack import Choice, choose
 from quant_core.methods.mpqdm.layer_errors import LayerErrors
+from quant_core.search.knapsack import Choice, choose
 from quant_spec.enums import AllocationMethod
 from quant_spec.passes.allocate import AllocateChoice
 

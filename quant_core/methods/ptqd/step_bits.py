@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from quant_core.search.knapsack import Choice, choose
 from quant_core.methods.ptqd.step_effects import StepEffects
+from quant_core.search.knapsack import Choice, choose
 from quant_spec.enums import StepBitsMethod
 from quant_spec.errors import QuantizationError
 from quant_spec.passes.step_bits import StepBitsChoice

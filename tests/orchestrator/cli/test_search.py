@@ -1,4 +1,4 @@
-"""`quantmill search` from the command line: whole searches on a tiny model, what goes on, what is added, what is refused."""
+"""`quantmill search` from the command line: whole searches on tiny models, what goes on, and what is refused."""
 
 from __future__ import annotations
 

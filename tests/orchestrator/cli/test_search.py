@@ -1,4 +1,4 @@
-"""`search` from the command line: a search of a tiny model from its file to releases, and what bad input gets."""
+"""`quantmill search` from the command line: whole searches on tiny models, what goes on, and what is refused."""
 
 from __future__ import annotations
 

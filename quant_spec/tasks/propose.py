@@ -79,7 +79,7 @@ class Params(TaskParams):
     seed: Seed = Field(default=0, description="Of what is drawn once something was measured.")
 
     def idle_fields(self) -> set[str]:
-        """Return the fields that cannot matter: nothing is drawn at first, and uniform widths are proposed only then."""
+        """Return the fields that cannot matter: nothing is drawn at first, uniform widths are proposed only then."""
         return super().idle_fields() | ({"uniform"} if self.measured else {"seed"})
 
     @model_validator(mode="after")

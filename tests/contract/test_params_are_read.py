@@ -597,7 +597,7 @@ CASES: dict[str, dict[str, Case]] = {
         "measured": _propose(measured=(_measured(2), _measured(4)), seed=1),
         "latencies": _propose(
             budgets=(SearchBudget(latency_ms=3.0),),
-            latency=dict.fromkeys(("conv_in", "conv_out"), {"2/8": 1.0, "4/8": 1.5, "8/8": 2.0}),
+            latency={name: {"2/8": 1.0, "4/8": 1.5, "8/8": 2.0} for name in ("conv_in", "conv_out")},
             latency_rest_ms=0.5,
         ),
     },

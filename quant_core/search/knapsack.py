@@ -178,6 +178,8 @@ def _within(choices: Choices, allowed: Floats, slack: Floats) -> Picked:
 
 def _solve(choices: Choices, room: Floats, fits: NDArray[np.bool_]) -> Picked:
     """Solve the scaled problem over the choices that fit at all."""
+    if not np.maximum.reduceat(fits, choices.starts).all():
+        raise OverBudgetError("no choices fit the limits")
     prices = _prices(choices, room, fits)
     priced = choices.cost + prices @ choices.uses
     priced[~fits] = np.inf
@@ -194,7 +196,8 @@ def _solve(choices: Choices, room: Floats, fits: NDArray[np.bool_]) -> Picked:
             width = float(order[-1]) if width == 0 else min(4 * width, float(order[-1]))
             continue
         gap = found.cost - bound
-        if gap <= width * (1 + 1e-9) or width >= order[-1]:
+        # HiGHS stops a millionth of the width from the best, so it is asked again where the gap is much less.
+        if gap <= 1e-13 * abs(found.cost) or 0.999 * gap <= width <= 1.001 * gap or width >= order[-1] <= gap:
             return found
         width = min(gap, float(order[-1]))
 

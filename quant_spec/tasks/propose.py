@@ -76,7 +76,11 @@ class Params(TaskParams):
     activation_bytes: Annotated[int, Field(ge=0, le=2**50)] = Field(
         default=0, description="Bytes of activations at the peak of a prediction, beside the weights."
     )
-    seed: Seed
+    seed: Seed = Field(default=0, description="Of what is drawn once something was measured.")
+
+    def idle_fields(self) -> set[str]:
+        """Return the fields that cannot matter: nothing is drawn at first, uniform widths are proposed only then."""
+        return super().idle_fields() | ({"uniform"} if self.measured else {"seed"})
 
     @model_validator(mode="after")
     def _has_latencies(self) -> Self:

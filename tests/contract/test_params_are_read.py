@@ -20,10 +20,12 @@ import torch
 from safetensors.torch import save
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from quant_spec.allocation import Allocation, LayerChoice
 from quant_spec.enums import (
     AllocationMethod,
     Extractor,
     KernelBackend,
+    Objective,
     RoundingMethod,
     SampleSpace,
     Scaling,
@@ -41,6 +43,7 @@ from quant_spec.planned import PlannedActivation, PlannedAttention, PlannedLayer
 from quant_spec.prompts import PromptPart
 from quant_spec.ranges import RangeSpec
 from quant_spec.sampler import Sampler
+from quant_spec.search import SearchBudget
 from quant_spec.task import Seeds, TaskInputs, TaskKind, TaskParams
 from quant_spec.tasks import (
     allocate,
@@ -55,12 +58,14 @@ from quant_spec.tasks import (
     export,
     inspect,
     layer_table,
+    layer_times,
     low_rank,
     menu,
     mix,
     noise,
     noop,
     pack,
+    propose,
     reconstruct,
     reference,
     release,
@@ -527,6 +532,32 @@ def _layers() -> Case:
     )
 
 
+def _layer_times() -> Case:
+    params = layer_times.Params(
+        sampler=SAMPLER, weight_bits=(4,), activation_bits=(8,), seconds=0.01, backend=KernelBackend.REFERENCE
+    )
+    return lambda tasks: (params, layer_times.Inputs(artifact=tasks.artifact, model=tasks.model))
+
+
+def _propose(**changes: Any) -> Case:
+    weights = {str(bits): {"damage": 4.0**-bits, "bytes": 1000 * bits} for bits in (2, 4, 8)}
+    entry = {"weights": weights, "activations": {}, "parameters": 8000, "macs": 8000, "keep": {"damage": 0, "bytes": 1}}
+    table = {"layers": {"conv_in": entry, "conv_out": entry}, "base_bytes": 10, "unit": {}}
+    table["unit"] = dict.fromkeys(("conv_in", "conv_out"), "conv_in")
+
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        given = {"budgets": (SearchBudget(bytes=9000),), "objective": Objective.PSNR_DB, "candidates": 4} | changes
+        tables = (tasks.store.put_bytes(json.dumps(table).encode()),)
+        return propose.Params(variants=("base",), **given), propose.Inputs(tables)
+
+    return case
+
+
+def _measured(width: int) -> propose.MeasuredPoint:
+    layers = dict.fromkeys(("conv_in", "conv_out"), LayerChoice(weight_bits=width))
+    return propose.MeasuredPoint(allocation=Allocation(layers=layers), psnr_db=6.0 * width, bytes=2000 * width + 10)
+
+
 def _card() -> Case:
     figures = {"step_ms": {"1": 2.0}, "images_per_second": 1.0, "peak_memory_bytes": 1, "bytes": 1}
     sides = dict.fromkeys(("release_figures", "original_figures", "bf16_figures", "bf16_compiled_figures"), figures)
@@ -631,6 +662,17 @@ CASES: dict[str, dict[str, Case]] = {
     "export": {"": _export()},
     "bench": {"": _bench(False)},
     "layers": {"": _layers()},
+    "layer_times": {"": _layer_times()},
+    "propose": {
+        "": _propose(),
+        "uniform, by unit": _propose(uniform=True, per_unit=True, keep=True),
+        "measured": _propose(measured=(_measured(2), _measured(4)), seed=1),
+        "latencies": _propose(
+            budgets=(SearchBudget(latency_ms=3.0),),
+            latency={name: {"2/8": 1.0, "4/8": 1.5, "8/8": 2.0} for name in ("conv_in", "conv_out")},
+            latency_rest_ms=0.5,
+        ),
+    },
     "card": {"": _card()},
     "noop": {"": _noop(), "payload": _noop(payload=[1], seconds=0.01)},
 }

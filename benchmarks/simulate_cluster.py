@@ -245,7 +245,12 @@ def main() -> None:
         f"{gpus} GPUs": {"ms_a_pass": round(1000 * one, 3), "ms_a_task": round(1000 * each, 3)}
         for gpus, (one, each) in placement.items()
     }
-    report = {"machine": machine(), "measured_on": source, "ms_a_task": milliseconds, "placement": placed}
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "measured_on": source,
+        "ms_a_task": milliseconds,
+        "placement": placed,
+    }
     report |= {"cases": cases}
     give(report | {"store": {"request_seconds": STORE_SECONDS, "requests_a_task": STORE_REQUESTS}}, options.out)
 

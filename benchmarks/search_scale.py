@@ -196,7 +196,8 @@ def run_case(url: str, shape: str, tasks: int, workers: int, finished: int) -> d
             served = scheduler.run(drain=True)
     with database.session(read_only=True) as session:
         recent = "FROM tasks WHERE kind = 'noop' AND id NOT LIKE 'old-%'"
-        states = dict(session.execute(text(f"SELECT state, count(*) {recent} GROUP BY state")).tuples().all())
+        counts = session.execute(text(f"SELECT state, count(*) AS tasks {recent} GROUP BY state"))
+        states = {row.state: row.tasks for row in counts}
         started, ended = session.execute(text(f"SELECT min(started_at), max(finished_at) {recent}")).one()
         left = session.scalar(text("SELECT count(*) FROM jobs WHERE state <> 'succeeded'"))
         size = session.scalar(text("SELECT pg_database_size(current_database())")) if "postgres" in url else None

@@ -58,8 +58,8 @@ def upgrade() -> None:
     op.drop_index("ix_events_job_id", "events")
     op.create_index("ix_events_job_id", "events", ["job_id"], **_where("job_id IS NOT NULL"))
     if _is_postgres():
-        for table, column, _ in REFERENCES:
-            op.drop_constraint(f"fk_{table}_{column}", table, type_="foreignkey")
+        for table, held, _ in REFERENCES:
+            op.drop_constraint(f"fk_{table}_{held}", table, type_="foreignkey")
         for statement in create_checks():
             op.execute(statement)
     op.create_table(
@@ -108,8 +108,8 @@ def downgrade() -> None:
     if _is_postgres():
         for statement in drop_checks():
             op.execute(statement)
-        for table, column, target in REFERENCES:
-            op.create_foreign_key(f"fk_{table}_{column}", table, target, [column], ["id"])
+        for table, held, target in REFERENCES:
+            op.create_foreign_key(f"fk_{table}_{held}", table, target, [held], ["id"])
     op.drop_index("ix_events_job_id", "events")
     op.create_index("ix_events_job_id", "events", ["job_id"])
     op.drop_table("signatures")

@@ -29,7 +29,7 @@ from orchestrator.db.job_ends import fail_jobs_that_need
 from orchestrator.db.models import Task, in_states
 from orchestrator.db.picking import Picker, after_out_of_memory, pick
 from orchestrator.db.promote import KEY_LOCK, complete_finished
-from orchestrator.db.repair import repair_lost
+from orchestrator.db.repair import repair_lost, send_back
 from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
 from orchestrator.db.session import GraphNeededError, lock_graph, share_graph, tell_others, trying_shared
 from orchestrator.db.sql import Statement, dump, is_postgres, read_json, rows_json, run, statement
@@ -457,6 +457,7 @@ def _fault(
         if row is not None:
             data = {"fault": fault, "faults": row.faults, "delay": backoff[row.faults - 1], "error": error}
             record_event(session, retry, task=task, attempt=row.attempt, data=data)
+            send_back(session, [task])
             return True
     row = session.execute(move_task(TaskEvent.FAIL).where(*where).values(**values).returning(*returning)).one_or_none()
     if row is None:
@@ -482,16 +483,27 @@ def release_task(session: Session, lease: Lease, reason: str | None = None) -> b
 
 def release_tasks(session: Session, leases: Sequence[Lease], reason: str | None = None) -> list[Lease]:
     """Give tasks back, as `release_task` does; return the leases that were good."""
-    share_graph(session)
     data = {} if reason is None else {"error": _storable(reason)}
     released: set[tuple[str, int]] = set()
     for batch in batches(leases):
-        for row in run(session, _RELEASE, given=rows_json(_lease_rows(batch))):
-            record_event(session, TaskEvent.RELEASE, task=row.id, attempt=row.attempt, data=data)
-            released.add((row.id, row.attempt))
+        try:
+            with trying_shared(session):
+                released |= _release(session, batch, data)
+        except GraphNeededError:
+            lock_graph(session)
+            released |= _release(session, batch, data)
     if released:
         tell_others(session)
     return [lease for lease in leases if (lease.task_id, lease.attempt) in released]
+
+
+def _release(session: Session, leases: Sequence[Lease], data: Mapping[str, Any]) -> set[tuple[str, int]]:
+    released = {(row.id, row.attempt) for row in run(session, _RELEASE, given=rows_json(_lease_rows(leases)))}
+    for task, attempt in sorted(released):
+        record_event(session, TaskEvent.RELEASE, task=task, attempt=attempt, data=data)
+    if released:
+        send_back(session, [task for task, _ in released])
+    return released
 
 
 def reap_expired(session: Session) -> list[str]:

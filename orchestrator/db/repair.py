@@ -19,7 +19,7 @@ from orchestrator.db.models import Event, Job, JobTask, Json, Model, Result, Tas
 from orchestrator.db.promote import complete
 from orchestrator.db.references import recipe_files
 from orchestrator.db.rows import Lease
-from orchestrator.db.session import record_event
+from orchestrator.db.session import need_graph, record_event
 from orchestrator.db.statements import batches, held, move_task
 from orchestrator.states import ACTIVE_JOBS, JobEvent, TaskEvent, TaskState
 
@@ -103,6 +103,28 @@ def withdraw(session: Session, keys: Iterable[str], blob: str) -> list[str]:
     for batch in batches(unwanted):
         _move(session, TaskEvent.CANCEL, (Task.id.in_(batch),), {})
     return [*wanted, *_readers(session, wanted)]
+
+
+def send_back(session: Session, tasks: Sequence[str]) -> None:
+    """Block those of some queued tasks whose sources have been withdrawn while they ran; the graph must be had alone.
+
+    Raises
+    ------
+    GraphNeededError
+        If it is only shared and there are such tasks.
+    """
+    source = cast(Table, Task.__table__).alias("source")
+    undone = (
+        select(TaskInput.task_id)
+        .distinct()
+        .join(source, source.c.id == TaskInput.source_id)
+        .where(TaskInput.task_id.in_(tasks), source.c.state != TaskState.SUCCEEDED.value)
+    )
+    waiting = list(session.scalars(undone))
+    if waiting:
+        need_graph(session)
+        _move(session, TaskEvent.WAIT, (in_states(Task.state, [TaskState.QUEUED]), Task.id.in_(waiting)), {})
+        settle(session, waiting)
 
 
 def settle(session: Session, blocked: Sequence[str]) -> None:

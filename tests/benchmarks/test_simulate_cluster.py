@@ -43,8 +43,9 @@ def test_a_slow_database_is_the_limit_however_many_orchestrators() -> None:
 
 
 def test_the_command_reads_what_was_measured(tmp_path: Path) -> None:
-    cpu = {"orchestrator": 2.0, "ray driver": 1.0, "postgres": 3.0}
-    cases = [{"machine": "x", "cpu_ms_a_task": {"orchestrator": 1.0}}, {"machine": "y", "cpu_ms_a_task": cpu}]
+    large = {"tasks_run": 100, "cpu_ms_a_task": {"orchestrator": 2.0, "ray driver": 1.0}}
+    small = {"tasks_run": 10, "cpu_ms_a_task": {"orchestrator": 4.0, "ray driver": 4.0, "postgres": 3.0}}
+    cases = [{"machine": "x", "database": "postgres", **each} for each in (large, small)]
     (tmp_path / "search-scale.json").write_text(json.dumps({"cases": cases}))
     words = ("--results", str(tmp_path), "--gpus", "16", "--seconds", "1", "--tasks", "500")
     command = [sys.executable, "-m", "benchmarks.simulate_cluster", *words]

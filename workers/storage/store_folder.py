@@ -8,7 +8,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from workers.errors import (
@@ -217,9 +217,15 @@ class FolderStore:
 
     def _make(self, folder: Path) -> None:
         """Make a folder of the store, but not the store itself, which may be a mount that is gone."""
-        if not self.root.is_dir():
-            raise StoreUnavailableError(f"store: got {self.url}, which is gone, wanted a folder to write to")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            path = self.root
+            for name in folder.relative_to(self.root).parts:
+                path /= name
+                with suppress(FileExistsError):
+                    path.mkdir()
+        except FileNotFoundError:
+            # Not looked at beforehand: it may go in between, and what is made then hides it when it is back.
+            raise StoreUnavailableError(f"store: got {self.url}, which is gone, wanted a folder to write to") from None
 
     @contextmanager
     def _serving(self, digest: str | None = None) -> Iterator[None]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.db.queries import cancel_job, claim_tasks, events, fail_task, retry_job
+from orchestrator.db.queries import cancel_job, claim_tasks, events, fail_task, reap_expired, release_task, retry_job
 from orchestrator.db.rows import Lease
 from orchestrator.graph import TaskNode
 from quant_spec.keys import task_key
@@ -47,6 +47,31 @@ def test_what_gave_a_lost_blob_runs_again_and_its_reader_after_it(queue: Driver)
         log = [(event.event, event.task) for event in events(session, job)]
     assert log.count(("repaired", first.id)) == 1
     assert log.count(("waiting", reader.id)) == 1
+
+
+@pytest.mark.parametrize("how", ["expire", "fail", "release"])
+def test_a_reader_that_ran_meanwhile_and_comes_back_waits_too(queue: Driver, how: str) -> None:
+    first = queue.node("first")
+    loser, runner = queue.node("loser", first), queue.node("runner", first)
+    job = queue.submit([first, loser, runner, queue.node("end", loser, runner)])
+    assert queue.finish(queue.take(first), "bytes")
+    claimed = {task.label: task.lease for task in queue.claim(2)}
+    assert lose(queue, claimed["loser"], "bytes")
+    assert queue.states(first, loser, runner) == ["queued", "blocked", "running"]
+    with queue.database.session() as session:
+        if how == "release":
+            assert release_task(session, claimed["runner"])
+        elif how == "fail":
+            assert fail_task(session, claimed["runner"], fault="infrastructure", error="it was lost")
+    if how == "expire":
+        queue.expire(claimed["runner"])
+        with queue.database.session() as session:
+            assert reap_expired(session) == [runner.id]
+    assert queue.states(first, loser, runner) == ["queued", "blocked", "blocked"]
+    queue.skip_backoff()
+    assert queue.finish(queue.take(first), "bytes")
+    queue.work()
+    assert queue.job(job).state == "succeeded"
 
 
 def test_readers_that_have_not_run_get_the_new_bytes_and_those_that_have_keep_theirs(queue: Driver) -> None:

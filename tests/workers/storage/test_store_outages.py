@@ -197,3 +197,21 @@ def test_a_task_on_a_node_without_room_says_that_the_cluster_is_out(small_disk: 
     fill(small_disk)
     answer = answer_call(TaskCall("noop", {"payload": 1}, {}, s3_url, str(small_disk / "cache")))
     assert (answer["fault"], answer["dependency"]) == ("outage", "cluster")
+
+
+def test_a_folder_that_goes_while_something_is_written_is_not_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, away = tmp_path / "store", tmp_path / "away"
+    root.mkdir()
+    store = open_store(str(root))
+    kept = store.put_bytes(b"kept")
+    # Whoever looks sees it, and it goes right after that.
+    root.rename(away)
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    with pytest.raises(StoreUnavailableError, match="gone"):
+        store.put_bytes(b"another")
+    monkeypatch.undo()
+    assert not root.exists()
+    away.rename(root)
+    assert store.get_bytes(kept) == b"kept"

@@ -180,6 +180,8 @@ class Recipe(Record):
     def _without_what_is_not_asked_for(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out how tasks run, and prompts, where nothing is said of them, so that digests stay what they were."""
         values: dict[str, Any] = handler(self)
+        if not self.sampler.arguments:
+            values["sampler"] = {name: value for name, value in values["sampler"].items() if name != "arguments"}
         return {name: value for name, value in values.items() if name not in _ONLY_WHERE_SAID or self.says(name)}
 
     def says(self, name: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.actions.registration import resolve_model
@@ -14,6 +14,7 @@ from orchestrator.db.jobs import create_job, find_active_job, find_job, job_coun
 from orchestrator.db.rows import EnqueueCounts, JobRow, ModelRow
 from orchestrator.db.session import lock_enqueue
 from orchestrator.errors import RecipeError
+from orchestrator.planning.pipeline import with_guidance
 from orchestrator.planning.planner import plan
 from orchestrator.planning.sampler import choice_for
 from orchestrator.prompts.choose import with_prompts
@@ -109,6 +110,7 @@ def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Re
     A recorded result of the job's end is believed only if its bytes are there.
     """
     loaded = with_prompts(loaded, model)
+    loaded = replace(loaded, recipe=with_guidance(loaded.recipe, model))
     nodes, target = plan(model, loaded.recipe)
     for digest, path in loaded.files.items():
         if service.store.put_file(path) != digest:

@@ -11,7 +11,7 @@ from orchestrator.planning.conditioning import check_conditioning
 from orchestrator.planning.costs import GIB, Cost, Costs
 from orchestrator.planning.formats import QuantizedUnit, choose_formats
 from orchestrator.planning.model import ModelInfo
-from orchestrator.planning.pipeline import check_pipeline, pipeline_of
+from orchestrator.planning.pipeline import check_pipeline, pipeline_of, with_guidance
 from orchestrator.planning.sampler import with_scheduler
 from orchestrator.prompts.choose import prompts_digest
 from quant_spec.allocation import without_choices
@@ -109,7 +109,8 @@ class Draft:
         check_pipeline(row, recipe)
         if pipeline_of(row) is None:
             check_conditioning(row, recipe.sampler)
-        given, recipe = recipe, with_scheduler(recipe, row)
+        given = with_guidance(recipe, row)
+        recipe = with_scheduler(given, row)
         model = ModelInfo.read(row.digest, row.inspection)
         units = tuple(choose_formats(model, recipe))
         base = units if recipe.passes.menu is None else tuple(choose_formats(model, without_choices(recipe)))

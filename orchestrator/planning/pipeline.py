@@ -30,6 +30,14 @@ def default_guidance(model: ModelRow) -> float:
     return 1.0 if stated is None else float(stated)
 
 
+def with_guidance(recipe: Recipe, model: ModelRow) -> Recipe:
+    """Return a recipe that states its guidance, as jobs and releases tell it."""
+    if recipe.sampler.guidance_scale is not None:
+        return recipe
+    sampler = recipe.sampler.replaced(guidance_scale=default_guidance(model))
+    return recipe.model_copy(update={"sampler": sampler})  # a recipe that was checked stays one
+
+
 def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
     """Refuse what a model's pipeline cannot do, and what only pipelines can for a bare denoiser.
 

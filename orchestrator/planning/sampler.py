@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.db.rows import ModelRow
-from orchestrator.planning.pipeline import default_guidance
+from orchestrator.planning.pipeline import with_guidance
 from quant_spec.recipe import Recipe
 from quant_spec.scheduler_choice import SchedulerChoice, choose_scheduler, default_scheduler
 from quant_spec.schedulers import TAKE_ETA
@@ -31,10 +31,9 @@ def with_scheduler(recipe: Recipe, model: ModelRow) -> Recipe:
     the null class where nothing is guided, have their defaults, so that recipes which differ only there share their
     tasks.
     """
-    choice, sampler = choice_for(model, recipe), recipe.sampler
+    choice, sampler = choice_for(model, recipe), with_guidance(recipe, model).sampler
     idle: dict[str, Any] = {"eta": 0.0} if choice.name not in TAKE_ETA else {}
     idle |= {} if choice.config.get("use_dynamic_shifting") else {"mu": None}
     idle |= {} if sampler.is_guided else {"null_class": None}
-    guidance = default_guidance(model) if sampler.guidance_scale is None else sampler.guidance_scale
-    told = sampler.replaced(scheduler=choice.name, guidance_scale=guidance, **idle)
+    told = sampler.replaced(scheduler=choice.name, **idle)
     return recipe.model_copy(update={"sampler": told})  # a recipe that was checked stays one

@@ -138,7 +138,7 @@ def render_card(content: CardContent) -> str:
         class_name=content.config["_class_name"],
         made=_made(content),
         pipeline=content.pipeline is not None,
-        call=_call(metrics),
+        call="" if content.pipeline is None else _call(metrics),
         base_model=content.base_model,
         recipe=content.recipe,
         label=label,

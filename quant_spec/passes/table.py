@@ -33,4 +33,5 @@ def kinds_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """
     passes, activations = config.get("passes", {}), config.get("activations", {})
     added = [kind for name, kinds in PASSES.items() if passes.get(name) is not None for kind in kinds]
-    return (*ALWAYS, *added, *(STEP_BITS if activations.get("step_bits") is not None else ()))
+    told = ("encode",) if config.get("prompts") else ()
+    return (*ALWAYS, *told, *added, *(STEP_BITS if activations.get("step_bits") is not None else ()))

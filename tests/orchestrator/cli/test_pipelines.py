@@ -287,7 +287,7 @@ def test_without_a_file_the_shipped_prompts_are_recorded_by_digest(cli: Cli, use
         ((recipe,),) = connection.execute("SELECT recipe FROM jobs WHERE id = ?", (answer.json["job"],)).fetchall()
     connection.close()
     assert json.loads(recipe)["prompts"] == neutral_digest()
-    assert json.loads(recipe)["sampler"]["guidance_scale"] is None
+    assert json.loads(recipe)["sampler"]["guidance_scale"] == 7.5  # the default of its call
 
 
 class TestWhatUsersDoWithAPipeline:

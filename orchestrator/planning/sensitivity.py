@@ -22,6 +22,7 @@ from orchestrator.planning.passes.calibrate import calibrate
 from orchestrator.planning.passes.menu import MenuGroup, menu_groups
 from orchestrator.planning.passes.scale import scale
 from orchestrator.planning.passes.temporal import take_out, temporal
+from orchestrator.planning.pipeline import pipeline_of
 from quant_spec.allocation import Allocation, apply_allocation
 from quant_spec.enums import ActivationMode
 from quant_spec.passes.menu import Menu
@@ -83,13 +84,19 @@ def plan_sensitivity(model: ModelRow, recipe: Recipe, options: SensitivityOption
     Raises
     ------
     RecipeError
-        If the recipe does not fit the model, or its activations have no steps to tell ranges apart.
+        If the model is a whole pipeline, the recipe does not fit it, or its activations have no steps to tell ranges
+        apart.
     InvalidInputError
         If it chooses bits by itself.
     """
     if options.step_ranges > 1 and recipe.activations.mode is not ActivationMode.PER_STEP:
         raise RecipeError(
             f"step_ranges: got {options.step_ranges} with activations.mode {recipe.activations.mode}, wanted per_step"
+        )
+    if pipeline_of(model) is not None:
+        raise RecipeError(
+            f"model {model.name}: got a whole pipeline, whose sensitivities are not measured yet, wanted the folder of "
+            "its denoiser"
         )
     draft = take_out(Draft.begin(model, apply_allocation(recipe, Allocation(), options.widths)))
     nodes: list[TaskNode] = []
@@ -131,7 +138,7 @@ def _gains(draft: Draft, context: tuple[Source, ...]) -> TaskNode:
     params = step_gains.Params(sampler=draft.sampler, seeds=GAIN_SEEDS, batch_size=GAIN_SEEDS.count)
     inputs = step_gains.Inputs(draft.model.digest, context)
     steps, per_step = draft.sampler.num_inference_steps, draft.sampler.calls_per_step
-    calls = GAIN_SEEDS.count * per_step * (steps * (steps + 1) // 2 + 2 * steps)
+    calls = GAIN_SEEDS.count * per_step * (steps * (steps + 1) // 2 + (2 + len(context)) * steps)
     cost = Cost(
         draft.costs.forward(calls, GAIN_SEEDS.count),
         draft.costs.memory(GAIN_SEEDS.count * per_step, 3 * draft.costs.model_bytes),

@@ -146,6 +146,29 @@ def measure(
     )
 
 
+def fitted_to_units(damage: Damage, context: Sequence[UnitState], units: Mapping[str, float]) -> Damage:
+    """Scale the damages of each unit's weights so that together, at the middle width, they are what was measured of it.
+
+    Rows of single steps say how the choices within a unit compare. How far its errors add up along the trajectory, they
+    don't: deep units' errors, which are smooth, add up most.
+
+    Parameters
+    ----------
+    context : sequence of UnitState
+        Weights of all units at the middle width.
+    units : mapping of str to float
+        Mean square error of the final samples with one unit at that width (`StepGains.units`).
+    """
+    weights = dict(damage.weights)
+    for state in context:
+        middle = [(name, spec.weight.bits) for name, spec in state.formats.layers.items()]
+        total = sum(float(damage.weights[key].sum()) for key in middle if key in damage.weights)
+        if total > 0 and state.formats.unit in units:
+            factor = units[state.formats.unit] / total
+            weights |= {key: power * factor for key, power in weights.items() if key[0] in state.formats.layers}
+    return Damage(weights, damage.activations)
+
+
 class _Lab:
     """A model whose layers are changed one at a time."""
 

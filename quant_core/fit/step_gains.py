@@ -1,15 +1,16 @@
 """What an error of the prediction at each trajectory step does to the final sample, as power per power.
 
 Sampling runs once for each step, with the prediction of a quantized model at that step and in full precision at all
-others: errors have the shape that quantization gives them, and the later steps do to them what they do.
+others: errors have the shape that quantization gives them, and the later steps do to them what they do. And it runs
+once with each unit quantized alone.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,12 +40,16 @@ class StepGains:
     coherence : float
         Error power of the final samples when all steps are quantized, per sum of those of each step alone: more than
         1, as errors of neighbouring steps are alike and add up.
+    units : mapping of str to float
+        Mean square error of the final samples when one unit's weights are quantized, at all steps. How much errors
+        of a unit add up along the trajectory differs by an order of magnitude between units, and no single step says.
     """
 
     timesteps: tuple[float, ...]
     gains: tuple[float, ...]
     noises: tuple[float, ...]
     coherence: float
+    units: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def powers(self) -> tuple[float, ...]:
@@ -53,14 +58,15 @@ class StepGains:
 
     def to_bytes(self) -> bytes:
         """Serialise."""
-        data = {name: getattr(self, name) for name in ("timesteps", "gains", "noises", "coherence")}
+        data = {name: getattr(self, name) for name in ("timesteps", "gains", "noises", "coherence", "units")}
         return json.dumps(data, sort_keys=True).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StepGains:
         """Read what `to_bytes` wrote."""
         found = read_json(data, "step gains")
-        return cls(tuple(found["timesteps"]), tuple(found["gains"]), tuple(found["noises"]), found["coherence"])
+        tables = (tuple(found[name]) for name in ("timesteps", "gains", "noises"))
+        return cls(*tables, found["coherence"], found["units"])
 
 
 def measure_gains(
@@ -72,7 +78,7 @@ def measure_gains(
     batch_size: int,
     device: str = "cpu",
 ) -> StepGains:
-    """Run the sampler once for each step, and once with all steps quantized.
+    """Run the sampler once for each step, once with all steps quantized, and once for each unit.
 
     Parameters
     ----------
@@ -102,7 +108,8 @@ def measure_gains(
         noises.append(max(branch.noise / max(branch.elements, 1), 1e-30))
     coherence = _power(draw(quantized), expected) / max(sum(powers), 1e-30)
     gains = tuple(power / noise for power, noise in zip(powers, noises, strict=True))
-    return StepGains(tuple(timesteps.double().tolist()), gains, tuple(noises), coherence)
+    units = {state.formats.unit: _power(draw(_with_weights(model, [state])), expected) for state in states}
+    return StepGains(tuple(timesteps.double().tolist()), gains, tuple(noises), coherence, units)
 
 
 def _power(samples: Tensor, expected: Tensor) -> float:

@@ -62,7 +62,7 @@ class Inputs(TaskInputs[Source]):
 
 KIND = TaskKind(
     "sensitivity",
-    2,
+    3,
     "workers.tasks.sensitivity:run",
     Params,
     Inputs,

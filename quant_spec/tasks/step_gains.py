@@ -29,4 +29,4 @@ class Inputs(TaskInputs[Source]):
     states: tuple[Source, ...]
 
 
-KIND = TaskKind("step_gains", 2, "workers.tasks.step_gains:run", Params, Inputs, (GAINS,), gpu=True)
+KIND = TaskKind("step_gains", 3, "workers.tasks.step_gains:run", Params, Inputs, (GAINS,), gpu=True)

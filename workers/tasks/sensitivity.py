@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant_core.artifact.choice_table import Measured, attention_bytes, layer_entries
 from quant_core.artifact.size import layer_bytes, offset_digits, rest_bytes, tensor_bytes
-from quant_core.fit.sensitivity import PATHS, Choices, choose_rows, measure
+from quant_core.fit.sensitivity import PATHS, Choices, choose_rows, fitted_to_units, measure
 from quant_core.fit.step_gains import StepGains
 from quant_core.fit.unit_state import UnitState
 from quant_spec.keys import canonical_json
@@ -36,6 +36,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         rows=choose_rows(gains, calibration.step_index.tolist(), calibration.samples, params.rows, params.step_ranges),
         batch_size=params.forward_batch_size,
     )
+    damage = fitted_to_units(damage, around, gains.units)
     errors: dict[str, Tensor] = {}
     for digest in inputs.errors:
         errors |= load(context.store.get_bytes(digest))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.fit.menu import MenuUnit, round_menu
-from quant_core.fit.sensitivity import PATHS, Choices, Row, choose_rows, measure
+from quant_core.fit.sensitivity import PATHS, Choices, Damage, Row, choose_rows, fitted_to_units, measure
 from quant_core.fit.step_gains import StepGains, measure_gains
 from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.nn.model import build_quantized
@@ -137,6 +137,27 @@ def test_gains_are_power_at_the_sample_per_power_at_the_prediction(
     assert len(first.gains) == len(first.timesteps) == 3
     assert min(first.gains) > 0
     assert 0.3 < first.coherence < 4  # of independent errors 1, of three equal ones 3
+    assert list(first.units) == [state.formats.unit for state in states]
+    unit = states[1]
+    alone = measure_gains(denoiser, [unit], SAMPLER, range(3), batch_size=2)
+    assert alone.units == {unit.formats.unit: first.units[unit.formats.unit]}
+    assert alone.units[unit.formats.unit] == pytest.approx(alone.coherence * sum(alone.powers))
+
+
+def test_damages_of_a_unit_add_up_to_what_was_measured_of_it(
+    made: tuple[Denoiser, CalibrationSet, list[MenuUnit]],
+) -> None:
+    context = [unit.weights[4] for unit in made[2] if unit.weights]
+    first, second = context[0].formats, context[1].formats
+    keys = [(name, bits) for formats in (first, second) for name in formats.layers for bits in (2, 4)]
+    damage = Damage({key: torch.tensor([float(place + 1)]) for place, key in enumerate(keys)}, {})
+    found = fitted_to_units(damage, context, {first.unit: 7.0})
+    assert sum(float(found.weights[name, 4]) for name in first.layers) == pytest.approx(7.0)
+    name = next(iter(first.layers))
+    ratio = float(damage.weights[name, 2] / damage.weights[name, 4])
+    assert float(found.weights[name, 2] / found.weights[name, 4]) == pytest.approx(ratio)
+    for name in second.layers:
+        assert found.weights[name, 4] == damage.weights[name, 4], "nothing was measured of this unit"
 
 
 def gains_of(*powers: float) -> StepGains:

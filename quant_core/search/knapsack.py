@@ -10,7 +10,10 @@ U - L as width. Of 1,000 items with 6 choices, some dozens remain open.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +34,24 @@ _LARGEST = 1.0
 _FIRST_OPEN = 30
 #: Branches of the search tree after which HiGHS gives what it has; `Picked.bound` says how far that may be off.
 _NODES = 200_000
+
+
+@contextmanager
+def _without_stdout() -> Iterator[None]:
+    """Throw away what is written to the process' standard output: HiGHS 1.12 has a line of its own, whatever is asked.
+
+    Commands answer with one JSON document there (ERGO-Code/HiGHS#2783).
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,13 +292,14 @@ def _program(choices: Choices, room: Floats, open_: NDArray[np.bool_], width: fl
         np.concatenate([np.full(len(room), -np.inf), np.ones(len(names))]),
         np.concatenate([(room - spent - least.sum(axis=1)) * scale, np.ones(len(names))]),
     )
-    found = milp(
-        relative / unit,
-        integrality=np.ones(len(left)),
-        bounds=Bounds(0, 1),
-        constraints=rows,
-        options={"mip_rel_gap": 0, "node_limit": _NODES},
-    )
+    with _without_stdout():
+        found = milp(
+            relative / unit,
+            integrality=np.ones(len(left)),
+            bounds=Bounds(0, 1),
+            constraints=rows,
+            options={"mip_rel_gap": 0, "node_limit": _NODES},
+        )
     if found.x is None:
         return None
     taken = np.concatenate([places[alone], left[found.x > 0.5]])

@@ -260,7 +260,7 @@ def _uniform(proposer: Proposer) -> Iterator[Candidate]:
         chosen = {name: entry["weights"] for name, entry in table["layers"].items() if len(entry["weights"]) > 1}
         widths = set.intersection(*(set(entries) for entries in chosen.values())) if chosen else set()
         for width in sorted(int(key) for key in widths if "+" not in key):
-            layers = {name: LayerChoice(weight_bits=width) for name in chosen}
+            layers = {name: LayerChoice.model_validate({"weight_bits": width}) for name in chosen}
             for name, entry in table["layers"].items():
                 if len(entry["activations"]) > 1:
                     bits = max(int(key) for key in entry["activations"])

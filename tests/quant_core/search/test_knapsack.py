@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from itertools import product
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quant_core.search.knapsack import Choice, Choices, OverBudgetError, cheapest, choose, supported
+from quant_core.search.knapsack import Choice, Choices, OverBudgetError, _without_stdout, cheapest, choose, supported
 from quant_spec.errors import QuantizationError
 
 ITEMS = st.lists(
@@ -89,3 +90,10 @@ def test_supported_choices_are_the_best_of_their_own_size() -> None:
         assert found.cost == pytest.approx(cheapest(choices, [used]).cost, rel=1e-9)
     with pytest.raises(OverBudgetError):
         supported(choices, 0, float(choices.least()[0]) - 1)
+
+
+def test_the_solver_says_nothing_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    with _without_stdout():
+        os.write(1, b"a line of the solver's own\n")
+    os.write(1, b"after it\n")
+    assert capfd.readouterr().out == "after it\n"

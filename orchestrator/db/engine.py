@@ -134,7 +134,7 @@ def make_engine(url: URL, patience: Patience, *, create: bool = False) -> Engine
     def _limit(connection: Any, record: Any) -> None:
         limits = {name: "0" for name in SERVER_LIMITS} if create else SERVER_LIMITS
         # Statements of the queue are planned once for a connection, which may be when its tables are still small.
-        settings = {**limits, "enable_seqscan": "off"}
+        settings = {**limits, "enable_seqscan": "off", "jit": "off"}
         connection.execute("; ".join(f"SET {name} = '{value}'" for name, value in settings.items()))
         connection.commit()
 

@@ -26,7 +26,7 @@ def encode(draft: Draft) -> Drawing:
         (PromptPart.EVALUATION, recipe.evaluation.first_seed, recipe.evaluation.seeds),
     ):
         params = Params(sampler=sampler, part=part, seeds=Seeds(first=first, count=count))
-        inputs = Inputs(draft.model.digest, draft.prompts)
+        inputs: Inputs[Source] = Inputs(draft.model.digest, draft.prompts)
         node = draft.node(KIND, params, inputs, encode_cost(draft.costs, count), part.value)
         made[part] = TaskRef(node.id, EMBEDDINGS)
         yield node

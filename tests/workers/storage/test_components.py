@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+from huggingface_hub.utils._paths import filter_repo_objects
 
 from workers.errors import ModelError
 from workers.storage.components import component_patterns, find_components

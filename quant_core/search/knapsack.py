@@ -209,14 +209,20 @@ def _solve(choices: Choices, room: Floats, fits: NDArray[np.bool_]) -> Picked:
     above = priced - best[choices.item]
     order = np.sort(above[fits])
     width = float(order[min(len(order), len(best) + _FIRST_OPEN) - 1])
+    best_found: Picked | None = None
     while True:
         found = _program(choices, room, fits & (above <= width), width)
         if found is None:
+            # Of what costs less than the best so far nothing is left out, so there is nothing that does.
+            if best_found is not None:
+                return best_found
             if width >= order[-1]:
                 raise OverBudgetError("no choices fit the limits")
             width = float(order[-1]) if width == 0 else min(4 * width, float(order[-1]))
             continue
-        gap = found.cost - bound
+        if best_found is not None and found.cost >= best_found.cost:
+            return best_found
+        best_found, gap = found, found.cost - bound
         # HiGHS stops a millionth of the width from the best, so it is asked again where the gap is much less.
         if gap <= 1e-13 * abs(found.cost) or 0.999 * gap <= width <= 1.001 * gap or width >= order[-1] <= gap:
             return found

@@ -184,10 +184,15 @@ def test_reference_refuses_a_page_without_a_place_for_each_section():
 
 
 @pytest.mark.parametrize(
-    ("exception", "section", "own"),
-    [(WeightsException, Weights, set()), (ActivationsException, Activations, {"step_bits", "unknown_timestep"})],
+    ("exception", "section", "own", "chosen"),
+    [
+        (WeightsException, Weights, set(), {"promoted"}),
+        (ActivationsException, Activations, {"step_bits", "unknown_timestep"}, {"range_bits"}),
+    ],
 )
-def test_exceptions_take_the_values_of_the_section(exception: type[Record], section: type[Record], own: set[str]):
+def test_exceptions_take_the_values_of_the_section(
+    exception: type[Record], section: type[Record], own: set[str], chosen: set[str]
+):
     def values(record: type[Record]) -> dict[str, Any]:
         """Return what each field may be, null aside."""
         found = {}
@@ -196,7 +201,8 @@ def test_exceptions_take_the_values_of_the_section(exception: type[Record], sect
             found[name] = [option for option in plain.get("anyOf", [plain]) if option != {"type": "null"}]
         return found
 
-    assert values(exception) == {name: value for name, value in values(section).items() if name not in own}
+    stated = {name: value for name, value in values(exception).items() if name not in chosen}
+    assert stated == {name: value for name, value in values(section).items() if name not in own}
 
 
 # --- resolving
@@ -208,7 +214,7 @@ def test_resolve_is_canonical_and_complete(path: Path):
     resolved = resolve(recipe)
     values = json.loads(resolved.json)
     assert resolved.json == json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert set(values) == set(Recipe.model_fields) - set(HOW_IT_RUNS)
+    assert set(values) == set(Recipe.model_fields) - {*HOW_IT_RUNS, "prompts"}
     again = recipe_from_json(values)
     assert again == recipe
     assert resolve(again) == resolved
@@ -238,10 +244,16 @@ def test_resolve_keeps_null_in_exceptions_apart_from_unstated(tmp_path: Path):
 def test_resolve_shipped_recipes_have_their_recorded_digests():
     """A digest names a release's recipe: it changes only where a recipe's text or a default does.
 
-    These were recorded when `base` named a scheduler; that is all that has changed since.
+    These were recorded when `base` named a scheduler, no guidance was 1 and relations were summed over 256 positions;
+    that is all that has changed since.
     """
     recorded = json.loads((Path(__file__).parent / "recorded" / "digests.json").read_text())
-    named = {name: load_recipe(name, ["sampler.scheduler=DDIMScheduler"]).recipe for name in shipped_names()}
+    before = ["sampler.scheduler=DDIMScheduler", "sampler.guidance_scale=1"]
+    summed = ["passes.distill.relation_weight=100"]
+    named = {
+        name: load_recipe(name, before + (summed if name.startswith("mpqdm") else [])).recipe
+        for name in shipped_names()
+    }
     assert {name: resolve(recipe).digest for name, recipe in named.items()} == recorded
 
 

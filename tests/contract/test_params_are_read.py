@@ -173,6 +173,7 @@ class Tasks:
         """What its first line encodes to."""
         return self.run(encode.KIND, *_encode()(self)).outputs[encode.EMBEDDINGS]
 
+    @cached_property
     def text_pipeline(self) -> str:
         """A tree with a text encoder in it."""
         folder = next(self._scratch)
@@ -541,7 +542,13 @@ def _layer_times() -> Case:
 
 def _propose(**changes: Any) -> Case:
     weights = {str(bits): {"damage": 4.0**-bits, "bytes": 1000 * bits} for bits in (2, 4, 8)}
-    entry = {"weights": weights, "activations": {}, "parameters": 8000, "macs": 8000, "keep": {"damage": 0, "bytes": 1}}
+    entry = {
+        "weights": weights,
+        "activations": {},
+        "parameters": 8000,
+        "macs": 8000,
+        "keep": {"damage": 0, "bytes": 32000},
+    }
     table = {"layers": {"conv_in": entry, "conv_out": entry}, "base_bytes": 10, "unit": {}}
     table["unit"] = dict.fromkeys(("conv_in", "conv_out"), "conv_in")
 

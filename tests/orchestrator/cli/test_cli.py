@@ -107,6 +107,7 @@ def test_commands_are_those_of_the_contract() -> None:
         "recipes": "ls show validate",
         "jobs": "ls show logs wait cancel retry",
         "artifacts": "ls show pull verify sign alias diff gc export",
+        "search": "run submit ls show pareto report sensitivity cancel extend",
     }
     assert words == {f"{group} {name}".strip() for group, names in groups.items() for name in names.split()}
 

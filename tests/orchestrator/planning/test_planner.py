@@ -17,6 +17,7 @@ from orchestrator.planning.costs import WORKER_BYTES, Costs
 from orchestrator.planning.formats import choose_formats
 from orchestrator.planning.groups import UNITS_PER_ROUND, round_groups
 from orchestrator.planning.model import ModelInfo
+from orchestrator.planning.pipeline import with_guidance
 from orchestrator.planning.planner import plan
 from orchestrator.recipes.files import shipped_names
 from orchestrator.recipes.load import resolve
@@ -197,6 +198,7 @@ def test_plan_release_says_what_and_from_what_but_not_where():
     chosen = recipe("fast-w4a8")
     params = nodes_of(chosen, local)[-1].params
     assert params["model"] == {"name": "tiny", "class_name": "UNet2DModel", "source": None}
+    chosen = with_guidance(chosen, local)  # a release states what its model's pipeline decided
     assert params["recipe"] == {
         "name": "fast-w4a8",
         "digest": resolve(chosen).digest,

@@ -155,9 +155,14 @@ def test_both_orchestrators_take_part_and_show_it(cluster: Cluster) -> None:
         return all(any(line.get("job") == job for line in cluster.logs(f"orchestrator-{n}")) for n in (1, 2))
 
     wait_until(claimed_by_both, "tasks started by both orchestrators")
+
     # Two nodes with a CPU each, and a head that computes nothing.
-    text = cluster.get(1, "/metrics") + cluster.get(2, "/metrics")
-    assert text.count("quantmill_cluster_cpus 2.0") == 2
+    def both_metrics() -> str:
+        return cluster.get(1, "/metrics") + cluster.get(2, "/metrics")
+
+    # What an orchestrator shows of the cluster is from its last look.
+    wait_until(lambda: both_metrics().count("quantmill_cluster_cpus 2.0") == 2, "both to have seen both nodes")
+    text = both_metrics()
     assert text.count('quantmill_jobs{state="running"} 1.0') == 2
     assert 'quantmill_tasks{kind="noop",state="blocked"}' in text
     assert "quantmill_store_bytes" in text

@@ -197,7 +197,7 @@ def test_a_recipe_that_chooses_bits_by_itself_is_refused(world: World) -> None:
         plan_sensitivity(world.model, base("passes.allocate={}"), OPTIONS)
 
 
-def test_a_whole_pipeline_is_refused(digits: ModelRow) -> None:
-    whole = replace(digits, inspection={**digits.inspection, "pipeline": {"class_name": "DiTPipeline"}})
+def test_a_whole_pipeline_is_refused(world: World) -> None:
+    whole = replace(world.model, inspection={**world.model.inspection, "pipeline": {"class_name": "DiTPipeline"}})
     with pytest.raises(RecipeError, match="got a whole pipeline"):
-        plan_sensitivity(whole, load_recipe("fast-w4a8", SMALL).recipe, OPTIONS)
+        plan_sensitivity(whole, base(), OPTIONS)

@@ -25,7 +25,8 @@ from tests.quant_core.params import distillation, rounding
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
 ChooseFormats = Callable[..., list[tuple[UnitFormat, UnitRanges]]]
 RATES = {"lr": 0.02, "weight_lr": 3e-4, "activation_lr": 1e-3, "zero_point_lr": 1e-3, "bias_lr": 1e-4}
-CONFIG = distillation(iterations=8, batch_size=4, rank=3, positions=1024, **RATES)
+# 100 of the sum over the 64 positions of an 8 x 8 image
+CONFIG = distillation(iterations=8, batch_size=4, rank=3, relation_weight=6_400.0, positions=1024, **RATES)
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,11 @@ def test_places_have_an_order_of_their_own_and_leave_out_what_there_is_not() -> 
         "psnr",
         "33.25 dB ± 0.50 (same seeds against full precision, n=8)",
     )
-    assert lines(Place.CARD, VALUES)["fd"] == ("Fréchet distance, efficientnet-lite0-imagenet@224", "0.0421", "0")
+    assert lines(Place.CARD, VALUES)["fd"] == (
+        "feature distance, same seeds, efficientnet-lite0-imagenet@224",
+        "0.0421",
+        "0",
+    )
     assert lines(Place.JOB, {}) == {}
 
 

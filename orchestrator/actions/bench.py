@@ -14,13 +14,16 @@ from orchestrator.db.releases import find_release, publish
 from orchestrator.db.session import lock_graph
 from orchestrator.service import Service
 from quant_spec.enums import KernelBackend
+from quant_spec.record import Bits
 from quant_spec.sampler import Sampler
 from quant_spec.tasks import bench, card, layer_times
 
 #: Of a release and of its original: as it is (float32), in bfloat16, and that compiled.
 SIDES = ("release_figures", "original_figures", "bf16_figures", "bf16_compiled_figures")
 #: Bits of weights and inputs in which single layers are timed, and for how long each at least, in seconds.
-WEIGHT_BITS, ACTIVATION_BITS, LAYER_SECONDS = (2, 3, 4, 5, 6, 8), (4, 6, 8), 0.5
+WEIGHT_BITS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
+ACTIVATION_BITS: tuple[Bits, ...] = (4, 6, 8)
+LAYER_SECONDS = 0.5
 #: Batch sizes whose step is timed, and for how long each at least, in seconds.
 BATCHES, SECONDS = (1, 8), 1.0
 

@@ -155,7 +155,8 @@ def _on_front(spec: SearchSpec, points: Sequence[SearchPointRow]) -> set[int]:
 def _point(row: SearchPointRow, by_job: Mapping[str, SearchJobCost], grids: Mapping[str, Strips]) -> PointRow:
     """Return one point with its most exact measurement."""
     metrics = row.metrics or row.screened or row.measured or {}
-    costs = [by_job[job] for job in {row.job, (row.screened or {}).get("job")} & set(by_job)]
+    jobs = {str(job) for job in (row.job, (row.screened or {}).get("job")) if job is not None}
+    costs = [by_job[job] for job in sorted(jobs & set(by_job))]
     return PointRow(
         number=row.number,
         origin=row.origin,

@@ -150,7 +150,8 @@ class _Kitchen:
     ) -> dict[int | str, UnitState]:
         """Return states by width, and that of the base."""
         states: dict[int | str, UnitState] = {}
-        for width in (BASE, *widths):
+        wanted: list[int | str] = [BASE, *widths]
+        for width in wanted:
             formats = self.formats if isinstance(width, str) else with_activation_bits(self.formats, width)
             layers = {name: self._layer(name, spec, scales) for name, spec in formats.layers.items()}
             device = next(self.model.parameters(), torch.empty(0)).device

@@ -65,8 +65,8 @@ class StepGains:
     def from_bytes(cls, data: bytes) -> StepGains:
         """Read what `to_bytes` wrote."""
         found = read_json(data, "step gains")
-        tables = (tuple(found[name]) for name in ("timesteps", "gains", "noises"))
-        return cls(*tables, found["coherence"], found["units"])
+        timesteps, gains, noises = (tuple(found[name]) for name in ("timesteps", "gains", "noises"))
+        return cls(timesteps, gains, noises, found["coherence"], found["units"])
 
 
 def measure_gains(

@@ -6,6 +6,8 @@ each output channel. Metrics: `layers`, {layer: {bits: signal-to-noise ratio in 
 
 from __future__ import annotations
 
+from typing import Any
+
 from safetensors.torch import save
 
 from quant_core.fit.menu import round_menu
@@ -22,7 +24,8 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     calibration = open_trajectories(inputs.calibration, context)
     scaling = read_channel_scaling(inputs.factors, context)
     units = [read_unit(unit) for unit in params.units]
-    outputs, layers = {}, {}
+    outputs: dict[str, str] = {}
+    layers: dict[str, Any] = {}
     for made in round_menu(model, calibration, units, params, scaling.scales, scaling.shifts):
         for kind, states in ((WEIGHTS, made.weights), (ACTIVATIONS, made.activations)):
             for width, state in states.items():

@@ -5,6 +5,8 @@ The format of the table is that of `quant_spec.tasks.sensitivity`. Metrics: `lay
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from safetensors.torch import load
 from torch import Tensor
 
@@ -54,7 +56,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     return TaskOutput({TABLE: context.store.put_bytes(canonical_json(table).encode())}, {"layers": told})
 
 
-def _one_width(states: list[UnitState] | tuple[UnitState, ...]) -> list[UnitState]:
+def _one_width(states: Sequence[UnitState]) -> list[UnitState]:
     """Return the first state of each unit."""
     return list({state.formats.unit: state for state in reversed(states)}.values())
 

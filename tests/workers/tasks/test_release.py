@@ -18,7 +18,7 @@ from quant_spec.quantization_config import quantization_config
 from quant_spec.tasks.release import Inputs, Origin, Params, ResolvedRecipe
 from workers.errors import TaskError
 from workers.execution.context import TaskContext
-from workers.storage.manifest import pull_tree, put_tree, read_manifest
+from workers.storage.manifest import pull_tree, put_manifest, put_tree, read_manifest
 from workers.storage.store import open_cached
 from workers.tasks import release
 
@@ -77,7 +77,9 @@ def put_packed(context: TaskContext) -> str:
 @pytest.fixture
 def inputs(context: TaskContext) -> Inputs[str]:
     score = context.store.put_bytes(json.dumps(METRICS).encode())
-    return Inputs(packed=put_packed(context), score=score, model="a" * 64, calibration=("b" * 64, "d" * 64))
+    config = context.store.put_bytes(b"{}")
+    model = put_manifest(context.store, {"denoiser/config.json": (config, 2)})
+    return Inputs(packed=put_packed(context), score=score, model=model, calibration=("b" * 64, "d" * 64))
 
 
 def test_the_artifact_holds_every_file_and_loads(context: TaskContext, inputs: Inputs[str], tmp_path: Path) -> None:
@@ -111,7 +113,7 @@ def test_provenance_says_what_it_was_made_from(context: TaskContext, inputs: Inp
         "packed": [inputs.packed],
         "score": [inputs.score],
         "calibration": ["b" * 64, "d" * 64],
-        "model": ["a" * 64],
+        "model": [inputs.model],
     }
     assert made["recipe"] == {"name": "fast-w4a8", "digest": "c" * 64}
     assert made["seeds"] == {

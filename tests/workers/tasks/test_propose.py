@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from quant_spec.allocation import Allocation, LayerChoice
+from quant_spec.errors import InvalidInputError
 from quant_spec.sensitivity_table import predicted
-from workers.errors import TaskError
 from workers.execution.context import TaskOutput
 from workers.storage.store import NodeStore
 
@@ -218,5 +218,5 @@ def test_later_proposals_learn_from_what_was_measured(propose: Callable[..., dic
 
 
 def test_as_many_tables_as_variants_are_wanted(propose: Callable[..., dict[str, Any]]) -> None:
-    with pytest.raises(TaskError, match="variants: got 2, wanted one for each of 1 tables"):
+    with pytest.raises(InvalidInputError, match="variants: got 2, wanted one for each of 1 tables"):
         propose([("base", toy_table())], variants=["base", "other"])

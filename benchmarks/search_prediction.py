@@ -11,8 +11,10 @@ the same seeds, DDIM with 20 steps, as error power and as PSNR. Predicted are su
     two points      the mean of two such points on the way (what `sensitivity` tasks do)
 
 each weighted by step gains (power at the final sample per power at the prediction), on rows drawn where most of the
-damage is made; "unweighted" is the isolated error of the prediction on rows of all steps alike. The folder keeps what
-was computed, so that the script goes on where it was stopped.
+damage is made; "unweighted" is the isolated error of the prediction on rows of all steps alike. "..., by unit" are
+scaled to what each unit alone does to the final sample (`sensitivity` tasks do that too). Models are built from the
+states that would be packed; nothing is written to a file. The folder keeps what was computed, so that the script goes
+on where it was stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from quant_core.diffusion.denoiser import Denoiser, load_denoiser
 from quant_core.diffusion.sampler import make_scheduler, sample, trajectory_conditioning
 from quant_core.fit.menu import MenuUnit, mix_unit, round_menu
 from quant_core.fit.rounding import read_unit
-from quant_core.fit.sensitivity import PATHS, Choices, Damage, Row, choose_rows, measure
+from quant_core.fit.sensitivity import PATHS, Choices, Damage, Row, choose_rows, fitted_to_units, measure
 from quant_core.fit.step_gains import StepGains, measure_gains
 from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.inspect.inspection import inspect_model
@@ -58,6 +60,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 SAMPLER = Sampler(scheduler="DDIMScheduler", num_inference_steps=20)
 FIRST_SEED = 2_000_000
 UNWEIGHTED = "isolated, unweighted"
+BY_UNIT = ", by unit"
 #: Name to shares of the other layers' errors.
 SCORES = {"two points": PATHS[2], "isolated": PATHS[0], UNWEIGHTED: PATHS[0], "one point": PATHS[1]}
 
@@ -89,6 +92,9 @@ class Bench:
         context = [unit.weights[middle_width(WIDTHS)] for unit in self.menu]
         self.gains: StepGains = self._kept("gains", lambda: self._gains(context))
         self.damages = {name: self._damage(name, SCORES[name], context) for name in options.scores}
+        self.damages |= {
+            name + BY_UNIT: fitted_to_units(damage, context, self.gains.units) for name, damage in self.damages.items()
+        }
         self.base = {n: s for unit in self.menu for n, s in unit.activations[BASE].formats.layers.items()}
 
     def _kept(self, name: str, make: Callable[[], Any]) -> Any:
@@ -204,7 +210,7 @@ class Bench:
                     "code_bytes": sum(weights[n] * b for n, b in bits.items()) // 8,
                     "error_power": float((made.double() - reference.double()).square().mean()),
                     "psnr_db": float(psnr_per_sample(reference, made, SampleSpace.PIXELS).mean()),
-                    "predicted": {name: self.predicted(name, bits) for name in self.options.scores},
+                    "predicted": {name: self.predicted(name, bits) for name in self.damages},
                 }
             )
         return self._report(rows)

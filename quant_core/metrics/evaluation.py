@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, read_conditioning, record_trajectories
+from quant_core.diffusion.calibration import CalibrationSet, read_conditioning
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
-from quant_core.diffusion.denoiser import Denoiser
 from quant_core.diffusion.sampler import Step, make_scheduler, model_timestep, sample, start
 from quant_core.diffusion.trajectories import Trajectories
 from quant_core.methods.ptqd.noise import corrected_power
@@ -34,14 +33,6 @@ from quant_spec.errors import QuantizationError
 from quant_spec.sampler import Sampler
 
 _DECIMALS = 6  # beyond this, the figures are noise of the summation order
-
-
-def record_reference(
-    denoiser: Denoiser, seeds: Sequence[int], spec: RecordSpec, path: Path, *, device: str | None = "cpu"
-) -> None:
-    """Write the samples of `seeds` in full precision, and the trajectory of the first `spec.recorded_seeds`."""
-    whole = replace(spec, steps=None, predictions=True, samples=True)
-    record_trajectories(denoiser, seeds, whole, path, device=device)
 
 
 def evaluate_shard(

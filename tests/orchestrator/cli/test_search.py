@@ -383,3 +383,27 @@ def test_sensitivity_tells_each_layer_and_where_the_next_bit_pays(done: Path, cl
     refused = cli("search", "sensitivity", "small", "--start", "5")
     assert (refused.code, "wanted one of 4, 8" in refused.err) == (2, True)
     assert cli("search", "sensitivity", "small", "--model", "other").code == 102
+
+
+def test_the_smallest_model_within_a_damage_or_for_a_quality(done: Path, cli: Cli, place: Path, without_ray: None):
+    front = cli("search", "sensitivity", "small", "--json").json["models"]["tiny"]["front"]
+    assert len(front) > 2
+    most = sorted(damage for _, damage, _ in front)[len(front) // 2]
+    only = ("search", "run", write_spec(place, "only"), "--only", "sensitivity")
+    told = cli(*only, "--damage", f"{most}", "--json")
+    assert told.code == 0, told.err
+    assert told.json["smallest"]["tiny"]["bytes"] == min(size for size, damage, _ in front if damage <= most)
+    assert told.json["models"]["tiny"] == [], "nothing was measured"
+    worst = min(psnr for *_, psnr in front)
+    assert "is the smallest" in cli(*only, "--psnr-db", f"{worst - 1:.1f}").out
+    assert "is the smallest" not in cli(*only, "--psnr-db", "143").out
+
+
+def test_a_dry_run_says_tasks_time_and_room_and_queues_nothing(home: Path, cli: Cli, place: Path):
+    told = cli("search", "run", write_spec(place), "--dry-run", "--json")
+    assert told.code == 0, told.err
+    assert told.json["tasks"]["total"] == told.json["tasks"]["queued"] > 10
+    assert told.json["estimated_seconds"] > 0
+    assert told.json["estimated_store_bytes"] > 0
+    assert cli("search", "ls", "--json").json == []
+    assert cli("jobs", "ls", "--json").json == []

@@ -16,7 +16,7 @@ from quant_core.diffusion.conditioning import draw_conditioning
 from quant_core.diffusion.denoiser import Denoiser, channel_dim, has_signals, has_tokens, sample_shape
 from quant_core.errors import DenoiserError, NotFiniteError
 from quant_core.methods.ptqd.noise import measure_noise
-from quant_core.metrics.evaluation import evaluate_shard, record_reference
+from quant_core.metrics.evaluation import evaluate_shard
 from quant_core.metrics.images import signal_maps, to_rgb
 from quant_spec.enums import SampleSpace
 from quant_spec.sampler import Sampler
@@ -42,6 +42,11 @@ class Gray(nn.Module):
         return torch.where(broken, sample * torch.inf, sample * 0.1)
 
 
+def whole(recorded: int) -> RecordSpec:
+    """Return what a reference records."""
+    return RecordSpec(STEPS, recorded_seeds=recorded, predictions=True, samples=True)
+
+
 def test_a_scheduler_that_divides_by_zero(tmp_path: Path) -> None:
     denoiser = Denoiser(Gray(), {}, ZERO_SNR, None)
     message = r"sampler gives NaN .* at step 0 \(timestep 999\): DDIMScheduler made it, Gray did not; .*zero_snr"
@@ -52,12 +57,12 @@ def test_a_scheduler_that_divides_by_zero(tmp_path: Path) -> None:
 def test_a_model_that_predicts_infinity(tmp_path: Path) -> None:
     denoiser = Denoiser(Gray(300), {}, SCHEDULER, None)
     with pytest.raises(NotFiniteError, match=r"at step 2 \(timestep 250\): Gray predicted it"):
-        record_reference(denoiser, range(2), RecordSpec(STEPS, recorded_seeds=1), tmp_path / "shard")
+        record_trajectories(denoiser, range(2), whole(1), tmp_path / "shard")
 
 
 def test_a_quantized_model_is_named(tmp_path: Path) -> None:
     reference = tmp_path / "reference"
-    record_reference(Denoiser(Gray(), {}, SCHEDULER, None), range(2), RecordSpec(STEPS, recorded_seeds=2), reference)
+    record_trajectories(Denoiser(Gray(), {}, SCHEDULER, None), range(2), whole(2), reference)
     broken = Gray(300, quantized=True)
     with pytest.raises(NotFiniteError, match=r"sampler gives .* \(timestep 250\): the quantized Gray predicted it"):
         evaluate_shard(

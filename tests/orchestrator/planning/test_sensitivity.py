@@ -125,6 +125,17 @@ def test_more_bits_do_less_damage_and_take_more_bytes(table: dict[str, Any]) -> 
     assert coarse > 50 * fine
 
 
+def test_damages_of_a_unit_add_up_to_what_it_does_alone(world: World, table: dict[str, Any]) -> None:
+    nodes = plan_sensitivity(world.model, base(), OPTIONS).nodes
+    (gains,) = (world.made[node.id]["gains"] for node in nodes if node.kind == "step_gains")
+    alone = json.loads(world.store.get_bytes(gains))["units"]
+    sums = dict.fromkeys(alone, 0.0)
+    for name, entry in table["layers"].items():
+        if entry["weights"]:
+            sums[table["unit"][name]] += entry["weights"]["3"]["damage"]  # the middle width
+    assert sums == pytest.approx(alone, rel=1e-4)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_bytes_are_those_of_the_packed_file(world: World, table: dict[str, Any], tmp_path: Path, seed: int) -> None:
     """Never below, and above by a few bytes of each tensor's entry in the header."""

@@ -142,7 +142,7 @@ def point_view(point: SearchPointRow, costs: SearchCosts, *, on_front: bool) -> 
         "screened_psnr_db": (point.screened or {}).get("psnr_db"),
         "dropped": point.dropped,
         "job": point.job,
-        "task_seconds": round(sum(costs.by_job.get(str(job), 0.0) for job in jobs), 3),
+        "task_seconds": round(sum(cost.seconds for job in jobs if (cost := costs.jobs.get(str(job))) is not None), 3),
         "on_front": on_front,
     }
 

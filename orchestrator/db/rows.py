@@ -206,16 +206,6 @@ class SearchPointRow:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchCosts:
-    """What a search's jobs took: distinct tasks by state, task-seconds spent and saved, and those spent by each job."""
-
-    tasks: dict[str, int]
-    spent_seconds: float
-    saved_seconds: float
-    by_job: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True)
 class SearchJobCost:
     """What one job of a search took: its tasks, those it did not compute, and the seconds of both sorts."""
 
@@ -225,6 +215,24 @@ class SearchJobCost:
     cached: int
     seconds: float
     saved_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchCosts:
+    """What a search's jobs took: distinct tasks by state, and each job in the order in which they were made."""
+
+    tasks: dict[str, int]
+    jobs: Mapping[str, SearchJobCost]
+
+    @property
+    def spent_seconds(self) -> float:
+        """Task-seconds that were computed."""
+        return sum(job.seconds for job in self.jobs.values())
+
+    @property
+    def saved_seconds(self) -> float:
+        """Task-seconds of results that jobs used without computing them."""
+        return sum(job.saved_seconds for job in self.jobs.values())
 
 
 @dataclass(frozen=True, slots=True)

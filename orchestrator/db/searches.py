@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import case, func, insert, select, update
@@ -17,7 +18,7 @@ from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.job_ends import end_jobs
 from orchestrator.db.models import Job, JobTask, Result, Search, SearchModel, SearchPoint, Task, in_states
 from orchestrator.db.releases import publish
-from orchestrator.db.rows import SearchCosts, SearchModelRow, SearchPointRow, SearchRow
+from orchestrator.db.rows import SearchCosts, SearchJobCost, SearchModelRow, SearchPointRow, SearchRow
 from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
 from orchestrator.db.statements import batches
 from orchestrator.errors import NotFoundError
@@ -233,13 +234,13 @@ def cancel_search_jobs(session: Session, search_id: str, model: str | None = Non
 
 
 def search_costs(session: Session, search_id: str) -> SearchCosts:
-    """Return what a search's jobs took: tasks by state, and the seconds spent, saved, and spent by each job.
+    """Return what a search's jobs took: tasks by state, and what each job spent and saved.
 
     A task that several jobs want is spent by the first of them. What a job uses without computing it is saved.
     """
     statement = (
-        select(JobTask.job_id, JobTask.task_id, JobTask.cached, Task.state, Result.seconds)
-        .join(Job, Job.id == JobTask.job_id)
+        select(Job.id, Job.model_name, JobTask.task_id, JobTask.cached, Task.state, Result.seconds)
+        .join(JobTask, JobTask.job_id == Job.id)
         .join(Task, Task.id == JobTask.task_id)
         .outerjoin(Result, Result.key == Task.key)
         .where(Job.search_id == search_id)
@@ -247,17 +248,21 @@ def search_costs(session: Session, search_id: str) -> SearchCosts:
     )
     tasks: dict[str, str] = {}
     computed: set[str] = set()
-    by_job: dict[str, float] = {}
-    used = spent = 0.0
+    jobs: dict[str, SearchJobCost] = {}
     for row in session.execute(statement):
         tasks[row.task_id] = row.state
+        cost = jobs.get(row.id, SearchJobCost(row.id, row.model_name, 0, 0, 0.0, 0.0))
         seconds = row.seconds if row.seconds is not None and row.state == TaskState.SUCCEEDED.value else 0.0
-        used += seconds
-        by_job.setdefault(row.job_id, 0.0)
-        if not row.cached and row.task_id not in computed:
+        own = not row.cached and row.task_id not in computed
+        if own:
             computed.add(row.task_id)
-            spent += seconds
-            by_job[row.job_id] += seconds
+        jobs[row.id] = replace(
+            cost,
+            tasks=cost.tasks + 1,
+            cached=cost.cached + (not own),
+            seconds=cost.seconds + (seconds if own else 0.0),
+            saved_seconds=cost.saved_seconds + (0.0 if own else seconds),
+        )
     states = list(tasks.values())
     counts = {
         "total": len(tasks),
@@ -267,7 +272,7 @@ def search_costs(session: Session, search_id: str) -> SearchCosts:
         "running": states.count(TaskState.RUNNING.value),
         "queued": states.count(TaskState.QUEUED.value) + states.count(TaskState.BLOCKED.value),
     }
-    return SearchCosts(counts, spent, used - spent, by_job)
+    return SearchCosts(counts, jobs)
 
 
 def task_counts(session: Session, search_id: str) -> dict[str, dict[str, int]]:

@@ -14,8 +14,7 @@ from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import find_job, list_tasks
 from orchestrator.db.registry import find_model
 from orchestrator.db.rows import ModelRow, SearchJobCost, SearchModelRow, SearchPointRow
-from orchestrator.db.search_report import search_job_costs
-from orchestrator.db.searches import find_search, search_models, search_points, tables_read
+from orchestrator.db.searches import find_search, search_costs, search_models, search_points, tables_read
 from orchestrator.db.session import Session
 from orchestrator.report.collect import read_strips
 from orchestrator.report.images import Strips
@@ -65,7 +64,7 @@ def collect_search(service: Service, prefix: str) -> SearchReportData:
     with service.database.session(read_only=True) as session:
         row = find_search(session, prefix)
         now = database_time(session)
-        costs = search_job_costs(session, row.id)
+        costs = tuple(search_costs(session, row.id).jobs.values())
         found = [_find(session, row.id, model) for model in search_models(session, row.id)]
     spec = spec_from_json(row.spec)
     grids = _grids(service, [point for each in found for point in each.points])

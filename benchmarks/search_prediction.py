@@ -41,6 +41,7 @@ from orchestrator.recipes.load import load_recipe
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, select_steps
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
 from quant_core.diffusion.sampler import make_scheduler, sample, trajectory_conditioning
+from quant_core.diffusion.trajectories import LoopTrajectories
 from quant_core.fit.menu import MenuUnit, mix_unit, round_menu
 from quant_core.fit.rounding import read_unit
 from quant_core.fit.sensitivity import PATHS, Choices, Damage, Row, choose_rows, fitted_to_units, measure
@@ -125,7 +126,9 @@ class Bench:
         return made
 
     def _gains(self, context: list[UnitState]) -> StepGains:
-        return measure_gains(self.denoiser, context, SAMPLER, GAIN_SEEDS.range, batch_size=GAIN_SEEDS.count)
+        denoiser = self.denoiser
+        trajectories = LoopTrajectories(denoiser.model, denoiser.scheduler_config, SAMPLER, denoiser.conditioning)
+        return measure_gains(trajectories, context, GAIN_SEEDS.range, batch_size=GAIN_SEEDS.count)
 
     def _damage(self, name: str, path: tuple[float, ...], context: list[UnitState]) -> Damage:
         rows = choose_rows(self.gains, range(SAMPLER.num_inference_steps), self.calibration.samples, self.options.rows)

@@ -25,6 +25,7 @@ from orchestrator.db.session import lock_enqueue
 from orchestrator.errors import NotFoundError, RecipeError, SearchError
 from orchestrator.planning.model import ModelInfo
 from orchestrator.planning.planner import plan
+from orchestrator.prompts.choose import NEUTRAL, told_by, with_prompts
 from orchestrator.recipes.load import recipe_from_json
 from orchestrator.search.advance import release_name
 from orchestrator.search.bounds import check_budgets
@@ -83,6 +84,7 @@ def submit_search(service: Service, request: SearchRequest, *, notify: Callable[
     for digest, path in loaded.files.items():
         if service.store.put_file(path) != digest:
             raise RecipeError(f"{path}: got other bytes than a moment ago, wanted the file left alone")
+    _put_prompts(service, models)
     recipes = loaded.recipes_json()
     asked = (loaded.spec, recipes, [model.digest for model in models], loaded.latency, request.only)
     digest = search_digest(*asked)
@@ -121,6 +123,9 @@ def prepare_search(
     models, left_out = find_models(
         service, loaded.spec, recipes, loaded.folder, skip_bad=request.skip_bad, notify=notify, dry_run=dry_run
     )
+    for model in models:
+        for each in loaded.recipes.values():
+            with_prompts(each, model)
     return PreparedSearch(loaded, models, left_out)
 
 
@@ -152,6 +157,7 @@ def extend_search(
         asked = spec.replaced(models=tuple(models))
         added, _ = find_models(service, asked, recipes, Path.cwd(), skip_bad=skip_bad, notify=notify)
         added = tuple(model for model in added if model.name not in {each.name for each in before})
+        _put_prompts(service, added)
     if budgets:
         with service.database.session(read_only=True) as session:
             known = {each.name: each for each in list_models(session)}
@@ -278,6 +284,12 @@ def _check_model(
     notify_scheduler(model, recipes[BASE_VARIANT], notify)
     check_budgets(spec, recipes[BASE_VARIANT], ModelInfo.read(model.digest, model.inspection))
     release_name(model.name, spec.name)
+
+
+def _put_prompts(service: Service, models: Sequence[ModelRow]) -> None:
+    """Store the shipped prompts, if a model may be told them."""
+    if any(told_by(model) == "prompt" for model in models):
+        service.store.put_file(NEUTRAL)
 
 
 def _model_values(model: ModelRow, spec: SearchSpec) -> dict[str, object]:

@@ -19,13 +19,14 @@ from orchestrator.planning.costs import Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Source
 from orchestrator.planning.groups import group_label
 from orchestrator.planning.passes.calibrate import calibrate
+from orchestrator.planning.passes.encode import encode
 from orchestrator.planning.passes.menu import MenuGroup, menu_groups
 from orchestrator.planning.passes.scale import scale
 from orchestrator.planning.passes.temporal import take_out, temporal
-from orchestrator.planning.pipeline import pipeline_of
 from quant_spec.allocation import Allocation, apply_allocation
 from quant_spec.enums import ActivationMode
 from quant_spec.passes.menu import Menu
+from quant_spec.prompts import PromptPart
 from quant_spec.recipe import Recipe
 from quant_spec.task import Seeds
 from quant_spec.tasks import menu as rounded
@@ -84,8 +85,7 @@ def plan_sensitivity(model: ModelRow, recipe: Recipe, options: SensitivityOption
     Raises
     ------
     RecipeError
-        If the model is a whole pipeline, the recipe does not fit it, or its activations have no steps to tell ranges
-        apart.
+        If the recipe does not fit the model, or its activations have no steps to tell ranges apart.
     InvalidInputError
         If it chooses bits by itself.
     """
@@ -93,14 +93,9 @@ def plan_sensitivity(model: ModelRow, recipe: Recipe, options: SensitivityOption
         raise RecipeError(
             f"step_ranges: got {options.step_ranges} with activations.mode {recipe.activations.mode}, wanted per_step"
         )
-    if pipeline_of(model) is not None:
-        raise RecipeError(
-            f"model {model.name}: got a whole pipeline, whose sensitivities are not measured yet, wanted the folder of "
-            "its denoiser"
-        )
     draft = take_out(Draft.begin(model, apply_allocation(recipe, Allocation(), options.widths)))
     nodes: list[TaskNode] = []
-    for draw in (calibrate, temporal, scale):
+    for draw in (encode, calibrate, temporal, scale):
         made = draw(draft)
         while True:
             try:
@@ -135,8 +130,9 @@ def _context(groups: Sequence[MenuGroup], widths: Menu) -> tuple[Source, ...]:
 
 
 def _gains(draft: Draft, context: tuple[Source, ...]) -> TaskNode:
-    params = step_gains.Params(sampler=draft.sampler, seeds=GAIN_SEEDS, batch_size=GAIN_SEEDS.count)
-    inputs = step_gains.Inputs(draft.model.digest, context)
+    told = draft.told(PromptPart.CALIBRATION)
+    params = step_gains.Params(sampler=draft.sampler, seeds=GAIN_SEEDS, batch_size=GAIN_SEEDS.count, part=told.part)
+    inputs = step_gains.Inputs(draft.model.digest, context, told.prompts)
     steps, per_step = draft.sampler.num_inference_steps, draft.sampler.calls_per_step
     calls = GAIN_SEEDS.count * per_step * (steps * (steps + 1) // 2 + (2 + len(context)) * steps)
     cost = Cost(

@@ -116,11 +116,20 @@ class OnStep(Protocol):
     def __call__(self, step: Step, /) -> None: ...
 
 
-class Predict(Protocol):
-    """Gives the prediction of a step for a batch of seeds instead of the denoiser."""
+class Ask(Protocol):
+    """Computes a denoiser's output for the call at hand, or that of another network of the same arguments."""
 
-    def __call__(self, index: int, row: int, x: Tensor, timestep: Tensor, conditioning: Conditioning, /) -> Tensor:
-        """Return what the denoiser would; the arguments are as in `Step`."""
+    def __call__(self, other: nn.Module | None = None, /) -> Any: ...
+
+
+class Instead(Protocol):
+    """Stands between a sampler and its denoiser."""
+
+    def __call__(self, index: int, row: int, x: Tensor, ask: Ask, /) -> Any:
+        """Return what the denoiser would, for a batch of seeds; `index`, `row` and `x` are as in `Step`.
+
+        In a whole pipeline the output is as the denoiser's forward gives it, and rows are in the pipeline's order.
+        """
 
 
 def trajectory_conditioning(
@@ -142,7 +151,7 @@ def sample(
     *,
     batch_size: int,
     on_step: OnStep | None = None,
-    predict: Predict | None = None,
+    instead: Instead | None = None,
 ) -> Tensor:
     """Draw one sample per seed, in one pass of the sampler.
 
@@ -156,8 +165,8 @@ def sample(
         Seeds per denoiser call.
     on_step : callable, optional
         Called after every denoiser call.
-    predict : callable, optional
-        Stands in for calls of `model`, which then only says what samples look like.
+    instead : callable, optional
+        Stands between the sampler and `model`.
 
     Returns
     -------
@@ -175,7 +184,7 @@ def sample(
         batch = seeds[first : first + batch_size]
         part = take(conditioning, slice(rows * first, rows * (first + len(batch))))
         own = copy.deepcopy(scheduler)
-        results.append(_sample_batch(model, own, sampler, batch, part, rows * first, on_step, predict))
+        results.append(_sample_batch(model, own, sampler, batch, part, rows * first, on_step, instead))
     return torch.cat(results)
 
 
@@ -188,7 +197,7 @@ def _sample_batch(
     conditioning: Conditioning,
     row: int,
     on_step: OnStep | None,
-    predict: Predict | None,
+    instead: Instead | None,
 ) -> Tensor:
     device = next(model.parameters(), next(model.buffers(), torch.empty(0))).device
     conditioning = to_device(conditioning, device)
@@ -202,15 +211,18 @@ def _sample_batch(
         x_in = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
         x_in = x_in.repeat_interleave(2, dim=0) if sampler.is_guided else x_in
         t = model_timestep(timestep, sampler)
-        if predict is None:
-            prediction = call_denoiser(model, x_in, t, conditioning)
-        else:
-            prediction = predict(index, row, x_in, t, conditioning)
+        ask = _asking(model, x_in, t, conditioning)
+        prediction = ask() if instead is None else instead(index, row, x_in, ask)
         if on_step is not None:
             on_step(Step(index, t, row, x_in, conditioning, prediction))
         x = scheduler.step(guide(prediction, sampler), timestep, x, return_dict=False, **extra)[0]
         check_step(Moment(index, t), x_in, prediction, x, model=model, scheduler=scheduler)
     return x.to("cpu", torch.float32)
+
+
+def _asking(model: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning) -> Ask:
+    """Return what computes the prediction of one call."""
+    return lambda other=None, /: call_denoiser(model if other is None else other, x, t, conditioning)
 
 
 def guide(prediction: Tensor, sampler: Sampler) -> Tensor:

@@ -26,8 +26,11 @@ from quant_core.diffusion.conditioning import UNBATCHED
 from quant_core.diffusion.denoiser import forward_signature, sample_shape
 from quant_core.diffusion.embeddings import Embeddings, given
 from quant_core.diffusion.finite import Moment, check_prediction
+from quant_core.diffusion.output import map_output, prediction_of
 from quant_core.diffusion.pipeline import call_arguments, decoder_of, denoiser_of, flatten
 from quant_core.diffusion.sampler import (
+    Ask,
+    Instead,
     OnStep,
     Step,
     make_scheduler,
@@ -84,13 +87,24 @@ class Samples:
 
 
 class Trajectories(Protocol):
-    """Runs a sampler from seeds to samples."""
+    """Runs a sampler from seeds to samples, with the denoiser `model`."""
+
+    model: nn.Module
 
     def script(self, seeds: Sequence[int], *, wants_samples: bool = False) -> Script:
         """Return what will be seen of these seeds' trajectories."""
 
+    def schedule(self, seeds: Sequence[int]) -> tuple[Any, Tensor]:
+        """Return a scheduler that has been started for these seeds' trajectories, and its timesteps, shape (S,)."""
+
     def run(
-        self, seeds: Sequence[int], *, batch_size: int, on_step: OnStep | None = None, wants_samples: bool = True
+        self,
+        seeds: Sequence[int],
+        *,
+        batch_size: int,
+        on_step: OnStep | None = None,
+        instead: Instead | None = None,
+        wants_samples: bool = True,
     ) -> Samples | None:
         """Draw one sample for each seed; None if samples are not wanted, and cost something of their own."""
 
@@ -122,15 +136,26 @@ class LoopTrajectories:
         rows = self.sampler.calls_per_step
         return Script(model_timestep(timesteps, self.sampler), rows, shape, shape, conditioning, sample=shape)
 
+    def schedule(self, seeds: Sequence[int]) -> tuple[Any, Tensor]:
+        """Return the scheduler, started, and its timesteps."""
+        conditioning = trajectory_conditioning(self.model, self.sampler, seeds[:1], self.conditioning_file)
+        scheduler = make_scheduler(self.sampler, self.scheduler_config)
+        return scheduler, start(scheduler, self.sampler, sample_shape(self.model, token_count(conditioning)))
+
     def run(
-        self, seeds: Sequence[int], *, batch_size: int, on_step: OnStep | None = None, wants_samples: bool = True
+        self,
+        seeds: Sequence[int],
+        *,
+        batch_size: int,
+        on_step: OnStep | None = None,
+        instead: Instead | None = None,
+        wants_samples: bool = True,
     ) -> Samples:
         """Draw the samples."""
         conditioning = trajectory_conditioning(self.model, self.sampler, seeds, self.conditioning_file)
         scheduler = make_scheduler(self.sampler, self.scheduler_config)
-        return Samples(
-            sample(self.model, scheduler, self.sampler, seeds, conditioning, batch_size=batch_size, on_step=on_step)
-        )
+        watch = {"batch_size": batch_size, "on_step": on_step, "instead": instead}
+        return Samples(sample(self.model, scheduler, self.sampler, seeds, conditioning, **watch))
 
 
 class PipelineTrajectories:
@@ -159,12 +184,12 @@ class PipelineTrajectories:
         seen: list[_Call] = []
         first: list[Any] = []
 
-        def act(call: _Call, compute: Callable[[], Any]) -> Any:
+        def act(call: _Call, ask: Ask) -> Any:
             seen.append(call)
             if not first:
-                first.append(compute())
+                first.append(ask())
             else:
-                first[:1] = [_zeros_like(first[0])]
+                first[:1] = [map_output(first[0], torch.zeros_like)]
             return first[0]
 
         made = self._call(seeds[:1], act, wants_samples=wants_samples)
@@ -173,7 +198,7 @@ class PipelineTrajectories:
                 f"{type(self.pipeline).__name__}: got no call of its {type(self.model).__name__}, wanted one a step"
             )
         rows = len(seen[0].x)
-        prediction = _prediction(first[0], seen[0].x)
+        prediction = prediction_of(first[0], seen[0].x)
         told = seen[0].conditioning
         changing = {key for call in seen[1:] for key in told if not _equal(call.conditioning.get(key), told[key])}
         if any(call.conditioning.keys() != told.keys() or call.x.shape != seen[0].x.shape for call in seen):
@@ -192,15 +217,32 @@ class PipelineTrajectories:
             None if made is None or made.latents is None else tuple(made.latents.shape[1:]),
         )
 
+    def schedule(self, seeds: Sequence[int]) -> tuple[Any, Tensor]:
+        """Return the pipeline's scheduler as its call sets it, and its timesteps."""
+        calls = len(self.script(seeds[:1]).timesteps)
+        scheduler = self.pipeline.scheduler
+        if len(scheduler.timesteps) != calls:
+            raise DenoiserError(
+                f"{type(self.pipeline).__name__}: got {calls} calls of its {type(self.model).__name__} for "
+                f"{len(scheduler.timesteps)} timesteps, wanted one each"
+            )
+        return scheduler, scheduler.timesteps
+
     def run(
-        self, seeds: Sequence[int], *, batch_size: int, on_step: OnStep | None = None, wants_samples: bool = True
+        self,
+        seeds: Sequence[int],
+        *,
+        batch_size: int,
+        on_step: OnStep | None = None,
+        instead: Instead | None = None,
+        wants_samples: bool = True,
     ) -> Samples | None:
         """Call the pipeline, a batch of seeds at a time."""
         parts = []
         row = 0
         for first in range(0, len(seeds), batch_size):
             batch = seeds[first : first + batch_size]
-            watch = _Watch(self.model, len(batch), row, on_step)
+            watch = _Watch(self.model, len(batch), row, on_step, instead)
             parts.append(self._call(batch, watch, wants_samples=wants_samples))
             row += watch.rows
         made = [part for part in parts if part is not None]
@@ -240,7 +282,7 @@ class _Call:
 
 
 #: Is given a call and what computes it; returns the denoiser's output.
-Act = Callable[[_Call, Callable[[], Any]], Any]
+Act = Callable[[_Call, Ask], Any]
 
 
 @contextmanager
@@ -265,7 +307,11 @@ def watched(model: nn.Module, act: Act) -> Iterator[None]:
                     f"{type(model).__name__}: got {key} {str(value)[:40]} ({type(value).__name__}), wanted tensors: "
                     "nothing else that a pipeline tells its denoiser can be replayed yet"
                 )
-        return act(_Call(x, steps, told), lambda: forward(*args, **kwargs))
+
+        def ask(other: nn.Module | None = None) -> Any:
+            return forward(*args, **kwargs) if other is None else other(*args, **kwargs)
+
+        return act(_Call(x, steps, told), ask)
 
     model.forward = seen
     try:
@@ -280,13 +326,13 @@ def watched(model: nn.Module, act: Act) -> Iterator[None]:
 class _Watch:
     """Passes every call of a batch on to the denoiser, and shows it to a callback with its rows seed by seed."""
 
-    def __init__(self, model: nn.Module, seeds: int, row: int, on_step: OnStep | None) -> None:
-        self.model, self.seeds, self.row, self.on_step = model, seeds, row, on_step
+    def __init__(self, model: nn.Module, seeds: int, row: int, on_step: OnStep | None, instead: Instead | None) -> None:
+        self.model, self.seeds, self.row, self.on_step, self.instead = model, seeds, row, on_step, instead
         self.index, self.rows = 0, seeds
 
-    def __call__(self, call: _Call, compute: Callable[[], Any]) -> Any:
-        output = compute()
-        prediction = _prediction(output, call.x)
+    def __call__(self, call: _Call, ask: Ask) -> Any:
+        output = ask() if self.instead is None else self.instead(self.index, self.row, call.x, ask)
+        prediction = prediction_of(output, call.x)
         check_prediction(Moment(self.index, call.timestep), prediction, self.model)
         self.rows = len(call.x)
         if self.rows % self.seeds:
@@ -318,22 +364,6 @@ def _rows(value: Tensor, rows: int, key: str) -> Tensor:
     if len(value) != rows:
         raise DenoiserError(f"{key}: got shape {tuple(value.shape)}, wanted {rows} rows, as the denoiser's input has")
     return value
-
-
-def _prediction(output: Any, x: Tensor) -> Tensor:
-    """Return the prediction in what a denoiser gave, without learned-variance channels."""
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    learns_variance = found.shape[1] == 2 * x.shape[1] and found.shape[2:] == x.shape[2:]
-    return found[:, : x.shape[1]] if learns_variance else found
-
-
-def _zeros_like(output: Any) -> Any:
-    """Return a denoiser's output with zeros for its values."""
-    if isinstance(output, Tensor):
-        return torch.zeros_like(output)
-    if isinstance(output, tuple):
-        return tuple(_zeros_like(item) for item in output)
-    return type(output)(**{name: _zeros_like(value) for name, value in output.items()})
 
 
 def _equal(one: Tensor | None, other: Tensor) -> bool:

@@ -11,18 +11,16 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant_core.diffusion.branch import Branch, Recorder
-from quant_core.diffusion.denoiser import Denoiser
-from quant_core.diffusion.sampler import make_scheduler, sample, start, trajectory_conditioning
+from quant_core.diffusion.branch import Branch, Other, Recorder
+from quant_core.diffusion.sampler import Instead
+from quant_core.diffusion.trajectories import Trajectories
 from quant_core.fit.unit_state import UnitState, load_states, merge_formats
 from quant_core.nn.model import build_quantized
 from quant_spec.documents import read_json
-from quant_spec.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +68,14 @@ class StepGains:
 
 
 def measure_gains(
-    denoiser: Denoiser,
-    states: Sequence[UnitState],
-    sampler: Sampler,
-    seeds: Sequence[int],
-    *,
-    batch_size: int,
-    device: str = "cpu",
+    trajectories: Trajectories, states: Sequence[UnitState], seeds: Sequence[int], *, batch_size: int
 ) -> StepGains:
     """Run the sampler once for each step, once with all steps quantized, and once for each unit.
 
     Parameters
     ----------
+    trajectories : Trajectories
+        In full precision, on its device.
     states : sequence of UnitState
         What the quantized model's units are; their weights' errors are what is added. Inputs stay exact.
     seeds : sequence of int
@@ -89,26 +83,28 @@ def measure_gains(
     batch_size : int
         Seeds per denoiser call.
     """
-    model = denoiser.model.to(device)
-    quantized = _with_weights(model, states)
-    conditioning = trajectory_conditioning(model, sampler, seeds, denoiser.conditioning)
-    scheduler = make_scheduler(sampler, denoiser.scheduler_config)
+    quantized = _with_weights(trajectories.model, states)
+    timesteps = trajectories.schedule(seeds)[1]
 
-    def draw(network: Any, **options: Any) -> Tensor:
-        return sample(network, scheduler, sampler, seeds, conditioning, batch_size=batch_size, **options)
+    def draw(instead: Instead) -> Tensor:
+        made = trajectories.run(seeds, batch_size=batch_size, instead=instead)
+        assert made is not None
+        return made.samples
 
     record = Recorder()
-    expected = draw(model, on_step=record)
-    timesteps = start(copy.deepcopy(scheduler), sampler, tuple(expected.shape[1:]))
+    expected = draw(record)
     noises: list[float] = []
     powers: list[float] = []
     for step in range(len(timesteps)):
-        branch = Branch(model, quantized, record.predictions, step)
-        powers.append(_power(draw(model, predict=branch), expected))
+        branch = Branch(quantized, record, step)
+        powers.append(_power(draw(branch), expected))
         noises.append(max(branch.noise / max(branch.elements, 1), 1e-30))
-    coherence = _power(draw(quantized), expected) / max(sum(powers), 1e-30)
+    coherence = _power(draw(Other(quantized)), expected) / max(sum(powers), 1e-30)
     gains = tuple(power / noise for power, noise in zip(powers, noises, strict=True))
-    units = {state.formats.unit: _power(draw(_with_weights(model, [state])), expected) for state in states}
+    units = {
+        state.formats.unit: _power(draw(Other(_with_weights(trajectories.model, [state]))), expected)
+        for state in states
+    }
     return StepGains(tuple(timesteps.double().tolist()), gains, tuple(noises), coherence, units)
 
 

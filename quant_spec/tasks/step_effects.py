@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pydantic import Field
 
 from quant_spec.planned import Varied
+from quant_spec.prompts import PromptPart
 from quant_spec.record import Bits, Count, Seed
 from quant_spec.sampler import Sampler
 from quant_spec.task import Seeds, Source, TaskInputs, TaskKind, TaskParams
@@ -23,14 +25,18 @@ class Params(TaskParams):
     choices: tuple[Bits, ...]
     layers: dict[str, Varied]
     seed: Seed
+    part: PromptPart | None = Field(default=None, description="Which prompts a whole pipeline is told.")
+
+    _omitted: ClassVar[frozenset[str]] = frozenset({"part"})
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs(TaskInputs[Source]):
-    """The model's tree, and the shards that ranges are measured on."""
+    """The model's tree, and the shards that ranges are measured on; and a pipeline's prompts."""
 
     model: Source
     calibration: tuple[Source, ...]
+    prompts: Source | None = None
 
 
 KIND = TaskKind("step_effects", 1, "workers.tasks.step_effects:run", Params, Inputs, (EFFECTS,), gpu=True)

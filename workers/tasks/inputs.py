@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +49,14 @@ class Sampled(Protocol):
     @property
     def embeddings(self) -> str | None:
         """Digest of what its lines encode to."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedHere:
+    """Prompts that the task's own text encoders read."""
+
+    prompts: str | None
+    embeddings: None = None
 
 
 def find_trajectories(

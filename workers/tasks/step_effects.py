@@ -8,20 +8,20 @@ from __future__ import annotations
 from quant_core.methods.ptqd.step_effects import measure_effects
 from quant_spec.tasks.step_effects import EFFECTS, Inputs, Params
 from workers.execution.context import TaskContext, TaskOutput
-from workers.tasks.inputs import fetch_model, open_trajectories
+from workers.tasks.inputs import EncodedHere, fetch_model, find_trajectories, open_trajectories
 
 
 def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Measure one shard."""
+    denoiser = fetch_model(inputs.model, context)
+    denoiser.model.to(context.device)
     effects = measure_effects(
-        fetch_model(inputs.model, context),
+        find_trajectories(denoiser, params.sampler, EncodedHere(inputs.prompts), params.part, context),
         open_trajectories(inputs.calibration, context),
         params.layers,
         params.choices,
-        params.sampler,
         params.seeds.range,
         batch_size=params.batch_size,
         seed=params.seed,
-        device=context.device,
     )
     return TaskOutput({EFFECTS: context.store.put_bytes(effects.to_bytes())})

@@ -9,6 +9,7 @@ from orchestrator.planning.costs import QUANTIZE, SMALL, Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import varied_layers
 from orchestrator.planning.shards import shards
+from quant_spec.prompts import PromptPart
 from quant_spec.tasks import step_bits as choice
 from quant_spec.tasks import step_effects as effects
 
@@ -19,6 +20,8 @@ def step_bits(draft: Draft) -> Drawing:
     if section is None or not layers:
         return draft
     measured: list[TaskRef] = []
+    # The prompts of the calibration, which each task encodes itself: their embeddings are those of other seeds.
+    told = draft.told(PromptPart.CALIBRATION)
     for shard in shards(section.first_seed, section.seeds, section.shard_seeds):
         params = effects.Params(
             sampler=draft.sampler,
@@ -27,9 +30,10 @@ def step_bits(draft: Draft) -> Drawing:
             choices=tuple(section.choices),
             layers=layers,
             seed=draft.recipe.seed,
+            part=told.part,
         )
         cost = effects_cost(draft.costs, shard.count, len(section.choices))
-        inputs = effects.Inputs(draft.model.digest, draft.calibration)
+        inputs = effects.Inputs(draft.model.digest, draft.calibration, told.prompts)
         node = draft.node(effects.KIND, params, inputs, cost, shard.label)
         measured.append(TaskRef(node.id, effects.EFFECTS))
         yield node

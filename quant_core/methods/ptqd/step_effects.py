@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from quant_core.diffusion.branch import Branch, Recorder
+from quant_core.diffusion.branch import Branch, Recorder, signal
 from quant_core.diffusion.calibration import CalibrationSet
-from quant_core.diffusion.denoiser import Denoiser
-from quant_core.diffusion.sampler import make_scheduler, sample, start, trajectory_conditioning
+from quant_core.diffusion.sampler import Instead
+from quant_core.diffusion.trajectories import Trajectories
 from quant_core.fit.observe import Observation, Watched, observe
 from quant_core.nn.model import build_quantized
 from quant_spec.documents import read_json
@@ -28,7 +28,6 @@ from quant_spec.enums import RangeMethod
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ModelFormat
 from quant_spec.planned import VariedLayer
-from quant_spec.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,16 +98,14 @@ def schedule_snr(scheduler: Any, timesteps: Tensor) -> Tensor:
 
 
 def measure_effects(
-    denoiser: Denoiser,
+    trajectories: Trajectories,
     calibration: CalibrationSet,
     layers: Mapping[str, VariedLayer],
     choices: Sequence[int],
-    sampler: Sampler,
     seeds: Sequence[int],
     *,
     batch_size: int,
     seed: int = 0,
-    device: str = "cpu",
 ) -> StepEffects:
     """Run the sampler once for each step and choice of bits.
 
@@ -117,6 +114,8 @@ def measure_effects(
 
     Parameters
     ----------
+    trajectories : Trajectories
+        In full precision, on its device.
     calibration : CalibrationSet
         What activation ranges are measured on, step by step.
     seeds : sequence of int
@@ -126,42 +125,36 @@ def measure_effects(
     seed : int
         Of the values that are drawn for ranges.
     """
-    model = denoiser.model.to(device)
+    model = trajectories.model
     seen = _observe(model, calibration, layers, batch_size, seed)
-    conditioning = trajectory_conditioning(model, sampler, seeds, denoiser.conditioning)
-    scheduler = make_scheduler(sampler, denoiser.scheduler_config)
+    scheduler, timesteps = trajectories.schedule(seeds)
 
-    def draw(**options: Any) -> Tensor:
-        return sample(model, scheduler, sampler, seeds, conditioning, batch_size=batch_size, **options)
+    def draw(instead: Instead) -> Tensor:
+        made = trajectories.run(seeds, batch_size=batch_size, instead=instead)
+        assert made is not None
+        return made.samples
 
     record = Recorder()
-    expected = draw(on_step=record)
-    timesteps = start(copy.deepcopy(scheduler), sampler, tuple(expected.shape[1:]))
+    expected = draw(record)
     steps = len(timesteps)
     errors = torch.zeros(steps, len(choices), expected.numel())
     noise = torch.zeros(steps, len(choices), dtype=torch.float64)
     for place, bits in enumerate(choices):
         quantized = _quantized(model, layers, bits, seen, calibration)
         for step in range(steps):
-            branch = Branch(model, quantized, record.predictions, step)
-            errors[step, place] = (draw(predict=branch) - expected).flatten()
+            branch = Branch(quantized, record, step)
+            errors[step, place] = (draw(branch) - expected).flatten()
             noise[step, place] = branch.noise
     flat = errors.flatten(0, 1).double()
     counts = (steps, len(choices))
-    ticks = copy.deepcopy(scheduler)
-    start(ticks, sampler, tuple(expected.shape[1:]))
     return StepEffects(
         timesteps=tuple(timesteps.double().tolist()),
         choices=tuple(choices),
         gram=(flat @ flat.T).reshape(*counts, *counts),
-        signal=torch.tensor([_power(record.predictions[step].values()) for step in range(steps)], dtype=torch.float64),
+        signal=torch.tensor(signal(record.predictions), dtype=torch.float64),
         noise=noise,
-        schedule_snr=schedule_snr(ticks, timesteps),
+        schedule_snr=schedule_snr(scheduler, timesteps),
     )
-
-
-def _power(tensors: Any) -> float:
-    return sum(float(tensor.double().square().sum()) for tensor in tensors)
 
 
 def _observe(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,9 +205,3 @@ def test_ranges_of_steps_need_activations_per_step(world: World) -> None:
 def test_a_recipe_that_chooses_bits_by_itself_is_refused(world: World) -> None:
     with pytest.raises(InvalidInputError, match=r"passes\.menu: got it beside passes\.allocate"):
         plan_sensitivity(world.model, base("passes.allocate={}"), OPTIONS)
-
-
-def test_a_whole_pipeline_is_refused(world: World) -> None:
-    whole = replace(world.model, inspection={**world.model.inspection, "pipeline": {"class_name": "DiTPipeline"}})
-    with pytest.raises(RecipeError, match="got a whole pipeline"):
-        plan_sensitivity(whole, base(), OPTIONS)

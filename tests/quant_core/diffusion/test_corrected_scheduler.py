@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 import quant_core
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
-from quant_core.diffusion.denoiser import call_denoiser
 from quant_core.diffusion.noise_correction import NoiseCorrection, noise_scale
-from quant_core.diffusion.sampler import make_scheduler, sample, start, trajectory_conditioning
+from quant_core.diffusion.sampler import Ask, Instead, make_scheduler, sample, start, trajectory_conditioning
 from quant_core.errors import UnknownTimestepError
 from quant_spec.enums import UnknownTimestep
 from quant_spec.errors import QuantizationError
@@ -61,9 +60,9 @@ def corrected(spec: Sampler, unknown: UnknownTimestep = UnknownTimestep.ERROR, *
     return QuantmillCorrectedScheduler(wrapped, correction(timesteps, **parts), unknown)
 
 
-def draw(model: nn.Module, scheduler: Any, spec: Sampler, predict: Any = None) -> Tensor:
+def draw(model: nn.Module, scheduler: Any, spec: Sampler, instead: Instead | None = None) -> Tensor:
     conditioning = trajectory_conditioning(model, spec, [3, 1], None)
-    return sample(model, scheduler, spec, [3, 1], conditioning, batch_size=2, predict=predict)
+    return sample(model, scheduler, spec, [3, 1], conditioning, batch_size=2, instead=instead)
 
 
 @pytest.mark.parametrize(("name", "options"), SCHEDULERS)
@@ -79,13 +78,14 @@ def test_every_prediction_is_corrected_before_it_is_used(name: str, options: dic
     model, spec = tiny_model("unet"), Sampler(scheduler=name, num_inference_steps=5, eta=1.0, options=options)
     scheduler = corrected(spec, k=0.1, bias=0.05)
     tables, known = scheduler.correction, torch.tensor(scheduler.correction.timesteps)
+    timesteps = start(uncorrected(spec), spec, (3, 8, 8))
 
-    def by_hand(index: int, row: int, x: Tensor, timestep: Tensor, conditioning: Any, /) -> Tensor:
-        at = int((known - timestep).abs().argmin())
+    def by_hand(index: int, row: int, x: Tensor, ask: Ask, /) -> Any:
+        at = int((known - timesteps[index]).abs().argmin())
         bias = tables.bias[at].float().reshape(3, 1, 1)
-        return (call_denoiser(model, x, timestep, conditioning) - bias) / (1 + tables.k[at].float())
+        return (ask() - bias) / (1 + tables.k[at].float())
 
-    expected = draw(model, uncorrected(spec), spec, predict=by_hand)
+    expected = draw(model, uncorrected(spec), spec, instead=by_hand)
     found = draw(model, scheduler, spec)
     assert torch.equal(found, expected)
     assert (found - draw(model, uncorrected(spec), spec)).abs().max() > 1e-3

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
+from quant_core.diffusion.trajectories import LoopTrajectories
 from quant_core.fit.menu import MenuUnit, round_menu
 from quant_core.fit.sensitivity import PATHS, Choices, Damage, Row, choose_rows, fitted_to_units, measure
 from quant_core.fit.step_gains import StepGains, measure_gains
@@ -127,19 +128,23 @@ def test_an_inputs_damage_is_that_of_quantizing_it_alone(
         assert torch.allclose(found.activations[name, 8], by_range(replay(other, batch) - exact), rtol=1e-3)
 
 
+def loop(denoiser: Denoiser) -> LoopTrajectories:
+    return LoopTrajectories(denoiser.model, denoiser.scheduler_config, SAMPLER, denoiser.conditioning)
+
+
 def test_gains_are_power_at_the_sample_per_power_at_the_prediction(
     made: tuple[Denoiser, CalibrationSet, list[MenuUnit]],
 ) -> None:
     denoiser, _, menu = made
     states = [unit.weights[4] for unit in menu if unit.weights]
-    first, again = (measure_gains(denoiser, states, SAMPLER, range(3), batch_size=size) for size in (2, 2))
+    first, again = (measure_gains(loop(denoiser), states, range(3), batch_size=size) for size in (2, 2))
     assert first == again == StepGains.from_bytes(first.to_bytes())
     assert len(first.gains) == len(first.timesteps) == 3
     assert min(first.gains) > 0
     assert 0.3 < first.coherence < 4  # of independent errors 1, of three equal ones 3
     assert list(first.units) == [state.formats.unit for state in states]
     unit = states[1]
-    alone = measure_gains(denoiser, [unit], SAMPLER, range(3), batch_size=2)
+    alone = measure_gains(loop(denoiser), [unit], range(3), batch_size=2)
     assert alone.units == {unit.formats.unit: first.units[unit.formats.unit]}
     assert alone.units[unit.formats.unit] == pytest.approx(alone.coherence * sum(alone.powers))
 

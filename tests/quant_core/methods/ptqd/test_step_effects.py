@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, call_denoiser
-from quant_core.diffusion.sampler import make_scheduler, sample, start, trajectory_conditioning
+from quant_core.diffusion.sampler import Ask, make_scheduler, sample, start, trajectory_conditioning
+from quant_core.diffusion.trajectories import LoopTrajectories
 from quant_core.methods.ptqd.step_effects import measure_effects, merge_effects, schedule_snr
 from quant_core.nn.layers import QUANTIZABLE
 from quant_spec.planned import VariedLayer
@@ -28,12 +29,16 @@ def varied(denoiser: Denoiser) -> dict[str, VariedLayer]:
     return {name: VariedLayer(False, RangeSpec(), None) for name in names[1:-1]}
 
 
+def loop(denoiser: Denoiser) -> LoopTrajectories:
+    return LoopTrajectories(denoiser.model, denoiser.scheduler_config, SAMPLER, denoiser.conditioning)
+
+
 @pytest.mark.parametrize("family", ["unet", "digits"])
 def test_effects_fall_with_bits_and_add_up_over_shards(family: str, calibrated: Calibrated) -> None:
     denoiser, calibration = calibrated(family)
 
     def measure(seeds: range) -> Any:
-        return measure_effects(denoiser, calibration, varied(denoiser), (4, 8), SAMPLER, seeds, batch_size=1)
+        return measure_effects(loop(denoiser), calibration, varied(denoiser), (4, 8), seeds, batch_size=1)
 
     found = measure(range(50, 52))
     assert found.gram.shape == (3, 2, 3, 2)
@@ -61,7 +66,7 @@ def test_an_effect_is_that_of_quantizing_one_step_alone(calibrated: Calibrated) 
         ranges[step] = min(0.0, float(seen[0].min())), max(0.0, float(seen[0].max()))
 
     def quantized_at(only: int) -> Callable[..., Tensor]:
-        def predict(index: int, row: int, x: Tensor, timestep: Tensor, conditioning: Any, /) -> Tensor:
+        def instead(index: int, row: int, x: Tensor, ask: Ask, /) -> Any:
             low, high = ranges[index]
             scale = (high - low) / 15
             zero = round(-low / scale)
@@ -71,15 +76,15 @@ def test_an_effect_is_that_of_quantizing_one_step_alone(calibrated: Calibrated) 
 
             hook = model.get_submodule(name).register_forward_pre_hook(coarse) if index == only else None
             try:
-                return call_denoiser(model, x, timestep, conditioning)
+                return ask()
             finally:
                 if hook is not None:
                     hook.remove()
 
-        return predict
+        return instead
 
     layers = {name: VariedLayer(False, RangeSpec(), None)}
-    found = measure_effects(denoiser, calibration, layers, (4, 8), SAMPLER, range(60, 62), batch_size=2)
+    found = measure_effects(loop(denoiser), calibration, layers, (4, 8), range(60, 62), batch_size=2)
     conditioning = trajectory_conditioning(model, SAMPLER, range(60, 62), None)
     scheduler = make_scheduler(SAMPLER, denoiser.scheduler_config)
 
@@ -87,7 +92,7 @@ def test_an_effect_is_that_of_quantizing_one_step_alone(calibrated: Calibrated) 
         return sample(model, scheduler, SAMPLER, range(60, 62), conditioning, batch_size=2, **options)
 
     exact = draw()
-    errors = [(draw(predict=quantized_at(step)) - exact).double().flatten() for step in range(3)]
+    errors = [(draw(instead=quantized_at(step)) - exact).double().flatten() for step in range(3)]
     expected = torch.stack([torch.stack([a @ b for b in errors]) for a in errors])
     torch.testing.assert_close(found.gram[:, 0, :, 0], expected, rtol=1e-3, atol=1e-6)
 

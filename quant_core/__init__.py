@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 from quant_core.artifact.diffusers_quantizer import register
-from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
+from quant_core.corrected_scheduler import QuantmillCorrectedScheduler
 from quant_core.runtime.build import layer_runs
 from quant_core.runtime.layer import LayerRun
 from quant_core.runtime.loader import load_quantized

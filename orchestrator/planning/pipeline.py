@@ -81,7 +81,3 @@ def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
     if unknown := sorted(sampler.arguments.keys() - set(pipeline["takes"])):
         known = ", ".join(sorted(set(pipeline["takes"]) - _OWN))
         raise RecipeError(f"sampler.arguments: got {', '.join(unknown)}, wanted what the call of {name} takes: {known}")
-    if recipe.passes.correct is not None:
-        raise RecipeError(
-            f"passes.correct: got it for {name}, wanted null: predictions of whole pipelines are not corrected yet"
-        )

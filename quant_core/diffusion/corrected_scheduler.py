@@ -37,6 +37,8 @@ from quant_spec.enums import UnknownTimestep
 from quant_spec.errors import QuantizationError
 
 CLASS_NAME = "QuantmillCorrectedScheduler"
+#: Where saved pipelines look for it, which stays as it is.
+MODULE = "quant_core.corrected_scheduler"
 _TOLERANCE = 1e-3  # between a timestep and its table entry
 
 

@@ -323,6 +323,30 @@ def watched(model: nn.Module, act: Act) -> Iterator[None]:
             model.forward = had
 
 
+#: Is given what a scheduler's step is: the prediction after guidance, the timestep, and what takes the step.
+Move = Callable[[Tensor, Tensor, Callable[[], Any]], Any]
+
+
+@contextmanager
+def stepping(scheduler: Any, move: Move) -> Iterator[None]:
+    """Let `move` stand between a scheduler and whoever steps it; it returns what the step is to give."""
+    step = scheduler.step
+    had = scheduler.__dict__.get("step")
+
+    @functools.wraps(step)
+    def seen(model_output: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        return move(model_output, torch.as_tensor(timestep), lambda: step(model_output, timestep, *args, **kwargs))
+
+    scheduler.step = seen
+    try:
+        yield
+    finally:
+        if had is None:
+            del scheduler.step
+        else:
+            scheduler.step = had
+
+
 class _Watch:
     """Passes every call of a batch on to the denoiser, and shows it to a callback with its rows seed by seed."""
 

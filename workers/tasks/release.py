@@ -13,6 +13,7 @@ from typing import Any
 
 from quant_core.artifact.card import CardContent, check_metrics, render_card
 from quant_core.artifact.folder import CONFIG_FILE, RECIPE_FILE, SCHEDULER_FILE
+from quant_core.diffusion.corrected_scheduler import MODULE as CORRECTED_MODULE
 from quant_core.diffusion.corrected_scheduler import is_corrected
 from quant_spec.documents import read_json
 from quant_spec.kinds import KINDS
@@ -89,8 +90,9 @@ def _in_pipeline(packed: Files, index: Mapping[str, Any], model: str, store: Sto
     }
     for path, entry in packed.items():
         files[path if path == SCHEDULER_FILE else f"{home}/{path}"] = entry
-    scheduler = read_json(store.get_bytes(packed[SCHEDULER_FILE][0]), SCHEDULER_FILE)["_class_name"]
-    data = _json({**index, "scheduler": ["diffusers", scheduler]}).encode()
+    config = read_json(store.get_bytes(packed[SCHEDULER_FILE][0]), SCHEDULER_FILE)
+    library = CORRECTED_MODULE if is_corrected(config) else "diffusers"
+    data = _json({**index, "scheduler": [library, config["_class_name"]]}).encode()
     return files | {MODEL_INDEX: (store.put_bytes(data), len(data))}
 
 

@@ -237,7 +237,6 @@ def test_a_dry_run_counts_encoding_and_decoding(cli: Cli, used: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "words", "message"),
     [
-        ("sd", ["--set", "passes.correct={}"], "passes.correct: got it for model sd"),
         (
             "sd",
             ["--set", "sampler.arguments={strength: 1}"],

@@ -238,6 +238,20 @@ def test_a_pipeline_saves_it_and_finds_it_again(tmp_path: Path) -> None:
     assert abs(images(loaded) - images(plain)).max() > 1e-3
 
 
+def test_pipelines_that_name_the_older_module_still_load(tmp_path: Path) -> None:
+    scheduler = corrected(Sampler(scheduler="DDPMScheduler", num_inference_steps=3), k=0.1)
+    unet = diffusers.UNet2DModel(
+        8, 3, 3, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4, down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    path = tmp_path / "model_index.json"
+    path.write_text(
+        path.read_text().replace("quant_core.diffusion.corrected_scheduler", "quant_core.corrected_scheduler")
+    )
+    assert isinstance(diffusers.DiffusionPipeline.from_pretrained(tmp_path).scheduler, QuantmillCorrectedScheduler)
+
+
 def test_a_recipe_cannot_ask_for_another_scheduler_than_was_corrected() -> None:
     config = json.loads(corrected(Sampler(scheduler="DDIMScheduler", num_inference_steps=5)).to_json_string())
     assert isinstance(

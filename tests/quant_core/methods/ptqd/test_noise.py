@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
+from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record, record_trajectories, replay
 from quant_core.diffusion.corrected_scheduler import QuantmillCorrectedScheduler
-from quant_core.diffusion.denoiser import Denoiser
+from quant_core.diffusion.denoiser import Denoiser, load_denoiser
 from quant_core.diffusion.noise_correction import NoiseCorrection
+from quant_core.diffusion.pipeline import load_pipeline
 from quant_core.diffusion.sampler import guide, make_scheduler, start
-from quant_core.methods.ptqd.noise import corrected_power, measure_noise
+from quant_core.diffusion.trajectories import PipelineTrajectories
+from quant_core.methods.ptqd.correction import pair_sums
+from quant_core.methods.ptqd.noise import corrected_power, measure_noise, measure_pipeline_noise
 from quant_spec.errors import QuantizationError
+from quant_spec.prompts import PromptLine
 from quant_spec.sampler import Sampler
+from tests.tiny_pipelines import save_dit
 
 Make = Callable[[str], nn.Module]
 TRAINED = {"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 1000}
@@ -80,3 +86,27 @@ def test_another_trajectory_is_refused(tiny_model: Make, tmp_path: Path) -> None
         QuantizationError, match=r"got 3 steps, wanted the trajectory of the model's scheduler, 4 steps"
     ):
         measure_noise(tiny_model("unet"), TRAINED, sampler.replaced(num_inference_steps=4), shard, batch_size=1)
+
+
+def test_noise_of_a_pipeline_is_what_reaches_its_scheduler(tmp_path: Path) -> None:
+    denoiser = load_denoiser(save_dit(tmp_path / "model"))
+    sampler = Sampler(num_inference_steps=3, guidance_scale=4.0)
+    assert denoiser.folder is not None
+    pipeline = load_pipeline(denoiser.folder, denoiser.model, make_scheduler(sampler, denoiser.scheduler_config))
+    found = PipelineTrajectories(pipeline, sampler, [PromptLine(class_label=1), PromptLine(class_label=2)])
+    shard = tmp_path / "shard"
+    record(found, range(4), RecordSpec(sampler, batch_size=2, predictions=True), shard)
+    other = copy.deepcopy(denoiser.model)
+    with torch.no_grad():
+        other.get_submodule("proj_out_2").weight.mul_(1.05)
+    moments = measure_pipeline_noise(found, other, range(4), batch_size=2)
+    calibration, tensors = CalibrationSet([shard]), load_file(shard)
+    assert moments.timesteps == tuple(calibration.timesteps.tolist())
+    for step in range(3):
+        rows = calibration.rows(step, 0, calibration.samples)
+        with torch.no_grad():
+            exact, noisy = guide(tensors["prediction"][step], sampler), guide(replay(other, rows), sampler)
+        # This pipeline steps each sample twice, in both halves of the guided batch.
+        expected = 2 * pair_sums(exact, noisy - exact, 1)
+        torch.testing.assert_close(moments.sums[:, step], expected, rtol=1e-3, atol=1e-3)
+    assert moments.count == 2 * 4 * 64

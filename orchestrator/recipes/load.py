@@ -20,7 +20,7 @@ from quant_spec.messages import first_problem
 from quant_spec.recipe import HOW_IT_RUNS, Recipe
 from workers.storage.plain_files import file_within
 
-#: What says nothing about the result.
+#: Fields that no result depends on, so that a recipe's digest leaves them out.
 _UNDIGESTED = ("name", "description")
 #: Fields that name a file, as paths through the recipe.
 _FILE_FIELDS = (("evaluation", "extractor_weights"), ("prompts",))

@@ -24,7 +24,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class HeatRow:
-    """One layer."""
+    """A row of the heat map: the choices of one layer, point after point."""
 
     layer: str
     cells: tuple[Cell, ...]

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from quant_spec.documents import read_json_file
+from quant_spec.model_files import WEIGHTS_FILE
 from quant_spec.pipeline import LIBRARIES, MODEL_INDEX, component_entries, is_whole
 from workers.errors import ModelError
-from workers.storage.weights import WEIGHT_PATTERNS, WEIGHTS, find_weights
+from workers.storage.weights import WEIGHT_PATTERNS, find_weights
 
 SCHEDULER = "scheduler"
-_NAMES = {"diffusers": WEIGHTS, "transformers": "model.safetensors"}
+_NAMES = {"diffusers": WEIGHTS_FILE, "transformers": "model.safetensors"}
 #: What a component is made of besides weights: configs, vocabularies, merges, chat templates.
 _TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 

@@ -101,6 +101,12 @@ def test_capacity_is_what_was_asked_for(shared: RayExecutor) -> None:
     assert (capacity.cpus, capacity.gpus, capacity.memory_bytes) == (2.0, 0.0, 2 << 30)
 
 
+def test_a_local_ray_has_no_part_that_nothing_uses(shared: RayExecutor) -> None:
+    words = [word for each in family(shared) for word in each.cmdline()]
+    assert any(word.endswith("/raylet") for word in words)
+    assert not [word for word in words if word.endswith(("/monitor.py", "/log_monitor.py", "/dashboard.py"))]
+
+
 def test_errors_of_a_body_have_their_fault_and_one_line(shared: RayExecutor, call: TaskCall, tmp_path: Path) -> None:
     handles = [
         shared.submit(replace(call, params={"seconds": 1e300})),  # more than a clock can count

@@ -11,15 +11,15 @@ from quant_spec.record import Record, to_json
 
 
 def refuse_idle(recipe: Record, below: Mapping[str, Any]) -> None:
-    """Refuse fields that cannot matter, if the recipe itself sets them.
+    """Refuse fields that cannot matter, if the last to speak sets them: overrides, or without any the recipe's file.
 
     Parameters
     ----------
     recipe
         The whole, checked.
     below
-        What it extends, as mappings. A field that has the value from there, or its default, is inherited, and may be
-        idle: who sets `method: nearest` need not take back what belongs to the method before.
+        What that goes on top of, as mappings. A field that has the value from there, or its default, is inherited, and
+        may be idle: who sets `method: nearest` need not take back what belongs to the method before.
 
     Raises
     ------

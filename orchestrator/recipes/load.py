@@ -89,6 +89,7 @@ def load_recipe(
         }
         values = merge(values, own)
     values.setdefault("name", layers[-1].name)
+    below = values if overrides else below
     for override in overrides:
         values = assign(values, override)
     values, files = _replace_files(values, here)

@@ -223,7 +223,7 @@ def test_field_that_cannot_matter_is_refused_and_where_it_is_inherited_renames_n
     found = False
     for other in candidates(schema["properties"][name], schema.get("$defs", {}), value):
         try:
-            changed = section.replaced(**{name: other})
+            changed = type(section).model_validate_json(json.dumps({**section.model_dump(mode="json"), name: other}))
         except ValidationError:
             continue
         if to_json(getattr(changed, name)) in (value, type(section).model_fields[name].default):

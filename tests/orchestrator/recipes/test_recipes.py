@@ -332,7 +332,10 @@ def test_extends_circle_is_refused(depth: int, tmp_path: Path):
 
 
 def test_yaml_reads_numbers_as_people_write_them(tmp_path: Path):
-    recipe = loaded("passes: {reconstruct: {lr: 1e-3, activation_lr: 5E-5, rounding_weight: .5}}", tmp_path)
+    recipe = loaded(
+        "passes: {reconstruct: {lr: 1e-3, learn_activation_scales: true, activation_lr: 5E-5, rounding_weight: .5}}",
+        tmp_path,
+    )
     reconstruct = recipe.passes.reconstruct
     assert reconstruct is not None
     assert (reconstruct.lr, reconstruct.activation_lr, reconstruct.rounding_weight) == (1e-3, 5e-5, 0.5)
@@ -598,6 +601,29 @@ def test_extractor_weights_are_refused_where_the_extractor_has_its_own(tmp_path:
         RecipeError, match=r"extractor_weights: got a file with extractor efficientnet-lite0, wanted null"
     ):
         load_recipe("base", ["evaluation.extractor_weights=w"], folder=tmp_path)
+
+
+# --- fields that nothing reads
+
+
+def test_fields_that_nothing_reads_are_refused_where_they_are_set_and_may_be_inherited(tmp_path: Path):
+    said = "passes.round.damping: got 0.5, which matters only with method closed_form, wanted it left out"
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        load_recipe("minmax-w8a8", ["passes.round.damping=0.5"])
+    own = write(tmp_path, "own.yaml", "extends: minmax-w8a8\npasses: {round: {damping: 0.5}}\n")
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        load_recipe(own)
+    # Its own statement once more, or its default, changes nothing; nor does what a recipe says that is changed here.
+    assert load_recipe("minmax-w8a8", ["passes.round.damping=0.03"]).recipe == load_recipe("minmax-w8a8").recipe
+    assert load_recipe("qdiffusion-w4a8").recipe.passes.round.positions != Round().positions
+    assert load_recipe("qdiffusion-w4a8", ["passes.round.method=nearest"]).recipe.passes.round.method == "nearest"
+    child = write(tmp_path, "child.yaml", "extends: qdiffusion-w4a8\npasses: {round: {method: nearest}}\n")
+    assert load_recipe(child).recipe.passes.round.method == "nearest"
+
+
+def test_fields_that_matter_only_by_a_rule_of_their_record_are_refused_too():
+    with pytest.raises(RecipeError, match=r"passes\.low_rank\.max_rank: got 7, which nothing reads beside the others"):
+        load_recipe("svdquant-w4a8", ["passes.low_rank.rank=8", "passes.low_rank.max_rank=7"])
 
 
 # --- what passes tell their tasks

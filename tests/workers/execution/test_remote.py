@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import gone
 from workers.errors import ExecutorError, Fault
 from workers.execution.execute import TaskCall, execute_call
 from workers.execution.executor import Finished, RayExecutor
@@ -65,16 +66,6 @@ def family(executor: RayExecutor) -> list[psutil.Process]:
 def running(executor: RayExecutor) -> list[psutil.Process]:
     """Return the workers that are in the middle of a task."""
     return [process for process in family(executor) if process.name() == "ray::noop"]
-
-
-def gone(processes: list[psutil.Process], seconds: float = 90.0) -> bool:
-    """Wait until the processes have ended; one that only its parent could clear away has."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def until(condition: Callable[[], bool], seconds: float = 180.0) -> None:
@@ -186,7 +177,9 @@ def test_shutdown_leaves_no_process_and_no_folder(call: TaskCall) -> None:
         executor.submit(call)
 
 
-@pytest.mark.parametrize("victim", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow), "driver"])
+@pytest.mark.parametrize(
+    "victim", ["driver", *(pytest.param(name, marks=pytest.mark.slow) for name in ("raylet", "gcs_server"))]
+)
 def test_lost_ray_is_noticed_and_leaves_no_process(call: TaskCall, victim: str) -> None:
     executor = RayExecutor.start(cpus=1)
     try:

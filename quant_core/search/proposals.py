@@ -91,7 +91,7 @@ def propose(tables: Mapping[str, Table], params: Params) -> dict[str, Any]:
     sweep = [] if infeasible else _sweep(proposer, spaces)
     points = [] if infeasible else _points(proposer, spaces, sweep)
     return {
-        "points": [_told(proposer, each) for each in points],
+        "points": [_document(proposer, each) for each in points],
         "front": [
             [round(each.price.uses["bytes"]), significant(each.price.damage), _psnr(proposer.log_error(each), params)]
             for each in sweep
@@ -279,7 +279,7 @@ def _spread(sweep: Sequence[Candidate], count: int) -> list[Candidate]:
     return [sweep[place] for place in places]
 
 
-def _told(proposer: Proposer, each: Candidate) -> dict[str, Any]:
+def _document(proposer: Proposer, each: Candidate) -> dict[str, Any]:
     """Return a candidate as JSON."""
     uses = each.price.uses
     return {

@@ -105,14 +105,15 @@ def find_model(path: Path, *, alone: bool = False) -> ModelFolder:
         if config.get("quantization_config") is not None:
             raise ModelError(f"{home}/config.json: got a quantized model, wanted full precision")
         beside = (path,) if subfolder else (path, path.resolve().parent)
-        conditioning = first_file(beside, CONDITIONING_FILE)
+        conditioning, class_name = first_file(beside, CONDITIONING_FILE), str(config["_class_name"])
+        is_alone = alone or conditioning is not None
         return ModelFolder(
             denoiser=home,
             denoiser_subfolder=subfolder,
             scheduler=first_file(beside, SCHEDULER_FILE),
             conditioning=conditioning,
-            components=None if alone or conditioning is not None else find_components(path, subfolder),
-            class_name=str(config["_class_name"]),
+            components=None if is_alone else find_components(path, subfolder, class_name),
+            class_name=class_name,
             config=config,
         )
     raise ModelError(f"{path}: got no config.json with a _class_name, wanted one there or in unet/ or transformer/")

@@ -160,7 +160,7 @@ def _with_float32_ends(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
     """Return a call of the denoiser as the sampler makes it for a batch of seeds, in the middle of the trajectory."""
-    conditioning = _told(bench, model, range(batch))
+    conditioning = _conditioning(bench, model, range(batch))
     shape = sample_shape(model, token_count(conditioning))
     timesteps = start(make_scheduler(bench.sampler, bench.scheduler_config), bench.sampler, shape)
     timestep = model_timestep(timesteps[len(timesteps) // 2], bench.sampler).to(bench.device)
@@ -178,7 +178,7 @@ def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
     return call
 
 
-def _told(bench: _Bench, model: nn.Module, seeds: range) -> dict[str, Tensor]:
+def _conditioning(bench: _Bench, model: nn.Module, seeds: range) -> dict[str, Tensor]:
     """Return what the denoiser is told for some seeds; zeros for a whole pipeline's: values take no time."""
     if not bench.is_whole:
         return trajectory_conditioning(model, bench.sampler, seeds, bench.conditioning)
@@ -224,7 +224,7 @@ def _images_per_second(bench: _Bench, models: Mapping[str, nn.Module]) -> dict[s
     best = dict.fromkeys(models, 0.0)
     for _ in range(_TURNS):
         for name, model in models.items():
-            conditioning = _told(bench, model, seeds)
+            conditioning = _conditioning(bench, model, seeds)
             started = time.perf_counter()
             sample(model, scheduler, bench.sampler, seeds, conditioning, batch_size=len(seeds))
             best[name] = max(best[name], len(seeds) / (time.perf_counter() - started))

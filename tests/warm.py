@@ -72,7 +72,11 @@ class Warm:
 
     def _connected(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(self._address)
+        try:
+            connection.connect(self._address)
+        except OSError:
+            connection.close()
+            raise
         return connection
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:

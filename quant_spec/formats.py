@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from quant_spec.enums import ActivationMode, Granularity, NumberType, UnknownTimestep
 from quant_spec.errors import QuantizationError
 
-SUPPORTED_BITS: Final = (2, 3, 4, 5, 6, 8)
+SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
 #: Greatest exponent of power-of-two channel steps (DMQ's D); kernels shift weight codes by that much at most.
 SHIFT_DEPTH = 3
 #: Bits of single output channels where they differ within a layer.

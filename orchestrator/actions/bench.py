@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from orchestrator.actions.dry_run import worker_count
 from orchestrator.actions.local import run_task
@@ -14,13 +14,12 @@ from orchestrator.db.releases import find_release, publish
 from orchestrator.db.session import lock_graph
 from orchestrator.service import Service
 from quant_spec.enums import KernelBackend
-from quant_spec.formats import SUPPORTED_BITS
 from quant_spec.record import Bits
 from quant_spec.sampler import Sampler
 from quant_spec.tasks import bench, card, layer_times
 
 #: Bits of weights and inputs in which single layers are timed, and for how long each at least, in seconds.
-WEIGHT_BITS: tuple[Bits, ...] = SUPPORTED_BITS
+WEIGHT_BITS: tuple[Bits, ...] = get_args(Bits)
 ACTIVATION_BITS: tuple[Bits, ...] = (4, 6, 8)
 LAYER_SECONDS = 0.5
 #: Batch sizes whose step is timed, and for how long each at least, in seconds.

@@ -73,7 +73,7 @@ fmt: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# docs/recipe.schema.json and the tables of docs/recipes.md, docs/metrics.md and docs/monitoring.md, from their records.
+# The schemas of recipes and searches, and the tables of docs/recipes.md, search.md, metrics.md and monitoring.md.
 reference: install
 	$(BIN)/python -m orchestrator.recipes.reference
 	$(BIN)/python -m quant_spec.metrics_page docs/metrics.md

@@ -26,7 +26,7 @@ class Service:
 
     @property
     def store(self) -> Store:
-        """The store; whoever can do without it, as it is out, finds out here: StoreUnreachableError."""
+        """The store, opened when it is first used; StoreUnreachableError if it does not answer."""
         return self._open_store()
 
 

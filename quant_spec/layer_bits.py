@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
+from quant_spec.formats import SUPPORTED_BITS, ActivationSpec, LayerSpec, ModelFormat, WeightSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +152,8 @@ def _percent(share: float) -> str:
 
 def _rounded(mean: float | None) -> float | None:
     return round(mean, 6) if isinstance(mean, float) else mean
+
+
+def nearest_width(bits: float) -> int:
+    """Return the width of codes that is nearest to a mean, of two the smaller."""
+    return min(SUPPORTED_BITS, key=lambda width: abs(width - bits))

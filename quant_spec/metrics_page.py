@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from quant_spec.generated_table import rewrite
 from quant_spec.metrics import METRICS, Direction, Metric
-
-BEGIN, END = "<!-- metrics: begin -->", "<!-- metrics: end -->"
 
 
 def reference_table() -> str:
@@ -32,15 +31,5 @@ def _places(metric: Metric) -> list[str]:
     return [*metric.places, *listed, *(["artifacts diff"] if metric.is_number else [])]
 
 
-def updated(page: str) -> str:
-    """Return a page with the table as it is now between its markers; ValueError if it lacks one of them."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"page: got none of {BEGIN} or {END}, wanted both")
-    return f"{before}{BEGIN}\n\n{reference_table()}\n\n{END}{after}"
-
-
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    rewrite(Path(sys.argv[1]), reference_table())

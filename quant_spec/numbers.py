@@ -1,6 +1,11 @@
-"""Numbers for people."""
+"""Numbers for people, and rounded to what of them means anything."""
 
 from __future__ import annotations
+
+
+def significant(value: float, digits: int = 6) -> float:
+    """Return a number rounded to its first digits, so that it is written in as many."""
+    return float(f"{value:.{digits}g}")
 
 
 def human_bytes(count: float, decimals: int = 1) -> str:

@@ -46,14 +46,18 @@ class Record(BaseModel):
 
     def idle_fields(self) -> set[str]:
         """Return the fields that cannot matter under the values of the others."""
-        idle = {name for (key, value), names in self._only_if.items() if getattr(self, key) != value for name in names}
-        defaults = {name for name in self._omitted if getattr(self, name) == type(self).model_fields[name].default}
-        return idle | defaults
+        return {name for (key, value), names in self._only_if.items() if getattr(self, key) != value for name in names}
+
+    def why_idle(self, name: str) -> str:
+        """Return the values of other fields under which an idle field would matter, or nothing if that is no list."""
+        needed = [(key, value) for (key, value), names in self._only_if.items() if name in names]
+        return " and ".join(f"{key} {shown(to_json(value)).strip(chr(39))}" for key, value in needed)
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields that can matter, as JSON."""
-        idle = self.idle_fields()
-        return {name: to_json(getattr(self, name)) for name in type(self).model_fields if name not in idle}
+        defaults = {name for name in self._omitted if getattr(self, name) == type(self).model_fields[name].default}
+        left_out = self.idle_fields() | defaults
+        return {name: to_json(getattr(self, name)) for name in type(self).model_fields if name not in left_out}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

@@ -34,6 +34,12 @@ def test_links_lead_to_files(page: Path) -> None:
     assert not gone, f"{page.relative_to(ROOT)}: got links to {', '.join(gone)}, wanted files"
 
 
+def test_readme_is_one_screen_before_its_table() -> None:
+    before, measured, _ = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Measured\n")
+    assert measured
+    assert len(before.splitlines()) <= 50
+
+
 def test_handbook_lists_every_page() -> None:
     # Tags that name Python objects are for mkdocs alone.
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

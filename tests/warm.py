@@ -9,8 +9,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from workers.execution.context import TaskOutput
 from workers.execution.execute import TaskCall
@@ -61,18 +64,32 @@ class Warm:
         """Run code, as `orchestrator.actions.probe` does, but with much imported."""
         return subprocess.CompletedProcess([code], **self._ask({"code": code}))
 
+    def start_python(self, code: str, arguments: Sequence[str]) -> psutil.Process:
+        """Start code as a main module with these arguments, in a process to be killed; what it prints goes nowhere."""
+        connection = self._send({"code": code, "arguments": list(arguments)})
+        with connection, connection.makefile("rb") as stream:
+            return psutil.Process(json.loads(stream.readline())["pid"])
+
     def _connected(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
-        connection.connect(self._address)
+        try:
+            connection.connect(self._address)
+        except OSError:
+            connection.close()
+            raise
         return connection
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        request |= {"environment": dict(os.environ), "folder": str(Path.cwd())}
-        with self._connected() as connection, connection.makefile("rwb") as stream:
-            stream.write(json.dumps(request).encode() + b"\n")
-            stream.flush()
+        with self._send(request) as connection, connection.makefile("rb") as stream:
             line = stream.readline()
         if not line:
             return {"error": "process ended without an answer", "fault": "task", "exit_code": 1}
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+    def _send(self, request: dict[str, Any]) -> socket.socket:
+        """Ask for something; return where the answer comes."""
+        request |= {"environment": dict(os.environ), "folder": str(Path.cwd())}
+        connection = self._connected()
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        return connection

@@ -56,6 +56,10 @@ def answer_request(connection: socket.socket) -> None:
                 os.environ.clear()
                 os.environ.update(request["environment"])
                 os.chdir(request["folder"])
+                if "arguments" in request:
+                    stream.write(json.dumps({"pid": os.getpid()}).encode() + b"\n")
+                    stream.flush()
+                    sys.argv = ["-c", *request["arguments"]]
                 answer = run_call(request["call"]) if "call" in request else run_code(request["code"])
                 stream.write(json.dumps(answer).encode() + b"\n")
         connection.close()

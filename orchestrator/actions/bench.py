@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from orchestrator.actions.dry_run import worker_count
 from orchestrator.actions.local import run_task
@@ -18,10 +18,8 @@ from quant_spec.record import Bits
 from quant_spec.sampler import Sampler
 from quant_spec.tasks import bench, card, layer_times
 
-#: Of a release and of its original: as it is (float32), in bfloat16, and that compiled.
-SIDES = ("release_figures", "original_figures", "bf16_figures", "bf16_compiled_figures")
 #: Bits of weights and inputs in which single layers are timed, and for how long each at least, in seconds.
-WEIGHT_BITS: tuple[Bits, ...] = (2, 3, 4, 5, 6, 8)
+WEIGHT_BITS: tuple[Bits, ...] = get_args(Bits)
 ACTIVATION_BITS: tuple[Bits, ...] = (4, 6, 8)
 LAYER_SECONDS = 0.5
 #: Batch sizes whose step is timed, and for how long each at least, in seconds.
@@ -61,7 +59,7 @@ def bench_release(
     dict
         `release`, `digest`, `device`, `threads`, `dtype` (of the release, between its layers), `backend`, `layers`
         (backend to number of layers), `compile_error` (why the compiled original was not measured, or null); for each
-        of `SIDES`
+        of `BENCHED`
         `step_ms` by batch size, `images_per_second`, `peak_memory_bytes`, `bytes`, or null if not measured; `ratios`:
         original to release of times and sizes, release to original of images per second, so that above 1 the release is
         better; `ratios_bf16`, `ratios_bf16_compiled`: the same to those.
@@ -87,12 +85,12 @@ def bench_release(
         ).metrics
     if metrics["compile_error"] is not None:
         notify(f"the compiled original was not measured: {metrics['compile_error']}")
-    ours, original, half, compiled = (metrics[side] for side in SIDES)
+    ours, original, half, compiled = (metrics[side] for side in bench.BENCHED.values())
     copied = ("device", "threads", "dtype", "backend", "layers", "compile_error")
     return {
         "release": release.ref,
         "digest": release.digest,
-        **{name: metrics[name] for name in (*copied, *SIDES)},
+        **{name: metrics[name] for name in (*copied, *bench.BENCHED.values())},
         "ratios": _ratios(ours, original),
         "ratios_bf16": _ratios(ours, half),
         "ratios_bf16_compiled": None if compiled is None else _ratios(ours, compiled),

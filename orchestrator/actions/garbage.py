@@ -43,7 +43,7 @@ def collect_garbage(
     service
         Its whole store is listed.
     grace_seconds
-        Blobs put since then, by the store's own clock, stay, whoever refers to them.
+        Blobs that are younger, by the store's own clock, stay even if nothing refers to them.
     dry_run
         Only count.
     any_share

@@ -14,7 +14,7 @@ from quant_spec.numbers import human_bytes
 
 _SECONDS = 180
 _NVIDIA_SMI = "nvidia-smi"
-#: Of which there is one where CUDA works, whatever tools are installed.
+#: Device files: where CUDA works there is at least one of them, even without nvidia-smi.
 _DEVICES = ("/dev/nvidiactl", "/dev/dxg")
 
 # A Triton kernel is compiled, which takes longest, and must give the reference's integers; sizes have tails.

@@ -26,7 +26,8 @@ _EVENTS_PER_READ = 500
 
 #: Exit code of what has not ended within the time given, or was interrupted.
 NOT_FINISHED = 101
-_EXIT_CODES = {JobState.SUCCEEDED: 0, JobState.FAILED: 100, JobState.CANCELLED: 103}
+#: Exit codes of jobs and searches that have ended.
+EXIT_CODES = {JobState.SUCCEEDED: 0, JobState.FAILED: 100, JobState.CANCELLED: 103}
 _INVALID_INPUT = 2
 
 
@@ -36,7 +37,7 @@ def exit_code(service: Service, job: JobRow) -> int:
         with service.database.session(read_only=True) as session:
             if is_invalid(session, job):
                 return _INVALID_INPUT
-    return _EXIT_CODES.get(job.state, NOT_FINISHED)
+    return EXIT_CODES.get(job.state, NOT_FINISHED)
 
 
 def show_job(service: Service, prefix: str) -> dict[str, Any]:

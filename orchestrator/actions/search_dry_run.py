@@ -133,7 +133,7 @@ def stored_bytes(node: TaskNode, costs: Costs) -> float:
     return _SMALL_BYTES
 
 
-#: Of outputs that hold a few numbers, or a grid of samples.
+#: Assumed size of an output that holds a few numbers, or a grid of samples.
 _SMALL_BYTES = 64_000
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.actions.execution import make_scheduler
-from orchestrator.actions.jobs import NOT_FINISHED
+from orchestrator.actions.jobs import EXIT_CODES, NOT_FINISHED
 from orchestrator.actions.live import Live
 from orchestrator.actions.patience import patiently
 from orchestrator.actions.search_progress import FrontPoint, ModelProgress, SearchProgress
@@ -33,7 +33,6 @@ from orchestrator.text import utc_text
 from quant_spec.enums import Objective
 from quant_spec.search import SearchSpec
 
-_EXIT_CODES = {JobState.SUCCEEDED: 0, JobState.FAILED: 100, JobState.CANCELLED: 103}
 #: Metrics of a score that a point shows, by the point's key.
 _SHOWN = {"bits_mean": "weight_bits_mean", "bytes": "bytes", "bops": "bops", "psnr_db": "psnr_db"}
 _SHOWN |= {"psnr_db_ci95": "psnr_db_ci95", "fd": "fd", "n": "n"}
@@ -56,7 +55,7 @@ def run_search(service: Service, search: SearchRow, stop: threading.Event) -> Se
 
 def search_exit_code(row: SearchRow) -> int:
     """Return what the shell is told about a search; of one that has not ended, 101."""
-    return _EXIT_CODES.get(row.state, NOT_FINISHED)
+    return EXIT_CODES.get(row.state, NOT_FINISHED)
 
 
 def show_search(service: Service, prefix: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def sign_release(service: Service, ref: str, key: SigningKey) -> ReleaseRow:
 
 @contextmanager
 def signing(service: Service, key: SigningKey | None) -> Iterator[None]:
-    """Sign whatever is published while the block runs, by this orchestrator or another; at its end, the rest of it.
+    """Sign releases as they are published while the block runs, by this orchestrator or another, and at its end.
 
     What a crash leaves unsigned, `sign_release` signs later.
     """

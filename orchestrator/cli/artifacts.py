@@ -244,7 +244,7 @@ def artifacts_diff(app: App, ref_a: str, ref_b: str) -> None:
     default=GRACE_SECONDS / 3600,
     show_default=True,
     metavar="HOURS",
-    help="Keep what was stored since then, by the store's clock.",
+    help="Keep what was stored within the last HOURS, by the store's clock.",
 )
 @click.option("--yes", is_flag=True, help="Also if that is more than a third of the store's bytes.")
 @pass_app

@@ -7,12 +7,13 @@ from typing import Any
 
 import click
 
-from orchestrator.actions.bench import SIDES, BenchOptions, bench_layers, bench_release, publish_bench
+from orchestrator.actions.bench import BenchOptions, bench_layers, bench_release, publish_bench
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.text import table
 from quant_spec.enums import KernelBackend
 from quant_spec.keys import canonical_json
 from quant_spec.numbers import human_bytes
+from quant_spec.tasks.bench import BENCHED
 
 _HEADS = ("RELEASE", "FP32", "BF16", "BF16 COMPILED")
 
@@ -63,7 +64,9 @@ def bench(
 
 
 def _text(found: dict[str, Any]) -> str:
-    measured = {head: found[side] for head, side in zip(_HEADS, SIDES, strict=True) if found[side] is not None}
+    measured = {
+        head: found[side] for head, side in zip(_HEADS, BENCHED.values(), strict=True) if found[side] is not None
+    }
     sides = list(measured.values())
     rows = [
         (f"one step, batch {batch}", *(f"{side['step_ms'][batch]:.2f} ms" for side in sides))

@@ -6,7 +6,6 @@ finished in time, 102 not found, 103 cancelled.
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import os
@@ -20,6 +19,7 @@ from orchestrator.cli.app import LazyGroup, make_app
 from orchestrator.logs import is_json
 from orchestrator.text import printable
 from quant_spec.errors import QuantServiceError
+from workers.storage.blobs import NO_ROOM
 from workers.urls import hide_passwords, known_secrets, shown_url
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,6 @@ COMMANDS = {
     "bench": ("orchestrator.cli.bench:bench", "Measure a release on this machine: latency, images/s, memory."),
     "report": ("orchestrator.cli.report:report", "Write a job's report, one HTML file."),
 }
-
-#: The kernel's ways to say that there is no room for more bytes.
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @click.group(

@@ -18,7 +18,7 @@ from orchestrator.actions.submission import Request, submit
 from orchestrator.cli.app import App, Command, pass_app
 from orchestrator.cli.jobs import job_text
 from orchestrator.cli.keys import sign_option
-from orchestrator.cli.submit import request_options, tell_next
+from orchestrator.cli.submit import notify_queued, request_options
 from orchestrator.db.jobs import find_job
 from orchestrator.db.rows import JobRow
 from orchestrator.logs import log_format, log_to_stderr
@@ -66,7 +66,7 @@ def run(
             recipe, model, overrides, name, 0, sample_size, device, gpu_type, resume=True, prompts=prompts
         )
         submitted = submit(service, request, notify=app.notify)
-        tell_next(app, submitted)
+        notify_queued(app, submitted)
         job, written = _run(app, service, submitted.job, out, stop, key)
         view, code = show_job(service, job.id) | written, exit_code(service, job)
         if job.state in ACTIVE_JOBS:

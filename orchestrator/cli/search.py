@@ -87,7 +87,7 @@ def search_run(
             _answer_dry_run(app, dry_run_search(service, request, notify=app.notify))
             return 0
         row = submit_search(service, request, notify=app.notify)
-        _tell_next(app, row)
+        _notify_queued(app, row)
         row = run_search(service, row, stop)
         view = show_search(service, row.id)
         text = search_text(app, view)
@@ -153,7 +153,7 @@ def search_submit(
             _answer_dry_run(app, dry_run_search(service, request, notify=app.notify))
             return
         row = submit_search(service, request, notify=app.notify)
-    _tell_next(app, row)
+    _notify_queued(app, row)
     app.notify(f"  {app.command('serve', '--drain')}    # execute what is queued, if nothing does")
     app.answer({"search": row.id, "state": row.state.value}, lambda: f"search {row.id} is {row.state.value}")
 
@@ -263,7 +263,7 @@ def _answer_dry_run(app: App, found: SearchDryRun) -> None:
     app.answer(found.document(), lambda: "\n".join(lines))
 
 
-def _tell_next(app: App, row: SearchRow) -> None:
+def _notify_queued(app: App, row: SearchRow) -> None:
     """Say what was queued and how to look at it."""
     app.notify(f"search {row.id}: {row.name}")
     app.notify(f"  {app.command('search', 'show', row.id)}    # its points")

@@ -88,7 +88,7 @@ def submit(
             app.answer(found.document(), lambda: dry_run_text(found))
             return 0
         submitted = submit_job(service, request, notify=app.notify)
-        tell_next(app, submitted)
+        notify_queued(app, submitted)
         app.notify(f"  {app.command('serve', '--drain')}    # execute what is queued, if nothing does")
         if not wait:
             job = submitted.job
@@ -101,7 +101,7 @@ def submit(
     return code
 
 
-def tell_next(app: App, submitted: Submitted) -> None:
+def notify_queued(app: App, submitted: Submitted) -> None:
     """Say what was queued and how to go on."""
     job, counts = submitted.job, submitted.counts
     known = f"{counts.cached} done, going on with it" if submitted.resumed else f"{counts.cached} cached"

@@ -23,7 +23,7 @@ from orchestrator.db.lineage import EDGE, input_edges
 from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
 from orchestrator.db.promote import complete, queue_new, recount
 from orchestrator.db.rows import EnqueueCounts
-from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
+from orchestrator.db.session import lock_enqueue, lock_graph, notify_others
 from orchestrator.db.sql import dump, rows_json, run, statement
 from orchestrator.db.statements import batches, insert_rows, move_job, move_task
 from orchestrator.errors import GraphError, NotFoundError
@@ -80,7 +80,7 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
     if is_shared:
         _bring_forward(session, job_id, first)
         start_tasks(session, job_id)
-    tell_others(session)
+    notify_others(session)
     cached = JobTask.cached
     total, done = session.execute(
         select(func.count(), func.count().filter(cached)).where(JobTask.job_id == job_id)

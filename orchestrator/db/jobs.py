@@ -16,7 +16,7 @@ from orchestrator.db.event_log import last_settled_event, record_event
 from orchestrator.db.job_ends import end_jobs
 from orchestrator.db.models import Event, Job, JobTask, Result, Search, Task, in_states
 from orchestrator.db.rows import EventRow, JobRow, KindRow, ModelRow, TaskRow
-from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
+from orchestrator.db.session import lock_enqueue, lock_graph, notify_others
 from orchestrator.db.statements import move_job
 from orchestrator.errors import NotFoundError
 from orchestrator.graph import Resources
@@ -102,7 +102,7 @@ def retry_job(session: Session, job_id: str) -> None:
         raise InvalidInputError(f"job {job_id}: got state {state}, wanted {wanted}")
     record_event(session, JobEvent.RETRY, job=job_id)
     start_tasks(session, job_id)
-    tell_others(session)
+    notify_others(session)
 
 
 def find_job(session: Session, prefix: str) -> JobRow:

@@ -135,7 +135,7 @@ class Job(Base):
 
 
 class Task(Base):
-    """One task, whoever wants it.
+    """One task, which several jobs may share.
 
     `inputs` holds digests and, while the task is blocked, references to other tasks' outputs; `waiting` counts the
     distinct tasks among them that have not succeeded. `seq` is the order of arrival; of equal priority the lowest

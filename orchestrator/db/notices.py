@@ -1,7 +1,7 @@
 """Telling orchestrators that there is something to claim, so that they need not ask all the time.
 
-On Postgres by NOTIFY, with the commit of what is news (`session.tell_others`). Such commits go one after the other, so
-it is sent for jobs that come and tasks that are given back, and now and then for tasks that became ready and that
+On Postgres by NOTIFY, with the commit of what is news (`session.notify_others`). Such commits go one after the other,
+so it is sent for jobs that come and tasks that are given back, and now and then for tasks that became ready and that
 whoever made them so does not take himself. On SQLite by the file's own counter of commits. Neither is relied on:
 orchestrators also ask.
 """

@@ -31,7 +31,7 @@ from orchestrator.db.picking import Picker, after_out_of_memory, pick
 from orchestrator.db.promote import KEY_LOCK, complete_finished
 from orchestrator.db.repair import repair_lost, send_back
 from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
-from orchestrator.db.session import GraphNeededError, lock_graph, share_graph, tell_others, trying_shared
+from orchestrator.db.session import GraphNeededError, lock_graph, notify_others, share_graph, trying_shared
 from orchestrator.db.sql import Statement, dump, is_postgres, read_json, rows_json, run, statement
 from orchestrator.db.statements import batches, held, move_task, sources, target
 from orchestrator.errors import ResultError
@@ -493,7 +493,7 @@ def release_tasks(session: Session, leases: Sequence[Lease], reason: str | None 
             lock_graph(session)
             released |= _release(session, batch, data)
     if released:
-        tell_others(session)
+        notify_others(session)
     return [lease for lease in leases if (lease.task_id, lease.attempt) in released]
 
 

@@ -19,7 +19,7 @@ from orchestrator.db.job_ends import end_jobs
 from orchestrator.db.models import Job, JobTask, Result, Search, SearchModel, SearchPoint, Task, in_states
 from orchestrator.db.releases import publish
 from orchestrator.db.rows import SearchCosts, SearchJobCost, SearchModelRow, SearchPointRow, SearchRow
-from orchestrator.db.session import lock_enqueue, lock_graph, tell_others
+from orchestrator.db.session import lock_enqueue, lock_graph, notify_others
 from orchestrator.db.statements import batches
 from orchestrator.errors import NotFoundError
 from orchestrator.states import ACTIVE_JOBS, JobEvent, JobState, TaskState
@@ -209,7 +209,7 @@ def end_search(session: Session, search_id: str, state: JobState, error: str | N
     where = (Search.id == search_id, in_states(Search.state, ACTIVE_JOBS))
     values = {"state": state.value, "error": error, "finished_at": epoch_seconds()}
     session.execute(update(Search).where(*where).values(**values), execution_options=_PLAIN)
-    tell_others(session)
+    notify_others(session)
 
 
 def cancel_search(session: Session, search_id: str) -> bool:

@@ -215,7 +215,7 @@ def ready_count(session: Session) -> int:
     return count
 
 
-def tell_others(session: Session) -> None:
+def notify_others(session: Session) -> None:
     """Wake orchestrators that wait for something to claim, when the session commits."""
     if is_postgres(session):
         session.info["news"] = True

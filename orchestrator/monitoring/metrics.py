@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-BEGIN, END = "<!-- metrics: begin -->", "<!-- metrics: end -->"
+from quant_spec.generated_table import rewrite
 
 
 class Scope(StrEnum):
@@ -95,15 +95,5 @@ def reference_table() -> str:
     return "\n".join(rows)
 
 
-def updated(page: str) -> str:
-    """Return a page with the table as it is now between its markers; ValueError if it lacks one of them."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"page: got none of {BEGIN} or {END}, wanted both")
-    return f"{before}{BEGIN}\n\n{reference_table()}\n\n{END}{after}"
-
-
 if __name__ == "__main__":
-    path = Path(sys.argv[1])
-    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    rewrite(Path(sys.argv[1]), reference_table())

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import RecipeError
+from quant_spec.model_files import CONDITIONING_FILE
 from quant_spec.sampler import Sampler
-
-_FILE = "conditioning.safetensors"
 
 
 def check_conditioning(model: ModelRow, sampler: Sampler) -> None:
@@ -20,8 +19,8 @@ def check_conditioning(model: ModelRow, sampler: Sampler) -> None:
     """
     if missing := missing_conditioning(model):
         raise RecipeError(
-            f"model {model.name} ({model.class_name}): got no {', '.join(missing)}, wanted {_FILE} beside the model, "
-            "one row per prompt"
+            f"model {model.name} ({model.class_name}): got no {', '.join(missing)}, wanted {CONDITIONING_FILE} "
+            "beside the model, one row per prompt"
         )
     labels = model.inspection["label_count"]
     null = sampler.null_class
@@ -33,7 +32,7 @@ def check_conditioning(model: ModelRow, sampler: Sampler) -> None:
         named = "" if labels is None else "sampler.null_class, or "
         raise RecipeError(
             f"sampler.guidance_scale: got {scale:g}, but nothing of model {model.name} stands for no "
-            f"condition; wanted 1, or {named}rows null.* in {_FILE}"
+            f"condition; wanted 1, or {named}rows null.* in {CONDITIONING_FILE}"
         )
 
 

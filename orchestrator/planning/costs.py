@@ -23,7 +23,7 @@ GIB = 2**30
 #: A worker process with torch and diffusers loaded and nothing to do.
 WORKER_BYTES = int(0.7 * GIB)
 
-#: Of a backward pass, in forwards.
+#: What a backward pass costs, in forward passes.
 BACKWARD = 2.0
 #: MACs of one layer called, with the norms and activations around it: 0.08 ms.
 CALL = 2.5e6

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from orchestrator.db.rows import ModelRow
+from orchestrator.errors import RecipeError
 from orchestrator.planning.pipeline import with_guidance
 from quant_spec.recipe import Recipe
 from quant_spec.scheduler_choice import SchedulerChoice, choose_scheduler, default_scheduler
@@ -27,13 +26,24 @@ def with_scheduler(recipe: Recipe, model: ModelRow) -> Recipe:
     """Return the recipe with the sampler as tasks are told it.
 
     Its scheduler is named, as null means another class for every model, and its guidance, as null means a pipeline's
-    own; fields that this scheduler does not read, and
-    the null class where nothing is guided, have their defaults, so that recipes which differ only there share their
-    tasks.
+    own.
+
+    Raises
+    ------
+    QuantizationError
+        If the scheduler does not fit the model.
+    RecipeError
+        If the recipe sets a field that this scheduler does not read, or a null class where nothing is guided.
     """
     choice, sampler = choice_for(model, recipe), with_guidance(recipe, model).sampler
-    idle: dict[str, Any] = {"eta": 0.0} if choice.name not in TAKE_ETA else {}
-    idle |= {} if choice.config.get("use_dynamic_shifting") else {"mu": None}
-    idle |= {} if sampler.is_guided else {"null_class": None}
-    told = sampler.replaced(scheduler=choice.name, **idle)
+    unread: dict[str, str] = {}
+    if choice.name not in TAKE_ETA and sampler.eta:
+        unread["eta"] = f"wanted 0: {choice.name} takes no share of DDPM's noise"
+    if not choice.config.get("use_dynamic_shifting") and sampler.mu is not None:
+        unread["mu"] = f"wanted null: {choice.name} as configured shifts by no resolution (use_dynamic_shifting)"
+    if not sampler.is_guided and sampler.null_class is not None:
+        unread["null_class"] = f"wanted null: guidance_scale {sampler.guidance_scale:g} calls nothing without a class"
+    for name, wanted in unread.items():
+        raise RecipeError(f"sampler.{name}: got {getattr(sampler, name)}, {wanted}")
+    told = sampler.replaced(scheduler=choice.name)
     return recipe.model_copy(update={"sampler": told})  # a recipe that was checked stays one

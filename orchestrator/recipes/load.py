@@ -14,12 +14,13 @@ from pydantic import ValidationError
 
 from orchestrator.errors import RecipeError
 from orchestrator.recipes.files import Layer, assign, merge, read_layers, recipe_path, shipped_names
+from orchestrator.recipes.idle import refuse_idle
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
 from quant_spec.recipe import HOW_IT_RUNS, Recipe
 from workers.storage.plain_files import file_within
 
-#: What says nothing about the result.
+#: Fields that no result depends on, so that a recipe's digest leaves them out.
 _UNDIGESTED = ("name", "description")
 #: Fields that name a file, as paths through the recipe.
 _FILE_FIELDS = (("evaluation", "extractor_weights"), ("prompts",))
@@ -78,7 +79,9 @@ def load_recipe(
     layers = read_layers(path, allowed)
     roots = (path.parent, *allowed)
     values: dict[str, Any] = {}
+    below = values
     for layer in layers:
+        below = values
         own = {
             key: value
             for key, value in _anchored(layer, roots).items()
@@ -86,10 +89,13 @@ def load_recipe(
         }
         values = merge(values, own)
     values.setdefault("name", layers[-1].name)
+    below = values if overrides else below
     for override in overrides:
         values = assign(values, override)
     values, files = _replace_files(values, here)
-    return LoadedRecipe(recipe_from_json(values), files)
+    recipe = recipe_from_json(values)
+    refuse_idle(recipe, below)
+    return LoadedRecipe(recipe, files)
 
 
 def recipe_from_json(values: Mapping[str, Any]) -> Recipe:

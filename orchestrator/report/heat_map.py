@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orchestrator.report.search_data import PointRow
 from quant_spec.allocation import LayerChoice
 from quant_spec.formats import SUPPORTED_BITS
-from quant_spec.layer_bits import LayerBits
+from quant_spec.layer_bits import LayerBits, nearest_width
 
 #: What a layer has of which nothing is known.
 _BASE = "·"
@@ -24,7 +24,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class HeatRow:
-    """One layer."""
+    """A row of the heat map: the choices of one layer, point after point."""
 
     layer: str
     cells: tuple[Cell, ...]
@@ -98,11 +98,6 @@ def _map(
     return HeatMap(tuple(points), tuple(made), tuple(unchosen))
 
 
-def _near(bits: float) -> int:
-    """Return the width that has a colour: the nearest."""
-    return min(SUPPORTED_BITS, key=lambda width: abs(width - bits))
-
-
 def _weights_choice(choice: LayerChoice) -> Cell | None:
     if choice.keep:
         return Cell("full", "b32")
@@ -118,7 +113,7 @@ def _packed_weights(bits: LayerBits) -> Cell | None:
     width = bits.weights if bits.table is None else bits.table
     if bits.is_dropped or width is None:
         return None
-    return Cell(f"{width:.1f}" if bits.mixture else f"{width:g}", f"b{_near(width)} base")
+    return Cell(f"{width:.1f}" if bits.mixture else f"{width:g}", f"b{nearest_width(width)} base")
 
 
 def _activations_choice(choice: LayerChoice) -> Cell | None:
@@ -129,7 +124,7 @@ def _activations_choice(choice: LayerChoice) -> Cell | None:
         return None
     if isinstance(bits, tuple):
         words = "/".join(map(str, bits)) if len(set(bits)) > 1 else str(bits[0])
-        return Cell(words, f"b{_near(sum(bits) / len(bits))}")
+        return Cell(words, f"b{nearest_width(sum(bits) / len(bits))}")
     return Cell(str(bits), f"b{bits}")
 
 
@@ -137,4 +132,4 @@ def _packed_activations(bits: LayerBits) -> Cell | None:
     if bits.activations is None:
         return None
     width = bits.activations
-    return Cell(f"{width:.1f}" if bits.step_bits else f"{width:g}", f"b{_near(width)} base")
+    return Cell(f"{width:.1f}" if bits.step_bits else f"{width:g}", f"b{nearest_width(width)} base")

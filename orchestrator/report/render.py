@@ -13,8 +13,7 @@ from markupsafe import Markup
 from orchestrator.report.charts import Column, column_chart, line_chart
 from orchestrator.report.data import CorrectionRow, FeatureRow, LayerRow, ReportData, UnitRow
 from orchestrator.text import human_seconds
-from quant_spec.formats import SUPPORTED_BITS
-from quant_spec.layer_bits import LayerBits
+from quant_spec.layer_bits import LayerBits, nearest_width
 from quant_spec.metrics import Place, lines
 from quant_spec.numbers import human_count
 
@@ -82,7 +81,7 @@ def bit_classes(layers: Sequence[LayerRow]) -> list[tuple[str, str]]:
     mixed: dict[int, bool] = {}
     for layer in layers:
         if layer.sqnr_db is not None and layer.bits is not None and layer.bits.weights is not None:
-            width = _nearest_width(layer.bits.weights)
+            width = nearest_width(layer.bits.weights)
             mixed[width] = mixed.get(width, False) or bool(layer.bits.mixture)
     return [
         (f"{'about ' if is_mixed else ''}{width} bit weights", f"bits{width}")
@@ -91,12 +90,7 @@ def bit_classes(layers: Sequence[LayerRow]) -> list[tuple[str, str]]:
 
 
 def _css_class(bits: float | None) -> str:
-    return "before" if bits is None else f"bits{_nearest_width(bits)}"
-
-
-def _nearest_width(bits: float) -> int:
-    """Return the width that has a colour: the nearest, of two the smaller."""
-    return min(SUPPORTED_BITS, key=lambda width: abs(width - bits))
+    return "before" if bits is None else f"bits{nearest_width(bits)}"
 
 
 def _layer_chart(layers: Sequence[LayerRow]) -> str:

@@ -16,7 +16,7 @@ from orchestrator.planning.estimate import fitted_rates
 
 #: A task may take so many times what is expected of it, but at least so many seconds.
 FACTOR, LEAST_SECONDS = 10.0, 3600.0
-#: Of kinds that never ran here nothing is expected.
+#: How long a task may take whose kind never ran here, so that there is no expectation.
 UNKNOWN_SECONDS = 86_400.0
 _LEARN_SECONDS = 60.0
 

@@ -31,17 +31,17 @@ class Presence:
     def __init__(
         self, database: Database, owner: str, outages: Outages, cluster: Callable[[], Mapping[str, Any]]
     ) -> None:
-        """Tell of `owner`; `cluster` returns what it sees of its cluster, as JSON."""
+        """Note what `owner` does; `cluster` returns what it sees of its cluster, as JSON."""
         self._database, self._owner, self._outages, self._cluster = database, owner[:128], outages, cluster
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
 
     def start(self) -> None:
-        """Begin to tell."""
+        """Begin to note it."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Tell no more, and remove the row."""
+        """Note no more, and remove the row."""
         self._ending = True
         self._outages.changed.set()
         if self._thread.ident is not None:
@@ -51,7 +51,7 @@ class Presence:
         first = True
         while not self._ending:
             try:
-                self._tell(first=first)
+                self._note(first=first)
                 first = False
             except DatabaseError as error:
                 log.debug("presence not noted: %s", error)
@@ -64,7 +64,7 @@ class Presence:
             # It will be shown as gone, and forgotten after a day.
             log.debug("presence not removed: %s", error)
 
-    def _tell(self, *, first: bool) -> None:
+    def _note(self, *, first: bool) -> None:
         reason = self._outages.reason()
         state = OrchestratorState.WORKING if reason is None else OrchestratorState.WAITING
         note = OrchestratorNote(self._owner, socket.gethostname(), os.getpid(), state, reason, dict(self._cluster()))

@@ -35,7 +35,7 @@ from orchestrator.db.queries import (
 )
 from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
 from orchestrator.db.searches import find_search
-from orchestrator.db.session import Database, Session, lock_graph, ready_count, tell_others
+from orchestrator.db.session import Database, Session, lock_graph, notify_others, ready_count
 from orchestrator.db.timings import device_timings
 from orchestrator.errors import OUTAGES, DatabaseError, ResultError
 from orchestrator.scheduling.deadlines import Deadlines
@@ -405,7 +405,7 @@ class Scheduler:
         now = time.monotonic()
         if ready_count(session) > len(claimed) and now >= self._next_telling:
             self._next_telling = now + _TELL_SECONDS
-            tell_others(session)
+            notify_others(session)
         return claimed, kept, picker.placements
 
     def _say_what_waits(self) -> None:

@@ -11,14 +11,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from quant_core.errors import ArtifactError
 from quant_spec.metrics import Listing, Place, lines, missing, protocol
+from quant_spec.tasks.bench import BENCHED
 
-#: Columns of a measurement: heading to the key in what `quantmill bench` prints.
-BENCHED = {
-    "this model": "release_figures",
-    "float32": "original_figures",
-    "bfloat16": "bf16_figures",
-    "bfloat16, compiled": "bf16_compiled_figures",
-}
 _SPEED_HEAD, _LIMITS_HEAD = "## Speed and memory", "## Limits"
 _TEXT_INPUTS = ("cross_attention_dim", "caption_channels", "joint_attention_dim")
 _TEMPLATE = """\

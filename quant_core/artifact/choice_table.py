@@ -16,9 +16,8 @@ from quant_core.fit.sensitivity import Choices, Damage
 from quant_core.fit.unit_state import UnitState
 from quant_spec.enums import Granularity
 from quant_spec.formats import LayerSpec
+from quant_spec.numbers import significant
 from quant_spec.tasks.sensitivity import Params
-
-_FIGURES = 6  # significant digits of a damage
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ def layer_entries(found: Measured, params: Params) -> dict[str, dict[str, Any]]:
         chosen = {bits: s for bits, s in weights.items() if fixed is None or bits == fixed}
         entry: dict[str, Any] = {"weights": _weights(found, name, chosen, tables, params)}
         entry["activations"] = {
-            str(bits): [_rounded(part) for part in damage.tolist()]
+            str(bits): [significant(part) for part in damage.tolist()]
             for (layer, bits), damage in sorted(found.damage.activations.items(), key=lambda item: item[0][1])
             if layer == name
         }
@@ -62,10 +61,10 @@ def _weights(
     widths = sorted(states)
     for bits in widths:
         spec = states[bits].formats.layers[name]
-        own = _below(f"{name}.", states[bits]) | (_below(f"{name}.", tables[0]) if tables else {})
+        own = states[bits].below(f"{name}.") | (tables[0].below(f"{name}.") if tables else {})
         damage = float(found.damage.weights[name, bits].sum())
         size = layer_bytes(name, spec, own, found.digits)
-        entries[str(bits)] = {"damage": _rounded(damage), "bytes": size}
+        entries[str(bits)] = {"damage": significant(damage), "bytes": size}
         above = next((width for width in widths if width > bits), None)
         if not params.promoted or above is None or spec.weight.granularity is not Granularity.PER_CHANNEL:
             continue
@@ -78,7 +77,7 @@ def _weights(
             left = float(torch.where(up, high, low).sum() / low.sum().clamp(min=1e-30))
             columns = found.model.get_parameter(f"{name}.weight").numel() // len(up)
             mixed = _mixed_bytes(name, spec, own, up, above, columns, found.digits)
-            entries[f"{bits}+{share:g}"] = {"damage": _rounded(damage * left), "bytes": mixed}
+            entries[f"{bits}+{share:g}"] = {"damage": significant(damage * left), "bytes": mixed}
     return entries
 
 
@@ -103,14 +102,6 @@ def attention_bytes(states: Sequence[UnitState], digits: int) -> int:
     total = 0
     for state in states:
         for name in state.formats.attentions:
-            own = _below(f"{name}.attention_quantizer.", state)
+            own = state.below(f"{name}.attention_quantizer.")
             total += sum(tensor_bytes(key, tensor, digits) for key, tensor in own.items())
     return total
-
-
-def _below(prefix: str, state: UnitState) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_FIGURES}g}")

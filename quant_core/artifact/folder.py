@@ -32,6 +32,7 @@ from torch import nn
 from quant_core.artifact.compact import pack_zero_points, zero_point_bits
 from quant_core.errors import ArtifactError
 from quant_core.nn.layers import QuantLayer
+from quant_spec import model_files
 from quant_spec.documents import read_json_file
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ModelFormat
@@ -39,10 +40,10 @@ from quant_spec.pipeline import MODEL_INDEX, denoiser_entry
 from quant_spec.quantization_config import parse_quantization_config as parse_config
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-SCHEDULER_FILE = "scheduler/scheduler_config.json"
+WEIGHTS_FILE = model_files.WEIGHTS_FILE
+SCHEDULER_FILE = model_files.SCHEDULER_FILE
+MANIFEST_FILE = model_files.MANIFEST_FILE
 RECIPE_FILE = "recipe.json"
-MANIFEST_FILE = "manifest.json"
 _READ_BYTES = 1 << 20
 
 

@@ -31,9 +31,11 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.conditioning import UNBATCHED, Conditioning, concatenate, take, to_device
 from quant_core.diffusion.denoiser import Denoiser, call_denoiser
+from quant_core.diffusion.finite import Moment
 from quant_core.diffusion.sampler import OnStep, Step
 from quant_core.diffusion.tensorfile import TensorInfo, create_tensor_file
 from quant_core.diffusion.trajectories import LoopTrajectories, Trajectories
+from quant_core.errors import NotFiniteError
 from quant_spec.errors import QuantizationError
 from quant_spec.sampler import Sampler
 
@@ -217,6 +219,11 @@ class CalibrationSet:
     ------
     QuantizationError
         If there are none, or they are not of the same trajectory.
+
+    Notes
+    -----
+    Reading rows raises NotFiniteError where they hold NaN or infinity: before trajectories were checked as they are
+    recorded, shards of such were stored, and results that are stored are not computed again.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -256,14 +263,15 @@ class CalibrationSet:
 
     def rows(self, step: int, first: int, stop: int) -> Batch:
         """Return rows [first, stop) of one step."""
-        x = self._read(step, first, stop)
-        return self._batch(x, torch.full((stop - first,), step), torch.arange(first, stop))
+        x, steps = self._read(step, first, stop), torch.full((stop - first,), step)
+        return self._batch(self._finite(x, steps), steps, torch.arange(first, stop))
 
     def gather(self, indices: Tensor) -> Batch:
         """Return the rows at flat indices, shape (B,), dtype int64, in their order."""
         step, row = indices // self.samples, indices % self.samples
         places = zip(step.tolist(), row.tolist(), strict=True)
-        return self._batch(torch.cat([self._read(s, r, r + 1) for s, r in places]), step, row)
+        x = torch.cat([self._read(s, r, r + 1) for s, r in places])
+        return self._batch(self._finite(x, step), step, row)
 
     def predictions(self, indices: Tensor) -> Tensor:
         """Return what the denoiser gave at flat indices, shape (B, *sample); for shards that have it.
@@ -277,7 +285,19 @@ class CalibrationSet:
             raise QuantizationError("calibration set: got shards without predictions, wanted them recorded")
         shards = [handle.get_slice("prediction") for handle in self._handles]
         places = [(int(index) // self.samples, int(index) % self.samples) for index in indices]
-        return torch.cat([self._read(step, row, row + 1, shards) for step, row in places])
+        found = torch.cat([self._read(step, row, row + 1, shards) for step, row in places])
+        return self._finite(found, indices // self.samples)
+
+    def _finite(self, values: Tensor, step: Tensor) -> Tensor:
+        """Return rows, shape (B, *sample), of steps, shape (B,); NotFiniteError names the first that is not finite."""
+        if bool(torch.isfinite(values).all()):
+            return values
+        bad = step[~torch.isfinite(values).flatten(1).all(1)].min()
+        moment = Moment(int(self.step_index[bad]), self.timesteps[bad])
+        raise NotFiniteError(
+            f"calibration: got NaN or infinity at {moment}, wanted finite trajectories: a sampler.scheduler and "
+            "sampler.options that fit how the model was trained"
+        )
 
     def _read(self, step: int, first: int, stop: int, shards: Sequence[Any] | None = None) -> Tensor:
         """Read some rows of one step from the shards that hold them: the inputs, unless another slice is given."""

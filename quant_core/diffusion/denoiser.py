@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from quant_core.errors import DenoiserError
 from quant_spec.documents import read_json_file
+from quant_spec.model_files import CONDITIONING_FILE, DENOISER_FOLDERS, SCHEDULER_FILE, first_file
 from quant_spec.pipeline import MODEL_INDEX, is_whole
 
-DENOISER_FOLDERS = ("denoiser", "unet", "transformer")
-SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
-CONDITIONING_FILE = "conditioning.safetensors"
 #: Stands in for the length of a sequence of packed latents where neither config nor conditioning gives it.
 PACKED_TOKENS = 1024
 
@@ -66,13 +64,13 @@ def load_denoiser(folder: str | Path) -> Denoiser:
     home = find_denoiser_folder(root)
     config = read_json_file(home / "config.json")
     beside = (root,) if home != root else (root, root.parent)
-    scheduler = _first_file(beside, SCHEDULER_CONFIG)
+    scheduler = first_file(beside, SCHEDULER_FILE)
     index = home.parent / MODEL_INDEX
     return Denoiser(
         model=_load_model(home, config),
         config=config,
         scheduler_config=None if scheduler is None else read_json_file(scheduler),
-        conditioning=_first_file(beside, Path(CONDITIONING_FILE)),
+        conditioning=first_file(beside, CONDITIONING_FILE),
         pipeline=read_json_file(index) if home != root and index.is_file() else None,
         folder=root,
     )
@@ -88,7 +86,7 @@ def empty_denoiser(folder: Path) -> Denoiser:
     cls = getattr(diffusers, config["_class_name"])
     with init_empty_weights():
         model = cls.from_config(config)
-    scheduler = folder / SCHEDULER_CONFIG
+    scheduler = folder / SCHEDULER_FILE
     return Denoiser(
         model=model.eval(),
         config=config,
@@ -108,11 +106,6 @@ def find_denoiser_folder(root: Path) -> Path:
     raise DenoiserError(
         f"model folder {root}: no config.json with a _class_name in it or in {', '.join(DENOISER_FOLDERS)}"
     )
-
-
-def _first_file(folders: tuple[Path, ...], name: Path) -> Path | None:
-    """Return the first of `folders` that holds the file."""
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def _load_model(home: Path, config: Mapping[str, Any]) -> nn.Module:

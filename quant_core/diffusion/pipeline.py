@@ -15,7 +15,7 @@ from torch import nn
 
 from quant_core.errors import DenoiserError
 from quant_spec.documents import read_json_file
-from quant_spec.pipeline import MODEL_INDEX, component_entries, denoiser_entry
+from quant_spec.pipeline import DENOISERS, MODEL_INDEX, component_entries, denoiser_entry
 from quant_spec.prompts import PromptLine
 from quant_spec.sampler import Sampler
 
@@ -95,9 +95,7 @@ def place_pipeline(pipeline: Any, device: str) -> None:
 
 def denoiser_of(pipeline: Any) -> nn.Module:
     """Return a pipeline's denoiser."""
-    name = next(
-        name for name in ("unet", "transformer", "denoiser") if isinstance(getattr(pipeline, name, None), nn.Module)
-    )
+    name = next(name for name in DENOISERS if isinstance(getattr(pipeline, name, None), nn.Module))
     found: nn.Module = getattr(pipeline, name)
     return found
 

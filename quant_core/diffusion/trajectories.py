@@ -1,4 +1,4 @@
-"""Trajectories: whatever a sampler does, shown call by call.
+"""Trajectories: what a sampler does from noise to samples, shown denoiser call by denoiser call.
 
 Two things give them: the loop of `quant_core.diffusion.sampler` around a bare denoiser, and the `__call__` of a whole
 pipeline, watched at its denoiser. Calibration, references and evaluation ask for trajectories and know no more.

@@ -239,9 +239,8 @@ def mix_unit(
         attentions[name] = AttentionSpec(_by_range(base, taken.activations, at[0].timesteps), taken.softmax)
         prefix = f"{name}.attention_quantizer."
         tensors |= _mixed_tables(prefix, at)
-        tensors |= _tables(
-            f"{prefix}probabilities.", _states(f"attention {name}: softmax", softmax, [taken.softmax])[0]
-        )
+        probabilities = _states(f"attention {name}: softmax", softmax, [taken.softmax])[0]
+        tensors |= probabilities.below(f"{prefix}probabilities.")
     timesteps = next((state.timesteps for state in (*weights, *activations)), ())
     formats = UnitFormat(choice.unit, layers, attentions)
     return UnitState(formats, trajectory(formats, timesteps), tensors)
@@ -260,10 +259,10 @@ def _mixed_weight(
     """Return a layer's format and its tensors apart from activation tables."""
     found = {s.formats.layers[name].weight.bits: s for s in weights if name in s.formats.layers}
     low = _states(f"layer {name}: weights", found, [mixed.weights])[0]
-    spec, tensors = low.formats.layers[name], _tables(f"{name}.", low)
+    spec, tensors = low.formats.layers[name], low.below(f"{name}.")
     if mixed.promoted_bits is None:
         return spec, tensors
-    high = _tables(f"{name}.", _states(f"layer {name}: weights", found, [mixed.promoted_bits])[0])
+    high = _states(f"layer {name}: weights", found, [mixed.promoted_bits])[0].below(f"{name}.")
     gain = errors[f"{name}:{mixed.weights}"] - errors[f"{name}:{mixed.promoted_bits}"]
     up = promoted_channels(gain, mixed.promoted)
     if not up.any() or up.all():
@@ -296,13 +295,9 @@ def promoted_channels(gain: Tensor, share: float) -> Tensor:
     return up
 
 
-def _tables(prefix: str, state: UnitState) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.tensors.items() if name.startswith(prefix)}
-
-
 def _mixed_tables(prefix: str, states: Sequence[UnitState]) -> dict[str, Tensor]:
     """Return activation tables of which each range of steps has its own state's rows."""
-    tables = {name: tensor.clone() for name, tensor in _tables(prefix, states[0]).items()}
+    tables = {name: tensor.clone() for name, tensor in states[0].below(prefix).items()}
     for name, tensor in tables.items():
         if name.endswith(".channel_scale"):
             continue  # of the layer, not of a step

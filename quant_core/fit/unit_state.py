@@ -32,6 +32,10 @@ class UnitState:
         tensors = {name: self.tensors[name].detach().cpu().contiguous() for name in sorted(self.tensors)}
         return save(tensors, {"unit_state": json.dumps(head, sort_keys=True)})
 
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors whose names begin so."""
+        return {name: tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
     @classmethod
     def from_bytes(cls, data: bytes) -> UnitState:
         """Read what `to_bytes` wrote."""

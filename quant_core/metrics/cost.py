@@ -14,7 +14,7 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one denoiser call at batch 1, averaged over the trajectory where activation bits differ between its steps.
+    """Cost of a denoiser call at batch 1, averaged over the trajectory where activation bits differ between its steps.
 
     Attributes
     ----------

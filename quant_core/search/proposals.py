@@ -15,6 +15,7 @@ from quant_core.search.space import BYTES, Costs, Space, Table, build_space
 from quant_core.search.surrogate import Observation, Surrogate, fit
 from quant_spec.allocation import Allocation, LayerChoice
 from quant_spec.enums import Objective
+from quant_spec.numbers import significant
 from quant_spec.search import SearchBudget
 from quant_spec.tasks.propose import MeasuredPoint, Params
 
@@ -24,7 +25,6 @@ SWEEP = 60
 _PEAK_POWER = 4.0
 #: Draws for one more candidate, before nothing new is expected.
 _MOST_DRAWS = 8
-_FIGURES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +91,9 @@ def propose(tables: Mapping[str, Table], params: Params) -> dict[str, Any]:
     sweep = [] if infeasible else _sweep(proposer, spaces)
     points = [] if infeasible else _points(proposer, spaces, sweep)
     return {
-        "points": [_told(proposer, each) for each in points],
+        "points": [_document(proposer, each) for each in points],
         "front": [
-            [round(each.price.uses["bytes"]), _rounded(each.price.damage), _psnr(proposer.log_error(each), params)]
+            [round(each.price.uses["bytes"]), significant(each.price.damage), _psnr(proposer.log_error(each), params)]
             for each in sweep
         ],
         "surrogate": {"n": surrogate.n, "residual_db": _decibels(surrogate.left_out_rms)},
@@ -279,7 +279,7 @@ def _spread(sweep: Sequence[Candidate], count: int) -> list[Candidate]:
     return [sweep[place] for place in places]
 
 
-def _told(proposer: Proposer, each: Candidate) -> dict[str, Any]:
+def _document(proposer: Proposer, each: Candidate) -> dict[str, Any]:
     """Return a candidate as JSON."""
     uses = each.price.uses
     return {
@@ -287,12 +287,12 @@ def _told(proposer: Proposer, each: Candidate) -> dict[str, Any]:
         "origin": each.origin,
         "budget": each.budget,
         "predicted": {
-            "damage": _rounded(each.price.damage),
+            "damage": significant(each.price.damage),
             "psnr_db": _psnr(proposer.log_error(each), proposer.params),
             "bytes": round(uses["bytes"]),
             "bits_mean": round(uses["weight_bits_mean"], 4),
             "bops": round(uses["bops"]),
-            "latency_ms": _rounded(uses["latency_ms"]) if proposer.params.latency else None,
+            "latency_ms": significant(uses["latency_ms"]) if proposer.params.latency else None,
             "memory_bytes": round(uses["memory_bytes"]),
         },
     }
@@ -307,7 +307,3 @@ def _psnr(log_error: float, params: Params) -> float | None:
 
 def _decibels(rms: float | None) -> float | None:
     return None if rms is None else round(10 * rms / math.log(10), 4)
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_FIGURES}g}")

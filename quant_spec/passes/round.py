@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from quant_spec.enums import RoundingMethod
 from quant_spec.record import Count, NotNegative, Record
@@ -31,4 +31,10 @@ class RoundFit(Record):
 class Round(RoundFit):
     """Fix weight grids, round the weights, measure activation ranges."""
 
-    inputs: Literal["fp"] = Field(default="fp", description="Layers' inputs: from the full-precision model.")
+    @model_validator(mode="before")
+    @classmethod
+    def _from_older_recipes(cls, values: Any) -> Any:
+        """Drop `inputs: fp`, which older recipes hold: it was the only value there was."""
+        if isinstance(values, Mapping) and values.get("inputs") == "fp":
+            return {name: value for name, value in values.items() if name != "inputs"}
+        return values

@@ -11,6 +11,11 @@ from quant_spec.record import Count, Positive
 from quant_spec.sampler import Sampler
 from quant_spec.task import Source, TaskInputs, TaskKind, TaskParams
 
+RELEASE, ORIGINAL = "release_figures", "original_figures"
+HALF, COMPILED = "bf16_figures", "bf16_compiled_figures"
+#: What is measured side by side, as people call it, and its key among the figures.
+BENCHED = {"this model": RELEASE, "float32": ORIGINAL, "bfloat16": HALF, "bfloat16, compiled": COMPILED}
+
 
 class Params(TaskParams):
     """What is timed, and for how long."""

@@ -12,6 +12,7 @@ from quant_spec.planned import Unit
 from quant_spec.record import NotNegative
 from quant_spec.task import Source, TaskInputs, TaskKind, UnitsParams
 
+#: Name of the output with a unit's `channel_scale`s. It is part of the names of all tasks that read it, so it stays.
 FACTORS = "factors"
 
 

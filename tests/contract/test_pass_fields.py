@@ -1,4 +1,6 @@
-"""Every field of every pass reaches a task that is told it under its name, or is refused; an idle one renames no task.
+"""Every field of every pass reaches a task that is told it under its name, or is refused.
+
+A field that nothing reads beside the others is refused too, or renames no task if it is inherited.
 
 Fields, and other values for them, are found from the records: a field that is added to one is tested here without an
 entry, and fails if no task is told it. `BESIDE` has what must be set for fields that otherwise do not matter, `TOLD_AS`
@@ -8,11 +10,13 @@ the parameters of fields that tasks are told under another name.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskNode
@@ -77,6 +81,13 @@ def section_of(recipe: Recipe, path: str) -> Record:
         found = getattr(found, part)
     assert isinstance(found, Record)
     return found
+
+
+def with_section(recipe: Recipe, path: str, section: Record) -> Recipe:
+    """Return the recipe with a section replaced, as if the one that it extends said so."""
+    outer, _, last = path.rpartition(".")
+    holder = section_of(recipe, outer)
+    return recipe.replaced(**{outer: holder.replaced(**{last: section})})
 
 
 def setting(path: str, name: str, value: Any) -> str:
@@ -202,12 +213,27 @@ IDLE = list(idle_cases())
 
 
 @pytest.mark.parametrize(("choice", "path", "name"), IDLE, ids=lambda value: value)
-def test_field_that_cannot_matter_renames_no_task(choice: str, path: str, name: str) -> None:
+def test_field_that_cannot_matter_is_refused_and_where_it_is_inherited_renames_no_task(
+    choice: str, path: str, name: str
+) -> None:
     before = [node.id for node in planned(choice)]
-    values = others(load(choice), path, name, (choice,))
-    assert values
-    for value in values:
-        assert [node.id for node in planned(choice, setting(path, name, value))] == before
+    section = section_of(load(choice), path)
+    value = to_json(getattr(section, name))
+    schema = schema_of(type(section))
+    found = False
+    for other in candidates(schema["properties"][name], schema.get("$defs", {}), value):
+        try:
+            changed = type(section).model_validate_json(json.dumps({**section.model_dump(mode="json"), name: other}))
+        except ValidationError:
+            continue
+        if to_json(getattr(changed, name)) in (value, type(section).model_fields[name].default):
+            continue
+        found = True
+        with pytest.raises(RecipeError, match=rf"^{re.escape(f'{path}.{name}')}: got .* wanted it left out$"):
+            load(choice, setting(path, name, other))
+        inherited = with_section(load(choice), path, changed)
+        assert [node.id for node in nodes_of(inherited, model(inspection(timed=True)))[:-1]] == before
+    assert found
 
 
 def test_fields_that_can_be_idle_are_all_tried() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from quant_spec.errors import InvalidInputError
+from quant_spec.generated_table import with_table
 from quant_spec.metrics import METRICS, Listing, Place, check_computed, headings, lines, missing, numbers, protocol
-from quant_spec.metrics_page import updated
+from quant_spec.metrics_page import reference_table
 from tests.orchestrator.finished_jobs import METRICS as VALUES
 
 ROOT = Path(__file__).parents[2]
@@ -18,9 +19,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_page_has_the_table_as_it_is() -> None:
     page = (ROOT / "docs" / "metrics.md").read_text()
-    assert page == updated(page), "run: python -m quant_spec.metrics_page docs/metrics.md"
+    assert page == with_table(page, reference_table()), "run: python -m quant_spec.metrics_page docs/metrics.md"
     with pytest.raises(ValueError, match="wanted both"):
-        updated("no markers")
+        with_table("no markers", "")
 
 
 def test_every_row_says_what_it_means_in_a_sentence() -> None:

@@ -21,7 +21,7 @@ CHUNK = 1 << 20
 
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _WORD = re.compile(r"[a-z]+\Z")
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_digest(digest: str) -> str:
@@ -73,7 +73,7 @@ def check_bytes(digest: str, got: str, where: str) -> None:
 
 def disk_error(error: OSError, where: Path | str) -> StoreError:
     """Return our error for an OSError that came up while a file was written."""
-    if error.errno in _NO_ROOM:
+    if error.errno in NO_ROOM:
         return DiskFullError(f"disk full: got no room left to write {where}, wanted more free space there")
     return StoreError(f"{where}: got {error.strerror or error}, wanted a place to write")
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from quant_spec.documents import read_json_file
-from quant_spec.pipeline import LIBRARIES, MODEL_INDEX, component_entries, is_whole
+from quant_spec.model_files import WEIGHTS_FILE
+from quant_spec.pipeline import DECODERS, LIBRARIES, MODEL_INDEX, component_entries, is_whole
 from workers.errors import ModelError
-from workers.storage.weights import WEIGHT_PATTERNS, WEIGHTS, find_weights
+from workers.storage.weights import WEIGHT_PATTERNS, find_weights
 
 SCHEDULER = "scheduler"
-_NAMES = {"diffusers": WEIGHTS, "transformers": "model.safetensors"}
+#: Denoisers that are told sample and timestep, at most a class; the pipelines of diffusers around them pass on neither.
+_PROMPTLESS = frozenset({"UNet1DModel", "UNet2DModel"})
+_NAMES = {"diffusers": WEIGHTS_FILE, "transformers": "model.safetensors"}
 #: What a component is made of besides weights: configs, vocabularies, merges, chat templates.
 _TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -28,7 +31,7 @@ class Components:
     weights: Mapping[str, Path]
 
 
-def find_components(root: Path, denoiser: str) -> Components | None:
+def find_components(root: Path, denoiser: str, class_name: str = "") -> Components | None:
     """Find what a pipeline's folder holds beside its denoiser and its scheduler.
 
     Parameters
@@ -37,12 +40,15 @@ def find_components(root: Path, denoiser: str) -> Components | None:
         The pipeline's folder.
     denoiser
         The name of its denoiser's folder.
+    class_name
+        The denoiser's class.
 
     Returns
     -------
     Components or None
-        None if the folder holds a denoiser alone: no index, or one that names nothing else, or whose components lie
-        elsewhere.
+        None if the folder counts as a denoiser alone: no index, or one that names nothing else, or whose components lie
+        elsewhere, or nothing but a decoder around a UNet on samples and timesteps (latent diffusion without prompts),
+        whose pipeline has no prompts or labels to be run with.
 
     Raises
     ------
@@ -57,6 +63,8 @@ def find_components(root: Path, denoiser: str) -> Components | None:
         return None
     others = {name: entry for name, entry in component_entries(index).items() if name not in (denoiser, SCHEDULER)}
     if not others or not all((root / name).is_dir() for name in others):
+        return None
+    if class_name in _PROMPTLESS and all(name in DECODERS for name in others):
         return None
     files: dict[str, Path | bytes] = {}
     weights: dict[str, Path] = {}

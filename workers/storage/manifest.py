@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quant_spec.documents import read_json
+from quant_spec.model_files import MANIFEST_FILE
 from workers.errors import BlobLostError, DigestMismatchError, ManifestError, NotFoundError, StoreError
 from workers.storage.blobs import check_digest, digest_of, digest_of_file, disk_error
 from workers.storage.names import check_path, check_paths
@@ -22,7 +23,7 @@ from workers.storage.store import NodeStore, Store
 
 FORMAT = 1
 #: The file that a pulled folder has besides those that the manifest lists.
-MANIFEST_NAME = "manifest.json"
+MANIFEST_NAME = MANIFEST_FILE
 #: Beside it, once somebody has signed it.
 SIGNATURE_NAME = "model.sig"
 

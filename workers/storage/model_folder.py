@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quant_spec.documents import read_json_file
+from quant_spec.model_files import CONDITIONING_FILE, DENOISER_FOLDERS, SCHEDULER_FILE, first_file
 from quant_spec.pipeline import MODEL_INDEX
 from workers.errors import ModelError
 from workers.storage.blobs import digest_of, digest_of_file
@@ -30,10 +31,7 @@ from workers.storage.store import Store
 from workers.storage.weights import INDEX, WEIGHT_PATTERNS, find_weights
 
 #: Where a denoiser may lie in a model folder, first match first; the first is the folder itself.
-DENOISER_SUBFOLDERS = ("", "denoiser", "unet", "transformer")
-CONDITIONING_FILE = "conditioning.safetensors"
-SCHEDULER_PATH = "scheduler/scheduler_config.json"
-
+_SUBFOLDERS = ("", *DENOISER_FOLDERS)
 
 #: Side of a square sample or length of a signal, or one number for each dimension.
 SampleSize = int | tuple[int, ...]
@@ -42,8 +40,8 @@ _PLACES = {"_name_or_path"}
 _HUB = "hf:"
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _HUB_CONFIGS = [
-    *(f"{subfolder}/config.json".lstrip("/") for subfolder in DENOISER_SUBFOLDERS),
-    SCHEDULER_PATH,
+    *(f"{subfolder}/config.json".lstrip("/") for subfolder in _SUBFOLDERS),
+    SCHEDULER_FILE,
     CONDITIONING_FILE,
     MODEL_INDEX,
 ]
@@ -99,7 +97,7 @@ def find_model(path: Path, *, alone: bool = False) -> ModelFolder:
     """
     if not path.is_dir():
         raise ModelError(f"model: got {path}, which is not a folder, wanted a diffusers model folder")
-    for subfolder in DENOISER_SUBFOLDERS:
+    for subfolder in _SUBFOLDERS:
         home = path / subfolder
         config = _read_config(home / "config.json")
         if config is None:
@@ -107,14 +105,15 @@ def find_model(path: Path, *, alone: bool = False) -> ModelFolder:
         if config.get("quantization_config") is not None:
             raise ModelError(f"{home}/config.json: got a quantized model, wanted full precision")
         beside = (path,) if subfolder else (path, path.resolve().parent)
-        conditioning = _first(beside, CONDITIONING_FILE)
+        conditioning, class_name = first_file(beside, CONDITIONING_FILE), str(config["_class_name"])
+        is_alone = alone or conditioning is not None
         return ModelFolder(
             denoiser=home,
             denoiser_subfolder=subfolder,
-            scheduler=_first(beside, SCHEDULER_PATH),
+            scheduler=first_file(beside, SCHEDULER_FILE),
             conditioning=conditioning,
-            components=None if alone or conditioning is not None else find_components(path, subfolder),
-            class_name=str(config["_class_name"]),
+            components=None if is_alone else find_components(path, subfolder, class_name),
+            class_name=class_name,
             config=config,
         )
     raise ModelError(f"{path}: got no config.json with a _class_name, wanted one there or in unet/ or transformer/")
@@ -131,11 +130,6 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     if not isinstance(name, str) or not _CLASS.fullmatch(name):
         raise ModelError(f"{path}: got _class_name {str(name)[:80]!r}, wanted the name of a class")
     return config
-
-
-def _first(folders: tuple[Path, ...], name: str) -> Path | None:
-    """Return the first of `folders` that holds the file."""
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def check_model(folder: ModelFolder) -> int:
@@ -277,7 +271,7 @@ def _tree(folder: ModelFolder, sample_size: SampleSize | None = None) -> dict[st
         scheduler = _read_config(folder.scheduler)
         if scheduler is None:
             raise ModelError(f"{folder.scheduler}: got no _class_name, wanted a diffusers scheduler config")
-        tree[SCHEDULER_PATH] = _config_bytes(scheduler)
+        tree[SCHEDULER_FILE] = _config_bytes(scheduler)
     if folder.components is not None:
         return tree | dict(folder.components.files) | {MODEL_INDEX: _config_bytes(folder.components.index)}
     decoders = read_decoders(folder.denoiser, folder.config)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from quant_spec.documents import LONGEST_BYTES, read_json_file, read_plain_file
+from quant_spec.model_files import WEIGHTS_FILE
 from workers.errors import ModelError
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
+INDEX = f"{WEIGHTS_FILE}.index.json"
 #: What of a folder holds weights, as patterns of file names.
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index*.json")
 
@@ -36,7 +36,7 @@ class WeightFiles:
     index: bytes | None = None
 
 
-def find_weights(folder: Path, name: str = WEIGHTS) -> WeightFiles:
+def find_weights(folder: Path, name: str = WEIGHTS_FILE) -> WeightFiles:
     """Find the weights of a component's folder: those that are no variant if there are any, else the only variant.
 
     Parameters

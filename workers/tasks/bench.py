@@ -47,12 +47,11 @@ from quant_core.runtime.loader import check_device, load_runtime
 from quant_core.runtime.memory import return_free_memory
 from quant_spec.enums import KernelBackend
 from quant_spec.sampler import Sampler
-from quant_spec.tasks.bench import Inputs, Params
+from quant_spec.tasks.bench import COMPILED, HALF, ORIGINAL, RELEASE, Inputs, Params
 from workers.execution.context import TaskContext, TaskOutput
 from workers.storage.manifest import link_tree
 from workers.tasks.device import device_name
 
-COMPILED = "bf16_compiled_figures"
 _LEAST_CALLS, _TURNS = 3, 2
 
 
@@ -97,13 +96,13 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     models = {name: load() for name, load in loaders.items()}
     problem = None
     if params.compile:
-        models[COMPILED], problem = _compiled(bench, loaders["bf16_figures"]())
+        models[COMPILED], problem = _compiled(bench, loaders[HALF]())
         peaks[COMPILED] = None
     if problem is not None:
         del models[COMPILED]
     times, speeds = _step_ms(bench, models), _images_per_second(bench, models)
-    sizes = {name: weights * (4 if name == "original_figures" else 2) for name in models}
-    sizes["release_figures"] = (packed_home(folders["artifact"]) / WEIGHTS_FILE).stat().st_size
+    sizes = {name: weights * (4 if name == ORIGINAL else 2) for name in models}
+    sizes[RELEASE] = (packed_home(folders["artifact"]) / WEIGHTS_FILE).stat().st_size
     figures = {
         name: {
             "step_ms": times[name],
@@ -113,7 +112,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         }
         for name in models
     }
-    runs = Counter(str(run.backend) for run in layer_runs(models["release_figures"]))
+    runs = Counter(str(run.backend) for run in layer_runs(models[RELEASE]))
     where = {"device": device_name(device), "threads": torch.get_num_threads(), "dtype": str(dtype).split(".")[-1]}
     how = {"backend": str(backend), "layers": dict(runs), "compile_error": problem}
     return TaskOutput({}, {**where, **how, COMPILED: None, **figures})
@@ -133,9 +132,9 @@ def _loaders(
         return model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     return {
-        "release_figures": release,
-        "original_figures": original,
-        "bf16_figures": lambda: _with_float32_ends(original().to(torch.bfloat16), torch.bfloat16),
+        RELEASE: release,
+        ORIGINAL: original,
+        HALF: lambda: _with_float32_ends(original().to(torch.bfloat16), torch.bfloat16),
     }
 
 
@@ -161,7 +160,7 @@ def _with_float32_ends(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
     """Return a call of the denoiser as the sampler makes it for a batch of seeds, in the middle of the trajectory."""
-    conditioning = _told(bench, model, range(batch))
+    conditioning = _conditioning(bench, model, range(batch))
     shape = sample_shape(model, token_count(conditioning))
     timesteps = start(make_scheduler(bench.sampler, bench.scheduler_config), bench.sampler, shape)
     timestep = model_timestep(timesteps[len(timesteps) // 2], bench.sampler).to(bench.device)
@@ -179,7 +178,7 @@ def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
     return call
 
 
-def _told(bench: _Bench, model: nn.Module, seeds: range) -> dict[str, Tensor]:
+def _conditioning(bench: _Bench, model: nn.Module, seeds: range) -> dict[str, Tensor]:
     """Return what the denoiser is told for some seeds; zeros for a whole pipeline's: values take no time."""
     if not bench.is_whole:
         return trajectory_conditioning(model, bench.sampler, seeds, bench.conditioning)
@@ -225,7 +224,7 @@ def _images_per_second(bench: _Bench, models: Mapping[str, nn.Module]) -> dict[s
     best = dict.fromkeys(models, 0.0)
     for _ in range(_TURNS):
         for name, model in models.items():
-            conditioning = _told(bench, model, seeds)
+            conditioning = _conditioning(bench, model, seeds)
             started = time.perf_counter()
             sample(model, scheduler, bench.sampler, seeds, conditioning, batch_size=len(seeds))
             best[name] = max(best[name], len(seeds) / (time.perf_counter() - started))

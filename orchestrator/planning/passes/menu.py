@@ -81,7 +81,7 @@ def menu_groups(draft: Draft, config: Menu) -> Iterator[MenuGroup]:
 
 
 def menu_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit, widths: int) -> Cost:
-    """As `round`, with each layer at so many widths."""
+    """Cost of `round`, with the rounding of each layer done at so many widths."""
     once = round_cost(costs, group, config)
     layers = [
         costs.round_layer(layer, unit.planned.layers[layer.name], config)

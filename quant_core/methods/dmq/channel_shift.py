@@ -75,7 +75,7 @@ def _base_grid(
 
 @dataclass(frozen=True, slots=True)
 class Extremes:
-    """Of all values that were seen of each channel at a step: the least and greatest, (C,); how many, ()."""
+    """Least and greatest value of each channel at a step, shape (C,), and how many values were seen, shape ()."""
 
     low: Tensor
     high: Tensor

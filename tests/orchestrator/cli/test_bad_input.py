@@ -65,6 +65,15 @@ def test_bits_outside_2_to_8(cli: Cli, with_digits: Path, snapshot: Snapshot, bi
     assert snapshot() == before
 
 
+def test_fields_that_nothing_reads(cli: Cli, with_digits: Path, snapshot: Snapshot) -> None:
+    before = snapshot()
+    words = ["submit", "minmax-w8a8", "--model", "digits", "--set"]
+    assert_refused(cli(*words, "passes.round.damping=0.5"), "passes.round.damping", "got 0.5", "method closed_form")
+    assert_refused(cli(*words, "sampler.mu=0.5"), "sampler.mu", "got 0.5", "wanted null", "DDIMScheduler")
+    assert_refused(cli(*words, "sampler.null_class=3"), "sampler.null_class", "got 3", "wanted null")
+    assert snapshot() == before
+
+
 def test_budget_that_no_allocation_can_meet(cli: Cli, with_digits: Path, snapshot: Snapshot) -> None:
     before = snapshot()
     words = ["submit", "fast-w4a8", "--model", "digits", "--dry-run", "--set"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,12 +10,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
 
+from orchestrator.cli.main import run_cli
+from tests.orchestrator.in_process import InProcess
 from workers.storage.manifest import read_manifest
 from workers.storage.store import open_store
 
@@ -31,7 +35,6 @@ SMALL = {
 SET = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 
 Cli = Callable[..., Any]
-pytestmark = pytest.mark.ray
 
 
 def quantmill(home: Path, *words: str | Path) -> subprocess.Popen[str]:
@@ -48,10 +51,20 @@ def finished(home_with_digits: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("finished")
     home = shutil.copytree(home_with_digits, folder / "home")
     words = ["run", "minmax-w8a8", "--model", "digits", *SET, "--name", "small", "--out", folder / "out", "--json"]
-    process = quantmill(home, *words)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return home, json.loads(out), err
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        # Without Ray: the same job through it, in a process of its own, is tests/test_end_to_end.py.
+        patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
+        code = run_cli(["--home", str(home), *map(str, words)])
+    assert code == 0, err.getvalue()
+    return home, json.loads(out.getvalue()), err.getvalue()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing be timed for long: what the times are is not the point."""
+    monkeypatch.setattr("orchestrator.actions.bench.SECONDS", 0.02)
+    monkeypatch.setattr("orchestrator.actions.bench.LAYER_SECONDS", 0.002)
 
 
 @pytest.fixture
@@ -218,6 +231,7 @@ def test_artifacts_export(cli: Cli, done: dict[str, Any], tmp_path: Path) -> Non
     assert cli("artifacts", "export", "small@1", "--format", "dequantized", "--out", plain).code == 2
 
 
+@pytest.mark.usefixtures("hasty")
 def test_bench_layers_writes_a_table_of_latencies(cli: Cli, done: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "latency.json"
     answer = cli(
@@ -233,6 +247,7 @@ def test_bench_layers_writes_a_table_of_latencies(cli: Cli, done: dict[str, Any]
     assert "got one of --layers and --out, wanted both or none" in refused.err
 
 
+@pytest.mark.usefixtures("hasty")
 def test_bench(cli: Cli, done: dict[str, Any]) -> None:
     answer = cli("bench", "small@1", "--threads", "1", "--backend", "reference", "--no-compile", "--json")
     assert answer.code == 0, answer.err
@@ -322,6 +337,8 @@ def test_a_failing_job_exits_100(cli: Cli, done: dict[str, Any], home: Path) -> 
     assert "failed" in refused.err
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("without_ray")  # in this process, where serve goes on
 def test_ctrl_c_gives_the_tasks_back_and_serve_goes_on(home: Path, cli: Cli, done: dict[str, Any]) -> None:
     words = ["run", "fast-w4a8", "--model", "digits", *SET, "--name", "small", "--json"]
     process = quantmill(home, *words)
@@ -336,10 +353,9 @@ def test_ctrl_c_gives_the_tasks_back_and_serve_goes_on(home: Path, cli: Cli, don
     assert view["state"] in ("queued", "running")
     assert view["tasks"]["running"] == 0
     assert "serve --drain" in err
-    server = quantmill(home, "serve", "--drain", "--json")
-    out, err = server.communicate(timeout=300)
-    assert (server.returncode, json.loads(out)["drained"]) == (0, True), err
-    assert json.loads(out)["executed"] > 0
+    served = cli("serve", "--drain", "--json")
+    assert (served.code, served.json["drained"]) == (0, True), served.err
+    assert served.json["executed"] > 0
     assert cli("jobs", "show", view["job"], "--json").json["release"] == "small@2"
     difference = cli("artifacts", "diff", "small@1", "small@2", "--json").json
     assert difference["recipe"]["weights.bits"] == {"a": 8, "b": 4}
@@ -350,6 +366,7 @@ def test_ctrl_c_gives_the_tasks_back_and_serve_goes_on(home: Path, cli: Cli, don
     assert "weights.bits" in cli("artifacts", "diff", "small@1", "small@2").out
 
 
+@pytest.mark.usefixtures("hasty")
 def test_a_measurement_is_published_in_the_card_of_the_next_version(
     cli: Cli, done: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -35,6 +35,8 @@ SCHEDULERS: dict[str, dict[str, Any] | None] = {
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     """A home with these models registered, and one of a pipeline with a decoder; to be copied, not used."""
+    from diffusers import VQModel
+
     folder = tmp_path_factory.mktemp("samplers")
     for name, config in SCHEDULERS.items():
         shutil.copytree(digits, folder / name)
@@ -46,6 +48,8 @@ def registered(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     shutil.copytree(digits, folder / "latent")
     index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], "vqvae": ["diffusers", "VQModel"]}
     (folder / "latent" / "model_index.json").write_text(json.dumps(index))
+    decoder = VQModel(block_out_channels=(8,), norm_num_groups=4, latent_channels=3, num_vq_embeddings=16)
+    decoder.save_pretrained(folder / "latent" / "vqvae")
     assert run_cli(["--home", str(folder / "home"), "models", "add", str(folder / "latent")]) == 0
     return folder / "home"
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -23,6 +21,7 @@ import yaml
 from orchestrator.cli.main import run_cli
 from orchestrator.db.session import open_database
 from tests.orchestrator.in_process import InProcess
+from tests.warm import Warm
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).parents[3]
@@ -54,6 +53,7 @@ from functools import partial
 from orchestrator.actions import execution
 from orchestrator.cli.main import run_cli
 from tests.orchestrator.in_process import InProcess
+from tests.warm import Warm
 execution.RayExecutor.start = lambda *_, **__: InProcess()
 execution.SchedulerConfig = partial(execution.SchedulerConfig, lease_seconds=2.0, poll_seconds=0.1)
 sys.exit(run_cli(sys.argv[1:]))
@@ -168,18 +168,15 @@ def test_the_same_search_again_computes_nothing(done: Path, cli: Cli, place: Pat
 
 
 def test_a_search_that_is_killed_again_and_again_ends_with_the_same_front(
-    finished: Path, home: Path, cli: Cli, place: Path, without_ray: None
+    finished: Path, home: Path, cli: Cli, place: Path, without_ray: None, warm: Warm
 ):
     spec = write_spec(place)
-    words = [sys.executable, "-c", IN_PROCESS, "--home", str(home), "search", "run", str(spec), "--json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for wanted in (2, 12, 24):
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and results(home) < wanted:
+        process = warm.start_python(IN_PROCESS, ["--home", str(home), "search", "run", str(spec), "--json"])
+        while process.is_running() and results(home) < wanted:
             time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
         process.wait()
     end_leases(home)
     answer = cli("search", "run", spec, "--json")

@@ -27,10 +27,11 @@ from orchestrator.db.session import Database, open_database
 from orchestrator.graph import TaskNode, TaskRef, task_node
 from orchestrator.logs import log_to_stderr
 from orchestrator.monitoring.health import health
-from orchestrator.monitoring.metrics import METRICS, updated
+from orchestrator.monitoring.metrics import METRICS, reference_table
 from orchestrator.monitoring.server import monitoring
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
 from orchestrator.scheduling.watch import SchedulerStatus, Watch
+from quant_spec.generated_table import with_table
 from tests.orchestrator.in_process import InProcess
 from workers.storage.store import open_store
 
@@ -187,7 +188,7 @@ def test_scrapes_beside_each_other_ask_the_database_once_for_what_it_costs(
 
 def test_the_handbook_and_the_alerts_name_metrics_that_there_are() -> None:
     page = (ROOT / "docs/monitoring.md").read_text(encoding="utf-8")
-    assert updated(page) == page, "python -m orchestrator.monitoring.metrics docs/monitoring.md"
+    assert with_table(page, reference_table()) == page, "python -m orchestrator.monitoring.metrics docs/monitoring.md"
     rules = yaml.safe_load((ROOT / "deploy/alerts.yml").read_text(encoding="utf-8"))
     alerts = [rule for group in rules["groups"] for rule in group["rules"]]
     assert len({rule["alert"] for rule in alerts}) == len(alerts) > 5

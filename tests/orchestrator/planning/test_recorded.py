@@ -7,6 +7,7 @@ risen since then are in `RISEN`: for them a plan's parameters plus those that we
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ import pytest
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.planner import plan
-from orchestrator.recipes.load import load_recipe, recipe_from_json, resolve
-from quant_spec.keys import task_digest
+from orchestrator.recipes.load import load_recipe
+from quant_spec.keys import canonical_json, task_digest
 from quant_spec.kinds import KINDS
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -93,7 +94,7 @@ RISEN = {
 def recipe_before(params: dict[str, Any]) -> dict[str, Any]:
     """Return what a release was told when `base` named a scheduler, which was the one that both models have now.
 
-    And when no guidance was 1, and not what the model's pipeline has.
+    And when no guidance was 1, and not what the model's pipeline has, and `round` said whose inputs it read.
     """
     config = params["recipe"]["config"]
     config = config | {"sampler": config["sampler"] | {"scheduler": "DDIMScheduler", "guidance_scale": 1.0}}
@@ -101,7 +102,10 @@ def recipe_before(params: dict[str, Any]) -> dict[str, Any]:
     if distill is not None:
         relations = SUMMED_RELATIONS if distill["relations"] else {}
         config |= {"passes": config["passes"] | {"distill": distill | relations}}
-    digest = resolve(recipe_from_json(config)).digest
+    rounding = config["passes"]["round"] | {"inputs": "fp"}
+    config |= {"passes": config["passes"] | {"round": rounding}}
+    digested = {name: value for name, value in config.items() if name not in ("name", "description")}
+    digest = hashlib.sha256(canonical_json(digested).encode()).hexdigest()
     return params | {"recipe": params["recipe"] | {"config": config, "digest": digest}}
 
 

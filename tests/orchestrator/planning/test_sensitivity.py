@@ -18,11 +18,13 @@ from orchestrator.recipes.load import load_recipe
 from quant_core.artifact.folder import WEIGHTS_FILE
 from quant_core.diffusion.denoiser import load_denoiser
 from quant_core.inspect.inspection import inspect_model
+from quant_core.search.price import price
+from quant_core.search.space import Costs
 from quant_spec.allocation import Allocation, LayerChoice, apply_allocation
 from quant_spec.errors import InvalidInputError
 from quant_spec.passes.menu import Menu
 from quant_spec.recipe import Recipe
-from quant_spec.sensitivity_table import merge_tables, predicted
+from quant_spec.sensitivity_table import merge_tables
 from workers.execution.execute import TaskCall, execute_call
 from workers.storage.manifest import pull_tree
 from workers.storage.model_folder import import_model
@@ -149,7 +151,7 @@ def test_bytes_are_those_of_the_packed_file(world: World, table: dict[str, Any],
         if (place + seed) % 11 == 3 and "attentions" not in name:
             choices[name] = LayerChoice(keep=True)
     allocation = Allocation(layers=choices)
-    told = predicted(table, allocation, defaults(table))["bytes"]
+    told = price(table, allocation, Costs(base=defaults(table))).uses["bytes"]
     real = world.packed_bytes(apply_allocation(base(), allocation, MENU), tmp_path / "packed")
     assert real <= told <= real + 0.01 * real
 
@@ -182,7 +184,8 @@ def test_fixed_layers_have_their_own_width_alone(world: World) -> None:
 
 def test_scaled_channels_and_a_temporal_block_are_priced_too(world: World, tmp_path: Path) -> None:
     recipe = base("passes.scale={method: smooth}", "passes.temporal={method: closed_form}")
-    found = world.table(recipe, SensitivityOptions(widths=MENU, rows=1, path=1))
+    few = Menu(weight_bits=(4, 8), activation_bits=(4,))
+    found = world.table(recipe, SensitivityOptions(widths=few, rows=1, path=1))
     block = set(world.model.inspection["temporal"])
     assert not block & found["layers"].keys()
     assert found["layers"].keys() | block == (
@@ -192,8 +195,8 @@ def test_scaled_channels_and_a_temporal_block_are_priced_too(world: World, tmp_p
     assert min(damages) > 0
     assert sum(damages) < 1
     allocation = Allocation(layers={"conv_in": LayerChoice(weight_bits=8)})
-    told = predicted(found, allocation, defaults(found))["bytes"]
-    real = world.packed_bytes(apply_allocation(recipe, allocation, MENU), tmp_path / "packed")
+    told = price(found, allocation, Costs(base=defaults(found))).uses["bytes"]
+    real = world.packed_bytes(apply_allocation(recipe, allocation, few), tmp_path / "packed")
     assert real <= told <= real + 0.01 * real
 
 

@@ -20,6 +20,7 @@ from orchestrator.recipes.load import load_recipe, recipe_from_json, resolve, sh
 from orchestrator.recipes.yaml_text import parse_yaml
 from quant_spec.enums import RoundingMethod
 from quant_spec.errors import InvalidInputError
+from quant_spec.keys import canonical_json
 from quant_spec.passes.reconstruct import Reconstruct
 from quant_spec.passes.round import Round
 from quant_spec.recipe import HOW_IT_RUNS, Recipe
@@ -244,8 +245,8 @@ def test_resolve_keeps_null_in_exceptions_apart_from_unstated(tmp_path: Path):
 def test_resolve_shipped_recipes_have_their_recorded_digests():
     """A digest names a release's recipe: it changes only where a recipe's text or a default does.
 
-    These were recorded when `base` named a scheduler, no guidance was 1 and relations were summed over 256 positions;
-    that is all that has changed since.
+    These were recorded when `base` named a scheduler, no guidance was 1, relations were summed over 256 positions and
+    `passes.round` said whose inputs it read; that is all that has changed since.
     """
     recorded = json.loads((Path(__file__).parent / "recorded" / "digests.json").read_text())
     before = ["sampler.scheduler=DDIMScheduler", "sampler.guidance_scale=1"]
@@ -254,7 +255,24 @@ def test_resolve_shipped_recipes_have_their_recorded_digests():
         name: load_recipe(name, before + (summed if name.startswith("mpqdm") else [])).recipe
         for name in shipped_names()
     }
-    assert {name: resolve(recipe).digest for name, recipe in named.items()} == recorded
+    assert {name: digest_with_round_inputs(recipe) for name, recipe in named.items()} == recorded
+
+
+def digest_with_round_inputs(recipe: Recipe) -> str:
+    """Return the digest that a recipe had when `passes.round` said `inputs: fp`."""
+    values = json.loads(resolve(recipe).json)
+    values["passes"]["round"]["inputs"] = "fp"
+    digested = {name: value for name, value in values.items() if name not in ("name", "description")}
+    return hashlib.sha256(canonical_json(digested).encode()).hexdigest()
+
+
+def test_recipes_that_say_whose_inputs_round_reads_are_still_read(tmp_path: Path):
+    """It had one value; jobs that are recorded hold it, and recipes may."""
+    plain = load_recipe("base").recipe
+    assert loaded("extends: base\npasses: {round: {inputs: fp}}", tmp_path).passes == plain.passes
+    stored = plain.model_dump(mode="json")
+    stored["passes"]["round"]["inputs"] = "fp"
+    assert recipe_from_json(stored) == plain
 
 
 # --- layering
@@ -314,7 +332,10 @@ def test_extends_circle_is_refused(depth: int, tmp_path: Path):
 
 
 def test_yaml_reads_numbers_as_people_write_them(tmp_path: Path):
-    recipe = loaded("passes: {reconstruct: {lr: 1e-3, activation_lr: 5E-5, rounding_weight: .5}}", tmp_path)
+    recipe = loaded(
+        "passes: {reconstruct: {lr: 1e-3, learn_activation_scales: true, activation_lr: 5E-5, rounding_weight: .5}}",
+        tmp_path,
+    )
     reconstruct = recipe.passes.reconstruct
     assert reconstruct is not None
     assert (reconstruct.lr, reconstruct.activation_lr, reconstruct.rounding_weight) == (1e-3, 5e-5, 0.5)
@@ -410,7 +431,7 @@ PROBLEMS = [
     ("weights.percentile=0.5", "weights.percentile: got 0.5, wanted more than 0.5"),
     ("memory.budget_gib=0", "memory.budget_gib: got 0, wanted more than 0.0"),
     ("passes.reconstruct.warmup=1", "passes.reconstruct.warmup: got 1, wanted less than 1.0"),
-    ("passes.round.inputs=quantized", "passes.round.inputs: got 'quantized', wanted one of fp"),
+    ("passes.round.inputs=quantized", "passes.round.inputs: unknown key"),
     ("passes.reconstruct.beta=[2, 20]", "passes.reconstruct.beta: got [2.0, 20.0], wanted a start that is not below"),
     ("passes.reconstruct.beta=[20]", "passes.reconstruct.beta.1: got nothing, wanted a value"),
     ("weights.granularity=per_group", "weights.group_size: got null with granularity per_group, wanted a size"),
@@ -582,12 +603,35 @@ def test_extractor_weights_are_refused_where_the_extractor_has_its_own(tmp_path:
         load_recipe("base", ["evaluation.extractor_weights=w"], folder=tmp_path)
 
 
+# --- fields that nothing reads
+
+
+def test_fields_that_nothing_reads_are_refused_where_they_are_set_and_may_be_inherited(tmp_path: Path):
+    said = "passes.round.damping: got 0.5, which matters only with method closed_form, wanted it left out"
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        load_recipe("minmax-w8a8", ["passes.round.damping=0.5"])
+    own = write(tmp_path, "own.yaml", "extends: minmax-w8a8\npasses: {round: {damping: 0.5}}\n")
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        load_recipe(own)
+    # Its own statement once more, or its default, changes nothing; nor does what a recipe says that is changed here.
+    assert load_recipe("minmax-w8a8", ["passes.round.damping=0.03"]).recipe == load_recipe("minmax-w8a8").recipe
+    assert load_recipe("qdiffusion-w4a8").recipe.passes.round.positions != Round().positions
+    assert load_recipe("qdiffusion-w4a8", ["passes.round.method=nearest"]).recipe.passes.round.method == "nearest"
+    child = write(tmp_path, "child.yaml", "extends: qdiffusion-w4a8\npasses: {round: {method: nearest}}\n")
+    assert load_recipe(child).recipe.passes.round.method == "nearest"
+
+
+def test_fields_that_matter_only_by_a_rule_of_their_record_are_refused_too():
+    with pytest.raises(RecipeError, match=r"passes\.low_rank\.max_rank: got 7, which nothing reads beside the others"):
+        load_recipe("svdquant-w4a8", ["passes.low_rank.rank=8", "passes.low_rank.max_rank=7"])
+
+
 # --- what passes tell their tasks
 
 
 def test_round_leaves_out_what_does_not_matter():
     nearest = Round(method=RoundingMethod.NEAREST, samples=3, positions=9)
-    assert nearest.to_json() == Round().to_json() == {"method": "nearest", "inputs": "fp"}
+    assert nearest.to_json() == Round().to_json() == {"method": "nearest"}
     fitted = Round(method=RoundingMethod.CLOSED_FORM, positions=9).to_json()
     assert fitted["positions"] == 9
     assert set(fitted) == set(Round.model_fields)

@@ -66,7 +66,8 @@ def raylets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
     }
-    small = {"object_store_memory": 80 << 20, "include_dashboard": False}
+    # As `workers.execution.remote` starts it, without what nothing uses.
+    small = {"object_store_memory": 80 << 20, "include_log_monitor": False}
     with (
         pytest.MonkeyPatch.context() as patch,
         # A socket's path may have 107 characters at most, so not below pytest's folder.
@@ -77,7 +78,8 @@ def raylets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
         for name, value in environment.items():
             patch.setenv(name, value)
         patch.setitem(KINDS, "drill", drill.KIND)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "memory": 4 * GIB, **small})
+        head = {"num_cpus": 2, "memory": 4 * GIB, "include_dashboard": False, "no_monitor": True, **small}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         nodes = {"head": cluster.head_node}
         shapes: dict[str, dict[str, Any]] = {
             "a": {"num_cpus": 8, "num_gpus": 2, "labels": {"ray.io/accelerator-type": "A100"}, "gib": "40"},
@@ -88,7 +90,7 @@ def raylets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Raylets]:
             own = {LOGICAL_GPU_GIB: shape.pop("gib", ""), "PYTHONPATH": shape.pop("path", environment["PYTHONPATH"])}
             for variable, value in own.items():
                 patch.setenv(variable, value)
-            nodes[name] = cluster.add_node(memory=16 * GIB, object_store_memory=80 << 20, **shape)
+            nodes[name] = cluster.add_node(memory=16 * GIB, **small, **shape)
         patch.delenv(LOGICAL_GPU_GIB)
         patch.setenv("PYTHONPATH", environment["PYTHONPATH"])
         made = Raylets(cluster, nodes)

@@ -37,7 +37,9 @@ from orchestrator.db.queries import (
 from orchestrator.db.rows import EventRow, JobRow, ModelRow
 from orchestrator.db.session import Database, open_database, upgrade
 from orchestrator.graph import TaskNode, TaskRef, task_node
+from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
 from orchestrator.states import JobState
+from tests.orchestrator.in_process import InProcess
 from workers.execution.execute import TaskCall, execute_call
 from workers.execution.notes import read_progress
 from workers.storage.store import open_store
@@ -206,11 +208,7 @@ class Run:
 
     def result(self) -> dict[str, str]:
         """Return the digests of what the job's last task stored."""
-        with self.database.session(read_only=True) as session:
-            job = find_job(session, self.job_id)
-            outputs = find_task(session, self.job_id, str(job.target_task)).outputs
-        assert outputs is not None
-        return dict(outputs)
+        return result_of(self.database, self.job_id)
 
     def close(self) -> None:
         """Stop what still runs."""
@@ -218,6 +216,15 @@ class Run:
             self.server.send_signal(signal.SIGTERM)
             self.server.wait(30)
         self.database.close()
+
+
+def result_of(database: Database, job_id: str) -> dict[str, str]:
+    """Return the digests of what a job's last task stored."""
+    with database.session(read_only=True) as session:
+        job = find_job(session, job_id)
+        outputs = find_task(session, job_id, str(job.target_task)).outputs
+    assert outputs is not None
+    return dict(outputs)
 
 
 def kill_orchestrator(run: Run, chance: random.Random) -> None:
@@ -283,17 +290,18 @@ def status_of(process: psutil.Process) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
-    """Return a scenario's result when nothing is killed; each scenario runs once for that."""
+    """Return a scenario's result when nothing is killed; each scenario runs once for that, here and without Ray."""
     known: dict[str, dict[str, str]] = {}
 
     def result(name: str) -> dict[str, str]:
         if name not in known:
-            run = Run(SCENARIOS[name], tmp_path_factory.mktemp("undisturbed") / "home")
-            try:
-                assert run.wait_for_end().state == JobState.SUCCEEDED
-                known[name] = run.result()
-            finally:
-                run.close()
+            home = tmp_path_factory.mktemp("undisturbed") / "home"
+            job = SCENARIOS[name].submit(home)
+            database = open_database(f"sqlite:///{home}/quantmill.db")
+            config = SchedulerConfig(str(home / "store"), home / "cache", poll_seconds=0.1)
+            Scheduler(database, InProcess, config).run(until_job=job)
+            known[name] = result_of(database, job)
+            database.close()
         return known[name]
 
     return result

@@ -32,6 +32,7 @@ from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig, stop_on_signals
 from orchestrator.states import JobState
 from quant_spec.tasks.noop import Params
+from tests.processes import gone
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Capacity, Executor, Finished, RayExecutor
 
@@ -389,12 +390,15 @@ def test_lost_ray_is_replaced_and_the_job_finishes(database: Database, config: S
     patient = replace(config, lease_seconds=120.0)
     thread = in_thread(lambda: Scheduler(database, start, patient).run(drain=True))
     until(lambda: count_events(database, job, "finished"))
-    for process in psutil.Process(started[0]._process.pid).children():
+    driver = psutil.Process(started[0]._process.pid)
+    lost = [driver, *driver.children(recursive=True)]
+    for process in lost:
         if process.name() in ("raylet", "gcs_server"):
             process.kill()
     thread.join(300)
     assert not thread.is_alive()
     assert len(started) == 2
+    assert gone(lost)
     assert job_row(database, job).state == JobState.SUCCEEDED
     assert set(count_events(database, job, "finished").values()) == {1}
     faults = rows(database, "SELECT sum(faults_task) AS own, sum(faults_infrastructure) AS lost FROM tasks")[0]

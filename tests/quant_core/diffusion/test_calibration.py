@@ -13,6 +13,7 @@ from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
 from quant_core.diffusion.sampler import Step, make_scheduler, sample, trajectory_conditioning
 from quant_core.diffusion.tensorfile import TensorInfo, create_tensor_file
+from quant_core.errors import NotFiniteError
 from quant_spec.errors import QuantizationError
 from quant_spec.sampler import Sampler
 
@@ -175,6 +176,26 @@ def test_calibration_set_refuses_shards_of_other_trajectories(denoiser: Denoiser
         CalibrationSet([one, other])
     with pytest.raises(QuantizationError, match="got no shards"):
         CalibrationSet([])
+
+
+@pytest.mark.parametrize(("name", "value"), [("x", float("nan")), ("x", float("inf")), ("prediction", float("nan"))])
+def test_a_stored_set_that_is_not_finite_is_refused_where_it_is_read(
+    denoiser: Denoiser, tmp_path: Path, name: str, value: float
+) -> None:
+    """As shards of older releases may be, which did not check trajectories; results that are stored are used again."""
+    tensors = load_file(record(denoiser, range(3), tmp_path / "a", predictions=True))
+    tensors[name][2, 1, 0, 0, 0] = value
+    save_file(tensors, tmp_path / "b")
+    found = CalibrationSet([tmp_path / "b"])
+    step, row = torch.arange(len(found)) // found.samples, torch.arange(len(found)) % found.samples
+    good = torch.arange(len(found))[(step != 2) | (row != 1)]
+    assert len(found.gather(good)) == len(found.predictions(good)) == len(found) - 1
+    message = rf"got NaN or infinity at step 2 \(timestep {float(found.timesteps[2]):g}\), wanted finite"
+    with pytest.raises(NotFiniteError, match=message):
+        found.predictions(torch.tensor([0, 2 * found.samples + 1])) if name == "prediction" else list(found.by_step(2))
+    if name == "x":
+        with pytest.raises(NotFiniteError, match=message):
+            found.gather(torch.tensor([2 * found.samples + 1, 0]))
 
 
 def test_record_trajectories_wants_seeds(denoiser: Denoiser, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import gone
 from workers.errors import ExecutorError, Fault
 from workers.execution.execute import TaskCall, execute_call
 from workers.execution.executor import Finished, RayExecutor
@@ -67,16 +68,6 @@ def running(executor: RayExecutor) -> list[psutil.Process]:
     return [process for process in family(executor) if process.name() == "ray::noop"]
 
 
-def gone(processes: list[psutil.Process], seconds: float = 90.0) -> bool:
-    """Wait until the processes have ended; one that only its parent could clear away has."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def until(condition: Callable[[], bool], seconds: float = 180.0) -> None:
     """Wait for something to become true."""
     deadline = time.monotonic() + seconds
@@ -99,6 +90,12 @@ def test_calls_give_what_they_give_in_this_process(shared: RayExecutor, call: Ta
 def test_capacity_is_what_was_asked_for(shared: RayExecutor) -> None:
     capacity = shared.capacity()
     assert (capacity.cpus, capacity.gpus, capacity.memory_bytes) == (2.0, 0.0, 2 << 30)
+
+
+def test_a_local_ray_has_no_part_that_nothing_uses(shared: RayExecutor) -> None:
+    words = [word for each in family(shared) for word in each.cmdline()]
+    assert any(word.endswith("/raylet") for word in words)
+    assert not [word for word in words if word.endswith(("/monitor.py", "/log_monitor.py", "/dashboard.py"))]
 
 
 def test_errors_of_a_body_have_their_fault_and_one_line(shared: RayExecutor, call: TaskCall, tmp_path: Path) -> None:
@@ -180,7 +177,9 @@ def test_shutdown_leaves_no_process_and_no_folder(call: TaskCall) -> None:
         executor.submit(call)
 
 
-@pytest.mark.parametrize("victim", ["raylet", pytest.param("gcs_server", marks=pytest.mark.slow), "driver"])
+@pytest.mark.parametrize(
+    "victim", ["driver", *(pytest.param(name, marks=pytest.mark.slow) for name in ("raylet", "gcs_server"))]
+)
 def test_lost_ray_is_noticed_and_leaves_no_process(call: TaskCall, victim: str) -> None:
     executor = RayExecutor.start(cpus=1)
     try:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quant_spec.allocation import Allocation, LayerChoice
+from quant_core.search.price import price
+from quant_core.search.space import Costs
+from quant_spec.allocation import Allocation
 from quant_spec.errors import InvalidInputError
-from quant_spec.sensitivity_table import predicted
 from workers.execution.context import TaskOutput
 from workers.storage.store import NodeStore
 
@@ -87,8 +88,8 @@ def test_a_budget_gets_the_best_of_all_allocations(propose: Callable[..., dict[s
     assert point["predicted"]["damage"] == pytest.approx(best, rel=1e-5)
     assert point["predicted"]["bytes"] <= budget
     allocation = Allocation.model_validate_json(json.dumps(point["allocation"]))
-    again = predicted(table, allocation, {name: LayerChoice() for name in table["layers"]})
-    assert again == pytest.approx({"damage": best, "bytes": point["predicted"]["bytes"]})
+    again = price(table, allocation, Costs())
+    assert (again.damage, again.uses["bytes"]) == pytest.approx((best, point["predicted"]["bytes"]))
 
 
 def test_the_front_rises_and_is_proposed_from_end_to_end(propose: Callable[..., dict[str, Any]]) -> None:
@@ -196,12 +197,11 @@ def test_later_proposals_learn_from_what_was_measured(propose: Callable[..., dic
     truth = json.loads(json.dumps(table))
     for entry in truth["layers"].values():
         entry["weights"]["2"]["damage"] *= 20
-    base = {name: LayerChoice() for name in table["layers"]}
     budget = {"bytes": cost(table, dict.fromkeys(table["layers"], 3))[1]}
 
     def psnr(point: dict[str, Any]) -> float:
         allocation = Allocation.model_validate_json(json.dumps(point["allocation"]))
-        return 10 * math.log10(4 / predicted(truth, allocation, base)["damage"])
+        return 10 * math.log10(4 / price(truth, allocation, Costs()).damage)
 
     first = propose([("base", table)], budgets=[budget], uniform=True)
     points = [measured(point, psnr(point)) for point in first["points"]]

@@ -13,11 +13,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import RecipeError
+from orchestrator.recipes.prompt_bundle import bundled
 from orchestrator.recipes.files import Layer, assign, merge, read_layers, recipe_path, shipped_names
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
 from quant_spec.recipe import HOW_IT_RUNS, Recipe
 from workers.storage.plain_files import file_within
+from workers.storage.store import Store
 
 #: What says nothing about the result.
 _UNDIGESTED = ("name", "description")
@@ -28,10 +30,13 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecipe:
-    """A recipe, and the files that it refers to, by digest; they must be in the store when it runs."""
+    """A recipe, and the files that it refers to, by digest; they must be in the store when it runs.
+
+    A prompts file that names others is its bundle's bytes.
+    """
 
     recipe: Recipe
-    files: Mapping[str, Path]
+    files: Mapping[str, Path | bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +150,35 @@ def _anchored(layer: Layer, roots: Sequence[Path]) -> dict[str, Any]:
     return values
 
 
-def _replace_files(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+def store_files(files: Mapping[str, Path | bytes], store: Store) -> None:
+    """Put the files of a recipe into a store.
+
+    Raises
+    ------
+    RecipeError
+        If one was changed since its digest was taken.
+    """
+    for digest, content in files.items():
+        put = store.put_bytes(content) if isinstance(content, bytes) else store.put_file(content)
+        if put != digest:
+            raise RecipeError(f"{content!s}: got other bytes than a moment ago, wanted the file left alone")
+
+
+def _replace_files(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
     """Return a recipe with digests for the files that it names, and these by digest."""
-    replaced, files = dict(values), {}
+    replaced = dict(values)
+    files: dict[str, Path | bytes] = {}
     for field in _FILE_FIELDS:
         stated, name = _stated(replaced, field), ".".join(field)
         if stated is None:
             continue
         path = folder / Path(stated).expanduser()
         path = file_within(path, (path.resolve().parent,), name, error=RecipeError)
+        packed = bundled(path) if name == "prompts" else None
+        if packed is not None:
+            digest = hashlib.sha256(packed).hexdigest()
+            replaced, files[digest] = _with(replaced, field, digest), packed
+            continue
         try:
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -23,6 +23,10 @@ SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 CONDITIONING_FILE = "conditioning.safetensors"
 #: Stands in for the length of a sequence of packed latents where neither config nor conditioning gives it.
 PACKED_TOKENS = 1024
+#: What keys of a conditioning begin with whose tensors have no row for each sample, but are the same for all of them.
+SHARED = "shared."
+#: What keys begin with whose tensors, shape (), stand for numbers of Python.
+PLAIN = "plain."
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,7 @@ def call_denoiser(model: nn.Module, x: Tensor, t: Tensor | float, conditioning: 
         Timesteps as the model takes them.
     conditioning : mapping of str to Tensor, leading dimension B
         By forward keyword; a dotted key (`added_cond_kwargs.time_ids`) or a nested mapping fills a dictionary argument.
+        Those with `SHARED` before their keyword have no rows; those with `PLAIN` become numbers.
 
     Returns
     -------
@@ -204,14 +209,15 @@ def call_denoiser(model: nn.Module, x: Tensor, t: Tensor | float, conditioning: 
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested dictionaries, and those whose keys are all #0, #1, ... into tuples."""
+    """Turn dotted keys into nested dictionaries, those whose keys are all #0, #1, ... into tuples, `PLAIN` to numbers."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
-        *parents, leaf = key.split(".")
+        is_plain = key.startswith(PLAIN)
+        *parents, leaf = key.removeprefix(SHARED).removeprefix(PLAIN).split(".")
         place = nested
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[leaf] = value
+        place[leaf] = value.item() if is_plain else value
     return {key: _sequences(value) for key, value in nested.items()}
 
 

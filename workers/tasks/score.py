@@ -17,6 +17,7 @@ from safetensors.torch import save
 from quant_core.artifact.folder import CONFIG_FILE, parse_quantization_config
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, has_signals
+from quant_core.inspect.first_call import Call
 from quant_core.inspect.inspection import inspect_model
 from quant_core.metrics.cost import model_cost
 from quant_core.metrics.evaluation import Quality, summarize, worst_seeds
@@ -109,10 +110,10 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
     }
 
 
-def _call(inputs: Inputs[str], context: TaskContext) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return a sample's shape and a row of what a pipeline tells its denoiser, as its first trajectory has them."""
+def _call(inputs: Inputs[str], context: TaskContext) -> Call:
+    """Return what a pipeline calls its denoiser with, as its first trajectory has it."""
     batch = CalibrationSet([context.store.local_path(inputs.references[0])]).rows(0, 0, 1)
-    return torch.zeros_like(batch.x), dict(batch.conditioning)
+    return Call(torch.zeros_like(batch.x), torch.zeros_like(batch.timestep[0]), batch.conditioning)
 
 
 def _grid_png(quality: Quality) -> bytes:

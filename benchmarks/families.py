@@ -29,9 +29,9 @@ _HEAD = """# Families of pipelines
 
 No pipeline class is known to Quantmill by name: each of these was saved with tiny random weights, added, quantized by
 `quantmill run {recipe}`, pulled, loaded by `DiffusionPipeline.from_pretrained` and called, by
-`python -m benchmarks.families` (diffusers {diffusers}, torch {torch}). PSNR is that of its images against full precision; of
-random weights it says only that the steps were the right ones. What a pipeline needs that prompts do not say is refused
-when you submit, with what is missing.
+`python -m benchmarks.families` (diffusers {diffusers}, torch {torch}). PSNR is that of its images against full
+precision; of random weights it says only that the steps were the right ones. What a pipeline needs that prompts do not
+say is refused when you submit, with what is missing.
 
 | pipeline | what it shows | files in the prompts file | quantized layers | PSNR, dB | float32 | bfloat16 |
 |---|---|---|---|---|---|---|
@@ -64,19 +64,20 @@ def show(name: str, folder: Path, recipe: str) -> dict[str, Any]:
 
 def row(result: dict[str, Any]) -> str:
     """Return one line of the table."""
+    first = [result["pipeline"], result["shows"], ", ".join(f"`{name}`" for name in result["files"])]
     if result["refused"] is not None:
-        return f"| {result['pipeline']} | {result['shows']} | {', '.join(result['files'])} | refused: {result['refused']} ||||"
-    works = " | ".join("works" if result["finite"][kind] else "not finite" for kind in ("float32", "bfloat16"))
-    files = ", ".join(f"`{name}`" for name in result["files"])
-    return (
-        f"| {result['pipeline']} | {result['shows']} | {files} | {result['layers']} | {result['psnr_db']:.1f} | {works} |"
-    )
+        return f"| {' | '.join(first)} | refused: {result['refused']} ||||"
+    works = ["works" if finite else "not finite" for finite in result["finite"].values()]
+    psnr = f"{result['psnr_db']:.1f}"
+    return f"| {' | '.join([*first, str(result['layers']), psnr, *works])} |"
 
 
 def main() -> None:
     """Run all families, print one JSON document and write the table."""
     options = parser(__doc__)
-    options.add_argument("--folder", type=Path, help="where everything is made; by default one that is deleted after it")
+    options.add_argument(
+        "--folder", type=Path, help="where everything is made; by default one that is deleted after it"
+    )
     options.add_argument("--recipe", default="minmax-w8a8")
     options.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     options.add_argument("--out", type=Path)
@@ -94,7 +95,9 @@ def main() -> None:
     versions = {name: metadata.version(name).partition("+")[0] for name in ("torch", "diffusers", "transformers")}
     give({"recipe": arguments.recipe, "versions": versions, "results": results}, arguments.out)
     if arguments.table is not None:
-        arguments.table.write_text(_HEAD.format(recipe=arguments.recipe, **versions) + "\n".join(map(row, results)) + "\n")
+        arguments.table.write_text(
+            _HEAD.format(recipe=arguments.recipe, **versions) + "\n".join(map(row, results)) + "\n"
+        )
 
 
 if __name__ == "__main__":

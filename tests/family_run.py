@@ -74,13 +74,18 @@ def quantize(name: str, folder: Path, run: Run, recipe: str, more: Sequence[str]
     return release
 
 
-def draw(name: str, release: Path, inputs: Path, dtype: torch.dtype) -> tuple[Any, np.ndarray[Any, Any]]:
-    """Load a release as a user does, and call it; return the pipeline, and what it drew."""
+def load(release: Path, dtype: torch.dtype) -> Any:
+    """Load a release as a user does."""
     pipeline = DiffusionPipeline.from_pretrained(release, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
-    told = FAMILIES[name].inputs(inputs, dtype)
+    return pipeline
+
+
+def draw(pipeline: Any, name: str, inputs: Path, dtype: torch.dtype, **more: Any) -> np.ndarray[Any, Any]:
+    """Call a family's release as a user does, with the first line of its inputs; return what it drew."""
+    told = FAMILIES[name].inputs(inputs, dtype) | more
     output = pipeline(**told, generator=torch.Generator().manual_seed(0), output_type="np", return_dict=False)
-    return pipeline, np.asarray(output[0])
+    return np.asarray(output[0])
 
 
 def run_family(name: str, folder: Path, run: Run, recipe: str) -> Outcome:
@@ -93,7 +98,8 @@ def run_family(name: str, folder: Path, run: Run, recipe: str) -> Outcome:
     outcome = Outcome(json.loads((release / "model_index.json").read_text())["_class_name"])
     outcome.psnr_db = json.loads((release / "metrics.json").read_text())["psnr_db"]
     for kind, dtype in DTYPES.items():
-        pipeline, outcome.images[kind] = draw(name, release, folder / f"{name}-inputs", dtype)
+        pipeline = load(release, dtype)
+        outcome.images[kind] = draw(pipeline, name, folder / f"{name}-inputs", dtype)
         denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
         outcome.layers = sum(isinstance(module, QuantLayer) for module in denoiser.modules())
     return outcome

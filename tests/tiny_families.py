@@ -205,9 +205,7 @@ def heun() -> Any:
 
 def inpaint() -> Any:
     """Stable Diffusion for inpainting: latent, mask and masked image side by side."""
-    return diffusers.StableDiffusionInpaintPipeline(
-        vae=_vae(), **_text(), unet=_unet(in_channels=9), scheduler=_ddim()
-    )
+    return diffusers.StableDiffusionInpaintPipeline(vae=_vae(), **_text(), unet=_unet(in_channels=9), scheduler=_ddim())
 
 
 def controlnet() -> Any:
@@ -433,43 +431,6 @@ def wan() -> Any:
     )
 
 
-def ltx() -> Any:
-    """Text to video with packed latents."""
-    vae = diffusers.AutoencoderKLLTXVideo(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=8,
-        block_out_channels=(8, 8, 8, 8),
-        decoder_block_out_channels=(8, 8, 8, 8),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        spatio_temporal_scaling=(True, True, False, False),
-        decoder_spatio_temporal_scaling=(True, True, False, False),
-        decoder_inject_noise=(False, False, False, False, False),
-        upsample_residual=(False, False, False, False),
-        upsample_factor=(1, 1, 1, 1),
-        timestep_conditioning=False,
-        patch_size=1,
-        patch_size_t=1,
-        encoder_causal=True,
-        decoder_causal=False,
-    )
-    transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        patch_size=1,
-        patch_size_t=1,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=1,
-        caption_channels=32,
-    )
-    return diffusers.LTXPipeline(
-        diffusers.FlowMatchEulerDiscreteScheduler(), vae, _t5(), _tokenizer(), transformer
-    )
-
-
 def _kandinsky_parts() -> dict[str, Any]:
     return {
         "unet": diffusers.UNet2DConditionModel(
@@ -556,7 +517,6 @@ FAMILIES: dict[str, Family] = {
     "hunyuan-dit": Family(hunyuan_dit, _MEDIUM | _EXACT),
     "lumina2": Family(lumina2, {"height": 64, "width": 64} | _TOKENS),
     "wan": Family(wan, _SMALL | _TOKENS | {"num_frames": 5}),
-    "ltx": Family(ltx, _MEDIUM | {"num_frames": 9} | _TOKENS),
     "kandinsky": Family(
         kandinsky, _SMALL, arrays=dict.fromkeys(("image_embeds", "negative_image_embeds"), (16,)), has_prompts=False
     ),

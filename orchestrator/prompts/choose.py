@@ -26,7 +26,7 @@ def neutral_digest() -> str:
 
 
 def told_by(model: ModelRow) -> str | None:
-    """Return what a model's pipeline is told: "prompt", "class_labels", "files"; None for a bare denoiser, or neither."""
+    """Return what a model's pipeline is told: "prompt", "class_labels", "files"; None for none of them."""
     pipeline: dict[str, Any] = model.inspection.get("pipeline") or {}
     told: str | None = pipeline.get("prompts")
     return told

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import RecipeError
-from orchestrator.recipes.prompt_bundle import bundled
 from orchestrator.recipes.files import Layer, assign, merge, read_layers, recipe_path, shipped_names
+from orchestrator.recipes.prompt_bundle import bundled
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
 from quant_spec.recipe import HOW_IT_RUNS, Recipe

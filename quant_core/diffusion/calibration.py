@@ -189,8 +189,8 @@ def _check_told(key: str, value: Tensor, written: Any, row: int) -> None:
     wanted = tuple(written.shape) if is_shared(key) else tuple(written.shape[1:])
     if shape != wanted:
         raise QuantizationError(
-            f"trajectory: got {key} of shape {shape}, wanted {wanted}, as for the first seed: prompts must be padded to "
-            "one length (sampler.arguments)"
+            f"trajectory: got {key} of shape {shape}, wanted {wanted}, as for the first seed: prompts must be padded "
+            "to one length (sampler.arguments)"
         )
     if is_shared(key) and row and not np.array_equal(value.float().cpu().numpy(), written.astype(np.float32)):
         raise QuantizationError(f"trajectory: got another {key} than for the first seed, wanted the same for all")
@@ -262,7 +262,7 @@ class CalibrationSet:
 
     @property
     def first_alike(self) -> list[int]:
-        """For each step, the first one at the same timestep: pipelines may call twice at one, and so do some samplers."""
+        """For each step, the first one at the same timestep: pipelines and samplers may call twice at one."""
         timesteps = self.timesteps.tolist()
         return [timesteps.index(timestep) for timestep in timesteps]
 

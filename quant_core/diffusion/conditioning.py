@@ -254,9 +254,7 @@ def _read_rows(file: Path, seeds: Sequence[int]) -> dict[str, Tensor]:
         total = next(iter(counts.values()))
         rows = [draw(seed, "row", total) for seed in seeds]
         return {
-            key: handle.get_tensor(key)
-            if is_shared(key)
-            else torch.stack([handle.get_slice(key)[row] for row in rows])
+            key: handle.get_tensor(key) if is_shared(key) else torch.stack([handle.get_slice(key)[row] for row in rows])
             for key in keys
         }
 

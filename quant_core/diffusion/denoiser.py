@@ -209,7 +209,7 @@ def call_denoiser(model: nn.Module, x: Tensor, t: Tensor | float, conditioning: 
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested dictionaries, those whose keys are all #0, #1, ... into tuples, `PLAIN` to numbers."""
+    """Turn dotted keys into nested dictionaries, or tuples if they are all #0, #1, ...; `PLAIN` ones into numbers."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
         is_plain = key.startswith(PLAIN)

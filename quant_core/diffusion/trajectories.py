@@ -5,8 +5,8 @@ pipeline, watched at its denoiser. Calibration, references and evaluation ask fo
 
 A pipeline is *rehearsed* first, for one seed and with a denoiser that computes once and then says zero, to learn at
 which timesteps it calls, with what, and how many rows each seed has; and until its first call for two samples, to learn
-what has a row for each of them, and what is the same for all (tables of positions). Rows of guided calls are recorded seed by seed, in
-the order in which the pipeline has them (all seeds' first rows, then all seeds' second rows).
+what has a row for each of them, and what is the same for all (tables of positions). Rows of guided calls are recorded
+seed by seed, in the order in which the pipeline has them (all seeds' first rows, then all seeds' second rows).
 """
 
 from __future__ import annotations
@@ -182,10 +182,12 @@ class PipelineTrajectories:
         told, changing = _named(told, shared), {shared_name(key, shared) for key in changing}
         if wrong := sorted(key for key in changing if is_shared(key)):
             raise DenoiserError(
-                f"{type(self.pipeline).__name__}: got {', '.join(wrong)} for its {type(self.model).__name__} that change "
-                "from step to step and are not a row for each sample, wanted rows, or the same at every step"
+                f"{type(self.pipeline).__name__}: got {', '.join(wrong)} for its {type(self.model).__name__}, which "
+                "change from step to step and are not a row for each sample, wanted rows, or the same at every step"
             )
-        if any(call.conditioning.keys() != seen[0].conditioning.keys() or call.x.shape != seen[0].x.shape for call in seen):
+        if any(
+            call.conditioning.keys() != seen[0].conditioning.keys() or call.x.shape != seen[0].x.shape for call in seen
+        ):
             raise DenoiserError(
                 f"{type(self.pipeline).__name__}: got calls of its {type(self.model).__name__} that differ in what "
                 "they are told, wanted the same keywords and shapes at every step"
@@ -347,9 +349,7 @@ def _named(told: Mapping[str, Tensor], shared: frozenset[str]) -> dict[str, Tens
 class _Watch:
     """Passes every call of a batch on to the denoiser, and shows it to a callback with its rows seed by seed."""
 
-    def __init__(
-        self, model: nn.Module, seeds: int, row: int, on_step: OnStep | None, shared: frozenset[str]
-    ) -> None:
+    def __init__(self, model: nn.Module, seeds: int, row: int, on_step: OnStep | None, shared: frozenset[str]) -> None:
         self.model, self.seeds, self.row, self.on_step, self.shared = model, seeds, row, on_step, shared
         self.index, self.rows = 0, seeds
 

@@ -41,8 +41,8 @@ from quant_spec.scheduler_choice import default_scheduler
 _STEPS, _MANY_STEPS = 2, 20
 #: Names of what a call may need besides a prompt: images, and embeddings of them.
 _IMAGE, _EMBEDDING = re.compile(r"(\w+_)?image"), re.compile(r"(\w+_)?image_embeds")
-#: A default size is too large to look at where a sample has more numbers than this: 3 times Flux's of 1024 x 1024.
-_LARGEST = 800_000
+#: A default size is too large to look at where a sample has more numbers than this; Flux's of 1024 x 1024 has 262,144.
+_LARGEST = 400_000
 #: Frames, and pixels of a side, to look at instead.
 _FRAMES, _SIDES = 9, (256, 64)
 #: Pixels of a side of the images that stand in for a user's.
@@ -57,12 +57,12 @@ def describe_pipeline(denoiser: Denoiser) -> tuple[dict[str, Any], Call | None]:
     -------
     (dict, tuple or None)
         JSON: `class_name`; `denoiser`, the component that is quantized; `components`, for each its name, library,
-        class, parameters and bytes; `prompts`, "prompt", "class_labels" or null; `takes`, names of its call's keywords;
-        `guidance_scale`, its default, null if it has none; `rows`, of the denoiser's input for one seed at that
-        guidance; `needs`, keywords of its call that every prompt must come with a file for; `image_shape`; `encode_gmacs` and `decode_gmacs`, giga-MACs for one sample; `problem`, why it cannot
-        be called, or null; `encodes`, whether prompts can be encoded by themselves; `arguments`, of the call that was
-        looked at, smaller ones where the default is much too large. And what the denoiser is called with; None with a
-        problem.
+        class, parameters and bytes; `prompts`, "prompt", "class_labels", "files" or null; `takes`, names of its call's
+        keywords; `guidance_scale`, its default, null if it has none; `rows`, of the denoiser's input for one seed at
+        that guidance; `needs`, keywords of its call that every prompt must come with a file for; `image_shape`;
+        `encode_gmacs` and `decode_gmacs`, giga-MACs for one sample; `problem`, why it cannot be called, or null;
+        `encodes`, whether prompts can be encoded by themselves; `arguments`, of the call that was looked at, which are
+        for smaller samples where the default is too large. And what the denoiser is called with; None with a problem.
     """
     assert denoiser.folder is not None
     assert denoiser.pipeline is not None
@@ -168,7 +168,7 @@ class _TooLargeError(Exception):
 
 
 def _choices(files: Mapping[str, PromptFile]) -> Iterator[dict[str, PromptFile]]:
-    """Yield no file, each alone, each pair, and so on: the fewest that a call needs are then the first with which it works."""
+    """Yield no file, each alone, each pair, and so on: the first choice with which a call works is what it needs."""
     for count in range(len(files) + 1):
         for names in itertools.combinations(files, count):
             yield {name: files[name] for name in names}

@@ -49,8 +49,8 @@ class Event:
 class Trace:
     """A forward at batch 1.
 
-    `layers` and `attentions` (multiplications of their matmuls) are in the order of their first call; attentions that do
-    not call `scaled_dot_product_attention` (linear ones) are not among them, as nothing could quantize theirs. `events`
+    `layers` and `attentions` (multiplications of their matmuls) are in the order of their first call; attentions that
+    do not call `scaled_dot_product_attention` (linear ones) are not among them: nothing could quantize theirs. `events`
     has every call; `spans` gives float32 bytes in and out of every module that ran, for its first call.
     """
 

@@ -13,7 +13,6 @@ from quant_core.nn.layers import QuantLayer, quantize_layers
 from quant_core.nn.steps import StepClock, attach_clock
 from quant_spec.formats import ModelFormat
 
-
 #: What stands for layers of the original.
 PACKED_MODULES: tuple[type[nn.Module], ...] = (QuantLayer, FeatureTable, Unserved)
 

@@ -147,7 +147,9 @@ class StepClock:
 
     def _handle_unknown(self, wanted: Tensor, is_far: Tensor) -> None:
         first = wanted.reshape(-1)[is_far.reshape(-1)][0].item()
-        grid = f"{len(self.timesteps.unique())} steps, {self.timesteps.max().item():g} to {self.timesteps.min().item():g}"
+        grid = (
+            f"{len(self.timesteps.unique())} steps, {self.timesteps.max().item():g} to {self.timesteps.min().item():g}"
+        )
         if self.unknown is UnknownTimestep.ERROR:
             raise UnknownTimestepError(
                 f"timestep: got {first:g}, wanted one of the trajectory that {self.model} was calibrated on ({grid}); "

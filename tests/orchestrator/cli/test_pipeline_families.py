@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tests.family_run import RefusedError, run_family
+from quant_core.errors import UnknownTimestepError
+from tests.family_run import RefusedError, draw, load, run_family
 from tests.tiny_families import FAMILIES
 
 Cli = Callable[..., Any]
@@ -43,6 +45,12 @@ def test_a_family_is_quantized_loaded_and_called(name: str, run: Callable[..., N
     assert np.isfinite(narrow).all()
     # bfloat16 keeps the picture: a release that found other steps, or none, would draw another
     assert np.square(exact - narrow).mean() < 0.05
+    steps = FAMILIES[name].steps
+    more = {"num_inference_steps": 2 * steps + 1}
+    with pytest.raises(UnknownTimestepError, match=rf"num_inference_steps={steps}\b"):
+        draw(
+            load(tmp_path / f"{name}-release", torch.float32), name, tmp_path / f"{name}-inputs", torch.float32, **more
+        )
 
 
 def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Path) -> None:

@@ -332,6 +332,20 @@ class TestWhatUsersDoWithAPipeline:
             fresh.unet.fuse_qkv_projections()
         assert difference(draw(fresh), draw(pipeline)) == 0
 
+    def test_fusing_projections_of_the_pipeline_is_refused(self, fresh: Any, pipeline: Any) -> None:
+        with pytest.raises(ArtifactError, match="fuse_qkv_projections: got a packed model"):
+            fresh.fuse_qkv_projections()
+
+    def test_casting_it_is_refused(self, fresh: Any, pipeline: Any) -> None:
+        with pytest.raises(ValueError, match=r"Casting a quantized model .* use the `torch_dtype` argument"):
+            fresh.to(torch.bfloat16)
+
+    def test_an_adapter_is_refused(self, fresh: Any, pipeline: Any) -> None:
+        for name in ("load_lora_adapter", "add_adapter"):
+            with pytest.raises(ArtifactError, match=f"{name}: got a packed model.* wanted the LoRA fused into"):
+                getattr(fresh.unet, name)({})
+        assert difference(draw(fresh), draw(pipeline)) == 0
+
     def test_offloading_needs_an_accelerator(self, fresh: Any) -> None:
         if torch.cuda.is_available():
             fresh.enable_model_cpu_offload()

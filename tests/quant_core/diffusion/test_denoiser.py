@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quant_core.diffusion.conditioning import (
-    is_shared,
     conditioning_fields,
     draw_conditioning,
     dummy_conditioning,
     interleave,
+    is_shared,
     null_conditioning,
 )
 from quant_core.diffusion.denoiser import call_denoiser, forward_signature, load_denoiser, nest, sample_shape

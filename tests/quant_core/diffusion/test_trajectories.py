@@ -115,7 +115,9 @@ def test_a_keyword_that_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
         return args, kwargs | {"skip_layers": "none"}
 
     found.model.register_forward_pre_hook(skip, with_kwargs=True)
-    with pytest.raises(DenoiserError, match=r"SD3Transformer2DModel: got skip_layers none \(str\), wanted tensors and num"):
+    with pytest.raises(
+        DenoiserError, match=r"SD3Transformer2DModel: got skip_layers none \(str\), wanted tensors and num"
+    ):
         found.script([0])
 
 

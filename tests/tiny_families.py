@@ -454,8 +454,8 @@ def _kandinsky_parts() -> dict[str, Any]:
             beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False, steps_offset=1
         ),
         "movq": diffusers.VQModel(
-            block_out_channels=(32, 32),
-            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            block_out_channels=(32,) * 4,
+            down_block_types=("DownEncoderBlock2D",) * 4,
             in_channels=3,
             latent_channels=4,
             layers_per_block=1,
@@ -463,7 +463,7 @@ def _kandinsky_parts() -> dict[str, Any]:
             norm_type="spatial",
             num_vq_embeddings=12,
             out_channels=3,
-            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            up_block_types=("UpDecoderBlock2D",) * 4,
             vq_embed_dim=4,
         ),
     }
@@ -500,7 +500,7 @@ def kandinsky_combined() -> Any:
     )
 
 
-_SMALL, _MEDIUM = {"height": 16, "width": 16}, {"height": 32, "width": 32}
+_SMALL, _MEDIUM, _LARGE = ({"height": side, "width": side} for side in (16, 32, 64))
 _TOKENS = {"max_sequence_length": 24}
 _EXACT = {"use_resolution_binning": False}
 FAMILIES: dict[str, Family] = {
@@ -513,12 +513,12 @@ FAMILIES: dict[str, Family] = {
     "flux": Family(flux, _SMALL | _TOKENS),
     "flux-fill": Family(flux_fill, _SMALL | _TOKENS, images=("image", "mask_image")),
     "pixart": Family(pixart, _MEDIUM | _TOKENS | _EXACT),
-    "sana": Family(sana, {"height": 64, "width": 64, "complex_human_instruction": None} | _TOKENS | _EXACT),
+    "sana": Family(sana, _LARGE | {"complex_human_instruction": None} | _TOKENS | _EXACT),
     "hunyuan-dit": Family(hunyuan_dit, _MEDIUM | _EXACT),
-    "lumina2": Family(lumina2, {"height": 64, "width": 64} | _TOKENS),
+    "lumina2": Family(lumina2, _LARGE | _TOKENS),
     "wan": Family(wan, _SMALL | _TOKENS | {"num_frames": 5}),
     "kandinsky": Family(
-        kandinsky, _SMALL, arrays=dict.fromkeys(("image_embeds", "negative_image_embeds"), (16,)), has_prompts=False
+        kandinsky, _LARGE, arrays=dict.fromkeys(("image_embeds", "negative_image_embeds"), (16,)), has_prompts=False
     ),
-    "kandinsky-combined": Family(kandinsky_combined, _SMALL),
+    "kandinsky-combined": Family(kandinsky_combined, _LARGE),
 }

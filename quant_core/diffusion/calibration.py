@@ -167,7 +167,7 @@ def _writer(maps: Mapping[str, Any], timesteps: Tensor, chosen: Sequence[int], r
             for key, value in step.conditioning.items():
                 if CONDITIONING + key in maps:
                     _check_told(key, value, maps[CONDITIONING + key], step.row)
-                    where = slice(None) if is_shared(key) else slice(step.row, step.row + len(step.x))
+                    where = ... if is_shared(key) else slice(step.row, step.row + len(step.x))
                     maps[CONDITIONING + key][where] = value.cpu().numpy()
         count = min(len(step.x), rows - step.row)
         if step.index not in places or count <= 0:

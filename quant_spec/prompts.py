@@ -23,7 +23,7 @@ from quant_spec.errors import InvalidInputError
 
 _COLUMNS = ("prompt", "negative_prompt", "class_label", "seed")
 _MOST_LINES, _LONGEST = 1_000_000, 10_000
-_TEXT = "prompts"
+_TEXT, _FILES = "prompts", "files/"
 #: What names of image files and of arrays end with.
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAY = ".npy"
@@ -113,7 +113,7 @@ def bundle(data: bytes, files: Mapping[str, bytes]) -> bytes:
     """Return one archive of a prompts file and the files that it names; the same bytes for the same content."""
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as packed:
-        for name, content in ((_TEXT, data), *((f"files/{name}", files[name]) for name in sorted(files))):
+        for name, content in ((_TEXT, data), *((f"{_FILES}{name}", files[name]) for name in sorted(files))):
             packed.writestr(zipfile.ZipInfo(name), content)
     return archive.getvalue()
 
@@ -122,14 +122,36 @@ def _unpack(data: bytes, where: str) -> tuple[bytes, dict[str, bytes]]:
     """Return a prompts file's text, and the files of a bundle by name."""
     if not data.startswith(b"PK\x03\x04"):
         return data, {}
+    found = _members(data, where)
+    return found.pop(_TEXT), {name.removeprefix(_FILES): content for name, content in found.items()}
+
+
+def unbundle(data: bytes, where: str) -> dict[str, bytes]:
+    """Return the files of a bundle by name.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is none, or a name is not that of a file in a folder.
+    """
+    files = {name.removeprefix(_FILES): content for name, content in _members(data, where).items() if name != _TEXT}
+    if wrong := [name for name in files if PurePosixPath(name).name != name]:
+        raise InvalidInputError(f"{where}: got a file {wrong[0]!r}, wanted names without folders")
+    return files
+
+
+def _members(data: bytes, where: str) -> dict[str, bytes]:
+    """Return all that a bundle holds."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as packed:
             if any(info.compress_type != zipfile.ZIP_STORED for info in packed.infolist()):
-                raise InvalidInputError(f"{where}: got a compressed archive, wanted a prompts file")
+                raise InvalidInputError(f"{where}: got a compressed archive, wanted a bundle")
             found = {name: packed.read(name) for name in packed.namelist()}
-            return found.pop(_TEXT), {name.removeprefix("files/"): content for name, content in found.items()}
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError) as error:
-        raise InvalidInputError(f"{where}: got an archive that is no bundle ({error}), wanted a prompts file") from None
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise InvalidInputError(f"{where}: got an archive that is no bundle ({error}), wanted one of ours") from None
+    if _TEXT not in found:
+        raise InvalidInputError(f"{where}: got an archive without {_TEXT}, wanted a bundle")
+    return found
 
 
 def _with_files(line: PromptLine, files: Mapping[str, bytes], where: str) -> PromptLine:

@@ -522,3 +522,18 @@ FAMILIES: dict[str, Family] = {
     ),
     "kandinsky-combined": Family(kandinsky_combined, _LARGE),
 }
+
+
+def save_clip(folder: Path) -> Path:
+    """Save a CLIP model of images and text, as a CLIP score takes it, to a folder."""
+    torch.manual_seed(0)
+    parts = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={"vocab_size": WORDS, "max_position_embeddings": 24, "eos_token_id": 1, **parts},
+        vision_config={"image_size": 28, "patch_size": 14, **parts},
+        projection_dim=16,
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    transformers.CLIPProcessor(images, _tokenizer()).save_pretrained(folder)
+    return folder

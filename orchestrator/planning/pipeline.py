@@ -47,6 +47,7 @@ def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
         Naming what is missing.
     """
     pipeline, sampler = pipeline_of(model), recipe.sampler
+    _check_clip(model, recipe)
     if pipeline is None:
         if sampler.arguments:
             raise RecipeError(
@@ -88,4 +89,13 @@ def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
     if recipe.activations.step_bits is not None:
         raise RecipeError(
             f"activations.step_bits: got them for {name}, wanted null: steps' effects are not measured on pipelines yet"
+        )
+
+
+def _check_clip(model: ModelRow, recipe: Recipe) -> None:
+    """Refuse a model for the CLIP score where there are no prompts."""
+    if recipe.evaluation.clip is not None and (pipeline_of(model) or {}).get("prompts") != "prompt":
+        raise RecipeError(
+            f"evaluation.clip: got a model for {model.name}, whose samples have no prompts, wanted null, or a pipeline "
+            "that is told prompts"
         )

@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import RecipeError
+from orchestrator.recipes.bundles import CONFIG, bundled, bundled_folder
 from orchestrator.recipes.files import Layer, assign, merge, read_layers, recipe_path, shipped_names
-from orchestrator.recipes.prompt_bundle import bundled
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
 from quant_spec.recipe import HOW_IT_RUNS, Recipe
@@ -25,6 +25,8 @@ from workers.storage.store import Store
 _UNDIGESTED = ("name", "description")
 #: Fields that name a file, as paths through the recipe.
 _FILE_FIELDS = (("evaluation", "extractor_weights"), ("prompts",))
+#: Fields that name a folder.
+_FOLDER_FIELDS = (("evaluation", "clip"),)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -147,6 +149,12 @@ def _anchored(layer: Layer, roots: Sequence[Path]) -> dict[str, Any]:
         if stated is not None:
             path = layer.folder / Path(stated).expanduser()
             values = _with(values, field, str(file_within(path, roots, ".".join(field), error=RecipeError)))
+    for field in _FOLDER_FIELDS:
+        stated = _stated(values, field)
+        if stated is not None:
+            path = layer.folder / Path(stated).expanduser()
+            file_within(path / CONFIG, roots, ".".join(field), error=RecipeError)
+            values = _with(values, field, str(path))
     return values
 
 
@@ -168,6 +176,12 @@ def _replace_files(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, A
     """Return a recipe with digests for the files that it names, and these by digest."""
     replaced = dict(values)
     files: dict[str, Path | bytes] = {}
+    for field in _FOLDER_FIELDS:
+        stated = _stated(replaced, field)
+        if stated is not None:
+            packed = bundled_folder(folder / Path(stated).expanduser(), ".".join(field))
+            digest = hashlib.sha256(packed).hexdigest()
+            replaced, files[digest] = _with(replaced, field, digest), packed
     for field in _FILE_FIELDS:
         stated, name = _stated(replaced, field), ".".join(field)
         if stated is None:

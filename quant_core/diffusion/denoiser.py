@@ -195,7 +195,9 @@ def call_denoiser(model: nn.Module, x: Tensor, t: Tensor | float, conditioning: 
     """
     signature = forward_signature(model)
     steps = torch.as_tensor(t, device=x.device)
-    arguments = nest(conditioning) | {signature.sample: x, signature.timestep: steps.expand(len(x))}
+    # Some have no default for what may be None, as pipelines then say.
+    arguments = dict.fromkeys(signature.required) | nest(conditioning)
+    arguments |= {signature.sample: x, signature.timestep: steps.expand(len(x))}
     if unknown := sorted(set(arguments) - signature.keywords - {signature.sample, signature.timestep}):
         raise DenoiserError(
             f"{type(model).__name__}.forward: got conditioning {unknown}, wanted some of {sorted(signature.keywords)}"

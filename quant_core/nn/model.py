@@ -51,6 +51,6 @@ def build_quantized(model: nn.Module, model_format: ModelFormat) -> QuantizedPar
     attentions = quantize_attentions(model, model_format.attentions, clock)
     features = replace_features(model, model_format.features, model_format.unserved, clock)
     attach_clock(model, clock, max((spec.labels for spec in model_format.features.values()), default=1))
-    if not any(tensor.is_meta for tensor in model.parameters()):
+    if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         keep_askable(model, PACKED_MODULES)
     return QuantizedParts(clock, layers, attentions, features)

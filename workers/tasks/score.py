@@ -30,7 +30,7 @@ from quant_spec.documents import read_json
 from quant_spec.enums import Extractor, ShownSeeds
 from quant_spec.keys import canonical_json
 from quant_spec.metrics import check_computed
-from quant_spec.prompts import PromptLine, line_of, unbundle
+from quant_spec.prompts import PromptFile, PromptLine, line_of, unbundle
 from quant_spec.tasks.score import GRID, SAMPLES, SCORE, Inputs, Params
 from workers.errors import TaskError
 from workers.execution.context import TaskContext, TaskOutput
@@ -68,7 +68,9 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         lines = read_lines(original, inputs.prompts, params.part, context)
         told = [line_of(lines, seed) for seed in params.seeds.range]
         metrics |= _prompts(told, quality, params, places)
+        columns = [name for name, value in told[0].more if isinstance(value, PromptFile)]
         metrics["prompts"] = {"file": inputs.prompts, "part": params.part.value, "lines": len(lines)}
+        metrics["prompts"] |= {"files": columns} if columns else {}
         if inputs.clip is not None:
             metrics |= _clip_scores(told, quality, inputs.clip, context)
     check_computed(metrics)

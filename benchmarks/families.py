@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,19 @@ def show(name: str, folder: Path, recipe: str) -> dict[str, Any]:
     }
 
 
+def run_all(names: Sequence[str], folder: Path | None, recipe: str) -> list[dict[str, Any]]:
+    """Run families one after the other, and say what became of each at once."""
+    results = []
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        patch("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess()),
+    ):
+        for name in names:
+            results.append(show(name, folder or Path(temporary), recipe))
+            sys.stderr.write(row(results[-1]) + "\n")
+    return results
+
+
 def row(result: dict[str, Any]) -> str:
     """Return one line of the table."""
     first = [result["pipeline"], result["shows"], ", ".join(f"`{name}`" for name in result["files"])]
@@ -80,18 +95,15 @@ def main() -> None:
     )
     options.add_argument("--recipe", default="minmax-w8a8")
     options.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    options.add_argument("--recorded", type=Path, nargs="+", help="lay out what earlier runs recorded; run nothing")
     options.add_argument("--out", type=Path)
     options.add_argument("--table", type=Path)
     arguments = options.parse_args()
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        patch("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess()),
-    ):
-        folder = arguments.folder or Path(temporary)
-        results = []
-        for name in arguments.families:
-            results.append(show(name, folder, arguments.recipe))
-            sys.stderr.write(row(results[-1]) + "\n")
+    if arguments.recorded:
+        results = [each for path in arguments.recorded for each in json.loads(path.read_text())["results"]]
+        results.sort(key=lambda each: list(FAMILIES).index(each["family"]))
+    else:
+        results = run_all(arguments.families, arguments.folder, arguments.recipe)
     versions = {name: metadata.version(name).partition("+")[0] for name in ("torch", "diffusers", "transformers")}
     give({"recipe": arguments.recipe, "versions": versions, "results": results}, arguments.out)
     if arguments.table is not None:

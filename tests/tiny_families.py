@@ -476,7 +476,9 @@ def kandinsky() -> Any:
 
 def kandinsky_combined() -> Any:
     """Prompts become image embeddings by a prior of its own, which has another scheduler."""
-    prior = diffusers.PriorTransformer(num_attention_heads=2, attention_head_dim=8, embedding_dim=16, num_layers=1)
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, embedding_dim=16, num_layers=1, num_embeddings=24
+    )
     prior.clip_std = nn.Parameter(torch.ones(prior.clip_std.shape))
     vision = transformers.CLIPVisionConfig(
         hidden_size=16,

@@ -56,7 +56,9 @@ def test_a_family_is_quantized_loaded_and_called(name: str, run: Callable[..., N
 def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Path) -> None:
     FAMILIES["inpaint"].save(tmp_path / "inpaint")
     inputs = FAMILIES["inpaint"].write_inputs(tmp_path / "inputs")
-    assert cli("models", "add", tmp_path / "inpaint").code == 0
+    added = cli("models", "add", tmp_path / "inpaint")
+    assert added.code == 0
+    assert "its call needs files: a prompts file (--prompts) with columns image, mask_image" in added.err
     (tmp_path / "words.txt").write_text("red heart\nowl\n")
     (tmp_path / "half.tsv").write_text("prompt\timage\nowl\tinputs/image-0.png\nowl\tinputs/image-1.png\n")
     (tmp_path / "gone.tsv").write_text("prompt\timage\tmask_image\nowl\tnot.png\tinputs/mask_image-0.png\n")

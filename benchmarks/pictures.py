@@ -2,11 +2,14 @@
 
     python -m benchmarks.pictures --home FOLDER --out docs/NAME.png "plain W2A4=JOB" "mpqdm-w2a4=JOB" ...
 
-Samples are those that the jobs' evaluations recorded: nothing is sampled again, and no seed is chosen.
+Samples are those that the jobs' evaluations recorded: nothing is sampled again, and no seed is chosen. Those of a
+pipeline have their prompts below them.
 """
 
 from __future__ import annotations
 
+import json
+import textwrap
 from pathlib import Path
 
 import torch
@@ -18,8 +21,10 @@ from benchmarks.records import Records
 from quant_core.metrics.images import to_rgb
 from quant_spec.pipeline import sample_space
 
-#: Pixels of a pixel, of the row's name above it, and between rows.
-ZOOM, TITLE, GAP = 2, 16, 4
+#: Pixels of a pixel, of the row's name above it, between rows, and of a line of a prompt.
+ZOOM, TITLE, GAP, LINE = 2, 16, 4, 13
+#: Pixels of a letter of PIL's font, at most on average.
+_LETTER = 6.2
 
 
 def samples(records: Records, count: int) -> tuple[Tensor, Tensor]:
@@ -27,6 +32,13 @@ def samples(records: Records, count: int) -> tuple[Tensor, Tensor]:
     evaluations, references = records.shards("evaluate"), records.shards("reference")
     first = min(evaluations)
     return records.tensor(references[first], "sample", count), records.tensor(evaluations[first], "sample", count)
+
+
+def prompts(records: Records, count: int) -> list[str]:
+    """Return what a pipeline was told for the first seeds; nothing for a bare denoiser."""
+    _, outputs = next(iter(records.of("score")))
+    shown = json.loads(records.path(outputs["score"]).read_text()).get("shown_prompts", [])
+    return list(shown[:count])
 
 
 def row(images: Tensor) -> Image.Image:
@@ -37,15 +49,20 @@ def row(images: Tensor) -> Image.Image:
     return picture.resize((picture.width * ZOOM, picture.height * ZOOM), Image.Resampling.NEAREST)
 
 
-def sheet(rows: dict[str, Image.Image]) -> Image.Image:
-    """Put named rows below each other."""
+def sheet(rows: dict[str, Image.Image], texts: list[str]) -> Image.Image:
+    """Put named rows below each other, and a text below each column."""
     first = next(iter(rows.values()))
-    page = Image.new("RGB", (first.width, (first.height + TITLE + GAP) * len(rows)), "white")
+    column = first.width // max(1, len(texts))
+    wrapped = [textwrap.wrap(text, int(column / _LETTER)) for text in texts]
+    foot = LINE * max(map(len, wrapped), default=0)
+    page = Image.new("RGB", (first.width, (first.height + TITLE + GAP) * len(rows) + foot), "white")
     draw = ImageDraw.Draw(page)
     for place, (name, picture) in enumerate(rows.items()):
         top = place * (first.height + TITLE + GAP)
         draw.text((2, top + 2), name, fill="black")
         page.paste(picture, (0, top + TITLE))
+    for place, lines in enumerate(wrapped):
+        draw.multiline_text((place * column + 2, page.height - foot - GAP), "\n".join(lines), fill="black", spacing=2)
     return page
 
 
@@ -58,11 +75,14 @@ def main() -> None:
     options.add_argument("jobs", nargs="+", metavar="NAME=JOB")
     arguments = options.parse_args()
     rows: dict[str, Image.Image] = {}
+    texts: list[str] = []
     for name, job in named(arguments.jobs).items():
-        reference, made = samples(Records(arguments.home, job), arguments.seeds)
+        records = Records(arguments.home, job)
+        reference, made = samples(records, arguments.seeds)
+        texts = texts or prompts(records, arguments.seeds)
         rows.setdefault("full precision", row(reference))
         rows[name] = row(made)
-    sheet(rows).save(arguments.out, optimize=True)
+    sheet(rows, texts).save(arguments.out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,13 @@ class StartCodes(StrEnum):
     ROUND = "round"  # those that the round pass gave
 
 
+class ShownSeeds(StrEnum):
+    """Which samples pictures show."""
+
+    FIRST = "first"
+    WORST = "worst"
+
+
 class Extractor(StrEnum):
     """Features that the Fréchet distance is taken of."""
 

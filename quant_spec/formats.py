@@ -293,8 +293,9 @@ class UnitFormat:
 class ModelFormat:
     """Format of a quantized model: its layers and attentions, and the trajectory that per-step tables are indexed by.
 
-    `timesteps` are the sampler's, in the order of sampling (noisiest first); empty if nothing is per step. `features`
-    and `unserved` as in `UnitFormat`.
+    `timesteps` are the sampler's, in the order of sampling (noisiest first); empty if nothing is per step.
+    `num_inference_steps` is what gives them, where it is another number than theirs: samplers of second order, and
+    pipelines that call twice a step, or begin with an image. `features` and `unserved` as in `UnitFormat`.
     """
 
     layers: Mapping[str, LayerSpec]
@@ -303,20 +304,25 @@ class ModelFormat:
     unknown_timestep: UnknownTimestep = UnknownTimestep.ERROR
     features: Mapping[str, FeatureSpec] = field(default_factory=dict)
     unserved: tuple[str, ...] = ()
+    num_inference_steps: int | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read what `to_json` wrote (also a whole `quantization_config`)."""
+        steps = data.get("num_inference_steps")
         return cls(
             timesteps=tuple(data["timesteps"]),
+            num_inference_steps=None if steps is None else int(steps),
             unknown_timestep=UnknownTimestep(data["unknown_timestep"]),
             **_read_parts(data),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able mapping; it says nothing of features where there are none."""
+        steps = self.num_inference_steps
         return {
             **_write_parts(self),
+            **({} if steps is None else {"num_inference_steps": steps}),
             "timesteps": list(self.timesteps),
             "unknown_timestep": str(self.unknown_timestep),
         }

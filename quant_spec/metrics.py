@@ -248,6 +248,26 @@ METRICS: dict[str, Metric] = {
         is_number=True,
         places={Place.CARD: Shown("SQNR of the latents, dB", rank=7)},
     ),
+    "clip_score": Metric(
+        "CLIP score of a pipeline's images and their prompts (100 times the cosine), by the CLIP model in the recipe's "
+        "`evaluation.clip`, mean over n",
+        direction=Direction.HIGHER,
+        format=".2f",
+        is_number=True,
+        places={
+            Place.CARD: Shown(
+                "CLIP score", lambda v: (f"{v['clip_score']:.2f}", f"{v['clip_score_full_precision']:.2f}"), 6
+            ),
+            Place.REPORT: Shown(
+                "CLIP score",
+                lambda v: (f"{v['clip_score']:.2f}", f"full precision {v['clip_score_full_precision']:.2f}"),
+                1,
+            ),
+        },
+    ),
+    "clip_score_full_precision": Metric(
+        "The same of full precision's images", direction=Direction.HIGHER, format=".2f", is_number=True
+    ),
     "worst_prompts": Metric(
         "Prompts whose images are farthest from full precision's, with seed and PSNR, worst first",
         places={
@@ -394,7 +414,8 @@ METRICS: dict[str, Metric] = {
         listed=EVERYWHERE,
     ),
     "seeds": Metric("Seeds of the samples: the first, and how many", listed=EVERYWHERE),
-    "shown_prompts": Metric("Prompts of the first seeds, which the pictures show, in order"),
+    "shown_prompts": Metric("Prompts of the seeds that the pictures show, in order"),
+    "shown_seeds": Metric("Seeds that the pictures show, in order, where they are not the first"),
     "prompts": Metric(
         "What a whole pipeline was told: SHA-256 of the prompts file, or all classes, and how many different lines",
         listed=EVERYWHERE,

@@ -2,21 +2,31 @@
 
 Three forms, told apart by their first line: plain text, one prompt (or one class label) a line; TSV, whose first line
 names the columns; JSON lines, one object a line. The columns, and the keys, are `prompt`, `negative_prompt`,
-`class_label` and `seed`. Empty lines, and lines of plain text that begin with #, are skipped.
+`class_label` and `seed`, and any other keyword of a pipeline's call: its values are text, or the names of image files
+or of arrays (.npy). Empty lines, and lines of plain text that begin with #, are skipped.
+
+A file that names others is kept with them as one *bundle*: a zip archive of the text, `prompts`, and of the files.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from pathlib import PurePosixPath
 from typing import Any
 
 from quant_spec.errors import InvalidInputError
 
 _COLUMNS = ("prompt", "negative_prompt", "class_label", "seed")
 _MOST_LINES, _LONGEST = 1_000_000, 10_000
+_TEXT, _FILES = "prompts", "files/"
+#: What names of image files and of arrays end with.
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ARRAY = ".npy"
 
 
 class PromptPart(StrEnum):
@@ -27,18 +37,42 @@ class PromptPart(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class PromptFile:
+    """An image or an array that a line names; `data` is empty where the file is not there yet."""
+
+    name: str
+    data: bytes = b""
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is an image, and not an array."""
+        return not self.name.lower().endswith(ARRAY)
+
+
+@dataclass(frozen=True, slots=True)
 class PromptLine:
-    """What a pipeline is told for one sample; `seed` goes before the recipe's."""
+    """What a pipeline is told for one sample; `seed` goes before the recipe's.
+
+    `more` are further keywords of its call, in the order of their names, with text or files.
+    """
 
     prompt: str | None = None
     negative_prompt: str | None = None
     class_label: int | None = None
     seed: int | None = None
+    more: tuple[tuple[str, str | PromptFile], ...] = ()
+
+    @property
+    def files(self) -> tuple[PromptFile, ...]:
+        """The files that it names."""
+        return tuple(value for _, value in self.more if isinstance(value, PromptFile))
 
     @property
     def text(self) -> str:
-        """What people are shown: the prompt, or the label."""
-        return self.prompt if self.prompt is not None else f"class {self.class_label}"
+        """What people are shown: the prompt, the label, or the files."""
+        if self.prompt is not None:
+            return self.prompt
+        return ", ".join(file.name for file in self.files) if self.class_label is None else f"class {self.class_label}"
 
 
 def read_prompts(data: bytes, where: str = "prompts") -> tuple[PromptLine, ...]:
@@ -47,7 +81,7 @@ def read_prompts(data: bytes, where: str = "prompts") -> tuple[PromptLine, ...]:
     Parameters
     ----------
     data
-        Its bytes, UTF-8.
+        Its bytes, UTF-8, or a bundle's.
     where
         What messages call it.
 
@@ -56,6 +90,7 @@ def read_prompts(data: bytes, where: str = "prompts") -> tuple[PromptLine, ...]:
     InvalidInputError
         Naming the first line that is wrong, what it has and what was wanted.
     """
+    data, files = _unpack(data, where)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -66,10 +101,70 @@ def read_prompts(data: bytes, where: str = "prompts") -> tuple[PromptLine, ...]:
     lines = tuple(_lines(rows, where))
     if not lines:
         raise InvalidInputError(f"{where}: got no prompts, wanted one a line")
-    kinds = {line.prompt is None for line in lines}
-    if len(kinds) > 1:
+    if len({(line.prompt is None, line.class_label is None) for line in lines}) > 1:
         raise InvalidInputError(f"{where}: got prompts and class labels, wanted one of them in every line")
-    return lines
+    columns = [{name for name, _ in line.more} for line in lines]
+    if uneven := sorted(set.union(*columns) - set.intersection(*columns)):
+        raise InvalidInputError(f"{where}: got {', '.join(uneven)} in some lines, wanted them in all or none")
+    return tuple(_with_files(line, files, where) for line in lines) if files else lines
+
+
+def bundle(data: bytes, files: Mapping[str, bytes]) -> bytes:
+    """Return one archive of a prompts file and the files that it names; the same bytes for the same content."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as packed:
+        for name, content in ((_TEXT, data), *((f"{_FILES}{name}", files[name]) for name in sorted(files))):
+            packed.writestr(zipfile.ZipInfo(name), content)
+    return archive.getvalue()
+
+
+def _unpack(data: bytes, where: str) -> tuple[bytes, dict[str, bytes]]:
+    """Return a prompts file's text, and the files of a bundle by name."""
+    if not data.startswith(b"PK\x03\x04"):
+        return data, {}
+    found = _members(data, where)
+    return found.pop(_TEXT), {name.removeprefix(_FILES): content for name, content in found.items()}
+
+
+def unbundle(data: bytes, where: str) -> dict[str, bytes]:
+    """Return the files of a bundle by name.
+
+    Raises
+    ------
+    InvalidInputError
+        If it is none, or a name is not that of a file in a folder.
+    """
+    files = {name.removeprefix(_FILES): content for name, content in _members(data, where).items() if name != _TEXT}
+    if wrong := [name for name in files if PurePosixPath(name).name != name]:
+        raise InvalidInputError(f"{where}: got a file {wrong[0]!r}, wanted names without folders")
+    return files
+
+
+def _members(data: bytes, where: str) -> dict[str, bytes]:
+    """Return all that a bundle holds."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as packed:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in packed.infolist()):
+                raise InvalidInputError(f"{where}: got a compressed archive, wanted a bundle")
+            found = {name: packed.read(name) for name in packed.namelist()}
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise InvalidInputError(f"{where}: got an archive that is no bundle ({error}), wanted one of ours") from None
+    if _TEXT not in found:
+        raise InvalidInputError(f"{where}: got an archive without {_TEXT}, wanted a bundle")
+    return found
+
+
+def _with_files(line: PromptLine, files: Mapping[str, bytes], where: str) -> PromptLine:
+    """Return a line with the content of its files."""
+    if missing := [file.name for file in line.files if file.name not in files]:
+        raise InvalidInputError(f"{where}: got {missing[0]} named but not in the bundle, wanted all files in it")
+    return replace(
+        line,
+        more=tuple(
+            (name, PromptFile(value.name, files[value.name]) if isinstance(value, PromptFile) else value)
+            for name, value in line.more
+        ),
+    )
 
 
 def _lines(rows: Sequence[tuple[int, str]], where: str) -> Iterator[PromptLine]:
@@ -81,7 +176,7 @@ def _lines(rows: Sequence[tuple[int, str]], where: str) -> Iterator[PromptLine]:
     if first.startswith("{"):
         for number, row in rows:
             yield _line(_object(row, f"{where}:{number}"), f"{where}:{number}")
-    elif {"prompt", "class_label"} & set(columns):
+    elif {"prompt", "class_label"} & set(columns) or (len(columns) > 1 and all(map(str.isidentifier, columns))):
         for number, row in rows[1:]:
             cells = row.split("\t")
             if len(cells) != len(columns):
@@ -113,8 +208,7 @@ def _number(text: str) -> Any:
 
 def _line(stated: Mapping[str, Any], where: str) -> PromptLine:
     """Check one line."""
-    if unknown := sorted(stated.keys() - set(_COLUMNS)):
-        raise InvalidInputError(f"{where}: got {', '.join(unknown)}, wanted some of {', '.join(_COLUMNS)}")
+    more = tuple(_more(name, stated[name], where) for name in sorted(stated.keys() - set(_COLUMNS)))
     for name in ("prompt", "negative_prompt"):
         value = stated.get(name)
         if value is not None and not (isinstance(value, str) and len(value) <= _LONGEST):
@@ -125,11 +219,29 @@ def _line(stated: Mapping[str, Any], where: str) -> PromptLine:
         value = stated.get(name)
         if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62):
             raise InvalidInputError(f"{where}: got {name} {str(value)[:40]!r}, wanted a number from 0")
-    if (stated.get("prompt") is None) == (stated.get("class_label") is None):
+    told = [name for name in ("prompt", "class_label") if stated.get(name) is not None]
+    line = PromptLine(**{name: value for name, value in stated.items() if name in _COLUMNS}, more=more)
+    if len(told) > 1 or not (told or line.files):
         raise InvalidInputError(
             f"{where}: got {', '.join(sorted(stated)) or 'nothing'}, wanted a prompt or a class_label"
         )
-    return PromptLine(**stated)
+    return line
+
+
+def _more(name: str, value: Any, where: str) -> tuple[str, str | PromptFile]:
+    """Check a further keyword of a pipeline's call."""
+    if not name.isidentifier():
+        raise InvalidInputError(f"{where}: got column {name[:40]!r}, wanted a keyword of the pipeline's call")
+    if not (isinstance(value, str) and len(value) <= _LONGEST):
+        raise InvalidInputError(
+            f"{where}: got {name} {str(value)[:40]}, wanted text or the name of a file; what is the same for all lines "
+            "goes into the recipe's sampler.arguments"
+        )
+    if not value.lower().endswith((*IMAGES, ARRAY)):
+        return name, value
+    if PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts:
+        raise InvalidInputError(f"{where}: got {name} {value[:200]!r}, wanted a file in the folder of the prompts file")
+    return name, PromptFile(value)
 
 
 def select_part(lines: Sequence[PromptLine], part: PromptPart) -> tuple[PromptLine, ...]:
@@ -138,7 +250,7 @@ def select_part(lines: Sequence[PromptLine], part: PromptPart) -> tuple[PromptLi
     The first, third, ... calibrate, the second, fourth, ... evaluate. A single line, and class labels, which are all
     that there is to a model that takes them, are used by both; their seeds differ.
     """
-    if len(lines) == 1 or lines[0].prompt is None:
+    if len(lines) == 1 or lines[0].class_label is not None:
         return tuple(lines)
     return tuple(lines[0::2] if part is PromptPart.CALIBRATION else lines[1::2])
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from quant_spec.enums import Extractor, NumberType, Shift, TemporalRounding
+from quant_spec.enums import Extractor, NumberType, Shift, ShownSeeds, TemporalRounding
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
 from quant_spec.passes.correct import Correct
 from quant_spec.passes.distill import Distill
@@ -101,8 +101,10 @@ class Budget(Record):
     )
 
 
-class Evaluation(Record):
+class Evaluation(Grown):
     """How the packed model is compared with the original, on seeds that calibration did not see."""
+
+    _later: ClassVar[frozenset[str]] = frozenset({"clip", "shown"})
 
     seeds: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         default=256, description="Samples that are compared with full precision, seed by seed."
@@ -121,6 +123,15 @@ class Evaluation(Record):
         "inception-v3.",
     )
     grid: Count = Field(default=16, description="Images in the sample grid, at most.")
+    shown: ShownSeeds = Field(
+        default=ShownSeeds.FIRST,
+        description="Whether pictures show the first seeds, or those whose samples are farthest from full precision's.",
+    )
+    clip: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        default=None,
+        description="Folder of a CLIP model of transformers, below the recipe's folder (resolved: the SHA-256 of its "
+        "files as one archive), for the CLIP score of a pipeline's images and prompts.",
+    )
 
     @model_validator(mode="after")
     def _has_weights(self) -> Self:

@@ -22,11 +22,11 @@ from orchestrator.db.searches import (
     update_search_model,
 )
 from orchestrator.db.session import lock_enqueue
-from orchestrator.errors import NotFoundError, RecipeError, SearchError
+from orchestrator.errors import NotFoundError, SearchError
 from orchestrator.planning.model import ModelInfo
 from orchestrator.planning.planner import plan
 from orchestrator.prompts.choose import NEUTRAL, told_by, with_prompts
-from orchestrator.recipes.load import recipe_from_json
+from orchestrator.recipes.load import recipe_from_json, store_files
 from orchestrator.search.advance import release_name
 from orchestrator.search.bounds import check_budgets
 from orchestrator.search.load import LoadedSearch, load_search, search_digest, spec_from_json
@@ -81,9 +81,7 @@ def submit_search(service: Service, request: SearchRequest, *, notify: Callable[
         raise InvalidInputError(f"priority: got {request.priority}, wanted -2^30 to 2^30")
     prepared = prepare_search(service, request, notify=notify)
     loaded, models = prepared.loaded, prepared.models
-    for digest, path in loaded.files.items():
-        if service.store.put_file(path) != digest:
-            raise RecipeError(f"{path}: got other bytes than a moment ago, wanted the file left alone")
+    store_files(loaded.files, service.store)
     _put_prompts(service, models)
     recipes = loaded.recipes_json()
     asked = (loaded.spec, recipes, [model.digest for model in models], loaded.latency, request.only)

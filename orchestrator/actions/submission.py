@@ -13,12 +13,11 @@ from orchestrator.db.enqueue import enqueue_graph
 from orchestrator.db.jobs import create_job, find_active_job, find_job, job_counts
 from orchestrator.db.rows import EnqueueCounts, JobRow, ModelRow
 from orchestrator.db.session import lock_enqueue
-from orchestrator.errors import RecipeError
 from orchestrator.planning.pipeline import with_guidance
 from orchestrator.planning.planner import plan
 from orchestrator.planning.sampler import choice_for
 from orchestrator.prompts.choose import with_prompts
-from orchestrator.recipes.load import LoadedRecipe, load_recipe, resolve
+from orchestrator.recipes.load import LoadedRecipe, load_recipe, resolve, store_files
 from orchestrator.service import Service
 from quant_spec.recipe import Recipe
 from workers.storage.model_folder import SampleSize
@@ -112,9 +111,7 @@ def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Re
     loaded = with_prompts(loaded, model)
     loaded = replace(loaded, recipe=with_guidance(loaded.recipe, model))
     nodes, target = plan(model, loaded.recipe)
-    for digest, path in loaded.files.items():
-        if service.store.put_file(path) != digest:
-            raise RecipeError(f"{path}: got other bytes than a moment ago, wanted the file left alone")
+    store_files(loaded.files, service.store)
     resolved = resolve(loaded.recipe)
     release_name = request.release_name or default_release_name(model.name, loaded.recipe.name)
     wanted = loaded.recipe.resources

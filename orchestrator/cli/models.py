@@ -42,6 +42,11 @@ def models_add(app: App, source: str, name: str | None, sample_size: SampleSize 
     if problem is not None:
         app.notify(f"note: its pipeline cannot be quantized: {problem}")
         return
+    if needs := (pipeline_of(row) or {}).get("needs"):
+        app.notify(f"note: its call needs files: a prompts file (--prompts) with columns {', '.join(needs)}")
+    if smaller := (pipeline_of(row) or {}).get("arguments"):
+        told = ", ".join(f"{name} {value}" for name, value in smaller.items())
+        app.notify(f"note: its default size is too large to look at; costs are those of {told}")
     if pipeline_of(row) is None and (missing := missing_conditioning(row)):
         app.notify(f"note: it has no {', '.join(missing)} yet; jobs want conditioning.safetensors beside the model")
         return

@@ -44,7 +44,8 @@ class Reference:
 
 def recipe_files(recipe: Mapping[str, Any]) -> set[str]:
     """Return the digests of the files that a resolved recipe names."""
-    stated = ((recipe.get("evaluation") or {}).get("extractor_weights"), recipe.get("prompts"))
+    evaluation = recipe.get("evaluation") or {}
+    stated = (evaluation.get("extractor_weights"), evaluation.get("clip"), recipe.get("prompts"))
     return {digest for digest in stated if digest}
 
 

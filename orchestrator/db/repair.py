@@ -259,7 +259,9 @@ def _what_to_do(session: Session, reader: Row[Any], lost: Sequence[str], error: 
     wanting = select(Job.recipe).join(JobTask, JobTask.job_id == Job.id).where(JobTask.task_id == reader.id)
     if set(lost) & {digest for recipe in session.scalars(wanting) for digest in recipe_files(recipe)}:
         again = "submit the recipe again where its file is"
-        return f"{name}: {error}; it is a file that the recipe names (extractor_weights, prompts), {again}, {then}"
+        return (
+            f"{name}: {error}; it is a file that the recipe names (extractor_weights, clip, prompts), {again}, {then}"
+        )
     return f"{name}: {error}; no task gives it"
 
 

@@ -107,6 +107,7 @@ class ModelInfo:
     digest: str
     parameters: int
     sample_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]  # another where the denoiser's input is a concatenation
     has_tokens: bool  # whether samples are packed tokens, (tokens, C), and not (C, ...)
     gmacs: float
     activation_bytes: int
@@ -123,6 +124,7 @@ class ModelInfo:
             digest=digest,
             parameters=inspection["parameters"],
             sample_shape=tuple(inspection["sample_shape"]),
+            input_shape=tuple(inspection.get("input_shape", inspection["sample_shape"])),
             has_tokens=inspection["has_tokens"],
             gmacs=inspection["forward_gmacs"],
             activation_bytes=inspection["activation_bytes"],
@@ -144,9 +146,9 @@ class ModelInfo:
         Timestep embeddings run before it, so the first layer that runs is not the one that is meant.
         """
         layers = self.layers
-        readers = [layer for layer in layers if layer.type != "Linear" and layer.shape[1] == self.sample_shape[0]]
+        readers = [layer for layer in layers if layer.type != "Linear" and layer.shape[1] == self.input_shape[0]]
         if not readers and self.has_tokens:
-            readers = [layer for layer in layers if layer.shape[1] == self.sample_shape[1]]
+            readers = [layer for layer in layers if layer.shape[1] == self.input_shape[1]]
         return (readers or layers)[0].name
 
     @property

@@ -10,7 +10,7 @@ from orchestrator.errors import RecipeError
 from quant_spec.recipe import Recipe
 
 #: What the call is given by the recipe's own fields, by prompts, or by the seeds.
-_OWN = frozenset(
+OWN = frozenset(
     {
         *("prompt", "negative_prompt", "class_labels", "generator", "latents", "num_inference_steps", "guidance_scale"),
         *("eta", "output_type", "return_dict", "num_images_per_prompt", "callback_on_step_end"),
@@ -47,6 +47,7 @@ def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
         Naming what is missing.
     """
     pipeline, sampler = pipeline_of(model), recipe.sampler
+    _check_clip(model, recipe)
     if pipeline is None:
         if sampler.arguments:
             raise RecipeError(
@@ -74,10 +75,19 @@ def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
         raise RecipeError(
             f"sampler.timestep_scale: got {sampler.timestep_scale:g} for {name}, wanted 1: its call decides it"
         )
-    if own := sorted(sampler.arguments.keys() & _OWN):
+    if own := sorted(sampler.arguments.keys() & OWN):
         raise RecipeError(
             f"sampler.arguments: got {', '.join(own)}, wanted the recipe's own field, or the prompts file"
         )
     if unknown := sorted(sampler.arguments.keys() - set(pipeline["takes"])):
-        known = ", ".join(sorted(set(pipeline["takes"]) - _OWN))
+        known = ", ".join(sorted(set(pipeline["takes"]) - OWN))
         raise RecipeError(f"sampler.arguments: got {', '.join(unknown)}, wanted what the call of {name} takes: {known}")
+
+
+def _check_clip(model: ModelRow, recipe: Recipe) -> None:
+    """Refuse a model for the CLIP score where there are no prompts."""
+    if recipe.evaluation.clip is not None and (pipeline_of(model) or {}).get("prompts") != "prompt":
+        raise RecipeError(
+            f"evaluation.clip: got a model for {model.name}, whose samples have no prompts, wanted null, or a pipeline "
+            "that is told prompts"
+        )

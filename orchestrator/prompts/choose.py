@@ -10,6 +10,7 @@ from typing import Any
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import RecipeError
+from orchestrator.planning.pipeline import OWN
 from orchestrator.recipes.load import LoadedRecipe
 from quant_spec.errors import InvalidInputError
 from quant_spec.prompts import read_prompts
@@ -25,7 +26,7 @@ def neutral_digest() -> str:
 
 
 def told_by(model: ModelRow) -> str | None:
-    """Return what a model's pipeline is told: "prompt", "class_labels"; None for a bare denoiser, or neither."""
+    """Return what a model's pipeline is told: "prompt", "class_labels", "files"; None for none of them."""
     pipeline: dict[str, Any] = model.inspection.get("pipeline") or {}
     told: str | None = pipeline.get("prompts")
     return told
@@ -46,6 +47,11 @@ def with_prompts(loaded: LoadedRecipe, model: ModelRow) -> LoadedRecipe:
     """
     stated, told = loaded.recipe.prompts, told_by(model)
     if stated is None:
+        if needs := (model.inspection.get("pipeline") or {}).get("needs"):
+            raise RecipeError(
+                f"prompts: got none for model {model.name}, wanted a prompts file (--prompts) with columns "
+                f"{', '.join(needs)}, which the call of {model.inspection['pipeline']['class_name']} needs"
+            )
         if told != "prompt":
             return loaded
         digest = neutral_digest()
@@ -56,22 +62,34 @@ def with_prompts(loaded: LoadedRecipe, model: ModelRow) -> LoadedRecipe:
             f"prompts: got a file for model {model.name}, which is told no prompts, wanted none, or a whole pipeline "
             "that takes prompts or class labels"
         )
-    path = loaded.files.get(stated)
-    if path is not None:
-        _check(path, model, told)
+    content = loaded.files.get(stated)
+    if content is not None:
+        _check(content, model, told)
     return loaded
 
 
-def _check(path: Path, model: ModelRow, told: str) -> None:
-    """Refuse a file that cannot be read, or says what the pipeline does not take."""
+def _check(content: Path | bytes, model: ModelRow, told: str) -> None:
+    """Refuse a file that cannot be read, or does not say what the pipeline takes."""
+    path = content if isinstance(content, Path) else "the prompts file"
     try:
-        lines = read_prompts(path.read_bytes(), str(path))
+        lines = read_prompts(content.read_bytes() if isinstance(content, Path) else content, str(path))
     except (InvalidInputError, OSError) as error:
         raise RecipeError(f"prompts: {error}") from error
-    got = "class labels" if lines[0].prompt is None else "prompts"
-    if (told == "prompt") != (got == "prompts"):
-        wanted = "prompts" if told == "prompt" else "class labels, one number a line"
-        raise RecipeError(f"prompts: got {got} in {path}, wanted {wanted}, which the pipeline of {model.name} takes")
+    line, pipeline = lines[0], model.inspection["pipeline"]
+    got = "prompts" if line.prompt is not None else "files alone" if line.class_label is None else "class labels"
+    wanted = {"prompt": "prompts", "class_labels": "class labels"}.get(told, "files alone")
+    if got != wanted:
+        form = "class labels, one number a line" if told == "class_labels" else wanted
+        raise RecipeError(f"prompts: got {got} in {path}, wanted {form}, which the pipeline of {model.name} takes")
+    columns = {name for name, _ in line.more}
+    if unknown := sorted(columns - (set(pipeline["takes"]) - OWN)):
+        known = ", ".join(sorted(set(pipeline["takes"]) - OWN))
+        raise RecipeError(f"prompts: got columns {', '.join(unknown)} in {path}, wanted what its call takes: {known}")
+    if missing := [name for name in pipeline.get("needs") or () if name not in columns]:
+        raise RecipeError(
+            f"prompts: got no column {', '.join(missing)} in {path}, wanted files for the call of "
+            f"{pipeline['class_name']}, which needs {', '.join(pipeline['needs'])}"
+        )
     labels = model.inspection["label_count"]
     wrong = [
         line.class_label for line in lines if line.class_label is not None and labels and line.class_label >= labels

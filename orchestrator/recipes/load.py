@@ -13,26 +13,33 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import RecipeError
+from orchestrator.recipes.bundles import CONFIG, bundled, bundled_folder
 from orchestrator.recipes.files import Layer, assign, merge, read_layers, recipe_path, shipped_names
 from orchestrator.recipes.idle import refuse_idle
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
 from quant_spec.recipe import HOW_IT_RUNS, Recipe
 from workers.storage.plain_files import file_within
+from workers.storage.store import Store
 
 #: Fields that no result depends on, so that a recipe's digest leaves them out.
 _UNDIGESTED = ("name", "description")
 #: Fields that name a file, as paths through the recipe.
 _FILE_FIELDS = (("evaluation", "extractor_weights"), ("prompts",))
+#: Fields that name a folder.
+_FOLDER_FIELDS = (("evaluation", "clip"),)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecipe:
-    """A recipe, and the files that it refers to, by digest; they must be in the store when it runs."""
+    """A recipe, and the files that it refers to, by digest; they must be in the store when it runs.
+
+    A prompts file that names others is its bundle's bytes.
+    """
 
     recipe: Recipe
-    files: Mapping[str, Path]
+    files: Mapping[str, Path | bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,18 +155,50 @@ def _anchored(layer: Layer, roots: Sequence[Path]) -> dict[str, Any]:
         if stated is not None:
             path = layer.folder / Path(stated).expanduser()
             values = _with(values, field, str(file_within(path, roots, ".".join(field), error=RecipeError)))
+    for field in _FOLDER_FIELDS:
+        stated = _stated(values, field)
+        if stated is not None:
+            path = layer.folder / Path(stated).expanduser()
+            file_within(path / CONFIG, roots, ".".join(field), error=RecipeError)
+            values = _with(values, field, str(path))
     return values
 
 
-def _replace_files(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Path]]:
+def store_files(files: Mapping[str, Path | bytes], store: Store) -> None:
+    """Put the files of a recipe into a store.
+
+    Raises
+    ------
+    RecipeError
+        If one was changed since its digest was taken.
+    """
+    for digest, content in files.items():
+        put = store.put_bytes(content) if isinstance(content, bytes) else store.put_file(content)
+        if put != digest:
+            raise RecipeError(f"{content!s}: got other bytes than a moment ago, wanted the file left alone")
+
+
+def _replace_files(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
     """Return a recipe with digests for the files that it names, and these by digest."""
-    replaced, files = dict(values), {}
+    replaced = dict(values)
+    files: dict[str, Path | bytes] = {}
+    for field in _FOLDER_FIELDS:
+        stated = _stated(replaced, field)
+        if stated is not None:
+            packed = bundled_folder(folder / Path(stated).expanduser(), ".".join(field))
+            digest = hashlib.sha256(packed).hexdigest()
+            replaced, files[digest] = _with(replaced, field, digest), packed
     for field in _FILE_FIELDS:
         stated, name = _stated(replaced, field), ".".join(field)
         if stated is None:
             continue
         path = folder / Path(stated).expanduser()
         path = file_within(path, (path.resolve().parent,), name, error=RecipeError)
+        packed = bundled(path) if name == "prompts" else None
+        if packed is not None:
+            digest = hashlib.sha256(packed).hexdigest()
+            replaced, files[digest] = _with(replaced, field, digest), packed
+            continue
         try:
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()

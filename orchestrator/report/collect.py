@@ -132,6 +132,7 @@ def read_strips(
     reference, quantized = images["reference"], images["quantized"]
     metrics = (score.metrics or {})["metrics"]
     first, prompts = metrics["seeds"]["first"], tuple(metrics.get("shown_prompts", ()))
+    seeds = tuple(metrics.get("shown_seeds", range(first, first + len(reference))))
     wide = reference.shape[3] if most is None else min(reference.shape[3], most)
     columns = max(1, min(_STRIP_IMAGES, _STRIP_PIXELS // wide))
     starts = range(0, len(reference), columns)
@@ -139,7 +140,7 @@ def read_strips(
         make_strips(
             reference[start : start + columns],
             quantized[start : start + columns],
-            tuple(range(first + start, first + min(start + columns, len(reference)))),
+            seeds[start : start + columns],
             prompts[start : start + columns],
             most=most,
         )

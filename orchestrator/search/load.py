@@ -50,7 +50,7 @@ class LoadedSearch:
     left_out: tuple[str, ...] = field(default=())
 
     @property
-    def files(self) -> dict[str, Path]:
+    def files(self) -> dict[str, Path | bytes]:
         """Files that the recipes refer to, by digest."""
         return {digest: path for loaded in self.recipes.values() for digest, path in loaded.files.items()}
 

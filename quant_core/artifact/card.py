@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from quant_core.errors import ArtifactError
 from quant_spec.metrics import Listing, Place, lines, missing, protocol
+from quant_spec.prompts import ARRAY
 from quant_spec.tasks.bench import BENCHED
 
 _SPEED_HEAD, _LIMITS_HEAD = "## Speed and memory", "## Limits"
@@ -156,10 +157,15 @@ def _call(metrics: Mapping[str, Any]) -> str:
     sampler = metrics["sampler"]
     told = (metrics.get("worst_prompts") or [{"prompt": "…"}])[-1]["prompt"]
     is_label = told.startswith("class ") and told.removeprefix("class ").isdecimal()
-    first = f"class_labels=[{told.removeprefix('class ')}]" if is_label else json.dumps(told, ensure_ascii=False)
+    files = metrics.get("prompts", {}).get("files", [])
+    is_file = bool(files) and told.split(", ")[0].endswith(ARRAY)  # a line of files alone is named after them
+    given = [] if is_file else [json.dumps(told, ensure_ascii=False)]
+    given = [f"class_labels=[{told.removeprefix('class ')}]"] if is_label else given
+    given += [f"{name}=…" for name in files]
     settings = {"num_inference_steps": sampler["num_inference_steps"], "guidance_scale": sampler["guidance_scale"]}
     settings |= sampler.get("arguments", {})
-    return f"images = pipeline({first}, {', '.join(f'{name}={value!r}' for name, value in settings.items())}).images"
+    given += [f"{name}={value!r}" for name, value in settings.items()]
+    return f"images = pipeline({', '.join(given)})[0]" if files else f"images = pipeline({', '.join(given)}).images"
 
 
 def _cell(text: str) -> str:

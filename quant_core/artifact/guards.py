@@ -1,7 +1,9 @@
-"""What keeps a packed model right inside whatever pipeline it is in: inputs of other widths, layers fused later."""
+"""What keeps a packed model right inside whatever pipeline it is in: inputs of other widths, layers fused or added
+later."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 import torch
@@ -9,22 +11,28 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quant_core.errors import ArtifactError
+from quant_core.nn.askable import keep_askable
 from quant_core.nn.layers import QuantLayer
+from quant_core.nn.model import PACKED_MODULES
 
 _NARROW = (torch.float16, torch.bfloat16)
 
 
 def guard(model: nn.Module) -> None:
-    """Let a packed model take inputs in half precision, whatever it computes in, and refuse fusing its projections.
+    """Let a packed model take inputs in half precision, whatever it computes in; refuse fused projections and adapters.
 
     Unless the user says otherwise, a pipeline's text encoders have the dtype of their checkpoint, and all else float32.
     """
     model.register_forward_pre_hook(_widen, with_kwargs=True)
+    keep_askable(model, PACKED_MODULES)
     for module in model.modules():
         if any(isinstance(child, QuantLayer) for child in module.children()) and hasattr(module, "fuse_projections"):
             module.fuse_projections = _refuse_fusing  # type: ignore[assignment]
     if hasattr(model, "fuse_qkv_projections"):
         model.fuse_qkv_projections = _refuse_fusing  # type: ignore[assignment]
+    for name in ("load_lora_adapter", "add_adapter"):
+        if hasattr(model, name):
+            setattr(model, name, functools.partial(_refuse_adapter, name))
 
 
 def _widen(
@@ -45,6 +53,14 @@ def _widen(
 
 def _is_narrow(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in _NARROW
+
+
+def _refuse_adapter(name: str, *_: Any, **__: Any) -> NoReturn:
+    """Stand in for a method that would add a LoRA's layers beside the model's."""
+    raise ArtifactError(
+        f"{name}: got a packed model, whose layers have codes and no weights to add to, wanted the LoRA fused into the "
+        "model before it is quantized"
+    )
 
 
 def _refuse_fusing(*_: Any, **__: Any) -> NoReturn:

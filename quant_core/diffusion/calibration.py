@@ -29,7 +29,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from quant_core.diffusion.conditioning import UNBATCHED, Conditioning, concatenate, take, to_device
+from quant_core.diffusion.conditioning import Conditioning, concatenate, is_shared, take, to_device
 from quant_core.diffusion.denoiser import Denoiser, call_denoiser
 from quant_core.diffusion.finite import Moment
 from quant_core.diffusion.sampler import OnStep, Step
@@ -121,11 +121,11 @@ def record(trajectories: Trajectories, seeds: Sequence[int], spec: RecordSpec, p
         "step_index": TensorInfo((len(chosen),), _LONG),
     }
     for key, value in script.conditioning.items():
-        info = TensorInfo.of(value if key in UNBATCHED else _row(value, script.rows))
+        info = TensorInfo.of(value if is_shared(key) else _row(value, script.rows))
         if key in script.stepwise:
             if rows:
                 parts[STEPWISE + key] = TensorInfo((len(chosen), rows, *info.shape), info.dtype)
-        elif key in UNBATCHED:
+        elif is_shared(key):
             parts[CONDITIONING + key] = info
         else:
             parts[CONDITIONING + key] = TensorInfo((len(seeds) * script.rows, *info.shape), info.dtype)
@@ -168,7 +168,8 @@ def _writer(maps: Mapping[str, Any], timesteps: Tensor, chosen: Sequence[int], r
         if step.index == 0:
             for key, value in step.conditioning.items():
                 if CONDITIONING + key in maps:
-                    where = slice(None) if key in UNBATCHED else slice(step.row, step.row + len(step.x))
+                    _check_told(key, value, maps[CONDITIONING + key], step.row)
+                    where = ... if is_shared(key) else slice(step.row, step.row + len(step.x))
                     maps[CONDITIONING + key][where] = value.cpu().numpy()
         count = min(len(step.x), rows - step.row)
         if step.index not in places or count <= 0:
@@ -182,6 +183,19 @@ def _writer(maps: Mapping[str, Any], timesteps: Tensor, chosen: Sequence[int], r
             maps["prediction"][place] = step.prediction[:count].float().cpu().numpy()
 
     return write
+
+
+def _check_told(key: str, value: Tensor, written: Any, row: int) -> None:
+    """Refuse what a later batch is told that does not go with what the first was told."""
+    shape = tuple(value.shape) if is_shared(key) else tuple(value.shape[1:])
+    wanted = tuple(written.shape) if is_shared(key) else tuple(written.shape[1:])
+    if shape != wanted:
+        raise QuantizationError(
+            f"trajectory: got {key} of shape {shape}, wanted {wanted}, as for the first seed: prompts must be padded "
+            "to one length (sampler.arguments)"
+        )
+    if is_shared(key) and row and not np.array_equal(value.float().cpu().numpy(), written.astype(np.float32)):
+        raise QuantizationError(f"trajectory: got another {key} than for the first seed, wanted the same for all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +266,12 @@ class CalibrationSet:
     def steps(self) -> int:
         """Number of recorded steps."""
         return len(self.timesteps)
+
+    @property
+    def first_alike(self) -> list[int]:
+        """For each step, the first one at the same timestep: pipelines and samplers may call twice at one."""
+        timesteps = self.timesteps.tolist()
+        return [timesteps.index(timestep) for timestep in timesteps]
 
     @property
     def samples(self) -> int:
@@ -326,7 +346,7 @@ class CalibrationSet:
 def read_conditioning(shard: Mapping[str, Tensor], rows: int | None = None) -> dict[str, Tensor]:
     """Return the conditioning among a shard's tensors, its first `rows` (all if None)."""
     found = {key.removeprefix(CONDITIONING): shard[key] for key in sorted(shard) if key.startswith(CONDITIONING)}
-    return {key: value if key in UNBATCHED else value[:rows] for key, value in found.items()}
+    return {key: value if is_shared(key) else value[:rows] for key, value in found.items()}
 
 
 def _small(handle: Any) -> dict[str, Tensor]:

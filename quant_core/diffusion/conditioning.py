@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from quant_core.diffusion.denoiser import PACKED_TOKENS, config_value, forward_signature
+from quant_core.diffusion.denoiser import PACKED_TOKENS, PLAIN, SHARED, config_value, forward_signature
 from quant_core.errors import ConditioningError
 
 Conditioning = Mapping[str, Tensor]
@@ -33,6 +33,11 @@ class Field:
 
     shape: tuple[int, ...]
     classes: int | None = None
+
+
+def is_shared(key: str) -> bool:
+    """Whether an entry of a conditioning has no row for each sample, but is the same for all."""
+    return key in UNBATCHED or key.startswith((SHARED, PLAIN))
 
 
 def conditioning_fields(model: nn.Module) -> dict[str, Field]:
@@ -87,7 +92,7 @@ def dummy_conditioning(model: nn.Module) -> dict[str, Tensor]:
     """Return one row of zeros of the right shapes, to look at a forward and not at its values."""
     return {
         key: torch.zeros(
-            field.shape if key in UNBATCHED else (1, *field.shape),
+            field.shape if is_shared(key) else (1, *field.shape),
             dtype=torch.int64 if field.classes else torch.float32,
         )
         for key, field in conditioning_fields(model).items()
@@ -118,7 +123,7 @@ def draw_conditioning(model: nn.Module, seeds: Sequence[int], file: Path | None)
 
     Returns
     -------
-    dict of str to Tensor, leading dimension len(seeds) (but for `UNBATCHED`)
+    dict of str to Tensor, leading dimension len(seeds) (but for what `is_shared`)
         Floats are in the model's dtype.
 
     Raises
@@ -243,44 +248,42 @@ def _read_rows(file: Path, seeds: Sequence[int]) -> dict[str, Tensor]:
     """Read the seeds' rows of a conditioning file."""
     with safe_open(file, framework="pt") as handle:
         keys = [key for key in sorted(handle.keys()) if not key.startswith(NULL)]
-        counts = {key: handle.get_slice(key).get_shape()[0] for key in keys if key not in UNBATCHED}
+        counts = {key: handle.get_slice(key).get_shape()[0] for key in keys if not is_shared(key)}
         if len(set(counts.values())) != 1 or 0 in counts.values():
             raise ConditioningError(f"{file}: got rows {counts}, wanted the same number (at least 1) for every key")
         total = next(iter(counts.values()))
         rows = [draw(seed, "row", total) for seed in seeds]
         return {
-            key: handle.get_tensor(key)
-            if key in UNBATCHED
-            else torch.stack([handle.get_slice(key)[row] for row in rows])
+            key: handle.get_tensor(key) if is_shared(key) else torch.stack([handle.get_slice(key)[row] for row in rows])
             for key in keys
         }
 
 
 def _rows(conditioning: Conditioning) -> int:
     """Return the number of samples."""
-    return next(len(value) for key, value in conditioning.items() if key not in UNBATCHED)
+    return next(len(value) for key, value in conditioning.items() if not is_shared(key))
 
 
 def take(conditioning: Conditioning, index: Tensor | slice) -> dict[str, Tensor]:
     """Return some rows of a conditioning."""
-    return {key: value if key in UNBATCHED else value[index] for key, value in conditioning.items()}
+    return {key: value if is_shared(key) else value[index] for key, value in conditioning.items()}
 
 
 def concatenate(parts: Sequence[Conditioning]) -> dict[str, Tensor]:
     """Join conditionings of several batches."""
     return {
-        key: value if key in UNBATCHED else torch.cat([part[key] for part in parts]) for key, value in parts[0].items()
+        key: value if is_shared(key) else torch.cat([part[key] for part in parts]) for key, value in parts[0].items()
     }
 
 
 def interleave(first: Conditioning, second: Conditioning) -> dict[str, Tensor]:
     """Return rows first[0], second[0], first[1], second[1], …"""
     return {
-        key: value if key in UNBATCHED else torch.stack([value, second[key]], dim=1).flatten(0, 1)
+        key: value if is_shared(key) else torch.stack([value, second[key]], dim=1).flatten(0, 1)
         for key, value in first.items()
     }
 
 
 def to_device(conditioning: Conditioning, device: torch.device | str) -> dict[str, Tensor]:
-    """Move a conditioning."""
-    return {key: value.to(device) for key, value in conditioning.items()}
+    """Move a conditioning; numbers stay where Python reads them."""
+    return {key: value if key.startswith(PLAIN) else value.to(device) for key, value in conditioning.items()}

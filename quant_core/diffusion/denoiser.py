@@ -21,6 +21,10 @@ from quant_spec.pipeline import MODEL_INDEX, is_whole
 
 #: Stands in for the length of a sequence of packed latents where neither config nor conditioning gives it.
 PACKED_TOKENS = 1024
+#: What keys of a conditioning begin with whose tensors have no row for each sample, but are the same for all of them.
+SHARED = "shared."
+#: What keys begin with whose tensors, shape (), stand for numbers of Python.
+PLAIN = "plain."
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +179,7 @@ def call_denoiser(model: nn.Module, x: Tensor, t: Tensor | float, conditioning: 
         Timesteps as the model takes them.
     conditioning : mapping of str to Tensor, leading dimension B
         By forward keyword; a dotted key (`added_cond_kwargs.time_ids`) or a nested mapping fills a dictionary argument.
+        Those with `SHARED` before their keyword have no rows; those with `PLAIN` become numbers.
 
     Returns
     -------
@@ -183,7 +188,9 @@ def call_denoiser(model: nn.Module, x: Tensor, t: Tensor | float, conditioning: 
     """
     signature = forward_signature(model)
     steps = torch.as_tensor(t, device=x.device)
-    arguments = nest(conditioning) | {signature.sample: x, signature.timestep: steps.expand(len(x))}
+    # Some have no default for what may be None, as pipelines then say.
+    arguments = dict.fromkeys(signature.required) | nest(conditioning)
+    arguments |= {signature.sample: x, signature.timestep: steps.expand(len(x))}
     if unknown := sorted(set(arguments) - signature.keywords - {signature.sample, signature.timestep}):
         raise DenoiserError(
             f"{type(model).__name__}.forward: got conditioning {unknown}, wanted some of {sorted(signature.keywords)}"
@@ -197,14 +204,15 @@ def call_denoiser(model: nn.Module, x: Tensor, t: Tensor | float, conditioning: 
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn dotted keys into nested dictionaries, and those whose keys are all #0, #1, ... into tuples."""
+    """Turn dotted keys into nested dictionaries, or tuples if they are all #0, #1, ...; `PLAIN` ones into numbers."""
     nested: dict[str, Any] = {}
     for key, value in flat.items():
-        *parents, leaf = key.split(".")
+        is_plain = key.startswith(PLAIN)
+        *parents, leaf = key.removeprefix(SHARED).removeprefix(PLAIN).split(".")
         place = nested
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[leaf] = value
+        place[leaf] = value.item() if is_plain else value
     return {key: _sequences(value) for key, value in nested.items()}
 
 

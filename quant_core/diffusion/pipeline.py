@@ -6,17 +6,20 @@ No pipeline class is named here: what a pipeline's call takes is read from its s
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from quant_core.errors import DenoiserError
 from quant_spec.documents import read_json_file
 from quant_spec.pipeline import DENOISERS, MODEL_INDEX, component_entries, denoiser_entry
-from quant_spec.prompts import PromptLine
+from quant_spec.prompts import PromptFile, PromptLine
 from quant_spec.sampler import Sampler
 
 
@@ -139,8 +142,10 @@ def call_arguments(
         arguments["prompt"] = [line.prompt for line in lines]
         if any(line.negative_prompt for line in lines) and "negative_prompt" in takes:
             arguments["negative_prompt"] = [line.negative_prompt or "" for line in lines]
-    else:
+    elif lines[0].class_label is not None:
         arguments["class_labels"] = [line.class_label for line in lines]
+    for place, (name, _) in enumerate(lines[0].more):
+        arguments[name] = _together(name, [line.more[place][1] for line in lines])
     optional = {"guidance_scale": sampler.guidance_scale, "eta": sampler.eta}
     arguments |= {name: value for name, value in optional.items() if name in takes and value is not None}
     arguments |= sampler.arguments
@@ -149,6 +154,26 @@ def call_arguments(
             f"{type(pipeline).__name__}: got {', '.join(unknown)}, wanted what its call takes: {', '.join(takes)}"
         )
     return arguments
+
+
+def _together(name: str, values: Sequence[str | PromptFile]) -> Any:
+    """Return a keyword's values for a batch: texts, images, or arrays as one tensor with a row for each.
+
+    Raises
+    ------
+    DenoiserError
+        If a file is damaged, or arrays differ in shape.
+    """
+    if not all(isinstance(value, PromptFile) for value in values):
+        return [value.name if isinstance(value, PromptFile) else value for value in values]
+    files = [value for value in values if isinstance(value, PromptFile)]
+    try:
+        if files[0].is_image:
+            return [Image.open(io.BytesIO(file.data)).convert("RGB") for file in files]
+        arrays = [torch.from_numpy(np.load(io.BytesIO(file.data), allow_pickle=False)) for file in files]
+        return torch.stack([array.float() if array.is_floating_point() else array for array in arrays])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DenoiserError(f"prompts: {name}: got {files[0].name} ({error}), wanted images or arrays") from error
 
 
 def flatten(arguments: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,8 +4,9 @@ Two things give them: the loop of `quant_core.diffusion.sampler` around a bare d
 pipeline, watched at its denoiser. Calibration, references and evaluation ask for trajectories and know no more.
 
 A pipeline is *rehearsed* first, for one seed and with a denoiser that computes once and then says zero, to learn at
-which timesteps it calls, with what, and how many rows each seed has. Rows of guided calls are recorded seed by seed, in
-the order in which the pipeline has them (all seeds' first rows, then all seeds' second rows).
+which timesteps it calls, with what, and how many rows each seed has; and until its first call for two samples, to learn
+what has a row for each of them, and what is the same for all (tables of positions). Rows of guided calls are recorded
+seed by seed, in the order in which the pipeline has them (all seeds' first rows, then all seeds' second rows).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quant_core.diffusion.conditioning import UNBATCHED
-from quant_core.diffusion.denoiser import forward_signature, sample_shape
+from quant_core.diffusion.conditioning import is_shared
+from quant_core.diffusion.denoiser import PLAIN, SHARED, forward_signature, sample_shape
 from quant_core.diffusion.embeddings import Embeddings, given
 from quant_core.diffusion.finite import Moment, check_prediction
 from quant_core.diffusion.output import map_output, prediction_of
@@ -58,7 +59,7 @@ class Script:
     x, prediction : tuple of int
         Shape of one row.
     conditioning : mapping of str to Tensor
-        What a single seed's call is told besides; all of it for `UNBATCHED` keys, else `rows` rows.
+        What a single seed's call is told besides; all of it for keys that `is_shared`, else `rows` rows.
     stepwise : frozenset of str
         Keys of `conditioning` whose values are not the same at every step.
     sample, latent : tuple of int
@@ -178,6 +179,7 @@ class PipelineTrajectories:
             raise DenoiserError("prompts: got none, wanted at least one")
         self.pipeline, self.sampler, self.lines = pipeline, sampler, tuple(lines)
         self.model, self.embeddings = denoiser_of(pipeline), embeddings
+        self._shared: frozenset[str] | None = None
 
     def script(self, seeds: Sequence[int], *, wants_samples: bool = False) -> Script:
         """Rehearse one seed, with one call of the denoiser."""
@@ -201,7 +203,16 @@ class PipelineTrajectories:
         prediction = prediction_of(first[0], seen[0].x)
         told = seen[0].conditioning
         changing = {key for call in seen[1:] for key in told if not _equal(call.conditioning.get(key), told[key])}
-        if any(call.conditioning.keys() != told.keys() or call.x.shape != seen[0].x.shape for call in seen):
+        shared = self._find_shared(seeds[0])
+        told, changing = _named(told, shared), {shared_name(key, shared) for key in changing}
+        if wrong := sorted(key for key in changing if is_shared(key)):
+            raise DenoiserError(
+                f"{type(self.pipeline).__name__}: got {', '.join(wrong)} for its {type(self.model).__name__}, which "
+                "change from step to step and are not a row for each sample, wanted rows, or the same at every step"
+            )
+        if any(
+            call.conditioning.keys() != seen[0].conditioning.keys() or call.x.shape != seen[0].x.shape for call in seen
+        ):
             raise DenoiserError(
                 f"{type(self.pipeline).__name__}: got calls of its {type(self.model).__name__} that differ in what "
                 "they are told, wanted the same keywords and shapes at every step"
@@ -242,7 +253,8 @@ class PipelineTrajectories:
         row = 0
         for first in range(0, len(seeds), batch_size):
             batch = seeds[first : first + batch_size]
-            watch = _Watch(self.model, len(batch), row, on_step, instead)
+            shared = frozenset() if on_step is None else self._find_shared(seeds[0])
+            watch = _Watch(self.model, len(batch), row, on_step, instead, shared)
             parts.append(self._call(batch, watch, wants_samples=wants_samples))
             row += watch.rows
         made = [part for part in parts if part is not None]
@@ -250,6 +262,37 @@ class PipelineTrajectories:
             return None
         latents = [part.latents for part in made if part.latents is not None]
         return Samples(torch.cat([part.samples for part in made]), torch.cat(latents) if latents else None)
+
+    def _find_shared(self, seed: int) -> frozenset[str]:
+        """Return which tensors that the denoiser is told have no row for each sample, as one and two samples show."""
+        if self._shared is None:
+            one, two = (self._first_call([seed] * count) for count in (1, 2))
+            shared = set()
+            for key, value in one.conditioning.items():
+                other = two.conditioning.get(key)
+                if value.dim() == 0 or is_shared(key) or other is None:
+                    continue
+                if len(value) == len(one.x) and len(other) == len(two.x):
+                    continue
+                if value.shape != other.shape:
+                    raise DenoiserError(
+                        f"{type(self.model).__name__}: got {key} {tuple(value.shape)} for one sample and "
+                        f"{tuple(other.shape)} for two, wanted a row for each sample, or the same for all"
+                    )
+                shared.add(key)
+            self._shared = frozenset(shared)
+        return self._shared
+
+    def _first_call(self, seeds: Sequence[int]) -> _Call:
+        """Return what the denoiser is first called with for some seeds."""
+        seen: list[_Call] = []
+
+        def act(call: _Call, compute: Callable[[], Any]) -> Any:
+            seen.append(call)
+            raise _EnoughError
+
+        self._call(seeds, act, wants_samples=False)
+        return seen[0]
 
     @torch.no_grad()
     def _call(self, seeds: Sequence[int], act: Act, *, wants_samples: bool) -> Samples | None:
@@ -301,12 +344,11 @@ def watched(model: nn.Module, act: Act) -> Iterator[None]:
         steps = steps.float() if steps.dtype in (torch.float16, torch.bfloat16) else steps
         defaults = {name: each.default for name, each in signature.parameters.items()}
         told = flatten({key: value for key, value in given.items() if value is not defaults[key]})
-        for key, value in told.items():
-            if not isinstance(value, Tensor):
-                raise DenoiserError(
-                    f"{type(model).__name__}: got {key} {str(value)[:40]} ({type(value).__name__}), wanted tensors: "
-                    "nothing else that a pipeline tells its denoiser can be replayed yet"
-                )
+        if not isinstance(x, Tensor):
+            raise DenoiserError(
+                f"{type(model).__name__}: got {names.sample} as a {type(x).__name__}, wanted a tensor of all samples"
+            )
+        told = dict(_replayable(model, key, value) for key, value in told.items())
 
         def ask(other: nn.Module | None = None) -> Any:
             return forward(*args, **kwargs) if other is None else other(*args, **kwargs)
@@ -347,11 +389,47 @@ def stepping(scheduler: Any, move: Move) -> Iterator[None]:
             scheduler.step = had
 
 
+def _replayable(model: nn.Module, key: str, value: Any) -> tuple[str, Tensor]:
+    """Return a keyword's value as a tensor; numbers have the key `PLAIN`.
+
+    Raises
+    ------
+    DenoiserError
+        If it is neither.
+    """
+    if isinstance(value, Tensor):
+        return key, value
+    if isinstance(value, bool | int | float):
+        return PLAIN + key, torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+    raise DenoiserError(
+        f"{type(model).__name__}: got {key} {str(value)[:40]} ({type(value).__name__}), wanted tensors and numbers: "
+        "nothing else that a pipeline tells its denoiser can be replayed"
+    )
+
+
+def shared_name(key: str, shared: frozenset[str]) -> str:
+    """Return the key of a conditioning for a keyword, some of which are the same for all samples."""
+    return SHARED + key if key in shared else key
+
+
+def _named(told: Mapping[str, Tensor], shared: frozenset[str]) -> dict[str, Tensor]:
+    return {shared_name(key, shared): value for key, value in told.items()}
+
+
 class _Watch:
     """Passes every call of a batch on to the denoiser, and shows it to a callback with its rows seed by seed."""
 
-    def __init__(self, model: nn.Module, seeds: int, row: int, on_step: OnStep | None, instead: Instead | None) -> None:
-        self.model, self.seeds, self.row, self.on_step, self.instead = model, seeds, row, on_step, instead
+    def __init__(
+        self,
+        model: nn.Module,
+        seeds: int,
+        row: int,
+        on_step: OnStep | None,
+        instead: Instead | None,
+        shared: frozenset[str],
+    ) -> None:
+        self.model, self.seeds, self.row = model, seeds, row
+        self.on_step, self.instead, self.shared = on_step, instead, shared
         self.index, self.rows = 0, seeds
 
     def __call__(self, call: _Call, ask: Ask) -> Any:
@@ -365,8 +443,8 @@ class _Watch:
             )
         if self.on_step is not None:
             told = {
-                key: value if key in UNBATCHED else self._by_seed(_rows(value, self.rows, key))
-                for key, value in call.conditioning.items()
+                key: value if is_shared(key) else self._by_seed(_rows(value, self.rows, key))
+                for key, value in _named(call.conditioning, self.shared).items()
             }
             x, prediction = self._by_seed(call.x), self._by_seed(prediction)
             self.on_step(Step(self.index, call.timestep, self.row, x, told, prediction))
@@ -425,9 +503,16 @@ def _decoding(decoder: nn.Module | None, kept: list[Tensor], wants_samples: bool
 
 
 def _pixels(output: Any) -> Tensor:
-    """Return a pipeline's images, (n, H, W, C) in [0, 1], as (n, C, H, W) float32 in [-1, 1]."""
+    """Return a pipeline's images, (n, H, W, C) in [0, 1], as (n, C, H, W) float32 in [-1, 1].
+
+    A video, (n, frames, H, W, C), is an image of its frames, one below the other.
+    """
     images = output[0] if isinstance(output, tuple | list) else output
     array = np.asarray(images)
+    if array.ndim == 5:
+        array = array.reshape(len(array), -1, *array.shape[3:])
     if array.ndim != 4 or array.shape[-1] not in (1, 3):
-        raise DenoiserError(f"pipeline: got samples of shape {array.shape}, wanted images (n, H, W, 3)")
+        raise DenoiserError(
+            f"pipeline: got samples of shape {array.shape}, wanted images (n, H, W, 3) or videos (n, frames, H, W, 3)"
+        )
     return torch.from_numpy(array.astype(np.float32)).permute(0, 3, 1, 2).contiguous() * 2 - 1

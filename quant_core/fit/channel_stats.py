@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -73,6 +74,12 @@ class ChannelStats:
             if len(kept) > self.positions:
                 kept = torch.randperm(len(kept), generator=generator)[: self.positions]
             self.drawn[step].append(tokens[:, kept.to(tokens.device)].float().cpu())
+
+    def repeat(self, alike: Sequence[int]) -> None:
+        """Let each step have what was seen at the one that it is like."""
+        for name in ("low", "high", "fit_low", "fit_high", "square", "count"):
+            setattr(self, name, getattr(self, name)[list(alike)])
+        self.drawn = [self.drawn[step] for step in alike]
 
     def second_moment(self) -> Tensor:
         """Return E[x_k^2] at each step, shape (S, C)."""

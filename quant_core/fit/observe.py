@@ -48,6 +48,11 @@ class StepRanges:
                 flat = flat[torch.randint(len(flat), (draw,), generator=generator).to(flat.device)]
             self.values[step].append(flat.float().cpu())
 
+    def repeat(self, alike: Sequence[int]) -> None:
+        """Let each step have what was seen at the one that it is like."""
+        self.low, self.high = self.low[list(alike)], self.high[list(alike)]
+        self.values = [self.values[step] for step in alike]
+
     def qparams(self, spec: ActivationSpec, ranges: RangeSpec) -> QParams:
         """Return the tables of a static or per-step quantizer, shape (S,) or (1,)."""
         low, high, values = self.low, self.high, self.values
@@ -163,6 +168,8 @@ def observe(
 ) -> Observation:
     """Run the full-precision model over the calibration set, each batch of one step, until the last of `units`.
 
+    Steps at the same timestep are one to a model that finds its step by the timestep: each has what all of them saw.
+
     Random draws depend on the seed and on the name of what is watched, so that a layer's observation is the same
     whatever is watched beside it.
 
@@ -179,12 +186,14 @@ def observe(
             stack.callback(wrap_processor(model.get_submodule(name), function))
         call = stack.enter_context(stop_after(model, units))
         stack.enter_context(torch.no_grad())
-        rows = 0
+        rows, last, alike = 0, 0, calibration.first_alike
         for batch in calibration.by_step(batch_size):
             step = int(batch.step[0])
-            rows = rows + len(batch) if step == current.step and rows < calibration.samples else len(batch)
-            current.step, current.first_row = step, rows - len(batch)
+            rows = rows + len(batch) if step == last and rows < calibration.samples else len(batch)
+            last, current.step, current.first_row = step, alike[step], rows - len(batch)
             call(lambda batch=batch: replay(model, batch))  # type: ignore[misc]
+    for seen in (*found.ranges.values(), *found.channels.values()):
+        seen.repeat(alike)
     return found
 
 

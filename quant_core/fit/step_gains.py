@@ -30,7 +30,7 @@ class StepGains:
     Attributes
     ----------
     timesteps : tuple of float, length S
-        As the scheduler has them, noisiest first.
+        As the denoiser gets them, in the order of its calls.
     gains : tuple of float, length S
         Mean square error of the final samples, per mean square error of the prediction of one step.
     noises : tuple of float, length S
@@ -84,7 +84,7 @@ def measure_gains(
         Seeds per denoiser call.
     """
     quantized = _with_weights(trajectories.model, states)
-    timesteps = trajectories.schedule(seeds)[1]
+    timesteps = trajectories.script(seeds).timesteps
 
     def draw(instead: Instead) -> Tensor:
         made = trajectories.run(seeds, batch_size=batch_size, instead=instead)

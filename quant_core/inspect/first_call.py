@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import safe_open
@@ -31,6 +31,20 @@ from quant_core.errors import ConditioningError, DenoiserError
 from quant_spec.errors import QuantServiceError
 
 _NO_MEMORY = ("allocate memory", "out of memory")
+
+
+class Call(NamedTuple):
+    """What a denoiser is looked at with: a sample, shape (1, ...), a timestep, shape (), and a row of conditioning."""
+
+    x: Tensor
+    timestep: Tensor
+    conditioning: Conditioning
+
+    @classmethod
+    def of(cls, denoiser: Denoiser) -> Self:
+        """Return that of a bare denoiser; see `first_call`."""
+        x, conditioning = first_call(denoiser)
+        return cls(x, torch.tensor(0), conditioning)
 
 
 def first_call(denoiser: Denoiser) -> tuple[Tensor, Conditioning]:

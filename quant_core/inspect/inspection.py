@@ -7,50 +7,52 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quant_core.diffusion.conditioning import UNBATCHED, Conditioning, conditioning_fields
+from quant_core.diffusion.conditioning import conditioning_fields, is_shared
 from quant_core.diffusion.denoiser import Denoiser, has_tokens
-from quant_core.inspect.first_call import check_prediction_shape, describe_needs, explained, first_call
+from quant_core.errors import DenoiserError
+from quant_core.inspect.first_call import Call, check_prediction_shape, describe_needs, explained
 from quant_core.inspect.pipeline import describe_pipeline
 from quant_core.inspect.temporal import trace_temporal
 from quant_core.inspect.trace import Trace, trace_denoiser
 from quant_core.inspect.units import Unit, find_units
 from quant_core.nn.layers import QUANTIZABLE
 from quant_spec.enums import SampleSpace
+from quant_spec.errors import QuantServiceError
 from quant_spec.pipeline import sample_space
 
 GIGA = 1e9
 _FLOAT_BYTES = 4
 
 
-def trace_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None = None) -> Trace:
+def trace_model(denoiser: Denoiser, call: Call | None = None) -> Trace:
     """Trace one forward at batch 1, with the folder's first drawn conditioning or zeros where there is none.
 
     Parameters
     ----------
-    call : tuple of Tensor and mapping, optional
-        The sample, shape (1, ...), and one row of conditioning, instead.
+    call : Call, optional
+        What a pipeline calls it with, instead.
 
     Raises
     ------
     DenoiserError, ConditioningError
         If the model cannot be called so, or predicts something else than it takes; see `quant_core.inspect.first_call`.
     """
-    x, conditioning = call or first_call(denoiser)
+    x, timestep, conditioning = call or Call.of(denoiser)
     with explained(denoiser, x, conditioning):
-        trace = trace_denoiser(denoiser.model, x, torch.tensor(0), conditioning)
-    check_prediction_shape(denoiser.model, x, trace.output_shape)
+        trace = trace_denoiser(denoiser.model, x, timestep, conditioning)
+    if call is None:
+        check_prediction_shape(denoiser.model, x, trace.output_shape)
     return trace
 
 
-def inspect_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None = None) -> dict[str, Any]:
+def inspect_model(denoiser: Denoiser, call: Call | None = None) -> dict[str, Any]:
     """Describe a denoiser for planning.
 
     Parameters
     ----------
-    call : tuple of Tensor and mapping, optional
+    call : Call, optional
         As for `trace_model`: a pipeline is not called then, and nothing is said of it.
 
     Returns
@@ -62,6 +64,8 @@ def inspect_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None =
         shape, MACs, split of its input. Per attention: MACs of its two matmuls. All at batch 1. `temporal`: the layers
         of the temporal information block, see `quant_core.inspect.temporal.TemporalLayer`. `scheduler`: the model's own
         scheduler config, null if it has none; numbers that are not finite as text. `samples`: "pixels" or "latents".
+        `sample_shape` and `input_shape`: of what it predicts and of what it is given, which are the same unless its
+        input is a concatenation.
         `has_tokens`: whether samples are packed tokens. `conditioning`: what a forward is told, with the number of
         classes or the shape of a row; with it the entries of `quant_core.inspect.first_call.describe_needs`.
         `pipeline`: what `quant_core.inspect.pipeline.describe_pipeline` says of a whole pipeline, null for a denoiser.
@@ -75,7 +79,12 @@ def inspect_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None =
     pipeline = None
     if denoiser.is_whole and call is None:
         pipeline, call = describe_pipeline(denoiser)
-    trace = trace_model(denoiser, call)
+    try:
+        trace = trace_model(denoiser, call)
+    except QuantServiceError as error:
+        if pipeline is None or pipeline["problem"] is None:
+            raise
+        raise DenoiserError(f"{pipeline['class_name']}: {pipeline['problem']}; its denoiser alone: {error}") from error
     found = find_units(model, trace)
     done = _finished(trace)
     units = [_describe_unit(model, unit, trace, done) for unit in found.units]
@@ -85,6 +94,7 @@ def inspect_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None =
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "sample_shape": list(trace.output_shape[1:]),
+        "input_shape": list((call or Call.of(denoiser)).x.shape[1:]),
         "forward_gmacs": trace.macs / GIGA,
         "activation_bytes": sum(layer.input_bytes for layer in trace.layers.values()),
         "has_tokens": has_tokens(model),
@@ -164,10 +174,10 @@ def _samples(shape: tuple[int, ...], denoiser: Denoiser, pipeline: Mapping[str, 
     return str(sample_space(shape, denoiser.pipeline))
 
 
-def _describe_temporal(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None) -> dict[str, Any]:
-    x, conditioning = call or first_call(denoiser)
+def _describe_temporal(denoiser: Denoiser, call: Call | None) -> dict[str, Any]:
+    x, timestep, conditioning = call or Call.of(denoiser)
     with explained(denoiser, x, conditioning):
-        found = trace_temporal(denoiser.model, x, torch.zeros(1), conditioning)
+        found = trace_temporal(denoiser.model, x, timestep.reshape(1).float(), conditioning)
     return {name: layer.to_json() for name, layer in found.layers.items()}
 
 
@@ -177,5 +187,5 @@ def _describe_conditioning(denoiser: Denoiser) -> dict[str, Any]:
     return {
         key: field.classes if field.classes is not None else list(field.shape)
         for key, field in fields.items()
-        if key not in UNBATCHED
+        if not is_shared(key)
     }

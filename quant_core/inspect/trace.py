@@ -49,8 +49,9 @@ class Event:
 class Trace:
     """A forward at batch 1.
 
-    `layers` and `attentions` (multiplications of their matmuls) are in the order of their first call; `events` has
-    every call; `spans` gives float32 bytes in and out of every module that ran, for its first call.
+    `layers` and `attentions` (multiplications of their matmuls) are in the order of their first call; attentions that
+    do not call `scaled_dot_product_attention` (linear ones) are not among them: nothing could quantize theirs. `events`
+    has every call; `spans` gives float32 bytes in and out of every module that ran, for its first call.
     """
 
     layers: Mapping[str, LayerTrace]
@@ -74,6 +75,7 @@ class _Recorder:
     input_bytes: dict[str, int] = field(default_factory=dict)
     splits: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
+    attended: set[str] = field(default_factory=set)  # attentions that called scaled_dot_product_attention
     concatenated: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)  # tensor -> (dim, sizes)
 
 
@@ -114,9 +116,7 @@ def _summary(recorder: _Recorder, model: nn.Module, output_shape: tuple[int, ...
         name: LayerTrace(macs[name], size, _agreed(recorder.splits[name]))
         for name, size in recorder.input_bytes.items()
     }
-    attentions = {
-        name: count for name, count in macs.items() if name not in layers and is_attention(model.get_submodule(name))
-    }
+    attentions = {name: count for name, count in macs.items() if name in recorder.attended}
     return Trace(layers, attentions, tuple(recorder.events), recorder.spans, output_shape)
 
 
@@ -180,7 +180,8 @@ class _Watch(TorchFunctionMode):
         elif func is F.scaled_dot_product_attention:
             query, key, value = (*args, *(kwargs[n] for n in ("query", "key", "value") if n in kwargs))[:3]
             self._count(
-                query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1]
+                query.numel() * key.shape[-2] + query.numel() // query.shape[-1] * key.shape[-2] * value.shape[-1],
+                attends=True,
             )
         elif func in _MATMULS:
             left = args[1] if func is torch.baddbmm else args[0]
@@ -198,8 +199,10 @@ class _Watch(TorchFunctionMode):
         stack = self.recorder.stack
         return bool(stack) and next(stack[-1][1].parameters(), None) is not None
 
-    def _count(self, macs: int) -> None:
+    def _count(self, macs: int, *, attends: bool = False) -> None:
         """Attribute a product of two activations to the innermost attention that is running."""
         name = next((name for name, module in reversed(self.recorder.stack) if is_attention(module)), None)
         if name is not None:
             self.recorder.events.append(Event(name, macs))
+            if attends:
+                self.recorder.attended.add(name)

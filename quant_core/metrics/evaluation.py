@@ -141,18 +141,28 @@ def _ends(timesteps: Tensor) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """Figures over all shards, and the first samples of both models as RGB images (k, 3, H, W) in [-1, 1]."""
+    """Figures over all shards; samples of both models as RGB images (n, 3, H, W) in [-1, 1], and their PSNR in dB."""
 
     metrics: dict[str, Any]
     reference_rgb: Tensor
     quantized_rgb: Tensor
+    psnr_db: tuple[float, ...]
+
+    def shown(self, places: Sequence[int]) -> Quality:
+        """Return it with some samples alone, by their places among the seeds."""
+        at = list(places)
+        psnr = tuple(self.psnr_db[place] for place in at)
+        return Quality(self.metrics, self.reference_rgb[at], self.quantized_rgb[at], psnr)
+
+    def worst(self, count: int) -> list[int]:
+        """Return the places of the samples that are farthest from full precision's, worst first."""
+        return sorted(range(len(self.psnr_db)), key=lambda place: (self.psnr_db[place], place))[:count]
 
 
 def summarize(
     references: Sequence[Path],
     evaluations: Sequence[Path],
     extractor: ResizedFeatures,
-    shown: int,
     space: SampleSpace,
     *,
     are_signals: bool = False,
@@ -164,8 +174,6 @@ def summarize(
     ----------
     references, evaluations : sequences of Path
         Shards of the same seeds, in the same order.
-    shown : int
-        How many samples are returned as images.
     space : SampleSpace
         Whether samples are pixels.
     are_signals : bool
@@ -207,7 +215,7 @@ def summarize(
         "timesteps": expected[0]["timesteps"].tolist(),
         "samples": str(space),
     }
-    return Quality(metrics | _pipeline_metrics(measured), reference_rgb[:shown], quantized_rgb[:shown])
+    return Quality(metrics | _pipeline_metrics(measured), reference_rgb, quantized_rgb, tuple(decibels))
 
 
 def _pipeline_metrics(measured: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
@@ -222,10 +230,3 @@ def _pipeline_metrics(measured: Sequence[Mapping[str, Tensor]]) -> dict[str, Any
         sqnr = mean_with_ci(torch.cat([shard["latent_sqnr_db"] for shard in measured]).tolist())
         found["latent_sqnr_db"] = round(sqnr.value, _DECIMALS)
     return found
-
-
-def worst_seeds(evaluations: Sequence[Path], first: int, count: int) -> list[tuple[int, float]]:
-    """Return the seeds whose samples are farthest from full precision's, with their PSNR in dB, worst first."""
-    psnr = torch.cat([_read(path)["psnr_db"] for path in evaluations]).tolist()
-    order = sorted(range(len(psnr)), key=lambda index: (psnr[index], index))
-    return [(first + index, round(psnr[index], _DECIMALS)) for index in order[:count]]

@@ -68,12 +68,15 @@ class ReplacedAttention(TorchFunctionMode):
     def __init__(self, function: AttentionFunction) -> None:
         super().__init__()
         self.function = function
+        self.is_used = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
+        if not torch.compiler.is_compiling():
+            self.is_used = True
         result = self.function(*_bind_attention(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {})) if result is None else result
 
@@ -101,7 +104,7 @@ class _Processor:
     """A processor whose scaled dot product is replaced; its parts are attributes, so that copied models have theirs."""
 
     def __init__(self, inner: Any, function: AttentionFunction) -> None:
-        self.inner, self.function = inner, function
+        self.inner, self.function, self.is_used = inner, function, False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _processor, (self.inner, self.function)
@@ -111,8 +114,12 @@ def _processor(inner: Any, function: AttentionFunction) -> _Processor:
     """Make a processor of a class of its own, named after `inner`'s."""
 
     def call(self: _Processor, *args: Any, **kwargs: Any) -> Any:
-        with ReplacedAttention(self.function):
-            return self.inner(*args, **kwargs)
+        replaced = ReplacedAttention(self.function)
+        with replaced:
+            result = self.inner(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.is_used = replaced.is_used
+        return result
 
     # diffusers reads the signature of a processor's __call__ to decide which keyword arguments to pass on.
     call.__signature__ = inspect.signature(type(inner).__call__)  # type: ignore[attr-defined]
@@ -120,34 +127,24 @@ def _processor(inner: Any, function: AttentionFunction) -> _Processor:
     return made
 
 
-class _OtherProcessor:
-    """A quantized attention's function, for a processor that a user put in the place of the one that was wrapped."""
-
-    def __init__(self, function: AttentionQuantizer, name: str) -> None:
-        self.function, self.name, self.is_used = function, name, False
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        self.is_used = True
-        result: Tensor = self.function(query, key, value, mask, scale)
-        return result
-
-
 def _keep_quantized(attention: nn.Module, _: tuple[Any, ...]) -> None:
     """Wrap the processor of a quantized attention again if another was set; hooked before its forward."""
     if torch.compiler.is_compiling() or isinstance(attention.processor, _Processor):
         return
-    name = type(attention.processor).__name__
-    wrap_processor(attention, _OtherProcessor(attention.attention_quantizer, name))  # type: ignore[arg-type]
+    wrap_processor(attention, attention.attention_quantizer)  # type: ignore[arg-type]
 
 
 def _check_used(attention: nn.Module, *_: Any) -> None:
-    """Refuse a processor that was set later and does not call what is quantized; hooked behind the forward."""
-    function = getattr(attention.processor, "function", None)
-    if isinstance(function, _OtherProcessor) and not function.is_used:
-        raise QuantizationError(
-            f"attention: got processor {function.name}, which does not call scaled_dot_product_attention, so that its "
-            "matmuls would not be quantized; wanted the model's own, or AttnProcessor2_0"
-        )
+    """Refuse a processor, or an attention backend, that does not call what is quantized; hooked behind the forward."""
+    processor = attention.processor
+    if torch.compiler.is_compiling() or not isinstance(processor, _Processor) or processor.is_used:
+        return
+    backend = getattr(processor.inner, "_attention_backend", None)
+    raise QuantizationError(
+        f"attention: got processor {type(processor.inner).__name__}{f' with backend {backend}' if backend else ''}, "
+        "which does not call scaled_dot_product_attention, so that its matmuls would not be quantized; wanted the "
+        "model's own, or AttnProcessor2_0"
+    )
 
 
 def wrap_processor(attention: nn.Module, function: AttentionFunction) -> Callable[[], None]:

@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from quant_core.nn.askable import keep_askable
 from quant_core.nn.attention import AttentionQuantizer, quantize_attentions
-from quant_core.nn.feature_table import FeatureTable, replace_features
+from quant_core.nn.feature_table import FeatureTable, Unserved, replace_features
 from quant_core.nn.layers import QuantLayer, quantize_layers
 from quant_core.nn.steps import StepClock, attach_clock
 from quant_spec.formats import ModelFormat
+
+#: What stands for layers of the original.
+PACKED_MODULES: tuple[type[nn.Module], ...] = (QuantLayer, FeatureTable, Unserved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +46,11 @@ def build_quantized(model: nn.Module, model_format: ModelFormat) -> QuantizedPar
 
     Works on a model on the meta device too, whose buffers a state dict then fills.
     """
-    clock = StepClock(model_format.timesteps, model_format.unknown_timestep)
+    clock = StepClock(model_format.timesteps, model_format.unknown_timestep, model_format.num_inference_steps)
     layers = quantize_layers(model, model_format.layers, clock)
     attentions = quantize_attentions(model, model_format.attentions, clock)
     features = replace_features(model, model_format.features, model_format.unserved, clock)
     attach_clock(model, clock, max((spec.labels for spec in model_format.features.values()), default=1))
+    if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        keep_askable(model, PACKED_MODULES)
     return QuantizedParts(clock, layers, attentions, features)

@@ -31,13 +31,26 @@ class StepClock:
         The sampler's timesteps in the order of sampling; empty for a model without per-step tables.
     unknown : UnknownTimestep
         What to do at any other timestep.
+    num_inference_steps : int, optional
+        What a sampler is told to take these; by default, as many as there are.
+
+    Notes
+    -----
+    Where a timestep comes more than once, the first of its entries is taken: they are alike.
     """
 
-    def __init__(self, timesteps: Sequence[float], unknown: UnknownTimestep = UnknownTimestep.ERROR) -> None:
+    def __init__(
+        self,
+        timesteps: Sequence[float],
+        unknown: UnknownTimestep = UnknownTimestep.ERROR,
+        num_inference_steps: int | None = None,
+    ) -> None:
         self.timesteps = torch.tensor(tuple(timesteps), dtype=torch.float64)
         self.unknown = unknown
+        self.num_inference_steps = num_inference_steps or len(self.timesteps)
         self.model = "this model"
         self.tolerance = _tolerance(self.timesteps)
+        self.largest = float(self.timesteps.abs().max()) if len(self.timesteps) else 0.0
         self.waits = True
         self.step: int | None = 0
         self.index: Tensor = torch.zeros((), dtype=torch.long)
@@ -56,8 +69,10 @@ class StepClock:
         self.timesteps = self.timesteps.to(device)
         self.waits = False
 
-    def set_timestep(self, timestep: Tensor | float) -> None:
+    def set_timestep(self, timestep: Tensor | float, dtype: torch.dtype = torch.float32) -> None:
         """Look up `timestep` (scalar or shape (B,)); sets `index`, shape () if all are at one step, else (B,), int64.
+
+        A `dtype` narrower than float32 is what the model computes in: timesteps may have been rounded to it.
 
         Raises
         ------
@@ -67,12 +82,12 @@ class StepClock:
         if len(self.timesteps) == 0:
             return
         if not self._may_wait():
-            self.index, self.step = self._look_up(timestep), None
+            self.index, self.step = self._look_up(timestep, dtype), None
             return
         wanted = torch.as_tensor(timestep).detach().to("cpu", torch.float64)
         wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
         distance, index = (wanted[..., None] - self.timesteps).abs().min(dim=-1)
-        is_far = distance > self._allowed(wanted, timestep)
+        is_far = distance > self._allowed(timestep, dtype)
         if bool(is_far.any()):
             self._handle_unknown(wanted, is_far)
         # One step for all, which is the rule, is one grid for the whole batch: backends then need no run per sample.
@@ -109,29 +124,36 @@ class StepClock:
         """Whether values may be looked at from Python: not while compiling, and not if they are on a GPU."""
         return self.waits and not torch.compiler.is_compiling()
 
-    def _look_up(self, timestep: Tensor | float) -> Tensor:
+    def _look_up(self, timestep: Tensor | float, dtype: torch.dtype) -> Tensor:
         """Find steps where `timesteps` are."""
         device = self.timesteps.device
         wanted = torch.as_tensor(timestep).detach().to(device, torch.float64, non_blocking=True)
         wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
         distance, index = (wanted[..., None] - self.timesteps).abs().min(dim=-1)
         if self.unknown is UnknownTimestep.ERROR:
-            is_near = distance <= self._allowed(wanted, timestep)
+            is_near = distance <= self._allowed(timestep, dtype)
             torch._assert_async(is_near.all(), "timestep: wanted one of the calibrated trajectory")
         return index
 
-    def _allowed(self, wanted: Tensor, timestep: Tensor | float) -> Tensor:
-        """Return how far timesteps, shape () or (B,), may be from the trajectory's: as their dtype rounds them."""
-        dtype = timestep.dtype if isinstance(timestep, Tensor) and timestep.is_floating_point() else torch.float32
-        return (wanted.abs() * torch.finfo(dtype).eps).clamp(min=self.tolerance)
+    def _allowed(self, timestep: Tensor | float, dtype: torch.dtype) -> float:
+        """Return how far a timestep may be from the trajectory's: as its dtype, or the model's, rounds the largest one.
+
+        Of the largest, as pipelines round before they scale and turn around (1 - t). Integers are exact.
+        """
+        if isinstance(timestep, Tensor) and not timestep.is_floating_point():
+            return self.tolerance
+        own = timestep.dtype if isinstance(timestep, Tensor) else torch.float32
+        return max(self.tolerance, self.largest * max(torch.finfo(each).eps for each in (own, dtype)))
 
     def _handle_unknown(self, wanted: Tensor, is_far: Tensor) -> None:
         first = wanted.reshape(-1)[is_far.reshape(-1)][0].item()
-        grid = f"{len(self.timesteps)} steps, {self.timesteps.max().item():g} to {self.timesteps.min().item():g}"
+        grid = (
+            f"{len(self.timesteps.unique())} steps, {self.timesteps.max().item():g} to {self.timesteps.min().item():g}"
+        )
         if self.unknown is UnknownTimestep.ERROR:
             raise UnknownTimestepError(
                 f"timestep: got {first:g}, wanted one of the trajectory that {self.model} was calibrated on ({grid}); "
-                f"sample with the scheduler in its scheduler/ folder and num_inference_steps={len(self.timesteps)}"
+                f"sample with the scheduler in its scheduler/ folder and num_inference_steps={self.num_inference_steps}"
             )
         warnings.warn(
             f"timestep {first:g} is not in the calibrated trajectory ({grid}); using the nearest step", stacklevel=3
@@ -166,8 +188,9 @@ class _SetClock:
     def __init__(self, clock: StepClock, parameters: list[str], timestep: str, labels: int) -> None:
         self.clock, self.parameters, self.timestep, self.labels = clock, parameters, timestep, labels
 
-    def __call__(self, _: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        self.clock.set_timestep(self._argument(self.timestep, args, kwargs))  # type: ignore[arg-type]
+    def __call__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+        self.clock.set_timestep(self._argument(self.timestep, args, kwargs), dtype)  # type: ignore[arg-type]
         if self.labels > 1:
             self.clock.set_label(self._argument(_LABEL_NAME, args, kwargs), self.labels)  # type: ignore[arg-type]
 

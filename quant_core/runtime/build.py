@@ -16,7 +16,9 @@ from kernels.backend import BackendUnavailableError, prefers_int8_weights, why_r
 from kernels.errors import KernelError
 from kernels.fp8 import why_no_fp8
 from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.askable import keep_askable
 from quant_core.nn.layers import QuantLayer, replace_module
+from quant_core.nn.model import PACKED_MODULES
 from quant_core.nn.steps import StepClock
 from quant_core.runtime.fused_blocks import fuse_blocks
 from quant_core.runtime.layer import LayerRun, RuntimeLayer, layer_quantizers
@@ -88,6 +90,7 @@ def build_runtime(
     if not any(tensor.is_floating_point() for tensor in (*model.parameters(), *model.buffers())):
         # Runtime layers took all tensors, from which diffusers takes a model's dtype and device.
         model.register_buffer("quantmill_anchor", torch.empty(0, dtype=dtype, device=device), persistent=False)
+    keep_askable(model, (*PACKED_MODULES, RuntimeLayer))
     runs = [layer.run if isinstance(layer, RuntimeLayer) else layer for layer in layers]
     if device.type != "cpu":
         run_on(model, device)

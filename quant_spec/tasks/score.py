@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from quant_spec.enums import Extractor, SampleSpace
+from quant_spec.enums import Extractor, SampleSpace, ShownSeeds
 from quant_spec.prompts import PromptPart
 from quant_spec.record import Count
 from quant_spec.sampler import Sampler
@@ -26,13 +26,16 @@ class Params(TaskParams):
     grid: Count = Field(description="Images in the sample grid.")
     samples: SampleSpace = Field(description="Whether samples are pixels.")
     part: PromptPart | None = Field(default=None, description="Which prompts a whole pipeline is told.")
+    shown: ShownSeeds = Field(default=ShownSeeds.FIRST, description="Which seeds pictures show.")
 
-    _omitted: ClassVar[frozenset[str]] = frozenset({"part"})
+    _omitted: ClassVar[frozenset[str]] = frozenset({"part", "shown"})
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs(TaskInputs[Source]):
-    """Packed and original trees; shards in the order of their seeds; one file of weights, for inception-v3; prompts."""
+    """Packed and original trees; shards in the order of their seeds; files of weights, for inception-v3 and for CLIP;
+    prompts.
+    """
 
     packed: Source
     references: tuple[Source, ...]
@@ -40,6 +43,7 @@ class Inputs(TaskInputs[Source]):
     model: Source
     extractor_weights: Source | None = None
     prompts: Source | None = None
+    clip: Source | None = None
 
 
 KIND = TaskKind("score", 3, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))

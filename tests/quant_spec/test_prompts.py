@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.prompts.choose import NEUTRAL
 from quant_spec.errors import InvalidInputError
-from quant_spec.prompts import PromptLine, PromptPart, line_of, read_prompts, select_part
+from quant_spec.prompts import PromptFile, PromptLine, PromptPart, bundle, line_of, read_prompts, select_part
 
 
 def test_plain_text_has_a_prompt_a_line() -> None:
@@ -35,13 +35,19 @@ def test_json_lines_are_objects() -> None:
     [
         (b"", "p: got no prompts, wanted one a line"),
         (b"\xff\xfe\x00", "p: got bytes that are not UTF-8"),
-        (b'{"prompt": "a"}\n{"promt": "b"}\n', "p:2: got promt, wanted some of prompt"),
+        (b'{"prompt": "a"}\n{"promt": "b"}\n', "p:2: got promt, wanted a prompt or a class_label"),
         (b'{"prompt": "a"}\nb\n', "p:2: got what is no JSON"),
         (b'{"prompt": 1}\n', "p:1: got prompt '1', wanted text"),
         (b'{"prompt": "a", "seed": -1}\n', "p:1: got seed '-1', wanted a number from 0"),
         (b'{"seed": 1}\n', "p:1: got seed, wanted a prompt or a class_label"),
         (b'{"prompt": "a"}\n{"class_label": 1}\n', "p: got prompts and class labels"),
         (b"prompt\tseed\na\n", "p:2: got 1 columns, wanted 2"),
+        (b"prompt\timage\na\tx.png\nb\t\n", "p: got image in some lines, wanted them in all or none"),
+        (b"prompt\timage\na\t/x.png\n", "p:2: got image '/x.png', wanted a file in the folder of the prompts file"),
+        (b"prompt\timage\na\t../x.png\n", "p:2: got image '../x.png', wanted a file in the folder"),
+        (b'{"prompt": "a", "strength": 0.5}\n', "p:1: got strength 0.5, wanted text or the name of a file"),
+        (b"PK\x03\x04", "p: got an archive that is no bundle"),
+        (bundle(b"prompt\timage\na\tx.png\n", {"y.png": b""}), "p: got x.png named but not in the bundle"),
     ],
 )
 def test_a_line_that_is_wrong_is_named(data: bytes, message: str) -> None:
@@ -67,3 +73,20 @@ def test_one_line_and_class_labels_are_told_to_both_parts() -> None:
 def test_the_shipped_prompts_are_256_different_ones() -> None:
     lines = read_prompts(NEUTRAL.read_bytes())
     assert len({line.prompt for line in lines}) == len(lines) == 256
+
+
+def test_further_columns_are_text_or_files_of_a_bundle() -> None:
+    text = b"prompt\tprompt_2\timage\tmask_image\nowl\tat night\ta.png\tb.npy\n"
+    files = {"a.png": b"one", "b.npy": b"two"}
+    (line,) = read_prompts(text)
+    assert line.more == (("image", PromptFile("a.png")), ("mask_image", PromptFile("b.npy")), ("prompt_2", "at night"))
+    packed = bundle(text, files)
+    assert packed == bundle(text, dict(reversed(files.items())))
+    (line,) = read_prompts(packed)
+    assert [(file.data, file.is_image) for file in line.files] == [(b"one", True), (b"two", False)]
+
+
+def test_a_line_may_name_files_alone_which_are_split_as_prompts_are() -> None:
+    lines = read_prompts(b"image_embeds\tnegative_image_embeds\na.npy\tb.npy\nc.npy\td.npy\n")
+    assert lines[0].text == "a.npy, b.npy"
+    assert select_part(lines, PromptPart.EVALUATION) == lines[1:]

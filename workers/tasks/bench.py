@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from kernels.backend import resolve_backend
 from quant_core.artifact.folder import WEIGHTS_FILE, packed_home
-from quant_core.diffusion.conditioning import UNBATCHED, dummy_conditioning, to_device
+from quant_core.diffusion.conditioning import dummy_conditioning, is_shared, to_device
 from quant_core.diffusion.denoiser import call_denoiser, load_denoiser, sample_shape
 from quant_core.diffusion.sampler import (
     make_scheduler,
@@ -184,7 +184,7 @@ def _conditioning(bench: _Bench, model: nn.Module, seeds: range) -> dict[str, Te
         return trajectory_conditioning(model, bench.sampler, seeds, bench.conditioning)
     rows = len(seeds) * bench.sampler.calls_per_step
     return {
-        key: value if key in UNBATCHED else value.expand(rows, *value.shape[1:]).clone()
+        key: value if is_shared(key) else value.expand(rows, *value.shape[1:]).clone()
         for key, value in dummy_conditioning(model).items()
     }
 

@@ -6,6 +6,7 @@ Metrics: `bytes` of the packed weights file.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from quant_core.artifact.folder import WEIGHTS_FILE, write_artifact
 from quant_core.diffusion.sampler import make_scheduler
@@ -23,6 +24,8 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     denoiser = fetch_model(inputs.model, context)
     states = read_states(inputs.states, context)
     formats = merge_formats(states, params.unknown_timestep)
+    if formats.timesteps and len(formats.timesteps) != params.sampler.num_inference_steps:
+        formats = replace(formats, num_inference_steps=params.sampler.num_inference_steps)
     build_quantized(denoiser.model, formats)
     load_states(denoiser.model, states)
     scheduler = make_scheduler(params.sampler, denoiser.scheduler_config)

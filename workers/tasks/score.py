@@ -8,6 +8,8 @@ Metrics: `metrics`, as in the score.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,16 +19,18 @@ from safetensors.torch import save
 from quant_core.artifact.folder import CONFIG_FILE, parse_quantization_config
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, has_signals
+from quant_core.inspect.first_call import Call
 from quant_core.inspect.inspection import inspect_model
+from quant_core.metrics.clip_score import ClipScore
 from quant_core.metrics.cost import model_cost
-from quant_core.metrics.evaluation import Quality, summarize, worst_seeds
+from quant_core.metrics.evaluation import Quality, summarize
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, inception_v3
 from quant_core.metrics.images import difference, grid
 from quant_spec.documents import read_json
-from quant_spec.enums import Extractor
+from quant_spec.enums import Extractor, ShownSeeds
 from quant_spec.keys import canonical_json
 from quant_spec.metrics import check_computed
-from quant_spec.prompts import PromptPart, line_of
+from quant_spec.prompts import PromptFile, PromptLine, line_of, unbundle
 from quant_spec.tasks.score import GRID, SAMPLES, SCORE, Inputs, Params
 from workers.errors import TaskError
 from workers.execution.context import TaskContext, TaskOutput
@@ -46,7 +50,6 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         local_files(references, context),
         local_files(evaluations, context),
         _extractor(params.extractor, inputs.extractor_weights, context),
-        params.grid,
         params.samples,
         are_signals=has_signals(original.model),
         device=context.device,
@@ -57,29 +60,49 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         "sqnr_seeds": params.sqnr_seeds,
     }
     metrics = quality.metrics | _costs(original, inputs, context) | protocol
+    worst = params.shown is ShownSeeds.WORST
+    places = quality.worst(params.grid) if worst else list(range(min(params.grid, params.seeds.count)))
+    if worst:
+        metrics["shown_seeds"] = [params.seeds.first + place for place in places]
     if params.part is not None:
-        metrics |= _prompts(original, params, params.part, inputs, context)
+        lines = read_lines(original, inputs.prompts, params.part, context)
+        told = [line_of(lines, seed) for seed in params.seeds.range]
+        metrics |= _prompts(told, quality, params, places)
+        columns = [name for name, value in told[0].more if isinstance(value, PromptFile)]
+        metrics["prompts"] = {"file": inputs.prompts, "part": params.part.value, "lines": len(lines)}
+        metrics["prompts"] |= {"files": columns} if columns else {}
+        if inputs.clip is not None:
+            metrics |= _clip_scores(told, quality, inputs.clip, context)
     check_computed(metrics)
-    images = {"reference": quality.reference_rgb.contiguous(), "quantized": quality.quantized_rgb.contiguous()}
+    pictures = quality.shown(places)
+    images = {"reference": pictures.reference_rgb.contiguous(), "quantized": pictures.quantized_rgb.contiguous()}
     outputs = {
         SCORE: context.store.put_bytes(canonical_json(metrics).encode()),
-        GRID: context.store.put_bytes(_grid_png(quality)),
+        GRID: context.store.put_bytes(_grid_png(pictures)),
         SAMPLES: context.store.put_bytes(save(images)),
     }
     return TaskOutput(outputs, {"metrics": metrics})
 
 
-def _prompts(
-    original: Denoiser, params: Params, part: PromptPart, inputs: Inputs[str], context: TaskContext
-) -> dict[str, Any]:
-    """Return what the pipeline was told, and the prompts of which came out worst."""
-    lines = read_lines(original, inputs.prompts, part, context)
-    worst = worst_seeds(local_files(inputs.evaluations, context), params.seeds.first, params.grid)
-    return {
-        "prompts": {"file": inputs.prompts, "part": part.value, "lines": len(lines)},
-        "worst_prompts": [{"prompt": line_of(lines, seed).text, "seed": seed, "psnr_db": psnr} for seed, psnr in worst],
-        "shown_prompts": [line_of(lines, params.seeds.first + index).text for index in range(params.grid)],
-    }
+def _prompts(told: Sequence[PromptLine], quality: Quality, params: Params, shown: Sequence[int]) -> dict[str, Any]:
+    """Return the prompts that came out worst, and those that pictures show."""
+    worst = [
+        {"prompt": told[place].text, "seed": params.seeds.first + place, "psnr_db": round(quality.psnr_db[place], 6)}
+        for place in quality.worst(params.grid)
+    ]
+    return {"worst_prompts": worst, "shown_prompts": [told[place].text for place in shown]}
+
+
+def _clip_scores(told: Sequence[PromptLine], quality: Quality, clip: str, context: TaskContext) -> dict[str, float]:
+    """Return how well both models' images fit their prompts, by the user's CLIP model."""
+    folder = context.scratch / "clip"
+    folder.mkdir()
+    for name, content in unbundle(context.store.get_bytes(clip), f"clip {clip[:12]}").items():
+        (folder / name).write_bytes(content)
+    score = ClipScore(folder, context.device)
+    texts = [line.text for line in told]
+    sides = {"clip_score": quality.quantized_rgb, "clip_score_full_precision": quality.reference_rgb}
+    return {name: round(fmean(score(images, texts)), 6) for name, images in sides.items()}
 
 
 def _extractor(extractor: Extractor, weights: str | None, context: TaskContext) -> ResizedFeatures:
@@ -109,10 +132,10 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
     }
 
 
-def _call(inputs: Inputs[str], context: TaskContext) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return a sample's shape and a row of what a pipeline tells its denoiser, as its first trajectory has them."""
+def _call(inputs: Inputs[str], context: TaskContext) -> Call:
+    """Return what a pipeline calls its denoiser with, as its first trajectory has it."""
     batch = CalibrationSet([context.store.local_path(inputs.references[0])]).rows(0, 0, 1)
-    return torch.zeros_like(batch.x), dict(batch.conditioning)
+    return Call(torch.zeros_like(batch.x), torch.zeros_like(batch.timestep[0]), batch.conditioning)
 
 
 def _grid_png(quality: Quality) -> bytes:

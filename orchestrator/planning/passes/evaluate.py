@@ -73,6 +73,7 @@ def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[Ta
         grid=min(section.grid, section.seeds),
         samples=draft.model.samples,
         part=told.part,
+        shown=section.shown,
     )
     inputs = score.Inputs(
         packed=draft.packed_model,
@@ -81,5 +82,6 @@ def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[Ta
         model=draft.model.digest,
         extractor_weights=section.extractor_weights,
         prompts=told.prompts,
+        clip=section.clip,
     )
     return draft.node(score.KIND, params, inputs, score_cost(draft.costs), f"{section.seeds} seeds")

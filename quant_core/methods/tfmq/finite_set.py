@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant_core.diffusion.calibration import CalibrationSet
-from quant_core.diffusion.conditioning import UNBATCHED, Conditioning, label_count, take, to_device
+from quant_core.diffusion.conditioning import Conditioning, is_shared, label_count, take, to_device
 from quant_core.inspect.temporal import LABEL, TemporalLayer, TemporalProgram, TemporalTrace, trace_temporal
 from quant_core.nn.model import QuantizedParts
 
@@ -108,7 +108,7 @@ def _distinct(calibration: CalibrationSet, conditions: Sequence[str]) -> Tensor:
     """Return rows of the calibration set whose conditioning differs, as many as the finite set may have."""
     found: dict[bytes, int] = {}
     for row in range(calibration.samples):
-        parts = (calibration.conditioning[key][row] for key in conditions if key not in UNBATCHED)
+        parts = (calibration.conditioning[key][row] for key in conditions if not is_shared(key))
         found.setdefault(b"".join(part.contiguous().numpy().tobytes() for part in parts), row)
     return torch.tensor(list(found.values())[: max(1, LARGEST_SET // calibration.steps)])
 

@@ -23,6 +23,7 @@ from quant_core.errors import ArtifactError, UnknownTimestepError
 from quant_core.nn.layers import QuantLayer
 from quant_spec.errors import QuantizationError
 from tests.orchestrator.in_process import InProcess
+from tests.tiny_families import save_clip
 from tests.tiny_pipelines import EMOJI_SD, save_dit, save_sd3
 from workers.storage.manifest import read_files
 from workers.storage.store import open_store
@@ -127,6 +128,30 @@ def test_a_job_measures_pixels_and_names_the_worst_prompts(cli: Cli, used: Path)
     assert {(each["seed"], each["prompt"]) for each in worst} <= {(0, "red apple"), (1, "blue car"), (2, "red apple")}
     assert metrics["prompts"]["part"] == "evaluation"
     assert metrics["sampler"]["guidance_scale"] == 4
+
+
+def test_clip_scores_and_the_worst_pictures_on_request(cli: Cli, used: Path, tmp_path: Path, without_ray: None) -> None:
+    words = ["run", "minmax-w8a8", "--model", "sd", "--prompts", used / "prompts.txt", *SET]
+    asked = ["--set", f"evaluation.clip={save_clip(tmp_path / 'clip')}", "--set", "evaluation.shown=worst"]
+    answer = cli(*words, *asked, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["tasks"]["succeeded"] - answer.json["tasks"]["cached"] == 2  # score and release alone
+    metrics = answer.json["metrics"]
+    assert 0 <= metrics["clip_score"] <= 100
+    assert metrics["clip_score"] == pytest.approx(metrics["clip_score_full_precision"], abs=20)
+    assert metrics["shown_seeds"] == [each["seed"] for each in metrics["worst_prompts"]]
+    assert metrics["shown_prompts"] == [each["prompt"] for each in metrics["worst_prompts"]]
+    assert cli("report", answer.json["job"], "--out", tmp_path / "report.html").code == 0
+    report = (tmp_path / "report.html").read_text()
+    assert "".join(f"<span>{seed}</span>" for seed in metrics["shown_seeds"]) in report
+    assert "CLIP score" in report
+    for model, value, message in (
+        ("dit", tmp_path / "clip", "evaluation.clip: got a model for dit, whose samples have no prompts"),
+        ("sd", used, "evaluation.clip: got"),
+    ):
+        answer = cli("submit", "minmax-w8a8", "--model", model, "--set", f"evaluation.clip={value}")
+        assert (answer.code, answer.out) == (2, "")
+        assert message in answer.err
 
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "dit"])
@@ -329,6 +354,20 @@ class TestWhatUsersDoWithAPipeline:
     def test_fusing_projections_is_refused(self, fresh: Any, pipeline: Any) -> None:
         with pytest.raises(ArtifactError, match="fuse_qkv_projections: got a packed model"):
             fresh.unet.fuse_qkv_projections()
+        assert difference(draw(fresh), draw(pipeline)) == 0
+
+    def test_fusing_projections_of_the_pipeline_is_refused(self, fresh: Any, pipeline: Any) -> None:
+        with pytest.raises(ArtifactError, match="fuse_qkv_projections: got a packed model"):
+            fresh.fuse_qkv_projections()
+
+    def test_casting_it_is_refused(self, fresh: Any, pipeline: Any) -> None:
+        with pytest.raises(ValueError, match=r"Casting a quantized model .* use the `torch_dtype` argument"):
+            fresh.to(torch.bfloat16)
+
+    def test_an_adapter_is_refused(self, fresh: Any, pipeline: Any) -> None:
+        for name in ("load_lora_adapter", "add_adapter"):
+            with pytest.raises(ArtifactError, match=f"{name}: got a packed model.* wanted the LoRA fused into"):
+                getattr(fresh.unet, name)({})
         assert difference(draw(fresh), draw(pipeline)) == 0
 
     def test_offloading_needs_an_accelerator(self, fresh: Any) -> None:

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quant_core.diffusion.conditioning import (
-    UNBATCHED,
     conditioning_fields,
     draw_conditioning,
     dummy_conditioning,
     interleave,
+    is_shared,
     null_conditioning,
 )
 from quant_core.diffusion.denoiser import call_denoiser, forward_signature, load_denoiser, nest, sample_shape
@@ -69,7 +69,7 @@ def test_call_denoiser_predicts_the_shape_of_the_sample(family: str, tiny_model:
     assert sample_shape(model) == SHAPES[family]
     shape = sample_shape(model, tokens=16)
     row = dummy_conditioning(model)
-    conditioning = {key: value if key in UNBATCHED else torch.cat([value, value]) for key, value in row.items()}
+    conditioning = {key: value if is_shared(key) else torch.cat([value, value]) for key, value in row.items()}
     assert set(conditioning) == FIELDS[family]
     if "img_ids" in conditioning:
         conditioning["img_ids"] = conditioning["img_ids"][:16]

@@ -19,6 +19,7 @@ from quant_core.diffusion.trajectories import PipelineTrajectories
 from quant_core.errors import DenoiserError
 from quant_spec.prompts import PromptLine
 from quant_spec.sampler import Sampler
+from tests.tiny_families import FAMILIES
 from tests.tiny_pipelines import save_dit, save_sd3
 
 CLASSES = (PromptLine(class_label=1), PromptLine(class_label=2))
@@ -35,10 +36,10 @@ def trajectories(
     return PipelineTrajectories(load_pipeline(denoiser.folder, denoiser.model, scheduler), sampler, lines)
 
 
-FAMILIES = [(save_dit, CLASSES, 4.0, 2), (save_sd3, PROMPTS, 4.0, 2), (save_sd3, PROMPTS, 1.0, 1)]
+KINDS = [(save_dit, CLASSES, 4.0, 2), (save_sd3, PROMPTS, 4.0, 2), (save_sd3, PROMPTS, 1.0, 1)]
 
 
-@pytest.mark.parametrize(("save", "lines", "guidance", "rows"), FAMILIES)
+@pytest.mark.parametrize(("save", "lines", "guidance", "rows"), KINDS)
 def test_what_is_recorded_replays_and_does_not_depend_on_the_batch(
     tmp_path: Path, save: Callable[[Path], Path], lines: tuple[PromptLine, ...], guidance: float, rows: int
 ) -> None:
@@ -111,11 +112,51 @@ def test_a_keyword_that_cannot_be_replayed_is_refused(tmp_path: Path) -> None:
     found = trajectories(tmp_path, save_sd3, 4.0, PROMPTS)
 
     def skip(_: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[object, dict[str, Any]]:
-        return args, kwargs | {"skip_layers": [0]}
+        return args, kwargs | {"skip_layers": "none"}
 
     found.model.register_forward_pre_hook(skip, with_kwargs=True)
-    with pytest.raises(DenoiserError, match=r"SD3Transformer2DModel: got skip_layers.* \(int\), wanted tensors"):
+    with pytest.raises(
+        DenoiserError, match=r"SD3Transformer2DModel: got skip_layers none \(str\), wanted tensors and num"
+    ):
         found.script([0])
+
+
+def test_numbers_and_tensors_without_rows_are_recorded_once_and_replayed(tmp_path: Path) -> None:
+    family = FAMILIES["hunyuan-dit"]
+    denoiser = load_denoiser(family.save(tmp_path / "model"))
+    sampler = Sampler(num_inference_steps=2, guidance_scale=4.0, arguments=dict(family.arguments))
+    assert denoiser.folder is not None
+    pipeline = load_pipeline(denoiser.folder, denoiser.model, make_scheduler(sampler, denoiser.scheduler_config))
+    found = PipelineTrajectories(pipeline, sampler, PROMPTS)
+
+    record(found, range(4), RecordSpec(sampler, batch_size=2, predictions=True), tmp_path / "shard")
+    shard = CalibrationSet([tmp_path / "shard"])
+    positions = [key for key in shard.conditioning if "image_rotary_emb" in key]
+    assert positions == ["shared.image_rotary_emb.#0", "shared.image_rotary_emb.#1"]
+    # 4 x 4 latents in patches of 2 x 2, whatever the number of samples
+    assert [len(shard.conditioning[key]) for key in positions] == [4, 4]
+    batch = shard.gather(torch.tensor([0, 5, 9]))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            replay(found.model, batch), shard.predictions(torch.tensor([0, 5, 9])), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_numbers_reach_the_denoiser_as_numbers(tmp_path: Path) -> None:
+    found = trajectories(tmp_path, save_sd3, 4.0, PROMPTS)
+
+    def skip(_: torch.nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[object, dict[str, Any]]:
+        return args, kwargs | {"skip_layers": [0]}
+
+    handle = found.model.register_forward_pre_hook(skip, with_kwargs=True)
+    record(found, range(2), RecordSpec(found.sampler, batch_size=2, predictions=True), tmp_path / "shard")
+    handle.remove()
+    shard = CalibrationSet([tmp_path / "shard"])
+    every = torch.arange(len(shard))
+    with torch.no_grad():  # only with the number is the first layer left out again
+        torch.testing.assert_close(
+            replay(found.model, shard.gather(every)), shard.predictions(every), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_a_call_without_what_the_lines_say_is_refused(tmp_path: Path) -> None:

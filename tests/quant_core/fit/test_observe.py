@@ -69,6 +69,22 @@ def test_extremes_at_each_step_are_those_of_a_hook(digits: tuple[nn.Module, Cali
     assert not found.ranges[CONV, 0].values[0]
 
 
+def test_steps_at_one_timestep_have_what_all_of_them_saw(digits: tuple[nn.Module, CalibrationSet]) -> None:
+    model, calibration = digits
+    calibration.timesteps = calibration.timesteps.clone()
+    calibration.timesteps[1] = calibration.timesteps[0]
+    assert calibration.first_alike[:3] == [0, 0, 2]
+    found = watch(model, calibration, channels={CONV: 2}, keep_values=True)
+    ranges, channels, seen = found.ranges[TIME, 0], found.channels[CONV], inputs(model, calibration, CONV)
+    assert torch.equal(ranges.low[0], ranges.low[1])
+    assert len(ranges.values[0]) == len(ranges.values[1]) == 2 * len(ranges.values[2])
+    both = torch.cat(seen[:2]).movedim(1, -1).flatten(0, -2)
+    for step in (0, 1):
+        torch.testing.assert_close(channels.low[step], both.amin(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(channels.second_moment()[step], both.square().mean(0), rtol=1e-3, atol=1e-4)
+    assert channels.count[0] == channels.count[1] == 2 * channels.count[2]
+
+
 def test_second_moments_are_those_of_the_inputs(digits: tuple[nn.Module, CalibrationSet]) -> None:
     model, calibration = digits
     found = watch(model, calibration, moments=[CONV, TIME]).moments

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -164,3 +164,14 @@ def test_every_familys_attention_is_quantized(any_model: nn.Module) -> None:
     for name in names:
         assert any_model.get_submodule(f"{name}.attention_quantizer") is made[name]
         assert type(any_model.get_submodule(name).processor).__name__.startswith("Quantized")
+
+
+@torch.no_grad()
+def test_a_way_around_the_scaled_dot_product_is_refused() -> None:
+    holder, x = nn.Sequential(Attention(query_dim=8, heads=2, dim_head=4).eval()), random(2, 5, 8)
+    quantize_attentions(holder, {"0": DYNAMIC}, StepClock(()))
+    holder(x)
+    # an attention backend does as much: the processor stays, and its products go elsewhere
+    holder[0].processor.inner = AttnProcessor()
+    with pytest.raises(QuantizationError, match="got processor AttnProcessor, which does not call scaled_dot_product"):
+        holder(x)

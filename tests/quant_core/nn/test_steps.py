@@ -49,6 +49,44 @@ def test_unknown_timesteps_take_the_nearest_step_if_asked_to() -> None:
     assert clock.index.tolist() == 0
 
 
+_SHIFTED = [3000 * s / (1000 + 2 * s) for s in range(1000, 0, -50)]  # of flow matching, in 20 steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "trajectory",
+    [
+        lambda dtype: torch.arange(951, 0, -50).to(dtype),
+        lambda dtype: torch.tensor(_SHIFTED).to(dtype),
+        lambda dtype: torch.tensor(_SHIFTED).to(dtype) / 1000,
+        lambda dtype: 1 - torch.tensor(_SHIFTED).to(dtype) / 1000,
+        lambda dtype: (torch.tensor(_SHIFTED).to(dtype) / 1000).float(),
+    ],
+    ids=["integers", "thousand", "one", "growing", "rounded before"],
+)
+def test_steps_are_found_whatever_rounded_their_timesteps(
+    trajectory: Callable[[torch.dtype], torch.Tensor], dtype: torch.dtype
+) -> None:
+    exact = trajectory(torch.float32)
+    clock = StepClock(exact.double().tolist())
+    for index, timestep in enumerate(trajectory(dtype)):
+        clock.set_timestep(timestep, dtype)
+        assert clock.step == index
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_other_steps_are_refused_at_the_first_whatever_the_model_computes_in(dtype: torch.dtype) -> None:
+    clock = StepClock(torch.arange(951, 0, -50).double().tolist(), num_inference_steps=20)
+    with pytest.raises(UnknownTimestepError, match="num_inference_steps=20"):
+        clock.set_timestep(torch.tensor(961), dtype)
+
+
+def test_a_timestep_that_comes_twice_is_its_first_entry() -> None:
+    clock = StepClock((900.0, 900.0, 500.0, 500.0))
+    clock.set_timestep(torch.tensor([500, 900]))
+    assert clock.index.tolist() == [2, 0]
+
+
 def test_gather_gives_each_sample_its_entry() -> None:
     clock, table = StepClock((900, 500)), torch.tensor([1.0, 2.0])
     clock.set_timestep(torch.tensor([500, 900, 500]))

@@ -1,0 +1,84 @@
+"""Pipelines of many families, tiny ones, from the command line to the images that their releases draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quant_core.errors import UnknownTimestepError
+from tests.family_run import RefusedError, draw, load, run_family
+from tests.tiny_families import FAMILIES
+
+Cli = Callable[..., Any]
+#: One for each kind of thing that pipelines do: two calls a step, files as inputs, residuals, tensors for all rows.
+QUICK = ("lumina2", "inpaint", "controlnet", "hunyuan-dit")
+
+
+@pytest.fixture
+def run(cli: Cli, without_ray: None) -> Callable[..., None]:
+    """Call the command line, and raise what it says where it refuses."""
+
+    def call(*words: str | Path) -> None:
+        answer = cli(*words)
+        if answer.code:
+            raise RefusedError(answer.err.strip().splitlines()[-1])
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+)
+def test_a_family_is_quantized_loaded_and_called(name: str, run: Callable[..., None], tmp_path: Path) -> None:
+    outcome = run_family(name, tmp_path, run, "minmax-w8a8")
+    assert outcome.refused is None
+    assert outcome.layers > 5
+    assert outcome.psnr_db > 15
+    exact, narrow = outcome.images.values()
+    assert exact.shape == narrow.shape
+    assert exact.shape[-1] == 3
+    assert np.isfinite(narrow).all()
+    # bfloat16 keeps the picture: a release that found other steps, or none, would draw another
+    assert np.square(exact - narrow).mean() < 0.05
+    steps = FAMILIES[name].steps
+    more = {"num_inference_steps": 2 * steps + 1}
+    with pytest.raises(UnknownTimestepError, match=rf"num_inference_steps={steps}\b"):
+        draw(
+            load(tmp_path / f"{name}-release", torch.float32), name, tmp_path / f"{name}-inputs", torch.float32, **more
+        )
+
+
+def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Path) -> None:
+    FAMILIES["inpaint"].save(tmp_path / "inpaint")
+    inputs = FAMILIES["inpaint"].write_inputs(tmp_path / "inputs")
+    added = cli("models", "add", tmp_path / "inpaint")
+    assert added.code == 0
+    assert "its call needs files: a prompts file (--prompts) with columns image, mask_image" in added.err
+    (tmp_path / "words.txt").write_text("red heart\nowl\n")
+    (tmp_path / "half.tsv").write_text("prompt\timage\nowl\tinputs/image-0.png\nowl\tinputs/image-1.png\n")
+    (tmp_path / "gone.tsv").write_text("prompt\timage\tmask_image\nowl\tnot.png\tinputs/mask_image-0.png\n")
+    (tmp_path / "odd.tsv").write_text("prompt\tportrait\nowl\tinputs/image-0.png\n")
+    outside = tmp_path / "inner" / "outside.tsv"
+    outside.parent.mkdir()
+    outside.write_text("prompt\timage\nowl\t../inputs/image-0.png\n")
+    for words, message in {
+        (): "wanted a prompts file (--prompts) with columns image, mask_image",
+        ("--prompts", tmp_path / "words.txt"): "prompts: got no column image, mask_image in",
+        ("--prompts", tmp_path / "half.tsv"): "prompts: got no column mask_image in",
+        ("--prompts", tmp_path / "gone.tsv"): "not.png",
+        ("--prompts", tmp_path / "odd.tsv"): "prompts: got columns portrait in",
+        ("--prompts", outside): "wanted a file in the folder of the prompts file",
+    }.items():
+        answer = cli("submit", "fast-w4a8", "--model", "inpaint", *words)
+        assert (answer.code, answer.out) == (2, ""), words
+        assert message in answer.err
+    once, again = (
+        cli("submit", "fast-w4a8", "--model", "inpaint", "--prompts", inputs, "--dry-run", "--json").json
+        for _ in range(2)
+    )
+    assert once["recipe"] == again["recipe"]

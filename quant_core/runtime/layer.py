@@ -23,8 +23,10 @@ from kernels.fp8 import Fp8Matrix, fp8_scale, linear_fp8, quantize_fp8, to_fp8
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, group_norm_quantize
 from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.differences import LayerMemory
 from quant_core.nn.layers import QuantLayer, weight_from_matrix
 from quant_core.nn.steps import StepClock
+from quant_core.runtime.following import follow
 from quant_core.runtime.parts import LayerPart, lay_out_parts
 from quant_spec.enums import ActivationMode, KernelBackend
 from quant_spec.errors import QuantizationError
@@ -55,6 +57,8 @@ class RuntimeLayer(nn.Module):
         `low_rank_down` in the weight's shape, and `low_rank_up` (`QuantLayer`), where the format has a low-rank branch.
     norm : GroupNorm or None
         To normalize the input with, before SiLU, before it is quantized; see `take_norm`.
+    differences : frozenset of int
+        Trajectory steps at which differences are quantized; what is kept for them is in `memory`.
     """
 
     def __init__(self, layer: QuantLayer, name: str, backend: KernelBackend, *, unpacked: bool = False) -> None:
@@ -75,6 +79,8 @@ class RuntimeLayer(nn.Module):
         self.branch = _branch(layer)
         self.run = LayerRun(name, backend, _how(self.parts, self.activation, layer.spec))
         self.norm: GroupNorm | None = None
+        self.differences = layer.differences
+        self.memory = LayerMemory()
 
     def take_norm(self, norm: nn.GroupNorm) -> None:
         """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables."""
@@ -98,6 +104,8 @@ class RuntimeLayer(nn.Module):
         ------
         KernelError
             If shapes disagree.
+        TrajectoryError
+            If the layer is in differences between steps, and this step does not follow the last.
         """
         if torch.compiler.is_compiling():
             return self._forward(x, residual)
@@ -109,6 +117,9 @@ class RuntimeLayer(nn.Module):
         rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
         assert rows is not None
         low_rank = self._low_rank(x)
+        if self.differences:
+            given = follow(self, rows, out, low_rank, x.dtype)
+            return given if self.geometry is None else given.permute(0, 3, 1, 2)
         if low_rank is not None and self.run.backend is KernelBackend.CPU:
             # oneDNN's epilogue has no branch; a residual it has.
             beside = F.linear(low_rank.hidden, low_rank.up)
@@ -135,14 +146,26 @@ class RuntimeLayer(nn.Module):
         """Quantize channels-last rows and multiply them with a part's weight."""
         weight = part.weight
         if isinstance(weight, CpuWeight):
-            codes = self._cpu_codes(x, part)
-            multiply = cpu_linear if self.geometry is None else cpu_conv2d
-            return multiply(codes, weight, epilogue)
+            return self.product(self.codes(x, part), part, epilogue)
         if isinstance(weight, Fp8Matrix):
             return linear_fp8(self._numbers(x, part), weight, epilogue, self.run.backend)
         if self.activation is None:
             return linear_float(x, weight, epilogue, self.run.backend)
-        codes = self._codes(x, part, self.activation)
+        return self.product(self.codes(x, part), part, epilogue)
+
+    def codes(self, x: Tensor, part: LayerPart) -> QuantizedActivation:
+        """Quantize channels-last rows for a part to integers, as the backend takes them."""
+        if isinstance(part.weight, CpuWeight):
+            return self._cpu_codes(x, part)
+        assert self.activation is not None
+        return self._codes(x, part, self.activation)
+
+    def product(self, codes: QuantizedActivation, part: LayerPart, epilogue: Epilogue) -> Tensor:
+        """Multiply integer codes with a part's weight."""
+        weight = part.weight
+        assert not isinstance(weight, Fp8Matrix), "codes are integers"
+        if isinstance(weight, CpuWeight):
+            return cpu_linear(codes, weight, epilogue) if self.geometry is None else cpu_conv2d(codes, weight, epilogue)
         if self.geometry is None:
             return linear_int(codes, weight, epilogue, self.run.backend)
         return conv2d_int(codes, weight, self.geometry, epilogue, self.run.backend)
@@ -278,4 +301,5 @@ def _how(parts: list[LayerPart], activation: ActivationSpec | None, layer: Layer
         unpacked = " unpacked from fewer bits" if fewer else ""
         how = f"{widths}-bit weights{unpacked} in {stored} bytes, {'float' if activation is None else 'int8'} products"
     how = how if len(parts) == 1 else f"{how}, {len(parts)} parts"
+    how = f"{how}, of differences" if activation is not None and activation.differences else how
     return f"{how}, a branch of rank {layer.low_rank} in 16 bits" if layer.low_rank else how

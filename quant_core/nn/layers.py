@@ -162,6 +162,7 @@ class QuantLayer(nn.Module):
         self.name = "of this model"  # until `quantize_layers` says
         self.differences = frozenset() if spec.activation is None else frozenset(spec.activation.differences)
         self.memory = LayerMemory()
+        clock.follows = clock.follows or bool(self.differences)
 
     def _make_branch(self, device: torch.device) -> None:
         """Make the low-rank branch, if the format has one."""
@@ -361,7 +362,7 @@ class QuantLayer(nn.Module):
             held = self.restored(change)
             output = self._multiply(change, self.weight, self.bias)
         self.memory.keep(self.clock, held, output, for_next=step + 1 in self.differences)
-        return output.to(x.dtype)
+        return output.to(x.dtype, copy=True)  # a model may write to what its layers give
 
     def restored(self, quantized: Tensor) -> Tensor:
         """Return what `quantize_input` gave in the units of the input: times its channels' scales."""
@@ -420,6 +421,5 @@ def quantize_layers(model: nn.Module, specs: Mapping[str, LayerSpec], clock: Ste
             )
         made[name] = QuantLayer(layer, spec, clock)
         made[name].name = name
-        clock.follows = clock.follows or bool(made[name].differences)
         replace_module(model, name, made[name])
     return made

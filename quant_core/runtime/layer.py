@@ -146,19 +146,19 @@ class RuntimeLayer(nn.Module):
         """Quantize channels-last rows and multiply them with a part's weight."""
         weight = part.weight
         if isinstance(weight, CpuWeight):
-            return self.product(self.codes(x, part), part, epilogue)
+            return self.product(self.codes(x, part, self.norm), part, epilogue)
         if isinstance(weight, Fp8Matrix):
             return linear_fp8(self._numbers(x, part), weight, epilogue, self.run.backend)
         if self.activation is None:
             return linear_float(x, weight, epilogue, self.run.backend)
-        return self.product(self.codes(x, part), part, epilogue)
+        return self.product(self.codes(x, part, self.norm), part, epilogue)
 
-    def codes(self, x: Tensor, part: LayerPart) -> QuantizedActivation:
-        """Quantize channels-last rows for a part to integers, as the backend takes them."""
+    def codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None = None) -> QuantizedActivation:
+        """Quantize channels-last rows for a part, normalized first if so asked, as the backend takes integers."""
         if isinstance(part.weight, CpuWeight):
-            return self._cpu_codes(x, part)
+            return self._cpu_codes(x, part, norm)
         assert self.activation is not None
-        return self._codes(x, part, self.activation)
+        return self._codes(x, part, self.activation, norm)
 
     def product(self, codes: QuantizedActivation, part: LayerPart, epilogue: Epilogue) -> Tensor:
         """Multiply integer codes with a part's weight."""
@@ -189,7 +189,7 @@ class RuntimeLayer(nn.Module):
         divisor = scale if part.channel_scale is None else scale * part.channel_scale
         return Fp8Matrix(to_fp8(x, divisor), scale.reshape(-1))
 
-    def _cpu_codes(self, x: Tensor, part: LayerPart) -> QuantizedActivation:
+    def _cpu_codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None) -> QuantizedActivation:
         if part.table is None:
             assert self.activation is not None
             spec = self.activation
@@ -201,11 +201,13 @@ class RuntimeLayer(nn.Module):
         assert isinstance(part.weight, CpuWeight)
         needs_sums = part.weight.correction is not None and part.tops is None
         padding = (0, 0) if self.geometry is None or part.tops is not None else self.geometry.padding
-        bits, norm = part.table.bits, self.norm
+        bits = part.table.bits
         codes = quantize_cpu(x, grid, bits, with_sums=needs_sums, padding=padding, norm=norm, silu=norm is not None)
         return _limit_codes(codes, part, index, 0)
 
-    def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec) -> QuantizedActivation:
+    def _codes(
+        self, x: Tensor, part: LayerPart, spec: ActivationSpec, norm: GroupNorm | None
+    ) -> QuantizedActivation:
         if part.table is None:
             per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
             return quantize_dynamic(
@@ -217,10 +219,10 @@ class RuntimeLayer(nn.Module):
                 backend=self.run.backend,
             )
         index = self._steps(x, part.table)
-        if self.norm is None:
+        if norm is None:
             codes = quantize_by_table(x, part.table, index, self.run.backend)
         else:
-            codes = group_norm_quantize(x, self.norm, part.table, index, silu=True, backend=self.run.backend)
+            codes = group_norm_quantize(x, norm, part.table, index, silu=True, backend=self.run.backend)
         return _limit_codes(codes, part, index, 2 ** (spec.bits - 1))
 
     def _steps(self, x: Tensor, table: ActivationTable) -> Tensor | None:

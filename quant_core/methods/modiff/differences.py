@@ -146,32 +146,32 @@ class _Loop:
 
     def _takes(self, step: int, x: Tensor, difference: Tensor) -> bool:
         """Set the grids of a difference if it pays; say whether."""
-        bits, noise, grids = self.params.bits, [0.0, 0.0], []
+        bits, grids = self.params.bits, []
+        noise = torch.zeros(2, dtype=torch.float64, device=x.device)  # of plain codes, of the difference's
         dim = -1 if self.layer.kind is nn.Linear else 1
         sizes = self.layer.spec.split or (x.shape[dim],)
         for quantizer, *pair in zip(
             _quantizers(self.layer), x.split(sizes, dim), difference.split(sizes, dim), strict=True
         ):
-            for which, values in enumerate(pair):
-                row = self._draw(_scaled(values, quantizer))
-                grid = choose_qparams(row, bits, symmetric=quantizer.spec.symmetric, spec=RangeSpec(self.params.range))
-                error = row - fake_quantize_affine(row, grid.scale, grid.zero_point, 0, 2**bits - 1)
-                noise[which] += float(error.double().square().mean()) * values.numel()
-            grids.append(grid)
-        plain, changed = noise
+            rows = self._draw(torch.stack([_scaled(values, quantizer).flatten() for values in pair]))
+            grid = choose_qparams(rows, bits, symmetric=quantizer.spec.symmetric, spec=RangeSpec(self.params.range))
+            found = fake_quantize_affine(rows, grid.scale[:, None], grid.zero_point[:, None], 0, 2**bits - 1)
+            noise += (rows - found).double().square().mean(1) * pair[0].numel()
+            grids.append(QParams(grid.scale[1], grid.zero_point[1]))
+        plain, changed = noise.tolist()
         if changed > 0 and plain < changed * 10 ** (self.params.least_gain_db / 10):
             return False
         for quantizer, grid in zip(_quantizers(self.layer), grids, strict=True):
             _set_step(quantizer, step, grid, bits)
         return True
 
-    def _draw(self, values: Tensor) -> Tensor:
-        """Return some of the values, and their extremes."""
-        flat = values.flatten()
-        ends = torch.stack(torch.aminmax(flat))
-        if len(flat) > DRAWN_VALUES:
-            flat = flat[torch.randint(len(flat), (DRAWN_VALUES,), generator=self.generator).to(flat.device)]
-        return torch.cat([flat, ends])
+    def _draw(self, rows: Tensor) -> Tensor:
+        """Return some columns of rows (2, n), and the extremes of each row."""
+        ends = torch.stack(torch.aminmax(rows, dim=1), dim=1)
+        count = rows.shape[1]
+        if count > DRAWN_VALUES:
+            rows = rows[:, torch.randint(count, (DRAWN_VALUES,), generator=self.generator).to(rows.device)]
+        return torch.cat([rows, ends], dim=1)
 
     @property
     def macs(self) -> int:

@@ -297,9 +297,10 @@ class Recipe(Record):
                 f"passes.differences: got activations of bits {chosen.bits or 'null'}, mode {chosen.mode}, type "
                 f"{chosen.type}, wanted bits, mode per_step and type int"
             )
-        if chosen.bits < taken.bits:
+        most = max(taken.widths(self.sampler.num_inference_steps))
+        if chosen.bits < most:
             raise ValueError(
-                f"passes.differences.bits: got {taken.bits} with activations.bits {chosen.bits}, wanted at most as many"
+                f"passes.differences: got {most} bits with activations.bits {chosen.bits}, wanted at most as many"
             )
         if chosen.step_bits is not None or self.passes.menu is not None:
             other = "activations.step_bits" if chosen.step_bits is not None else "passes.menu"

@@ -8,7 +8,8 @@ The prompts of a whole pipeline are encoded first (`encode`). If activation bits
 `step_effects` (seeds) and `step_bits` lie between calibrate and round. With the passes `scale`, `low_rank` and
 `allocate`, `scale` (units), `low_rank` (units), then `channel_errors` (units) and `allocate`, lie before round; with
 `menu`, `menu` (units) and `mix` (units) lie in its place; with `distill`, that task and the trajectories that it needs
-between reconstruct and pack; with `differences`, that task before pack; with `correct`, `noise` (seeds) and `correct` between pack and evaluate.
+between reconstruct and pack; with
+`differences`, that task before pack; with `correct`, `noise` (seeds) and `correct` between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine. What each kind of task

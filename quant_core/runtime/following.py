@@ -67,7 +67,9 @@ def follow(
 def _in_one_pass(layer: RuntimeLayer, rows: Tensor, held: Tensor, kept: Tensor | None, step: int) -> Tensor:
     """Take the difference, quantize it and hold what codes stand for while the input is read once; multiply."""
     (part,) = layer.parts
-    assert part.table is not None and isinstance(part.weight, CpuWeight) and layer.activation is not None
+    assert isinstance(part.weight, CpuWeight)
+    assert part.table is not None
+    assert layer.activation is not None
     grid, widths = part.grids[0 if len(part.grids) == 1 else step], layer.activation.step_bits
     codes = quantize_cpu(
         rows,

@@ -205,9 +205,7 @@ class RuntimeLayer(nn.Module):
         codes = quantize_cpu(x, grid, bits, with_sums=needs_sums, padding=padding, norm=norm, silu=norm is not None)
         return _limit_codes(codes, part, index, 0)
 
-    def _codes(
-        self, x: Tensor, part: LayerPart, spec: ActivationSpec, norm: GroupNorm | None
-    ) -> QuantizedActivation:
+    def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec, norm: GroupNorm | None) -> QuantizedActivation:
         if part.table is None:
             per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
             return quantize_dynamic(

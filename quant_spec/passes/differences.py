@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import builtins
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from quant_spec.enums import RangeMethod
 from quant_spec.record import Bits, Count, NotNegative, Record
+from quant_spec.steps import range_of_step
 
 
 class DifferencesFit(Record):
     """How differences are quantized, and where."""
 
     bits: Bits = Field(default=4, description="Bits of a difference; other steps keep those of activations.")
+    range_bits: Annotated[tuple[Bits, ...], Field(min_length=1, max_length=64)] | None = Field(
+        default=None,
+        description="Bits of a difference for each of so many equal ranges of trajectory steps, noisiest first, in "
+        "place of bits.",
+    )
     range: RangeMethod = Field(
         default=RangeMethod.MSE,
         description="How the range of a difference is found: minmax or mse. What is clipped is in the next difference.",
@@ -31,6 +38,15 @@ class DifferencesFit(Record):
     samples: Count = Field(
         default=32, description="Calibration samples that run at once, in closed loop, to find the ranges; at most."
     )
+
+    def widths(self, steps: int) -> tuple[int, ...]:
+        """Return the bits of a difference at each of so many trajectory steps."""
+        chosen = (self.bits,) if self.range_bits is None else self.range_bits
+        return tuple(chosen[range_of_step(step, steps, len(chosen))] for step in builtins.range(steps))
+
+    def idle_fields(self) -> set[str]:
+        """Return the fields that cannot matter."""
+        return super().idle_fields() | ({"range_bits"} if self.range_bits is None else {"bits"})
 
     @field_validator("range")
     @classmethod

@@ -66,7 +66,8 @@ def test_codes_and_what_is_held_are_those_of_the_definition(
         inner = found.sums if found.sums.shape == shape[:-1] else interior(found.sums[..., None], padding)[..., 0]
         assert torch.equal(inner.reshape(shape[:-1]), (codes.float() - 7).sum(-1))
         if padding != (0, 0):
-            assert (found.codes[:, 0] == 7).all() and (found.codes[:, :, :2] == 7).all()
+            assert (found.codes[:, 0] == 7).all()
+            assert (found.codes[:, :, :2] == 7).all()
 
 
 @pytest.mark.parametrize("silu", [False, True])

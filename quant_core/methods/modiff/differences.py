@@ -28,14 +28,16 @@ from quant_core.fit.unit_state import UnitState, collect_state, load_states, mer
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer
 from quant_core.nn.model import QuantizedParts, build_quantized
-from quant_core.nn.ranges import QParams, choose_qparams
+from quant_core.nn.ranges import QParams, qparams_from_range
+from quant_spec.enums import RangeMethod
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import LayerSpec
-from quant_spec.ranges import RangeSpec
 from quant_spec.tasks.differences import Params
 
 #: Values of a difference that its range is found from, besides its extremes.
 DRAWN_VALUES = 4096
+#: Shares of a min-max range that are tried.
+SHRUNKEN = torch.linspace(1.0, 0.1, 37)
 MIB = 1 << 20
 
 
@@ -114,6 +116,7 @@ class _Loop:
     steps: int
     calls: int = 0
     elements: int = 0
+    widths: tuple[int, ...] = field(init=False)
     generator: torch.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +126,7 @@ class _Loop:
                 f"differences: got layer {self.name} with {'no' if spec is None else spec.mode} ranges, wanted one "
                 f"for each of the {self.steps} steps, of one width"
             )
+        self.widths = self.params.widths(self.steps)
         self.generator = seed_stream(self.params.seed, f"differences of {self.name}")
         self.layer.differences = frozenset(range(1, self.steps))
         for quantizer in _quantizers(self.layer):
@@ -146,7 +150,7 @@ class _Loop:
 
     def _takes(self, step: int, x: Tensor, difference: Tensor) -> bool:
         """Set the grids of a difference if it pays; say whether."""
-        bits, grids = self.params.bits, []
+        bits, grids = self.widths[step], []
         noise = torch.zeros(2, dtype=torch.float64, device=x.device)  # of plain codes, of the difference's
         dim = -1 if self.layer.kind is nn.Linear else 1
         sizes = self.layer.spec.split or (x.shape[dim],)
@@ -154,9 +158,8 @@ class _Loop:
             _quantizers(self.layer), x.split(sizes, dim), difference.split(sizes, dim), strict=True
         ):
             rows = self._draw(torch.stack([_scaled(values, quantizer).flatten() for values in pair]))
-            grid = choose_qparams(rows, bits, symmetric=quantizer.spec.symmetric, spec=RangeSpec(self.params.range))
-            found = fake_quantize_affine(rows, grid.scale[:, None], grid.zero_point[:, None], 0, 2**bits - 1)
-            noise += (rows - found).double().square().mean(1) * pair[0].numel()
+            grid, errors = _choose_grids(rows, bits, quantizer.spec.symmetric, self.params.range)
+            noise += errors * pair[0].numel()
             grids.append(QParams(grid.scale[1], grid.zero_point[1]))
         plain, changed = noise.tolist()
         if changed > 0 and plain < changed * 10 ** (self.params.least_gain_db / 10):
@@ -194,6 +197,24 @@ def _keep_within(loops: Sequence[_Loop], rows: int, budget: float) -> None:
             loop.leave_plain()
         else:
             left -= needed
+
+
+def _choose_grids(rows: Tensor, bits: int, symmetric: bool, method: RangeMethod) -> tuple[QParams, Tensor]:
+    """Return the grid of each of rows (R, n), and its mean square error, shape (R,), dtype float64.
+
+    For mse, that of the least error among shrunken min-max ranges: fewer than `choose_qparams` tries, and all at once,
+    since each layer chooses at each step.
+    """
+    shrink = SHRUNKEN.to(rows.device) if method is RangeMethod.MSE else torch.ones(1, device=rows.device)
+    low, high = rows.amin(1) * shrink[:, None], rows.amax(1) * shrink[:, None]  # (candidates, R)
+    grids = qparams_from_range(low, high, bits, symmetric=symmetric)
+    found = fake_quantize_affine(
+        rows.expand(len(shrink), *rows.shape), grids.scale[..., None], grids.zero_point[..., None], 0, 2**bits - 1
+    )
+    errors = (found - rows).square_().mean(2)
+    best = errors.argmin(0, keepdim=True)
+    scale, zero_point = (table.gather(0, best)[0] for table in (grids.scale, grids.zero_point))
+    return QParams(scale, zero_point), errors.gather(0, best)[0].double()
 
 
 def _scaled(values: Tensor, quantizer: ActivationQuantizer) -> Tensor:
@@ -235,7 +256,7 @@ def _in_differences(spec: LayerSpec, loop: _Loop) -> LayerSpec:
     assert activation is not None
     steps = tuple(sorted(loop.layer.differences))
     widths = tuple(
-        loop.params.bits if step in loop.layer.differences else activation.bits for step in range(loop.steps)
+        loop.widths[step] if step in loop.layer.differences else activation.bits for step in range(loop.steps)
     )
     bits = max(widths)
     return replace(spec, activation=replace(activation, bits=bits, step_bits=widths, differences=steps))

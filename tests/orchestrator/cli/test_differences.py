@@ -126,7 +126,9 @@ def test_an_interrupted_trajectory_leaves_nothing_behind(pipeline: Any) -> None:
 
 def test_other_steps_are_refused_and_the_next_call_is_right(pipeline: Any) -> None:
     drawn = draw(pipeline, 0)
-    with pytest.raises(TrajectoryError, match=r"wanted step 0 .* hold differences between steps.*num_inference_steps=4"):
+    with pytest.raises(
+        TrajectoryError, match=r"wanted step 0 .* hold differences between steps.*num_inference_steps=4"
+    ):
         draw(pipeline, 0, steps=2)  # timesteps that the model knows, but not all of them
     assert torch.equal(draw(pipeline, 0), drawn)
 
@@ -153,7 +155,7 @@ def test_integer_arithmetic_draws_nearly_the_same(made: Path, pipeline: Any) -> 
     ("settings", "message"),
     [
         (["activations.mode=static"], "passes.differences: got activations of bits 8, mode static"),
-        (["activations.bits=3"], "passes.differences.bits: got 4 with activations.bits 3, wanted at most as many"),
+        (["activations.bits=3"], "passes.differences: got 4 bits with activations.bits 3, wanted at most as many"),
         (["activations.step_bits={}"], "passes.differences: got it beside activations.step_bits"),
         (["passes.differences.range=percentile"], "got percentile, wanted minmax or mse"),
         (["passes.differences.bitz=4"], "passes.differences.bitz"),

@@ -86,9 +86,11 @@ def test_output_is_that_of_the_input_that_is_held_and_errors_do_not_add_up(kind:
         out = net(x, TIMESTEPS[step])
         held = layer.memory.held
         if step == 3:
-            assert held is None and layer.memory.nbytes == 0  # nothing is kept beyond the last step
+            assert held is None  # nothing is kept beyond the last step
+            assert layer.memory.nbytes == 0
             break
-        assert held is not None and held.shape == x.shape
+        assert held is not None
+        assert held.shape == x.shape
         # One step of the grid at most, times what its channel was divided by; never more, however many steps.
         bound = (1.5 / 15 if step else 8 / 255) * 0.51 * (2 if spec.channel_scale else 1)
         assert float((held - x).abs().max()) <= bound
@@ -152,7 +154,9 @@ def test_another_batch_within_a_trajectory_is_refused() -> None:
     net, _ = quantized(nn.Linear(6, 5), LayerSpec(WeightSpec(4), CHANGING))
     x = inputs(2, 3, 6)[0]
     net(x, 900)
-    with pytest.raises(TrajectoryError, match=r"layer layer: got an input of shape \(1, 3, 6\) at step 1, wanted \(2, 3"):
+    with pytest.raises(
+        TrajectoryError, match=r"layer layer: got an input of shape \(1, 3, 6\) at step 1, wanted \(2, 3"
+    ):
         net(x[:1], 600)
 
 

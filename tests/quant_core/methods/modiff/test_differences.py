@@ -47,9 +47,7 @@ def names_of(states: list[UnitState]) -> tuple[str, ...]:
     return tuple(name for state in states for name in state.formats.layers)
 
 
-def fitted(
-    denoiser: Denoiser, calibration: CalibrationSet, states: list[UnitState], **params: Any
-) -> DifferenceStates:
+def fitted(denoiser: Denoiser, calibration: CalibrationSet, states: list[UnitState], **params: Any) -> DifferenceStates:
     told = Params(**{"layers": names_of(states), "seed": 0, "least_gain_db": 0.0} | params)
     return fit_differences(copy.deepcopy(denoiser.model), calibration, states, told)
 
@@ -143,7 +141,8 @@ def test_grids_hold_what_is_left_over_and_what_layers_before_add(unet: Rounded) 
         if isinstance(module, QuantLayer):
             module.register_forward_pre_hook(look)  # type: ignore[arg-type]
     predictions(model, calibration)
-    assert seen > 0 and clipped == 0
+    assert seen > 0
+    assert clipped == 0
 
 
 def test_where_a_difference_does_not_pay_the_step_stays_plain(unet: Rounded, changing: DifferenceStates) -> None:
@@ -157,6 +156,17 @@ def test_where_a_difference_does_not_pay_the_step_stays_plain(unet: Rounded, cha
         steps = spec.activation.differences
         widths = tuple(4 if step in steps else 8 for step in range(calibration.steps))
         assert spec.activation.step_bits == (widths if steps else ())
+
+
+def test_ranges_of_steps_have_bits_of_their_own(unet: Rounded) -> None:
+    denoiser, calibration, states = unet
+    found = fitted(denoiser, calibration, states, range_bits=(8, 5, 3))
+    widths = {
+        spec.activation.step_bits
+        for spec in merge_formats(found.states).layers.values()
+        if spec.activation is not None and spec.activation.differences == (1, 2)
+    }
+    assert widths == {(8, 5, 3)}
 
 
 def test_state_stays_within_its_budget(unet: Rounded, changing: DifferenceStates) -> None:

@@ -1,6 +1,8 @@
 """Quality, size and time of the shipped recipes on a model: one job each, as a user runs it.
 
     python -m benchmarks.recipes --model examples/models/emoji32 --home FOLDER > benchmarks/results/recipes-emoji32.json
+    python -m benchmarks.recipes --recipes modiff-w4a6 modiff-w4a4 modiff-w4a3 --home FOLDER \
+        > benchmarks/results/modiff-emoji32.json
     python -m benchmarks.recipes --table benchmarks/results/recipes-emoji32.json
 
 Every figure is the job's own: of the packed artifact, loaded again, against full precision, on held-out seeds. Each
@@ -51,6 +53,7 @@ def main() -> None:
     options.add_argument("--model", default="examples/models/emoji32")
     options.add_argument("--home", type=Path)
     options.add_argument("--recipes", nargs="+", default=RECIPES)
+    options.add_argument("--set", nargs="+", default=[], metavar="A.B=V", help="as of `quantmill run`, for each recipe")
     options.add_argument("--table", type=Path, metavar="FILE", help="recorded results; nothing is run")
     arguments = options.parse_args()
     if arguments.table:
@@ -61,8 +64,11 @@ def main() -> None:
         options.error("--home: got none, wanted a folder")
     machine = {"machine": platform.machine(), "cores": os.cpu_count()}
     versions = {name: metadata.version(name) for name in ("torch", "diffusers", "ray", "quantmill")}
-    jobs = [run_recipe(recipe, arguments.model, arguments.home / recipe) for recipe in arguments.recipes]
-    give({"model": arguments.model, **machine, "versions": versions, "results": [result(job) for job in jobs]})
+    homes = {recipe: arguments.home / recipe for recipe in arguments.recipes}
+    jobs = [run_recipe(recipe, arguments.model, home, arguments.set) for recipe, home in homes.items()]
+    given = {"set": arguments.set} if arguments.set else {}
+    found = [result(job) for job in jobs]
+    give({"model": arguments.model, **given, **machine, "versions": versions, "results": found})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 /* What surrounds an integer product on the CPU, one pass each while the data is in the cache.
  *
- *     quantize         normalize (group norm), SiLU, divide by the step, round, clamp: uint8 codes, padded, their sums
+ *     quantize         normalize (group norm), SiLU, divide by the step, round, clamp: uint8 codes, padded, their sums;
+ *                      perhaps of the difference to what is held, to which what the codes stand for is then added
  *     finish           add the digits of a product, correct for the weight's zero points, add the residual
  *     finish_matrix    the same of a matrix product's integers, with all scales
  *
  * Images are channels last, (B, H, W, C); a matrix is an image of M rows of one position. Tensors come as addresses:
  * kernels/native.py checks their shapes and dtypes. Codes are those of kernels/affine.py: division and rounding to even are IEEE's,
  * and no option that would change them is on (no -ffast-math). Products and sums of norms, SiLU and finishing may be
- * contracted to fused ones, so there machines differ in the last place.
+ * contracted to fused ones, so there machines differ in the last place; what is held is none of these.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -23,6 +24,14 @@
 #define CLONES
 #endif
 #define INLINE static inline __attribute__((always_inline))
+
+/* Products and sums are rounded one by one. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define UNFUSED __attribute__((optimize("fp-contract=off")))
+#else
+#define UNFUSED
+#pragma STDC FP_CONTRACT OFF
+#endif
 
 /* Iterations of the next loop touch nothing of each other's, though addresses may be equal. */
 #if defined(__clang__)
@@ -51,6 +60,10 @@ typedef struct {
     double eps;
     const float *weight, *bias;
     int threads;
+    float *held;            /* (B, H, W, C), or NULL */
+    const float *scale;     /* (runs), where something is held */
+    const float *restore;   /* (C), or NULL: what else codes are multiplied with then */
+    int is_first;           /* nothing is held yet */
 } Quantize;
 
 typedef struct {
@@ -134,7 +147,8 @@ INLINE float swish(float x, float step) {
  * of their own. */
 INLINE void quantize_block(
     const void *x, int64_t first, int64_t stride, int32_t *codes, int32_t *sums, int64_t positions, int64_t channels,
-    const float *step, float zero, float top, const float *slope, const float *shift, int bfloat16, int norm, int silu
+    const float *step, float zero, float top, const float *slope, const float *shift, int bfloat16, int norm, int silu,
+    const float *held, int64_t held_stride
 ) {
     for (int64_t p = 0; p < positions; p++) {
         int32_t sum = 0;
@@ -142,7 +156,8 @@ INLINE void quantize_block(
         for (int64_t c = 0; c < channels; c++) {
             float value = load(x, first + p * stride + c, bfloat16);
             if (norm) value = value * slope[c] + shift[c];
-            value = silu ? swish(value, step[c]) : value / step[c];
+            if (held) value = ((silu ? swish(value, 1.0f) : value) - held[p * held_stride + c]) / step[c];
+            else value = silu ? swish(value, step[c]) : value / step[c];
             value = value > -zero ? value : -zero; /* whole bounds: clamping and rounding commute; a NaN becomes one */
             value = value < top - zero ? value : top - zero;
             int32_t code = (int32_t)(((value + 12582912.0f) - 12582912.0f) + zero);
@@ -153,10 +168,44 @@ INLINE void quantize_block(
     }
 }
 
+/* Add what codes stand for to what is held: (code - zero) * scale * restore, every product and sum rounded, so that it is
+ * the same on all machines. */
+CLONES UNFUSED static void hold(
+    float *held, int64_t stride, const int32_t *codes, int64_t positions, int64_t channels, int32_t zero, float scale,
+    const float *restore, int is_first
+) {
+    for (int64_t p = 0; p < positions; p++) {
+        float *row = held + p * stride;
+        const int32_t *code = codes + p * channels;
+        if (restore) {
+            INDEPENDENT
+            for (int64_t c = 0; c < channels; c++) {
+                float value = (float)(code[c] - zero) * scale;
+                value = value * restore[c];
+                row[c] = is_first ? value : row[c] + value;
+            }
+        } else {
+            INDEPENDENT
+            for (int64_t c = 0; c < channels; c++) {
+                float value = (float)(code[c] - zero) * scale;
+                row[c] = is_first ? value : row[c] + value;
+            }
+        }
+    }
+}
+
+/* What a row has beside plain codes, where something is held: its part of `held`, the scale of its codes. */
+typedef struct {
+    float *held;
+    float scale;
+    const float *restore;
+    int is_first;
+} Held;
+
 /* Quantize a row of positions, a few thousand codes at a time. */
 CLONES static void quantize_row(
     const void *x, uint8_t *codes, float *sums, int64_t positions, int64_t channels, int64_t pitch, const float *step,
-    float zero, float top, const float *slope, const float *shift, int bfloat16, int silu
+    float zero, float top, const float *slope, const float *shift, int bfloat16, int silu, Held held
 ) {
     int32_t block[BLOCK], totals[BLOCK];
     int64_t piece = channels < BLOCK ? channels : BLOCK, count = BLOCK / piece;
@@ -166,15 +215,22 @@ CLONES static void quantize_row(
         for (int64_t c = 0; c < channels; c += piece) {
             int64_t width = c + piece < channels ? piece : channels - c;
             const float *a = slope ? slope + c : NULL, *b = shift ? shift + c : NULL;
-#define QUANTIZE(bf16, norm, silu) \
-    quantize_block(x, p * pitch + c, pitch, block, totals, n, width, step + c, zero, top, a, b, bf16, norm, silu)
-            if (slope && silu && bfloat16) QUANTIZE(1, 1, 1);
-            else if (slope && silu) QUANTIZE(0, 1, 1);
-            else if (slope && bfloat16) QUANTIZE(1, 1, 0);
-            else if (slope) QUANTIZE(0, 1, 0);
-            else if (bfloat16) QUANTIZE(1, 0, 0);
-            else QUANTIZE(0, 0, 0);
+            float *kept = held.held ? held.held + p * channels + c : NULL;
+#define QUANTIZE(bf16, norm, silu, old) \
+    quantize_block( \
+        x, p * pitch + c, pitch, block, totals, n, width, step + c, zero, top, a, b, bf16, norm, silu, old, channels)
+#define BY_HELD(bf16, norm, silu) \
+    if (kept && !held.is_first) QUANTIZE(bf16, norm, silu, kept); else QUANTIZE(bf16, norm, silu, NULL)
+            if (slope && silu && bfloat16) { BY_HELD(1, 1, 1); }
+            else if (slope && silu) { BY_HELD(0, 1, 1); }
+            else if (slope && bfloat16) { BY_HELD(1, 1, 0); }
+            else if (slope) { BY_HELD(0, 1, 0); }
+            else if (bfloat16) { BY_HELD(1, 0, 0); }
+            else { BY_HELD(0, 0, 0); }
+#undef BY_HELD
 #undef QUANTIZE
+            const float *restore = held.restore ? held.restore + c : NULL;
+            if (kept) hold(kept, channels, block, n, width, (int32_t)zero, held.scale, restore, held.is_first);
             for (int64_t i = 0; i < n * width; i++) codes[p * channels + c + i] = (uint8_t)block[i];
         }
         for (int64_t i = 0; sums && i < n; i++) sums[p + i] = (float)(totals[i] - (int32_t)zero * (int32_t)channels);
@@ -267,10 +323,15 @@ static void quantize_sample(const Quantize *q, int64_t b, double *room, int thre
         }
         memset(codes, zero, q->pad_w * channels);
         memset(codes + (q->pad_w + q->width) * channels, zero, q->pad_w * channels);
+        Held held = {NULL, 0.0f, q->restore, q->is_first};
+        if (q->held) {
+            held.held = q->held + (b * q->height + h) * q->width * channels;
+            held.scale = q->scale[run];
+        }
         quantize_row(
             x + h * q->width * pitch, codes + q->pad_w * channels,
             q->sums ? q->sums + (b * q->height + h) * q->width : NULL, q->width, channels, q->pitch,
-            q->step + run * channels, (float)zero, (float)q->top, slope, shift, q->bfloat16, q->silu);
+            q->step + run * channels, (float)zero, (float)q->top, slope, shift, q->bfloat16, q->silu, held);
     }
 }
 
@@ -413,15 +474,16 @@ static int integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, l
 #define ADDRESS(value) ((void *)(intptr_t)(value))
 
 static PyObject *py_quantize(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    long long a[21];
-    double eps = given == 22 ? PyFloat_AsDouble(args[21]) : 0.0;
-    if (PyErr_Occurred() || !integers(args, given - (given == 22), 21, a)) return NULL;
+    long long a[25];
+    double eps = given == 26 ? PyFloat_AsDouble(args[25]) : 0.0;
+    if (PyErr_Occurred() || !integers(args, given - (given == 26), 25, a)) return NULL;
     Quantize q = {
         .x = ADDRESS(a[0]), .codes = ADDRESS(a[1]), .sums = ADDRESS(a[2]), .step = ADDRESS(a[3]), .zero = ADDRESS(a[4]),
         .batch = a[5], .height = a[6], .width = a[7], .channels = a[8], .pitch = a[9], .pad_h = a[10], .pad_w = a[11],
         .runs = a[12], .rows_per_run = a[5] * a[6] / (a[12] ? a[12] : 1), .step_channels = a[13], .top = (int)a[14],
         .bfloat16 = (int)a[15], .silu = (int)a[16], .groups = a[17], .weight = ADDRESS(a[18]), .bias = ADDRESS(a[19]),
-        .threads = (int)a[20], .eps = eps,
+        .threads = (int)a[20], .held = ADDRESS(a[21]), .scale = ADDRESS(a[22]), .restore = ADDRESS(a[23]),
+        .is_first = (int)a[24], .eps = eps,
     };
     int failed;
     Py_BEGIN_ALLOW_THREADS

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from kernels import native
 from kernels.activations import ActivationTable, QuantizedActivation, dynamic_grid, gather_steps
+from kernels.differences import Held
 from kernels.norms import GroupNorm, group_norm_reference
 
 
@@ -74,6 +75,7 @@ def quantize_cpu(
     padding: tuple[int, int] = (0, 0),
     norm: GroupNorm | None = None,
     silu: bool = False,
+    held: Held | None = None,
 ) -> CpuActivation:
     """Quantize to uint8 codes of `bits` bits.
 
@@ -90,6 +92,8 @@ def quantize_cpu(
         To normalize an image with first, in float32.
     silu : bool
         Quantize the SiLU of the normalized image.
+    held : Held, optional
+        Quantize the difference to what is held, and add what the codes stand for; R is 1 then.
 
     Returns
     -------
@@ -98,11 +102,14 @@ def quantize_cpu(
     """
     if native.is_usable():
         codes, sums = native.quantize(
-            x, grid.step, grid.zero_point, bits, with_sums=with_sums, padding=padding, norm=norm, silu=silu
+            x, grid.step, grid.zero_point, bits, with_sums=with_sums, padding=padding, norm=norm, silu=silu, held=held
         )
         return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums, grid)
     if norm is not None:
         x = group_norm_reference(x, norm.groups, norm.weight, norm.bias, norm.eps, silu)
+    if held is not None:
+        held.check(x)
+        x = held.difference(x)
     if padding != (0, 0):
         x = F.pad(x, (0, 0, padding[1], padding[1], padding[0], padding[0]))
     runs = x.reshape(grid.scale.numel(), -1, x.shape[-1])
@@ -111,6 +118,8 @@ def quantize_cpu(
     values = ((runs.float() / grid.step).round() + offset).clamp(-128, 2**bits - 129)
     sums = (values - offset).sum(-1).view(x.shape[:-1]) if with_sums else None
     codes = values.to(torch.int8).view(torch.uint8).bitwise_xor(0x80).view(x.shape)
+    if held is not None:
+        held.add(interior(codes, padding), grid.zero_point)
     return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums, grid)
 
 
@@ -136,7 +145,7 @@ def pad_codes(x: QuantizedActivation, padding: tuple[int, int]) -> QuantizedActi
     zero = x.zero_point.to(torch.uint8).view(-1, 1, 1, 1)
     padded = zero.expand(-1, height + 2 * padding[0], width + 2 * padding[1], channels)
     padded = padded.repeat_interleave(batch // len(zero), 0)
-    _interior(padded, padding).copy_(x.codes)
+    interior(padded, padding).copy_(x.codes)
     grid = x.grid if isinstance(x, CpuActivation) else None
     return CpuActivation(padded, x.scale, x.zero_point, x.symmetric, padding, None, grid)
 
@@ -163,7 +172,9 @@ def _grid(scale: Tensor, zero_point: Tensor, step: Tensor) -> CpuGrid:
     return CpuGrid(scale, zero_point.to(torch.int32), step, (scale * zero_point)[:, None])
 
 
-def _interior(padded: Tensor, padding: tuple[int, int]) -> Tensor:
-    """View (B, H, W, C) without its padding."""
+def interior(padded: Tensor, padding: tuple[int, int]) -> Tensor:
+    """View (B, H, W, C), or any codes that are not padded, without the padding."""
+    if padding == (0, 0):
+        return padded
     height, width = padded.shape[1] - 2 * padding[0], padded.shape[2] - 2 * padding[1]
     return padded.narrow(1, padding[0], height).narrow(2, padding[1], width)

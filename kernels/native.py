@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.conv import ConvGeometry
+from kernels.differences import Held
 from kernels.errors import KernelError
 from kernels.norms import GroupNorm
 
@@ -50,6 +51,7 @@ def quantize(
     padding: tuple[int, int],
     norm: GroupNorm | None,
     silu: bool,
+    held: Held | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Quantize to codes round(y / step) + zero_point in [0, 2**bits), y being x, group_norm(x) or its SiLU.
 
@@ -70,6 +72,8 @@ def quantize(
         Over the channels of each image, its tensors in float32; the result differs from PyTorch's by rounding.
     silu : bool
         Only with a norm.
+    held : Held, optional
+        What y is the difference to, in codes; written to. One grid for all of `x` then.
 
     Returns
     -------
@@ -81,7 +85,7 @@ def quantize(
     Raises
     ------
     KernelError
-        If grids or the norm do not fit `x`, or are of another dtype, or an empty image is to be padded.
+        If grids, the norm or what is held do not fit `x`, or are of another dtype, or an empty image is to be padded.
     """
     assert _native is not None
     _check_grids(x, step, zero_point)
@@ -109,7 +113,7 @@ def quantize(
         x.data_ptr(), codes.data_ptr(), _address(sums), step.data_ptr(), zero_point.data_ptr(),
         batch, height, width, channels, pitch, *padding, runs, step.numel() // runs, 2**bits - 1,
         x.dtype is torch.bfloat16, norm is not None and silu, 0 if norm is None else norm.groups,
-        _address(weight), _address(bias), _threads(x.numel()), 0.0 if norm is None else norm.eps,
+        _address(weight), _address(bias), _threads(x.numel()), *_held(held, x), 0.0 if norm is None else norm.eps,
     )  # fmt: skip
     return codes, sums
 
@@ -217,6 +221,14 @@ def finish_matrix(
         given is torch.bfloat16, _threads(product.numel()),
     )  # fmt: skip
     return out.to(dtype)
+
+
+def _held(held: Held | None, x: Tensor) -> tuple[int, int, int, int]:
+    """Return addresses of what is held, its scale and the channels' factors, and whether it has no values yet."""
+    if held is None:
+        return 0, 0, 0, 0
+    held.check(x)
+    return held.values.data_ptr(), held.scale.data_ptr(), _address(held.restore), int(held.is_first)
 
 
 def _check_grids(x: Tensor, step: Tensor, zero_point: Tensor) -> None:

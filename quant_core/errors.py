@@ -3,6 +3,7 @@
 QuantServiceError
 └── QuantCoreError
     ├── UnknownTimestepError    a per-step model was called at a timestep that it was not calibrated for
+    ├── TrajectoryError         a model in differences between steps was called out of their order
     ├── ConditioningError       the denoiser wants conditioning that was not given
     ├── DenoiserError           a model folder that cannot be loaded or called
     ├── NotFiniteError          NaN or infinity on a trajectory
@@ -20,6 +21,12 @@ class QuantCoreError(QuantServiceError):
 
 class UnknownTimestepError(QuantCoreError, InvalidInputError):
     """A per-step model was called at a timestep that it was not calibrated for."""
+
+    exit_code = 2
+
+
+class TrajectoryError(QuantCoreError, InvalidInputError):
+    """A model in differences between steps was called out of their order, or with another batch."""
 
     exit_code = 2
 

@@ -115,6 +115,9 @@ class ActivationSpec:
 
     `step_bits` has the bits of each trajectory step, where they differ; `bits` is then the greatest. Numbers of type
     E4M3 have 8 bits and zero points of 0; `symmetric` means nothing there.
+
+    `differences` has the trajectory steps, rising, at which codes are those of the difference to what the step before
+    stood for; it never has step 0.
     """
 
     bits: int
@@ -122,11 +125,13 @@ class ActivationSpec:
     mode: ActivationMode = ActivationMode.PER_STEP
     step_bits: tuple[int, ...] = ()
     type: NumberType = NumberType.INT
+    differences: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "activation")
         object.__setattr__(self, "mode", ActivationMode(self.mode))
         object.__setattr__(self, "step_bits", tuple(self.step_bits))
+        object.__setattr__(self, "differences", tuple(self.differences))
         object.__setattr__(self, "type", NumberType(self.type))
         if self.is_float and (self.bits != E4M3_BITS or self.step_bits):
             raise QuantizationError(f"activation type: got e4m3 with {self.bits} bits, wanted 8 at every step")
@@ -137,6 +142,18 @@ class ActivationSpec:
                 f"step_bits: got a greatest of {max(self.step_bits)} with {self.bits} bits {self.mode}, "
                 "wanted that as bits, and per_step"
             )
+        self._check_differences()
+
+    def _check_differences(self) -> None:
+        """Refuse differences at steps that can have none."""
+        steps = list(self.differences)
+        if not steps:
+            return
+        if self.is_float or self.mode is not ActivationMode.PER_STEP:
+            raise QuantizationError(f"differences: got {self.type} codes {self.mode}, wanted int codes per_step")
+        last = len(self.step_bits) or steps[-1] + 1
+        if steps != sorted(set(steps)) or steps[0] < 1 or steps[-1] >= last:
+            raise QuantizationError(f"differences: got steps {steps}, wanted rising ones within 1 to {last - 1}")
 
     @property
     def bits_mean(self) -> float:
@@ -151,6 +168,7 @@ class ActivationSpec:
             "mode": self.mode.value,
             **({"step_bits": list(self.step_bits)} if self.step_bits else {}),
             **({"type": self.type.value} if self.is_float else {}),
+            **({"differences": list(self.differences)} if self.differences else {}),
         }
 
     @property
@@ -236,6 +254,8 @@ class AttentionSpec:
         check_bits(self.softmax_bits, "softmax")
         if self.activation.is_float and self.softmax_bits != E4M3_BITS:
             raise QuantizationError(f"softmax: got {self.softmax_bits} bits with e4m3 operands, wanted 8")
+        if self.activation.differences:
+            raise QuantizationError("attention: got operands in differences between steps, wanted them plain")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

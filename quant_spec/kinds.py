@@ -10,6 +10,7 @@ from quant_spec.tasks import (
     card,
     channel_errors,
     correct,
+    differences,
     distill,
     encode,
     evaluate,
@@ -41,7 +42,7 @@ from quant_spec.tasks import (
 _MODULES = (
     *(inspect, encode, calibrate, reference, temporal, scale, low_rank, round, menu, mix, reconstruct),
     *(step_effects, step_bits, channel_errors, allocate),
-    *(distill, pack, noise, correct, evaluate, score, release),
+    *(distill, differences, pack, noise, correct, evaluate, score, release),
     text_encoder,  # of a pipeline whose recipe names a recipe for it
     *(step_gains, sensitivity, propose),  # searches alone
     *(export, bench, layer_table, layer_times, card),  # run at once for the command line, not queued

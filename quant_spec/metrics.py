@@ -404,6 +404,25 @@ METRICS: dict[str, Metric] = {
         # A release's digest covers its card, which has always listed them.
         listed=frozenset({Listing.CARD}),
     ),
+    "difference_state_bytes": Metric(
+        "What layers in differences remember between steps, for each row of the denoiser's batch (guided sampling has "
+        "two for a sample)",
+        unit="bytes",
+        direction=Direction.LOWER,
+        format="d",
+        is_number=True,
+        places={
+            Place.CARD: Shown("remembered between steps, bytes per row", rank=5),
+            Place.COST: Shown(
+                "remembered between steps, per row",
+                lambda v: (human_bytes(v["difference_state_bytes"]), "0 bytes", "–"),
+                5,
+            ),
+            Place.JOB: Shown(
+                "state", lambda v: (f"{human_bytes(v['difference_state_bytes'])} per row, between steps",)
+            ),
+        },
+    ),
     "timesteps": Metric(
         "Timesteps of the sampler, noisiest first",
         listed=frozenset({Listing.CARD}),

@@ -9,6 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from quant_spec.enums import Extractor, NumberType, Shift, ShownSeeds, TemporalRounding
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
 from quant_spec.passes.correct import Correct
+from quant_spec.passes.differences import Differences
 from quant_spec.passes.distill import Distill
 from quant_spec.passes.low_rank import LowRank
 from quant_spec.passes.menu import Menu
@@ -36,7 +37,7 @@ MOST_SHARDS = 10_000
 class Passes(Grown):
     """The steps of the method, in the planner's order."""
 
-    _later: ClassVar[frozenset[str]] = frozenset({"low_rank", "menu"})
+    _later: ClassVar[frozenset[str]] = frozenset({"low_rank", "menu", "differences"})
 
     temporal: Temporal | None = Field(
         default=None,
@@ -62,6 +63,9 @@ class Passes(Grown):
     )
     distill: Distill | None = Field(
         default=None, description="The whole quantized model tuned; null leaves it as it is."
+    )
+    differences: Differences | None = Field(
+        default=None, description="Inputs quantized as differences between steps; null quantizes them as they are."
     )
     correct: Correct | None = Field(
         default=None, description="Predictions corrected in the sampler; null corrects none."
@@ -215,6 +219,7 @@ class Recipe(Record):
         self._check_low_rank()
         self._check_floats()
         self._check_menu()
+        self._check_differences()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
             raise ValueError(f"calibration.steps: got {recorded}, wanted at most the sampler's {steps}")
@@ -292,6 +297,25 @@ class Recipe(Record):
             raise ValueError("passes.menu: got it beside weights.type e4m3, which has no widths, wanted int")
         if self.activations.step_bits is not None:
             raise ValueError("passes.menu: got it beside activations.step_bits, wanted one choice of activation bits")
+
+    def _check_differences(self) -> None:
+        """Refuse differences between steps of what has no ranges of its own at each, or other bits there."""
+        chosen, taken = self.activations, self.passes.differences
+        if taken is None:
+            return
+        if chosen.bits is None or chosen.mode != "per_step" or chosen.type is NumberType.E4M3:
+            raise ValueError(
+                f"passes.differences: got activations of bits {chosen.bits or 'null'}, mode {chosen.mode}, type "
+                f"{chosen.type}, wanted bits, mode per_step and type int"
+            )
+        most = max(taken.widths(self.sampler.num_inference_steps))
+        if chosen.bits < most:
+            raise ValueError(
+                f"passes.differences: got {most} bits with activations.bits {chosen.bits}, wanted at most as many"
+            )
+        if chosen.step_bits is not None or self.passes.menu is not None:
+            other = "activations.step_bits" if chosen.step_bits is not None else "passes.menu"
+            raise ValueError(f"passes.differences: got it beside {other}, wanted one choice of activation bits")
 
     def _check_low_rank(self) -> None:
         """Refuse branches beside what has no room for them."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.errors import RecipeError
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
-from quant_spec.enums import Granularity, RangeMethod
+from quant_spec.enums import Granularity, NumberType, RangeMethod
 from quant_spec.formats import WeightSpec
 from quant_spec.messages import nearest
 from quant_spec.planned import PlannedActivation, PlannedAttention, PlannedLayer, PlannedUnit, VariedLayer
@@ -33,12 +33,14 @@ class QuantizedUnit:
     """A unit of which something is quantized: what the model says of it, and what its tasks are told.
 
     `promoted` and `range_bits` have what some layers choose from a menu beside their bits (see `LayerException`).
+    `changing` are layers that may read differences between steps.
     """
 
     info: UnitInfo
     planned: PlannedUnit
     promoted: Mapping[str, float] = field(default_factory=dict)
     range_bits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    changing: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -48,7 +50,8 @@ class QuantizedUnit:
     def without(self, layers: Collection[str]) -> QuantizedUnit:
         """Return the unit with some of its layers left in full precision; it still runs them."""
         left = {name: layer for name, layer in self.planned.layers.items() if name not in layers}
-        return replace(self, planned=replace(self.planned, layers=left))
+        changing = tuple(name for name in self.changing if name not in layers)
+        return replace(self, planned=replace(self.planned, layers=left), changing=changing)
 
 
 def varied_layers(units: Iterable[QuantizedUnit]) -> dict[str, VariedLayer]:
@@ -78,7 +81,7 @@ def choose_formats(model: ModelInfo, recipe: Recipe) -> list[QuantizedUnit]:
     rules = _Rules(model, recipe)
     planned = [(unit, rules.unit(unit)) for unit in model.units]
     units = [
-        QuantizedUnit(unit, formats, *rules.menu_choices(formats))
+        QuantizedUnit(unit, formats, *rules.menu_choices(formats), rules.changing(formats))
         for unit, formats in planned
         if formats.layers or formats.attentions
     ]
@@ -193,6 +196,19 @@ class _Rules:
         """Whether the activation bits are those chosen for each trajectory step: unless an exception gives others."""
         stated = any("bits" in self.recipe.layers[place].activations.model_fields_set for place in places)
         return self.recipe.activations.step_bits is not None and activations.mode == "per_step" and not stated
+
+    def changing(self, unit: PlannedUnit) -> tuple[str, ...]:
+        """Return the layers that may read differences between steps: those whose bits no exception gives."""
+        if self.recipe.passes.differences is None:
+            return ()
+        found = []
+        for name, layer in unit.layers.items():
+            stated = any("bits" in self.recipe.layers[at].activations.model_fields_set for at in self.matches(name))
+            activation = layer.activation
+            if activation is None or stated or activation.mode != "per_step" or activation.type is NumberType.E4M3:
+                continue
+            found.append(name)
+        return tuple(found)
 
     def allocates(self, places: Collection[int], weights: Weights) -> bool:
         """Whether the layer's channels have bits of their own: unless an exception gives bits, or shared scales."""

@@ -8,7 +8,8 @@ The prompts of a whole pipeline are encoded first (`encode`). If activation bits
 `step_effects` (seeds) and `step_bits` lie between calibrate and round. With the passes `scale`, `low_rank` and
 `allocate`, `scale` (units), `low_rank` (units), then `channel_errors` (units) and `allocate`, lie before round; with
 `menu`, `menu` (units) and `mix` (units) lie in its place; with `distill`, that task and the trajectories that it needs
-between reconstruct and pack; with `correct`, `noise` (seeds) and `correct` between pack and evaluate.
+between reconstruct and pack; with
+`differences`, that task before pack; with `correct`, `noise` (seeds) and `correct` between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine. What each kind of task
@@ -27,6 +28,7 @@ from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.passes.allocate import allocate
 from orchestrator.planning.passes.calibrate import calibrate
 from orchestrator.planning.passes.correct import correct
+from orchestrator.planning.passes.differences import differences
 from orchestrator.planning.passes.distill import distill
 from orchestrator.planning.passes.encode import encode
 from orchestrator.planning.passes.evaluate import evaluate
@@ -44,7 +46,7 @@ from quant_spec.recipe import Recipe
 #: The passes in the order in which they are drawn, which is the order in which a free worker takes tasks.
 PASSES: tuple[Callable[[Draft], Drawing], ...] = (
     *(encode, calibrate, step_bits, temporal, scale, low_rank, allocate, menu, round_units, reconstruct, distill),
-    *(pack, correct, evaluate, release),
+    *(differences, pack, correct, evaluate, release),
 )
 
 

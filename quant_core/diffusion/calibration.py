@@ -335,6 +335,12 @@ class CalibrationSet:
             for first in range(0, self.samples, batch_size):
                 yield self.rows(step, first, min(first + batch_size, self.samples))
 
+    def by_trajectory(self, batch_size: int) -> Iterator[Batch]:
+        """Yield all rows, a batch of trajectories after another, each from its first step to its last."""
+        for first in range(0, self.samples, batch_size):
+            for step in range(self.steps):
+                yield self.rows(step, first, min(first + batch_size, self.samples))
+
     def _batch(self, x: Tensor, step: Tensor, row: Tensor) -> Batch:
         told = take(self.conditioning, row)
         places = list(zip(step.tolist(), row.tolist(), strict=True)) if self._stepwise else []

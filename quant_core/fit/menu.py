@@ -32,8 +32,9 @@ from quant_core.nn.steps import StepClock
 from quant_spec.enums import RoundingMethod, UnknownTimestep
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, UnitFormat
+from quant_spec.steps import range_of_step
 from quant_spec.tasks.menu import BASE, Params
-from quant_spec.tasks.mix import MixedLayer, MixedUnit, range_of_step
+from quant_spec.tasks.mix import MixedLayer, MixedUnit
 
 #: Tensors of a layer's state below this name, and all of an attention's, are activation tables.
 _TABLES = ".act_quantizers."

@@ -29,7 +29,7 @@ from quant_core.nn.attention import AttentionQuantizer, wrap_processor
 from quant_core.nn.layers import QuantLayer
 from quant_core.nn.steps import StepClock
 from quant_spec.enums import UnknownTimestep
-from quant_spec.tasks.mix import range_of_step
+from quant_spec.steps import range_of_step
 
 #: Shares of the other layers' errors: the nodes of Gauss-Legendre quadrature on [0, 1], by their number.
 PATHS: Mapping[int, tuple[float, ...]] = {0: (0.0,), 1: (0.5,), 2: (0.21132486540518713, 0.7886751345948129)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from quant_core.inspect.trace import Trace
 from quant_spec.formats import LOW_RANK_BITS, ModelFormat
 
 FLOAT_BITS = 32
@@ -73,6 +74,23 @@ def model_cost(inspection: Mapping[str, Any], model_format: ModelFormat) -> Cost
         (macs + saved + attention_macs) * FLOAT_BITS**2,
         per_step,
     )
+
+
+def difference_state_bytes(trace: Trace, model_format: ModelFormat) -> int:
+    """Return what layers in differences remember between steps, for one row of the batch.
+
+    Of each, the input that it stands for and its output, float32.
+
+    Parameters
+    ----------
+    trace : Trace
+        Of one forward of the original model at batch 1.
+    """
+    total = 0
+    for name, spec in model_format.layers.items():
+        if spec.activation is not None and spec.activation.differences:
+            total += sum(trace.spans[name])
+    return total
 
 
 def _step_changes(inspection: Mapping[str, Any], model_format: ModelFormat) -> list[int]:

@@ -43,7 +43,8 @@ def error_power(model: nn.Module, trajectory: CalibrationSet, predictions: Predi
     """
     sums = torch.zeros(2, trajectory.steps, dtype=torch.float64)
     done = [0] * trajectory.steps
-    for batch in trajectory.by_step(batch_size):
+    # Trajectory by trajectory, as a sampler calls: a model may hold differences between steps.
+    for batch in trajectory.by_trajectory(batch_size):
         step = int(batch.step[0])
         expected = predictions[step, done[step] : done[step] + len(batch)].double()
         done[step] += len(batch)

@@ -20,6 +20,7 @@ from kernels.affine import dequantize_affine
 from kernels.fp8 import FP8
 from kernels.packing import pack_codes, packed_size, unpack_codes
 from quant_core.nn.activation import ActivationQuantizer, Channels
+from quant_core.nn.differences import LayerMemory
 from quant_core.nn.steps import StepClock
 from quant_spec.enums import ActivationMode, Granularity
 from quant_spec.errors import QuantizationError
@@ -115,6 +116,8 @@ class QuantLayer(nn.Module):
     bias : Tensor, shape (C_out,), dtype float32, or None
     soft_weight : Tensor, shape of the weight, or None
         While a rounding is learned, the weight that stands in for the codes.
+    differences : frozenset of int
+        Trajectory steps at which differences are quantized (`quant_core.nn.differences`).
     """
 
     qweight: Tensor
@@ -155,6 +158,11 @@ class QuantLayer(nn.Module):
         self.register_buffer("bias", bias)
         self.act_quantizers = nn.ModuleList(self._make_quantizers(clock, weight.device))
         self.soft_weight: Tensor | None = None
+        self.clock = clock
+        self.name = "of this model"  # until `quantize_layers` says
+        self.differences = frozenset() if spec.activation is None else frozenset(spec.activation.differences)
+        self.memory = LayerMemory()
+        clock.follows = clock.follows or bool(self.differences)
 
     def _make_branch(self, device: torch.device) -> None:
         """Make the low-rank branch, if the format has one."""
@@ -323,14 +331,45 @@ class QuantLayer(nn.Module):
         return torch.cat([quantizer(part) for quantizer, part in zip(self.act_quantizers, parts, strict=True)], dim=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output for the quantized input, in the dtype of `x`."""
-        quantized = self._multiply(self.quantize_input(x), self.weight, self.bias)
+        """Return the layer's output for the quantized input, in the dtype of `x`.
+
+        Raises
+        ------
+        TrajectoryError
+            If it is in differences between steps, and this step does not follow the last.
+        """
+        if self.differences:
+            quantized = self._follow(x)
+        else:
+            quantized = self._multiply(self.quantize_input(x), self.weight, self.bias)
         if not self.spec.low_rank:
             return quantized
         hidden, up = self.low_rank_hidden(x), self.low_rank_up.to(x.dtype)
         if self.kind is nn.Linear:
             return quantized + F.linear(hidden, up)
         return quantized + F.linear(hidden.movedim(1, -1), up).movedim(-1, 1)
+
+    def _follow(self, x: Tensor) -> Tensor:
+        """Return the output at a step of a trajectory: what changed is quantized, multiplied and added."""
+        step, exact = self.clock.moment[1], x.float()
+        if step in self.differences:
+            held, output = self.memory.recall(self.clock, exact, self.name)
+            change = self.quantize_input(exact - held)
+            held = held + self.restored(change)
+            output = output + self._multiply(change, self.weight, None)
+        else:
+            change = self.quantize_input(exact)
+            held = self.restored(change)
+            output = self._multiply(change, self.weight, self.bias)
+        self.memory.keep(self.clock, held, output, for_next=step + 1 in self.differences)
+        return output.to(x.dtype, copy=True)  # a model may write to what its layers give
+
+    def restored(self, quantized: Tensor) -> Tensor:
+        """Return what `quantize_input` gave in the units of the input: times its channels' scales."""
+        channel_scale = self._channel_scale()
+        if channel_scale is None:
+            return quantized
+        return quantized * (channel_scale.flatten() if self.kind is nn.Linear else channel_scale)
 
     def low_rank_hidden(self, x: Tensor) -> Tensor:
         """Return down @ x of the unquantized input, (..., R) of a Linear, (B, R, *space) of a convolution."""
@@ -381,5 +420,6 @@ def quantize_layers(model: nn.Module, specs: Mapping[str, LayerSpec], clock: Ste
                 f"layer {name}: got {type(layer).__name__}, wanted Conv1d, Conv2d, Conv3d or Linear"
             )
         made[name] = QuantLayer(layer, spec, clock)
+        made[name].name = name
         replace_module(model, name, made[name])
     return made

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from quant_core.errors import ConditioningError, UnknownTimestepError
+from quant_core.errors import ConditioningError, TrajectoryError, UnknownTimestepError
 from quant_spec.enums import UnknownTimestep
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -24,6 +24,9 @@ class StepClock:
     """Holds the trajectory-step index of the samples that are in flight.
 
     `index` is that on a device, shape () or (B,); `step` is the same number, where the host knows it and it is one.
+
+    Where layers hold differences between steps (`follows`), it also counts trajectories: `moment` is the running
+    trajectory's number and its step. Steps must then follow each other, and the host looks at every timestep.
 
     Parameters
     ----------
@@ -52,6 +55,9 @@ class StepClock:
         self.tolerance = _tolerance(self.timesteps)
         self.largest = float(self.timesteps.abs().max()) if len(self.timesteps) else 0.0
         self.waits = True
+        self.follows = False
+        self.moment: tuple[int, int] = (0, -1)
+        self.device = torch.device("cpu")
         self.step: int | None = 0
         self.index: Tensor = torch.zeros((), dtype=torch.long)
         self.label: Tensor = torch.zeros((), dtype=torch.long)
@@ -64,8 +70,12 @@ class StepClock:
     def run_on(self, device: torch.device) -> None:
         """Look up on `device` from now on, without the host waiting for it.
 
-        What would be an error is a failed assertion of the device then, and there are no warnings.
+        What would be an error is a failed assertion of the device then, and there are no warnings. A clock that follows
+        trajectories still makes the host wait, once a call.
         """
+        self.device = device
+        if self.follows:
+            return
         self.timesteps = self.timesteps.to(device)
         self.waits = False
 
@@ -78,21 +88,69 @@ class StepClock:
         ------
         UnknownTimestepError
             If a timestep is not one of the trajectory's and `unknown` is ERROR.
+        TrajectoryError
+            If layers hold differences, and this is neither the next step nor the first.
         """
         if len(self.timesteps) == 0:
+            return
+        if self.follows:
+            self._follow(timestep)
             return
         if not self._may_wait():
             self.index, self.step = self._look_up(timestep, dtype), None
             return
+        index = self._find(timestep)
+        # One step for all, which is the rule, is one grid for the whole batch: backends then need no run per sample.
+        self.index = index[0] if index.dim() and bool((index == index[0]).all()) else index
+        self.step = int(self.index) if self.index.dim() == 0 else None
+
+    def _find(self, timestep: Tensor | float) -> Tensor:
+        """Return the step of each timestep, shape () or (B,), on the host; of equal timesteps the first."""
         wanted = torch.as_tensor(timestep).detach().to("cpu", torch.float64)
         wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
         distance, index = (wanted[..., None] - self.timesteps).abs().min(dim=-1)
         is_far = distance > self._allowed(timestep, dtype)
         if bool(is_far.any()):
             self._handle_unknown(wanted, is_far)
-        # One step for all, which is the rule, is one grid for the whole batch: backends then need no run per sample.
-        self.index = index[0] if index.dim() and bool((index == index[0]).all()) else index
-        self.step = int(self.index) if self.index.dim() == 0 else None
+        return index
+
+    @torch.compiler.disable
+    def _follow(self, timestep: Tensor | float) -> None:
+        """Go on to the next step of the running trajectory, or start another."""
+        found = self._find(timestep).reshape(-1)
+        first, (trajectory, last) = int(found[0]), self.moment
+        if bool((found != first).any()):
+            raise TrajectoryError(
+                f"timestep: got steps {sorted(set(found.tolist()))} in one batch, wanted one step for all: layers of "
+                f"{self.model} hold differences between steps"
+            )
+        # Of timesteps that a sampler has twice, the one whose turn it is.
+        step = last + 1 if self._equal(last + 1, first) else first
+        if step == 0:
+            self.moment = (trajectory + 1, 0)
+        elif step == last + 1:
+            self.moment = (trajectory, step)
+        else:
+            before = f"after step {last}" if last >= 0 else "as the first call"
+            raise TrajectoryError(
+                f"timestep: got {float(self.timesteps[first]):g}, step {first} of {self.steps}, {before}, wanted "
+                f"{self._expected(last)}: layers of {self.model} hold differences between steps, so run all of a "
+                f"trajectory, with num_inference_steps={self.steps}"
+            )
+        self.step = step
+        self.index = torch.tensor(step).to(self.device)
+
+    def _equal(self, step: int, other: int) -> bool:
+        """Whether two steps have one timestep; False if `step` is beyond the end."""
+        return step < len(self.timesteps) and bool(self.timesteps[step] == self.timesteps[other])
+
+    def _expected(self, last: int) -> str:
+        """Say which calls may follow step `last`."""
+        start = f"step 0 ({float(self.timesteps[0]):g})"
+        following = last + 1
+        if not 0 < following < self.steps:
+            return start
+        return f"step {following} ({float(self.timesteps[following]):g}), or {start}"
 
     def set_label(self, label: Tensor | None, labels: int) -> None:
         """Remember the class labels, shape () or (B,), for tables that have a row for each of `labels` of them.

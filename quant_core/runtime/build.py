@@ -32,7 +32,7 @@ from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
 _KNOWN_FIELDS = {
     LayerSpec: {"weight", "activation", "split", "channel_scale", "channel_shift", "low_rank"},
     WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture", "type"},
-    ActivationSpec: {"bits", "symmetric", "mode", "step_bits", "type"},
+    ActivationSpec: {"bits", "symmetric", "mode", "step_bits", "type", "differences"},
 }
 # Packed bytes that are laid out before the allocator's free pages go back to the system: what a layer needs meanwhile
 # is a few times its size, in pieces of all sizes.

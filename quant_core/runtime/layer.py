@@ -23,8 +23,10 @@ from kernels.fp8 import Fp8Matrix, fp8_scale, linear_fp8, quantize_fp8, to_fp8
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, group_norm_quantize
 from quant_core.nn.activation import ActivationQuantizer
+from quant_core.nn.differences import LayerMemory
 from quant_core.nn.layers import QuantLayer, weight_from_matrix
 from quant_core.nn.steps import StepClock
+from quant_core.runtime.following import follow
 from quant_core.runtime.parts import LayerPart, lay_out_parts
 from quant_spec.enums import ActivationMode, KernelBackend
 from quant_spec.errors import QuantizationError
@@ -55,6 +57,8 @@ class RuntimeLayer(nn.Module):
         `low_rank_down` in the weight's shape, and `low_rank_up` (`QuantLayer`), where the format has a low-rank branch.
     norm : GroupNorm or None
         To normalize the input with, before SiLU, before it is quantized; see `take_norm`.
+    differences : frozenset of int
+        Trajectory steps at which differences are quantized; what is kept for them is in `memory`.
     """
 
     def __init__(self, layer: QuantLayer, name: str, backend: KernelBackend, *, unpacked: bool = False) -> None:
@@ -75,6 +79,8 @@ class RuntimeLayer(nn.Module):
         self.branch = _branch(layer)
         self.run = LayerRun(name, backend, _how(self.parts, self.activation, layer.spec))
         self.norm: GroupNorm | None = None
+        self.differences = layer.differences
+        self.memory = LayerMemory()
 
     def take_norm(self, norm: nn.GroupNorm) -> None:
         """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables."""
@@ -98,6 +104,8 @@ class RuntimeLayer(nn.Module):
         ------
         KernelError
             If shapes disagree.
+        TrajectoryError
+            If the layer is in differences between steps, and this step does not follow the last.
         """
         if torch.compiler.is_compiling():
             return self._forward(x, residual)
@@ -109,6 +117,9 @@ class RuntimeLayer(nn.Module):
         rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
         assert rows is not None
         low_rank = self._low_rank(x)
+        if self.differences:
+            given = follow(self, rows, out, low_rank, x.dtype)
+            return given if self.geometry is None else given.permute(0, 3, 1, 2)
         if low_rank is not None and self.run.backend is KernelBackend.CPU:
             # oneDNN's epilogue has no branch; a residual it has.
             beside = F.linear(low_rank.hidden, low_rank.up)
@@ -135,14 +146,26 @@ class RuntimeLayer(nn.Module):
         """Quantize channels-last rows and multiply them with a part's weight."""
         weight = part.weight
         if isinstance(weight, CpuWeight):
-            codes = self._cpu_codes(x, part)
-            multiply = cpu_linear if self.geometry is None else cpu_conv2d
-            return multiply(codes, weight, epilogue)
+            return self.product(self.codes(x, part, self.norm), part, epilogue)
         if isinstance(weight, Fp8Matrix):
             return linear_fp8(self._numbers(x, part), weight, epilogue, self.run.backend)
         if self.activation is None:
             return linear_float(x, weight, epilogue, self.run.backend)
-        codes = self._codes(x, part, self.activation)
+        return self.product(self.codes(x, part, self.norm), part, epilogue)
+
+    def codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None = None) -> QuantizedActivation:
+        """Quantize channels-last rows for a part, normalized first if so asked, as the backend takes integers."""
+        if isinstance(part.weight, CpuWeight):
+            return self._cpu_codes(x, part, norm)
+        assert self.activation is not None
+        return self._codes(x, part, self.activation, norm)
+
+    def product(self, codes: QuantizedActivation, part: LayerPart, epilogue: Epilogue) -> Tensor:
+        """Multiply integer codes with a part's weight."""
+        weight = part.weight
+        assert not isinstance(weight, Fp8Matrix), "codes are integers"
+        if isinstance(weight, CpuWeight):
+            return cpu_linear(codes, weight, epilogue) if self.geometry is None else cpu_conv2d(codes, weight, epilogue)
         if self.geometry is None:
             return linear_int(codes, weight, epilogue, self.run.backend)
         return conv2d_int(codes, weight, self.geometry, epilogue, self.run.backend)
@@ -166,7 +189,7 @@ class RuntimeLayer(nn.Module):
         divisor = scale if part.channel_scale is None else scale * part.channel_scale
         return Fp8Matrix(to_fp8(x, divisor), scale.reshape(-1))
 
-    def _cpu_codes(self, x: Tensor, part: LayerPart) -> QuantizedActivation:
+    def _cpu_codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None) -> QuantizedActivation:
         if part.table is None:
             assert self.activation is not None
             spec = self.activation
@@ -178,11 +201,11 @@ class RuntimeLayer(nn.Module):
         assert isinstance(part.weight, CpuWeight)
         needs_sums = part.weight.correction is not None and part.tops is None
         padding = (0, 0) if self.geometry is None or part.tops is not None else self.geometry.padding
-        bits, norm = part.table.bits, self.norm
+        bits = part.table.bits
         codes = quantize_cpu(x, grid, bits, with_sums=needs_sums, padding=padding, norm=norm, silu=norm is not None)
         return _limit_codes(codes, part, index, 0)
 
-    def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec) -> QuantizedActivation:
+    def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec, norm: GroupNorm | None) -> QuantizedActivation:
         if part.table is None:
             per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
             return quantize_dynamic(
@@ -194,10 +217,10 @@ class RuntimeLayer(nn.Module):
                 backend=self.run.backend,
             )
         index = self._steps(x, part.table)
-        if self.norm is None:
+        if norm is None:
             codes = quantize_by_table(x, part.table, index, self.run.backend)
         else:
-            codes = group_norm_quantize(x, self.norm, part.table, index, silu=True, backend=self.run.backend)
+            codes = group_norm_quantize(x, norm, part.table, index, silu=True, backend=self.run.backend)
         return _limit_codes(codes, part, index, 2 ** (spec.bits - 1))
 
     def _steps(self, x: Tensor, table: ActivationTable) -> Tensor | None:
@@ -278,4 +301,5 @@ def _how(parts: list[LayerPart], activation: ActivationSpec | None, layer: Layer
         unpacked = " unpacked from fewer bits" if fewer else ""
         how = f"{widths}-bit weights{unpacked} in {stored} bytes, {'float' if activation is None else 'int8'} products"
     how = how if len(parts) == 1 else f"{how}, {len(parts)} parts"
+    how = f"{how}, of differences" if activation is not None and activation.differences else how
     return f"{how}, a branch of rank {layer.low_rank} in 16 bits" if layer.low_rank else how

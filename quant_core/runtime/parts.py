@@ -54,6 +54,8 @@ class LayerPart:
         Greatest code of each trajectory step, where their bits differ.
     grids : tuple of CpuGrid
         Those of `table`, one for each step; on the CPU only.
+    restore : Tensor, shape (n,), dtype float32, or None
+        What the part's channels are divided by beside the scales of `table`, but for powers of two.
     """
 
     start: int
@@ -64,6 +66,7 @@ class LayerPart:
     table: ActivationTable | None
     tops: Tensor | None
     grids: tuple[CpuGrid, ...] = ()
+    restore: Tensor | None = None
 
     def take(self, rows: Tensor) -> Tensor:
         """Return the part's channels of rows (..., C)."""
@@ -140,7 +143,10 @@ def _part(
     grids: tuple[CpuGrid, ...] = ()
     if backend is KernelBackend.CPU:
         grids = tuple(cpu_grid(table, torch.tensor(step)) for step in range(table.scale.numel()))
-    return LayerPart(start, stop, weight, channels, None, table, tops, grids)
+    restore = None
+    if layer.spec.channel_scale:
+        restore = (quantizer.channel_scale if own is None else quantizer.channel_scale[own]).clone()
+    return LayerPart(start, stop, weight, channels, None, table, tops, grids, restore)
 
 
 def _fp8_part(layer: QuantLayer, number: int, quantizer: ActivationQuantizer, start: int, stop: int) -> LayerPart:

@@ -17,6 +17,7 @@ PASSES: Mapping[str, tuple[str, ...]] = {
     "round": (),
     "reconstruct": (),
     "distill": ("distill",),
+    "differences": ("differences",),
     "correct": ("noise", "correct"),
 }
 #: Kinds that `activations.step_bits` adds.

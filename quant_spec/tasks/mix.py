@@ -64,8 +64,3 @@ class Inputs(TaskInputs[Source]):
 
 
 KIND = TaskKind("mix", 1, "workers.tasks.mix:run", Params, Inputs, (f"{STATE}:*",))
-
-
-def range_of_step(step: int, steps: int, ranges: int) -> int:
-    """Return which of so many equal ranges of the trajectory a step lies in."""
-    return step * ranges // steps

@@ -19,6 +19,7 @@ bfloat16 between its layers, on a CPU in float32.
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections import Counter
@@ -159,18 +160,19 @@ def _with_float32_ends(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _call(bench: _Bench, model: nn.Module, batch: int) -> Callable[[], Tensor]:
-    """Return a call of the denoiser as the sampler makes it for a batch of seeds, in the middle of the trajectory."""
+    """Return what calls the denoiser as the sampler does for a batch of seeds, at one step after another."""
     conditioning = _conditioning(bench, model, range(batch))
     shape = sample_shape(model, token_count(conditioning))
     timesteps = start(make_scheduler(bench.sampler, bench.scheduler_config), bench.sampler, shape)
-    timestep = model_timestep(timesteps[len(timesteps) // 2], bench.sampler).to(bench.device)
+    # In the order of a trajectory, again and again: a model may hold differences between its steps.
+    moments = itertools.cycle(model_timestep(timesteps, bench.sampler).to(bench.device))
     rows = batch * (2 if bench.sampler.is_guided else 1)
     x = torch.randn(rows, *shape, generator=torch.Generator().manual_seed(0)).to(bench.device)
     conditioning = to_device(conditioning, bench.device)
 
     @torch.no_grad()
     def call() -> Tensor:
-        prediction = call_denoiser(model, x, timestep, conditioning)
+        prediction = call_denoiser(model, x, next(moments), conditioning)
         if bench.device.type == "cuda":
             torch.cuda.synchronize(bench.device)
         return prediction

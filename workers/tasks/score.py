@@ -20,14 +20,15 @@ from quant_core.artifact.folder import CONFIG_FILE, parse_quantization_config
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, has_signals
 from quant_core.inspect.first_call import Call
-from quant_core.inspect.inspection import inspect_model
+from quant_core.inspect.inspection import inspect_model, trace_model
 from quant_core.metrics.clip_score import ClipScore
-from quant_core.metrics.cost import model_cost
+from quant_core.metrics.cost import difference_state_bytes, model_cost
 from quant_core.metrics.evaluation import Quality, summarize
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, inception_v3
 from quant_core.metrics.images import difference, grid
 from quant_spec.documents import read_json
 from quant_spec.enums import Extractor, ShownSeeds
+from quant_spec.formats import ModelFormat
 from quant_spec.keys import canonical_json
 from quant_spec.metrics import check_computed
 from quant_spec.prompts import PromptFile, PromptLine, line_of, unbundle
@@ -118,11 +119,14 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
     """Return bits, bit operations and bytes of the packed model."""
     files = read_files(context.store, inputs.packed)
     config = read_json(context.store.get_bytes(files[CONFIG_FILE][0]), CONFIG_FILE)
-    inspection = inspect_model(original, _call(inputs, context) if original.is_whole else None)
-    cost = model_cost(inspection, parse_quantization_config(config["quantization_config"]))
+    call = _call(inputs, context) if original.is_whole else None
+    formats = parse_quantization_config(config["quantization_config"])
+    inspection = inspect_model(original, call)
+    cost = model_cost(inspection, formats)
     per_step = {"bops_per_step": list(cost.bops_per_step)} if cost.bops_per_step else {}
     return {
         **per_step,
+        **_state(original, call, formats),
         "weight_bits_mean": round(cost.weight_bits_mean, 6),
         "act_bits_mean": round(cost.act_bits_mean, 6),
         "bops": cost.bops,
@@ -130,6 +134,13 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
         "bytes": sum(size for path, (_, size) in files.items() if path.endswith(".safetensors")),
         "bytes_fp16": 2 * inspection["parameters"],
     }
+
+
+def _state(original: Denoiser, call: Call | None, formats: ModelFormat) -> dict[str, int]:
+    """Return what layers remember between steps, if any do."""
+    if not any(spec.activation is not None and spec.activation.differences for spec in formats.layers.values()):
+        return {}
+    return {"difference_state_bytes": difference_state_bytes(trace_model(original, call), formats)}
 
 
 def _call(inputs: Inputs[str], context: TaskContext) -> Call:

@@ -66,13 +66,13 @@ def measure_noise(
     elements = 0
     with safe_open(reference, framework="pt") as handle:
         expected = handle.get_slice("prediction")
-        for step in range(trajectory.steps):
-            elements = 0
-            for first, stop in row_ranges(trajectory.samples, sampler, batch_size):
+        # Trajectory by trajectory, as a sampler calls: a model may hold differences between steps.
+        for first, stop in row_ranges(trajectory.samples, sampler, batch_size):
+            for step in range(trajectory.steps):
                 exact = guide(expected[step, first:stop], sampler)
                 found = guide(_predict(model, trajectory, step, first, stop).to("cpu", torch.float32), sampler)
                 moments.sums[:, step] += pair_sums(exact, found - exact, dim)
-                elements += exact.numel() // channels
+            elements += exact.numel() // channels
     return NoiseMoments(moments.timesteps, elements, moments.sums)
 
 
@@ -197,8 +197,8 @@ def corrected_power(model: nn.Module, scheduler: Any, sampler: Sampler, referenc
     sums = torch.zeros(2, trajectory.steps, dtype=torch.float64)
     with safe_open(reference, framework="pt") as handle, torch.no_grad():
         expected = handle.get_slice("prediction")
-        for step in range(trajectory.steps):
-            for first, stop in row_ranges(trajectory.samples, sampler, batch_size):
+        for first, stop in row_ranges(trajectory.samples, sampler, batch_size):
+            for step in range(trajectory.steps):
                 exact = guide(expected[step, first:stop], sampler)
                 found = guide(_predict(model, trajectory, step, first, stop), sampler)
                 found = scheduler.correct(found, scheduler.timesteps[step], exact.shape[dim]).cpu()

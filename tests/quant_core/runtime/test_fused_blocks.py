@@ -62,7 +62,8 @@ def model_of(spec: ActivationSpec | None = None, outputs: int = 48, **options: o
                     quantizer.set_qparams(QParams(torch.linspace(0.04, 0.03, rows), torch.full((rows,), 100.0)))
             parent, _, last = name.rpartition(".")
             setattr(made.get_submodule(parent), last, quantized)
-    clock.set_timestep(100.0)
+    if not clock.follows:
+        clock.set_timestep(100.0)
     return Model(made)
 
 

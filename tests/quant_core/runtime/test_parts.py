@@ -72,7 +72,8 @@ def made(layer: Quantizable, spec: LayerSpec) -> tuple[nn.Sequential, StepClock]
             quantizer.channel_shift.copy_(shift)
         if spec.channel_scale:
             quantizer.channel_scale.copy_(torch.exp(0.4 * torch.randn(len(quantizer.channel_scale), generator=draw)))
-    clock.set_timestep(500.0)
+    if not clock.follows:
+        clock.set_timestep(500.0)
     return nn.Sequential(made), clock
 
 

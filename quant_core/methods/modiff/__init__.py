@@ -1,0 +1,1 @@
+"""MoDiff: activations in differences between steps."""

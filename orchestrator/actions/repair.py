@@ -86,16 +86,3 @@ def _absent(store: Store, digest: str, is_tree: bool) -> list[str]:
     except (BlobLostError, ManifestError):
         return [digest]
     return [blob for blob, size in files.values() if not store.exists(blob) or store.size(blob) != size]
-
-
-@contextmanager
-def saying_how_to_repair(service: Service, release: ReleaseRow) -> Iterator[None]:
-    """Add to the error of a lost blob of a release how it is made again."""
-    try:
-        yield
-    except BlobLostError as error:
-        if error.digest != release.digest and not holds(service.store, release.digest, error.digest):
-            raise
-        again = type(error)(f"{error}; made again by: quantmill artifacts verify {release.ref} --repair", error.digest)
-        again.exit_code = error.exit_code
-        raise again from error

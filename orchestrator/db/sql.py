@@ -8,7 +8,6 @@ rows it is about: rows come as one JSON text (`rows_json`), which the database t
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import psycopg
 from sqlalchemy import Connection, TextClause, text
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
-from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -140,10 +136,10 @@ def _errors(connection: Connection, what: str) -> Iterator[None]:
     """Raise the driver's errors as SQLAlchemy does; a connection that is gone is not used again."""
     try:
         yield
-    except (psycopg.Error, sqlite3.Error) as error:
+    except connection.dialect.loaded_dbapi.Error as error:
         driver: Any = connection.connection.driver_connection
-        is_gone = isinstance(error, psycopg.Error) and bool(driver.closed)
-        base: type[Exception] = psycopg.Error if isinstance(error, psycopg.Error) else sqlite3.Error
+        is_gone = bool(getattr(driver, "closed", False))
+        base = connection.dialect.loaded_dbapi.Error
         raised = DBAPIError.instance(
             what, None, error, base, connection_invalidated=is_gone, dialect=connection.dialect
         )
@@ -160,8 +156,9 @@ def copy_rows(session: Session, into: str, rows: Sequence[Sequence[Any]]) -> Non
         with driver.cursor() as cursor, cursor.copy(f"COPY {into} FROM STDIN") as copy:
             for start in range(0, len(rows), _ROWS_A_WRITE):
                 copy.write("".join(map(_copy_line, rows[start : start + _ROWS_A_WRITE])))
-    except psycopg.Error as error:
-        raise DBAPIError.instance(f"COPY {into}", None, error, psycopg.Error, dialect=connection.dialect) from error
+    except connection.dialect.loaded_dbapi.Error as error:
+        base = connection.dialect.loaded_dbapi.Error
+        raise DBAPIError.instance(f"COPY {into}", None, error, base, dialect=connection.dialect) from error
 
 
 def _copy_line(row: Sequence[Any]) -> str:
@@ -177,7 +174,11 @@ def _copy_line(row: Sequence[Any]) -> str:
 def _driver_text(statement: TextClause, dialect: str) -> str:
     """Return a statement with parameters as the driver writes them."""
     if dialect == POSTGRES:
+        from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+
         return str(statement.compile(dialect=PGDialect_psycopg()))
+    from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+
     return str(statement.compile(dialect=SQLiteDialect_pysqlite(paramstyle="named")))
 
 

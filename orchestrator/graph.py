@@ -53,12 +53,15 @@ def inputs_json(inputs: Mapping[str, Sequence[str | TaskRef]]) -> dict[str, list
     }
 
 
+_ONE_CPU = Resources()
+
+
 def task_node(
     kind: str,
     params: Mapping[str, Any],
     inputs: Mapping[str, Sequence[str | TaskRef]],
     *,
-    resources: Resources = Resources(),
+    resources: Resources = _ONE_CPU,
     work: float = 0.0,
     label: str = "",
     version: int | None = None,

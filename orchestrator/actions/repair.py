@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 
 from orchestrator.db.jobs import find_job
 from orchestrator.db.lineage import recorded_outputs, tree_outputs
 from orchestrator.db.remake import remake_job, withdraw_lost
-from orchestrator.db.rows import ReleaseRow
 from orchestrator.db.session import lock_enqueue, lock_graph
 from orchestrator.service import Service
 from orchestrator.store_owner import require_here

@@ -7,11 +7,11 @@ digest of its bytes; it is known once the inputs exist, and names the result (do
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.resources import Resources as Resources
 from quant_spec.keys import task_digest
 from quant_spec.kinds import KINDS
 
@@ -22,25 +22,6 @@ class TaskRef:
 
     task: str
     output: str
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What a task occupies while it runs: CPUs, GPUs that it cannot do without, bytes of host and of device memory.
-
-    Without `gpu_memory_bytes` no GPU helps; with it, whether the task gets one is a matter of its job and of the
-    cluster (`orchestrator.scheduling.placement`).
-    """
-
-    cpus: float = 1.0
-    gpus: float = 0.0
-    memory_bytes: int = 0
-    gpu_memory_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        amounts = (self.cpus, self.gpus, float(self.memory_bytes), float(self.gpu_memory_bytes))
-        if not all(math.isfinite(amount) and amount >= 0 for amount in amounts):
-            raise ValueError(f"resources: got {self}, wanted finite amounts of 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +53,15 @@ def inputs_json(inputs: Mapping[str, Sequence[str | TaskRef]]) -> dict[str, list
     }
 
 
+_ONE_CPU = Resources()
+
+
 def task_node(
     kind: str,
     params: Mapping[str, Any],
     inputs: Mapping[str, Sequence[str | TaskRef]],
     *,
-    resources: Resources = Resources(),
+    resources: Resources = _ONE_CPU,
     work: float = 0.0,
     label: str = "",
     version: int | None = None,

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from orchestrator.actions.dry_run import worker_count
 from orchestrator.actions.local import run_task
-from orchestrator.actions.repair import saying_how_to_repair
+from orchestrator.actions.lost_bytes import saying_how_to_repair
 from orchestrator.db.jobs import find_job
 from orchestrator.db.releases import find_release, publish
 from orchestrator.db.session import lock_graph

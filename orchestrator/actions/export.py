@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.actions.local import run_task
+from orchestrator.actions.lost_bytes import saying_how_to_repair
 from orchestrator.actions.releases import check_target, get_release, release_home
-from orchestrator.actions.repair import saying_how_to_repair
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.service import Service
 from quant_spec.documents import read_json_file

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.actions.local import run_task
+from orchestrator.actions.lost_bytes import saying_how_to_repair
 from orchestrator.actions.releases import get_release
-from orchestrator.actions.repair import saying_how_to_repair
 from orchestrator.service import Service
 from quant_spec.enums import KernelBackend
 from quant_spec.formats import LayerSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator.actions.repair import saying_how_to_repair
+from orchestrator.actions.lost_bytes import saying_how_to_repair
 from orchestrator.db.releases import find_release
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.db.signatures import find_signature

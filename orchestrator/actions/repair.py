@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 
 from orchestrator.db.jobs import find_job
 from orchestrator.db.lineage import recorded_outputs, tree_outputs
 from orchestrator.db.remake import remake_job, withdraw_lost
-from orchestrator.db.rows import ReleaseRow
 from orchestrator.db.session import lock_enqueue, lock_graph
 from orchestrator.service import Service
 from orchestrator.store_owner import require_here
@@ -86,16 +84,3 @@ def _absent(store: Store, digest: str, is_tree: bool) -> list[str]:
     except (BlobLostError, ManifestError):
         return [digest]
     return [blob for blob, size in files.values() if not store.exists(blob) or store.size(blob) != size]
-
-
-@contextmanager
-def saying_how_to_repair(service: Service, release: ReleaseRow) -> Iterator[None]:
-    """Add to the error of a lost blob of a release how it is made again."""
-    try:
-        yield
-    except BlobLostError as error:
-        if error.digest != release.digest and not holds(service.store, release.digest, error.digest):
-            raise
-        again = type(error)(f"{error}; made again by: quantmill artifacts verify {release.ref} --repair", error.digest)
-        again.exit_code = error.exit_code
-        raise again from error

@@ -14,13 +14,14 @@ from orchestrator.actions.export import DEQUANTIZED, DIFFUSERS, export_release
 from orchestrator.actions.garbage import GRACE_SECONDS, collect_garbage
 from orchestrator.actions.integrity import repair_store, survey_store
 from orchestrator.actions.layer_table import release_layers
-from orchestrator.actions.releases import get_release, pull_denoiser, pull_release, verify_release
+from orchestrator.actions.releases import get_release, verify_release
 from orchestrator.actions.repair import remake
-from orchestrator.actions.signing import check_signature, pull_signed, read_signing_key, sign_release, verify_folder
+from orchestrator.actions.signing import check_signature, read_signing_key, sign_release, verify_folder
 from orchestrator.actions.views import release_view
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.cli.jobs import metric_lines
 from orchestrator.cli.keys import key_option
+from orchestrator.cli.pull import artifacts_pull
 from orchestrator.db.releases import list_releases, set_alias
 from orchestrator.text import table
 from quant_spec.enums import KernelBackend
@@ -37,6 +38,9 @@ def artifacts() -> None:
 
     REF is NAME@VERSION, NAME@ALIAS, NAME (its latest), or a unique beginning of a digest.
     """
+
+
+artifacts.add_command(artifacts_pull)
 
 
 @artifacts.command("ls")
@@ -77,44 +81,6 @@ def artifacts_show(app: App, ref: str, layers: bool, device: str | None, backend
         *metric_lines(view["metrics"]),
     ]
     app.answer(view, lambda: "\n".join(f"{name:<9} {value}" for name, value in facts))
-
-
-@artifacts.command("pull")
-@click.argument("ref")
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option(
-    "--denoiser-only", is_flag=True, help="Of a whole pipeline: the packed denoiser alone, as load_quantized takes it."
-)
-@key_option
-@pass_app
-def artifacts_pull(app: App, ref: str, folder: Path, denoiser_only: bool, key_file: Path | None) -> None:
-    """Write a release into a new folder, every file verified. It is there whole or not at all.
-
-    A folder that has it already is kept if every file in it still is as its digest says. If somebody signed it, the
-    signature goes with it as model.sig; with --key, it must be that key's.
-    """
-    key = load_verifying_key(key_file) if key_file is not None else None
-    if denoiser_only and key is not None:
-        raise click.UsageError(
-            "--key: got it with --denoiser-only, wanted one of them: a signature is of the whole release"
-        )
-    if denoiser_only:
-        with app.service() as service:
-            only = pull_denoiser(service, ref, folder)
-        document = {"release": only.ref, "digest": only.digest, "bytes": only.bytes, "folder": str(folder.absolute())}
-        app.answer(document | {"kept": False}, lambda: f"the denoiser of {only.ref} is in {folder}")
-        return
-    with app.service() as service:
-        pulled = pull_release(service, ref, folder) if key is None else pull_signed(service, ref, folder, key)
-        release, kept = pulled
-    document = {
-        "release": release.ref,
-        "digest": release.digest,
-        "bytes": release.bytes,
-        "folder": str(folder.absolute()),
-        "kept": kept,
-    }
-    app.answer(document, lambda: f"{release.ref} is in {folder}" + (" already, every file checked" if kept else ""))
 
 
 @artifacts.command("verify")

@@ -35,7 +35,7 @@ COMMANDS = {
     "serve": ("orchestrator.cli.serve:serve", "Execute queued jobs on Ray; any number may run."),
     "jobs": ("orchestrator.cli.jobs:jobs", "Follow, cancel and retry jobs."),
     "search": ("orchestrator.cli.search:search", "Search bit widths for many models, as Pareto sets."),
-    "artifacts": ("orchestrator.cli.artifacts:artifacts", "List, pull, verify, name and compare releases."),
+    "artifacts": ("orchestrator.cli.artifacts_group:artifacts", "List, pull, verify, name and compare releases."),
     "bench": ("orchestrator.cli.bench:bench", "Measure a release on this machine: latency, images/s, memory."),
     "report": ("orchestrator.cli.report:report", "Write a job's report, one HTML file."),
 }

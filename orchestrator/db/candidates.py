@@ -117,9 +117,9 @@ def candidate_rows(
     """Return the rows of candidates, in no order."""
     fit = {"gpus": gpus, "gpu_types": None if gpu_types is None else f"|{'|'.join(gpu_types)}|"}
     if is_postgres(session):
-        return list(run(session, _READ, **fit, limit=limit))
-    groups = run(session, _READ_GROUPS, **fit).all()
-    return [row for group in groups for row in run(session, _READ_HEAD, **group._mapping, limit=limit)]
+        return run(session, _READ, **fit, limit=limit)
+    groups = run(session, _READ_GROUPS, **fit)
+    return [row for group in groups for row in run(session, _READ_HEAD, **group._asdict(), limit=limit)]
 
 
 def claim_statement(session: Session) -> Statement:

@@ -214,7 +214,7 @@ def _add(session: Session, job_id: str, shared: _Shared, items: Sequence[_Item],
     """Add the tasks that are not there yet, and return them; let the job, which may have some, want all."""
     # Only enqueueing adds tasks, under its own lock, and nothing removes them: what is absent now stays absent.
     ids = [item.node.id for item in items]
-    present = set(run(session, _PRESENT, given=rows_json([{"id": each} for each in ids])).scalars())
+    present = {row.id for row in run(session, _PRESENT, given=rows_json([{"id": each} for each in ids]))}
     new = [item for item in items if item.node.id not in present]
     insert_rows(session, Task, _TASK, [_task_values(item, shared) for item in new])
     insert_rows(session, TaskInput, EDGE, [edge for item in new if item.sources for edge in input_edges(item.node)])

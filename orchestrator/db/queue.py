@@ -264,7 +264,7 @@ def claim_tasks(
         return []
     token = secrets.token_hex(16)
     given = rows_json([{"id": task, "ran_on": where.get(task)} for task in chosen])
-    rows = run(session, _CLAIM, given=given, token=token, owner=owner, seconds=lease_seconds).all()
+    rows = run(session, _CLAIM, given=given, token=token, owner=owner, seconds=lease_seconds)
     order = {task: position for position, task in enumerate(chosen)}
     rows = sorted(rows, key=lambda row: order[row.id])
     for row in rows:
@@ -280,7 +280,7 @@ def _started_jobs(session: Session, rows: Sequence[Row[Any]]) -> list[str]:
         return []
     if is_postgres(session):
         return rows[0].started or []
-    return list(run(session, _START_JOBS, given=rows_json([{"id": row.id} for row in rows])).scalars())
+    return [row.id for row in run(session, _START_JOBS, given=rows_json([{"id": row.id} for row in rows]))]
 
 
 def _claimed_task(row: Row[Any], token: str) -> ClaimedTask:
@@ -371,7 +371,7 @@ def _finish(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
         return []
     if not is_postgres(session):
         good = [each for each in given if (each["id"], each["attempt"]) in rows]
-        recorded = rows_json([each | dict(rows[each["id"], each["attempt"]]._mapping) for each in good])
+        recorded = rows_json([each | rows[each["id"], each["attempt"]]._asdict() for each in good])
         run(session, _RECORD, given=recorded)
         run(session, _TIME, given=recorded)
     for end in kept:

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.graph import Resources
+from orchestrator.resources import Resources
 from orchestrator.states import JobState, TaskState
-from quant_spec.kinds import KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,8 @@ class Candidate:
     @property
     def shards(self) -> bool:
         """Whether its kind can be spread over several GPUs."""
+        from quant_spec.kinds import KINDS  # their records take longer to import than most commands
+
         kind = KINDS.get(self.kind)
         return kind is not None and kind.shards
 

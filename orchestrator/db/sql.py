@@ -1,22 +1,21 @@
 """Statements as text that both databases read, for what is made for every task.
 
 SQLAlchemy's expressions are built and hashed anew for each call, which for a task of a few milliseconds was most of
-what the queue cost. A text is compiled once. Its parameters are few, however many rows it is about: rows come as one
-JSON text (`rows_json`), which the database takes apart.
+what the queue cost. A text is compiled once, and the driver takes it as it is. Its parameters are few, however many
+rows it is about: rows come as one JSON text (`rows_json`), which the database takes apart.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import namedtuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import psycopg
-from psycopg.rows import namedtuple_row
-from sqlalchemy import CursorResult, TextClause, text
-from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -68,31 +67,85 @@ def _compose(template: str, dialect: str, given: Mapping[str, str]) -> TextClaus
     return text(template.replace("{now}", _NOW[dialect]).replace("{given}", table))
 
 
-def run(session: Session, statement: Statement, **parameters: Any) -> CursorResult[Any]:
-    """Execute a statement in the session's transaction."""
-    return session.connection().execute(statement.postgresql if is_postgres(session) else statement.sqlite, parameters)
+def run(session: Session, statement: Statement, **parameters: Any) -> list[Any]:
+    """Execute a statement in the session's transaction and return its rows, named tuples.
+
+    The driver is called directly: around a statement of 20 microseconds SQLAlchemy does 50 microseconds of work.
+    """
+    connection = _connection(session)
+    with _errors(connection, "a statement"):
+        if is_postgres(session):
+            return _rows(_execute(connection, statement.postgresql, parameters))
+        return _rows(_execute(connection, statement.sqlite, parameters))
 
 
-def run_together(session: Session, *calls: tuple[Statement, Mapping[str, Any]]) -> list[Sequence[Any]]:
+def run_together(session: Session, *calls: tuple[Statement, Mapping[str, Any]]) -> list[list[Any]]:
     """Execute statements that return rows, one after the other, and return those; on Postgres in one round trip.
 
     Each still sees what was committed before it began, also while one before it waited.
     """
     if not is_postgres(session):
-        return [run(session, call, **parameters).all() for call, parameters in calls]
-    connection = session.connection()
+        return [run(session, call, **parameters) for call, parameters in calls]
+    connection = _connection(session)
     driver: Any = connection.connection.driver_connection
+    with _errors(connection, "several statements"), driver.pipeline():
+        cursors = [_execute(connection, call.postgresql, parameters) for call, parameters in calls]
+        # What a statement gives is known when its answer is there, which the first fetch waits for.
+        return [_named(cursor, cursor.fetchall()) for cursor in cursors]
+
+
+def _connection(session: Session) -> Connection:
+    """Return the connection of a session's only transaction."""
+    found: Connection | None = session.info.get("connection")
+    if found is None:
+        found = session.info["connection"] = session.connection()
+    return found
+
+
+def _execute(connection: Connection, statement: TextClause, parameters: Mapping[str, Any]) -> Any:
+    """Execute a statement by the driver, and return its cursor."""
+    driver: Any = connection.connection.driver_connection
+    written = _driver_text(statement, connection.dialect.name)
+    cursor = driver.cursor()
+    hooks = connection.dispatch
+    for hook in hooks.before_cursor_execute:
+        hook(connection, cursor, written, parameters, None, False)
+    cursor.execute(written, parameters)
+    for hook in hooks.after_cursor_execute:
+        hook(connection, cursor, written, parameters, None, False)
+    return cursor
+
+
+def _rows(cursor: Any) -> list[Any]:
+    """Return what a statement gave, as named tuples."""
+    return [] if cursor.description is None else _named(cursor, cursor.fetchall())
+
+
+def _named(cursor: Any, rows: Sequence[Sequence[Any]]) -> list[Any]:
+    row = _row_type(tuple(column[0] for column in cursor.description))
+    return list(map(row._make, rows))
+
+
+@cache
+def _row_type(names: tuple[str, ...]) -> Any:
+    return namedtuple("Row", names)
+
+
+@contextmanager
+def _errors(connection: Connection, what: str) -> Iterator[None]:
+    """Raise the driver's errors as SQLAlchemy does; a connection that is gone is not used again."""
     try:
-        with driver.pipeline():
-            cursors = [
-                driver.cursor(row_factory=namedtuple_row).execute(_driver_text(call.postgresql), parameters)
-                for call, parameters in calls
-            ]
-            return [cursor.fetchall() for cursor in cursors]
-    except psycopg.Error as error:
-        raise DBAPIError.instance(
-            "several statements", None, error, psycopg.Error, dialect=connection.dialect
-        ) from error
+        yield
+    except connection.dialect.loaded_dbapi.Error as error:
+        driver: Any = connection.connection.driver_connection
+        is_gone = bool(getattr(driver, "closed", False))
+        base = connection.dialect.loaded_dbapi.Error
+        raised = DBAPIError.instance(
+            what, None, error, base, connection_invalidated=is_gone, dialect=connection.dialect
+        )
+        if is_gone:
+            connection.invalidate()
+        raise raised from error
 
 
 def copy_rows(session: Session, into: str, rows: Sequence[Sequence[Any]]) -> None:
@@ -103,8 +156,9 @@ def copy_rows(session: Session, into: str, rows: Sequence[Sequence[Any]]) -> Non
         with driver.cursor() as cursor, cursor.copy(f"COPY {into} FROM STDIN") as copy:
             for start in range(0, len(rows), _ROWS_A_WRITE):
                 copy.write("".join(map(_copy_line, rows[start : start + _ROWS_A_WRITE])))
-    except psycopg.Error as error:
-        raise DBAPIError.instance(f"COPY {into}", None, error, psycopg.Error, dialect=connection.dialect) from error
+    except connection.dialect.loaded_dbapi.Error as error:
+        base = connection.dialect.loaded_dbapi.Error
+        raise DBAPIError.instance(f"COPY {into}", None, error, base, dialect=connection.dialect) from error
 
 
 def _copy_line(row: Sequence[Any]) -> str:
@@ -117,15 +171,23 @@ def _copy_line(row: Sequence[Any]) -> str:
 
 
 @cache
-def _driver_text(statement: TextClause) -> str:
-    """Return a statement with parameters as psycopg writes them."""
-    return str(statement.compile(dialect=PGDialect_psycopg()))
+def _driver_text(statement: TextClause, dialect: str) -> str:
+    """Return a statement with parameters as the driver writes them."""
+    if dialect == POSTGRES:
+        from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+
+        return str(statement.compile(dialect=PGDialect_psycopg()))
+    from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
+
+    return str(statement.compile(dialect=SQLiteDialect_pysqlite(paramstyle="named")))
 
 
 def is_postgres(session: Session) -> bool:
     """Say whether the session's database is Postgres."""
-    name: str = session.get_bind().dialect.name
-    return name == POSTGRES
+    found: bool | None = session.info.get("postgres")
+    if found is None:
+        found = session.info["postgres"] = session.get_bind().dialect.name == POSTGRES
+    return found
 
 
 def rows_json(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,6 +11,8 @@ from __future__ import annotations
 AHEAD_SECONDS = 0.1
 #: The least that a task counts for, as a share of what it occupies.
 LEAST_WEIGHT = 1 / 32
+#: A kind whose tasks take less than this is brief: handing such a task to Ray by itself would take longer.
+BRIEF_SECONDS = 0.02
 _NEW = 0.2
 
 
@@ -29,3 +31,7 @@ class Pace:
     def weight(self, kind: str, version: int) -> float:
         """Return the share of what a task occupies that it counts for while it is in flight, above 0 and at most 1."""
         return min(1.0, max(LEAST_WEIGHT, self._seconds.get((kind, version), AHEAD_SECONDS) / AHEAD_SECONDS))
+
+    def is_brief(self, kind: str, version: int) -> bool:
+        """Say whether tasks of a kind and version take milliseconds here."""
+        return self._seconds.get((kind, version), AHEAD_SECONDS) < BRIEF_SECONDS

@@ -458,6 +458,8 @@ class Scheduler:
             deterministic=task.wishes.deterministic,
             versions=dict(own_versions()),
             deadline_seconds=self._deadlines.of(task),
+            # One that failed before may take a worker with it; it runs by itself.
+            brief=task.lease.attempt == 1 and self._places.pace.is_brief(task.kind, task.version),
         )
 
     def _reap(self) -> None:

@@ -150,7 +150,7 @@ class Tasks:
     def _run(self, kind: TaskKind, params: TaskParams, inputs: TaskInputs[str]) -> TaskOutput:
         scratch = next(self._scratch)
         scratch.mkdir()
-        return load_body(kind)(params, inputs, TaskContext(self.store, "cpu", scratch, 1))
+        return load_body(kind)(params, inputs, TaskContext(self.store, "cpu", lambda: scratch, 1))
 
     @cached_property
     def model(self) -> str:

@@ -6,6 +6,7 @@ kind from `quant_spec.tasks`; an input is the digest of the bytes read.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,22 @@ from workers.storage.store import NodeStore
 class TaskContext:
     """Where a task runs.
 
-    `store` reads through the node's cache; `device` is torch's name of the device; `scratch` is an empty folder that
-    is removed when the task ends; `threads` is how many the body may use; `notes` takes checkpoints and progress, None
-    outside of a queue. `devices` are all that the task has, where these are several.
+    `store` reads through the node's cache; `device` is torch's name of the device; `threads` is how many the body may
+    use; `notes` takes checkpoints and progress, None outside of a queue. `devices` are all that the task has, where
+    these are several. `make_scratch` makes the folder of `scratch` or finds it: most short tasks need none.
     """
 
     store: NodeStore
     device: str
-    scratch: Path
+    make_scratch: Callable[[], Path]
     threads: int
     notes: TaskNotes | None = None
     devices: tuple[str, ...] = ()
+
+    @property
+    def scratch(self) -> Path:
+        """An empty folder at first, removed when the task ends."""
+        return self.make_scratch()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ import importlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class TaskCall:
     for any; `gpu_type` is what its GPUs are called. `batch_divisor` makes batches smaller that the result does not
     depend on; `deterministic` asks for torch's deterministic algorithms. `versions` are those that the orchestrator
     has; a worker with others refuses. `devices` are all that a task with several GPUs has.
-    A call that runs for longer than `deadline_seconds` is taken away.
+    A call that runs for longer than `deadline_seconds` is taken away. `brief` says that others of its kind took
+    milliseconds, so that it goes to a worker together with others.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class TaskCall:
     versions: dict[str, str] | None = None
     devices: Sequence[str] = ()
     deadline_seconds: float | None = None
+    brief: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the call as JSON."""
@@ -107,9 +109,10 @@ def execute_call(call: TaskCall) -> TaskOutput:
         with (
             deterministic_algorithms(call.deterministic),
             _store(call) as store,
-            own_folder(Path(call.cache_dir) / "scratch") as scratch,
+            ExitStack() as stack,
         ):
             started = time.perf_counter()
+            scratch = cache(lambda: stack.enter_context(own_folder(Path(call.cache_dir) / "scratch")))
             notes = TaskNotes(store, task_key(kind.name, kind.version, call.params, call.inputs))
             context = TaskContext(store, device.name, scratch, call.threads, notes, tuple(call.devices))
             output = body(_smaller_batches(kind, params, call.batch_divisor), inputs, context)

@@ -25,17 +25,22 @@ from workers.execution.ray_security import worker_environment
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def answer_call(call: TaskCall) -> dict[str, Any]:
-    """Run a call in this process and return its output, or its error, as JSON."""
+def answer_call_text(call: TaskCall) -> str:
+    """Run a call in this process and return its output, or its error, as one line of JSON: an object."""
     try:
         output = execute_call(call)
         answer = {"outputs": output.outputs, "metrics": output.metrics, "ran": output.ran}
-        json.dumps(answer, allow_nan=False)
+        return json.dumps(answer, allow_nan=False)
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, QuantServiceError) else 1
         said: dict[str, Any] = {"error": describe(error), "fault": fault_of(error).value}
         said |= {"lost": error.digest} if isinstance(error, BlobLostError) else {}
-        return said | {"exit_code": exit_code, "dependency": dependency_of(error)}
+        return json.dumps(said | {"exit_code": exit_code, "dependency": dependency_of(error)})
+
+
+def answer_call(call: TaskCall) -> dict[str, Any]:
+    """Run a call in this process and return what `answer_call_text` says."""
+    answer: dict[str, Any] = json.loads(answer_call_text(call))
     return answer
 
 

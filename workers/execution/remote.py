@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import lru_cache
@@ -40,7 +41,8 @@ from workers.errors import Fault, describe, is_out_of_memory
 from workers.execution.cluster import MEMORY_STEP
 from workers.execution.devices import device_number
 from workers.execution.execute import TaskCall
-from workers.execution.local import answer_call
+from workers.execution.lanes import GivenUp, Lane, LaneProcess, Lanes, LaneWorker, Shape, ShortCall
+from workers.execution.local import answer_call_text
 from workers.execution.nodes import ClusterWatch
 from workers.execution.pulse import Beat, Listener, Pulse, beat_seconds, end_process
 
@@ -64,7 +66,60 @@ def run_call(number: int, text: str, beat: float) -> str:
         devices = [f"cuda:{device_number([given], os.environ)}" for given in ray.get_gpu_ids()] or ["cuda"]
         call = replace(call, device=devices[0], devices=devices if len(devices) > 1 else ())
     with _pulse(beat).during(number):
-        return json.dumps(answer_call(call))
+        return answer_call_text(call)
+
+
+class RayLane(LaneWorker):
+    """A lane as a Ray actor; it gives up while it runs a batch, so that has a thread of its own."""
+
+    def __init__(self, beat: float) -> None:
+        """Run calls as Ray tasks do."""
+        super().__init__(lambda number, text: run_call(number, text, beat))
+
+    def ready(self) -> None:
+        """Return when it is there."""
+
+    @ray.method(concurrency_group="staying")
+    def stay(self) -> None:
+        """Never return: who has asked hears at once of the end of this process."""
+        threading.Event().wait()
+
+    @ray.method(concurrency_group="asked")
+    def give_up(self, batch: int) -> tuple[list[tuple[int, str]], int | None]:
+        """See `LaneWorker.give_up`."""
+        return super().give_up(batch)
+
+
+class RayLaneProcess:
+    """The process of a lane, as `Lanes` sees it; answers go back to the lane from Ray's threads."""
+
+    def __init__(self, actor: Any, lane: Lane) -> None:
+        """Say when the actor is there, and when it is gone."""
+        self._actor, self._lane = actor, lane
+        self._then(actor.ready.remote(), lambda _: lane.ready())
+        self._then(actor.stay.remote(), lambda _: None)
+
+    def _then(self, reference: Any, done: Callable[[Any], None]) -> None:
+        def hear(future: Future[Any]) -> None:
+            error = future.exception()
+            if error is not None:
+                self._lane.failed(error)
+            else:
+                done(future.result())
+
+        reference.future().add_done_callback(hear)
+
+    def run_batch(self, batch: int, calls: Sequence[tuple[int, str]]) -> None:
+        """See `LaneProcess`."""
+        self._then(self._actor.run_batch.remote(batch, calls), self._lane.answered)
+
+    def give_up(self, batch: int) -> None:
+        """See `LaneProcess`."""
+        self._then(self._actor.give_up.remote(batch), lambda said: self._lane.gave_up(GivenUp(*said), batch))
+
+    def kill(self) -> None:
+        """See `LaneProcess`."""
+        ray.kill(self._actor)
 
 
 @lru_cache(maxsize=1)
@@ -96,10 +151,17 @@ class Driver:
         self._condemned: dict[int, tuple[float, str, Fault]] = {}
         self._writing = threading.Lock()
         self._running: dict[int, Any] = {}
+        # Calls that the lanes have.
+        self._short: set[int] = set()
         self._remote = ray.remote(max_retries=0, max_calls=0)(run_call)
         self._functions: dict[tuple[Any, ...], Any] = {}
         # A process that has begun to use one GPU cannot change to another that it did not see.
         self._remote_once = ray.remote(max_retries=0, max_calls=1)(run_call)
+        groups = {"asked": 1, "staying": 1}
+        self._remote_lane = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups=groups)(RayLane)
+        self._lanes = Lanes(self)
+        # Node and CPUs of each call that is a Ray task.
+        self._occupied: dict[int, tuple[str, float]] = {}
         self._cluster = ClusterWatch(local=local)
         self._capacity: dict[str, Any] = {}
         self._node_cpus = self._node_memory = 0.0
@@ -122,6 +184,9 @@ class Driver:
             order = json.loads(line)
             if "submit" in order:
                 self._submit(order["submit"], order["call"])
+            elif order["cancel"] in self._short:
+                self._forget(order["cancel"])
+                self._lanes.cancel(order["cancel"])
             elif order["cancel"] in self._running:
                 ray.cancel(self._running[order["cancel"]], force=True)
         if not self._local:
@@ -133,22 +198,67 @@ class Driver:
         # A task that asks for more than any machine has would wait for ever; it gets a whole machine instead.
         cpus = min(call["cpus"], self._node_cpus)
         memory = min(math.ceil(call["memory_bytes"] / MEMORY_STEP) * MEMORY_STEP, int(self._node_memory))
-        options = {"num_cpus": cpus, "num_gpus": call["gpus"], "memory": memory or None, "name": call["kind"]}
         node = self._cluster.node(call["node"])
-        if node is not None and self._cluster.size > 1:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        once = call["gpus"] > 0 and (node is None or not node.by_number)
+        bound = node.id if node is not None and self._cluster.size > 1 else ""
         if call["deadline_seconds"] is not None:
             self._deadlines[number] = call["deadline_seconds"]
+        if call["brief"] and not call["gpus"]:
+            self._short.add(number)
+            self._lanes.submit(Shape(cpus, memory, bound), ShortCall(number, json.dumps(call)))
+            return
+        options = {"num_cpus": cpus, "num_gpus": call["gpus"], "memory": memory or None, "name": call["kind"]}
+        if bound:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(bound, soft=False)
+        once = call["gpus"] > 0 and (node is None or not node.by_number)
         try:
-            bound = node.id if "scheduling_strategy" in options and node is not None else ""
             beat = beat_seconds(self._silence)
             reference = self._function(options, bound, once=once).remote(number, json.dumps(call), beat)
         except (RayError, ValueError) as error:
             self._send({"id": number, "error": f"ray: {describe(error)}", "fault": Fault.INFRASTRUCTURE})
             return
         self._running[number] = reference
+        self._occupied[number] = (bound, cpus)
+        self._lanes.make_room()
         reference.future().add_done_callback(lambda future: self._report(number, future))
+
+    def open_lane(self, lane: Lane) -> LaneProcess:
+        """Start an actor; see `LaneHost`."""
+        shape = lane.shape
+        options: dict[str, Any] = {"num_cpus": shape.cpus, "memory": shape.memory_bytes or None}
+        if shape.node:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(shape.node, soft=False)
+        return RayLaneProcess(self._remote_lane.options(**options).remote(beat_seconds(self._silence)), lane)
+
+    def lanes_room(self, node: str) -> float:
+        """Return what Ray tasks leave of a node; see `LaneHost`."""
+        there = self._cluster.node(node)
+        cpus = self._node_cpus if there is None else there.cpus
+        return cpus - sum(taken for where, taken in list(self._occupied.values()) if where == node)
+
+    def is_condemned(self, number: int) -> bool:
+        """Say whether a call's worker is being killed for it; see `LaneHost`."""
+        return number in self._condemned
+
+    def lane_answers(self, answers: Sequence[tuple[int, str]]) -> None:
+        """Send the ends of calls; see `LaneHost`."""
+        lines = [f'{{"id": {number}, {text[1:]}\n' for number, text in answers if self._forget(number)]
+        self._write("".join(lines).encode())
+
+    def lane_lost(self, number: int, error: BaseException) -> None:
+        """Send the end of a call whose worker was lost; see `LaneHost`."""
+        condemned = self._condemned.get(number)
+        if self._forget(number):
+            self._send_error(number, error, condemned)
+
+    def _forget(self, number: int) -> bool:
+        """Drop what is known of a call; say whether it had not ended yet."""
+        self._deadlines.pop(number, None)
+        self._condemned.pop(number, None)
+        self._occupied.pop(number, None)
+        known = number in self._short or number in self._running
+        self._short.discard(number)
+        self._running.pop(number, None)
+        return known
 
     def _function(self, options: dict[str, Any], node: str, *, once: bool) -> Any:
         """Return the remote function with these options; making one anew for each call takes longer than the call."""
@@ -160,26 +270,32 @@ class Driver:
         return self._functions[name]
 
     def _report(self, number: int, future: Future[str]) -> None:
-        """Send the end of a call; runs in a thread of Ray's."""
-        self._deadlines.pop(number, None)
-        if self._running.pop(number, None) is None:
+        """Send the end of a call that is a Ray task; runs in a thread of Ray's."""
+        condemned = self._condemned.get(number)
+        if not self._forget(number):
             return
-        condemned = self._condemned.pop(number, None)
         error = future.exception()
-        if error is not None and condemned is not None:
-            self._send({"id": number, "error": condemned[1], "fault": condemned[2]})
-        elif error is None:
-            self._send({"id": number, **json.loads(future.result())})
+        if error is None:
+            self._write(f'{{"id": {number}, {future.result()[1:]}\n'.encode())
         else:
-            # A body's own exceptions are answers, so what comes this way is a worker, node or Ray that was lost.
-            what = "cancelled" if isinstance(error, TaskCancelledError) else _first_line(error)
-            fault = Fault.MEMORY if is_out_of_memory(error) else Fault.INFRASTRUCTURE
-            self._send({"id": number, "error": f"ray: {what}", "fault": fault})
+            self._send_error(number, error, condemned)
+
+    def _send_error(self, number: int, error: BaseException, condemned: tuple[float, str, Fault] | None) -> None:
+        """Send the end of a call that has no answer: a body's own errors are answers, so Ray lost worker or node."""
+        if condemned is not None:
+            self._send({"id": number, "error": condemned[1], "fault": condemned[2]})
+            return
+        what = "cancelled" if isinstance(error, TaskCancelledError) else _first_line(error)
+        fault = Fault.MEMORY if is_out_of_memory(error) else Fault.INFRASTRUCTURE
+        self._send({"id": number, "error": f"ray: {what}", "fault": fault})
 
     def _send(self, message: dict[str, Any]) -> None:
+        self._write(json.dumps(message).encode() + b"\n")
+
+    def _write(self, lines: bytes) -> None:
         with self._writing:
             try:
-                self._answers.write(json.dumps(message).encode() + b"\n")
+                self._answers.write(lines)
                 self._answers.flush()
             except OSError:
                 end(self._local)
@@ -216,13 +332,14 @@ class Driver:
                 self._take_away(name, beat, what, now, Fault.DEADLINE)
         for call, (since, what, fault) in list(self._condemned.items()):
             # Its node answers no more than its worker does, and Ray has not noticed.
-            if now - since > self._silence and self._running.pop(call, None) is not None:
-                del self._condemned[call]
+            if now - since > self._silence and (call in self._short or call in self._running):
+                self._lanes.cancel(call)
+                self._forget(call)
                 self._send({"id": call, "error": what, "fault": fault})
 
     def _take_away(self, name: str, beat: Beat, what: str, now: float, fault: Fault = Fault.INFRASTRUCTURE) -> None:
         """Kill a worker; its call, if it has one, ends with this error."""
-        if beat.call in self._running:
+        if beat.call in self._running or beat.call in self._short:
             self._condemned.setdefault(beat.call, (now, f"ray: {what}, on node {beat.node[:12]}", fault))
         _internal_kv_del(name.encode(), namespace=_NAMESPACE)
         if beat.node == self._node:

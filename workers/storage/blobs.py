@@ -100,14 +100,15 @@ def writing(path: Path, *, temporary: Path | None = None, mode: int = 0o444) -> 
         handle, name = tempfile.mkstemp(prefix=".partial-", dir=temporary or path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
+    is_there = False
     try:
-        os.close(handle)
-        with open(name, "wb") as file:  # by name, so that `file.name` is a path
+        with open(name, "wb", opener=lambda *_: handle) as file:  # by name, so that `file.name` is a path
             yield file
         os.chmod(name, mode)
         os.replace(name, path)
+        is_there = True
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
-        # After the replacement there is nothing left under this name.
-        Path(name).unlink(missing_ok=True)
+        if not is_there:
+            Path(name).unlink(missing_ok=True)

@@ -217,6 +217,10 @@ class FolderStore:
 
     def _make(self, folder: Path) -> None:
         """Make a folder of the store, but not the store itself, which may be a mount that is gone."""
+        with suppress(FileExistsError, FileNotFoundError):
+            os.mkdir(folder)
+        if folder.is_dir():
+            return
         try:
             path = self.root
             for name in folder.relative_to(self.root).parts:

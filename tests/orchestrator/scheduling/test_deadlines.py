@@ -13,7 +13,7 @@ from orchestrator.db.queries import find_job
 from orchestrator.db.rows import ClaimedTask, Lease, Timing
 from orchestrator.db.session import Database
 from orchestrator.graph import Resources
-from orchestrator.scheduling.deadlines import LEAST_SECONDS, UNKNOWN_SECONDS, deadline_seconds
+from orchestrator.scheduling.deadlines import LEAST_SECONDS, UNKNOWN_SECONDS, deadline_seconds, known_rates
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
 from orchestrator.states import JobState
 from tests.orchestrator.in_process import InProcess
@@ -37,7 +37,7 @@ TASK = ClaimedTask(Lease("t", 1, "x"), "round", 1, {}, {}, Resources(), work=100
 def test_deadline_is_ten_times_the_estimate_and_at_least_an_hour_or_what_was_given(
     task: ClaimedTask, timings: dict[str, Timing], seconds: float
 ) -> None:
-    assert deadline_seconds(task, timings) == pytest.approx(seconds)
+    assert deadline_seconds(task, known_rates(timings)) == pytest.approx(seconds)
 
 
 class Noting(InProcess):

@@ -164,6 +164,56 @@ def test_killed_worker_is_a_fault_of_the_infrastructure(shared: RayExecutor, cal
     assert collect(shared, 1)[again].output is not None
 
 
+def lanes(executor: RayExecutor) -> list[psutil.Process]:
+    """Return the workers of lanes."""
+    return [process for process in family(executor) if process.name().startswith("ray::RayLane")]
+
+
+def test_brief_calls_share_workers_and_one_that_fails_fails_alone(
+    shared: RayExecutor, call: TaskCall, tmp_path: Path
+) -> None:
+    brief = [replace(call, params={"payload": number}, brief=True) for number in range(60)]
+    # One in the middle cannot be run, as its store is not there.
+    brief[30] = replace(brief[30], store_url=str(tmp_path / "nowhere"))
+    handles = {shared.submit(each): each for each in brief}
+    ended = collect(shared, 60)
+    assert 1 <= len(lanes(shared)) <= 2
+    for handle, each in handles.items():
+        output = ended[handle].output
+        if each is brief[30]:
+            assert "nowhere" in ended[handle].error
+        else:
+            assert output is not None
+            assert output.outputs == execute_call(each).outputs
+    # Others get the room of lanes that have nothing to do.
+    wide = shared.submit(replace(call, cpus=2.0))
+    assert collect(shared, 1)[wide].output is not None
+
+
+def test_killed_worker_of_brief_calls_costs_the_call_that_it_ran(shared: RayExecutor, call: TaskCall) -> None:
+    late = shared.submit(replace(call, params={"seconds": 300.0}, brief=True))
+    others = [shared.submit(replace(call, params={"payload": each}, brief=True)) for each in range(30)]
+    ended = collect(shared, 30)
+    assert set(ended) == set(others)
+    assert all(each.output is not None for each in ended.values())
+    for process in lanes(shared):
+        process.kill()
+    ended = collect(shared, 1)
+    assert ended[late].fault == Fault.INFRASTRUCTURE
+    again = shared.submit(replace(call, brief=True))
+    assert collect(shared, 1)[again].output is not None
+
+
+def test_cancel_stops_a_brief_call_that_takes_long(shared: RayExecutor, call: TaskCall) -> None:
+    late = shared.submit(replace(call, params={"seconds": 300.0}, brief=True))
+    until(lambda: bool(lanes(shared)))
+    workers = lanes(shared)
+    shared.cancel(late)
+    assert gone(workers)
+    other = shared.submit(replace(call, brief=True))
+    assert list(collect(shared, 1)) == [other]
+
+
 def test_shutdown_leaves_no_process_and_no_folder(call: TaskCall) -> None:
     executor = RayExecutor.start(cpus=1)
     executor.submit(replace(call, params={"seconds": 300.0}))

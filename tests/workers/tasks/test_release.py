@@ -53,7 +53,8 @@ def context(tmp_path: Path) -> TaskContext:
     folders = [tmp_path / name for name in ("store", "cache", "scratch")]
     for folder in folders:
         folder.mkdir()
-    return TaskContext(store=open_cached(str(folders[0]), folders[1]), device="cpu", scratch=folders[2], threads=1)
+    store = open_cached(str(folders[0]), folders[1])
+    return TaskContext(store=store, device="cpu", make_scratch=lambda: folders[2], threads=1)
 
 
 def put_packed(context: TaskContext) -> str:

@@ -94,17 +94,17 @@ class StepClock:
         if len(self.timesteps) == 0:
             return
         if self.follows:
-            self._follow(timestep)
+            self._follow(timestep, dtype)
             return
         if not self._may_wait():
             self.index, self.step = self._look_up(timestep, dtype), None
             return
-        index = self._find(timestep)
+        index = self._find(timestep, dtype)
         # One step for all, which is the rule, is one grid for the whole batch: backends then need no run per sample.
         self.index = index[0] if index.dim() and bool((index == index[0]).all()) else index
         self.step = int(self.index) if self.index.dim() == 0 else None
 
-    def _find(self, timestep: Tensor | float) -> Tensor:
+    def _find(self, timestep: Tensor | float, dtype: torch.dtype) -> Tensor:
         """Return the step of each timestep, shape () or (B,), on the host; of equal timesteps the first."""
         wanted = torch.as_tensor(timestep).detach().to("cpu", torch.float64)
         wanted = wanted.reshape(()) if wanted.numel() == 1 else wanted.reshape(-1)
@@ -115,9 +115,9 @@ class StepClock:
         return index
 
     @torch.compiler.disable
-    def _follow(self, timestep: Tensor | float) -> None:
+    def _follow(self, timestep: Tensor | float, dtype: torch.dtype) -> None:
         """Go on to the next step of the running trajectory, or start another."""
-        found = self._find(timestep).reshape(-1)
+        found = self._find(timestep, dtype).reshape(-1)
         first, (trajectory, last) = int(found[0]), self.moment
         if bool((found != first).any()):
             raise TrajectoryError(

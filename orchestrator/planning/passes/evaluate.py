@@ -24,7 +24,7 @@ _EXTRACTOR_BYTES = {Extractor.EFFICIENTNET_LITE0: 0.5 * GIB, Extractor.INCEPTION
 def evaluate(draft: Draft) -> Drawing:
     """Leave the figures of the packed model."""
     section, told = draft.recipe.evaluation, draft.told(PromptPart.EVALUATION)
-    whole = None if told.part is None else draft.model.digest
+    whole, packed = None if told.part is None else draft.pipeline_tree, draft.told_packed()
     references: list[TaskRef] = []
     evaluations: list[TaskRef] = []
     for shard in shards(section.first_seed, section.seeds, section.shard_seeds, recorded=section.sqnr_seeds):
@@ -35,7 +35,7 @@ def evaluate(draft: Draft) -> Drawing:
         params = shard_task.Params(
             sampler=draft.sampler, seeds=shard.seeds, batch_size=batch, samples=draft.model.samples, part=told.part
         )
-        inputs = shard_task.Inputs(draft.packed_model, references[-1], whole, told.prompts, told.embeddings)
+        inputs = shard_task.Inputs(draft.packed_model, references[-1], whole, packed.prompts, packed.embeddings)
         cost = evaluate_cost(draft.costs, shard.count, batch, shard.recorded)
         node = draft.node(shard_task.KIND, params, inputs, cost, shard.label)
         evaluations.append(TaskRef(node.id, shard_task.EVALUATION))
@@ -81,5 +81,6 @@ def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[Ta
         model=draft.model.digest,
         extractor_weights=section.extractor_weights,
         prompts=told.prompts,
+        whole=None if told.part is None else draft.pipeline_tree,
     )
     return draft.node(score.KIND, params, inputs, score_cost(draft.costs), f"{section.seeds} seeds")

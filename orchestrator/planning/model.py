@@ -126,6 +126,7 @@ class ModelInfo:
     temporal: tuple[str, ...] | None  # layers of the temporal information block; None if not looked for
     samples: SampleSpace
     pipeline: PipelineInfo | None = None
+    streamed: bool = False  # whether tasks that only read weights leave them in their files
 
     @classmethod
     def read(cls, digest: str, inspection: Mapping[str, Any]) -> Self:
@@ -142,6 +143,7 @@ class ModelInfo:
             temporal=tuple(inspection["temporal"]) if "temporal" in inspection else None,
             samples=SampleSpace(inspection["samples"]),
             pipeline=_pipeline(inspection.get("pipeline")),
+            streamed=inspection.get("streamed", False),
         )
 
     def resized(self, arguments: Mapping[str, Any]) -> ModelInfo:

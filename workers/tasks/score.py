@@ -43,7 +43,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     references, evaluations = inputs.references, inputs.evaluations
     if not references or len(references) != len(evaluations):
         raise TaskError(f"shards: got {len(references)} references, {len(evaluations)} evaluations, wanted pairs")
-    original = fetch_model(inputs.model, context)
+    original = fetch_model(inputs.model, context, streamed=None)
     quality = summarize(
         local_files(references, context),
         local_files(evaluations, context),

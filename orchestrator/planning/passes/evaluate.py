@@ -50,7 +50,7 @@ def evaluate_cost(costs: Costs, seeds: int, batch: int, recorded: int) -> Cost:
     calls = (seeds + recorded) * costs.calls_per_sample
     kept = recorded * costs.calls_per_sample * costs.sample_bytes * 2
     work = costs.quantized_forward(calls, batch) + costs.around(seeds, decoded=True)
-    return Cost(work, costs.memory(batch, kept + costs.model_bytes + costs.around_bytes), kept)
+    return Cost(work, costs.memory(batch, kept + costs.packed_bytes + costs.around_bytes, reads=True), kept)
 
 
 def score_cost(costs: Costs) -> Cost:
@@ -59,7 +59,7 @@ def score_cost(costs: Costs) -> Cost:
     samples = 2 * section.seeds
     held = _EXTRACTOR_BYTES[section.extractor] + 2 * samples * costs.image_bytes + costs.around_bytes
     work = samples * _EXTRACTOR_WORK[section.extractor] + costs.forward(1, 1)
-    return Cost(work, int(WORKER_BYTES + costs.model_bytes + held))
+    return Cost(work, int(WORKER_BYTES + costs.read_bytes + held))
 
 
 def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[TaskRef]) -> TaskNode:

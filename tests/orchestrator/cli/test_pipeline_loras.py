@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ TEXT_LAYER = "text_model.encoder.layers.0.self_attn.q_proj"
 
 
 def save_lora(path: Path, scale: float = 1.0, *, text: bool = False, seed: int = 0) -> tuple[Path, Tensor]:
-    """Write a LoRA of one layer of emoji-sd's UNet, and of its text encoder; return it and what it adds to the UNet's."""
+    """Write a LoRA of a layer of emoji-sd's UNet, and of its text encoder; return it and what it adds to the UNet's."""
     generator = torch.Generator().manual_seed(seed)
     weight = load_file(EMOJI_SD / "unet" / "diffusion_pytorch_model.safetensors")[f"{LAYER}.weight"]
     down = torch.randn(4, weight.shape[1], generator=generator) * scale
@@ -54,7 +53,10 @@ def test_loras_are_fused_and_recorded(cli: Cli, home: Path, tmp_path: Path) -> N
     answer = cli("models", "add", EMOJI_SD, "--lora", one, "--lora", f"{two}:-0.5", "--name", "both", "--json")
     assert answer.code == 0, answer.err
     fused = answer.json
-    assert [(each["file"], each["scale"]) for each in fused["loras"]] == [("one.safetensors", 1), ("two.safetensors", -0.5)]
+    assert [(each["file"], each["scale"]) for each in fused["loras"]] == [
+        ("one.safetensors", 1),
+        ("two.safetensors", -0.5),
+    ]
     (base,) = (row for row in cli("models", "ls", "--json").json if row["name"] == "emoji-sd")
     assert fused["digest"] != base["digest"]
     before, after = (weights(home, row["digest"], tmp_path / row["name"]) for row in (base, fused))
@@ -124,8 +126,9 @@ def test_a_job_with_a_lora_tells_it_in_its_release(cli: Cli, home: Path, tmp_pat
 def test_files_that_are_no_loras_of_the_model_are_refused(cli: Cli, tmp_path: Path, text: str, message: str) -> None:
     good, _ = save_lora(tmp_path / "good.safetensors")
     (tmp_path / "text.txt").write_text("a")
-    save_file({"unet.nowhere.at_all.lora_A.weight": torch.ones(1, 3), "unet.nowhere.at_all.lora_B.weight": torch.ones(3, 1)},
-              tmp_path / "other.safetensors")  # fmt: skip
+    name = "unet.nowhere.at_all"
+    other = {f"{name}.lora_A.weight": torch.ones(1, 3), f"{name}.lora_B.weight": torch.ones(3, 1)}
+    save_file(other, tmp_path / "other.safetensors")
     save_file({"unet.x.lora_A.weight": torch.full((1, 3), float("nan"))}, tmp_path / "nan.safetensors")
     places = {"GOOD": good, "OTHER": tmp_path / "other.safetensors", "TEXT": tmp_path / "text.txt",
               "NAN": tmp_path / "nan.safetensors"}  # fmt: skip

@@ -114,7 +114,7 @@ def test_all_text_encoders_of_a_pipeline_by_a_pattern(cli: Cli, used: Path, home
     loaded = DiffusionPipeline.from_pretrained(used / "sd3-release")
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         assert {layer.spec.weight.bits for layer in packed_layers(getattr(loaded, name)).values()} == {8}
-    assert {layer.spec.low_rank > 0 for layer in packed_layers(loaded.transformer).values()} == {True, False}
+    assert {layer.spec.weight.bits for layer in packed_layers(loaded.transformer).values()} == {4, 8}
     store = open_store(str(home / "store"))
     release = read_files(store, cli("artifacts", "show", "sd3", "--json").json["digest"])
     (model,) = (row for row in cli("models", "ls", "--json").json if row["name"] == "sd3")
@@ -186,7 +186,7 @@ def test_a_dry_run_shows_formats_and_memory_by_component(cli: Cli, used: Path) -
     assert found["kinds"]["encode"]["total"] == 3
     text = {line.split()[0]: line for line in cli(*words).out.splitlines() if line}
     assert " W4 " in text["text_encoder_3"]
-    assert text["vae"].rstrip().endswith("as it is")
+    assert "as it is" in text["vae"]
 
 
 def test_recipes_that_differ_in_the_encoder_share_all_else(cli: Cli, used: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 #: Weight files of more bytes than this are streamed.
-STREAMED_BYTES = 1 << 26
+STREAMED_BYTES = 1 << 30
 #: Weights of so many numbers, or fewer, are held.
 _SMALL = 1 << 16
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}

@@ -90,6 +90,10 @@ def _check(content: Path | bytes, model: ModelRow, told: str) -> None:
             f"prompts: got no column {', '.join(missing)} in {path}, wanted files for the call of "
             f"{pipeline['class_name']}, which needs {', '.join(pipeline['needs'])}"
         )
+    if line.size is not None and not {"height", "width"} <= set(pipeline["takes"]):
+        raise RecipeError(
+            f"prompts: got sizes in {path}, wanted none: the call of {model.name} takes no height and width"
+        )
     labels = model.inspection["label_count"]
     wrong = [
         line.class_label for line in lines if line.class_label is not None and labels and line.class_label >= labels

@@ -11,6 +11,7 @@ from torch import nn
 
 from quant_core.diffusion.conditioning import conditioning_fields, is_shared
 from quant_core.diffusion.denoiser import Denoiser, has_tokens
+from quant_core.diffusion.streamed import is_streamed
 from quant_core.errors import DenoiserError
 from quant_core.inspect.first_call import Call, check_prediction_shape, describe_needs, explained
 from quant_core.inspect.pipeline import describe_pipeline
@@ -68,7 +69,8 @@ def inspect_model(denoiser: Denoiser, call: Call | None = None) -> dict[str, Any
         input is a concatenation.
         `has_tokens`: whether samples are packed tokens. `conditioning`: what a forward is told, with the number of
         classes or the shape of a row; with it the entries of `quant_core.inspect.first_call.describe_needs`.
-        `pipeline`: what `quant_core.inspect.pipeline.describe_pipeline` says of a whole pipeline, null for a denoiser.
+        `streamed`: true where weights are so large that tasks leave them in their files. `pipeline`: what
+        `quant_core.inspect.pipeline.describe_pipeline` says of a whole pipeline, null for a denoiser.
 
     Raises
     ------
@@ -108,6 +110,7 @@ def inspect_model(denoiser: Denoiser, call: Call | None = None) -> dict[str, Any
         "pipeline": pipeline,
         "scheduler": _finite(denoiser.scheduler_config),
         "samples": _samples(trace.output_shape[1:], denoiser, pipeline),
+        **({"streamed": True} if is_streamed(model) else {}),
     }
 
 

@@ -35,6 +35,8 @@ class Params(TaskParams):
 class Inputs(TaskInputs[Source]):
     """Packed and original trees; shards in the order of their seeds; files of weights, for inception-v3 and for CLIP;
     prompts.
+
+    `whole` is the tree of the pipeline that the packed model samples in.
     """
 
     packed: Source
@@ -44,6 +46,7 @@ class Inputs(TaskInputs[Source]):
     extractor_weights: Source | None = None
     prompts: Source | None = None
     clip: Source | None = None
+    whole: Source | None = None
 
 
 KIND = TaskKind("score", 3, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))

@@ -155,8 +155,17 @@ class LoopTrajectories:
         """Draw the samples."""
         conditioning = trajectory_conditioning(self.model, self.sampler, seeds, self.conditioning_file)
         scheduler = make_scheduler(self.sampler, self.scheduler_config)
-        watch = {"batch_size": batch_size, "on_step": on_step, "instead": instead}
-        return Samples(sample(self.model, scheduler, self.sampler, seeds, conditioning, **watch))
+        samples = sample(
+            self.model,
+            scheduler,
+            self.sampler,
+            seeds,
+            conditioning,
+            batch_size=batch_size,
+            on_step=on_step,
+            instead=instead,
+        )
+        return Samples(samples)
 
 
 class PipelineTrajectories:

@@ -78,6 +78,9 @@ class Host:
         """Start with nothing open."""
         self.cpus = 2.0
         self.refuses = False
+        self.takes_tasks = False
+        self.tasks: list[int] = []
+        self.in_tasks = 0
         self.begun: list[int] = []
         self.answers: dict[int, str] = {}
         self.lost: list[int] = []
@@ -110,7 +113,21 @@ class Host:
 
     def lanes_room(self, node: str) -> float:
         """See `LaneHost`."""
-        return self.cpus
+        return self.cpus - self.in_tasks
+
+    def run_as_task(self, shape: Shape, call: ShortCall) -> bool:
+        """See `LaneHost`."""
+        if not self.takes_tasks:
+            return False
+        self.tasks.append(call.number)
+        self.in_tasks += 1
+        return True
+
+    def end_task(self, number: int) -> None:
+        """Answer a call that runs as a task."""
+        self.in_tasks -= 1
+        self.answers[number] = "as a task"
+        self.lanes.look()
 
     def is_condemned(self, number: int) -> bool:
         """See `LaneHost`."""
@@ -252,5 +269,30 @@ def test_idle_lanes_make_room_for_calls_of_another_shape_and_for_ray_tasks(host:
     until(lambda: 40 in host.answers)
     assert [process.lane.shape.cpus for process in host.open()] == [2.0]
     host.cpus = 1.0
-    host.lanes.make_room()
+    host.lanes.look()
     until(lambda: not host.open())
+
+
+def test_the_first_calls_do_not_wait_for_a_lane_and_few_need_none(host: Host) -> None:
+    host.takes_tasks = True
+    host.submit("x")
+    until(lambda: host.tasks == [0])
+    host.end_task(0)
+    assert host.processes == []
+    # More than there is room for: those that are left get a lane, as soon as a task leaves its room.
+    host.submit(*["x"] * 20, first=1)
+    until(lambda: len(host.answers) == 19)
+    assert host.tasks == [0, 1, 2]
+    assert len(host.processes) == 1
+
+
+def test_a_chain_of_calls_gets_a_lane_by_and_by(host: Host) -> None:
+    host.takes_tasks = True
+    host.lanes._idle_seconds = SECONDS
+    for number in range(60):
+        host.submit("x", first=number)
+        until(lambda number=number: number in host.tasks or number in host.answers)
+        if number in host.tasks:
+            host.end_task(number)
+    assert len(host.processes) == 1
+    assert 8 <= len(host.tasks) < 60

@@ -5,10 +5,11 @@ asks for one again. So calls that take no longer than that go to *lanes*: worker
 until they have had nothing to do for a while. What holds for Ray tasks holds here too:
 
 * A lane occupies on its node what one of its calls does, and is closed when others need the room.
-* Where there is no lane yet, calls run as Ray tasks; a lane is opened for those that are left, or if it goes on so.
+* A lane is a new process, as Ray makes no actor of one that has run tasks. So calls run as Ray tasks at first, and a
+  lane is opened where many have within a moment.
 * An answer does not wait for a call that takes longer than was thought: the lane gives up what it holds but that one.
 * A worker that dies costs the call that it ran, and no other. Where it is not known which one that was, as several
-  were under way, each is run again alone, at no cost to it.
+  were under way or none had begun, each is run again alone, at no cost to it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ GIVE_UP_SECONDS = 0.25
 #: A lane that has nothing to do for so long is closed.
 IDLE_SECONDS = 2.0
 #: So many Ray tasks of one shape in so many seconds are worth a lane.
-MANY, MANY_SECONDS = 8, 1.0
+MANY, MANY_SECONDS = 8, 2.0
 _TICK_SECONDS = 0.1
 # What asks for less CPUs counts so much.
 _LEAST_CPUS = 0.25
@@ -211,7 +212,7 @@ class Lanes:
     def _serve(self) -> None:
         while True:
             try:
-                event = self._events.get(timeout=_TICK_SECONDS if self._lanes else None)
+                event = self._events.get(timeout=_TICK_SECONDS if self._lanes or self._waiting else None)
             except queue.Empty:
                 self._tick(time.monotonic())
                 continue
@@ -261,7 +262,7 @@ class Lanes:
                 return False
             waiting.popleft()
             before.append(now)
-        return not waiting and (len(before) < MANY or now - before[0] > MANY_SECONDS)
+        return len(before) < MANY or now - before[0] > MANY_SECONDS
 
     def _close_surplus(self) -> None:
         """Close lanes that have nothing to do where others have begun to run on their nodes."""
@@ -331,6 +332,10 @@ class Lanes:
     def _gave_up(self, lane: Lane, said: GivenUp, batch: int) -> None:
         """Put back what a lane does not begin."""
         self._report(lane, said.answers)
+        if said.running in lane.held:
+            # From now on it is known which one runs.
+            its, call = lane.held[said.running]
+            lane.held[said.running] = (its, replace(call, alone=True))
         if not lane.gone:
             back = [number for number, (its, _) in lane.held.items() if its <= batch and number != said.running]
             self._put_back(lane, back)
@@ -356,7 +361,8 @@ class Lanes:
                 self._host.lane_lost(call.number, error)
             return
         first = lane.batch_of_first()
-        to_blame = [number for number in lane.held if self._host.is_condemned(number)] or first
+        to_blame = [number for number in lane.held if self._host.is_condemned(number)]
+        to_blame = to_blame or [number for number in first if lane.held[number][1].alone]
         if len(to_blame) == 1:
             lane.held.pop(to_blame[0])
             if lane.cancelled.pop(to_blame[0], None) is None:
@@ -386,7 +392,7 @@ class Lanes:
         for lane in self._each():
             if any(now - at > GIVE_UP_SECONDS for number, at in lane.cancelled.items() if number in lane.held):
                 self._close(lane)
-            elif len(lane.held) > 1 and now - lane.since > GIVE_UP_SECONDS:
+            elif lane.held and now - lane.since > GIVE_UP_SECONDS:
                 self._ask_to_give_up(lane)
             elif lane.is_ready and not lane.held and now - lane.since > self._idle_seconds:
                 self._close(lane)

@@ -40,7 +40,7 @@ from workers.errors import Fault, describe, is_out_of_memory
 from workers.execution.cluster import MEMORY_STEP
 from workers.execution.devices import device_number
 from workers.execution.execute import TaskCall
-from workers.execution.lanes import GivenUp, Lane, LaneProcess, Lanes, LaneWorker, Shape, ShortCall
+from workers.execution.lanes import IDLE_SECONDS, GivenUp, Lane, LaneProcess, Lanes, LaneWorker, Shape, ShortCall
 from workers.execution.local import answer_call_text
 from workers.execution.nodes import ClusterWatch
 from workers.execution.pulse import Beat, Listener, Pulse, beat_seconds, end_process
@@ -155,7 +155,8 @@ class Driver:
         self._remote_once = ray.remote(max_retries=0, max_calls=1)(run_call)
         groups = {"asked": 1, "staying": 1}
         self._remote_lane = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups=groups)(RayLane)
-        self._lanes = Lanes(self)
+        # Nobody else waits for the room that an idle lane has on a Ray of our own.
+        self._lanes = Lanes(self, idle_seconds=math.inf if local else IDLE_SECONDS)
         # Node and CPUs of each call that is a Ray task.
         self._occupied: dict[int, tuple[str, float]] = {}
         self._cluster = ClusterWatch(local=local)

@@ -143,7 +143,13 @@ def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Re
         same = None
         if request.resume:
             names = (model.digest, resolved.digest, release_name)
-            same = find_active_job(session, *names, device=wanted.device.value, gpu_type=wanted.gpu_type)
+            same = find_active_job(
+                session,
+                *names,
+                device=wanted.device.value,
+                gpu_type=wanted.gpu_type,
+                deterministic=loaded.recipe.deterministic,
+            )
         if same is not None:
             tasks = job_counts(session, same.id)
             return Submitted(same, EnqueueCounts(tasks["total"], tasks["succeeded"]), resumed=True)

@@ -133,17 +133,24 @@ def find_active_job(
     *,
     device: str,
     gpu_type: str | None,
+    deterministic: bool,
 ) -> JobRow | None:
-    """Return the newest job that has not ended and does exactly this; None if there is none."""
+    """Return the newest job that has not ended and does exactly this; None if there is none.
+
+    What it was asked to run on is in its recipe: a deterministic one may have been bound to a type of device since.
+    """
     statement = (
         select(Job)
         .where(in_states(Job.state, ACTIVE_JOBS), Job.model_digest == model_digest, Job.recipe_digest == recipe_digest)
-        .where(Job.release_name == release_name, Job.device == device, Job.gpu_type.is_not_distinct_from(gpu_type))
+        .where(Job.release_name == release_name)
         .order_by(Job.created_at.desc())
-        .limit(1)
     )
-    job = session.scalars(statement).first()
-    return None if job is None else _job_row(job)
+    for job in session.scalars(statement):
+        asked = job.recipe.get("resources") or {}
+        places = (asked.get("device", "auto"), asked.get("gpu_type"), bool(job.recipe.get("deterministic")))
+        if places == (device, gpu_type, deterministic):
+            return _job_row(job)
+    return None
 
 
 def list_jobs(session: Session, *, states: Iterable[JobState] = (), limit: int = 100) -> list[JobRow]:

@@ -57,11 +57,13 @@ def repair_lost(session: Session, lease: Lease, lost: Sequence[str], error: str)
     found = makers(session, [reader.id], lost)
     waiting: list[str] = []
     if found:
-        _fail_worn_out(session, reader, found, lost[0])
-        if session.scalar(select(Task.id).where(*held(lease))) is None:
-            # No job is left that wants the reader.
-            return True
-        waiting = withdraw(session, found, lost[0])
+        # A report that was held up, as by a database that was out, may be of a loss that has been mended since.
+        if not _is_made_since(session, reader, lost[0]):
+            _fail_worn_out(session, reader, found, lost[0])
+            if session.scalar(select(Task.id).where(*held(lease))) is None:
+                # No job is left that wants the reader.
+                return True
+            waiting = withdraw(session, found, lost[0])
     elif not _is_being_made(session, reader.id) and not is_outdated(session, reader.id, reader.inputs):
         _fail_for_good(session, lease, reader, _what_to_do(session, reader, lost, error))
         return True
@@ -212,6 +214,16 @@ def _move(session: Session, event: TaskEvent, where: Sequence[Any], data: dict[s
     """Apply an event to tasks, and note it."""
     for row in session.execute(move_task(event).where(*where).returning(Task.id, Task.attempt)).all():
         record_event(session, event, task=row.id, attempt=row.attempt, data=data)
+
+
+def _is_made_since(session: Session, reader: Row[Any], blob: str) -> bool:
+    """Say whether a blob was made again since the reader's attempt began, which may have met it before."""
+    of_reader = (Event.task_id == reader.id, Event.event == TaskEvent.CLAIM.value, Event.attempt == reader.attempt)
+    begun = session.scalar(select(func.max(Event.id)).where(*of_reader))
+    if begun is None:
+        return False
+    since = select(Event.data).where(Event.event == TaskEvent.REPAIR.value, Event.id > begun)
+    return any(data["digest"] == blob for data in session.scalars(since))
 
 
 def _is_being_made(session: Session, task: str) -> bool:

@@ -240,7 +240,10 @@ def nothing_lost(history: History) -> Iterator[str]:
 
 
 def failures_explained(history: History) -> Iterator[str]:
-    """A task fails for good when its budget of faults is spent or its input is bad, and a job only with a task."""
+    """A task fails for good when its budget of faults is spent or its input is bad, and a job only with a task.
+
+    Or when a blob is lost once more: whatever loses it would do so for ever.
+    """
     invalid = {each.task for each in history.log if each.event == "failed" and each.data.get("fault") == "invalid"}
     for change in history.of("tasks"):
         row = change.row
@@ -251,7 +254,8 @@ def failures_explained(history: History) -> Iterator[str]:
     failed = {each.row["id"] for each in history.of("tasks") if each.states[1] == "failed"}
     for change in history.of("jobs"):
         mine = (change.row["id"] in history.wanted_by.get(task, ()) for task in failed)
-        if change.enters("failed") and not any(mine):
+        is_worn_out = any(digest in (change.row.get("error") or "") for digest in history.spoiled_again)
+        if change.enters("failed") and not any(mine) and not is_worn_out:
             yield f"job {_name(change)}: failed though none of its tasks did"
 
 

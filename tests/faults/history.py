@@ -84,7 +84,7 @@ class History:
 
     `sources` is which tasks each task reads; `wanted_by` which jobs hold it. `expected` is what an undisturbed run
     gives: outputs by key, and the artifact of each job. `damaged` lists digests of results whose bytes were not in the
-    store at the end, or were others.
+    store at the end, or were others. `spoiled_again` are digests of blobs that were taken away more than once.
     """
 
     changes: tuple[Change, ...]
@@ -96,6 +96,7 @@ class History:
     expected_outputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     expected_artifacts: Mapping[str, str] = field(default_factory=dict)
     damaged: tuple[str, ...] = ()
+    spoiled_again: frozenset[str] = frozenset()
 
     def of(self, table: str) -> list[Change]:
         """Return the changes of one table, in order."""

@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +40,7 @@ class Service:
         self.jobs: list[str] = []
         self.requests: list[Request] = []
         self.bodies: list[Body] = []
-        self.spoiled: set[str] = set()
+        self.spoiled: Counter[str] = Counter()
         self.user_errors: list[str] = []
         self.users: list[threading.Thread] = []
         self.lock = threading.Lock()
@@ -141,6 +142,7 @@ class Service:
             expected_outputs=outputs,
             expected_artifacts={job: targets[name] for job, name in names.items() if name in targets},
             damaged=self._damaged(),
+            spoiled_again=frozenset(digest for digest, times in self.spoiled.items() if times > 1),
         )
 
     def _damaged(self) -> tuple[str, ...]:
@@ -149,7 +151,7 @@ class Service:
         for row in self.recorder.query("SELECT outputs FROM results WHERE kind = 'noop'"):
             outputs = json.loads(row["outputs"]) if isinstance(row["outputs"], str) else row["outputs"]
             digests |= set(outputs.values())
-        return tuple(sorted(digest for digest in digests - self.spoiled if not self._is_whole(digest)))
+        return tuple(sorted(digest for digest in digests - set(self.spoiled) if not self._is_whole(digest)))
 
     def _is_whole(self, digest: str) -> bool:
         path = self.blob(digest)

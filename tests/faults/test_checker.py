@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.checker import CHECKS, bodies_exclusive, violations
+from tests.faults.checker import CHECKS, bodies_exclusive, failures_explained, violations
 from tests.faults.history import Body, Change, History, Logged, Request
 
 TASK, READER, KEY, OTHER_KEY = "a" * 64, "b" * 64, "c" * 64, "d" * 64
@@ -373,6 +373,13 @@ def test_result_that_was_withdrawn_may_be_made_again() -> None:
     story.finish()
     story.put("jobs", "again", state="succeeded")
     assert violations(story.history(wanted_by={TASK: frozenset({"job", "again"})})) == {}
+
+
+def test_job_whose_blob_is_lost_once_more_may_fail_without_a_task() -> None:
+    story = running()
+    story.put("jobs", "job", state="failed", error=f"got no blob {KEY} once more")
+    assert list(failures_explained(story.history(spoiled_again=frozenset({KEY})))) == []
+    assert list(failures_explained(story.history())) != []
 
 
 def test_job_that_is_cancelled_and_retried_goes_on() -> None:

@@ -95,7 +95,7 @@ class World(Service):
         outputs = self.dice.choice(rows)["outputs"]
         (digest,) = (json.loads(outputs) if isinstance(outputs, str) else outputs).values()
         path = self.blob(digest)
-        self.spoiled.add(digest)
+        self.spoiled[digest] += 1
         if deleted:
             path.unlink(missing_ok=True)
         elif path.is_file():

@@ -5,9 +5,11 @@ asks for one again. So calls that take no longer than that go to *lanes*: worker
 until they have had nothing to do for a while. What holds for Ray tasks holds here too:
 
 * A lane occupies on its node what one of its calls does, and is closed when others need the room.
+* A lane is a new process, as Ray makes no actor of one that has run tasks. So calls run as Ray tasks at first, and a
+  lane is opened where many have within a moment.
 * An answer does not wait for a call that takes longer than was thought: the lane gives up what it holds but that one.
 * A worker that dies costs the call that it ran, and no other. Where it is not known which one that was, as several
-  were under way, each is run again alone, at no cost to it.
+  were under way or none had begun, each is run again alone, at no cost to it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ BATCH, DEPTH = 8, 2
 #: A batch that is out for longer gives up what it has not begun; in seconds.
 GIVE_UP_SECONDS = 0.25
 #: A lane that has nothing to do for so long is closed.
-IDLE_SECONDS = 1.0
+IDLE_SECONDS = 2.0
+#: So many Ray tasks of one shape in so many seconds are worth a lane.
+MANY, MANY_SECONDS = 8, 2.0
 _TICK_SECONDS = 0.1
 # What asks for less CPUs counts so much.
 _LEAST_CPUS = 0.25
@@ -162,6 +166,10 @@ class LaneHost(Protocol):
         """Return the CPUs of a node ("" for any) that nothing but lanes occupies."""
         ...
 
+    def run_as_task(self, shape: Shape, call: ShortCall) -> bool:
+        """Run a call as a Ray task; False if that cannot be."""
+        ...
+
     def is_condemned(self, number: int) -> bool:
         """Say whether it is this call that its worker is killed for."""
         ...
@@ -185,6 +193,8 @@ class Lanes:
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lanes: dict[Shape, list[Lane]] = {}
         self._waiting: dict[Shape, deque[ShortCall]] = {}
+        # When the last calls became Ray tasks.
+        self._tasks: dict[Shape, deque[float]] = {}
         threading.Thread(target=self._serve, name="lanes", daemon=True).start()
 
     def submit(self, shape: Shape, call: ShortCall) -> None:
@@ -195,14 +205,14 @@ class Lanes:
         """Stop a call; nothing is told of it any more."""
         self._events.put(partial(self._cancel, number))
 
-    def make_room(self) -> None:
-        """Something else begins to run on a node: close lanes that have nothing to do, where that takes their room."""
+    def look(self) -> None:
+        """Something else began to run on a node, or ended: see who has to give up its room, or who has got some."""
         self._events.put(lambda: None)
 
     def _serve(self) -> None:
         while True:
             try:
-                event = self._events.get(timeout=_TICK_SECONDS if self._lanes else None)
+                event = self._events.get(timeout=_TICK_SECONDS if self._lanes or self._waiting else None)
             except queue.Empty:
                 self._tick(time.monotonic())
                 continue
@@ -237,14 +247,28 @@ class Lanes:
             for _ in range(DEPTH):
                 for lane in sorted(prompt, key=lambda each: each.under_way):
                     self._give(lane, waiting, len(prompt))
+            is_enough = not waiting if open_ else self._run_as_tasks(shape, waiting, now)
             # Not one for each call: they are short, and a new process is not.
-            if waiting and len(lanes) < allowed and all(lane.held for lane in lanes):
+            if not is_enough and len(lanes) < allowed and all(lane.held for lane in lanes):
                 self._open(shape)
+            elif not lanes:
+                del self._lanes[shape]
+
+    def _run_as_tasks(self, shape: Shape, waiting: deque[ShortCall], now: float) -> bool:
+        """Run calls as Ray tasks where there is room beside lanes that are being opened; say whether that will do."""
+        before = self._tasks.setdefault(shape, deque(maxlen=MANY))
+        while waiting and self._room(shape.node) >= shape.cpus:
+            if not self._host.run_as_task(shape, waiting[0]):
+                return False
+            waiting.popleft()
+            before.append(now)
+        return len(before) < MANY or now - before[0] > MANY_SECONDS
 
     def _close_surplus(self) -> None:
         """Close lanes that have nothing to do where others have begun to run on their nodes."""
         for lane in self._each():
-            if lane.is_ready and not lane.held and self._room(lane.shape.node) < 0:
+            is_idle = lane.is_ready and not lane.held and not self._waiting.get(lane.shape)
+            if is_idle and self._room(lane.shape.node) < 0:
                 self._close(lane)
 
     def _room(self, node: str) -> float:
@@ -308,6 +332,10 @@ class Lanes:
     def _gave_up(self, lane: Lane, said: GivenUp, batch: int) -> None:
         """Put back what a lane does not begin."""
         self._report(lane, said.answers)
+        if said.running in lane.held:
+            # From now on it is known which one runs.
+            its, call = lane.held[said.running]
+            lane.held[said.running] = (its, replace(call, alone=True))
         if not lane.gone:
             back = [number for number, (its, _) in lane.held.items() if its <= batch and number != said.running]
             self._put_back(lane, back)
@@ -333,7 +361,8 @@ class Lanes:
                 self._host.lane_lost(call.number, error)
             return
         first = lane.batch_of_first()
-        to_blame = [number for number in lane.held if self._host.is_condemned(number)] or first
+        to_blame = [number for number in lane.held if self._host.is_condemned(number)]
+        to_blame = to_blame or [number for number in first if lane.held[number][1].alone]
         if len(to_blame) == 1:
             lane.held.pop(to_blame[0])
             if lane.cancelled.pop(to_blame[0], None) is None:
@@ -363,7 +392,7 @@ class Lanes:
         for lane in self._each():
             if any(now - at > GIVE_UP_SECONDS for number, at in lane.cancelled.items() if number in lane.held):
                 self._close(lane)
-            elif len(lane.held) > 1 and now - lane.since > GIVE_UP_SECONDS:
+            elif lane.held and now - lane.since > GIVE_UP_SECONDS:
                 self._ask_to_give_up(lane)
             elif lane.is_ready and not lane.held and now - lane.since > self._idle_seconds:
                 self._close(lane)

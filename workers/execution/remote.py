@@ -41,7 +41,7 @@ from workers.errors import Fault, describe, is_out_of_memory
 from workers.execution.cluster import MEMORY_STEP
 from workers.execution.devices import device_number
 from workers.execution.execute import TaskCall
-from workers.execution.lanes import GivenUp, Lane, LaneProcess, Lanes, LaneWorker, Shape, ShortCall
+from workers.execution.lanes import IDLE_SECONDS, GivenUp, Lane, LaneProcess, Lanes, LaneWorker, Shape, ShortCall
 from workers.execution.local import answer_call_text
 from workers.execution.nodes import ClusterWatch
 from workers.execution.pulse import Beat, Listener, Pulse, beat_seconds, end_process
@@ -151,15 +151,16 @@ class Driver:
         self._condemned: dict[int, tuple[float, str, Fault]] = {}
         self._writing = threading.Lock()
         self._running: dict[int, Any] = {}
-        # Calls that the lanes have.
-        self._short: set[int] = set()
+        # Calls that the lanes have, as they were ordered.
+        self._short: dict[int, dict[str, Any]] = {}
         self._remote = ray.remote(max_retries=0, max_calls=0)(run_call)
         self._functions: dict[tuple[Any, ...], Any] = {}
         # A process that has begun to use one GPU cannot change to another that it did not see.
         self._remote_once = ray.remote(max_retries=0, max_calls=1)(run_call)
         groups = {"asked": 1, "staying": 1}
         self._remote_lane = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups=groups)(RayLane)
-        self._lanes = Lanes(self)
+        # Nobody else waits for the room that an idle lane has on a Ray of our own.
+        self._lanes = Lanes(self, idle_seconds=math.inf if local else IDLE_SECONDS)
         # Node and CPUs of each call that is a Ray task.
         self._occupied: dict[int, tuple[str, float]] = {}
         self._cluster = ClusterWatch(local=local)
@@ -203,23 +204,37 @@ class Driver:
         if call["deadline_seconds"] is not None:
             self._deadlines[number] = call["deadline_seconds"]
         if call["brief"] and not call["gpus"]:
-            self._short.add(number)
+            self._short[number] = call
             self._lanes.submit(Shape(cpus, memory, bound), ShortCall(number, json.dumps(call)))
             return
-        options = {"num_cpus": cpus, "num_gpus": call["gpus"], "memory": memory or None, "name": call["kind"]}
-        if bound:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(bound, soft=False)
         once = call["gpus"] > 0 and (node is None or not node.by_number)
+        self._start(number, call, json.dumps(call), Shape(cpus, memory, bound), once=once)
+
+    def _start(self, number: int, call: dict[str, Any], text: str, shape: Shape, *, once: bool) -> None:
+        """Run a call as a Ray task."""
+        options: dict[str, Any] = {"num_cpus": shape.cpus, "num_gpus": call["gpus"]}
+        options |= {"memory": shape.memory_bytes or None, "name": call["kind"]}
+        if shape.node:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(shape.node, soft=False)
         try:
             beat = beat_seconds(self._silence)
-            reference = self._function(options, bound, once=once).remote(number, json.dumps(call), beat)
+            reference = self._function(options, shape.node, once=once).remote(number, text, beat)
         except (RayError, ValueError) as error:
+            self._forget(number)
             self._send({"id": number, "error": f"ray: {describe(error)}", "fault": Fault.INFRASTRUCTURE})
             return
         self._running[number] = reference
-        self._occupied[number] = (bound, cpus)
-        self._lanes.make_room()
+        self._occupied[number] = (shape.node, shape.cpus)
+        self._lanes.look()
         reference.future().add_done_callback(lambda future: self._report(number, future))
+
+    def run_as_task(self, shape: Shape, call: ShortCall) -> bool:
+        """Run a short call as others run; see `LaneHost`."""
+        order = self._short.get(call.number)
+        if order is not None:  # else it was cancelled
+            self._start(call.number, order, call.text, shape, once=False)
+            self._short.pop(call.number, None)
+        return True
 
     def open_lane(self, lane: Lane) -> LaneProcess:
         """Start an actor; see `LaneHost`."""
@@ -256,7 +271,7 @@ class Driver:
         self._condemned.pop(number, None)
         self._occupied.pop(number, None)
         known = number in self._short or number in self._running
-        self._short.discard(number)
+        self._short.pop(number, None)
         self._running.pop(number, None)
         return known
 
@@ -272,7 +287,9 @@ class Driver:
     def _report(self, number: int, future: Future[str]) -> None:
         """Send the end of a call that is a Ray task; runs in a thread of Ray's."""
         condemned = self._condemned.get(number)
-        if not self._forget(number):
+        known = self._forget(number)
+        self._lanes.look()
+        if not known:
             return
         error = future.exception()
         if error is None:

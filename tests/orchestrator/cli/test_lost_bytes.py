@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from orchestrator.cli.main import run_cli
 from orchestrator.db.session import open_database
@@ -286,10 +287,13 @@ def test_verify_wants_one_release_or_all(cli: Cli, home: Path) -> None:
 
 
 def test_run_goes_on_with_the_job_that_was_interrupted(cli: Cli, with_digits: Path) -> None:
-    words = RUN[1:-1]
+    # Deterministic, and bound to a type of device by its first task: still the job that was asked for.
+    words = [*RUN[1:-3], "--set", "deterministic=true", *RUN[-3:-1]]
     first = cli("submit", *words, "--json").json["job"]
+    with open_database(f"sqlite:///{with_digits / 'quantmill.db'}").session() as session:
+        session.execute(text("UPDATE jobs SET device = 'cpu'"))
     other = cli("submit", *words[:-1], "other", "--json").json["job"]
-    again = cli(*RUN)
+    again = cli("run", *words, "--json")
     assert (again.code, again.json["job"], again.json["state"]) == (0, first, "succeeded")
     assert "going on with it" in again.err
     assert {row["job"] for row in cli("jobs", "ls", "--json").json} == {first, other}

@@ -120,6 +120,22 @@ def test_a_blob_that_is_lost_twice_fails_the_job_and_says_what(queue: Driver) ->
     assert "wanted a store that keeps" in error
 
 
+def test_a_report_of_a_loss_that_was_mended_since_fails_nothing(queue: Driver) -> None:
+    # Found by seed 18 of tests.faults: the second reader's report waited while the database was out.
+    first = queue.node("first")
+    prompt, late = queue.node("prompt", first), queue.node("late", first)
+    job = queue.submit([first, prompt, late, queue.node("end", prompt, late)])
+    assert queue.finish(queue.take(first), "bytes")
+    claimed = {task.label: task.lease for task in queue.claim(2)}
+    assert lose(queue, claimed["prompt"], "bytes")
+    assert queue.finish(queue.take(first), "bytes")
+    assert lose(queue, claimed["late"], "bytes")
+    assert queue.states(first, late) == ["succeeded", "queued"]
+    assert queue.work() == ["prompt", "late", "end"]
+    assert queue.job(job).state == "succeeded"
+    assert queue.task(first)["repairs"] == 1
+
+
 def test_another_job_may_lose_the_same_blob_once_more(queue: Driver) -> None:
     first = queue.node("first")
     reader, other = queue.node("reader", first), queue.node("other", first)

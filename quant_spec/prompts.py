@@ -104,7 +104,7 @@ def read_prompts(data: bytes, where: str = "prompts") -> tuple[PromptLine, ...]:
     if len({(line.prompt is None, line.class_label is None) for line in lines}) > 1:
         raise InvalidInputError(f"{where}: got prompts and class labels, wanted one of them in every line")
     columns = [{name for name, _ in line.more} for line in lines]
-    if uneven := sorted(set.union(*columns) - set.intersection(*columns)):
+    if uneven := sorted(columns[0].union(*columns) - columns[0].intersection(*columns)):
         raise InvalidInputError(f"{where}: got {', '.join(uneven)} in some lines, wanted them in all or none")
     return tuple(_with_files(line, files, where) for line in lines) if files else lines
 

@@ -120,7 +120,6 @@ def _gemma() -> Any:
         num_attention_heads=2,
         num_hidden_layers=1,
         num_key_value_heads=2,
-        attn_implementation="eager",
     )
     return transformers.Gemma2Model(config).eval()
 

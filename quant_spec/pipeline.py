@@ -45,6 +45,14 @@ LIBRARIES = ("diffusers", "transformers")
 #: Names that pipelines of diffusers give to the network that is called at every step.
 DENOISERS = ("unet", "transformer", "denoiser")
 
+#: Keywords of a pipeline's call that are given by the recipe's own fields, by prompts, or by the seeds.
+OWN_ARGUMENTS = frozenset(
+    {
+        *("prompt", "negative_prompt", "class_labels", "generator", "latents", "num_inference_steps", "guidance_scale"),
+        *("eta", "output_type", "return_dict", "num_images_per_prompt", "callback_on_step_end"),
+    }
+)
+
 
 def is_whole(index: Mapping[str, Any] | None) -> bool:
     """Whether an index is a pipeline's own, and not the decoders alone that are kept beside a denoiser."""

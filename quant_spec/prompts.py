@@ -112,7 +112,7 @@ def read_prompts(data: bytes, where: str = "prompts") -> tuple[PromptLine, ...]:
         got = ", ".join("none" if size == (0, 0) else "{}x{}".format(*size) for size in sizes)
         raise InvalidInputError(f"{where}: got sizes {got}, wanted the same in every line: a job is of one")
     columns = [{name for name, _ in line.more} for line in lines]
-    if uneven := sorted(set.union(*columns) - set.intersection(*columns)):
+    if uneven := sorted(columns[0].union(*columns) - columns[0].intersection(*columns)):
         raise InvalidInputError(f"{where}: got {', '.join(uneven)} in some lines, wanted them in all or none")
     return tuple(_with_files(line, files, where) for line in lines) if files else lines
 

@@ -120,7 +120,6 @@ def _gemma() -> Any:
         num_attention_heads=2,
         num_hidden_layers=1,
         num_key_value_heads=2,
-        attn_implementation="eager",
     )
     return transformers.Gemma2Model(config).eval()
 
@@ -171,7 +170,9 @@ def _unet(**changes: Any) -> Any:
 
 
 def _ddim() -> Any:
-    return diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False)
+    return diffusers.DDIMScheduler(
+        beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
 
 
 def _euler() -> Any:
@@ -199,7 +200,7 @@ def lcm() -> Any:
 
 def heun() -> Any:
     """Stable Diffusion with a scheduler of second order: most timesteps are called at twice."""
-    scheduler = diffusers.HeunDiscreteScheduler(beta_schedule="scaled_linear")
+    scheduler = diffusers.HeunDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1)
     return diffusers.StableDiffusionPipeline(vae=_vae(), **_text(), unet=_unet(), scheduler=scheduler)
 
 

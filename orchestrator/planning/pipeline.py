@@ -7,15 +7,8 @@ from typing import Any
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import RecipeError
+from quant_spec.pipeline import OWN_ARGUMENTS
 from quant_spec.recipe import Recipe
-
-#: What the call is given by the recipe's own fields, by prompts, or by the seeds.
-OWN = frozenset(
-    {
-        *("prompt", "negative_prompt", "class_labels", "generator", "latents", "num_inference_steps", "guidance_scale"),
-        *("eta", "output_type", "return_dict", "num_images_per_prompt", "callback_on_step_end"),
-    }
-)
 
 
 def pipeline_of(model: ModelRow) -> Mapping[str, Any] | None:
@@ -75,12 +68,12 @@ def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
         raise RecipeError(
             f"sampler.timestep_scale: got {sampler.timestep_scale:g} for {name}, wanted 1: its call decides it"
         )
-    if own := sorted(sampler.arguments.keys() & OWN):
+    if own := sorted(sampler.arguments.keys() & OWN_ARGUMENTS):
         raise RecipeError(
             f"sampler.arguments: got {', '.join(own)}, wanted the recipe's own field, or the prompts file"
         )
     if unknown := sorted(sampler.arguments.keys() - set(pipeline["takes"])):
-        known = ", ".join(sorted(set(pipeline["takes"]) - OWN))
+        known = ", ".join(sorted(set(pipeline["takes"]) - OWN_ARGUMENTS))
         raise RecipeError(f"sampler.arguments: got {', '.join(unknown)}, wanted what the call of {name} takes: {known}")
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import RecipeError
-from orchestrator.planning.pipeline import OWN
 from orchestrator.recipes.load import LoadedRecipe
 from quant_spec.errors import InvalidInputError
+from quant_spec.pipeline import OWN_ARGUMENTS
 from quant_spec.prompts import read_prompts
 
 #: 256 neutral prompts, in no order.
@@ -82,8 +82,8 @@ def _check(content: Path | bytes, model: ModelRow, told: str) -> None:
         form = "class labels, one number a line" if told == "class_labels" else wanted
         raise RecipeError(f"prompts: got {got} in {path}, wanted {form}, which the pipeline of {model.name} takes")
     columns = {name for name, _ in line.more}
-    if unknown := sorted(columns - (set(pipeline["takes"]) - OWN)):
-        known = ", ".join(sorted(set(pipeline["takes"]) - OWN))
+    if unknown := sorted(columns - (set(pipeline["takes"]) - OWN_ARGUMENTS)):
+        known = ", ".join(sorted(set(pipeline["takes"]) - OWN_ARGUMENTS))
         raise RecipeError(f"prompts: got columns {', '.join(unknown)} in {path}, wanted what its call takes: {known}")
     if missing := [name for name in pipeline.get("needs") or () if name not in columns]:
         raise RecipeError(

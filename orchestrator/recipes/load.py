@@ -222,12 +222,12 @@ def _replace_files(values: Mapping[str, Any], folder: Path) -> tuple[dict[str, A
     """Return a recipe with digests for the files that it names, and these by digest."""
     replaced = dict(values)
     files: dict[str, Path | bytes] = {}
-    for field in _FOLDER_FIELDS:
-        stated = _stated(replaced, field)
+    for where in _FOLDER_FIELDS:
+        stated = _stated(replaced, where)
         if stated is not None:
-            packed = bundled_folder(folder / Path(stated).expanduser(), ".".join(field))
-            digest = hashlib.sha256(packed).hexdigest()
-            replaced, files[digest] = _with(replaced, field, digest), packed
+            model = bundled_folder(folder / Path(stated).expanduser(), ".".join(where))
+            digest = hashlib.sha256(model).hexdigest()
+            replaced, files[digest] = _with(replaced, where, digest), model
     for field in _FILE_FIELDS:
         stated, name = _stated(replaced, field), ".".join(field)
         if stated is None:

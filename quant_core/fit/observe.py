@@ -192,8 +192,10 @@ def observe(
             rows = rows + len(batch) if step == last and rows < calibration.samples else len(batch)
             last, current.step, current.first_row = step, alike[step], rows - len(batch)
             call(lambda batch=batch: replay(model, batch))  # type: ignore[misc]
-    for seen in (*found.ranges.values(), *found.channels.values()):
-        seen.repeat(alike)
+    for ranges in found.ranges.values():
+        ranges.repeat(alike)
+    for channels in found.channels.values():
+        channels.repeat(alike)
     return found
 
 

@@ -88,6 +88,14 @@ def test_samples_are_the_pixels_that_the_pipeline_gives(tmp_path: Path) -> None:
     assert shard["x"].shape[1] == 2
 
 
+def test_sigmas_of_the_recipe_are_those_of_the_call(tmp_path: Path) -> None:
+    found = trajectories(tmp_path, save_sd3, 1.0, PROMPTS)
+    own = found.sampler.replaced(arguments={"sigmas": [1.0, 0.5]})
+    script = PipelineTrajectories(found.pipeline, own, PROMPTS).script([0])
+    # the scheduler shifts them by 3: 3 s / (1 + 2 s)
+    torch.testing.assert_close(script.timesteps, torch.tensor([1000.0, 750.0]))
+
+
 def test_a_keyword_that_changes_from_step_to_step_is_recorded_for_each(tmp_path: Path) -> None:
     found = trajectories(tmp_path, save_sd3, 4.0, PROMPTS)
 

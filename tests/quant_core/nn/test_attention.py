@@ -168,10 +168,11 @@ def test_every_familys_attention_is_quantized(any_model: nn.Module) -> None:
 
 @torch.no_grad()
 def test_a_way_around_the_scaled_dot_product_is_refused() -> None:
-    holder, x = nn.Sequential(Attention(query_dim=8, heads=2, dim_head=4).eval()), random(2, 5, 8)
+    attention: Any = Attention(query_dim=8, heads=2, dim_head=4).eval()
+    holder, x = nn.Sequential(attention), random(2, 5, 8)
     quantize_attentions(holder, {"0": DYNAMIC}, StepClock(()))
     holder(x)
     # an attention backend does as much: the processor stays, and its products go elsewhere
-    holder[0].processor.inner = AttnProcessor()
+    attention.processor.inner = AttnProcessor()
     with pytest.raises(QuantizationError, match="got processor AttnProcessor, which does not call scaled_dot_product"):
         holder(x)

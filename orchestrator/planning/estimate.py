@@ -12,7 +12,7 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.db.rows import Timing
 from orchestrator.graph import TaskNode, TaskRef
@@ -82,7 +82,7 @@ class Estimate:
     seconds: float
     peak_memory_bytes: int
     per_kind: Mapping[str, KindEstimate]
-    component_memory: Mapping[str, int]
+    component_memory: Mapping[str, int] = field(default_factory=dict)
 
 
 def estimate(

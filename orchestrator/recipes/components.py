@@ -71,10 +71,15 @@ def lay_components(values: Mapping[str, Any], stated: Any, read: Read) -> dict[s
 
 def check_beside(own: Mapping[str, Any]) -> None:
     """Refuse a file that names the denoiser's recipe and says itself what that says."""
-    stated = own.get("components")
-    named = [name for name in stated if is_denoiser(name)] if isinstance(stated, Mapping) else []
+    components = own.get("components")
+    stated = components if isinstance(components, Mapping) else {}
+    named = [
+        name
+        for name, entry in stated.items()
+        if is_denoiser(name) and (isinstance(entry, str) or (isinstance(entry, Mapping) and "extends" in entry))
+    ]
     twice = [section for section in METHOD if section in own]
-    if twice and any(isinstance(stated[name], str) or "extends" in (stated[name] or {}) for name in named):
+    if twice and named:
         raise RecipeError(
             f"{twice[0]}: got it beside components.{named[0]}, whose recipe says it, wanted one of the two"
         )

@@ -87,7 +87,7 @@ class _Streamed(nn.Module):
     @property
     def weight(self) -> nn.Parameter:
         """The weight in float32, a new copy each time."""
-        return nn.Parameter(self._stored.read(self._parameters["weight"].device), requires_grad=False)  # type: ignore[union-attr]
+        return nn.Parameter(self._stored.read(self._parameters["weight"].device), requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         placeholder = self._parameters.pop("weight")
@@ -122,7 +122,7 @@ def stream_weights(model: nn.Module, stored: Mapping[str, StoredTensor]) -> None
             if leaf == "weight" and parameter.numel() > _SMALL:
                 cls = type(module)
                 module.__class__ = type(cls.__name__, (_Streamed, cls), {"__module__": cls.__module__})
-                module._stored = source  # type: ignore[assignment]
+                module._stored = source
                 module._parameters["weight"] = _placeholder(tuple(parameter.shape), torch.zeros(()))
             else:
                 module._parameters[leaf] = nn.Parameter(source.read(torch.device("cpu")), requires_grad=False)

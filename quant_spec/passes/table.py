@@ -36,7 +36,7 @@ def kinds_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """
     passes, activations = config.get("passes", {}), config.get("activations", {})
     added = [kind for name, kinds in PASSES.items() if passes.get(name) is not None for kind in kinds]
-    told = ("encode",) if config.get("prompts") else ()
+    told: tuple[str, ...] = ("encode",) if config.get("prompts") else ()
     if any(entry.get("weights") is not None for entry in config.get("components", {}).values()):
         told += COMPONENTS
     return (*ALWAYS, *told, *added, *(STEP_BITS if activations.get("step_bits") is not None else ()))

@@ -80,7 +80,7 @@ def text_encoder_cost(costs: Costs, name: str, entry: ComponentRecipe) -> Cost:
     config, work = entry.passes.round, 0.0
     if config.method is RoundingMethod.CLOSED_FORM:
         work = 2 * min(config.samples, costs.recipe.calibration.seeds) * whole.encode_gmacs + giga(weights * ROUND)
-    return Cost(work, WORKER_BYTES + whole.other_bytes + 4 * weights + costs.cached(4 * weights))
+    return Cost(work, int(WORKER_BYTES + whole.other_bytes + 4 * weights + costs.cached(4 * weights)))
 
 
 #: MACs of one weight rounded in closed form, in a model whose layers' shapes are not known.

@@ -25,7 +25,7 @@ from quant_spec.enums import RoundingMethod
 from quant_spec.keys import canonical_json
 from quant_spec.kinds import KINDS
 from quant_spec.passes.round import Round
-from quant_spec.passes.table import ALWAYS, PASSES, STEP_BITS, kinds_of
+from quant_spec.passes.table import ALWAYS, COMPONENTS, PASSES, STEP_BITS, kinds_of
 from quant_spec.recipe import Passes
 from quant_spec.tasks.round import Params as RoundParams
 from tests.orchestrator.planning_models import (
@@ -111,7 +111,7 @@ def test_plan_has_the_kinds_that_the_table_of_passes_says(name: str):
 
 def test_table_of_passes_names_the_passes_of_a_recipe_and_kinds():
     assert list(PASSES) == list(Passes.model_fields)
-    assert {*ALWAYS, *STEP_BITS, *(kind for kinds in PASSES.values() for kind in kinds)} <= set(KINDS)
+    assert {*ALWAYS, *STEP_BITS, *COMPONENTS, *(kind for kinds in PASSES.values() for kind in kinds)} <= set(KINDS)
     assert kinds_of({}) == ALWAYS
 
 

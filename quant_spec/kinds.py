@@ -9,11 +9,13 @@ from quant_spec.tasks import (
     calibrate,
     card,
     channel_errors,
+    components,
     correct,
     distill,
     encode,
     evaluate,
     export,
+    fuse,
     inspect,
     layer_table,
     layer_times,
@@ -42,9 +44,9 @@ _MODULES = (
     *(inspect, encode, calibrate, reference, temporal, scale, low_rank, round, menu, mix, reconstruct),
     *(step_effects, step_bits, channel_errors, allocate),
     *(distill, pack, noise, correct, evaluate, score, release),
-    text_encoder,  # of a pipeline whose recipe names a recipe for it
+    *(text_encoder, components),  # of a pipeline whose recipe names recipes for its text encoders
     *(step_gains, sensitivity, propose),  # searches alone
-    *(export, bench, layer_table, layer_times, card),  # run at once for the command line, not queued
+    *(fuse, export, bench, layer_table, layer_times, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery
 )
 

@@ -136,6 +136,18 @@ def _size_job(values: Values) -> tuple[str, ...]:
     return (f"{human_bytes(size)}, fp16 {human_bytes(half)}: {half / size:.2f}x smaller",)
 
 
+def _component_sizes(values: Values) -> tuple[str, str]:
+    """Return bytes of a pipeline's components, in the release and in the original."""
+    parts = values["component_bytes"]
+    return tuple(  # type: ignore[return-value]
+        ", ".join(f"{name} {human_bytes(part[key])}" for name, part in parts.items()) for key in ("bytes", "original")
+    )
+
+
+def _total(values: Values, key: str) -> int:
+    return sum(part[key] for part in values["component_bytes"].values())
+
+
 def _bits(name: str) -> Callable[[Values], tuple[str, ...]]:
     """Return what the report compares of mean bits: those, float32's and their ratio."""
     return lambda values: (f"{values[name]:.2f}", "32", f"{32 / values[name]:.2f}×")
@@ -321,6 +333,23 @@ METRICS: dict[str, Metric] = {
             Place.COST: Shown("weights, against fp16", lambda v: _size(v, v["bytes_fp16"]), 1),
             Place.JOB: Shown("size", _size_job),
             Place.README: Shown("weights file", lambda v: (human_bytes(v["bytes"]),)),
+        },
+    ),
+    "component_bytes": Metric(
+        "Bytes of the weights of each component of a whole pipeline, in the release and in the original, by name",
+        places={
+            Place.CARD: Shown("weights by component", _component_sizes, 1),
+            Place.COST: Shown(
+                "weights, whole pipeline",
+                lambda v: (
+                    human_bytes(_total(v, "bytes")),
+                    human_bytes(_total(v, "original")),
+                    f"{_total(v, 'original') / _total(v, 'bytes'):.2f}×",
+                ),
+                1,
+            ),
+            Place.REPORT: Shown("Weights by component", _component_sizes, 5),
+            Place.JOB: Shown("components", lambda v: (_component_sizes(v)[0],)),
         },
     ),
     "bytes_fp16": Metric(

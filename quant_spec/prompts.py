@@ -2,12 +2,14 @@
 
 Three forms, told apart by their first line: plain text, one prompt (or one class label) a line; TSV, whose first line
 names the columns; JSON lines, one object a line. The columns, and the keys, are `prompt`, `negative_prompt`,
-`class_label` and `seed`. Empty lines, and lines of plain text that begin with #, are skipped.
+`class_label`, `seed` and `size` (of the image: pixels of its side, or height x width as in 512x768; the same in all
+lines). Empty lines, and lines of plain text that begin with #, are skipped.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,7 +17,8 @@ from typing import Any
 
 from quant_spec.errors import InvalidInputError
 
-_COLUMNS = ("prompt", "negative_prompt", "class_label", "seed")
+_COLUMNS = ("prompt", "negative_prompt", "class_label", "seed", "size")
+_SIZE = re.compile(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?")
 _MOST_LINES, _LONGEST = 1_000_000, 10_000
 
 
@@ -28,12 +31,13 @@ class PromptPart(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PromptLine:
-    """What a pipeline is told for one sample; `seed` goes before the recipe's."""
+    """What a pipeline is told for one sample; `seed`, and `size` (height, width), go before the recipe's."""
 
     prompt: str | None = None
     negative_prompt: str | None = None
     class_label: int | None = None
     seed: int | None = None
+    size: tuple[int, int] | None = None
 
     @property
     def text(self) -> str:
@@ -69,6 +73,10 @@ def read_prompts(data: bytes, where: str = "prompts") -> tuple[PromptLine, ...]:
     kinds = {line.prompt is None for line in lines}
     if len(kinds) > 1:
         raise InvalidInputError(f"{where}: got prompts and class labels, wanted one of them in every line")
+    sizes = sorted({(0, 0) if line.size is None else line.size for line in lines})
+    if len(sizes) > 1:
+        got = ", ".join("none" if size == (0, 0) else "{}x{}".format(*size) for size in sizes)
+        raise InvalidInputError(f"{where}: got sizes {got}, wanted the same in every line: a job is of one")
     return lines
 
 
@@ -107,6 +115,20 @@ def _object(row: str, where: str) -> Mapping[str, Any]:
     return value
 
 
+def parse_size(text: str) -> tuple[int, int]:
+    """Return the height and width that N or HxW says.
+
+    Raises
+    ------
+    InvalidInputError
+        If it says none.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise InvalidInputError(f"size: got {text[:40]!r}, wanted pixels above 0, or height and width as in 512x768")
+    return int(found[1]), int(found[2] or found[1])
+
+
 def _number(text: str) -> Any:
     return int(text) if text.isdecimal() else text
 
@@ -125,6 +147,11 @@ def _line(stated: Mapping[str, Any], where: str) -> PromptLine:
         value = stated.get(name)
         if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62):
             raise InvalidInputError(f"{where}: got {name} {str(value)[:40]!r}, wanted a number from 0")
+    if (size := stated.get("size")) is not None:
+        try:
+            stated = {**stated, "size": parse_size(str(size))}
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{where}: {error}") from None
     if (stated.get("prompt") is None) == (stated.get("class_label") is None):
         raise InvalidInputError(
             f"{where}: got {', '.join(sorted(stated)) or 'nothing'}, wanted a prompt or a class_label"

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from quant_spec.components import ComponentRecipe, is_denoiser
 from quant_spec.enums import Extractor, NumberType, Shift, TemporalRounding
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
 from quant_spec.passes.correct import Correct
@@ -134,7 +135,7 @@ class Evaluation(Record):
 
 #: Fields that say how tasks run, and decide no byte of what they give.
 HOW_IT_RUNS = ("resources", "deterministic")
-_ONLY_WHERE_SAID = (*HOW_IT_RUNS, "prompts")
+_ONLY_WHERE_SAID = (*HOW_IT_RUNS, "prompts", "components")
 
 
 class Recipe(Record):
@@ -151,6 +152,15 @@ class Recipe(Record):
         default=None,
         description="File of prompts for a whole pipeline, below the recipe's folder (resolved: its SHA-256): text, "
         "TSV or JSON lines; null is a shipped set of 256, or all classes.",
+    )
+    components: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_*?]*$", max_length=100)], ComponentRecipe],
+        Field(max_length=100),
+    ] = Field(
+        default={},
+        description="Recipes of a whole pipeline's components, by name or pattern (text_encoder*): "
+        "`transformer: svdquant-w4a8`, `text_encoder_3: weights-w8`. In a file, the name of a shipped recipe, a file, "
+        "or a mapping that extends one.",
     )
     calibration: Calibration = Field(default=Calibration(), description="What ranges and roundings are fitted on.")
     weights: Weights = Field(default=Weights(), description="Format of the weights.")
@@ -204,6 +214,7 @@ class Recipe(Record):
         self._check_low_rank()
         self._check_floats()
         self._check_menu()
+        self._check_components()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
             raise ValueError(f"calibration.steps: got {recorded}, wanted at most the sampler's {steps}")
@@ -222,6 +233,17 @@ class Recipe(Record):
                 f"calibration.steps: got {recorded} with activations per_step, wanted null (each of the {steps} steps)"
             )
         return self
+
+    def _check_components(self) -> None:
+        """Refuse an entry of the denoiser that says what the recipe's own sections say, and others that say nothing."""
+        for name, entry in self.components.items():
+            if not is_denoiser(name) and entry.weights is None:
+                raise ValueError(f"components.{name}: got no weights, wanted a recipe, such as weights-w8")
+            if is_denoiser(name) and (entry.weights is not None or entry.passes != type(entry)().passes):
+                raise ValueError(
+                    f"components.{name}: got weights or passes for the denoiser, wanted them in the recipe's own "
+                    "sections"
+                )
 
     def _check_finite_set(self) -> None:
         """Refuse a temporal pass over some of the sampler's steps."""

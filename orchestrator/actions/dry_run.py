@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.actions.registration import resolve_model
-from orchestrator.actions.submission import Request, notify_scheduler
+from orchestrator.actions.submission import Request, find_or_fuse, notify_scheduler
+from orchestrator.actions.views import components_view
 from orchestrator.db.orchestrators import clusters, gpu_types
 from orchestrator.db.registry import known_results
 from orchestrator.db.timings import kind_timings
@@ -27,6 +27,7 @@ class DryRun:
     recipe: str
     workers: int
     estimate: Estimate
+    components: tuple[dict[str, Any], ...] = ()
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON."""
@@ -42,6 +43,8 @@ class DryRun:
                 name: {"total": kind.tasks, "cached": kind.cached, "estimated_cpu_seconds": round(kind.seconds, 1)}
                 for name, kind in found.per_kind.items()
             },
+            "component_memory_bytes": dict(found.component_memory),
+            "components": list(self.components),
         }
 
 
@@ -54,7 +57,7 @@ def dry_run_job(service: Service, request: Request, *, notify: Callable[[str], N
         As `orchestrator.actions.submission.submit` would.
     """
     loaded = load_recipe(request.recipe, request.assignments(), allowed=service.settings.allowed_paths)
-    model = resolve_model(service, request.model, notify=notify, dry_run=True, sample_size=request.sample_size)
+    model = find_or_fuse(service, request, notify=notify, check=lambda _: None, dry_run=True)
     loaded = with_prompts(loaded, model)
     notify_scheduler(model, loaded.recipe, notify)
     workers = worker_count()
@@ -62,7 +65,7 @@ def dry_run_job(service: Service, request: Request, *, notify: Callable[[str], N
         cached = cached_tasks(plan(model, loaded.recipe)[0], lambda keys: known_results(session, keys))
         timings = kind_timings(session, gpu_types(clusters(session)))
     found = estimate(plan(model, loaded.recipe)[0], timings, cached, cpus=workers)
-    return DryRun(model.name, loaded.recipe.name, workers, found)
+    return DryRun(model.name, loaded.recipe.name, workers, found, tuple(components_view(model, loaded.recipe)))
 
 
 def worker_count() -> int:

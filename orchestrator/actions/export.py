@@ -74,7 +74,10 @@ def _pull_around(service: Service, release: str, home: str, pulled: Path) -> Non
     shutil.rmtree(pulled / home)
     (pulled / home).mkdir()
     for path in pulled.with_name("plain").iterdir():
-        if path.name not in ("scheduler", MANIFEST_NAME):
+        if path.is_dir() and path.name != "scheduler":  # a text encoder that was packed
+            for file in path.iterdir():
+                file.replace(pulled / path.name / file.name)
+        elif path.name not in ("scheduler", MANIFEST_NAME):
             path.rename(pulled / home / path.name)
 
 

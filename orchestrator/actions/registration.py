@@ -37,6 +37,9 @@ _SUFFIX_DIGITS = 8
 _NAME_LENGTH = 128 - _SUFFIX_DIGITS - 1
 
 
+#: Entries of the inspection of a model with LoRA files fused: what was fused (`file`, `sha256`, `scale`), in order; and
+#: the digest of the model before.
+LORAS, FUSED_FROM = "loras", "fused_from"
 #: Looks at a model before it is registered, and refuses it by raising.
 Check = Callable[[ModelRow], object]
 
@@ -94,6 +97,20 @@ def add_model_from(
     else:
         model = _with_free_name(service, model, notify, "registered")
     check(model)
+    with service.database.session() as session:
+        return add_model(session, model)
+
+
+def register(service: Service, model: ModelRow, *, notify: Callable[[str], None], name: str | None = None) -> ModelRow:
+    """Register a model that was made here, under a name or one of its own that is free; again changes nothing."""
+    if name is not None:
+        model = replace(model, name=check_name(name))
+    elif (known := _registered(service, model.digest)) is not None:
+        model = replace(known, inspection=model.inspection)
+    elif _find(service, model.name) is not None:
+        suffix = f"-{model.digest[:_SUFFIX_DIGITS]}"
+        model = replace(model, name=model.name[:_NAME_LENGTH] + suffix)
+    notify(f"registering {model.name}")
     with service.database.session() as session:
         return add_model(session, model)
 
@@ -168,7 +185,8 @@ def _up_to_date(service: Service, model: ModelRow, *, notify: Callable[[str], No
         return model
     _check_decoder(model)
     notify(f"inspecting {model.name} again: an older release registered it, and looked for less")
-    model = replace(model, inspection=_inspect(service, model.digest, service.store))
+    kept = {name: value for name, value in model.inspection.items() if name in (LORAS, FUSED_FROM)}
+    model = replace(model, inspection=_inspect(service, model.digest, service.store) | kept)
     if dry_run:
         return model
     with service.database.session() as session:
@@ -255,7 +273,7 @@ def _check_same(known: ModelRow, text: str) -> None:
             return
         folder = f"which cannot be read: {error}"
     else:
-        if digest == known.digest:
+        if digest == known.inspection.get(FUSED_FROM, known.digest):
             return
         folder = f"digest {digest[:_SUFFIX_DIGITS]}"
     named = f"{known.name}@{known.digest[:_SUFFIX_DIGITS]}"
@@ -282,7 +300,7 @@ def _say_if_changed(known: ModelRow, notify: Callable[[str], None]) -> None:
         # Without this look at the files' times, every use of a name would read gigabytes.
         if known.created_at is not None and not changed_since(source, known.created_at):
             return
-        same = model_digest(source) == known.digest
+        same = model_digest(source) == known.inspection.get(FUSED_FROM, known.digest)
     except (ModelError, OSError):
         # No model is there any more, or none that can be read: nothing to be mixed up with.
         return

@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from orchestrator.actions.registration import resolve_model
+from orchestrator.actions.lora import Lora, with_loras
+from orchestrator.actions.registration import Check, register, resolve_model
 from orchestrator.actions.repair import withdraw_if_lost
 from orchestrator.db.enqueue import enqueue_graph
 from orchestrator.db.jobs import create_job, find_active_job, find_job, job_counts
@@ -33,8 +35,9 @@ class Request:
     """What to do to which model: a recipe's name or file, assignments on top, a model's name, folder or hf:ID.
 
     `sample_size` is for a folder or hf:ID whose config leaves it open. `device` and `gpu_type` go before what the
-    recipe says in `resources`, and `prompts` before its own. With `resume`, a job of the same model, recipe and
-    release name that has not ended is what is asked for.
+    recipe says in `resources`, `prompts` and `size` (height and width of a pipeline's images) before its own. `loras`
+    are fused into the model first. With `resume`, a job of the same model, recipe and release name that has not ended
+    is what is asked for.
     """
 
     recipe: str
@@ -47,11 +50,15 @@ class Request:
     gpu_type: str | None = None
     resume: bool = False
     prompts: Path | None = None
+    loras: tuple[Lora, ...] = ()
+    size: tuple[int, int] | None = None
 
     def assignments(self) -> tuple[str, ...]:
         """Return what goes on top of the recipe, in order; what was said of devices is last."""
         prompts = None if self.prompts is None else str(self.prompts)
-        own = {"resources.device": self.device, "resources.gpu_type": self.gpu_type, "prompts": prompts}
+        own: dict[str, Any] = {"resources.device": self.device, "resources.gpu_type": self.gpu_type, "prompts": prompts}
+        if self.size is not None:
+            own |= {"sampler.arguments.height": self.size[0], "sampler.arguments.width": self.size[1]}
         return self.overrides + tuple(f"{name}={json.dumps(value)}" for name, value in own.items() if value is not None)
 
 
@@ -100,8 +107,23 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
         plan(model, with_prompts(loaded, model).recipe)
         notify_scheduler(model, loaded.recipe, notify)
 
-    model = resolve_model(service, request.model, notify=notify, sample_size=request.sample_size, check=check)
+    model = find_or_fuse(service, request, notify=notify, check=check)
     return enqueue(service, model, loaded, request)
+
+
+def find_or_fuse(
+    service: Service, request: Request, *, notify: Callable[[str], None], check: Check, dry_run: bool = False
+) -> ModelRow:
+    """Return the model that a request means, registered unless it is a dry run; with LoRA files, one with them."""
+    size = request.sample_size
+    if not request.loras:
+        return resolve_model(service, request.model, notify=notify, dry_run=dry_run, sample_size=size, check=check)
+    base = resolve_model(service, request.model, notify=notify, dry_run=dry_run, sample_size=size, register=False)
+    model = with_loras(service, base, request.loras, notify=notify, dry_run=dry_run)
+    check(model)
+    if dry_run:
+        return model
+    return register(service, model, notify=notify)
 
 
 def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Request) -> Submitted:

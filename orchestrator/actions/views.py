@@ -9,9 +9,12 @@ import yaml
 
 from orchestrator.db.rows import EventRow, JobRow, ModelRow, ReleaseRow
 from orchestrator.errors import RecipeError
+from orchestrator.planning.components import is_text_encoder
 from orchestrator.recipes.load import recipe_from_json
 from orchestrator.states import ACTIVE_JOBS
 from orchestrator.text import utc_text
+from quant_spec.components import text_encoders
+from quant_spec.recipe import Recipe
 
 
 def job_view(job: JobRow, tasks: Mapping[str, int], now: float, waiting: str | None = None) -> dict[str, Any]:
@@ -79,24 +82,33 @@ def model_view(model: ModelRow) -> dict[str, Any]:
         "created_at": utc_text(model.created_at),
         "pipeline": (model.inspection.get("pipeline") or {}).get("class_name"),
         "components": components_view(model),
+        "loras": model.inspection.get("loras", []),
     }
 
 
-def components_view(model: ModelRow) -> list[dict[str, Any]]:
-    """Return the components of a whole pipeline, and whether each would be quantized; none for a bare denoiser."""
+def components_view(model: ModelRow, recipe: Recipe | None = None) -> list[dict[str, Any]]:
+    """Return the components of a whole pipeline, and whether each would be quantized; none for a bare denoiser.
+
+    `quantized`: by any recipe, or by the given one; `can_be`: whether `components` of a recipe can name it. With a
+    recipe, `format` says how.
+    """
     pipeline = model.inspection.get("pipeline")
     if pipeline is None:
         return []
-    return [
-        {
-            "name": part["name"],
-            "class_name": part["class_name"],
-            "parameters": part["parameters"],
-            "bytes": part["bytes"],
-            "quantized": part["name"] == pipeline["denoiser"],
-        }
-        for part in pipeline["components"]
-    ]
+    names = [part["name"] for part in pipeline["components"] if is_text_encoder(part)]
+    encoders = {} if recipe is None else text_encoders(recipe.components, names)
+    views = []
+    for part in pipeline["components"]:
+        name = part["name"]
+        is_denoiser = name == pipeline["denoiser"]
+        view = {key: part[key] for key in ("name", "class_name", "parameters", "bytes")}
+        view |= {"quantized": is_denoiser or name in encoders, "can_be": is_denoiser or name in names}
+        if recipe is not None:
+            weights = recipe.weights if is_denoiser else encoders[name][1] if name in encoders else None
+            activations = recipe.activations.bits if is_denoiser else None
+            view["format"] = weights and f"W{weights.bits}" + (f"A{activations}" if activations else "")
+        views.append(view)
+    return views
 
 
 def event_view(event: EventRow, kind: str | None, label: str | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import click
 
 from orchestrator.actions.execution import run_job
 from orchestrator.actions.jobs import exit_code, show_job
+from orchestrator.actions.lora import Lora
 from orchestrator.actions.releases import check_target, pull_release
 from orchestrator.actions.repair import remake
 from orchestrator.actions.signing import read_signing_key, sign_release
@@ -48,6 +49,8 @@ def run(
     device: str | None,
     gpu_type: str | None,
     prompts: Path | None,
+    size: tuple[int, int] | None,
+    loras: tuple[Lora, ...],
     out: Path | None,
     key_file: Path | None,
 ) -> int:
@@ -63,7 +66,18 @@ def run(
     log_to_stderr(log_format(os.environ))
     with app.service() as service, stop_on_signals() as stop:
         request = Request(
-            recipe, model, overrides, name, 0, sample_size, device, gpu_type, resume=True, prompts=prompts
+            recipe,
+            model,
+            overrides,
+            name,
+            0,
+            sample_size,
+            device,
+            gpu_type,
+            resume=True,
+            prompts=prompts,
+            loras=loras,
+            size=size,
         )
         submitted = submit(service, request, notify=app.notify)
         tell_next(app, submitted)

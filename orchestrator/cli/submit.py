@@ -10,11 +10,15 @@ import click
 
 from orchestrator.actions.dry_run import DryRun, dry_run_job
 from orchestrator.actions.jobs import exit_code, show_job, wait_for_job
+from orchestrator.actions.lora import Lora
 from orchestrator.actions.submission import Request, Submitted
 from orchestrator.actions.submission import submit as submit_job
 from orchestrator.cli.app import App, Command, pass_app
+from orchestrator.cli.image_size import image_size_option
 from orchestrator.cli.jobs import job_text
+from orchestrator.cli.lora import lora_option
 from orchestrator.cli.sample_size import sample_size_option
+from orchestrator.planning.estimate import DENOISER, PROMPTS
 from orchestrator.text import human_seconds, table
 from quant_spec.numbers import human_bytes
 from workers.storage.model_folder import SampleSize
@@ -43,6 +47,8 @@ def request_options(function: F) -> F:
             help="What a whole pipeline is told, one line each: text, TSV or JSON lines of prompts or class labels. By "
             "default 256 neutral prompts, or all classes.",
         ),
+        image_size_option,
+        lora_option,
         sample_size_option,
         click.option("--name", metavar="RELEASE", help="Name to publish under; MODEL-RECIPE by default."),
         click.option(
@@ -76,12 +82,16 @@ def submit(
     device: str | None,
     gpu_type: str | None,
     prompts: Path | None,
+    size: tuple[int, int] | None,
+    loras: tuple[Lora, ...],
     priority: int,
     wait: bool,
     dry_run: bool,
 ) -> int:
     """Queue a job; `quantmill serve` executes it. RECIPE is a YAML file or a name of `recipes ls`."""
-    request = Request(recipe, model, overrides, name, priority, sample_size, device, gpu_type, prompts=prompts)
+    request = Request(
+        recipe, model, overrides, name, priority, sample_size, device, gpu_type, prompts=prompts, loras=loras, size=size
+    )
     with app.service() as service:
         if dry_run:
             found = dry_run_job(service, request, notify=app.notify)
@@ -110,6 +120,13 @@ def tell_next(app: App, submitted: Submitted) -> None:
     app.notify(f"  {app.command('jobs', 'cancel', job.id)}    # stop it")
 
 
+def _memory(found: DryRun, part: dict[str, Any]) -> int | None:
+    """Return the most that a task on a component takes, bytes; None if there is none to run."""
+    is_encoder = part["name"].startswith("text_encoder")
+    own = part["name"] if is_encoder or not part["quantized"] else DENOISER
+    return found.estimate.component_memory.get(own)
+
+
 def dry_run_text(found: DryRun) -> str:
     """Return an estimate for a person."""
     total = found.estimate
@@ -126,4 +143,17 @@ def dry_run_text(found: DryRun) -> str:
         f"estimated time  {human_seconds(total.seconds)}, {found.workers} tasks at once",
         f"peak memory     {human_bytes(total.peak_memory_bytes)}, all processes together",
     ]
+    if found.components:
+        parts = [
+            (
+                part["name"],
+                human_bytes(part["bytes"]),
+                part["format"] or "as it is",
+                human_bytes(memory) if (memory := _memory(found, part)) else None,
+            )
+            for part in found.components
+        ]
+        lines += ["", table(("COMPONENT", "SIZE", "IN THE RELEASE", "MEMORY OF ITS TASKS, EACH"), parts)]
+    if (prompts := total.component_memory.get(PROMPTS)) is not None:
+        lines.append(f"encoding prompts takes {human_bytes(prompts)}")
     return "\n".join(lines)

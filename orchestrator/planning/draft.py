@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import Resources, TaskNode, TaskRef, task_node
+from orchestrator.planning.components import check_components
 from orchestrator.planning.conditioning import check_conditioning
 from orchestrator.planning.costs import GIB, Cost, Costs
 from orchestrator.planning.formats import QuantizedUnit, choose_formats
@@ -73,6 +74,9 @@ class Draft:
         The file that a whole pipeline is told from; None for a bare denoiser, and for all classes.
     embeddings
         What the prompts of the calibration's and of the evaluation's seeds encode to, where tasks of their own do that.
+    whole, packed_embeddings
+        The pipeline's tree with packed text encoders, and what those make of the evaluation's prompts, if there are
+        any.
     """
 
     row: ModelRow
@@ -94,6 +98,8 @@ class Draft:
     score: Source | None = None
     prompts: str | None = None
     embeddings: Mapping[PromptPart, Source] = field(default_factory=dict)
+    whole: Source | None = None
+    packed_embeddings: Source | None = None
 
     @classmethod
     def begin(cls, row: ModelRow, recipe: Recipe) -> Draft:
@@ -107,11 +113,12 @@ class Draft:
             If its scheduler does not.
         """
         check_pipeline(row, recipe)
+        check_components(row, recipe)
         if pipeline_of(row) is None:
             check_conditioning(row, recipe.sampler)
         given = with_guidance(recipe, row)
         recipe = with_scheduler(given, row)
-        model = ModelInfo.read(row.digest, row.inspection)
+        model = ModelInfo.read(row.digest, row.inspection).resized(recipe.sampler.arguments)
         units = tuple(choose_formats(model, recipe))
         base = units if recipe.passes.menu is None else tuple(choose_formats(model, without_choices(recipe)))
         prompts = prompts_digest(row, recipe.prompts)
@@ -121,6 +128,16 @@ class Draft:
     def told(self, part: PromptPart) -> Told:
         """Return what of the prompts tasks that sample are told; nothing for a bare denoiser."""
         return Told() if self.model.pipeline is None else Told(part, self.prompts, self.embeddings.get(part))
+
+    def told_packed(self) -> Told:
+        """Return what of the prompts tasks are told that sample with the quantized model."""
+        told = self.told(PromptPart.EVALUATION)
+        return told if self.packed_embeddings is None else replace(told, embeddings=self.packed_embeddings)
+
+    @property
+    def pipeline_tree(self) -> Source:
+        """The tree that the quantized denoiser samples in: the model's own, or that with packed text encoders."""
+        return self.model.digest if self.whole is None else self.whole
 
     @property
     def cache_bytes(self) -> int:

@@ -12,7 +12,7 @@ import heapq
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.db.rows import Timing
 from orchestrator.graph import TaskNode, TaskRef
@@ -29,6 +29,9 @@ STARTUP_SECONDS = 8.0
 _LEARNED = (0.25, 4.0)
 #: What a task needs beside what the largest of its kind took.
 _MARGIN = 1.1
+
+#: What tasks work on that are not on one text encoder alone.
+PROMPTS, DENOISER = "prompts", "denoiser"
 
 KnownResults = Callable[[Sequence[str]], Mapping[str, Mapping[str, str]]]
 _BATCH = 500
@@ -69,13 +72,17 @@ class KindEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a job will take: `seconds` from start to release, `peak_memory_bytes` of all processes together."""
+    """What a job will take: `seconds` from start to release, `peak_memory_bytes` of all processes together.
+
+    `component_memory` has the most that a single task takes, of those that will run, by what the task works on.
+    """
 
     tasks: int
     cached: int
     seconds: float
     peak_memory_bytes: int
     per_kind: Mapping[str, KindEstimate]
+    component_memory: Mapping[str, int] = field(default_factory=dict)
 
 
 def estimate(
@@ -107,6 +114,7 @@ def estimate(
         raise ValueError(f"cpus: got {cpus}, wanted at least 1")
     rates = fitted_rates(timings)
     counts: dict[str, list[float]] = {}
+    memory_of: dict[str, int] = {}
     queue = _Simulation(cpus)
     for node in nodes:
         seconds = rates.get(node.kind, _UNKNOWN).seconds(node.work)
@@ -120,6 +128,8 @@ def estimate(
             known = timings.get(node.kind)
             memory = learned_memory(node.resources.memory_bytes, known.memory_ratio if known else 0.0)
             queue.add(node, seconds, int(memory))
+            part = component_of(node)
+            memory_of[part] = max(memory_of.get(part, 0), int(memory))
     elapsed, peak, width = queue.run()
     per_kind = {kind: KindEstimate(int(n), int(hits), seconds) for kind, (n, hits, seconds) in counts.items()}
     return Estimate(
@@ -128,7 +138,15 @@ def estimate(
         seconds=STARTUP_SECONDS + elapsed if width else 0.0,
         peak_memory_bytes=SERVICE_BYTES + peak if width else 0,
         per_kind=per_kind,
+        component_memory=memory_of,
     )
+
+
+def component_of(node: TaskNode) -> str:
+    """Return what of a pipeline a task works on: a text encoder, all that encode prompts, or the denoiser."""
+    if node.kind == "text_encoder":
+        return str(node.params["component"])
+    return PROMPTS if node.kind == "encode" else DENOISER
 
 
 def learned_memory(estimate: int, ratio: float) -> float:

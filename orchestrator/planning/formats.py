@@ -66,6 +66,12 @@ def allocated_layers(units: Iterable[QuantizedUnit]) -> tuple[str, ...]:
     return tuple(name for unit in units for name, layer in unit.planned.layers.items() if layer.allocated)
 
 
+def weights_alone(weights: Weights) -> PlannedLayer:
+    """Return a layer whose weights are in a format, and whose input is not quantized."""
+    spec = WeightSpec(weights.bits, weights.symmetric, weights.granularity, weights.group_size, type=weights.type)
+    return PlannedLayer(weight=spec, weight_range=_range(weights))
+
+
 def choose_formats(model: ModelInfo, recipe: Recipe) -> list[QuantizedUnit]:
     """Return the units to quantize, in the order in which they run; what is kept in full precision is not in them.
 
@@ -178,11 +184,8 @@ class _Rules:
         weights, activations = self.format(places, layer.name)
         quantized = activations.bits is not None
         bits = None if self.varies(places, activations) else activations.bits
-        return PlannedLayer(
-            weight=WeightSpec(
-                weights.bits, weights.symmetric, weights.granularity, weights.group_size, type=weights.type
-            ),
-            weight_range=_range(weights),
+        return replace(
+            weights_alone(weights),
             activation=_activation(activations, bits) if quantized else None,
             activation_range=_range(activations) if quantized and not activations.is_dynamic else None,
             split=layer.split if layer.split and self.recipe.skip_split else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from quant_spec.enums import SampleSpace
@@ -63,6 +63,16 @@ class UnitInfo:
     hessian_bytes: int
     depth: float
 
+    def scaled(self, share: float) -> UnitInfo:
+        """Return the unit on samples so many times as large."""
+        return replace(
+            self,
+            layers=tuple(replace(layer, macs=int(layer.macs * share)) for layer in self.layers),
+            gmacs=self.gmacs * share,
+            input_bytes=int(self.input_bytes * share),
+            output_bytes=int(self.output_bytes * share),
+        )
+
     @property
     def weights(self) -> int:
         """Number of weights."""
@@ -79,7 +89,8 @@ class PipelineInfo:
     """A whole pipeline around a denoiser, per sample.
 
     `rows` of the denoiser's input where the call is guided, GMAC of encoding a prompt and of decoding, float32 bytes of
-    the text encoders' weights and of all other components'; whether prompts are encoded by tasks of their own.
+    the text encoders' weights and of all other components'; whether prompts are encoded by tasks of their own; numbers
+    in each text encoder, by name.
     """
 
     rows: int
@@ -89,6 +100,7 @@ class PipelineInfo:
     text_bytes: int
     other_bytes: int
     encodes: bool
+    text_encoders: Mapping[str, int]
 
     @property
     def image_bytes(self) -> int:
@@ -114,6 +126,7 @@ class ModelInfo:
     temporal: tuple[str, ...] | None  # layers of the temporal information block; None if not looked for
     samples: SampleSpace
     pipeline: PipelineInfo | None = None
+    streamed: bool = False  # whether tasks that only read weights leave them in their files
 
     @classmethod
     def read(cls, digest: str, inspection: Mapping[str, Any]) -> Self:
@@ -130,6 +143,34 @@ class ModelInfo:
             temporal=tuple(inspection["temporal"]) if "temporal" in inspection else None,
             samples=SampleSpace(inspection["samples"]),
             pipeline=_pipeline(inspection.get("pipeline")),
+            streamed=inspection.get("streamed", False),
+        )
+
+    def resized(self, arguments: Mapping[str, Any]) -> ModelInfo:
+        """Return the model as a pipeline's call with these keywords has it: with other images, if they say a size.
+
+        What is in proportion to the image's area counts as such: attention's squares are a little more.
+        """
+        whole = self.pipeline
+        if whole is None or len(whole.image_shape) != 3:
+            return self
+        channels, height, width = whole.image_shape
+        stated = arguments.get("height"), arguments.get("width")
+        size = [own if told is None else told for told, own in zip(stated, (height, width), strict=True)]
+        if not all(isinstance(side, int) and side > 0 for side in size):
+            return self  # its call will say what is wrong
+        share = size[0] * size[1] / (height * width)
+        if share == 1:
+            return self
+        first, *rest = self.sample_shape
+        shape = (round(first * share), *rest) if self.has_tokens else (first, *rest[:-1], round(rest[-1] * share))
+        return replace(
+            self,
+            sample_shape=shape,
+            gmacs=self.gmacs * share,
+            activation_bytes=int(self.activation_bytes * share),
+            units=tuple(unit.scaled(share) for unit in self.units),
+            pipeline=replace(whole, image_shape=(channels, *size), decode_gmacs=whole.decode_gmacs * share),
         )
 
     @property
@@ -167,6 +208,11 @@ def _pipeline(data: Mapping[str, Any] | None) -> PipelineInfo | None:
         text_bytes=4 * sum(part["parameters"] for part in others if part["name"].startswith("text_encoder")),
         other_bytes=4 * sum(part["parameters"] for part in others),
         encodes=data["encodes"],
+        text_encoders={
+            part["name"]: part["parameters"]
+            for part in others
+            if part["library"] == "transformers" and part["name"].startswith("text_encoder")
+        },
     )
 
 

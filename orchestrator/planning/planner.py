@@ -4,7 +4,8 @@
          │                    └── temporal ─────────────┴────────────────────┘
          └── reference (seeds) ───────────────────────────────────────────────────────┘
 
-The prompts of a whole pipeline are encoded first (`encode`). If activation bits differ between trajectory steps,
+The prompts of a whole pipeline are encoded first (`encode`); with `components`, `text_encoder` tasks, `components` and
+another `encode` lie beside. If activation bits differ between trajectory steps,
 `step_effects` (seeds) and `step_bits` lie between calibrate and round. With the passes `scale`, `low_rank` and
 `allocate`, `scale` (units), `low_rank` (units), then `channel_errors` (units) and `allocate`, lie before round; with
 `menu`, `menu` (units) and `mix` (units) lie in its place; with `distill`, that task and the trajectories that it needs
@@ -26,6 +27,7 @@ from orchestrator.graph import TaskNode
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.passes.allocate import allocate
 from orchestrator.planning.passes.calibrate import calibrate
+from orchestrator.planning.passes.components import components
 from orchestrator.planning.passes.correct import correct
 from orchestrator.planning.passes.distill import distill
 from orchestrator.planning.passes.encode import encode
@@ -43,7 +45,20 @@ from quant_spec.recipe import Recipe
 
 #: The passes in the order in which they are drawn, which is the order in which a free worker takes tasks.
 PASSES: tuple[Callable[[Draft], Drawing], ...] = (
-    *(encode, calibrate, step_bits, temporal, scale, low_rank, allocate, menu, round_units, reconstruct, distill),
+    *(
+        encode,
+        components,
+        calibrate,
+        step_bits,
+        temporal,
+        scale,
+        low_rank,
+        allocate,
+        menu,
+        round_units,
+        reconstruct,
+        distill,
+    ),
     *(pack, correct, evaluate, release),
 )
 

@@ -72,6 +72,11 @@ def _check(path: Path, model: ModelRow, told: str) -> None:
     if (told == "prompt") != (got == "prompts"):
         wanted = "prompts" if told == "prompt" else "class labels, one number a line"
         raise RecipeError(f"prompts: got {got} in {path}, wanted {wanted}, which the pipeline of {model.name} takes")
+    takes = model.inspection["pipeline"]["takes"]
+    if lines[0].size is not None and not {"height", "width"} <= set(takes):
+        raise RecipeError(
+            f"prompts: got sizes in {path}, wanted none: the call of {model.name} takes no height and width"
+        )
     labels = model.inspection["label_count"]
     wrong = [
         line.class_label for line in lines if line.class_label is not None and labels and line.class_label >= labels

@@ -21,6 +21,14 @@ def json_schema() -> dict[str, Any]:
             definition["properties"] = {name: _nullable(value) for name, value in definition["properties"].items()}
     extends = {"type": ["string", "null"], "description": "A shipped recipe, or a file relative to this one."}
     schema["properties"] = {"extends": extends, **schema["properties"]}
+    component = schema["$defs"]["ComponentRecipe"]
+    component["properties"] = {"extends": extends, **component["properties"]}
+    for option in schema["properties"]["components"]["anyOf"]:
+        if "patternProperties" in option:  # a recipe's name or file stands for all that it says
+            option["patternProperties"] = {
+                name: {"anyOf": [{"type": ["string", "null"]}, value]}
+                for name, value in option["patternProperties"].items()
+            }
     return schema
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.errors import RecipeError
+from orchestrator.recipes.components import Read, check_beside, lay_components
 from orchestrator.recipes.files import Layer, assign, merge, read_layers, recipe_path, shipped_names
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
@@ -74,7 +75,16 @@ def load_recipe(
         If it does not exist, cannot be read, or is not valid: one line that says where, what it got and what it wanted.
     """
     here = Path.cwd() if folder is None else folder.absolute()
-    path = recipe_path(str(reference), here)
+    values, name = _layered(recipe_path(str(reference), here), allowed)
+    values.setdefault("name", name)
+    for override in overrides:
+        values = _assigned(values, override, here, allowed)
+    values, files = _replace_files(values, here)
+    return LoadedRecipe(recipe_from_json(values), files)
+
+
+def _layered(path: Path, allowed: Sequence[Path]) -> tuple[dict[str, Any], str]:
+    """Return what a recipe's file and all that it extends say, recipes of components laid in; and the file's name."""
     layers = read_layers(path, allowed)
     roots = (path.parent, *allowed)
     values: dict[str, Any] = {}
@@ -84,12 +94,39 @@ def load_recipe(
             for key, value in _anchored(layer, roots).items()
             if layer is layers[-1] or key not in _UNDIGESTED
         }
+        check_beside(own)
+        components = own.pop("components", {})
+        if components is None:
+            values.pop("components", None)
+        elif components:
+            values = lay_components(values, components, _reader(layer.folder, roots, allowed))
         values = merge(values, own)
-    values.setdefault("name", layers[-1].name)
-    for override in overrides:
-        values = assign(values, override)
-    values, files = _replace_files(values, here)
-    return LoadedRecipe(recipe_from_json(values), files)
+    return values, layers[-1].name
+
+
+def _reader(folder: Path, roots: Sequence[Path] | None, allowed: Sequence[Path]) -> Read:
+    """Return what reads components' recipes: by name, or files below `folder`, in `roots` (None: anywhere)."""
+
+    def read(reference: str) -> tuple[dict[str, Any], Recipe]:
+        path = recipe_path(reference, folder)
+        if roots is not None and reference not in shipped_names():
+            file_within(path, roots, "components", error=RecipeError)
+        values, name = _layered(path, allowed)
+        values.setdefault("name", name)
+        return values, recipe_from_json(_replace_files(values, folder)[0])
+
+    return read
+
+
+def _assigned(values: dict[str, Any], override: str, folder: Path, allowed: Sequence[Path]) -> dict[str, Any]:
+    """Return values with one `a.b=v` applied; a component may be given a recipe's name."""
+    head, *rest = override.partition("=")[0].strip().split(".")
+    if head != "components" or len(rest) > 1:
+        return assign(values, override)
+    stated = assign({}, override).get("components")
+    if stated is None or (rest and not stated):  # null removes
+        return assign(values, override)
+    return lay_components(values, stated, _reader(folder, None, allowed))
 
 
 def recipe_from_json(values: Mapping[str, Any]) -> Recipe:

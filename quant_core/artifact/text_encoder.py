@@ -1,4 +1,4 @@
-"""Text encoders of transformers with packed weights: made from a folder and prompts, and written as a folder.
+"""Text encoders of transformers with packed weights: made from a folder and calls of it, and written as a folder.
 
     config.json          transformers' own, plus `quantization_config` (`quant_spec.quantization_config`)
     model.safetensors    packed weights of all Linear layers; embeddings and norms as they were, in name and dtype
@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from quant_core.artifact.folder import CONFIG_FILE
+from quant_core.diffusion.encoder_calls import Call
 from quant_core.errors import ArtifactError
 from quant_core.fit.linear_tree import LinearTree, round_linear_tree
 from quant_core.nn.layers import QuantLayer
 from quant_spec.documents import read_json_file
 from quant_spec.formats import ModelFormat
-from quant_spec.quantization_config import quantization_config
+from quant_spec.quantization_config import QUANT_METHOD, quantization_config
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -39,7 +41,7 @@ class RoundedEncoder:
 
 
 def quantize_text_encoder(
-    source: Path, prompts: Mapping[str, Tensor], config: LinearTree, target: Path, *, device: str | None = None
+    source: Path, calls: Sequence[Call], config: LinearTree, target: Path, *, device: str | None = None
 ) -> RoundedEncoder:
     """Round the Linear weights of a text encoder and write it as a folder.
 
@@ -47,8 +49,8 @@ def quantize_text_encoder(
     ----------
     source : Path
         Folder of a transformers model, such as `text_encoder_3` of a pipeline.
-    prompts : mapping of str to Tensor, shape (n, tokens), dtype int64
-        `input_ids`, and what else the pipeline calls the encoder with (`attention_mask`).
+    calls : sequence of Call
+        What the pipeline calls the encoder with (`quant_core.diffusion.encoder_calls`).
     target : Path
         Absent or empty; created.
 
@@ -64,8 +66,9 @@ def quantize_text_encoder(
     model, base_config = load_text_encoder(source)
     if device is not None:
         model.to(device)
-    moved = {name: tensor.to(next(model.parameters()).device) for name, tensor in prompts.items()}
-    layers = round_linear_tree(model, lambda encoder, rows: encoder(**rows), moved, config)
+    where = next(model.parameters()).device
+    moved = [Call(*tree_map(lambda leaf: _moved(leaf, where), (call.args, dict(call.kwargs)))) for call in calls]
+    layers = round_linear_tree(model, moved, config)
     model_format = ModelFormat({n: m.spec for n, m in model.named_modules() if isinstance(m, QuantLayer)}, {})
     target.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in base_config.items() if key != "_name_or_path"}
@@ -73,6 +76,38 @@ def quantize_text_encoder(
     (target / CONFIG_FILE).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_file(_tensors(model, _dtypes(source)), target / WEIGHTS_FILE, metadata={"format": "pt"})
     return RoundedEncoder(layers, (target / WEIGHTS_FILE).stat().st_size)
+
+
+def packed_text_encoders(root: Path) -> list[Path]:
+    """Return the folders of a pipeline's text encoders that we packed, by name."""
+    found = []
+    for config in sorted(root.glob(f"*/{CONFIG_FILE}")):
+        data = read_json_file(config, error=ArtifactError)
+        method = (data.get("quantization_config") or {}).get("quant_method")
+        if method == QUANT_METHOD and data.get("architectures"):
+            found.append(config.parent)
+    return found
+
+
+def write_dequantized(source: Path, target: Path) -> None:
+    """Write the float16 weights that a packed text encoder's codes stand for, as a folder that transformers loads."""
+    import transformers
+
+    data = read_json_file(source / CONFIG_FILE, error=ArtifactError)
+    cls = getattr(transformers, data["architectures"][0])
+    model = cls.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+    state = {}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    for name, tensor in _tensors(model, {}).items():
+        if not name.startswith(tuple(f"{each}." for each in layers)) or name.endswith(".bias"):
+            state[name] = tensor.half() if tensor.is_floating_point() else tensor
+    for name, layer in layers.items():
+        state[f"{name}.weight"] = layer.unscaled(layer.weight).detach().cpu().half().contiguous()
+    target.mkdir(parents=True)
+    plain = {key: value for key, value in data.items() if key not in ("quantization_config", "dtype", "torch_dtype")}
+    text = json.dumps({**plain, "dtype": "float16"}, indent=2, sort_keys=True) + "\n"
+    (target / CONFIG_FILE).write_text(text, encoding="utf-8")
+    save_file(dict(sorted(state.items())), target / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def load_text_encoder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -102,6 +137,10 @@ def load_text_encoder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"{folder}: does not load as {name}: {str(error).strip().splitlines()[0]}") from error
     return model.eval().requires_grad_(False), data
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _dtypes(folder: Path) -> dict[str, torch.dtype]:

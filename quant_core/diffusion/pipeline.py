@@ -146,6 +146,8 @@ def call_arguments(
     optional = {"guidance_scale": sampler.guidance_scale, "eta": sampler.eta}
     arguments |= {name: value for name, value in optional.items() if name in takes and value is not None}
     arguments |= sampler.arguments
+    if lines[0].size is not None:
+        arguments |= {"height": lines[0].size[0], "width": lines[0].size[1]}
     if unknown := sorted(arguments.keys() - takes.keys()):
         raise DenoiserError(
             f"{type(pipeline).__name__}: got {', '.join(unknown)}, wanted what its call takes: {', '.join(takes)}"

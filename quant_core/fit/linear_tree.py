@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.diffusion.conditioning import seed_stream
+from quant_core.diffusion.encoder_calls import Call
 from quant_core.fit.hessian import SecondMoment, input_rows
 from quant_core.fit.rounding import round_layer
 from quant_core.nn.layers import QuantLayer, replace_module
@@ -22,9 +23,6 @@ from quant_spec.errors import QuantizationError
 from quant_spec.formats import LayerSpec, WeightSpec
 from quant_spec.passes.round import RoundFit
 from quant_spec.ranges import RangeSpec
-
-#: Calls a model with some rows of a calibration set.
-Caller = Callable[[nn.Module, Mapping[str, Tensor]], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +36,10 @@ class LinearTree:
     ranges: RangeSpec
     rounding: RoundFit
     seed: int = 0
-    batch_size: int = 32
     cache_bytes: int = 2 << 30
 
 
-def round_linear_tree(
-    model: nn.Module, call: Caller, inputs: Mapping[str, Tensor], config: LinearTree
-) -> dict[str, float]:
+def round_linear_tree(model: nn.Module, calls: Sequence[Call], config: LinearTree) -> dict[str, float]:
     """Replace all Linear layers of a model, in place, by rounded ones.
 
     Second moments of inputs are taken of as many layers in one pass over the calibration set as fit in `cache_bytes`,
@@ -54,8 +49,8 @@ def round_linear_tree(
     ----------
     model : nn.Module
         In full precision, in eval mode.
-    inputs : mapping of str to Tensor, shape (n, ...)
-        The calibration set, of which the first `rounding.samples` rows are used.
+    calls : sequence of Call
+        The calibration set; not looked at where weights are rounded to nearest.
 
     Returns
     -------
@@ -73,7 +68,7 @@ def round_linear_tree(
     closed = config.rounding.method is RoundingMethod.CLOSED_FORM
     sqnr, rounded = {}, {}
     for group in _groups(layers, config.cache_bytes) if closed else [list(layers)]:
-        moments = _second_moments(model, call, inputs, {name: layers[name] for name in group}, config) if closed else {}
+        moments = _second_moments(model, calls, {name: layers[name] for name in group}, config) if closed else {}
         for name in group:
             rounded[name] = QuantLayer(layers[name], LayerSpec(config.weight), StepClock(()))
             moment = moments[name].mean() if closed else None
@@ -101,8 +96,7 @@ def _groups(layers: Mapping[str, nn.Linear], budget: int) -> Iterator[list[str]]
 @torch.no_grad()
 def _second_moments(
     model: nn.Module,
-    call: Caller,
-    inputs: Mapping[str, Tensor],
+    calls: Sequence[Call],
     layers: Mapping[str, nn.Linear],
     config: LinearTree,
 ) -> dict[str, SecondMoment]:
@@ -117,13 +111,11 @@ def _second_moments(
 
         return hook
 
-    count = min(config.rounding.samples, *(len(tensor) for tensor in inputs.values()))
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(watch(name)).remove)
-        for start in range(0, count, config.batch_size):
-            stop = min(start + config.batch_size, count)
-            call(model, {name: tensor[start:stop] for name, tensor in inputs.items()})
+        for call in calls:
+            call(model)
     if unseen := sorted(layers.keys() - found.keys()):
         raise QuantizationError(f"layer {unseen[0]}: got no input from the calibration set, wanted a layer that runs")
     return found

@@ -19,6 +19,8 @@ PASSES: Mapping[str, tuple[str, ...]] = {
     "distill": ("distill",),
     "correct": ("noise", "correct"),
 }
+#: Kinds that `components` adds, where it names others than the denoiser.
+COMPONENTS = ("text_encoder", "components")
 #: Kinds that `activations.step_bits` adds.
 STEP_BITS = ("step_effects", "step_bits")
 
@@ -33,5 +35,7 @@ def kinds_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """
     passes, activations = config.get("passes", {}), config.get("activations", {})
     added = [kind for name, kinds in PASSES.items() if passes.get(name) is not None for kind in kinds]
-    told = ("encode",) if config.get("prompts") else ()
+    told: tuple[str, ...] = ("encode",) if config.get("prompts") else ()
+    if any(entry.get("weights") is not None for entry in config.get("components", {}).values()):
+        told += COMPONENTS
     return (*ALWAYS, *told, *added, *(STEP_BITS if activations.get("step_bits") is not None else ()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -13,12 +13,23 @@ from quant_spec.task import Source, TaskInputs, TaskKind, TaskParams
 ARTIFACT = "artifact"
 
 
+class FusedLora(Record):
+    """A LoRA file, and how much of it was added."""
+
+    file: str
+    sha256: str
+    scale: float
+
+
 class Origin(Record):
     """The base model."""
 
     name: str
     class_name: str
     source: str | None = Field(description='"hf:owner/name@revision", or null: a path means nothing elsewhere.')
+    loras: tuple[FusedLora, ...] = Field(default=(), description="LoRA files that were fused into it, in order.")
+
+    _omitted: ClassVar[frozenset[str]] = frozenset({"loras"})
 
 
 class ResolvedRecipe(Record):
@@ -38,12 +49,13 @@ class Params(TaskParams):
 
 @dataclass(frozen=True, slots=True)
 class Inputs(TaskInputs[Source]):
-    """The packed tree, its score, and what is recorded as provenance."""
+    """The packed tree, its score, and what is recorded as provenance; a pipeline's tree with packed text encoders."""
 
     packed: Source
     score: Source
     calibration: tuple[Source, ...]
     model: Source
+    whole: Source | None = None
 
 
 KIND = TaskKind("release", 1, "workers.tasks.release:run", Params, Inputs, (ARTIFACT,), trees=(ARTIFACT,))

@@ -32,7 +32,10 @@ class Params(TaskParams):
 
 @dataclass(frozen=True, slots=True)
 class Inputs(TaskInputs[Source]):
-    """Packed and original trees; shards in the order of their seeds; one file of weights, for inception-v3; prompts."""
+    """Packed and original trees; shards in the order of their seeds; one file of weights, for inception-v3; prompts.
+
+    `whole` is the tree of the pipeline that the packed model samples in.
+    """
 
     packed: Source
     references: tuple[Source, ...]
@@ -40,6 +43,7 @@ class Inputs(TaskInputs[Source]):
     model: Source
     extractor_weights: Source | None = None
     prompts: Source | None = None
+    whole: Source | None = None
 
 
 KIND = TaskKind("score", 3, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from quant_spec.allocation import Allocation, LayerChoice
 from quant_spec.enums import (
@@ -51,11 +50,13 @@ from quant_spec.tasks import (
     calibrate,
     card,
     channel_errors,
+    components,
     correct,
     distill,
     encode,
     evaluate,
     export,
+    fuse,
     inspect,
     layer_table,
     layer_times,
@@ -82,7 +83,6 @@ from quant_spec.tasks import (
 from tests.tiny_pipelines import save_sd3
 from workers.execution.context import TaskContext, TaskOutput
 from workers.execution.execute import load_body
-from workers.storage.manifest import put_tree
 from workers.storage.model_folder import import_model
 from workers.storage.store import open_cached
 
@@ -172,18 +172,6 @@ class Tasks:
     def embeddings(self) -> str:
         """What its first line encodes to."""
         return self.run(encode.KIND, *_encode()(self)).outputs[encode.EMBEDDINGS]
-
-    @cached_property
-    def text_pipeline(self) -> str:
-        """A tree with a text encoder in it."""
-        folder = next(self._scratch)
-        CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                max_position_embeddings=6,
-            )
-        ).save_pretrained(folder / "text_encoder")  # fmt: skip
-        return put_tree(self.store, folder)
 
     @cached_property
     def inspection(self) -> dict[str, Any]:
@@ -328,12 +316,35 @@ def _low_rank(**changes: Any) -> Case:
     return case
 
 
-def _text_encoder(**changes: Any) -> Case:
+def _text_encoder(method: RoundingMethod = RoundingMethod.NEAREST) -> Case:
+    told = {"sampler": SD3, "seeds": Seeds(first=0, count=2), "forward_batch_size": 2}
+
     def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
-        layer = PlannedLayer(WeightSpec(4), MINMAX)
-        params = text_encoder.Params(component="text_encoder", layer=layer, **GROUP, **changes)
-        prompts = save({"input_ids": torch.arange(24).reshape(4, 6)})
-        return params, text_encoder.Inputs(model=tasks.text_pipeline, prompts=tasks.store.put_bytes(prompts))
+        params = text_encoder.Params(
+            component="text_encoder_3",
+            layer=PlannedLayer(WeightSpec(4), MINMAX),
+            seed=0,
+            method=method,
+            **(told if method is RoundingMethod.CLOSED_FORM else {}),
+        )
+        return params, text_encoder.Inputs(model=tasks.pipeline, prompts=tasks.prompts)
+
+    return case
+
+
+def _components() -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        packed = tasks.run(text_encoder.KIND, *_text_encoder()(tasks)).outputs[text_encoder.ENCODER]
+        return components.Params(components=("text_encoder_3",)), components.Inputs(tasks.pipeline, (packed,))
+
+    return case
+
+
+def _fuse() -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        name = "transformer.transformer_blocks.0.attn.to_q"
+        lora = save({f"{name}.lora_A.weight": torch.ones(2, 16), f"{name}.lora_B.weight": torch.ones(16, 2)})
+        return fuse.Params(scales=(0.5,)), fuse.Inputs(tasks.pipeline, (tasks.store.put_bytes(lora),))
 
     return case
 
@@ -609,7 +620,8 @@ CASES: dict[str, dict[str, Case]] = {
         "auto": _low_rank(smoothing="search", convolutions=True, max_rank=4),
         "given": _low_rank(rank=2, smoothing=0.5, convolutions=True, rounding=RoundingMethod.NEAREST),
     },
-    "text_encoder": {"nearest": _text_encoder(), "closed_form": _text_encoder(method=RoundingMethod.CLOSED_FORM)},
+    "text_encoder": {"nearest": _text_encoder(), "closed_form": _text_encoder(RoundingMethod.CLOSED_FORM)},
+    "components": {"": _components()},
     "round": {
         "nearest": _round(),
         "closed_form": _round(method=RoundingMethod.CLOSED_FORM),
@@ -666,6 +678,7 @@ CASES: dict[str, dict[str, Case]] = {
     "evaluate": {"": _evaluate()},
     "score": {"": _score()},
     "release": {"": _release()},
+    "fuse": {"": _fuse()},
     "export": {"": _export()},
     "bench": {"": _bench(False)},
     "layers": {"": _layers()},

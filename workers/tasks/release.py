@@ -54,7 +54,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         )
     )
     if index is not None:
-        files = _in_pipeline(files, index, inputs.model, store)
+        files = _in_pipeline(files, index, inputs.whole or inputs.model, store)
     texts = {
         METRICS_FILE: _json(metrics),
         PROVENANCE_FILE: _json(provenance(params, inputs)),

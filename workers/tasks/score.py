@@ -8,6 +8,7 @@ Metrics: `metrics`, as in the score.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from quant_spec.documents import read_json
 from quant_spec.enums import Extractor
 from quant_spec.keys import canonical_json
 from quant_spec.metrics import check_computed
+from quant_spec.pipeline import denoiser_entry
 from quant_spec.prompts import PromptPart, line_of
 from quant_spec.tasks.score import GRID, SAMPLES, SCORE, Inputs, Params
 from workers.errors import TaskError
@@ -41,7 +43,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     references, evaluations = inputs.references, inputs.evaluations
     if not references or len(references) != len(evaluations):
         raise TaskError(f"shards: got {len(references)} references, {len(evaluations)} evaluations, wanted pairs")
-    original = fetch_model(inputs.model, context)
+    original = fetch_model(inputs.model, context, streamed=None)
     quality = summarize(
         local_files(references, context),
         local_files(evaluations, context),
@@ -98,7 +100,9 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
     inspection = inspect_model(original, _call(inputs, context) if original.is_whole else None)
     cost = model_cost(inspection, parse_quantization_config(config["quantization_config"]))
     per_step = {"bops_per_step": list(cost.bops_per_step)} if cost.bops_per_step else {}
+    whole = {} if inputs.whole is None else {"component_bytes": _component_bytes(original, files, inputs, context)}
     return {
+        **whole,
         **per_step,
         "weight_bits_mean": round(cost.weight_bits_mean, 6),
         "act_bits_mean": round(cost.act_bits_mean, 6),
@@ -107,6 +111,28 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
         "bytes": sum(size for path, (_, size) in files.items() if path.endswith(".safetensors")),
         "bytes_fp16": 2 * inspection["parameters"],
     }
+
+
+def _component_bytes(
+    original: Denoiser, packed: Mapping[str, tuple[str, int]], inputs: Inputs[str], context: TaskContext
+) -> dict[str, dict[str, int]]:
+    """Return bytes of each component's weights in the release and in the original; of components that have any."""
+    assert inputs.whole is not None
+    assert original.pipeline is not None
+    home = denoiser_entry(original.pipeline)
+    made = _weights_by_component(read_files(context.store, inputs.whole))
+    made[str(home)] = sum(size for path, (_, size) in packed.items() if path.endswith(".safetensors"))
+    given = _weights_by_component(read_files(context.store, inputs.model))
+    return {name: {"bytes": made[name], "original": given[name]} for name in sorted(given)}
+
+
+def _weights_by_component(files: Mapping[str, tuple[str, int]]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for path, (_, size) in files.items():
+        home, slash, _ = path.partition("/")
+        if slash and path.endswith(".safetensors"):
+            found[home] = found.get(home, 0) + size
+    return found
 
 
 def _call(inputs: Inputs[str], context: TaskContext) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -18,19 +18,29 @@ def encode(draft: Draft) -> Drawing:
     whole, recipe = draft.model.pipeline, draft.recipe
     if whole is None or not whole.encodes or draft.prompts is None:
         return draft
-    # of the sampler, only what may decide what is encoded: recipes that differ elsewhere share the task
-    sampler = Sampler(guidance_scale=draft.sampler.guidance_scale, arguments=draft.sampler.arguments)
     made: dict[PromptPart, Source] = {}
     for part, first, count in (
         (PromptPart.CALIBRATION, recipe.calibration.first_seed, recipe.calibration.seeds),
         (PromptPart.EVALUATION, recipe.evaluation.first_seed, recipe.evaluation.seeds),
     ):
-        params = Params(sampler=sampler, part=part, seeds=Seeds(first=first, count=count))
-        inputs: Inputs[Source] = Inputs(draft.model.digest, draft.prompts)
+        params, inputs = encoding(draft, part, first, count)
         node = draft.node(KIND, params, inputs, encode_cost(draft.costs, count), part.value)
         made[part] = TaskRef(node.id, EMBEDDINGS)
         yield node
     return replace(draft, embeddings=made)
+
+
+def encoding(draft: Draft, part: PromptPart, first: int, count: int) -> tuple[Params, Inputs[Source]]:
+    """Return what a task is told that encodes the prompts of some seeds, with the encoders of the draft's pipeline."""
+    if draft.prompts is None:
+        raise ValueError("encode: got a model that is told no prompts, wanted one that is")
+    params = Params(sampler=told_by_encoders(draft.sampler), part=part, seeds=Seeds(first=first, count=count))
+    return params, Inputs(draft.pipeline_tree, draft.prompts)
+
+
+def told_by_encoders(sampler: Sampler) -> Sampler:
+    """Return of a sampler what may decide what is encoded: recipes that differ elsewhere share the task."""
+    return Sampler(guidance_scale=sampler.guidance_scale, arguments=sampler.arguments)
 
 
 def encode_cost(costs: Costs, seeds: int) -> Cost:

@@ -24,7 +24,7 @@ _EXTRACTOR_BYTES = {Extractor.EFFICIENTNET_LITE0: 0.5 * GIB, Extractor.INCEPTION
 def evaluate(draft: Draft) -> Drawing:
     """Leave the figures of the packed model."""
     section, told = draft.recipe.evaluation, draft.told(PromptPart.EVALUATION)
-    whole = None if told.part is None else draft.model.digest
+    whole, packed = None if told.part is None else draft.pipeline_tree, draft.told_packed()
     references: list[TaskRef] = []
     evaluations: list[TaskRef] = []
     for shard in shards(section.first_seed, section.seeds, section.shard_seeds, recorded=section.sqnr_seeds):
@@ -35,7 +35,7 @@ def evaluate(draft: Draft) -> Drawing:
         params = shard_task.Params(
             sampler=draft.sampler, seeds=shard.seeds, batch_size=batch, samples=draft.model.samples, part=told.part
         )
-        inputs = shard_task.Inputs(draft.packed_model, references[-1], whole, told.prompts, told.embeddings)
+        inputs = shard_task.Inputs(draft.packed_model, references[-1], whole, packed.prompts, packed.embeddings)
         cost = evaluate_cost(draft.costs, shard.count, batch, shard.recorded)
         node = draft.node(shard_task.KIND, params, inputs, cost, shard.label)
         evaluations.append(TaskRef(node.id, shard_task.EVALUATION))
@@ -50,7 +50,7 @@ def evaluate_cost(costs: Costs, seeds: int, batch: int, recorded: int) -> Cost:
     calls = (seeds + recorded) * costs.calls_per_sample
     kept = recorded * costs.calls_per_sample * costs.sample_bytes * 2
     work = costs.quantized_forward(calls, batch) + costs.around(seeds, decoded=True)
-    return Cost(work, costs.memory(batch, kept + costs.model_bytes + costs.around_bytes), kept)
+    return Cost(work, costs.memory(batch, kept + costs.packed_bytes + costs.around_bytes, reads=True), kept)
 
 
 def score_cost(costs: Costs) -> Cost:
@@ -59,7 +59,7 @@ def score_cost(costs: Costs) -> Cost:
     samples = 2 * section.seeds
     held = _EXTRACTOR_BYTES[section.extractor] + 2 * samples * costs.image_bytes + costs.around_bytes
     work = samples * _EXTRACTOR_WORK[section.extractor] + costs.forward(1, 1)
-    return Cost(work, int(WORKER_BYTES + costs.model_bytes + held))
+    return Cost(work, int(WORKER_BYTES + costs.read_bytes + held))
 
 
 def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[TaskRef]) -> TaskNode:
@@ -81,5 +81,6 @@ def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[Ta
         model=draft.model.digest,
         extractor_weights=section.extractor_weights,
         prompts=told.prompts,
+        whole=None if told.part is None else draft.pipeline_tree,
     )
     return draft.node(score.KIND, params, inputs, score_cost(draft.costs), f"{section.seeds} seeds")

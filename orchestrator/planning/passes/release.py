@@ -7,7 +7,7 @@ import json
 from orchestrator.planning.costs import SMALL
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.recipes.load import resolve
-from quant_spec.tasks.release import KIND, Inputs, Origin, Params, ResolvedRecipe
+from quant_spec.tasks.release import KIND, FusedLora, Inputs, Origin, Params, ResolvedRecipe
 
 _HUB = "hf:"
 
@@ -19,7 +19,10 @@ def release(draft: Draft) -> Drawing:
     resolved = resolve(recipe)
     # a folder's path means nothing on another machine
     origin = Origin(
-        name=row.name, class_name=row.class_name, source=row.source if row.source.startswith(_HUB) else None
+        name=row.name,
+        class_name=row.class_name,
+        source=row.source if row.source.startswith(_HUB) else None,
+        loras=tuple(FusedLora(**each) for each in row.inspection.get("loras", ())),
     )
     params = Params(
         model=origin,
@@ -27,6 +30,6 @@ def release(draft: Draft) -> Drawing:
     )
     if draft.score is None:
         raise ValueError("draft: got no score, wanted release after evaluate")
-    inputs = Inputs(draft.packed_model, draft.score, draft.calibration, draft.model.digest)
+    inputs = Inputs(draft.packed_model, draft.score, draft.calibration, draft.model.digest, draft.whole)
     yield draft.node(KIND, params, inputs, SMALL, recipe.name)
     return draft

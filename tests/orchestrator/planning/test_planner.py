@@ -20,12 +20,12 @@ from orchestrator.planning.model import ModelInfo
 from orchestrator.planning.pipeline import with_guidance
 from orchestrator.planning.planner import plan
 from orchestrator.recipes.files import shipped_names
-from orchestrator.recipes.load import resolve
+from orchestrator.recipes.load import load_recipe, resolve
 from quant_spec.enums import RoundingMethod
 from quant_spec.keys import canonical_json
 from quant_spec.kinds import KINDS
 from quant_spec.passes.round import Round
-from quant_spec.passes.table import ALWAYS, PASSES, STEP_BITS, kinds_of
+from quant_spec.passes.table import ALWAYS, COMPONENTS, PASSES, STEP_BITS, kinds_of
 from quant_spec.recipe import Passes
 from quant_spec.tasks.round import Params as RoundParams
 from tests.orchestrator.planning_models import (
@@ -44,12 +44,14 @@ from tests.orchestrator.planning_models import (
 from workers.execution.cluster import CUDA_CONTEXT_BYTES
 
 ROOT = Path(__file__).parents[3]
+#: Shipped recipes for a bare denoiser: others name components of a pipeline.
+BARE = [name for name in shipped_names() if not load_recipe(name).recipe.components]
 
 
 # --- the graph
 
 
-@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("name", BARE)
 def test_plan_is_in_dependency_order_and_ends_in_the_target(name: str):
     stream, target = plan(model(), recipe(name))
     seen: set[str] = set()
@@ -69,7 +71,7 @@ def test_plan_is_in_dependency_order_and_ends_in_the_target(name: str):
     assert target.kind == "release"
 
 
-@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("name", BARE)
 def test_plan_every_task_is_needed_and_every_reference_names_an_output(name: str):
     nodes = nodes_of(recipe(name))
     index = {node.id: node for node in nodes}
@@ -88,7 +90,7 @@ def test_plan_every_task_is_needed_and_every_reference_names_an_output(name: str
     assert used == set(index) - {nodes[-1].id}
 
 
-@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("name", BARE)
 def test_plan_every_task_is_told_what_its_kind_reads(name: str):
     for node in nodes_of(recipe(name), model(inspection(timed=True))):
         kind = KINDS[node.kind]
@@ -97,7 +99,7 @@ def test_plan_every_task_is_told_what_its_kind_reads(name: str):
         assert kind.inputs.from_json(node.inputs).to_json() == node.inputs
 
 
-@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("name", BARE)
 def test_plan_has_the_kinds_that_the_table_of_passes_says(name: str):
     """What releases record as the versions that they depend on."""
     chosen = recipe(name)
@@ -109,7 +111,7 @@ def test_plan_has_the_kinds_that_the_table_of_passes_says(name: str):
 
 def test_table_of_passes_names_the_passes_of_a_recipe_and_kinds():
     assert list(PASSES) == list(Passes.model_fields)
-    assert {*ALWAYS, *STEP_BITS, *(kind for kinds in PASSES.values() for kind in kinds)} <= set(KINDS)
+    assert {*ALWAYS, *STEP_BITS, *COMPONENTS, *(kind for kinds in PASSES.values() for kind in kinds)} <= set(KINDS)
     assert kinds_of({}) == ALWAYS
 
 
@@ -295,7 +297,7 @@ def test_plan_change_of_some_layers_leaves_other_groups_alone():
 
 def test_plan_shares_tasks_between_shipped_recipes():
     kinds = {"calibrate", "reference"}
-    ids = {name: {node.id for node in nodes_of(recipe(name)) if node.kind in kinds} for name in shipped_names()}
+    ids = {name: {node.id for node in nodes_of(recipe(name)) if node.kind in kinds} for name in BARE}
     assert all(ids["base"] <= other for other in ids.values())
     # corrections have trajectories of their own, the same ones
     assert {len(other - ids["base"]) for name, other in ids.items() if name.startswith("ptqd")} == {6}

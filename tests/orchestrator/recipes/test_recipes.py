@@ -49,6 +49,7 @@ def test_shipped_recipes_are_those_that_are_promised():
     promised |= {"ptqd-w8a8", "ptqd-w4a8", "ptqd-w4-mixed", "tfmq-ptqd-w4a8"}
     promised |= {"dmq-w8a8", "dmq-w4a8", "dmq-w4a6", "dmq-ptqd-w4a6"}
     promised |= {"svdquant-w4a8", "svdquant-w4a4", "fp8-w8a8", "weights-w4", "weights-w8"}
+    promised |= {"text-w8-svdquant-w4a8"}
     promised |= {f"mpqdm-w{bits}a4{plus}" for bits in (4, 3, 2) for plus in ("", "-plus")}
     assert promised <= set(shipped_names())
 
@@ -71,7 +72,8 @@ def test_shipped_recipe_keeps_its_promise(name: str):
         assert (recipe.weights.bits, recipe.activations.bits) == both[name.removesuffix("-plus").rpartition("-")[2]]
     assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
     assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq", "dmq"))
-    assert (recipe.passes.low_rank is not None) == name.startswith("svdquant")
+    assert (recipe.passes.low_rank is not None) == ("svdquant" in name)
+    assert set(recipe.components) == ({"text_encoder*"} if name.startswith("text-w8") else set())
     assert {recipe.weights.type, recipe.activations.type} == {"e4m3" if name.startswith("fp8") else "int"}
     scale = recipe.passes.scale
     assert (scale is not None and (scale.method, scale.shift) == ("learned", "skip")) == name.startswith("dmq")
@@ -214,7 +216,8 @@ def test_resolve_is_canonical_and_complete(path: Path):
     resolved = resolve(recipe)
     values = json.loads(resolved.json)
     assert resolved.json == json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    assert set(values) == set(Recipe.model_fields) - {*HOW_IT_RUNS, "prompts"}
+    unsaid = {"prompts", *(() if recipe.components else ("components",))}
+    assert set(values) == set(Recipe.model_fields) - {*HOW_IT_RUNS, *unsaid}
     again = recipe_from_json(values)
     assert again == recipe
     assert resolve(again) == resolved

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import quant_core  # noqa: F401  # registers the method
 from quant_core.artifact.text_encoder import WEIGHTS_FILE, quantize_text_encoder
+from quant_core.diffusion.encoder_calls import Call
 from quant_core.errors import ArtifactError
 from quant_core.fit.linear_tree import LinearTree
 from quant_core.nn.layers import QuantLayer
@@ -45,6 +46,10 @@ def prompts(seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, 50, (24, TOKENS), generator=torch.Generator().manual_seed(seed))}
 
 
+def calls(seed: int = 0) -> list[Call]:
+    return [Call((), {name: rows[start : start + 8] for name, rows in prompts(seed).items()}) for start in (0, 8, 16)]
+
+
 def saved(kind: str, folder: Path, dtype: torch.dtype = torch.float16) -> Path:
     torch.manual_seed(0)
     ENCODERS[kind]().to(dtype).save_pretrained(folder)
@@ -70,7 +75,7 @@ def outputs(model: nn.Module, rows: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain_transformers_loads_and_saves_what_was_rounded(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = saved(kind, tmp_path / "source")
-    made = quantize_text_encoder(source, prompts(), tree(), tmp_path / "packed")
+    made = quantize_text_encoder(source, calls(), tree(), tmp_path / "packed")
     original, model = loaded(source, dtype=torch.float32), loaded(tmp_path / "packed", dtype=dtype)
     linear = {name for name, module in original.named_modules() if isinstance(module, nn.Linear)}
     packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
@@ -112,7 +117,7 @@ def test_closed_form_is_better_than_nearest_and_groups_change_nothing(tmp_path: 
         "closed": tree(3),
         "one by one": tree(3, cache_bytes=1),
     }.items():
-        quantize_text_encoder(source, prompts(), config, tmp_path / name)
+        quantize_text_encoder(source, calls(), config, tmp_path / name)
         errors[name] = float((outputs(loaded(tmp_path / name), prompts()) - want).norm())
     assert errors["closed"] < 0.9 * errors["nearest"]
     assert (tmp_path / "closed" / WEIGHTS_FILE).read_bytes() == (tmp_path / "one by one" / WEIGHTS_FILE).read_bytes()
@@ -121,7 +126,7 @@ def test_closed_form_is_better_than_nearest_and_groups_change_nothing(tmp_path: 
 def test_fp8_weights(tmp_path: Path) -> None:
     source = saved("clip", tmp_path / "source")
     config = LinearTree(WeightSpec(8, type=NumberType.E4M3), RangeSpec(), RoundFit(method=RoundingMethod.NEAREST))
-    quantize_text_encoder(source, prompts(), config, tmp_path / "packed")
+    quantize_text_encoder(source, calls(), config, tmp_path / "packed")
     model = loaded(tmp_path / "packed", dtype=torch.float32)
     want = outputs(loaded(source, dtype=torch.float32), prompts(1))
     assert float((outputs(model, prompts(1)) - want).norm() / want.norm()) < 0.08
@@ -129,11 +134,11 @@ def test_fp8_weights(tmp_path: Path) -> None:
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
     source = saved("t5", tmp_path / "source")
-    quantize_text_encoder(source, prompts(), tree(), tmp_path / "packed")
+    quantize_text_encoder(source, calls(), tree(), tmp_path / "packed")
     with pytest.raises(ArtifactError, match="quantized already"):
-        quantize_text_encoder(tmp_path / "packed", prompts(), tree(), tmp_path / "twice")
+        quantize_text_encoder(tmp_path / "packed", calls(), tree(), tmp_path / "twice")
     with pytest.raises(ArtifactError, match="not empty"):
-        quantize_text_encoder(source, prompts(), tree(), tmp_path / "packed")
+        quantize_text_encoder(source, calls(), tree(), tmp_path / "packed")
     tensors = load_file(tmp_path / "packed" / WEIGHTS_FILE)
     name = next(name for name in tensors if name.endswith(".qweight"))
     for damage, message in ((tensors[name][:, :-1].contiguous(), "got \\("), (None, "missing 1 tensors")):

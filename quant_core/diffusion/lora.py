@@ -1,0 +1,93 @@
+"""LoRA files added to the weights of a pipeline, by the pipeline's own loader and peft."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quant_core.errors import DenoiserError
+
+
+def fuse_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
+    """Add LoRA files to the weights of a pipeline's components, in place.
+
+    Parameters
+    ----------
+    pipeline
+        As from `quant_core.diffusion.pipeline.load_pipeline`, on the CPU in float32.
+    loras : sequence of (Path, float)
+        Safetensors files in any layout that the pipeline's `load_lora_weights` reads, and how much of each is added.
+
+    Raises
+    ------
+    DenoiserError
+        If the pipeline has no such loader, or a file cannot be read by it, or changes none of its components.
+    """
+    name = type(pipeline).__name__
+    if not callable(getattr(pipeline, "load_lora_weights", None)):
+        raise DenoiserError(f"{name}: got LoRA files, wanted a pipeline whose loader reads them")
+    adapters = []
+    for place, (path, _) in enumerate(loras):
+        adapter = f"lora_{place}"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pipeline.load_lora_weights(path.parent, weight_name=path.name, adapter_name=adapter)
+        except Exception as error:  # loaders of many layouts, each with errors of its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DenoiserError(f"LoRA {place + 1}: got {reason}, wanted a file that {name} loads") from error
+        if not any(adapter in found for found in pipeline.get_list_adapters().values()):
+            raise DenoiserError(f"LoRA {place + 1}: got a file that names no layer of {name}, wanted one made for it")
+        adapters.append(adapter)
+    pipeline.set_adapters(adapters, [scale for _, scale in loras])
+    components = [part for part in pipeline._lora_loadable_modules if getattr(pipeline, part, None) is not None]
+    pipeline.fuse_lora(components=components, adapter_names=adapters)
+    pipeline.unload_lora_weights()
+
+
+def write_changed(part: nn.Module, folder: Path, target: Path) -> bool:
+    """Write the weight files of a component whose numbers changed, in the names and dtypes of its folder's files.
+
+    Parameters
+    ----------
+    folder : Path
+        The component's, with safetensors files.
+    target : Path
+        Gets the files that changed.
+
+    Returns
+    -------
+    bool
+        Whether anything did.
+
+    Raises
+    ------
+    DenoiserError
+        If a file has a tensor that the component does not have under that name.
+    """
+    state = part.state_dict()
+    changed = False
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors: dict[str, Tensor] = {}
+        differs = False
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                stored = file.get_tensor(name)
+                if name in state and state[name].shape == stored.shape:
+                    tensors[name] = state[name].detach().to("cpu", stored.dtype).contiguous()
+                else:
+                    tensors[name] = stored
+                differs = differs or not torch.equal(tensors[name], stored)
+        if differs:
+            target.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, target / path.name, metadata=metadata or {"format": "pt"})
+            changed = True
+    return changed

@@ -37,6 +37,8 @@ TRAIN_WEIGHT = 600.0
 TRAIN_ELEMENT = 60.0
 #: MACs of one weight in the search of a range, 80 candidates: 0.4 µs.
 SEARCH = 12_000.0
+#: Bytes of packed weights with scales and what is not quantized, by those of the codes.
+_GRIDS = 1.15
 _COLUMN = 1.6e6  # one column visited by closed-form rounding: 55 µs
 _COLUMN_WEIGHT = 5.0  # and each weight that a visit corrects
 
@@ -76,6 +78,10 @@ class Costs:
         Denoiser inputs in the calibration set.
     model_bytes
         Of the weights in float32.
+    read_bytes
+        Of them that a task holds which only reads them: one layer's, and its copy, where they are left in their files.
+    packed_bytes
+        Of the packed weights, about.
     live_bytes
         What is alive at once in a forward, per sample.
     sample_bytes, image_bytes
@@ -96,20 +102,23 @@ class Costs:
         self.recorded_per_seed = recorded * per_step
         self.calibrated = recipe.calibration.seeds * self.recorded_per_seed
         self.model_bytes = 4 * model.parameters
+        self.layers = len(model.layers)
+        self.weights = sum(unit.weights for unit in model.units)
+        largest = max(layer.weights for layer in model.layers)
+        self.read_bytes = 8 * largest + 4 * (model.parameters - self.weights) if model.streamed else self.model_bytes
+        self.packed_bytes = int(self.weights * recipe.weights.bits / 8 * _GRIDS) if model.streamed else self.model_bytes
         widest = max(unit.input_bytes + unit.output_bytes for unit in model.units)
         self.live_bytes = min(model.activation_bytes, 6 * widest)
         self.sample_bytes = 4 * math.prod(model.sample_shape)
         self.image_bytes = self.sample_bytes if whole is None else whole.image_bytes
         self.around_bytes = 0 if whole is None else whole.other_bytes - (whole.text_bytes if whole.encodes else 0)
-        self.layers = len(model.layers)
-        self.weights = sum(unit.weights for unit in model.units)
         self.elements = sum(unit.input_elements for unit in model.units)
 
     def sampling(self, seeds: int, batch: int, *, recorded: int = 0, decoded: bool = False) -> Cost:
         """Sampling with the full-precision model, of which some seeds' steps are kept."""
         kept = recorded * self.calls_per_sample * self.sample_bytes * 2
         work = self.forward(seeds * self.calls_per_sample, batch) + self.around(seeds, decoded=decoded)
-        return Cost(work, self.memory(batch, kept + self.around_bytes), kept)
+        return Cost(work, self.memory(batch, kept + self.around_bytes, reads=True), kept)
 
     def around(self, seeds: int, *, decoded: bool) -> float:
         """What a whole pipeline does beside its denoiser: prompts encoded, latents decoded, GMAC."""
@@ -147,9 +156,13 @@ class Costs:
         """Return the memory that a cache takes within the recipe's budget, bytes."""
         return min(needed, self.recipe.memory.budget_gib * GIB)
 
-    def memory(self, batch: int, extra: float) -> int:
-        """Return the memory of a worker that calls the denoiser on a batch, and holds `extra` bytes beside."""
-        return int(WORKER_BYTES + self.model_bytes + batch * self.live_bytes + extra)
+    def memory(self, batch: int, extra: float, *, reads: bool = False) -> int:
+        """Return the memory of a worker that calls the denoiser on a batch, and holds `extra` bytes beside.
+
+        `reads`: whether it only reads weights, so that large ones are left in their files.
+        """
+        held = self.read_bytes if reads else self.model_bytes
+        return int(WORKER_BYTES + held + batch * self.live_bytes + extra)
 
 
 def hessian_bytes(unit: UnitInfo, config: RoundFit) -> int:

@@ -24,10 +24,9 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from quant_core.artifact.compact import pack_zero_points, zero_point_bits
 from quant_core.errors import ArtifactError
@@ -95,16 +94,23 @@ def write_artifact(
     folder.mkdir(parents=True, exist_ok=True)
     kept = {key: value for key, value in base_config.items() if key != "_name_or_path"}
     _write_json(folder / CONFIG_FILE, {**kept, "quantization_config": dict(config)})
-    # Copies, because safetensors refuses tensors that share memory.
-    tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in model.state_dict().items()
-    }
+    tensors = _apart({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()})
     pack_zero_points(tensors, zero_point_bits(model))
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if scheduler_config is not None:
         (folder / SCHEDULER_FILE).parent.mkdir()
         _write_json(folder / SCHEDULER_FILE, scheduler_config)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of which none shares memory with another, which safetensors refuses; those that do are copied."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return apart
 
 
 def scheduler_json(scheduler: Any) -> bytes:

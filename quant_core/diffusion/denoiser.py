@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from quant_core.diffusion.streamed import is_large, stored_tensors, stream_weights
 from quant_core.errors import DenoiserError
 from quant_spec.documents import read_json_file
 from quant_spec.pipeline import MODEL_INDEX, is_whole
@@ -42,7 +44,7 @@ class Denoiser:
         return is_whole(self.pipeline)
 
 
-def load_denoiser(folder: str | Path) -> Denoiser:
+def load_denoiser(folder: str | Path, *, streamed: bool | None = False) -> Denoiser:
     """Load a diffusers model folder, or a pulled model artifact, in full precision.
 
     Parameters
@@ -51,6 +53,9 @@ def load_denoiser(folder: str | Path) -> Denoiser:
         Holds `config.json` itself or in a subfolder `denoiser`, `unet` or `transformer`;
         `scheduler/scheduler_config.json` and `conditioning.safetensors` are looked for in it, then (for the former
         kind) in its parent.
+    streamed : bool or None
+        Leave weights in their files (`quant_core.diffusion.streamed`), for who does not write to them; None does so
+        where they are large.
 
     Returns
     -------
@@ -69,7 +74,7 @@ def load_denoiser(folder: str | Path) -> Denoiser:
     scheduler = _first_file(beside, SCHEDULER_CONFIG)
     index = home.parent / MODEL_INDEX
     return Denoiser(
-        model=_load_model(home, config),
+        model=_load_model(home, config, is_large(home) if streamed is None else streamed),
         config=config,
         scheduler_config=None if scheduler is None else read_json_file(scheduler),
         conditioning=_first_file(beside, Path(CONDITIONING_FILE)),
@@ -115,7 +120,7 @@ def _first_file(folders: tuple[Path, ...], name: Path) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def _load_model(home: Path, config: Mapping[str, Any]) -> nn.Module:
+def _load_model(home: Path, config: Mapping[str, Any], streamed: bool) -> nn.Module:
     """Build the class that the config names and load its weights strictly."""
     import diffusers  # seconds of import: only where a model is really loaded
 
@@ -127,6 +132,8 @@ def _load_model(home: Path, config: Mapping[str, Any]) -> nn.Module:
         )
     if config.get("quantization_config") is not None:
         raise DenoiserError(f"{home}/config.json: got a quantized model, wanted full precision")
+    if streamed and (made := _streamed(cls, config, home)) is not None:
+        return made
     try:
         model, info = cls.from_pretrained(
             home, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
@@ -138,6 +145,23 @@ def _load_model(home: Path, config: Mapping[str, Any]) -> nn.Module:
             raise DenoiserError(
                 f"{home}: {problem.replace('_', ' ')} for {class_name}: {sorted(map(str, info[problem]))[:3]}"
             )
+    return model.eval().requires_grad_(False)
+
+
+def _streamed(cls: Any, config: Mapping[str, Any], home: Path) -> nn.Module | None:
+    """Build a model around its files; None where names or shapes are not its own, so that loading must convert."""
+    from accelerate import init_empty_weights
+
+    try:
+        stored = stored_tensors(home)
+    except (OSError, SafetensorError) as error:
+        raise DenoiserError(f"{home}: weights do not load: {str(error).strip().splitlines()[0]}") from error
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = cls.from_config(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in stored.items()}:
+        return None
+    stream_weights(model, stored)
     return model.eval().requires_grad_(False)
 
 

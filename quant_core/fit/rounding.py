@@ -86,7 +86,8 @@ def round_units(
     watched = watch([formats for formats, _ in units], [ranges for _, ranges in units], config, scales)
     names = [formats.unit for formats, _ in units]
     seen = observe(model, calibration, names, watched, batch_size=config.forward_batch_size, seed=config.seed)
-    weights = {name: model.get_parameter(f"{name}.weight").detach() for formats, _ in units for name in formats.layers}
+    # modules, not weights: those of a streamed model are read one at a time
+    originals = {name: model.get_submodule(name) for formats, _ in units for name in formats.layers}
     blank = [UnitState(formats, trajectory(formats, timesteps), {}) for formats, _ in units]
     parts = build_quantized(model, merge_formats(blank))
     results = []
@@ -101,7 +102,7 @@ def round_units(
             if name in beside:
                 layer.set_branch(beside[name].down, beside[name].up)
             moment = seen.moments[name].mean() if name in seen.moments else None
-            scaled = layer.scaled(weights[name])
+            scaled = layer.scaled(originals[name].get_parameter("weight").detach())
             sqnr[name] = round_layer(layer, scaled, moment, ranges.weights[name], config.damping).sqnr_db
         set_ranges(parts, formats, ranges, seen, shifts)
         results.append(RoundedUnit(collect_state(parts, formats, state.timesteps), sqnr))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.conditioning import UNBATCHED, Conditioning, conditioning_fields
 from quant_core.diffusion.denoiser import Denoiser, has_tokens
+from quant_core.diffusion.streamed import is_streamed
 from quant_core.inspect.first_call import check_prediction_shape, describe_needs, explained, first_call
 from quant_core.inspect.pipeline import describe_pipeline
 from quant_core.inspect.temporal import trace_temporal
@@ -64,7 +65,8 @@ def inspect_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None =
         scheduler config, null if it has none; numbers that are not finite as text. `samples`: "pixels" or "latents".
         `has_tokens`: whether samples are packed tokens. `conditioning`: what a forward is told, with the number of
         classes or the shape of a row; with it the entries of `quant_core.inspect.first_call.describe_needs`.
-        `pipeline`: what `quant_core.inspect.pipeline.describe_pipeline` says of a whole pipeline, null for a denoiser.
+        `streamed`: true where weights are so large that tasks leave them in their files. `pipeline`: what
+        `quant_core.inspect.pipeline.describe_pipeline` says of a whole pipeline, null for a denoiser.
 
     Raises
     ------
@@ -98,6 +100,7 @@ def inspect_model(denoiser: Denoiser, call: tuple[Tensor, Conditioning] | None =
         "pipeline": pipeline,
         "scheduler": _finite(denoiser.scheduler_config),
         "samples": _samples(trace.output_shape[1:], denoiser, pipeline),
+        **({"streamed": True} if is_streamed(model) else {}),
     }
 
 

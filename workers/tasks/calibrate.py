@@ -15,7 +15,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     """Record one shard."""
     spec = RecordSpec(params.sampler, steps=params.steps, batch_size=params.batch_size)
     path = context.scratch / "calibration.safetensors"
-    denoiser, device = place_model(fetch_model(inputs.model, context), context)
+    denoiser, device = place_model(fetch_model(inputs.model, context, streamed=None), context)
     if device is not None:
         denoiser.model.to(device)
     record(

@@ -37,7 +37,9 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
             space=params.samples,
         )
     else:
-        whole = replace(fetch_model(inputs.model, context), model=model, scheduler_config=scheduler_config(folder))
+        whole = replace(
+            fetch_model(inputs.model, context, streamed=None), model=model, scheduler_config=scheduler_config(folder)
+        )
         trajectories = find_trajectories(whole, params.sampler, inputs, params.part, context)
         evaluate_pipeline(trajectories, model, params.seeds.range, reference, path, batch_size=params.batch_size)
     values = load_file(path)["psnr_db"]

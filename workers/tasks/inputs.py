@@ -25,11 +25,14 @@ from workers.execution.context import TaskContext
 from workers.storage.manifest import link_tree, pull_tree
 
 
-def fetch_model(digest: str, context: TaskContext, name: str = "model") -> Denoiser:
-    """Load a full-precision model from its tree, on the CPU; a second one needs another `name`."""
+def fetch_model(digest: str, context: TaskContext, name: str = "model", *, streamed: bool | None = False) -> Denoiser:
+    """Load a full-precision model from its tree, on the CPU; a second one needs another `name`.
+
+    `streamed` as for `load_denoiser`: None for tasks that only read weights.
+    """
     folder = context.scratch / name
     link_tree(context.store, digest, folder)
-    return load_denoiser(folder)
+    return load_denoiser(folder, streamed=streamed)
 
 
 def place_model(denoiser: Denoiser, context: TaskContext) -> tuple[Denoiser, str | None]:

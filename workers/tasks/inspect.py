@@ -14,6 +14,6 @@ from workers.tasks.inputs import fetch_model
 
 def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Describe the model."""
-    inspection = inspect_model(fetch_model(inputs.model, context))
+    inspection = inspect_model(fetch_model(inputs.model, context, streamed=None))
     output = context.store.put_bytes(canonical_json(inspection).encode())
     return TaskOutput({INSPECTION: output}, {"inspection": inspection})

@@ -20,7 +20,7 @@ from workers.tasks.inputs import fetch_model, open_trajectories, read_channel_sc
 
 def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Choose the branches of one group of units."""
-    model = fetch_model(inputs.model, context).model.to(context.device)
+    model = fetch_model(inputs.model, context, streamed=None).model.to(context.device)
     calibration = open_trajectories(inputs.calibration, context)
     units = [read_unit(unit, read_step_bits(inputs.step_bits, context)) for unit in params.units]
     branches, chosen, reports = fit(model, calibration, units, params, read_channel_scaling(inputs.factors, context))

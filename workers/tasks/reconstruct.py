@@ -15,7 +15,7 @@ from workers.tasks.inputs import fetch_model, open_trajectories, read_states
 
 def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Reconstruct one unit."""
-    model = fetch_model(inputs.model, context).model.to(context.device)
+    model = fetch_model(inputs.model, context, streamed=None).model.to(context.device)
     calibration = open_trajectories(inputs.calibration, context)
     start = UnitState.from_bytes(context.store.get_bytes(inputs.state))
     earlier = read_states(inputs.earlier, context)

@@ -22,7 +22,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         samples=True,
     )
     path = context.scratch / "reference.safetensors"
-    denoiser, device = place_model(fetch_model(inputs.model, context), context)
+    denoiser, device = place_model(fetch_model(inputs.model, context, streamed=None), context)
     if device is not None:
         denoiser.model.to(device)
     trajectories = find_trajectories(denoiser, params.sampler, inputs, params.part, context)

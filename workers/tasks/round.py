@@ -19,7 +19,7 @@ from workers.tasks.inputs import fetch_model, open_trajectories, read_channel_sc
 
 def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Round one group of units."""
-    model = fetch_model(inputs.model, context).model.to(context.device)
+    model = fetch_model(inputs.model, context, streamed=None).model.to(context.device)
     calibration = open_trajectories(inputs.calibration, context)
     bits = read_step_bits(inputs.step_bits, context)
     units = [read_unit(unit, bits) for unit in params.units]

@@ -63,7 +63,7 @@ def low_rank_cost(costs: Costs, group: Sequence[QuantizedUnit], config: LowRank)
             work += giga(rows * layer.columns**2 + 2 * layer.columns**3)
             work += giga(_TRIED * layer.weights * (min(layer.shape[0], 512) + 4 * config.max_rank))
             held += 4 * layer.columns**2
-    return Cost(work, costs.memory(calibration.batch_size, costs.cached(held)))
+    return Cost(work, costs.memory(calibration.batch_size, costs.cached(held), reads=True))
 
 
 def _branched(unit: QuantizedUnit, config: LowRank) -> list[LayerInfo]:

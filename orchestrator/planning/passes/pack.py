@@ -22,4 +22,4 @@ def pack(draft: Draft) -> Drawing:
 
 def pack_cost(costs: Costs) -> Cost:
     """Codes are packed, and unpacked again to be checked."""
-    return Cost(giga(costs.weights * DEQUANTIZE), WORKER_BYTES + 3 * costs.model_bytes)
+    return Cost(giga(costs.weights * DEQUANTIZE), WORKER_BYTES + costs.read_bytes + 2 * costs.packed_bytes)

@@ -56,8 +56,8 @@ def reconstruct_cost(costs: Costs, unit: UnitInfo, config: Reconstruct) -> Cost:
     )
     graph = batch * 4 * unit.input_elements * 8 + unit.weights * 4 * 8
     cache = costs.cached(costs.calibrated * (unit.input_bytes + unit.output_bytes))
-    memory = WORKER_BYTES + (2 if in_order else 1) * costs.model_bytes + graph + cache
-    least = costs.memory(calibration.batch_size, 0)
+    memory = WORKER_BYTES + (2 if in_order else 1) * costs.read_bytes + graph + cache
+    least = costs.memory(calibration.batch_size, 0, reads=True)
     held, on_gpu = int(max(memory, least)), max(memory - cache, least)
     return Cost(passes + config.iterations * step, held, held - on_gpu)
 

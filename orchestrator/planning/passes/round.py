@@ -54,7 +54,9 @@ def round_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit) -
                 work += costs.round_layer(layer, unit.planned.layers[layer.name], config)
         hessians += hessian_bytes(unit.info, config)
     extra = costs.cached(hessians) + 3 * _largest_hessian(group, config)
-    return Cost(work, costs.memory(costs.recipe.calibration.batch_size, extra))
+    if costs.model.streamed:  # else codes take the place of weights
+        extra += 2 * sum(unit.info.weights for unit in group)
+    return Cost(work, costs.memory(costs.recipe.calibration.batch_size, extra, reads=True))
 
 
 def _largest_hessian(group: Sequence[QuantizedUnit], config: RoundFit) -> int:

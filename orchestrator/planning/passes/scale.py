@@ -58,7 +58,9 @@ def scale_cost(costs: Costs, group: Sequence[QuantizedUnit], config: Scale) -> C
                 work += giga(rows * layer.columns**2 + layer.columns**3 / 3)
                 work += giga(config.iterations * layer.weights * _SCALED_WEIGHT)
             held += unit.info.hessian_bytes
-    return Cost(work, costs.memory(calibration.batch_size, costs.cached(held) + _vote_bytes(costs, group, config)))
+    return Cost(
+        work, costs.memory(calibration.batch_size, costs.cached(held) + _vote_bytes(costs, group, config), reads=True)
+    )
 
 
 def _vote_bytes(costs: Costs, group: Sequence[QuantizedUnit], config: Scale) -> float:

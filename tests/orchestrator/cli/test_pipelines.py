@@ -102,8 +102,9 @@ def test_models_add_shows_components_and_what_is_quantized(cli: Cli) -> None:
     assert lines["model"].startswith("model emoji-sd (StableDiffusionPipeline, UNet2DConditionModel), digest ")
     assert lines["unet"].endswith("quantized")
     assert "6.08M" in lines["unet"]
-    for name in ("scheduler", "text_encoder", "tokenizer", "vae"):
+    for name in ("scheduler", "tokenizer", "vae"):
         assert lines[name].endswith("as it is")
+    assert lines["text_encoder"].endswith("as it is, unless components.text_encoder")
     view = cli("models", "ls", "--json").json[0]
     assert view["pipeline"] == "StableDiffusionPipeline"
     assert [part["name"] for part in view["components"] if part["quantized"]] == ["unet"]

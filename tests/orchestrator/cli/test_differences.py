@@ -65,7 +65,7 @@ def used(made: Path, home: Path) -> Path:
 
 def load(folder: Path) -> Any:
     """Load a pipeline as a user does."""
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

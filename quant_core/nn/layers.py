@@ -391,6 +391,7 @@ class QuantLayer(nn.Module):
         weight, activation = self.spec.weight, self.spec.activation
         act = "float" if activation is None else f"A{activation_bits_text(activation)} {activation.mode}"
         rank = f", rank {self.spec.low_rank} in 16 bits" if self.spec.low_rank else ""
+        act = f"{act}, differences at {len(self.differences)} steps" if self.differences else act
         return f"{self.kind.__name__}{self.shape}, W{weight_bits_text(weight)} {weight.granularity}, {act}{rank}"
 
 

@@ -22,8 +22,9 @@ class DifferencesFit(Record):
         "place of bits.",
     )
     range: RangeMethod = Field(
-        default=RangeMethod.MSE,
-        description="How the range of a difference is found: minmax or mse. What is clipped is in the next difference.",
+        default=RangeMethod.MINMAX,
+        description="How the range of a difference is found: minmax, or mse, which clips, so that the rest is in the "
+        "next difference.",
     )
     least_gain_db: NotNegative = Field(
         default=6.0,

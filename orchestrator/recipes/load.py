@@ -164,8 +164,13 @@ def recipe_from_json(values: Mapping[str, Any]) -> Recipe:
 def resolve(recipe: Recipe) -> Resolved:
     """Return a recipe's canonical JSON and digest."""
     values = recipe.model_dump(mode="json")
+    return Resolved(canonical_json(values), recipe_digest(values))
+
+
+def recipe_digest(values: Mapping[str, Any]) -> str:
+    """Return the digest of a recipe that is given as JSON values, every field among them."""
     digested = {key: value for key, value in values.items() if key not in (*_UNDIGESTED, *HOW_IT_RUNS)}
-    return Resolved(canonical_json(values), hashlib.sha256(canonical_json(digested).encode()).hexdigest())
+    return hashlib.sha256(canonical_json(digested).encode()).hexdigest()
 
 
 def shipped_recipes() -> dict[str, Recipe]:

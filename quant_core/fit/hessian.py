@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -57,17 +58,44 @@ def _pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     return F.pad(x, [amount for size in reversed(layer.padding) for amount in (size, size)])
 
 
+@dataclass(frozen=True, slots=True)
+class InputMoments:
+    """What closed-form rounding needs to know of a layer's input x, whose rows have K elements.
+
+    Attributes
+    ----------
+    second : Tensor, shape (K, K), float32
+        Weighs the error of the weight: E[x x^T]; or where the bias takes the mean error, the covariance of x.
+    mean : Tensor, shape (K,), float32, or None
+        E[x], where the bias takes the mean error.
+    """
+
+    second: Tensor
+    mean: Tensor | None = None
+
+
 class SecondMoment:
-    """Accumulates sum x x^T and the number of rows; exact under any order of batches up to float rounding."""
+    """Accumulates sum x x^T, sum x and the number of rows; exact under any order of batches up to float rounding."""
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(columns, columns, device=device)
+        self.sum = torch.zeros(columns, device=device)
         self.rows = 0
 
     def update(self, rows: Tensor) -> None:
         """Add `rows`, shape (n, K), dtype float32."""
         self.total.addmm_(rows.T, rows)
+        self.sum += rows.sum(dim=0)
         self.rows += len(rows)
+
+    def mean_row(self) -> Tensor:
+        """Return sum x / rows, shape (K,), dtype float32."""
+        return self.sum / max(1, self.rows)
+
+    def covariance(self) -> Tensor:
+        """Return sum (x - mean) (x - mean)^T / rows, shape (K, K), dtype float32."""
+        mean = self.mean_row()
+        return self.mean() - torch.outer(mean, mean)
 
     def mean(self) -> Tensor:
         """Return sum x x^T / rows, shape (K, K), dtype float32."""

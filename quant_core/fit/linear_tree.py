@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quant_core.diffusion.conditioning import seed_stream
 from quant_core.diffusion.encoder_calls import Call
 from quant_core.fit.hessian import SecondMoment, input_rows
-from quant_core.fit.rounding import round_layer
+from quant_core.fit.rounding import input_moments, round_layer
 from quant_core.nn.layers import QuantLayer, replace_module
 from quant_core.nn.steps import StepClock
 from quant_spec.enums import RoundingMethod
@@ -71,9 +71,9 @@ def round_linear_tree(model: nn.Module, calls: Sequence[Call], config: LinearTre
         moments = _second_moments(model, calls, {name: layers[name] for name in group}, config) if closed else {}
         for name in group:
             rounded[name] = QuantLayer(layers[name], LayerSpec(config.weight), StepClock(()))
-            moment = moments[name].mean() if closed else None
+            seen = input_moments(rounded[name], moments.get(name), config.rounding)
             weight = layers[name].weight.detach()
-            sqnr[name] = round_layer(rounded[name], weight, moment, config.ranges, config.rounding.damping).sqnr_db
+            sqnr[name] = round_layer(rounded[name], weight, seen, config.ranges, config.rounding.damping).sqnr_db
     for name, layer in rounded.items():
         replace_module(model, name, layer)
     return sqnr

@@ -18,6 +18,7 @@ from quant_core.fit.closed_form import factorize
 from quant_core.fit.observe import Observation, observe
 from quant_core.fit.rounding import (
     UnitRanges,
+    input_moments,
     mark_channels,
     round_layer,
     set_ranges,
@@ -29,7 +30,7 @@ from quant_core.nn.attention import AttentionQuantizer
 from quant_core.nn.layers import QuantLayer
 from quant_core.nn.model import QuantizedParts
 from quant_core.nn.steps import StepClock
-from quant_spec.enums import RoundingMethod, UnknownTimestep
+from quant_spec.enums import UnknownTimestep
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, UnitFormat
 from quant_spec.steps import range_of_step
@@ -125,15 +126,16 @@ class _Kitchen:
         sqnr: dict[str, dict[int, float]] = {}
         for name, spec in self.formats.layers.items():
             weight = self.model.get_parameter(f"{name}.weight").detach()
-            moment = self.seen.moments[name].mean() if name in self.seen.moments else None
-            closed = moment is not None and config.method is RoundingMethod.CLOSED_FORM
+            moments = None
             factor = None
             for bits in menu_widths(spec.weight.bits, config.weight_bits):
                 layer = self._layer(name, replace(spec, weight=replace(spec.weight, bits=bits)), scales)
                 scaled = layer.scaled(weight)
-                if factor is None and closed and moment is not None and len(moment) == layer.columns:
-                    factor = factorize(moment, config.damping)
-                rounded = round_layer(layer, scaled, moment, self.ranges.weights[name], config.damping, factor)
+                if moments is None and name in self.seen.moments:
+                    moments = input_moments(layer, self.seen.moments[name], config)
+                if factor is None and moments is not None and len(moments.second) == layer.columns:
+                    factor = factorize(moments.second, config.damping)
+                rounded = round_layer(layer, scaled, moments, self.ranges.weights[name], config.damping, factor)
                 layers.setdefault(bits, {})[name] = layer
                 errors[f"{name}:{bits}"] = rounded.channel_errors.float().cpu()
                 sqnr.setdefault(name, {})[bits] = rounded.sqnr_db
@@ -269,11 +271,13 @@ def _mixed_weight(
     if not up.any() or up.all():
         return (spec, tensors) if not up.any() else (found[mixed.promoted_bits].formats.layers[name], high)
     counts = ((mixed.weights, int((~up).sum())), (mixed.promoted_bits, int(up.sum())))
-    for part in ("scale", "zero_point"):
+    for part in ("scale", "zero_point", "bias"):
         key = f"{name}.{part}"
-        tensors[key] = torch.where(up[:, None], high[key], tensors[key])
-    rows = f"{name}.qweight"
-    tensors[rows] = torch.cat([tensors[rows][~up].flatten(), high[rows][up].flatten()])
+        if key in tensors:
+            rows = up if tensors[key].dim() == 1 else up[:, None]
+            tensors[key] = torch.where(rows, high[key], tensors[key])
+    codes = f"{name}.qweight"
+    tensors[codes] = torch.cat([tensors[codes][~up].flatten(), high[codes][up].flatten()])
     bits = torch.where(up, mixed.promoted_bits, mixed.weights).to(torch.uint8)
     tensors[f"{name}.channel_bits"] = bits
     return replace(spec, weight=replace(spec.weight, bits=mixed.promoted_bits, mixture=counts)), tensors

@@ -86,11 +86,12 @@ def reconstruct_unit(
     fixed = ([] if temporal is None else [temporal]) + (earlier if has_quantized_inputs else [])
     quantized = [*fixed, start]
     parts = build_quantized(model, merge_formats(quantized))
+    biases = {layer: None if (bias := parts.layers[layer].bias) is None else bias.clone() for layer in unit.layers}
     load_states(model, quantized)
     weights = {layer: parts.layers[layer].scaled(weight) for layer, weight in weights.items()}
     if config.start is StartCodes.NEAREST:
         for layer in unit.layers:
-            _set_nearest(parts.layers[layer], weights[layer])
+            _set_nearest(parts.layers[layer], weights[layer], biases[layer])
         held = collect_state(parts, unit, start.timesteps)
         start = replace(held, tensors={key: tensor.clone() for key, tensor in held.tensors.items()})
     if has_quantized_inputs and fixed:
@@ -107,11 +108,13 @@ def reconstruct_unit(
     return ReconstructedUnit(state, learner.sqnr_db(before), learner.sqnr_db(after))
 
 
-def _set_nearest(layer: QuantLayer, weight: Tensor) -> None:
-    """Give a layer the nearest codes on the grid that it has."""
+def _set_nearest(layer: QuantLayer, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a layer the nearest codes on the grid that it has, and the bias of full precision."""
     grid, groups = QParams(layer.scale.float(), layer.zero_point.float()), layer.group_index.to(weight.device)
     codes = nearest_codes(weight_matrix(weight.float()), grid, layer.bits, groups)
     layer.set_codes(codes, layer.scale, layer.zero_point)
+    if layer.bias is not None and bias is not None:
+        layer.bias.copy_(bias)
 
 
 class _Learner:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kernels.fp8 import to_fp8
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.fit.closed_form import Factor, factorize, round_closed_form, round_closed_form_fp8
+from quant_core.fit.hessian import InputMoments, SecondMoment
 from quant_core.fit.low_rank_branch import LowRankBranch
 from quant_core.fit.observe import Observation, Watched, observe
 from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
@@ -101,9 +102,9 @@ def round_units(
                 layer.set_channel_bits(mixed[name])
             if name in beside:
                 layer.set_branch(beside[name].down, beside[name].up)
-            moment = seen.moments[name].mean() if name in seen.moments else None
+            moments = input_moments(layer, seen.moments.get(name), config)
             scaled = layer.scaled(originals[name].get_parameter("weight").detach())
-            sqnr[name] = round_layer(layer, scaled, moment, ranges.weights[name], config.damping).sqnr_db
+            sqnr[name] = round_layer(layer, scaled, moments, ranges.weights[name], config.damping).sqnr_db
         set_ranges(parts, formats, ranges, seen, shifts)
         results.append(RoundedUnit(collect_state(parts, formats, state.timesteps), sqnr))
     return results
@@ -226,23 +227,35 @@ class RoundedLayer:
     channel_errors: Tensor
 
 
+def input_moments(layer: QuantLayer, seen: SecondMoment | None, config: RoundFit) -> InputMoments | None:
+    """Return what closed-form rounding of a layer needs of its input; None where nothing was seen of it.
+
+    With `correct_bias`, a layer that has a bias is rounded for the covariance of its input.
+    """
+    if seen is None:
+        return None
+    if config.correct_bias and layer.bias is not None:
+        return InputMoments(seen.covariance(), seen.mean_row())
+    return InputMoments(seen.mean())
+
+
 def round_layer(
     layer: QuantLayer,
     weight: Tensor,
-    moment: Tensor | None,
+    moments: InputMoments | None,
     ranges: RangeSpec,
     damping: float,
     factor: Factor | None = None,
 ) -> RoundedLayer:
-    """Set a layer's codes: the nearest, or those in closed form if second moments are given.
+    """Set a layer's codes: the nearest, or those in closed form if moments of the input are given; and its bias.
 
     Parameters
     ----------
     weight : Tensor, shape of the weight, float32
         What codes are to stand for: in full precision, `QuantLayer.scaled` where the layer scales its input channels or
         has a low-rank branch.
-    moment : Tensor, shape (K, K), float32, or None
-        E[x x^T] of the layer's input.
+    moments : InputMoments, optional
+        Of the layer's input. With a mean, the layer's bias, which must be that of full precision, takes the mean error.
     damping : float
         Share of the mean diagonal of the second moments that is added to it.
     factor : Factor, optional
@@ -251,31 +264,35 @@ def round_layer(
     matrix, bits, groups = weight_matrix(weight.float()), layer.bits, layer.group_index.to(weight.device)
     grid = weight_grid(matrix, layer.spec, groups, ranges, bits)
     # A grouped convolution has one Hessian for each group of channels; such layers are small and rounded to nearest.
-    moment = moment if moment is not None and len(moment) == matrix.shape[1] else None
+    moments = moments if moments is not None and len(moments.second) == matrix.shape[1] else None
+    if factor is None and moments is not None:
+        factor = factorize(moments.second, damping)
     if layer.spec.weight.is_float:
         scale = grid.scale[:, groups]
-        if moment is None:
-            numbers = to_fp8(matrix, scale)
-        else:
-            numbers = round_closed_form_fp8(matrix, factor or factorize(moment, damping), scale)
+        numbers = to_fp8(matrix, scale) if factor is None else round_closed_form_fp8(matrix, factor, scale)
         layer.set_numbers(numbers, grid.scale)
     else:
-        if moment is None:
+        if factor is None:
             codes = nearest_codes(matrix, grid, bits, groups)
         else:
-            codes = round_closed_form(matrix, factor or factorize(moment, damping), grid, bits, groups)
+            codes = round_closed_form(matrix, factor, grid, bits, groups)
         layer.set_codes(codes, grid.scale, grid.zero_point)
     error = matrix - weight_matrix(layer.weight.float())
-    return _rounded(weight_matrix(layer.with_branch(weight.float())), error, moment)
+    if moments is not None and moments.mean is not None and layer.bias is not None:
+        layer.bias += (error @ moments.mean).to(layer.bias)
+    return _rounded(weight_matrix(layer.with_branch(weight.float())), error, moments)
 
 
-def _rounded(matrix: Tensor, error: Tensor, moment: Tensor | None) -> RoundedLayer:
-    """Weigh an error of a weight matrix by the second moments of its input."""
-    if moment is None:
+def _rounded(matrix: Tensor, error: Tensor, moments: InputMoments | None) -> RoundedLayer:
+    """Weigh an error of a weight matrix by the second moments of its input; what the bias takes is no error."""
+    if moments is None:
         signal, noise = matrix.square(), error.square()
     else:
-        signal, noise = (matrix @ moment) * matrix, (error @ moment) * error
-    ratio = float(signal.sum().clamp(min=1e-30)) / float(noise.sum().clamp(min=1e-30))
+        signal, noise = (matrix @ moments.second) * matrix, (error @ moments.second) * error
+    power = float(signal.sum())
+    if moments is not None and moments.mean is not None:
+        power += float((matrix @ moments.mean).square().sum())
+    ratio = max(power, 1e-30) / float(noise.sum().clamp(min=1e-30))
     return RoundedLayer(10 * math.log10(ratio), noise.sum(dim=1))
 
 

@@ -183,7 +183,7 @@ class _Lab:
     ) -> None:
         self.model, self.ranges, self.choices = model, ranges, choices
         self.clock = StepClock([float(t) for t in calibration.timesteps], UnknownTimestep.ERROR)
-        self.original = {n: model.get_parameter(f"{n}.weight").data for s in context for n in s.formats.layers}
+        self.original = {name: _held(model, name) for state in context for name in state.formats.layers}
         self.context = context
         parts = [*choices.weights, *choices.activations]
         inside = {n: s.formats.unit for s in parts for n in (*s.formats.layers, *s.formats.attentions)}
@@ -198,13 +198,12 @@ class _Lab:
         try:
             for state in self.context if share else ():
                 for name in state.formats.layers:
-                    weight = self.original[name]
-                    rounded = self._layer(state, name).to(weight)
-                    self.model.get_parameter(f"{name}.weight").data = torch.lerp(weight, rounded, share)
+                    pairs = zip(self.original[name], self._layer(state, name), strict=True)
+                    self._hold(name, tuple(torch.lerp(exact, rounded.to(exact), share) for exact, rounded in pairs))
             yield
         finally:
-            for name, weight in self.original.items():
-                self.model.get_parameter(f"{name}.weight").data = weight
+            for name, tensors in self.original.items():
+                self._hold(name, tensors)
 
     def measure(self, batch: Batch, rows: Sequence[Row]) -> None:
         """Add the damages of all choices on some rows."""
@@ -214,8 +213,8 @@ class _Lab:
         for state in self.choices.weights:
             for name, spec in state.formats.layers.items():
                 if name not in exact:
-                    exact[name] = self._with_weight(name, self.original[name], batch)
-                made = self._with_weight(name, self._layer(state, name), batch)
+                    exact[name] = self._with_layer(name, self.original[name], batch)
+                made = self._with_layer(name, self._layer(state, name), batch)
                 self._add(self.weights, (name, spec.weight.bits), made - exact[name], rows)
         done: set[tuple[str, int]] = set()  # the base's width may be on the menu too
         for state in self.choices.activations:
@@ -237,15 +236,19 @@ class _Lab:
         with self.prefix.before(name):
             return replay(self.model, batch)
 
-    def _with_weight(self, name: str, weight: Tensor, batch: Batch) -> Tensor:
-        """Return the prediction with another weight in one layer."""
-        parameter = self.model.get_parameter(f"{name}.weight")
-        before = parameter.data
-        parameter.data = weight.to(before)
+    def _with_layer(self, name: str, tensors: Sequence[Tensor], batch: Batch) -> Tensor:
+        """Return the prediction with another weight, and bias, in one layer."""
+        before = _held(self.model, name)
+        self._hold(name, tensors)
         try:
             return self._forward(name, batch)
         finally:
-            parameter.data = before
+            self._hold(name, before)
+
+    def _hold(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Let a layer have these: its weight, and its bias if it has one."""
+        for parameter, tensor in zip(_parameters(self.model, name), tensors, strict=True):
+            parameter.data = tensor.to(parameter.data)
 
     def _add(
         self, sums: dict[tuple[str, int], Tensor], key: tuple[str, int], error: Tensor, rows: Sequence[Row]
@@ -261,10 +264,11 @@ class _Lab:
         _load(layer, f"{name}.", state)
         return layer
 
-    def _layer(self, state: UnitState, name: str) -> Tensor:
-        """Return the weight of a state as the full-precision layer would hold it."""
+    def _layer(self, state: UnitState, name: str) -> tuple[Tensor, ...]:
+        """Return weight and bias of a state as the full-precision layer would hold them."""
         layer = self._module(state, name)
-        return layer.unscaled(layer.weight)
+        weight = layer.unscaled(layer.weight)
+        return (weight,) if layer.bias is None else (weight, layer.bias)
 
     @contextmanager
     def _quantized_input(self, state: UnitState, name: str) -> Iterator[None]:
@@ -288,6 +292,17 @@ class _Lab:
             yield
         finally:
             undo()
+
+
+def _parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """Return a layer's weight, and its bias if it has one."""
+    layer = model.get_submodule(name)
+    parts = (layer.get_parameter(part) for part in ("weight", "bias") if getattr(layer, part) is not None)
+    return list(parts)
+
+
+def _held(model: nn.Module, name: str) -> tuple[Tensor, ...]:
+    return tuple(parameter.data for parameter in _parameters(model, name))
 
 
 def _reads(layer: QuantLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -119,4 +119,6 @@ def _with_weights(model: torch.nn.Module, states: Sequence[UnitState]) -> torch.
     load_states(made, list(states))
     for name, layer in parts.layers.items():
         plain.get_parameter(f"{name}.weight").data = layer.unscaled(layer.weight)
+        if layer.bias is not None:
+            plain.get_parameter(f"{name}.bias").data = layer.bias
     return plain

@@ -15,7 +15,7 @@ class RoundFit(Record):
     """How weights are rounded."""
 
     _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
-        ("method", RoundingMethod.CLOSED_FORM): frozenset({"samples", "positions", "damping"}),
+        ("method", RoundingMethod.CLOSED_FORM): frozenset({"samples", "positions", "damping", "correct_bias"}),
     }
 
     method: RoundingMethod = Field(
@@ -26,6 +26,10 @@ class RoundFit(Record):
         default=16, description="Output positions per sample that the Hessian is taken over, at most."
     )
     damping: NotNegative = Field(default=0.03, description="Share of the mean diagonal added to the Hessian.")
+    correct_bias: bool = Field(
+        default=True,
+        description="Layers' biases take the mean error that rounding leaves, and the codes are those of the rest.",
+    )
 
 
 class Round(RoundFit):

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+from pydantic import Field
+
+from quant_spec.enums import RoundingMethod
 from quant_spec.passes.allocate import AllocateMeasure
 from quant_spec.planned import Unit
+from quant_spec.record import NotNegative
 from quant_spec.task import Source, TaskInputs, TaskKind, UnitsParams
 
 ERRORS = "errors"
 
 
 class Params(AllocateMeasure, UnitsParams):
-    """The units, which of their layers to measure, and on how much."""
+    """The units, which of their layers to measure, on how much, and how their weights will be rounded."""
+
+    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
+        ("rounding", RoundingMethod.CLOSED_FORM): frozenset({"damping", "correct_bias"}),
+    }
 
     units: tuple[Unit, ...]
     layers: tuple[str, ...]
+    rounding: RoundingMethod = Field(default=RoundingMethod.CLOSED_FORM, description="Of the weights, later.")
+    damping: NotNegative = Field(default=0.03, description="Share of the mean diagonal added to the Hessian.")
+    correct_bias: bool = Field(default=True, description="Whether biases will take the mean error.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,10 +28,10 @@ def scaling(**changes: Any) -> scale.Params:
     return scale.Params(units=(), **{**_UNITS, "samples": ALL, **changes})
 
 
-def measurement(samples: int, positions: int, batch_size: int) -> channel_errors.Params:
-    """On how much the errors of channels are measured."""
-    changes = {**_UNITS, "forward_batch_size": batch_size}
-    return channel_errors.Params(units=(), layers=(), samples=samples, positions=positions, **changes)
+def measurement(samples: int, positions: int, batch_size: int, **changes: Any) -> channel_errors.Params:
+    """On how much the errors of channels are measured, for weights that will be rounded in closed form."""
+    settings = {**_UNITS, "forward_batch_size": batch_size, **changes}
+    return channel_errors.Params(units=(), layers=(), samples=samples, positions=positions, **settings)
 
 
 def distillation(**changes: Any) -> distill.Params:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orchestrator.graph import TaskRef
-from orchestrator.planning.costs import QUANTIZE, SEARCH, SMALL, Cost, Costs, giga
+from orchestrator.planning.costs import QUANTIZE, SEARCH, SMALL, Cost, Costs, giga, hessian_bytes
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import QuantizedUnit, allocated_layers
 from orchestrator.planning.groups import group_label, round_groups
+from quant_spec.enums import RoundingMethod
 from quant_spec.passes.allocate import Allocate
 from quant_spec.passes.round import RoundFit
 from quant_spec.planned import PlannedUnit
@@ -27,7 +28,8 @@ def allocate(draft: Draft) -> Drawing:
     if config is None or config.is_uniform:
         return draft
     measured: list[TaskRef] = []
-    for group in round_groups(draft.units, RoundFit(), draft.cache_bytes):
+    rounding = draft.recipe.passes.round
+    for group in round_groups(draft.units, rounding, draft.cache_bytes):
         names = allocated_layers(group)
         if not names:
             continue
@@ -35,12 +37,17 @@ def allocate(draft: Draft) -> Drawing:
             config,
             units=tuple(_with_closed_bits(unit.planned.before_allocation()) for unit in group),
             layers=names,
+            rounding=rounding.method,
+            damping=rounding.damping,
+            correct_bias=rounding.correct_bias,
             seed=draft.recipe.seed,
             forward_batch_size=draft.recipe.calibration.batch_size,
         )
         factors = tuple(draft.factors[unit.name] for unit in group) if draft.factors else ()
         inputs = errors.Inputs(draft.model.digest, draft.calibration, factors)
-        node = draft.node(errors.KIND, params, inputs, errors_cost(draft.costs, group, config), group_label(group))
+        node = draft.node(
+            errors.KIND, params, inputs, errors_cost(draft.costs, group, config, rounding), group_label(group)
+        )
         measured.append(TaskRef(node.id, errors.ERRORS))
         yield node
     if not measured:
@@ -50,7 +57,7 @@ def allocate(draft: Draft) -> Drawing:
     return replace(draft, allocation=TaskRef(node.id, choice.ALLOCATION))
 
 
-def errors_cost(costs: Costs, group: Sequence[QuantizedUnit], config: Allocate) -> Cost:
+def errors_cost(costs: Costs, group: Sequence[QuantizedUnit], config: Allocate, rounding: RoundFit) -> Cost:
     """Ranges over the calibration set at three widths, then forwards for each layer."""
     calibration, depth = costs.recipe.calibration, group[-1].info.depth
     samples = min(config.samples, calibration.seeds) * costs.recorded_per_seed
@@ -62,7 +69,10 @@ def errors_cost(costs: Costs, group: Sequence[QuantizedUnit], config: Allocate) 
     for layer in layers:
         rows = samples * min(config.positions, layer.positions)
         work += giga(layer.weights * (3 * SEARCH + 5 * rows) + samples * layer.input_elements * QUANTIZE)
-    held = sum(4 * 5 * layer.weights for layer in layers)
+        if rounding.method is RoundingMethod.CLOSED_FORM:
+            rows = costs.calibrated * min(config.positions, layer.positions)
+            work += giga(rows * layer.columns**2 + 2 * layer.columns**3 + 3 * layer.weights * layer.columns)
+    held = sum(4 * 5 * layer.weights for layer in layers) + sum(hessian_bytes(unit.info, rounding) for unit in group)
     return Cost(work, costs.memory(calibration.batch_size, held))
 
 

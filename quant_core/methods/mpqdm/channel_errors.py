@@ -13,14 +13,16 @@ from kernels.affine import fake_quantize_affine
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.conditioning import seed_stream
 from quant_core.fit.channel_scaling import ChannelScaling
+from quant_core.fit.closed_form import Factor, factorize, round_closed_form
 from quant_core.fit.hessian import input_rows
 from quant_core.fit.observe import Observation, Watched, observe, stop_after
 from quant_core.fit.rounding import UnitRanges, nearest_codes, weight_grid
 from quant_core.methods.mpqdm.layer_errors import LayerErrors, kurtosis
 from quant_core.nn.layers import greatest_code, weight_from_matrix, weight_groups, weight_matrix
 from quant_core.nn.ranges import QParams
-from quant_spec.enums import ActivationMode, RangeMethod
+from quant_spec.enums import ActivationMode, RangeMethod, RoundingMethod
 from quant_spec.formats import SHIFT_DEPTH, LayerSpec, UnitFormat
+from quant_spec.ranges import RangeSpec
 from quant_spec.tasks.channel_errors import Params
 
 #: Calibration rows of each step on which a layer's effect is measured: that takes a whole forward for each layer.
@@ -57,7 +59,9 @@ def measure_units(
         {n: spec for _, own in units for n, spec in own.activations.items()},
     )
     seen = _input_ranges(model, calibration, specs, ranges, config, scaling.scales)
-    watched = {n: _MeasuredLayer(n, model.get_submodule(n), spec, ranges, seen, scaling) for n, spec in specs.items()}
+    watched = {
+        n: _MeasuredLayer(n, model.get_submodule(n), spec, ranges, seen, scaling, config) for n, spec in specs.items()
+    }
     noises = {n: seed_stream(config.seed, f"positions of {n}") for n in specs}
     with stop_after(model, [formats.unit for formats, _ in units]) as call:
         last = min(config.samples, calibration.samples)
@@ -86,15 +90,15 @@ def _input_ranges(
     config: Params,
     scales: Mapping[str, Tensor],
 ) -> Observation:
-    """Measure the ranges of the layers' inputs."""
+    """Measure the ranges of the layers' inputs, and the second moments that closed-form rounding needs."""
     static = {n: s for n, s in specs.items() if s.activation is not None and not s.activation.is_dynamic}
-    if not static:
+    moments = list(specs) if config.rounding is RoundingMethod.CLOSED_FORM else []
+    if not static and not moments:
         return Observation({}, {})
     draws = any(ranges.activations[n].method is not RangeMethod.MINMAX for n in static)
-    watched = Watched(
-        static, attentions=(), moments=(), positions=None, samples=None, keep_values=draws, channel_scales=scales
-    )
-    return observe(model, calibration, list(static), watched, batch_size=config.forward_batch_size, seed=config.seed)
+    watched = Watched(static, (), moments, config.positions, samples=None, keep_values=draws, channel_scales=scales)
+    names = list(dict.fromkeys([*static, *moments]))
+    return observe(model, calibration, names, watched, batch_size=config.forward_batch_size, seed=config.seed)
 
 
 class _MeasuredLayer:
@@ -112,6 +116,7 @@ class _MeasuredLayer:
         ranges: UnitRanges,
         seen: Observation,
         scaling: ChannelScaling,
+        config: Params,
     ) -> None:
         self.layer, self.spec = layer, spec
         self.channel_scale, self.channel_steps = scaling.scales.get(name), _channel_steps(scaling, name)
@@ -124,19 +129,32 @@ class _MeasuredLayer:
             parts = range(len(spec.split or (0,)))
             own = ranges.activations[name]
             self.tables = [seen.ranges[name, part].qparams(spec.activation, own) for part in parts]
-        bits = spec.weight.bits
-        self.quantized = [self._quantized(width, ranges, name) for width in (bits - 1, bits, bits + 1)]
+        bits, moment = spec.weight.bits, seen.moments.get(name)
+        self.bias = layer.bias if isinstance(layer.bias, Tensor) else None
+        takes_mean = moment is not None and config.correct_bias and self.bias is not None
+        self.mean = moment.mean_row() * self.column_scale.to(moment.sum) if takes_mean and moment is not None else None
+        factor = None
+        if moment is not None:
+            factor = factorize(moment.covariance() if takes_mean else moment.mean(), config.damping)
+        self.quantized = [self._quantized(width, ranges.weights[name], factor) for width in (bits - 1, bits, bits + 1)]
         self.errors = torch.zeros(len(self.weight), 3, dtype=torch.float64)
         self.weight_error, self.rows = 0.0, 0
 
-    def _quantized(self, bits: int, ranges: UnitRanges, name: str) -> Tensor:
-        """Return the weight matrix rounded to nearest at some bits."""
+    def _quantized(self, bits: int, ranges: RangeSpec, factor: Factor | None) -> Tensor:
+        """Return the weight matrix rounded at some bits, as it will be."""
         groups = weight_groups(tuple(self.original.shape), self.spec).to(self.weight.device)
         width = torch.full((len(self.weight),), bits, dtype=torch.uint8)
         scaled = self.weight * self.column_scale
-        grid = weight_grid(scaled, self.spec, groups, ranges.weights[name], width)
-        codes = nearest_codes(scaled, grid, width, groups).float()
-        return (codes - grid.zero_point[:, groups]) * grid.scale[:, groups] / self.column_scale
+        grid = weight_grid(scaled, self.spec, groups, ranges, width)
+        if factor is None:
+            codes = nearest_codes(scaled, grid, width, groups)
+        else:
+            codes = round_closed_form(scaled, factor, grid, width, groups)
+        return (codes.float() - grid.zero_point[:, groups]) * grid.scale[:, groups] / self.column_scale
+
+    def _bias(self, quantized: Tensor) -> Tensor:
+        """Return what the bias will add to take the mean error of a rounded weight matrix, shape (C_out,)."""
+        return torch.zeros(()) if self.mean is None else (self.weight - quantized) @ self.mean
 
     def quantize_input(self, x: Tensor, step: int) -> Tensor:
         """Return the input as the layer will get it; in full precision where ranges are taken at run time."""
@@ -159,19 +177,26 @@ class _MeasuredLayer:
         exact, given = rows[: len(rows) // 2], rows[len(rows) // 2 :]
         target = exact @ self.weight.T
         for place, weight in enumerate(self.quantized):
-            self.errors[:, place] += (given @ weight.T - target).double().square().sum(dim=0)
-        self.weight_error += float((exact @ self.quantized[1].T - target).double().square().sum())
+            bias = self._bias(weight)
+            self.errors[:, place] += (given @ weight.T + bias - target).double().square().sum(dim=0)
+            if place == 1:
+                self.weight_error += float((exact @ weight.T + bias - target).double().square().sum())
         self.rows += len(exact)
 
     @contextmanager
     def replaced(self) -> Iterator[None]:
-        """Let the layer multiply with its weight at N bits."""
-        parameter = self.layer.get_parameter("weight")
+        """Let the layer have its weight, and bias, at N bits."""
+        parameter, bias = self.layer.get_parameter("weight"), self.bias
         parameter.data = weight_from_matrix(self.quantized[1], tuple(self.original.shape)).to(self.original)
+        before = None if bias is None else bias.data
+        if bias is not None:
+            bias.data = bias.data + self._bias(self.quantized[1]).to(bias)
         try:
             yield
         finally:
             parameter.data = self.original
+            if bias is not None and before is not None:
+                bias.data = before
 
     def result(self, power: float) -> LayerErrors:
         """Return the measurement; `power` is the prediction's error with the weight at N bits."""

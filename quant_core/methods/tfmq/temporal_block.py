@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.fit.adaround import learn_rounding
-from quant_core.fit.hessian import SecondMoment
+from quant_core.fit.hessian import InputMoments, SecondMoment
 from quant_core.fit.observe import StepRanges
 from quant_core.fit.rounding import UnitRanges, round_layer
 from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
@@ -85,8 +85,8 @@ def fit(
     is_nearest = config.method is TemporalRounding.NEAREST
     for name, layer in parts.layers.items():
         _set_ranges(layer, finite.inputs[name], finite, ranges.activations.get(name))
-        moment = None if is_nearest else _second_moment(finite.inputs[name])
-        round_layer(layer, weights[name], moment, ranges.weights[name], config.damping)
+        moments = None if is_nearest else InputMoments(_second_moment(finite.inputs[name]))
+        round_layer(layer, weights[name], moments, ranges.weights[name], config.damping)
     start = _errors(finite, model, parts)
     if not is_nearest:
         correct_biases(finite, model, parts)

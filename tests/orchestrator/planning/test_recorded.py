@@ -7,7 +7,6 @@ risen since then are in `RISEN`: for them a plan's parameters plus those that we
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ import pytest
 from orchestrator.db.rows import ModelRow
 from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.planner import plan
-from orchestrator.recipes.load import load_recipe
-from quant_spec.keys import canonical_json, task_digest
+from orchestrator.recipes.load import load_recipe, recipe_digest
+from quant_spec.keys import task_digest
 from quant_spec.kinds import KINDS
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -66,16 +65,25 @@ def without_samples(node: TaskNode) -> dict[str, Any]:
     return {name: value for name, value in node.params.items() if name != "samples"}
 
 
+def kept_biases(node: TaskNode, *others: str) -> dict[str, Any]:
+    """Return what a task was told before biases took the mean error, and before it was told of `others`."""
+    return {name: value for name, value in node.params.items() if name not in {"correct_bias", *others}}
+
+
 #: Relations were summed over 256 positions.
 SUMMED_RELATIONS = {"relation_weight": 100.0}
 
 RISEN = {
-    "round": Risen(1, 2, lambda node, plan: {**node.params, "cache_bytes": 2 * 2**30, "inputs": "fp"}),
+    # Biases take the mean error since then.
+    "round": Risen(1, 2, lambda node, plan: {**kept_biases(node), "cache_bytes": 2 * 2**30, "inputs": "fp"}),
     "reconstruct": Risen(1, 2, lambda node, plan: {**node.params, **plan.units[node.label]}),
     "distill": Risen(2, 4, lambda node, plan: {**node.params, **SUMMED_RELATIONS, "units": plan.names}),
     "pack": Risen(2, 3, lambda node, plan: {**node.params, "units": plan.names}),
     "scale": Risen(2, 3, lambda node, plan: {"samples": 32, **node.params, **units_before(node, plan)}),
-    "channel_errors": Risen(3, 4, lambda node, plan: {**node.params, **units_before(node, plan)}),
+    # They were those of nearest rounding, whatever rounding was to follow.
+    "channel_errors": Risen(
+        3, 4, lambda node, plan: {**kept_biases(node, "rounding", "damping"), **units_before(node, plan)}
+    ),
     "evaluate": Risen(
         1,
         2,
@@ -98,15 +106,14 @@ def recipe_before(params: dict[str, Any]) -> dict[str, Any]:
     """
     config = params["recipe"]["config"]
     config = config | {"sampler": config["sampler"] | {"scheduler": "DDIMScheduler", "guidance_scale": 1.0}}
+    rounding = {name: value for name, value in config["passes"]["round"].items() if name != "correct_bias"}
+    rounding |= {"inputs": "fp"}
+    config |= {"passes": config["passes"] | {"round": rounding}}
     distill = config["passes"]["distill"]
     if distill is not None:
         relations = SUMMED_RELATIONS if distill["relations"] else {}
         config |= {"passes": config["passes"] | {"distill": distill | relations}}
-    rounding = config["passes"]["round"] | {"inputs": "fp"}
-    config |= {"passes": config["passes"] | {"round": rounding}}
-    digested = {name: value for name, value in config.items() if name not in ("name", "description")}
-    digest = hashlib.sha256(canonical_json(digested).encode()).hexdigest()
-    return params | {"recipe": params["recipe"] | {"config": config, "digest": digest}}
+    return params | {"recipe": params["recipe"] | {"config": config, "digest": recipe_digest(config)}}
 
 
 @cache

@@ -16,11 +16,10 @@ from orchestrator.errors import RecipeError
 from orchestrator.recipes import reference
 from orchestrator.recipes.files import merge, recipe_path, shipped_names
 from orchestrator.recipes.json_schema import json_schema
-from orchestrator.recipes.load import load_recipe, recipe_from_json, resolve, shipped_recipes
+from orchestrator.recipes.load import load_recipe, recipe_digest, recipe_from_json, resolve, shipped_recipes
 from orchestrator.recipes.yaml_text import parse_yaml
 from quant_spec.enums import RoundingMethod
 from quant_spec.errors import InvalidInputError
-from quant_spec.keys import canonical_json
 from quant_spec.passes.reconstruct import Reconstruct
 from quant_spec.passes.round import Round
 from quant_spec.recipe import HOW_IT_RUNS, Recipe
@@ -249,7 +248,7 @@ def test_resolve_shipped_recipes_have_their_recorded_digests():
     """A digest names a release's recipe: it changes only where a recipe's text or a default does.
 
     These were recorded when `base` named a scheduler, no guidance was 1, relations were summed over 256 positions and
-    `passes.round` said whose inputs it read; that is all that has changed since.
+    `passes.round` said whose inputs it read and kept biases; that is all that has changed since.
     """
     recorded = json.loads((Path(__file__).parent / "recorded" / "digests.json").read_text())
     before = ["sampler.scheduler=DDIMScheduler", "sampler.guidance_scale=1"]
@@ -258,15 +257,11 @@ def test_resolve_shipped_recipes_have_their_recorded_digests():
         name: load_recipe(name, before + (summed if name.startswith("mpqdm") else [])).recipe
         for name in shipped_names()
     }
-    assert {name: digest_with_round_inputs(recipe) for name, recipe in named.items()} == recorded
-
-
-def digest_with_round_inputs(recipe: Recipe) -> str:
-    """Return the digest that a recipe had when `passes.round` said `inputs: fp`."""
-    values = json.loads(resolve(recipe).json)
-    values["passes"]["round"]["inputs"] = "fp"
-    digested = {name: value for name, value in values.items() if name not in ("name", "description")}
-    return hashlib.sha256(canonical_json(digested).encode()).hexdigest()
+    values = {name: json.loads(resolve(recipe).json) for name, recipe in named.items()}
+    for each in values.values():
+        assert each["passes"]["round"].pop("correct_bias")
+        each["passes"]["round"]["inputs"] = "fp"
+    assert {name: recipe_digest(each) for name, each in values.items()} == recorded
 
 
 def test_recipes_that_say_whose_inputs_round_reads_are_still_read(tmp_path: Path):

@@ -97,7 +97,7 @@ def test_plain_transformers_loads_and_saves_what_was_rounded(kind: str, dtype: t
                                atol=1e-5 if dtype is torch.float32 else 0.05, rtol=1e-5)  # fmt: skip
     # embeddings and norms are the source's, bit for bit
     kept = load_file(source / "model.safetensors")
-    for key in kept.keys() - {f"{each}.weight" for each in linear}:
+    for key in kept.keys() - {f"{each}.{leaf}" for each in linear for leaf in ("weight", "bias")}:
         assert torch.equal(kept[key], tensors[key]), key
     model = loaded(tmp_path / "packed", dtype=dtype)
     model.save_pretrained(tmp_path / "again")

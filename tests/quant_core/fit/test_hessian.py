@@ -70,4 +70,6 @@ def test_second_moment_is_x_transposed_x() -> None:
     assert moment.rows == 100
     torch.testing.assert_close(moment.total, rows.T @ rows)
     torch.testing.assert_close(moment.mean(), rows.T @ rows / 100)
+    torch.testing.assert_close(moment.mean_row(), rows.mean(dim=0))
+    torch.testing.assert_close(moment.covariance(), torch.cov(rows.T, correction=0))
     assert torch.equal(SecondMoment(2).mean(), torch.zeros(2, 2))

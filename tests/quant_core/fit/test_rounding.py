@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.packing import unpack_codes
 from quant_core.diffusion.calibration import CalibrationSet, replay
@@ -133,7 +133,10 @@ def test_closed_form_beats_nearest_at_every_layers_output(calibrated: Calibrated
             layer = denoiser.model.get_submodule(name)
             rows = input_rows(layer, torch.cat(inputs[name]), None, torch.Generator())
             matrix = weight_matrix(layer.get_parameter("weight").detach())
-            errors = [float((rows @ (matrix - weight_of(unit, name)).T).square().sum()) for unit in (near, closed)]
+            errors = [
+                float((rows @ (matrix - weight_of(unit, name)).T - moved_bias(unit, name, layer)).square().sum())
+                for unit in (near, closed)
+            ]
             gains.append(10 * torch.log10(torch.tensor(errors[0] / errors[1])).item())
             # the figure that is reported is the one at the output
             signal = float((rows @ matrix.T).square().sum())
@@ -141,6 +144,39 @@ def test_closed_form_beats_nearest_at_every_layers_output(calibrated: Calibrated
             assert reported == pytest.approx(signal / errors[1], rel=0.02)
     assert min(gains) > 0.5
     assert sum(gains) / len(gains) > 3
+
+
+def moved_bias(unit: RoundedUnit, name: str, layer: nn.Module) -> Tensor:
+    """What rounding added to a layer's bias."""
+    bias = unit.state.tensors.get(f"{name}.bias")
+    return torch.zeros(()) if bias is None else bias - layer.get_parameter("bias").detach()
+
+
+def test_a_bias_takes_the_mean_error_and_codes_are_those_of_the_rest(
+    calibrated: Calibrated, unit_formats: ChooseFormats
+) -> None:
+    denoiser, calibration = calibrated("digits")
+    name = "down_blocks.1.resnets.0.conv2"
+    unit = next(each for each in unit_formats(denoiser, bits=2) if name in each[0].layers)
+    config = CLOSED.replaced(positions=ALL)
+    kept, corrected = (
+        round_units(calibrated("digits")[0].model, calibration, [unit], each)[0]
+        for each in (config.replaced(correct_bias=False), config)
+    )
+    layer, seen = denoiser.model.get_submodule(name), []
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        for batch in calibration.by_step(4):
+            replay(denoiser.model, batch)
+    rows = input_rows(layer, torch.cat(seen), None, torch.Generator())
+    matrix = weight_matrix(layer.get_parameter("weight").detach())
+    assert torch.equal(kept.state.tensors[f"{name}.bias"], layer.get_parameter("bias"))
+    errors = [rows @ (matrix - weight_of(made, name)).T - moved_bias(made, name, layer) for made in (kept, corrected)]
+    spread = float(errors[1].std())
+    assert float(errors[1].mean(dim=0).abs().max()) < 0.01 * spread
+    assert float(moved_bias(corrected, name, layer).abs().max()) > 0.05 * spread
+    # Codes are chosen for what the bias can't take: less is left than of the others' error without its mean.
+    assert float(errors[1].square().sum()) < float((errors[0] - errors[0].mean(dim=0)).square().sum())
 
 
 @pytest.mark.parametrize("mode", list(ActivationMode))

@@ -50,21 +50,28 @@ def by_range(error: Tensor) -> Tensor:
     return torch.stack([2 * power[0] + 3 * power[1], 0.5 * power[2]])
 
 
-def weights_of(denoiser: Denoiser, states: list[UnitState]) -> dict[str, Tensor]:
-    """Return weights as packed layers hold them; the denoiser's layers are replaced."""
+Tensors = dict[str, Tensor]
+
+
+def tensors_of(denoiser: Denoiser, states: list[UnitState]) -> dict[str, Tensors]:
+    """Return weights and biases as packed layers hold them; the denoiser's layers are replaced."""
     parts = build_quantized(denoiser.model, merge_formats(states))
     load_states(denoiser.model, states)
-    return {name: layer.weight for name, layer in parts.layers.items()}
+    return {
+        name: {"weight": layer.weight} | ({} if layer.bias is None else {"bias": layer.bias})
+        for name, layer in parts.layers.items()
+    }
 
 
-def changed(model: nn.Module, weights: dict[str, Tensor], share: float, layer: str, own: Tensor | None) -> nn.Module:
-    """Give all layers but one a share of their error, and that one a weight of its own, or its exact one."""
-    for name, rounded in weights.items():
-        parameter = model.get_parameter(f"{name}.weight")
-        if name != layer:
-            parameter.data = torch.lerp(parameter.data, rounded, share)
-        elif own is not None:
-            parameter.data = own
+def changed(model: nn.Module, tensors: dict[str, Tensors], share: float, layer: str, own: Tensors | None) -> nn.Module:
+    """Give all layers but one a share of their error, and that one tensors of its own, or its exact ones."""
+    for name, rounded in tensors.items():
+        for part, tensor in rounded.items():
+            parameter = model.get_parameter(f"{name}.{part}")
+            if name != layer:
+                parameter.data = torch.lerp(parameter.data, tensor, share)
+            elif own is not None:
+                parameter.data = own[part]
     return model
 
 
@@ -85,7 +92,7 @@ def test_a_weights_damage_is_the_power_of_its_own_change_in_context(
     assert all(torch.equal(value, before[name]) for name, value in denoiser.model.state_dict().items())
     layers = [name for unit in menu for name in unit.weights.get(2, unit.weights[4]).formats.layers]
     assert found.weights.keys() == {(name, bits) for name in layers for bits in (2, 4)}
-    low, mid = (weights_of(calibrated(family)[0], [u.weights[bits] for u in menu if u.weights]) for bits in (2, 4))
+    low, mid = (tensors_of(calibrated(family)[0], [u.weights[bits] for u in menu if u.weights]) for bits in (2, 4))
     batch = rows_of(calibration)
     for name in (layers[1], layers[len(layers) // 2], layers[-1]):
         powers = torch.zeros(2, dtype=torch.float64)

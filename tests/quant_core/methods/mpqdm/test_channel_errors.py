@@ -23,7 +23,7 @@ from quant_core.methods.mpqdm.layer_errors import LayerErrors, from_bytes, kurto
 from quant_core.metrics.cost import model_cost
 from quant_core.nn.layers import QuantLayer, weight_matrix
 from quant_core.nn.model import build_quantized
-from quant_spec.enums import AllocationMethod
+from quant_spec.enums import AllocationMethod, RoundingMethod
 from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, UnitFormat
 from quant_spec.passes.allocate import AllocateChoice
 from quant_spec.quantization_config import quantization_config
@@ -76,9 +76,9 @@ def test_the_effect_is_what_a_layers_error_does_to_the_prediction(
 
 
 @pytest.mark.parametrize("name", ["down_blocks.1.resnets.0.conv1", "time_embedding.linear_1"])
-@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(("shifted", "method"), [(False, "nearest"), (True, "nearest"), (False, "closed_form")])
 def test_errors_of_scaled_channels_are_those_of_the_rounded_layer(
-    name: str, shifted: bool, calibrated: Calibrated, unit_formats: ChooseFormats
+    name: str, shifted: bool, method: str, calibrated: Calibrated, unit_formats: ChooseFormats
 ) -> None:
     denoiser, calibration = calibrated("unet")
     plain, packed = denoiser.model, calibrated("unet")[0].model
@@ -90,10 +90,10 @@ def test_errors_of_scaled_channels_are_those_of_the_rounded_layer(
     if shifted:
         table = torch.randint(SHIFT_DEPTH + 1, (calibration.steps, channels), generator=draw, dtype=torch.uint8)
         scaling = ChannelScaling(scaling.scales, {name: table})
-    config = measurement(4, 10_000, 4)
+    config = measurement(4, 10_000, 4, rounding=RoundingMethod(method))
     found = measure_units(plain, calibration, units, [name], config, scaling)[name]
-    nearest = rounding(forward_batch_size=4)
-    rounded = round_units(packed, calibration, units, nearest, scaling.scales, scaling.shifts)
+    deployed = rounding(method, forward_batch_size=4, positions=10_000)
+    rounded = round_units(packed, calibration, units, deployed, scaling.scales, scaling.shifts)
     layer = packed.get_submodule(name)
     assert isinstance(layer, QuantLayer)
     load_states(packed, [each.state for each in rounded])

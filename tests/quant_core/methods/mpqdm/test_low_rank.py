@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from quant_core.fit.hessian import InputMoments
 from quant_core.fit.rounding import round_layer
 from quant_core.methods.mpqdm.low_rank import LowRankWeight
 from quant_core.nn.layers import QuantLayer
@@ -21,7 +22,7 @@ def tuned(layer: nn.Linear | nn.Conv2d, spec: LayerSpec, rank: int = 2) -> tuple
     if spec.weight.mixture:
         made.set_channel_bits(torch.tensor([2, 1, 3, 2, 1, 2], dtype=torch.uint8))
     rows = torch.randn(200, made.columns, generator=torch.Generator().manual_seed(1)).cumsum(dim=1)
-    round_layer(made, weight, rows.T @ rows / 200, RangeSpec("mse"), 0.03)
+    round_layer(made, weight, InputMoments(rows.T @ rows / 200), RangeSpec("mse"), 0.03)
     return LowRankWeight(made, weight, rank, torch.Generator().manual_seed(2)), weight
 
 

@@ -87,11 +87,13 @@ class _Streamed(nn.Module):
     @property
     def weight(self) -> nn.Parameter:
         """The weight in float32, a new copy each time."""
-        return nn.Parameter(self._stored.read(self._parameters["weight"].device), requires_grad=False)
+        placeholder = self._parameters["weight"]
+        assert placeholder is not None
+        return nn.Parameter(self._stored.read(placeholder.device), requires_grad=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         placeholder = self._parameters.pop("weight")
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         assert placeholder is not None
         self._parameters["weight"] = _placeholder(placeholder.shape, fn(placeholder.new_zeros(())))
         return self

@@ -50,7 +50,10 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "passes.low_rank.smoothing": ("passes.scale=null",),
 }
 #: For sections that others of that recipe exclude: what takes these out.
-INSTEAD: Mapping[str, tuple[str, ...]] = {"passes.low_rank": ("passes.allocate=null", "passes.low_rank={}")}
+INSTEAD: Mapping[str, tuple[str, ...]] = {
+    "passes.low_rank": ("passes.allocate=null", "passes.low_rank={}"),
+    "passes.differences": ("activations.step_bits=null", "passes.differences={}"),
+}
 _SHARD = frozenset({"seeds", "batch_size", "sqnr_seeds"})
 #: Parameters that say a field under another name.
 TOLD_AS: Mapping[str, frozenset[str]] = {
@@ -196,8 +199,8 @@ def test_field_is_told_under_its_name_or_refused(path: str, name: str) -> None:
         assert seen, f"{field}={value}: no task is told it"
 
 
-def idle_cases() -> Iterator[tuple[str, str, str]]:
-    """Return (choice as an assignment, path, field that cannot matter under it) for each choice of each pass."""
+def idle_cases() -> Iterator[tuple[tuple[str, ...], str, str]]:
+    """Return (choice as assignments, path, field that cannot matter under it) for each choice of each pass."""
     for path, record in SECTIONS.items():
         beside = INSTEAD.get(path, ())
         for choice in (name for name in record.model_fields if is_choice(record, name)):
@@ -206,18 +209,20 @@ def idle_cases() -> Iterator[tuple[str, str, str]]:
                 assignment = setting(path, choice, value)
                 section = section_of(load(*beside, assignment), path)
                 for name in sorted(section.idle_fields() - record._omitted):
-                    yield assignment, path, name
+                    yield (*beside, assignment), path, name
 
 
 IDLE = list(idle_cases())
 
 
-@pytest.mark.parametrize(("choice", "path", "name"), IDLE, ids=lambda value: value)
+@pytest.mark.parametrize(
+    ("choice", "path", "name"), IDLE, ids=lambda value: value if isinstance(value, str) else value[-1]
+)
 def test_field_that_cannot_matter_is_refused_and_where_it_is_inherited_renames_no_task(
-    choice: str, path: str, name: str
+    choice: tuple[str, ...], path: str, name: str
 ) -> None:
-    before = [node.id for node in planned(choice)]
-    section = section_of(load(choice), path)
+    before = [node.id for node in planned(*choice)]
+    section = section_of(load(*choice), path)
     value = to_json(getattr(section, name))
     schema = schema_of(type(section))
     found = False
@@ -230,8 +235,8 @@ def test_field_that_cannot_matter_is_refused_and_where_it_is_inherited_renames_n
             continue
         found = True
         with pytest.raises(RecipeError, match=rf"^{re.escape(f'{path}.{name}')}: got .* wanted it left out$"):
-            load(choice, setting(path, name, other))
-        inherited = with_section(load(choice), path, changed)
+            load(*choice, setting(path, name, other))
+        inherited = with_section(load(*choice), path, changed)
         assert [node.id for node in nodes_of(inherited, model(inspection(timed=True)))[:-1]] == before
     assert found
 

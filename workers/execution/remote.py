@@ -84,7 +84,7 @@ class RayLane(LaneWorker):
         """Never return: who has asked hears at once of the end of this process."""
         threading.Event().wait()
 
-    @ray.method(concurrency_group="asked")
+    @ray.method(concurrency_group="asked")  # type: ignore[override]
     def give_up(self, batch: int) -> tuple[list[tuple[int, str]], int | None]:
         """See `LaneWorker.give_up`."""
         return super().give_up(batch)
@@ -158,7 +158,9 @@ class Driver:
         # A process that has begun to use one GPU cannot change to another that it did not see.
         self._remote_once = ray.remote(max_retries=0, max_calls=1)(run_call)
         groups = {"asked": 1, "staying": 1}
-        self._remote_lane = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups=groups)(RayLane)
+        # Ray's stubs do not know concurrency groups.
+        options: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": groups}
+        self._remote_lane = ray.remote(**options)(RayLane)
         # Nobody else waits for the room that an idle lane has on a Ray of our own.
         self._lanes = Lanes(self, idle_seconds=math.inf if local else IDLE_SECONDS)
         # Node and CPUs of each call that is a Ray task.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -14,6 +14,8 @@ from quant_spec.steps import range_of_step
 
 class DifferencesFit(Record):
     """How differences are quantized, and where."""
+
+    _omitted: ClassVar[frozenset[str]] = frozenset({"range_bits"})
 
     bits: Bits = Field(default=4, description="Bits of a difference; other steps keep those of activations.")
     range_bits: Annotated[tuple[Bits, ...], Field(min_length=1, max_length=64)] | None = Field(
@@ -46,8 +48,8 @@ class DifferencesFit(Record):
         return tuple(chosen[range_of_step(step, steps, len(chosen))] for step in builtins.range(steps))
 
     def idle_fields(self) -> set[str]:
-        """Return the fields that cannot matter."""
-        return super().idle_fields() | ({"range_bits"} if self.range_bits is None else {"bits"})
+        """Return the fields that cannot matter: bits of ranges stand in place of bits."""
+        return super().idle_fields() | (set() if self.range_bits is None else {"bits"})
 
     @field_validator("range")
     @classmethod

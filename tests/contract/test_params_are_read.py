@@ -52,6 +52,7 @@ from quant_spec.tasks import (
     card,
     channel_errors,
     correct,
+    differences,
     distill,
     encode,
     evaluate,
@@ -455,6 +456,16 @@ def _distill(**changes: Any) -> Case:
     return case
 
 
+def _differences(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        layers = ("mid_block.resnets.0.conv1", "up_blocks.1.resnets.0.conv1")
+        params = differences.Params(layers=layers, seed=0, least_gain_db=0.0, samples=2, **changes)
+        inputs = differences.Inputs(model=tasks.model, calibration=tasks.calibration, states=tasks.states)
+        return params, inputs
+
+    return case
+
+
 def _pack(**changes: Any) -> Case:
     return lambda tasks: (
         pack.Params(sampler=SAMPLER, **changes),
@@ -652,6 +663,7 @@ CASES: dict[str, dict[str, Case]] = {
         "global": _allocate(method=AllocationMethod.GLOBAL),
         "kurtosis, extra": _allocate(extra=0.1),
     },
+    "differences": {"one width": _differences(), "by range": _differences(range_bits=(6, 3))},
     "distill": {"relations": _distill(), "predictions": _distill(relations=False)},
     "pack": {"": _pack(), "nearest timestep": _pack(unknown_timestep=UnknownTimestep.NEAREST)},
     "noise": {"": _noise()},

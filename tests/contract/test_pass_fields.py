@@ -46,7 +46,10 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "passes.low_rank.smoothing": ("passes.scale=null",),
 }
 #: For sections that others of that recipe exclude: what takes these out.
-INSTEAD: Mapping[str, tuple[str, ...]] = {"passes.low_rank": ("passes.allocate=null", "passes.low_rank={}")}
+INSTEAD: Mapping[str, tuple[str, ...]] = {
+    "passes.low_rank": ("passes.allocate=null", "passes.low_rank={}"),
+    "passes.differences": ("activations.step_bits=null", "passes.differences={}"),
+}
 _SHARD = frozenset({"seeds", "batch_size", "sqnr_seeds"})
 #: Parameters that say a field under another name.
 TOLD_AS: Mapping[str, frozenset[str]] = {

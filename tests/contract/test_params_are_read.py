@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from quant_core.fit.unit_state import UnitState
 from quant_spec.allocation import Allocation, LayerChoice
 from quant_spec.enums import (
     AllocationMethod,
@@ -458,7 +459,8 @@ def _distill(**changes: Any) -> Case:
 
 def _differences(**changes: Any) -> Case:
     def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
-        layers = ("mid_block.resnets.0.conv1", "up_blocks.1.resnets.0.conv1")
+        formats = UnitState.from_bytes(tasks.store.get_bytes(tasks.states[-1])).formats
+        layers = tuple(name for name, spec in formats.layers.items() if spec.activation is not None)
         params = differences.Params(layers=layers, seed=0, least_gain_db=0.0, samples=2, **changes)
         inputs = differences.Inputs(model=tasks.model, calibration=tasks.calibration, states=tasks.states)
         return params, inputs

@@ -48,7 +48,7 @@ class DifferencesFit(Record):
         return tuple(chosen[range_of_step(step, steps, len(chosen))] for step in builtins.range(steps))
 
     def idle_fields(self) -> set[str]:
-        """Return the fields that cannot matter."""
+        """Return the fields that cannot matter: bits of ranges stand in place of bits."""
         return super().idle_fields() | (set() if self.range_bits is None else {"bits"})
 
     @field_validator("range")

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from quant_core.fit.unit_state import UnitState
 from quant_spec.allocation import Allocation, LayerChoice
 from quant_spec.enums import (
     AllocationMethod,
@@ -52,6 +53,7 @@ from quant_spec.tasks import (
     channel_errors,
     components,
     correct,
+    differences,
     distill,
     encode,
     evaluate,
@@ -466,6 +468,17 @@ def _distill(**changes: Any) -> Case:
     return case
 
 
+def _differences(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        formats = UnitState.from_bytes(tasks.store.get_bytes(tasks.states[-1])).formats
+        layers = tuple(name for name, spec in formats.layers.items() if spec.activation is not None)
+        params = differences.Params(layers=layers, seed=0, least_gain_db=0.0, samples=2, **changes)
+        inputs = differences.Inputs(model=tasks.model, calibration=tasks.calibration, states=tasks.states)
+        return params, inputs
+
+    return case
+
+
 def _pack(**changes: Any) -> Case:
     return lambda tasks: (
         pack.Params(sampler=SAMPLER, **changes),
@@ -664,6 +677,7 @@ CASES: dict[str, dict[str, Case]] = {
         "global": _allocate(method=AllocationMethod.GLOBAL),
         "kurtosis, extra": _allocate(extra=0.1),
     },
+    "differences": {"one width": _differences(), "by range": _differences(range_bits=(6, 3))},
     "distill": {"relations": _distill(), "predictions": _distill(relations=False)},
     "pack": {"": _pack(), "nearest timestep": _pack(unknown_timestep=UnknownTimestep.NEAREST)},
     "noise": {"": _noise()},

@@ -81,7 +81,9 @@ class RayLane(LaneWorker):
         threading.Event().wait()
 
     @ray.method(concurrency_group="asked")
-    def give_up(self, batch: int) -> tuple[list[tuple[int, str]], int | None]:
+    def give_up(  # type: ignore[override]  # the actor's handle calls it
+        self, batch: int
+    ) -> tuple[list[tuple[int, str]], int | None]:
         """See `LaneWorker.give_up`."""
         return super().give_up(batch)
 
@@ -153,8 +155,9 @@ class Driver:
         self._functions: dict[tuple[Any, ...], Any] = {}
         # A process that has begun to use one GPU cannot change to another that it did not see.
         self._remote_once = ray.remote(max_retries=0, max_calls=1)(run_call)
-        groups = {"asked": 1, "staying": 1}
-        self._remote_lane = ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups=groups)(RayLane)
+        options: dict[str, Any] = {"concurrency_groups": {"asked": 1, "staying": 1}, "max_restarts": 0}
+        make_actor: Any = ray.remote(**options, max_task_retries=0)
+        self._remote_lane = make_actor(RayLane)
         # Nobody else waits for the room that an idle lane has on a Ray of our own.
         self._lanes = Lanes(self, idle_seconds=math.inf if local else IDLE_SECONDS)
         # Node and CPUs of each call that is a Ray task.

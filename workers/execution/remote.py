@@ -32,7 +32,6 @@ from typing import Any, BinaryIO
 
 import psutil
 import ray
-from ray._private.node import Node
 from ray.exceptions import RayError, TaskCancelledError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -54,9 +53,6 @@ _LOOK_SECONDS = 0.5
 _PROBE_SECONDS = 5.0
 # Where signs of life are kept in Ray's table.
 _NAMESPACE = b"quantmill"
-# Parts of a local Ray that nothing here uses: autoscaler, copier of logs, server of the dashboard and of jobs. Each
-# is a Python process that takes a second of CPU before the first task, and some memory as long as Ray lives.
-_UNUSED_PARTS = ("start_monitor", "start_log_monitor", "start_api_server")
 
 
 def run_call(number: int, text: str, beat: float) -> str:
@@ -84,8 +80,10 @@ class RayLane(LaneWorker):
         """Never return: who has asked hears at once of the end of this process."""
         threading.Event().wait()
 
-    @ray.method(concurrency_group="asked")  # type: ignore[override]
-    def give_up(self, batch: int) -> tuple[list[tuple[int, str]], int | None]:
+    @ray.method(concurrency_group="asked")
+    def give_up(  # type: ignore[override]  # the actor's handle calls it
+        self, batch: int
+    ) -> tuple[list[tuple[int, str]], int | None]:
         """See `LaneWorker.give_up`."""
         return super().give_up(batch)
 
@@ -157,10 +155,9 @@ class Driver:
         self._functions: dict[tuple[Any, ...], Any] = {}
         # A process that has begun to use one GPU cannot change to another that it did not see.
         self._remote_once = ray.remote(max_retries=0, max_calls=1)(run_call)
-        groups = {"asked": 1, "staying": 1}
-        # Ray's stubs do not know concurrency groups.
-        options: Any = {"max_restarts": 0, "max_task_retries": 0, "concurrency_groups": groups}
-        self._remote_lane = ray.remote(**options)(RayLane)
+        options: dict[str, Any] = {"concurrency_groups": {"asked": 1, "staying": 1}, "max_restarts": 0}
+        make_actor: Any = ray.remote(**options, max_task_retries=0)
+        self._remote_lane = make_actor(RayLane)
         # Nobody else waits for the room that an idle lane has on a Ray of our own.
         self._lanes = Lanes(self, idle_seconds=math.inf if local else IDLE_SECONDS)
         # Node and CPUs of each call that is a Ray task.
@@ -424,9 +421,6 @@ def start_ray(
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
-    for name in _UNUSED_PARTS:
-        # Of this process alone, which does nothing else. Ray has no public switch for them, and its version is pinned.
-        setattr(Node, name, _start_nothing)
     ray.init(
         address="local",
         num_cpus=cpus,
@@ -438,10 +432,6 @@ def start_ray(
         _memory=memory_bytes or int(psutil.virtual_memory().available * _MEMORY_SHARE),
         _temp_dir=str(temporary),
     )
-
-
-def _start_nothing(node: Node, **options: Any) -> None:
-    """Stand in for a part of a local Ray that is not started."""
 
 
 def main() -> None:

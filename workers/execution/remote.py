@@ -32,6 +32,7 @@ from typing import Any, BinaryIO
 
 import psutil
 import ray
+from ray._private.node import Node
 from ray.exceptions import RayError, TaskCancelledError
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -53,6 +54,9 @@ _LOOK_SECONDS = 0.5
 _PROBE_SECONDS = 5.0
 # Where signs of life are kept in Ray's table.
 _NAMESPACE = b"quantmill"
+# Parts of a local Ray that nothing here uses: autoscaler, copier of logs, server of the dashboard and of jobs. Each
+# is a Python process that takes a second of CPU before the first task, and some memory as long as Ray lives.
+_UNUSED_PARTS = ("start_monitor", "start_log_monitor", "start_api_server")
 
 
 def run_call(number: int, text: str, beat: float) -> str:
@@ -421,6 +425,9 @@ def start_ray(
     if address is not None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         return
+    for name in _UNUSED_PARTS:
+        # Of this process alone, which does nothing else. Ray has no public switch for them, and its version is pinned.
+        setattr(Node, name, _start_nothing)
     ray.init(
         address="local",
         num_cpus=cpus,
@@ -432,6 +439,10 @@ def start_ray(
         _memory=memory_bytes or int(psutil.virtual_memory().available * _MEMORY_SHARE),
         _temp_dir=str(temporary),
     )
+
+
+def _start_nothing(node: Node, **options: Any) -> None:
+    """Stand in for a part of a local Ray that is not started."""
 
 
 def main() -> None:

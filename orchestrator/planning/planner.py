@@ -47,8 +47,8 @@ from quant_spec.recipe import Recipe
 
 #: The passes in the order in which they are drawn, which is the order in which a free worker takes tasks.
 PASSES: tuple[Callable[[Draft], Drawing], ...] = (
-    *(encode, components, calibrate, step_bits, temporal, scale, low_rank, allocate, menu, round_units, reconstruct),
-    *(distill, differences, pack, correct, evaluate, release),
+    *(encode, components, calibrate, step_bits, temporal, scale, low_rank, allocate, menu),
+    *(round_units, reconstruct, distill, differences, pack, correct, evaluate, release),
 )
 
 

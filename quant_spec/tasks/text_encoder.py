@@ -23,7 +23,7 @@ class Params(RoundFit, TaskParams):
 
     _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
         ("method", RoundingMethod.CLOSED_FORM): frozenset(
-            {"samples", "positions", "damping", "sampler", "seeds", "forward_batch_size"}
+            {"samples", "positions", "damping", "correct_bias", "sampler", "seeds", "forward_batch_size"}
         ),
     }
 

@@ -18,6 +18,8 @@ class RoundFit(Record):
         ("method", RoundingMethod.CLOSED_FORM): frozenset({"samples", "positions", "damping", "correct_bias"}),
     }
 
+    _omitted: ClassVar[frozenset[str]] = frozenset({"correct_bias"})
+
     method: RoundingMethod = Field(
         default=RoundingMethod.NEAREST, description="To the nearest code, or by second-order rounding (GPTQ)."
     )
@@ -27,7 +29,7 @@ class RoundFit(Record):
     )
     damping: NotNegative = Field(default=0.03, description="Share of the mean diagonal added to the Hessian.")
     correct_bias: bool = Field(
-        default=True,
+        default=False,
         description="Layers' biases take the mean error that rounding leaves, and the codes are those of the rest.",
     )
 

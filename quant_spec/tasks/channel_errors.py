@@ -24,11 +24,13 @@ class Params(AllocateMeasure, UnitsParams):
         ("rounding", RoundingMethod.CLOSED_FORM): frozenset({"damping", "correct_bias"}),
     }
 
+    _omitted: ClassVar[frozenset[str]] = frozenset({"correct_bias"})
+
     units: tuple[Unit, ...]
     layers: tuple[str, ...]
     rounding: RoundingMethod = Field(default=RoundingMethod.CLOSED_FORM, description="Of the weights, later.")
     damping: NotNegative = Field(default=0.03, description="Share of the mean diagonal added to the Hessian.")
-    correct_bias: bool = Field(default=True, description="Whether biases will take the mean error.")
+    correct_bias: bool = Field(default=False, description="Whether biases will take the mean error.")
 
 
 @dataclass(frozen=True, slots=True)

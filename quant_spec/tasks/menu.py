@@ -22,7 +22,7 @@ BASE = "base"
 class Params(Menu, RoundFit, UnitsParams):
     """The units in the base recipe's formats, the widths, and how weights are rounded."""
 
-    _omitted: ClassVar[frozenset[str]] = frozenset({"activation_bits"})
+    _omitted: ClassVar[frozenset[str]] = frozenset({"activation_bits", "correct_bias"})
 
     units: tuple[Unit, ...]
 

@@ -1,4 +1,4 @@
-"""Biases that take the mean error of rounded weights, from the command line: on unless a recipe says otherwise."""
+"""Biases that take the mean error of rounded weights, from the command line, where a recipe asks for it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def packed(cli: Cli, folder: Path, *options: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.usefixtures("without_ray", "with_digits")
-def test_rounded_layers_have_biases_of_their_own_unless_told_to_keep_them(cli: Cli, tmp_path: Path) -> None:
+def test_rounded_layers_have_biases_of_their_own_if_they_are_to_take_the_error(cli: Cli, tmp_path: Path) -> None:
     exact = load_denoiser(DIGITS).model.state_dict()
-    moved = packed(cli, tmp_path)
-    kept = packed(cli, tmp_path, "--set", "passes.round.correct_bias=false")
+    moved = packed(cli, tmp_path, "--set", "passes.round.correct_bias=true")
+    kept = packed(cli, tmp_path)
     layers = {name.removesuffix(".qweight") for name in kept if name.endswith(".qweight")}
     biases = [f"{layer}.bias" for layer in layers if f"{layer}.bias" in exact]
     assert len(biases) > 20

@@ -161,7 +161,7 @@ def test_a_bias_takes_the_mean_error_and_codes_are_those_of_the_rest(
     config = CLOSED.replaced(positions=ALL)
     kept, corrected = (
         round_units(calibrated("digits")[0].model, calibration, [unit], each)[0]
-        for each in (config.replaced(correct_bias=False), config)
+        for each in (config, config.replaced(correct_bias=True))
     )
     layer, seen = denoiser.model.get_submodule(name), []
     layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

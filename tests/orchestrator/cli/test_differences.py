@@ -142,13 +142,14 @@ def test_halves_of_a_guided_batch_have_states_of_their_own(pipeline: Any) -> Non
 
 
 @pytest.mark.skipif(not sums_pairs_exactly(), reason="this CPU's int8 products would saturate")
-def test_integer_arithmetic_draws_nearly_the_same(made: Path, pipeline: Any) -> None:
+def test_integer_arithmetic_draws_as_well(made: Path, pipeline: Any) -> None:
     fast = load(made / "release")
     fast.unet = quant_core.load_quantized(made / "release", backend="cpu")
     runs = quant_core.layer_runs(fast.unet)
     assert sum("of differences" in run.reason for run in runs) > 20
-    one, two = draw(pipeline, 0), draw(fast, 0)
-    assert float((one - two).square().mean()) < 0.08  # codes that fall to the other side grow, as between any backends
+    exact, one, two = draw(load(made / "sd"), 0), draw(pipeline, 0), draw(fast, 0)
+    # Codes that fall to the other side stay in what later steps start from, so both go their own ways, equally far.
+    assert float((two - exact).square().mean()) < 1.3 * float((one - exact).square().mean())
     assert torch.equal(draw(fast, 0), two)
 
 

@@ -59,7 +59,8 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     recipe = load_recipe(name).recipe
     assert recipe.name == name
     assert recipe.description
-    is_tfmq = name.startswith(("tfmq", "dmq"))  # DMQ's lie on TFMQ-DM's
+    is_modiff = name.startswith("modiff")
+    is_tfmq = name.startswith(("tfmq", "dmq", "modiff"))  # DMQ's lie on TFMQ-DM's, MoDiff's on DMQ's
     ends = None if is_tfmq else 8  # whether the image's ends are quantized
     assert [(e.match, e.weights.bits, e.activations.bits, e.keep) for e in recipe.layers[:2]] == [
         ("@first", 8, ends, False),
@@ -68,8 +69,10 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     assert (recipe.passes.temporal is not None and recipe.passes.temporal.cache) == is_tfmq
     if name != "base":
         both = {"w4a8": (4, 8), "w4a6": (4, 6), "w8a8": (8, 8), "mixed": (4, 8)}
-        both |= {f"w{bits}a4": (bits, 4) for bits in (4, 3, 2)} | {"w4": (4, None), "w8": (8, None)}
-        assert (recipe.weights.bits, recipe.activations.bits) == both[name.removesuffix("-plus").rpartition("-")[2]]
+        both |= {"w4a3": (4, 3)} | {f"w{bits}a4": (bits, 4) for bits in (4, 3, 2)} | {"w4": (4, None), "w8": (8, None)}
+        differences = recipe.passes.differences
+        inputs = recipe.activations.bits if differences is None else differences.bits
+        assert (recipe.weights.bits, inputs) == both[name.removesuffix("-plus").rpartition("-")[2]]
     assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
     assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq", "dmq"))
     assert (recipe.passes.low_rank is not None) == ("svdquant" in name)
@@ -77,6 +80,8 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     assert {recipe.weights.type, recipe.activations.type} == {"e4m3" if name.startswith("fp8") else "int"}
     scale = recipe.passes.scale
     assert (scale is not None and (scale.method, scale.shift) == ("learned", "skip")) == name.startswith("dmq")
+    assert (recipe.passes.differences is not None) == is_modiff
+    assert not is_modiff or (scale is not None and (scale.method, scale.shift) == ("learned", "none"))
     assert (recipe.passes.correct is not None) == ("ptqd" in name)
     is_mpqdm = name.startswith("mpqdm")
     assert (recipe.passes.distill is not None, recipe.passes.allocate is not None) == (is_mpqdm, is_mpqdm)
@@ -632,7 +637,8 @@ def test_round_leaves_out_what_does_not_matter():
     assert nearest.to_json() == Round().to_json() == {"method": "nearest"}
     fitted = Round(method=RoundingMethod.CLOSED_FORM, positions=9).to_json()
     assert fitted["positions"] == 9
-    assert set(fitted) == set(Round.model_fields)
+    assert set(fitted) == set(Round.model_fields) - {"correct_bias"}
+    assert Round(method=RoundingMethod.CLOSED_FORM, correct_bias=True).to_json()["correct_bias"]
 
 
 def test_reconstruct_leaves_out_what_does_not_matter():

@@ -131,7 +131,7 @@ def test_branches_lie_beside_temporal_tables_scaling_shifts_and_correction(cli: 
 
 @pytest.mark.usefixtures("without_ray", "with_digits")
 def test_fp8_reaches_release_listing_and_export(cli: Cli, tmp_path: Path) -> None:
-    view = run(cli, "fp8-w8a8", "passes.round.method=nearest")
+    view = run(cli, "fp8-w8a8")
     model = load_everywhere(cli, view, tmp_path / "release")
     check_export(cli, view, model, tmp_path / "float")
     assert not format_of(tmp_path / "release").attentions

@@ -143,6 +143,9 @@ def _schema_of(path: str) -> dict[str, Any]:
     for part in path.split("."):
         node = node["properties"][part]
         options = [node, *node.get("anyOf", [])]
+        # Of a mapping by names, what any of them may have.
+        options += [each for option in options for each in option.get("patternProperties", {}).values()]
+        options += [each for option in options for each in option.get("anyOf", [])]
         reference = next((each["$ref"] for each in options if "$ref" in each), None)
         if reference is not None:
             node = whole["$defs"][reference.rpartition("/")[2]]

@@ -17,6 +17,7 @@ from orchestrator.planning.costs import WORKER_BYTES, Costs
 from orchestrator.planning.formats import choose_formats
 from orchestrator.planning.groups import UNITS_PER_ROUND, round_groups
 from orchestrator.planning.model import ModelInfo
+from orchestrator.planning.passes.temporal import TEMPORAL_UNIT
 from orchestrator.planning.pipeline import with_guidance
 from orchestrator.planning.planner import plan
 from orchestrator.recipes.files import shipped_names
@@ -83,6 +84,7 @@ def test_plan_every_task_is_needed_and_every_reference_names_an_output(name: str
                 KINDS[source.kind].check_outputs([item.output])
                 if ":" in item.output:
                     told = [unit["unit"] for unit in source.params["units"]] if "units" in source.params else UNITS
+                    told = [*told, TEMPORAL_UNIT] if source.kind == "differences" else told
                     assert item.output.partition(":")[2] in told
                 used.add(item.task)
             else:

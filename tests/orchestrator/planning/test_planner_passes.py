@@ -48,7 +48,6 @@ def test_scale_parameters_are_those_that_matter():
 
     assert params()["rounding"] == "nearest"
     assert "damping" not in params()
-    assert params() == params("passes.scale.exponent=0.3", "passes.scale.consensus=0.5")
     assert {"alpha", "xi"} <= set(params())
     assert not {"alpha", "xi"} & set(params("passes.scale.weighting=uniform"))
     smooth = params("passes.scale.method=smooth")
@@ -58,7 +57,8 @@ def test_scale_parameters_are_those_that_matter():
     assert params("passes.scale.shift=variance")["least_spread"] == 0.5
     assert "held_out" not in params()  # off: the task is the one of recipes that do not know it
     assert params("passes.scale.held_out=0.25")["held_out"] == 0.25
-    assert "held_out" not in params("passes.scale.held_out=0.25", "passes.scale.method=smooth")
+    with pytest.raises(RecipeError, match=r"passes\.scale\.held_out: got 0\.25"):
+        params("passes.scale.held_out=0.25", "passes.scale.method=smooth")
 
 
 def test_scale_takes_the_bits_chosen_for_each_step():
@@ -142,12 +142,8 @@ def test_passes_of_several_methods_compose():
 
 
 def test_temporal_block_is_rounded_to_nearest_without_damping():
-    def params(*overrides: str) -> Mapping[str, Any]:
-        nodes = timed_nodes("qdiffusion-w4a8", "passes.temporal={method: nearest}", *overrides)
-        return only(nodes, "temporal").params
-
-    assert params() == params("passes.temporal.damping=0.5")
-    assert "damping" not in params()
+    nodes = timed_nodes("qdiffusion-w4a8", "passes.temporal={method: nearest}")
+    assert "damping" not in only(nodes, "temporal").params
 
 
 def test_temporal_parameters_are_those_that_matter():
@@ -155,7 +151,7 @@ def test_temporal_parameters_are_those_that_matter():
         nodes = timed_nodes("qdiffusion-w4a8", "passes.temporal={}", *overrides)
         return only(nodes, "temporal").params
 
-    assert params() == params("passes.temporal.cache_ratio=3")
+    assert "cache_ratio" not in params()
     assert "iterations" not in params("passes.temporal.method=closed_form")
     assert params("passes.temporal.cache=true")["cache_ratio"] == 2.0
 

@@ -24,7 +24,11 @@ SETS = (
 
 @pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize(
-    ("save", "told"), [(save_dit, {"class_labels": [0]}), (save_sd3, {"prompt": "a red cup"})], ids=["dit", "sd3"]
+    ("save", "told"),
+    [
+        pytest.param(save_dit, {"class_labels": [0]}, id="dit"),
+        pytest.param(save_sd3, {"prompt": "a red cup"}, id="sd3", marks=pytest.mark.slow),
+    ],
 )
 def test_a_release_corrects_predictions_wherever_it_is_loaded(
     save: Callable[[Path], Path], told: dict[str, Any], cli: Cli, tmp_path: Path

@@ -230,7 +230,7 @@ class TestSizes:
         assert (answer.code, answer.out) == (2, "")
         assert "wanted pixels above 0, or height and width as in 512x768" in answer.err
 
-    @pytest.mark.parametrize("form", ["tsv", "jsonl"])
+    @pytest.mark.parametrize("form", ["tsv", pytest.param("jsonl", marks=pytest.mark.slow)])
     def test_lines_have_a_size_a_seed_and_a_negative_prompt(
         self, cli: Cli, home: Path, added: None, tmp_path: Path, without_ray: None, form: str
     ) -> None:

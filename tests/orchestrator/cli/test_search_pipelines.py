@@ -82,7 +82,7 @@ def test_choices_of_every_layer_are_priced_by_what_they_do_to_pixels(cli: Cli) -
 
 
 @pytest.mark.usefixtures("done", "without_ray")
-@pytest.mark.parametrize("name", ["dit", "sd3"])
+@pytest.mark.parametrize("name", ["dit", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_bits_of_each_step_are_chosen_on_a_pipeline(name: str, cli: Cli) -> None:
     chosen = "{choices: [4, 8], target_mean: 6, seeds: 1, shard_seeds: 1, least_last: null}"
     sets = SPEC["set"] | {"activations.step_bits": chosen, "activations.mode": "per_step"}

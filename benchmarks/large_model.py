@@ -9,7 +9,6 @@ pages of mapped files among it; `share` is that by the bytes of the bfloat16 wei
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import platform
@@ -32,8 +31,8 @@ from orchestrator.search.advance import Steps
 from orchestrator.service import Service, open_service
 from orchestrator.settings import resolve_settings
 from quant_spec.tasks import inspect
+from tests.orchestrator.in_process import InProcess
 from workers.execution.execute import TaskCall
-from workers.execution.executor import Capacity, Finished, finished_of
 from workers.execution.local import run_in_subprocess
 
 _SHARD_BYTES = 1 << 29
@@ -48,44 +47,21 @@ _SMALL = {
 }
 
 
-class OneProcessEach:
-    """An executor that runs each call in a process of its own, one after another, and keeps what its memory was."""
+class OneProcessEach(InProcess):
+    """Runs each call in a process of its own, one after another, and keeps what its memory was."""
 
     def __init__(self, notes: Path) -> None:
+        super().__init__()
         self.notes = notes  # outlive this process, so that a benchmark that was stopped can go on
         self.peaks: dict[str, list[int]] = json.loads(notes.read_text()) if notes.is_file() else {}
-        self._finished: list[Finished] = []
-        self._handles = itertools.count()
 
-    def capacity(self) -> Capacity:
-        """One CPU, and as much memory as asked for."""
-        return Capacity(1.0, 0.0, 1 << 40)
-
-    def submit(self, call: TaskCall) -> int:
+    def answer(self, call: TaskCall) -> dict[str, Any]:
         """Run a call to its end."""
-        handle = next(self._handles)
         output = run_in_subprocess(call)
         self.peaks.setdefault(call.kind, []).append(output.ran["peak_rss_bytes"])
         self.notes.write_text(json.dumps(self.peaks))
         sys.stderr.write(f"{call.kind}: {output.ran['peak_rss_bytes'] / 2**30:.2f} GiB\n")
-        answer = {"outputs": output.outputs, "metrics": output.metrics, "ran": output.ran}
-        self._finished.append(finished_of(handle, answer))
-        return handle
-
-    def wait(self, timeout: float) -> list[Finished]:
-        """Return what ended."""
-        finished, self._finished = self._finished, []
-        return finished
-
-    def cancel(self, handle: int) -> None:
-        """Nothing is ever in flight."""
-
-    def alive(self) -> bool:
-        """It is."""
-        return True
-
-    def shutdown(self) -> None:
-        """Nothing to stop."""
+        return {"outputs": output.outputs, "metrics": output.metrics, "ran": output.ran}
 
 
 def save_model(folder: Path, layers: int, width: int) -> int:

@@ -123,11 +123,6 @@ def quantize_cpu(
     return CpuActivation(codes, grid.scale, grid.zero_point, False, padding, sums, grid)
 
 
-def quantize_cpu_by_table(x: Tensor, table: ActivationTable, index: Tensor | None = None) -> QuantizedActivation:
-    """Quantize to uint8 codes by a table; else as `kernels.activations.quantize_by_table`."""
-    return quantize_cpu(x, cpu_grid(table, index), table.bits)
-
-
 def quantize_cpu_dynamic(
     x: Tensor, bits: int, *, symmetric: bool, channel_scale: Tensor | None = None
 ) -> QuantizedActivation:

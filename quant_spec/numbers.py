@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def significant(value: float, digits: int = 6) -> float:
-    """Return a number rounded to its first digits, so that it is written in as many."""
-    return float(f"{value:.{digits}g}")
+def significant(value: float) -> float:
+    """Return a number rounded to six significant digits, so that it is written in as many."""
+    return float(f"{value:.6g}")
 
 
 def human_bytes(count: float, decimals: int = 1) -> str:

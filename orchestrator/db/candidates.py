@@ -116,12 +116,13 @@ def candidate_rows(
 ) -> list[Row[Any]]:
     """Return the rows of candidates, in no order."""
     fit = {"gpus": gpus, "gpu_types": None if gpu_types is None else f"|{'|'.join(gpu_types)}|"}
+    heads = claim_statement(session)
     if is_postgres(session):
-        return run(session, _READ, **fit, limit=limit)
+        return run(session, heads, **fit, limit=limit)
     groups = run(session, _READ_GROUPS, **fit)
-    return [row for group in groups for row in run(session, _READ_HEAD, **group._asdict(), limit=limit)]
+    return [row for group in groups for row in run(session, heads, **group._asdict(), limit=limit)]
 
 
 def claim_statement(session: Session) -> Statement:
-    """Return the statement that reads the heads of groups, or of one group; for a look at its plan."""
+    """Return the statement that reads the heads of all groups (Postgres), or of one group (SQLite)."""
     return _READ if is_postgres(session) else _READ_HEAD

@@ -317,12 +317,7 @@ def _lease_rows(leases: Iterable[Lease]) -> list[dict[str, Any]]:
 
 
 def finish_task(
-    session: Session,
-    lease: Lease,
-    outputs: Mapping[str, str],
-    metrics: Mapping[str, Any],
-    seconds: float,
-    ran: Mapping[str, Any] | None = None,
+    session: Session, lease: Lease, outputs: Mapping[str, str], metrics: Mapping[str, Any], seconds: float
 ) -> bool:
     """Record one task's result, as `finish_tasks` does; return False if the lease is no longer good.
 
@@ -331,7 +326,7 @@ def finish_task(
     ResultError
         If outputs or metrics cannot be recorded.
     """
-    return bool(finish_tasks(session, [TaskEnd(lease, outputs, metrics, seconds, ran or {})]))
+    return bool(finish_tasks(session, [TaskEnd(lease, outputs, metrics, seconds, {})]))
 
 
 def finish_tasks(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:

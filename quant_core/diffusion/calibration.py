@@ -87,13 +87,11 @@ class RecordSpec:
     samples: bool = False
 
 
-def record_trajectories(
-    denoiser: Denoiser, seeds: Sequence[int], spec: RecordSpec, path: Path, *, device: str | None = "cpu"
-) -> None:
+def record_trajectories(denoiser: Denoiser, seeds: Sequence[int], spec: RecordSpec, path: Path) -> None:
     """Run the sampler once over `seeds` and write what the denoiser saw to a shard at `path`.
 
     The same arguments give the same bytes on one type of device. Memory does not grow with the number of steps or
-    seeds recorded. A `device` of None leaves the model where it is.
+    seeds recorded. The model stays on its device.
 
     Raises
     ------
@@ -104,8 +102,7 @@ def record_trajectories(
     """
     if not seeds:
         raise QuantizationError("seeds: got none, wanted at least one")
-    model = denoiser.model if device is None else denoiser.model.to(device)
-    loop = LoopTrajectories(model, denoiser.scheduler_config, spec.sampler, denoiser.conditioning)
+    loop = LoopTrajectories(denoiser.model, denoiser.scheduler_config, spec.sampler, denoiser.conditioning)
     record(loop, seeds, spec, path)
 
 

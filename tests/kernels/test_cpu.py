@@ -19,7 +19,6 @@ from kernels.cpu_activation import (
     pad_codes,
     position_sums,
     quantize_cpu,
-    quantize_cpu_by_table,
     quantize_cpu_dynamic,
 )
 from kernels.cpu_weight import PAIR_LIMIT, CpuWeight, pack_cpu_weight, sums_pairs_exactly
@@ -199,7 +198,7 @@ def test_codes_are_the_references(bits: int) -> None:
     factor = divisor[0]
     table = ActivationTable(torch.tensor([0.03, 0.2]), torch.tensor([1.0, half]), bits, divisor=divisor)
     pairs = [
-        (quantize_cpu_by_table(x, table, index), quantize_by_table(x, table, index))
+        (quantize_cpu(x, cpu_grid(table, index), table.bits), quantize_by_table(x, table, index))
         for index in (torch.tensor(1), torch.tensor([0, 1, 1]))
     ]
     pairs += [

@@ -13,7 +13,7 @@ from kernels import cpu_weight
 from kernels.activations import ActivationTable, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
-from kernels.cpu_activation import quantize_cpu_by_table
+from kernels.cpu_activation import cpu_grid, quantize_cpu
 from kernels.cpu_weight import CpuWeight, pack_cpu_weight
 from kernels.epilogue import Epilogue, LowRank
 from kernels.fp8 import linear_fp8, quantize_fp8
@@ -57,15 +57,15 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
     "fp8": ((2, 5, 40), lambda x: linear_fp8(quantize_fp8(x), quantize_fp8(x[0]), Epilogue())),
     "cpu_linear": (
         (2, 5, 40),
-        lambda x: cpu_linear(quantize_cpu_by_table(x, TABLE, step(x)), CPU_LINEAR, full(x)),
+        lambda x: cpu_linear(quantize_cpu(x, cpu_grid(TABLE, step(x)), TABLE.bits), CPU_LINEAR, full(x)),
     ),
     "cpu_linear, large": (
         (2, 5, 40),
-        lambda x: cpu_linear(quantize_cpu_by_table(x, TABLE, step(x)), CPU_LARGE, full(x)),
+        lambda x: cpu_linear(quantize_cpu(x, cpu_grid(TABLE, step(x)), TABLE.bits), CPU_LARGE, full(x)),
     ),
     "cpu_conv2d": (
         (2, 4, 5, 40),
-        lambda x: cpu_conv2d(quantize_cpu_by_table(x, TABLE, step(x)), CPU_CONV, Epilogue(bias=BIAS)),
+        lambda x: cpu_conv2d(quantize_cpu(x, cpu_grid(TABLE, step(x)), TABLE.bits), CPU_CONV, Epilogue(bias=BIAS)),
     ),
 }
 CPU_LINEAR: CpuWeight = pack_cpu_weight([LINEAR])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Capacity, Finished, finished_of
@@ -23,9 +24,13 @@ class InProcess:
 
     def submit(self, call: TaskCall) -> int:
         """Run a call."""
-        handle, answer = next(self._handles), answer_call(call)
-        self._finished.append(finished_of(handle, answer))
+        handle = next(self._handles)
+        self._finished.append(finished_of(handle, self.answer(call)))
         return handle
+
+    def answer(self, call: TaskCall) -> dict[str, Any]:
+        """Run a call to its end, and return what its worker would answer."""
+        return answer_call(call)
 
     def wait(self, timeout: float) -> list[Finished]:
         """Return what ended."""

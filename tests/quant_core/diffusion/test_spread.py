@@ -23,7 +23,7 @@ def test_spread_model_samples_as_a_whole_one(tmp_path: Path) -> None:
     spread(parts.model, ["cpu", "cpu"])
     hooked = [name for name, module in parts.model.named_modules() if hasattr(module, "_hf_hook")]
     assert len(hooked) > 1
-    record_trajectories(parts, [1, 2], spec, tmp_path / "parts", device=None)
+    record_trajectories(parts, [1, 2], spec, tmp_path / "parts")
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from kernels.activations import ActivationTable, quantize_by_table
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d
-from kernels.cpu_activation import quantize_cpu_by_table
+from kernels.cpu_activation import cpu_grid, quantize_cpu
 from kernels.cpu_weight import pack_cpu_weight, sums_pairs_exactly
 from kernels.epilogue import Epilogue
 from kernels.gemm import linear_int
@@ -84,5 +84,5 @@ def test_a_convolution(weight: WeightSpec, kernel: int, stride: int) -> None:
     assert torch.allclose(got, want, rtol=1e-5, atol=1e-3)
     if sums_pairs_exactly():
         cpu = pack_cpu_weight([packed(layer)], geometry)
-        got = cpu_conv2d(quantize_cpu_by_table(rows, table, index), cpu, epilogue)
+        got = cpu_conv2d(quantize_cpu(rows, cpu_grid(table, index), table.bits), cpu, epilogue)
         assert torch.allclose(got, want, rtol=1e-5, atol=1e-3)

@@ -44,8 +44,8 @@ def request_options(function: F) -> F:
             "--prompts",
             type=click.Path(path_type=Path),
             metavar="FILE",
-            help="What a whole pipeline is told, one line each: text, TSV or JSON lines of prompts or class labels, and "
-            "of images or arrays that its call takes. By default 256 neutral prompts, or all classes.",
+            help="What a whole pipeline is told, one line each: text, TSV or JSON lines of prompts or class labels, "
+            "and of images or arrays that its call takes. By default 256 neutral prompts, or all classes.",
         ),
         image_size_option,
         lora_option,

@@ -163,9 +163,8 @@ class Bench:
         chosen = {n: int(generator.choice(widths, p=weights / weights.sum())) for n in self.base}
         return chosen | {n: s.weight.bits for n, s in self.base.items() if n in ("conv_in", "conv_out")}
 
-    def samples(self, model: nn.Module) -> Tensor:
-        """Draw samples of the benchmark's seeds."""
-        seeds = range(FIRST_SEED, FIRST_SEED + self.options.seeds)
+    def samples(self, model: nn.Module, seeds: range) -> Tensor:
+        """Draw samples of some seeds."""
         conditioning = trajectory_conditioning(model, SAMPLER, seeds, self.denoiser.conditioning)
         scheduler = make_scheduler(SAMPLER, self.denoiser.scheduler_config)
         return sample(model, scheduler, SAMPLER, seeds, conditioning, batch_size=32)
@@ -201,11 +200,12 @@ class Bench:
     def result(self) -> dict[str, Any]:
         """Measure all allocations, and compare."""
         seeds = self.options.seeds
-        reference: Tensor = self._kept(f"reference-{seeds}", lambda: self.samples(self.denoiser.model))
+        own = range(FIRST_SEED, FIRST_SEED + seeds)
+        reference: Tensor = self._kept(f"reference-{seeds}", lambda: self.samples(self.denoiser.model, own))
         rows = []
         for place in range(self.options.allocations):
             bits = self.draw(place)
-            made = self._kept(f"allocation-{place}-{seeds}", lambda bits=bits: self.samples(self.quantized(bits)))  # type: ignore[misc]
+            made = self._kept(f"allocation-{place}-{seeds}", lambda bits=bits: self.samples(self.quantized(bits), own))  # type: ignore[misc]
             weights = {name: self.denoiser.model.get_parameter(f"{name}.weight").numel() for name in bits}
             rows.append(
                 {

@@ -9,7 +9,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 # hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo cluster test tests test-slow soak check format lint contracts types fmt reference docs clean
+.PHONY: install demo cluster bytecode test tests test-slow soak check format lint contracts types fmt reference docs clean
 
 install: $(STAMP)
 
@@ -36,12 +36,16 @@ cluster: install
 # One thread for each process: tests start workers beside themselves, and threads that wait for a core spin.
 tests test-slow soak: export OMP_NUM_THREADS = 1
 
+# Compiles, once, what each of the processes that the tests start at the same time would else compile for itself.
+bytecode: install
+	@$(BIN)/python -m tests.imports
+
 # Everything that guards the code; CI runs this. The checks run beside the tests.
 test: install
 	@$(MAKE) --no-print-directory --jobs=2 check tests
 
 # A file's tests run in one process, for what they share; in three processes, as those that start Ray mostly wait.
-tests: install
+tests: install bytecode
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: install

@@ -21,7 +21,6 @@ from quant_core import load_quantized
 from tests.orchestrator.in_process import InProcess
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "examples" / "models" / "digits"
 RECIPE = "qdiffusion-w4a8"
 SETTINGS = {
     "sampler.num_inference_steps": 4,
@@ -54,6 +53,28 @@ def quantmill(*words: str | Path, variables: Mapping[str, str] = {}) -> Any:
 
 
 @pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional UNet of random weights, with skips and attention: each task takes a moment."""
+    folder = tmp_path_factory.mktemp("model") / "little"
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(32, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        num_class_embeds=10,
+    )
+    unet.save_pretrained(folder / "unet")
+    DDIMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2").save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with an embedded database and store."""
     return tmp_path_factory.mktemp("embedded") / "home"
@@ -67,22 +88,22 @@ def answer_here(*words: str | Path) -> Any:
     return json.loads(answer.getvalue())
 
 
-def run_here(home: Path, *words: str) -> dict[str, Any]:
+def run_here(home: Path, model: Path, *words: str) -> dict[str, Any]:
     """Run a job in this process, one task after another: what it gives has nothing to do with Ray."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
-        found: dict[str, Any] = answer_here("--home", home, "run", RECIPE, "--model", MODEL, *SET, *words)
+        found: dict[str, Any] = answer_here("--home", home, "run", RECIPE, "--model", model, *SET, *words)
     return found
 
 
 @pytest.fixture(scope="module")
-def job(home: Path) -> dict[str, Any]:
+def job(home: Path, model: Path) -> dict[str, Any]:
     """The job that ran there."""
-    return run_here(home)
+    return run_here(home, model)
 
 
 def test_embedded_and_grown_up_give_the_same_artifact(
-    job: dict[str, Any], empty_postgres_url: str, s3_url: str, tmp_path: Path
+    job: dict[str, Any], model: Path, empty_postgres_url: str, s3_url: str, tmp_path: Path
 ) -> None:
     variables = {
         "QUANTMILL_HOME": str(tmp_path / "home"),
@@ -90,7 +111,7 @@ def test_embedded_and_grown_up_give_the_same_artifact(
         "QUANTMILL_STORE": s3_url,
     }
     quantmill("init", variables=variables)
-    there = quantmill("run", RECIPE, "--model", MODEL, *SET, variables=variables)
+    there = quantmill("run", RECIPE, "--model", model, *SET, variables=variables)
     assert there["tasks"]["cached"] == 0
     assert (there["release"], there["digest"], there["metrics"]) == (job["release"], job["digest"], job["metrics"])
     quantmill("artifacts", "pull", there["release"], tmp_path / "pulled", variables=variables)
@@ -99,7 +120,7 @@ def test_embedded_and_grown_up_give_the_same_artifact(
 
 
 def test_a_release_loads_by_name_and_by_folder_alike(
-    job: dict[str, Any], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: dict[str, Any], home: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer_here("--home", home, "artifacts", "alias", job["release"], "prod")
     answer_here("--home", home, "artifacts", "pull", job["release"], tmp_path / "pulled")
@@ -117,13 +138,13 @@ def test_a_release_loads_by_name_and_by_folder_alike(
             two = plain(sample, timestep, class_labels=labels).sample
         assert torch.equal(one, two)
         sample = scheduler.step(one, timestep, sample).prev_sample
-    original = UNet2DModel.from_pretrained(MODEL / "unet")
+    original = UNet2DModel.from_pretrained(model / "unet")
     size = (tmp_path / "pulled" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert size < 0.5 * 2 * sum(parameter.numel() for parameter in original.parameters())
 
 
-def test_jobs_share_what_their_recipes_have_in_common(job: dict[str, Any], home: Path) -> None:
-    words = ["--home", home, "submit", "minmax-w8a8", "--model", MODEL]
+def test_jobs_share_what_their_recipes_have_in_common(job: dict[str, Any], home: Path, model: Path) -> None:
+    words = ["--home", home, "submit", "minmax-w8a8", "--model", model]
     settings = to_options({name: value for name, value in SETTINGS.items() if "reconstruct" not in name})
     shared = answer_here(*words, *settings, "--dry-run")
     shards = 2 + 2  # calibration, reference samples
@@ -132,8 +153,8 @@ def test_jobs_share_what_their_recipes_have_in_common(job: dict[str, Any], home:
     assert other["tasks"]["cached"] == 2
 
 
-def test_inputs_from_the_quantized_model_give_another_artifact(job: dict[str, Any], home: Path) -> None:
-    found = run_here(home, "--set", "passes.reconstruct.inputs=quantized")
+def test_inputs_from_the_quantized_model_give_another_artifact(job: dict[str, Any], home: Path, model: Path) -> None:
+    found = run_here(home, model, "--set", "passes.reconstruct.inputs=quantized")
     assert found["digest"] != job["digest"]
     assert found["release"].endswith("@2")
     # Everything but the reconstruction and what follows from it is known already.

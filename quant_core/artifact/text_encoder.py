@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -133,7 +133,10 @@ def load_text_encoder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     if "quantization_config" in data:
         raise ArtifactError(f"{folder}: got a model that is quantized already, wanted one in full precision")
     try:
-        model: nn.Module = cls.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        loader = cast(Any, cls)
+        model: nn.Module = loader.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
     except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(f"{folder}: does not load as {name}: {str(error).strip().splitlines()[0]}") from error
     return model.eval().requires_grad_(False), data

@@ -32,7 +32,7 @@ class QuantmillTextConfig(QuantizationConfigMixin):
 
     def __init__(self, version: int = FORMAT_VERSION, quant_method: str = QUANT_METHOD, **model_format: Any) -> None:
         parse_quantization_config({"quant_method": str(quant_method), "version": version, **model_format})
-        self.quant_method = quant_method  # type: ignore[assignment]  # annotated as transformers' own enum
+        self.quant_method = quant_method
         self.version = version
         self.__dict__.update(model_format)
 

@@ -9,7 +9,7 @@ import inspect
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ def load_pipeline(folder: Path, denoiser: nn.Module, scheduler: Any, *, reads_te
             f"{diffusers.__version__} with a denoiser"
         )
     try:
-        pipeline = cls.from_pretrained(
+        pipeline = cast(Any, cls).from_pretrained(
             folder,
             local_files_only=True,
             use_safetensors=True,

@@ -1,10 +1,11 @@
 """CONTRIBUTING.md says in which places something new stands; a toy of each is added in exactly these, and works.
 
-Each toy is written into a copy of the packages, and looked at there by a Python of its own.
+All toys are written into one copy of the packages, and looked at there by a Python of its own.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,8 +14,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from orchestrator.cli.main import run_cli
+from tests.orchestrator.cli.test_search import write_model
+from tests.orchestrator.in_process import InProcess
+from workers.execution.execute import TaskCall
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("quant_spec", "kernels", "quant_core", "workers", "orchestrator")
@@ -52,15 +59,6 @@ def are_places(paths: list[str], patterns: list[str]) -> bool:
     return all(any(row) for row in found) and all(any(column) for column in zip(*found, strict=True))
 
 
-@pytest.fixture
-def copy(tmp_path: Path) -> Path:
-    """A copy of all packages, compiled as far as they are."""
-    for package in PACKAGES:
-        # What another process is writing has a number behind its name, and may be gone.
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.pyc.*"))
-    return tmp_path
-
-
 def write(root: Path, changes: Mapping[str, Change]) -> None:
     """Make changes to a copy."""
     for name, change in changes.items():
@@ -75,16 +73,6 @@ def write(root: Path, changes: Mapping[str, Change]) -> None:
             assert text.count(edit.old) == 1, f"{name}: {edit.old}"
             text = text.replace(edit.old, edit.new)
         path.write_text(text, encoding="utf-8")
-
-
-def run(root: Path, code: str) -> str:
-    """Run code in a copy; return what it prints."""
-    environment = os.environ | {"PYTHONPATH": str(root), "RECORDED": str(RECORDED)}
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + code], cwd=root, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 PRELUDE = """
@@ -114,10 +102,7 @@ KEY: dict[str, Change] = {
 }
 
 
-def test_a_recipe_key(copy: Path) -> None:
-    assert are_places(list(KEY), places("How to add a recipe key"))
-    write(copy, KEY)
-    code = """
+KEY_IS_THERE = """
 from orchestrator.recipes.json_schema import json_schema
 from orchestrator.recipes.load import load_recipe
 from quant_core.methods.ptqd.correction import NoiseMoments, fit
@@ -138,7 +123,11 @@ sums = torch.stack([each.sum() for each in (x, x / 2, x * x, x * x / 2, x * x / 
 moments = NoiseMoments((0.0,), 4, sums)
 print([round(fit(moments, moments, CorrectFit(most_k=most)).report[0].k, 3) for most in (1.0, 0.25)])
 """
-    assert run(copy, code).splitlines() == [
+
+
+def test_a_recipe_key(answers: dict[str, list[str]]) -> None:
+    assert are_places(list(KEY), places("How to add a recipe key"))
+    assert answers["key"] == [
         "True",
         "[0.25]",
         "False",
@@ -267,11 +256,7 @@ def shaken(state: UnitState, config: Shake) -> UnitState:
 }
 
 
-def test_a_method_and_its_kind(copy: Path) -> None:
-    assert are_places(list(KIND), places("How to add a task kind"))
-    assert are_places(list(METHOD), places("How to add a method"))
-    write(copy, {**METHOD, **KIND})
-    code = """
+METHOD_IS_THERE = """
 import torch
 from orchestrator.recipes.load import load_recipe
 from quant_core.fit.unit_state import UnitState
@@ -297,7 +282,12 @@ call = TaskCall("shake", {"by": 2.0}, {"state": [store.put_bytes(state.to_bytes(
 after = UnitState.from_bytes(store.get_bytes(execute_call(call).outputs["state"]))
 print(sorted((name, tensor.tolist()) for name, tensor in after.tensors.items()))
 """
-    assert run(copy, code).splitlines() == [
+
+
+def test_a_method_and_its_kind(answers: dict[str, list[str]]) -> None:
+    assert are_places(list(KIND), places("How to add a task kind"))
+    assert are_places(list(METHOD), places("How to add a method"))
+    assert answers["method"] == [
         "False",
         "True {'by': 2.0}",
         "True",
@@ -346,34 +336,64 @@ def worst_db(evaluations: Sequence[Path]) -> float:
 }
 
 
-def test_a_metric(copy: Path) -> None:
-    assert are_places(list(METRIC), places("How to add a metric"))
-    write(copy, METRIC)
-    shutil.copytree(
-        ROOT / "tests" / "workers", copy / "tests" / "workers", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    (copy / "examples").symlink_to(ROOT / "examples")
-    (copy / "pytest.ini").write_text("[pytest]\n")  # else it takes one from any folder above
-    (copy / "tests" / "workers" / "tasks" / "test_toy.py").write_text(
-        """
+METRIC_IS_THERE = """
 from quant_core.artifact.card import check_metrics
 from quant_spec.metrics import Place, lines
-from tests.workers.tasks.test_score import parameters, inputs, scored
+from workers.execution.execute import TaskCall, execute_call
 
-def test_toy(scored):
-    metrics = scored.metrics["metrics"]
-    assert 0 < metrics["worst_db"] <= metrics["psnr_db"]
-    check_metrics(metrics)
-    shown = lines(Place.CARD, metrics)
-    assert any("worst sample, dB" in text for row in shown.items() for text in map(str, row)), shown
+metrics = execute_call(TaskCall(**json.loads(os.environ["SCORE"]))).metrics["metrics"]
+print(0 < metrics["worst_db"] <= metrics["psnr_db"])
+check_metrics(metrics)
+print(any("worst sample, dB" in text for row in lines(Place.CARD, metrics).items() for text in map(str, row)))
 """
-    )
+
+
+def test_a_metric(answers: dict[str, list[str]]) -> None:
+    assert are_places(list(METRIC), places("How to add a metric"))
+    assert answers["metric"] == ["True", "True"]
+
+
+class Noting(InProcess):
+    """Keeps the call that scores."""
+
+    score: TaskCall | None = None
+
+    def answer(self, call: TaskCall) -> dict[str, Any]:
+        """Run a call."""
+        if call.kind == "score":
+            Noting.score = call
+        return super().answer(call)
+
+
+@pytest.fixture(scope="module")
+def score_call(tmp_path_factory: pytest.TempPathFactory) -> TaskCall:
+    """What scores a job that has run."""
+    folder = tmp_path_factory.mktemp("scored")
+    settings = {"sampler.num_inference_steps": 2, "calibration.seeds": 2, "evaluation.seeds": 4, "evaluation.grid": 2}
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: Noting())
+        model = str(write_model(folder / "little", 0))
+        assert run_cli(["--home", str(folder / "home"), "run", "minmax-w8a8", "--model", model, *words]) == 0
+    assert Noting.score is not None
+    return Noting.score
+
+
+@pytest.fixture(scope="module")
+def answers(score_call: TaskCall, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What the code of each toy prints, in a copy of all packages, compiled as far as they are, with all toys in it."""
+    copy = tmp_path_factory.mktemp("copy")
+    for package in PACKAGES:
+        # What another process is writing has a number behind its name, and may be gone.
+        shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("*.pyc.*"))
+    for changes in (KEY, {**METHOD, **KIND}, METRIC):
+        write(copy, changes)
+    codes = {"key": KEY_IS_THERE, "method": METHOD_IS_THERE, "metric": METRIC_IS_THERE}
+    code = PRELUDE + "".join(f'print("## {name}")\n{own}' for name, own in codes.items())
+    told = {"PYTHONPATH": str(copy), "RECORDED": str(RECORDED), "SCORE": json.dumps(score_call.to_json())}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--import-mode=importlib", "tests/workers/tasks/test_toy.py"],
-        cwd=copy,
-        env=os.environ | {"PYTHONPATH": str(copy)},
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", code], cwd=copy, env=os.environ | told, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout
+    assert done.returncode == 0, done.stderr
+    parts = re.split(r"^## (\w+)\n", done.stdout, flags=re.MULTILINE)[1:]
+    return {name: printed.splitlines() for name, printed in zip(parts[::2], parts[1::2], strict=True)}

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from orchestrator.cli.main import run_cli
+from tests.orchestrator.cli.test_search import write_model
 from tests.orchestrator.in_process import InProcess
 from workers.storage.manifest import read_manifest
 from workers.storage.store import open_store
@@ -302,15 +303,16 @@ def test_report(cli: Cli, done: dict[str, Any], tmp_path: Path) -> None:
     assert cli("report", done["job"], "--out", tmp_path / "no" / "report.html").code == 2
 
 
-@pytest.mark.usefixtures("with_digits", "without_ray")
+@pytest.mark.usefixtures("without_ray")
 def test_report_shows_what_the_passes_did(cli: Cli, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "little", 0)
     passes = {
         "activations.step_bits": "{method: snr, target_mean: 6.0, choices: [4, 8]}",
         "passes.temporal": "{method: closed_form}",
         "passes.correct": "{seeds: 4, held_out_seeds: 2, shard_seeds: 3}",
     }
     words = [word for name, value in passes.items() for word in ("--set", f"{name}={value}")]
-    answer = cli("run", "fast-w4a8", "--model", "digits", *SET, *words, "--json")
+    answer = cli("run", "fast-w4a8", "--model", model, *SET, *words, "--json")
     assert answer.code == 0, answer.err
     path = tmp_path / "report.html"
     assert cli("report", answer.json["job"], "--out", path).code == 0

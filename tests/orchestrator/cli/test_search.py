@@ -171,7 +171,7 @@ def test_a_search_that_is_killed_again_and_again_ends_with_the_same_front(
     finished: Path, home: Path, cli: Cli, place: Path, without_ray: None, warm: Warm
 ):
     spec = write_spec(place)
-    for wanted in (2, 12, 24):
+    for wanted in (2, 16):
         process = warm.start_python(IN_PROCESS, ["--home", str(home), "search", "run", str(spec), "--json"])
         while process.is_running() and results(home) < wanted:
             time.sleep(0.02)

@@ -205,6 +205,7 @@ def test_memory_that_rays_own_watch_found_used_up_is_a_fault_of_memory() -> None
     assert fault_of(WorkerCrashedError()) is Fault.TASK
 
 
+@pytest.mark.slow  # from the command line: tests/orchestrator/cli/test_devices.py
 def test_deterministic_job_stays_on_one_type(raylets: Raylets, service: Service, scheduler: Scheduler) -> None:
     nodes = [on_gpu(f"task {number}", 30) for number in range(3)]
     job = submit(service.database, [*nodes, noop("last", *nodes)], asked={"deterministic": True})

@@ -17,6 +17,9 @@ depends_on = None
 JSON = sa.JSON(none_as_null=True)
 DOUBLE = sa.Float(precision=53)
 
+# Tasks of nearly the same size are one group.
+_MEMORY_STEP = 256 << 20
+
 
 def upgrade() -> None:
     """Add columns and tables; timings so far are of CPUs."""
@@ -262,7 +265,7 @@ def _make_timings(*, with_device: bool) -> None:
 
 
 def _name_needs() -> None:
-    """Name what the tasks ask for that are not over, as `orchestrator.db.enqueue.needs_of` does for new ones."""
+    """Name what the tasks ask for that are not over, much as `orchestrator.db.enqueue.needs_of` does for new ones."""
     unfinished = "state IN ('blocked', 'queued', 'running', 'failed', 'cancelled')"
     asked = op.get_bind().execute(sa.text(f"SELECT DISTINCT cpus, gpus, memory_bytes FROM tasks WHERE {unfinished}"))
     for cpus, gpus, memory in asked.all():
@@ -270,7 +273,7 @@ def _name_needs() -> None:
             f"UPDATE tasks SET needs = :needs WHERE {unfinished} "
             "AND cpus = :cpus AND gpus = :gpus AND memory_bytes = :memory"
         )
-        needs = f"{cpus}/{gpus}/{memory}/0/auto/None"
+        needs = f"{cpus}/{gpus}/{-(-memory // _MEMORY_STEP)}/0/auto/None"
         op.execute(statement.bindparams(needs=needs, cpus=cpus, gpus=gpus, memory=memory))
 
 

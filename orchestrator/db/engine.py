@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    InvalidatePoolError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from orchestrator.db.limits import SERVER_LIMITS, SOCKET_LIMITS, Patience, Wait
+from orchestrator.db.sql import driver_error
 from orchestrator.errors import (
     ConflictError,
     DatabaseError,
@@ -113,7 +121,6 @@ def make_engine(url: URL, patience: Patience, *, create: bool = False) -> Engine
     engine = create_engine(
         url,
         json_serializer=_dump,
-        pool_pre_ping=True,
         pool_size=5,
         max_overflow=20,
         connect_args={"application_name": "quantmill", **SOCKET_LIMITS},
@@ -129,6 +136,17 @@ def make_engine(url: URL, patience: Patience, *, create: bool = False) -> Engine
             text = _without_password(" ".join(str(error).split()) or type(error).__name__, url)
             # Not `from error`, for the same reason as the text is looked through.
             raise DatabaseUnreachableError(f"database {shown_location(url)}: cannot be reached ({text})") from None
+
+    @event.listens_for(engine, "checkout")
+    def _find_gone(connection: Any, record: Any, proxy: Any) -> None:
+        # Not in between the transactions of tasks, which follow each other at once.
+        if connection.is_surely_there():
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error:
+            # Nor are the others, which were made before: new ones are.
+            raise InvalidatePoolError from None
 
     @event.listens_for(engine, "connect")
     def _limit(connection: Any, record: Any) -> None:
@@ -170,12 +188,15 @@ def _sqlite_engine(url: URL, patience: Patience, *, create: bool) -> Engine:
 def _begin_sqlite(connection: Connection, statement: str, patience: Patience) -> None:
     """Begin a transaction, waiting for others' to end; one whose process was stopped may last for ever."""
     wait = Wait(patience, BUSY_SECONDS)
+    driver: Any = connection.connection.driver_connection
     while True:
         try:
-            connection.exec_driver_sql(statement)
-        except OperationalError as error:
-            if getattr(error.orig, "sqlite_errorname", "") != "SQLITE_BUSY" or wait.is_over():
-                raise
+            driver.execute(statement)
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorname", "") != "SQLITE_BUSY" or wait.is_over():
+                raise driver_error(connection, statement, error) from error
+        except sqlite3.Error as error:
+            raise driver_error(connection, statement, error) from error
         else:
             return
 

@@ -30,7 +30,7 @@ from orchestrator.errors import GraphError, NotFoundError
 from orchestrator.graph import TaskNode, inputs_json
 from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEvent, TaskState
 from quant_spec.errors import InvalidInputError
-from workers.execution.cluster import MEMORY_STEP
+from workers.execution.cluster import MEMORY_STEP, in_steps
 
 _BLOCKED = TaskState.BLOCKED.value
 _PRESENT = statement("SELECT tasks.id FROM {given} JOIN tasks ON tasks.id = given.id", {"id": "text"})
@@ -240,7 +240,7 @@ def needs_of(
 
     Memory counts in steps, as for placement: tasks of layers of many sizes would else be as many groups.
     """
-    steps = (-(-memory_bytes // MEMORY_STEP), -(-gpu_memory_bytes // MEMORY_STEP))
+    steps = [in_steps(memory) // MEMORY_STEP for memory in (memory_bytes, gpu_memory_bytes)]
     return f"{float(cpus)}/{float(gpus)}/{steps[0]}/{steps[1]}/{device}/{gpu_type}"
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from orchestrator.db.sql import dump, is_postgres, rows_json, run, statement
+from orchestrator.db.sql import dump, is_postgres, rows_json, send, statement
 
 #: How long a reader waits for writers that have begun to write events and have not committed.
 PATIENCE_SECONDS = 1.0
@@ -77,7 +77,7 @@ def write_events(session: Session) -> None:
     """Write the noted events; the commit must follow at once."""
     noted = session.info["events"]
     if noted:
-        run(session, _WRITE, given=rows_json([each | {"n": number} for number, each in enumerate(noted)]))
+        send(session, _WRITE, given=rows_json([each | {"n": number} for number, each in enumerate(noted)]))
 
 
 def last_settled_event(session: Session) -> int | None:

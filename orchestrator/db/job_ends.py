@@ -79,9 +79,22 @@ def _succeed(
 def _when_stopped() -> ColumnElement[float]:
     """Until when the holder of a cancelled task may go on: it learns of the cancelling when it renews its lease.
 
-    Whoever revives the task before then leaves it to wait, so that it never runs twice at once.
+    Whoever revives the task before then leaves it to wait, so that it never runs twice at once; nor does it if it is
+    cancelled and revived once more meanwhile. A wait after a fault is forgotten: that attempt has ended.
     """
-    return case((in_states(Task.state, [TaskState.RUNNING]), Task.lease_until), else_=0.0)
+    ended_badly = Task.error.is_not(None)
+    return case(
+        (in_states(Task.state, [TaskState.RUNNING]), Task.lease_until), (ended_badly, 0.0), else_=Task.not_before
+    )
+
+
+def _let_twins_wait(session: Session, until: Mapping[str, float]) -> None:
+    """Let queued tasks of other ids that ask for the same results wait as the cancelled ones would."""
+    for batch in batches(until):
+        twins = (in_states(Task.state, [TaskState.QUEUED]), Task.key.in_(batch))
+        later = case(until, value=Task.key)
+        statement = update(Task).where(*twins, Task.not_before < later).values(not_before=later)
+        session.execute(statement, execution_options={"synchronize_session": False})
 
 
 def _drop_tasks(session: Session, jobs: Sequence[str]) -> None:
@@ -97,8 +110,10 @@ def _drop_tasks(session: Session, jobs: Sequence[str]) -> None:
         .scalar_subquery()
     )
     statement = move_task(TaskEvent.CANCEL).where(*unfinished, others.is_(None)).values(not_before=_when_stopped())
-    for row in session.execute(statement.returning(Task.id, Task.attempt)).all():
+    cancelled = session.execute(statement.returning(Task.id, Task.attempt, Task.key, Task.not_before)).all()
+    for row in cancelled:
         record_event(session, TaskEvent.CANCEL, task=row.id, attempt=row.attempt)
+    _let_twins_wait(session, {row.key: row.not_before for row in cancelled if row.key and row.not_before > 0})
     session.execute(
         update(Task).where(*unfinished).values(priority=others).execution_options(synchronize_session=False)
     )

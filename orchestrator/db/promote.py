@@ -9,7 +9,7 @@ All of it runs under `lock_graph` or, where tasks merely finish, under `share_gr
   of one reader count one after the other, and the second, which promotes it, sees what the first recorded.
 * Who records a result of a key, and who gives a key to a task, holds that key's advisory lock (`KEY_LOCK`) from before
   he looks at what the other may have done: either the task finds the result recorded, or the result finds the task
-  queued (`_FOLLOWERS`). Otherwise both could miss each other.
+  queued (`_LOOK_AROUND`). Otherwise both could miss each other.
 * What reaches further than the readers of the finished tasks (a result that is recorded already, another task of the
   same key, a job that ends) is left to one who is alone: `need_graph`.
 
@@ -32,7 +32,7 @@ from orchestrator.db.event_log import record_event
 from orchestrator.db.job_ends import fail_jobs_that_need, succeed_jobs
 from orchestrator.db.models import JobTask, Task, TaskInput, in_states, sql_list
 from orchestrator.db.session import is_alone, need_graph, note_ready
-from orchestrator.db.sql import dump, read_json, rows_json, run, run_together, statement
+from orchestrator.db.sql import Statement, dump, read_json, rows_json, run, run_together, statement
 from orchestrator.db.statements import batches, move_task, sources, target
 from orchestrator.states import ACTIVE_JOBS, TaskEvent, TaskState
 from quant_spec.keys import task_key
@@ -74,22 +74,35 @@ _SELECT_READY = statement(
     """,
     {"id": "text"},
 )
-_FOLLOWERS = statement(
-    f"""
-    SELECT EXISTS (
-        SELECT 1 FROM {{given}} JOIN tasks ON tasks.key = given.key AND tasks.state = '{TaskState.QUEUED.value}'
-    ) AS twins, EXISTS (
-        SELECT 1 FROM {{given}} JOIN jobs ON jobs.target_task = given.id WHERE jobs.state IN ({sql_list(ACTIVE_JOBS)})
-    ) AS jobs
-    """,
-    {"id": "text", "key": "text"},
-)
 _OUTPUTS = statement(
     """
     SELECT tasks.id, results.outputs
     FROM {given} JOIN tasks ON tasks.id = given.id JOIN results ON results.key = tasks.key
     """,
     {"id": "text"},
+)
+# What follows beside that: whether others wait for the same results, or jobs for these tasks; and the outputs of all
+# that the tasks read which are ready now, each once, however many read it.
+_AFTERMATH = f"""
+    SELECT EXISTS (
+        SELECT 1 FROM {{given}} JOIN tasks AS own ON own.id = given.id
+        JOIN tasks ON tasks.key = own.key AND tasks.state = '{TaskState.QUEUED.value}'
+    ) AS twins, EXISTS (
+        SELECT 1 FROM {{given}} JOIN jobs ON jobs.target_task = given.id WHERE jobs.state IN ({sql_list(ACTIVE_JOBS)})
+    ) AS jobs, (
+        SELECT %s FROM (
+            SELECT DISTINCT inputs.source_id FROM {{given}}
+            JOIN task_inputs AS edges ON edges.source_id = given.id
+            JOIN tasks AS readers ON readers.id = edges.task_id AND readers.waiting = 0
+                 AND readers.state {sources(TaskEvent.PROMOTE)}
+            JOIN task_inputs AS inputs ON inputs.task_id = readers.id
+        ) AS wanted JOIN tasks ON tasks.id = wanted.source_id JOIN results ON results.key = tasks.key
+    ) AS outputs
+"""
+_LOOK_AROUND = statement(
+    _AFTERMATH % "json_group_object(tasks.id, json(results.outputs))",
+    {"id": "text"},
+    postgres=_AFTERMATH % "json_object_agg(tasks.id, results.outputs)",
 )
 # On SQLite, where whoever writes is alone, not used.
 _LOCK_KEYS = statement(
@@ -147,18 +160,29 @@ class _Ready:
 
 def complete_finished(session: Session, keys: Mapping[str, str]) -> None:
     """Draw every consequence of the success of tasks whose results have just been recorded; `keys` is by task."""
-    given = rows_json([{"id": task, "key": key} for task, key in keys.items()])
-    (followers,), counted = run_together(session, (_FOLLOWERS, {"given": given}), (_COUNT_DOWN, {"given": given}))
-    if followers.twins or followers.jobs:
+    draw_consequences(session, keys, *run_together(session, *consequences(list(keys))))
+
+
+def consequences(tasks: Sequence[str]) -> list[tuple[Statement, Mapping[str, Any]]]:
+    """Return the statements that count down, and look around, after tasks have succeeded; for `draw_consequences`."""
+    given = {"given": _ids(tasks)}
+    return [(_COUNT_DOWN, given), (_LOOK_AROUND, given)]
+
+
+def draw_consequences(session: Session, keys: Mapping[str, str], counted: Sequence[Any], around: Sequence[Any]) -> None:
+    """Draw every consequence of the success of tasks, from the answers to `consequences`; `keys` is by task."""
+    (found,) = around
+    if found.twins or found.jobs:
         need_graph(session)
-    twins = mark_twins_cached(session, list(keys.values())) if followers.twins else []
+    twins = mark_twins_cached(session, list(keys.values())) if found.twins else []
     ready = [*_ready_rows(counted), *_count_down(session, twins)]
-    _complete(session, [*keys, *twins], ready, ends_jobs=bool(twins or followers.jobs))
+    known = read_json(found.outputs) or {}
+    _complete(session, [*keys, *twins], ready, known, ends_jobs=bool(twins or found.jobs))
 
 
 def complete(session: Session, done: Sequence[str], ready: Sequence[str] = ()) -> None:
     """Draw every consequence of the success of the tasks `done`, and of the tasks `ready` having all inputs."""
-    _complete(session, done, [*_select_ready(session, ready), *_count_down(session, done)], ends_jobs=True)
+    _complete(session, done, [*_select_ready(session, ready), *_count_down(session, done)], {}, ends_jobs=True)
 
 
 def queue_new(session: Session, tasks: Sequence[str]) -> None:
@@ -173,13 +197,23 @@ def queue_new(session: Session, tasks: Sequence[str]) -> None:
     complete(session, cached)
 
 
-def _complete(session: Session, done: Sequence[str], ready: Sequence[_Ready], *, ends_jobs: bool) -> None:
-    """Queue tasks that have all inputs, go on with those whose results are recorded, and end jobs."""
+def _complete(
+    session: Session,
+    done: Sequence[str],
+    ready: Sequence[_Ready],
+    known: Mapping[str, Mapping[str, str]],
+    *,
+    ends_jobs: bool,
+) -> None:
+    """Queue tasks that have all inputs, go on with those whose results are recorded, and end jobs.
+
+    `known` are outputs of some of the tasks that these read, by task.
+    """
     finished, pending = list(done), ready
     while pending:
         cached: list[str] = []
         for batch in batches(pending):
-            cached += _promote(session, batch)
+            cached += _promote(session, batch, known)
         finished += cached
         pending = _count_down(session, cached)
     if ends_jobs or len(finished) > len(done):
@@ -237,9 +271,10 @@ def _ready(row: Any) -> _Ready:
     return _Ready(row.seq, row.id, row.kind, row.version, read_json(row.params), read_json(row.inputs))
 
 
-def _promote(session: Session, ready: Sequence[_Ready]) -> list[str]:
+def _promote(session: Session, ready: Sequence[_Ready], known: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Give ready tasks their keys and queue them; return those whose results were recorded already."""
-    outputs = _outputs(session, {item["task"] for task in ready for item in _references(task.inputs)})
+    read = {item["task"] for task in ready for item in _references(task.inputs)}
+    outputs = {**known, **_outputs(session, read - known.keys())}
     changes: list[dict[str, Any]] = []
     broken: list[tuple[str, str]] = []
     for task in ready:
@@ -302,7 +337,7 @@ def _references(inputs: dict[str, list[Any]]) -> list[dict[str, str]]:
     return [item for items in inputs.values() for item in items if isinstance(item, dict)]
 
 
-def _resolve(inputs: dict[str, list[Any]], outputs: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+def _resolve(inputs: dict[str, list[Any]], outputs: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
     """Put digests in place of references."""
     return {
         name: [outputs[item["task"]][item["output"]] if isinstance(item, dict) else item for item in items]

@@ -28,7 +28,7 @@ from orchestrator.db.event_log import record_event as record_event
 from orchestrator.db.event_log import write_events
 from orchestrator.db.limits import Patience
 from orchestrator.db.models import REVISIONS
-from orchestrator.db.sql import is_postgres
+from orchestrator.db.sql import Direct, direct, is_postgres, send, statement
 from orchestrator.errors import ConflictError, DatabaseUnreachableError, SchemaError
 from workers.storage.private import make_private, make_private_file
 from workers.urls import SecretUrl
@@ -38,6 +38,8 @@ _GRAPH_LOCK, _ENQUEUE_LOCK, _SCHEMA_LOCK = (0x514D0000 + number for number in (0
 
 #: Postgres' channel on which orchestrators are woken.
 CHANNEL = "quantmill"
+_NOTIFY = statement(f"NOTIFY {CHANNEL}")
+_SAVEPOINT, _SHARE = statement("SAVEPOINT shared"), statement(f"SELECT pg_advisory_xact_lock_shared({_GRAPH_LOCK})")
 #: How often a transaction is tried that others get in the way of.
 CONFLICTS = 10
 
@@ -87,7 +89,7 @@ class Database:
         return shown_location(self.location)
 
     @contextmanager
-    def session(self, *, read_only: bool = False) -> Iterator[Session]:
+    def session(self, *, read_only: bool = False, ahead: bool = False) -> Iterator[Session]:
         """Run one transaction.
 
         Parameters
@@ -95,21 +97,31 @@ class Database:
         read_only
             Take no lock that a writer would wait for; statements that write are refused by Postgres and must not be
             made on SQLite.
+        ahead
+            Send statements without waiting for answers that nobody has asked for, where the database can.
 
         Raises
         ------
         DatabaseError
             For whatever the driver raised; the transaction was rolled back.
         """
-        with converted_errors(self.location), Session(self._reader if read_only else self.engine) as session:
-            session.info["events"] = []
-            yield session
-            write_events(session)
-            if "news" in session.info:
-                session.connection().exec_driver_sql(f"NOTIFY {CHANNEL}")
+        engine = self._reader if read_only else self.engine
+        # The transaction is the connection's, which the session joins where a statement of SQLAlchemy's needs it: most
+        # that are made for every task do not.
+        with converted_errors(self.location), engine.connect() as connection, connection.begin() as transaction:
+            with Session(connection) as session:
+                way = Direct(connection)
+                session.info |= {"events": [], "direct": way}
+                if ahead and way.is_postgres:
+                    way.driver.send_ahead()
+                yield session
+                write_events(session)
+                if "news" in session.info:
+                    send(session, _NOTIFY)
             if self.commit_hook is not None:
                 self.commit_hook("before")
-            session.commit()
+            if transaction.is_active:
+                transaction.commit()
             if self.commit_hook is not None:
                 self.commit_hook("after")
 
@@ -123,12 +135,12 @@ class Database:
         """
         for _ in range(CONFLICTS - 1):
             try:
-                with self.session() as session:
+                with self.session(ahead=True) as session:
                     return work(session)
             except ConflictError:
                 # Not all at the same moment again.
                 time.sleep(random.uniform(0.0, 0.01))
-        with self.session() as session:
+        with self.session(ahead=True) as session:
             return work(session)
 
     def close(self) -> None:
@@ -188,7 +200,11 @@ def trying_shared(session: Session) -> Iterator[None]:
         yield
         return
     noted = len(session.info["events"])
-    session.connection().exec_driver_sql(f"SAVEPOINT shared; SELECT pg_advisory_xact_lock_shared({_GRAPH_LOCK})")
+    if direct(session).is_ahead:
+        send(session, _SAVEPOINT)
+        send(session, _SHARE)
+    else:
+        session.connection().exec_driver_sql(f"SAVEPOINT shared; SELECT pg_advisory_xact_lock_shared({_GRAPH_LOCK})")
     try:
         yield
     except GraphNeededError:

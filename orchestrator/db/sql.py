@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import namedtuple
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -68,15 +68,24 @@ def _compose(template: str, dialect: str, given: Mapping[str, str]) -> TextClaus
 
 
 def run(session: Session, statement: Statement, **parameters: Any) -> list[Any]:
-    """Execute a statement in the session's transaction and return its rows, named tuples.
+    """Execute a statement that returns rows in the session's transaction, and return them as named tuples.
 
     The driver is called directly: around a statement of 20 microseconds SQLAlchemy does 50 microseconds of work.
     """
-    connection = _connection(session)
-    with _errors(connection, "a statement"):
-        if is_postgres(session):
-            return _rows(_execute(connection, statement.postgresql, parameters))
-        return _rows(_execute(connection, statement.sqlite, parameters))
+    way = direct(session)
+    try:
+        return way.rows(*way.execute(statement, parameters))
+    except way.error as error:
+        raise driver_error(way.connection, "a statement", error) from error
+
+
+def send(session: Session, statement: Statement, **parameters: Any) -> None:
+    """Execute a statement of which no rows are wanted; where statements are sent ahead, without waiting for it."""
+    way = direct(session)
+    try:
+        way.execute(statement, parameters)
+    except way.error as error:
+        raise driver_error(way.connection, "a statement", error) from error
 
 
 def run_together(session: Session, *calls: tuple[Statement, Mapping[str, Any]]) -> list[list[Any]]:
@@ -86,44 +95,72 @@ def run_together(session: Session, *calls: tuple[Statement, Mapping[str, Any]]) 
     """
     if not is_postgres(session):
         return [run(session, call, **parameters) for call, parameters in calls]
-    connection = _connection(session)
-    driver: Any = connection.connection.driver_connection
-    with _errors(connection, "several statements"), driver.pipeline():
-        cursors = [_execute(connection, call.postgresql, parameters) for call, parameters in calls]
-        # What a statement gives is known when its answer is there, which the first fetch waits for.
-        return [_named(cursor, cursor.fetchall()) for cursor in cursors]
+    way = direct(session)
+    try:
+        with nullcontext() if way.is_ahead else way.driver.pipeline():
+            cursors = [way.execute(call, parameters) for call, parameters in calls]
+            # What a statement gives is known when its answer is there, which the first fetch waits for.
+            return [way.rows(*each) for each in cursors]
+    except way.error as error:
+        raise driver_error(way.connection, "several statements", error) from error
 
 
-def _connection(session: Session) -> Connection:
-    """Return the connection of a session's only transaction."""
-    found: Connection | None = session.info.get("connection")
+class Direct:
+    """The way to the driver of a session's only transaction."""
+
+    __slots__ = ("_after", "_before", "connection", "driver", "error", "is_postgres")
+
+    def __init__(self, connection: Connection) -> None:
+        """Go through a connection that is in a transaction."""
+        self.connection = connection
+        self.driver: Any = connection.connection.driver_connection
+        self.error: type[Exception] = connection.dialect.loaded_dbapi.Error
+        self.is_postgres = connection.dialect.name == POSTGRES
+        # Those who listen to the engine's statements hear of these too.
+        self._before = list(connection.dispatch.before_cursor_execute)
+        self._after = list(connection.dispatch.after_cursor_execute)
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether statements are sent ahead (`PatientConnection.send_ahead`)."""
+        return bool(self.is_postgres and self.driver.is_ahead)
+
+    def execute(self, statement: Statement, parameters: Mapping[str, Any]) -> tuple[str, Any]:
+        """Execute a statement; return it as the driver reads it, and its cursor."""
+        if self.is_postgres:
+            written = _driver_text(statement.postgresql, POSTGRES)
+            cursor = self.driver.ahead_cursor() if self.driver.is_ahead else self.driver.cursor()
+        else:
+            written = _driver_text(statement.sqlite, "sqlite")
+            cursor = self.driver.cursor()
+        for hook in self._before:
+            hook(self.connection, cursor, written, parameters, None, False)
+        cursor.execute(written, parameters)
+        for hook in self._after:
+            hook(self.connection, cursor, written, parameters, None, False)
+        return written, cursor
+
+    def rows(self, written: str, cursor: Any) -> list[Any]:
+        """Return what a statement gave, as named tuples."""
+        rows = cursor.fetchall()
+        row = _ROWS.get(written)
+        if row is None:
+            row = _ROWS[written] = _row_type(tuple(column[0] for column in cursor.description))
+        if self.is_ahead:
+            self.driver.give_back(cursor)
+        return list(map(row._make, rows))
+
+
+#: Statement, as a driver reads it, to the type of its rows: drivers make a description anew whenever it is looked at.
+_ROWS: dict[str, Any] = {}
+
+
+def direct(session: Session) -> Direct:
+    """Return the way to the driver of a session's transaction."""
+    found: Direct | None = session.info.get("direct")
     if found is None:
-        found = session.info["connection"] = session.connection()
+        found = session.info["direct"] = Direct(session.connection())
     return found
-
-
-def _execute(connection: Connection, statement: TextClause, parameters: Mapping[str, Any]) -> Any:
-    """Execute a statement by the driver, and return its cursor."""
-    driver: Any = connection.connection.driver_connection
-    written = _driver_text(statement, connection.dialect.name)
-    cursor = driver.cursor()
-    hooks = connection.dispatch
-    for hook in hooks.before_cursor_execute:
-        hook(connection, cursor, written, parameters, None, False)
-    cursor.execute(written, parameters)
-    for hook in hooks.after_cursor_execute:
-        hook(connection, cursor, written, parameters, None, False)
-    return cursor
-
-
-def _rows(cursor: Any) -> list[Any]:
-    """Return what a statement gave, as named tuples."""
-    return [] if cursor.description is None else _named(cursor, cursor.fetchall())
-
-
-def _named(cursor: Any, rows: Sequence[Sequence[Any]]) -> list[Any]:
-    row = _row_type(tuple(column[0] for column in cursor.description))
-    return list(map(row._make, rows))
 
 
 @cache
@@ -131,21 +168,22 @@ def _row_type(names: tuple[str, ...]) -> Any:
     return namedtuple("Row", names)
 
 
-@contextmanager
-def _errors(connection: Connection, what: str) -> Iterator[None]:
-    """Raise the driver's errors as SQLAlchemy does; a connection that is gone is not used again."""
-    try:
-        yield
-    except connection.dialect.loaded_dbapi.Error as error:
-        driver: Any = connection.connection.driver_connection
-        is_gone = bool(getattr(driver, "closed", False))
-        base = connection.dialect.loaded_dbapi.Error
-        raised = DBAPIError.instance(
-            what, None, error, base, connection_invalidated=is_gone, dialect=connection.dialect
-        )
-        if is_gone:
-            connection.invalidate()
-        raise raised from error
+def driver_error(connection: Connection, what: str, error: Exception) -> DBAPIError:
+    """Return a driver's error as SQLAlchemy raises it; a connection that is gone is not used again."""
+    driver: Any = connection.connection.driver_connection
+    is_gone = bool(getattr(driver, "closed", False))
+    raised = DBAPIError.instance(
+        what,
+        None,
+        error,
+        connection.dialect.loaded_dbapi.Error,
+        connection_invalidated=is_gone,
+        dialect=connection.dialect,
+    )
+    if is_gone:
+        connection.invalidate()
+    assert isinstance(raised, DBAPIError)
+    return raised
 
 
 def copy_rows(session: Session, into: str, rows: Sequence[Sequence[Any]]) -> None:
@@ -184,10 +222,7 @@ def _driver_text(statement: TextClause, dialect: str) -> str:
 
 def is_postgres(session: Session) -> bool:
     """Say whether the session's database is Postgres."""
-    found: bool | None = session.info.get("postgres")
-    if found is None:
-        found = session.info["postgres"] = session.get_bind().dialect.name == POSTGRES
-    return found
+    return direct(session).is_postgres
 
 
 def rows_json(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.models import Base, Job, Task, in_states, sql_list
 from orchestrator.db.rows import Lease
-from orchestrator.db.sql import Statement, copy_rows, is_postgres, rows_json, run, statement
+from orchestrator.db.sql import Statement, copy_rows, is_postgres, rows_json, send, statement
 from orchestrator.states import (
     ACTIVE_JOBS,
     JOB_TRANSITIONS,
@@ -114,7 +114,7 @@ def insert_rows(
     insertion = _insertion(table, columns, maybe)
     for batch in batches(rows):
         given = [{"n": number, **dict(zip(columns, row, strict=True))} for number, row in enumerate(batch)]
-        run(session, insertion, given=rows_json(given))
+        send(session, insertion, given=rows_json(given))
 
 
 @cache

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from orchestrator.db.rows import Candidate, Timing, Wishes
 from orchestrator.graph import Resources
 from orchestrator.planning.estimate import learned_memory
-from workers.execution.cluster import CPU, CUDA, MEMORY_STEP, Node, version_problem
+from workers.execution.cluster import CPU, CUDA, Node, in_steps, version_problem
 
 #: A share of a GPU is a multiple of this; more than `_WHOLE_FROM` of one is the whole.
 STEP = 1 / 16
@@ -253,6 +253,8 @@ def _on(node: Node, task: Candidate, device: str, gpus: float, learned: Learned)
     if device == CUDA:
         # What the CPUs and memory beside a GPU cannot hold in full is still best run there.
         cpus, memory = min(cpus, node.cpus), min(memory, node.memory_bytes)
+    # As the executor gives it out; so tasks of nearly the same size take each other's place.
+    memory = max(memory, min(in_steps(memory), node.memory_bytes))
     return Placement(node.id, node.host, device, cpus, memory, gpus, gpu_type)
 
 
@@ -273,14 +275,10 @@ class _Free:
     def take(self, placement: Placement) -> None:
         """Occupy what a running task does."""
         self.cpus -= placement.cpus
-        self.memory -= self._given(placement)
+        self.memory -= placement.memory_bytes
         each = min(placement.gpus, 1.0)
         for slot in placement.slots:
             self.slots[slot] -= each
-
-    def _given(self, placement: Placement) -> int:
-        """Return the memory that the executor gives a task: in steps, and no more than there is."""
-        return min(math.ceil(placement.memory_bytes / MEMORY_STEP) * MEMORY_STEP, self.node.memory_bytes)
 
     def slots_for(self, option: Placement) -> tuple[int, ...] | None:
         """Return the GPUs that a task would get: the fullest that has the share, or as many empty ones; else None."""
@@ -296,7 +294,7 @@ class _Free:
         """Return the GPUs of a task that can start now, () if it takes none; None if it cannot."""
         idle = self.node.cpus == self.cpus
         beside = 0.0 if option.device == CUDA or idle else self.beside
-        if self.cpus - option.cpus < beside or self.memory < self._given(option):
+        if self.cpus - option.cpus < beside or self.memory < option.memory_bytes:
             return None
         return self.slots_for(option)
 
@@ -306,7 +304,7 @@ class _Free:
         if option.device == CUDA:
             there = max(self.slots) if option.gpus <= 1 else float(sum(left >= 1 for left in self.slots))
             gpus = max(0.0, option.gpus - there)
-        return gpus + max(0.0, option.cpus - self.cpus), max(0.0, self._given(option) - self.memory)
+        return gpus + max(0.0, option.cpus - self.cpus), max(0.0, option.memory_bytes - self.memory)
 
 
 class _Cluster:

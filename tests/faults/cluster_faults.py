@@ -178,7 +178,7 @@ class StoreServer(Fault):
 
 @dataclass(frozen=True, slots=True)
 class StoreSpoiled(Fault):
-    """The store refuses, hangs, answers 503, cuts uploads, or gives other bytes, for a while."""
+    """The store refuses, hangs, answers 503, is full, cuts uploads, or gives other bytes, for a while."""
 
     only_waits: ClassVar[bool] = True
     mode: str
@@ -191,7 +191,7 @@ class StoreSpoiled(Fault):
     @classmethod
     def draw(cls, dice: random.Random) -> StoreSpoiled:
         """Draw one."""
-        modes = (Mode.REFUSE, Mode.HANG, Mode.UNAVAILABLE, Mode.CUT, Mode.CORRUPT)
+        modes = (Mode.REFUSE, Mode.HANG, Mode.UNAVAILABLE, Mode.FULL, Mode.CUT, Mode.CORRUPT)
         return cls(dice.choice(modes).value, _seconds(dice))
 
 

@@ -21,6 +21,7 @@ class Mode(StrEnum):
     REFUSE = "refuse"  # closed at once
     HANG = "hang"  # open, and nothing moves in either direction
     UNAVAILABLE = "unavailable"  # HTTP: every request is answered with 503
+    FULL = "full"  # HTTP: what would be stored is answered with 507, the rest passes
     CUT = "cut"  # closed after some bytes have gone up
     CORRUPT = "corrupt"  # HTTP: a byte of each answer's body is another
 
@@ -44,7 +45,7 @@ class Proxy:
         """Change what becomes of connections; `cut_after` bytes have gone up when one is cut."""
         with self._lock:
             self._mode, self._cut_after = mode, cut_after
-            if mode in (Mode.REFUSE, Mode.UNAVAILABLE):
+            if mode in (Mode.REFUSE, Mode.UNAVAILABLE, Mode.FULL):
                 # Connections that are kept open would go around it.
                 for each in list(self._open):
                     _end(each)
@@ -69,7 +70,7 @@ class Proxy:
                 return
             if self._mode is Mode.UNAVAILABLE:
                 self.spoiled += 1
-                _answer_unavailable(client)
+                _refuse_request(client, b"", "503 Service Unavailable", "ServiceUnavailable")
                 return
             try:
                 server = self._connect()
@@ -101,6 +102,10 @@ class Proxy:
             while data := source.recv(_CHUNK):
                 while self._mode is Mode.HANG:
                     time.sleep(_PAUSE)
+                if self._mode is Mode.FULL and up and data.startswith((b"PUT ", b"POST ")):
+                    self.spoiled += 1
+                    _refuse_request(source, data, "507 Insufficient Storage", "InsufficientStorage")
+                    break
                 if self._mode is Mode.CUT and up:
                     moved += len(data)
                     if moved > self._cut_after:
@@ -137,15 +142,15 @@ class Proxy:
         self.set(Mode.REFUSE)
 
 
-def _answer_unavailable(client: socket.socket) -> None:
-    """Answer each request of a connection with 503."""
+def _refuse_request(client: socket.socket, begun: bytes, status: str, code: str) -> None:
+    """Answer a request, of which some bytes have come, with an error of S3, and let no other come."""
     client.settimeout(5.0)
     with suppress(OSError):
-        request = b""
+        request = begun
         while b"\r\n\r\n" not in request and (data := client.recv(_CHUNK)):
             request += data
-        body = b"<Error><Code>ServiceUnavailable</Code><Message>faults</Message></Error>"
-        head = f"HTTP/1.1 503 Service Unavailable\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+        body = f"<Error><Code>{code}</Code><Message>faults</Message></Error>".encode()
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
         client.sendall(head.encode() + b"Content-Type: application/xml\r\n\r\n" + body)
         # What the client still sends would else reset the connection before it has read the answer.
         client.shutdown(socket.SHUT_WR)

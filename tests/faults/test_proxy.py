@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.faults.proxy import Mode, Proxy
-from workers.errors import DigestMismatchError, StoreError
+from workers.errors import DigestMismatchError, StoreError, StoreFullError
 from workers.storage.store import Store, open_store
 
 
@@ -58,6 +58,17 @@ def test_store_that_does_not_serve_is_an_error_until_it_does(proxy: Proxy, store
     assert proxy.spoiled > 0
     proxy.set(Mode.PASS)
     assert store.get_bytes(digest) == b"some bytes"
+
+
+def test_store_that_is_full_is_read_and_takes_nothing(proxy: Proxy, store: Store) -> None:
+    digest = store.put_bytes(b"some bytes")
+    proxy.set(Mode.FULL)
+    assert store.get_bytes(digest) == b"some bytes"
+    with pytest.raises(StoreFullError):
+        store.put_bytes(b"others")
+    assert proxy.spoiled > 0
+    proxy.set(Mode.PASS)
+    assert store.get_bytes(store.put_bytes(b"others")) == b"others"
 
 
 def test_upload_that_is_cut_leaves_nothing(proxy: Proxy, store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -17,8 +18,18 @@ LOGICAL_GPU_GIB = "QUANTMILL_LOGICAL_GPU_GIB"
 CPU, CUDA = "cpu", "cuda"
 #: What a process takes of a GPU before it computes anything: its CUDA context, workspaces of cuBLAS and cuDNN.
 CUDA_CONTEXT_BYTES = int(0.6 * 2**30)
-#: Host memory is given out in these steps: tasks that ask for the same share a worker process's place.
+#: Memory is asked for and given out in steps of at least this: tasks of nearly the same size are taken for the same.
 MEMORY_STEP = 256 << 20
+_STEPS = 16
+
+
+def in_steps(memory_bytes: float) -> int:
+    """Return an amount of memory rounded up: to 256 MiB, and above 4 GiB to a sixteenth of the next power of two.
+
+    So all amounts up to 1 TiB are 80 different ones, and none grows by more than an eighth beyond the first step.
+    """
+    step = max(MEMORY_STEP, (1 << (math.ceil(memory_bytes) - 1).bit_length()) // _STEPS) if memory_bytes > 0 else 1
+    return math.ceil(memory_bytes / step) * step
 
 
 @dataclass(frozen=True, slots=True)

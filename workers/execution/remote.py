@@ -38,7 +38,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers.errors import Fault, describe, is_out_of_memory
-from workers.execution.cluster import MEMORY_STEP
+from workers.execution.cluster import in_steps
 from workers.execution.devices import device_number
 from workers.execution.execute import TaskCall
 from workers.execution.lanes import IDLE_SECONDS, GivenUp, Lane, LaneProcess, Lanes, LaneWorker, Shape, ShortCall
@@ -201,7 +201,7 @@ class Driver:
     def _submit(self, number: int, call: dict[str, Any]) -> None:
         # A task that asks for more than any machine has would wait for ever; it gets a whole machine instead.
         cpus = min(call["cpus"], self._node_cpus)
-        memory = min(math.ceil(call["memory_bytes"] / MEMORY_STEP) * MEMORY_STEP, int(self._node_memory))
+        memory = min(in_steps(call["memory_bytes"]), int(self._node_memory))
         node = self._cluster.node(call["node"])
         bound = node.id if node is not None and self._cluster.size > 1 else ""
         if call["deadline_seconds"] is not None:

@@ -29,8 +29,9 @@ def test_a_job_that_is_cancelled_and_retried_runs_no_task_twice_at_once(
             text("SELECT lease_until FROM tasks WHERE id = :id"), {"id": taken.lease.task_id}
         ).scalar_one()
     database.close()
-    assert cli("jobs", "cancel", job).code == 0
-    assert cli("jobs", "retry", job).code == 0
+    for _ in range(2):
+        assert cli("jobs", "cancel", job).code == 0
+        assert cli("jobs", "retry", job).code == 0
     assert cli("serve", "--drain").code == 0
     assert cli("jobs", "show", job, "--json").json["state"] == "succeeded"
     events = cli("jobs", "logs", job, "--json").json

@@ -305,9 +305,11 @@ def test_values_come_back_as_they_were_planned(queue: Driver) -> None:
 
 
 def test_layers_of_many_sizes_are_few_groups_for_the_claim(queue: Driver) -> None:
-    sizes = [Resources(memory_bytes=(1 << 28) + number) for number in (1, 100, 1 << 20, 1 << 28)]
+    small = [Resources(memory_bytes=(1 << 28) + number) for number in (1, 100, 1 << 20, 1 << 28)]
+    large = [Resources(gpu_memory_bytes=(40 << 30) + number * (64 << 20)) for number in range(1, 50)]
+    sizes = [*small, *large]
     queue.submit([queue.node(number, resources=each) for number, each in enumerate(sizes)])
-    assert len(queue.rows("SELECT DISTINCT needs FROM tasks")) == 1
+    assert len(queue.rows("SELECT DISTINCT needs FROM tasks")) == 2
     assert [row["memory_bytes"] for row in queue.rows("SELECT memory_bytes FROM tasks ORDER BY seq")] == [
         each.memory_bytes for each in sizes
     ]

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.db.queries import cancel_job, claim_tasks, events, fail_task, reap_expired, release_task, retry_job
 from orchestrator.db.rows import Lease
-from orchestrator.graph import TaskNode
+from orchestrator.graph import TaskNode, TaskRef, task_node
 from quant_spec.keys import task_key
 
 Driver = Any  # the fixture's class lives in conftest.py
@@ -272,6 +272,47 @@ def test_a_cancelled_task_waits_until_its_holder_must_have_stopped(queue: Driver
     assert not queue.finish(lease)
     queue.skip_backoff()
     assert queue.work() == ["long"]
+
+
+def claimed_at_once(queue: Driver) -> list[str]:
+    """Claim what there is, and say what."""
+    return [task.label for task in queue.claim(10)]
+
+
+@pytest.mark.parametrize("revive", ["retry", "cancel and retry again", "cancel and submit again"])
+def test_however_a_cancelled_task_is_wanted_again_it_waits_for_its_holder(queue: Driver, revive: str) -> None:
+    node = queue.node("long")
+    job = queue.submit([node])
+    queue.take(node, lease_seconds=1000)
+    until = queue.task(node)["lease_until"]
+    with queue.database.session() as session:
+        assert cancel_job(session, job)
+        retry_job(session, job)
+        if revive != "retry":
+            assert cancel_job(session, job)
+    if revive.startswith("cancel and retry"):
+        with queue.database.session() as session:
+            retry_job(session, job)
+    elif revive.startswith("cancel and submit"):
+        queue.submit([node])
+    assert queue.task(node)["not_before"] == pytest.approx(until)
+    assert claimed_at_once(queue) == []
+    queue.skip_backoff()
+    assert claimed_at_once(queue) == ["long"]
+
+
+def test_another_task_of_the_same_key_waits_for_the_holder_of_a_cancelled_one(queue: Driver) -> None:
+    sources = [queue.node("source"), queue.node("twin of it")]
+    twins = [task_node("noop", {"name": "long"}, {"in": [TaskRef(each.id, "out")]}, label="long") for each in sources]
+    jobs = [queue.submit([source, twin]) for source, twin in zip(sources, twins, strict=True)]
+    for task in queue.claim(2):
+        assert queue.finish(task.lease, "the same bytes")
+    (held,) = queue.claim(10, lease_seconds=1000)
+    with queue.database.session() as session:
+        assert cancel_job(session, jobs[[twin.id for twin in twins].index(held.lease.task_id)])
+    assert claimed_at_once(queue) == []
+    queue.skip_backoff()
+    assert claimed_at_once(queue) == ["long"]
 
 
 def test_a_task_that_was_cancelled_before_it_ran_runs_at_once_when_retried(queue: Driver) -> None:

@@ -13,7 +13,8 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.db.clock import epoch_seconds
-from orchestrator.db.session import Database, current, open_database, upgrade
+from orchestrator.db.session import Database, Session, current, open_database, upgrade
+from orchestrator.db.sql import run, send, statement
 from orchestrator.errors import DatabaseError, DatabaseFullError, DatabaseUnreachableError
 from quant_spec.errors import InvalidInputError
 
@@ -130,10 +131,54 @@ def test_a_database_that_restarts_costs_one_error_at_most(database: Database, po
     assert timings(database) == 0
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s",
+            "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = %s",
             [database.location.database],
         )
     assert timings(database) == 0
+
+
+# Statements that nobody waits for
+
+MODELS = statement("SELECT name FROM models")
+
+
+def test_statements_that_are_sent_ahead_mix_with_all_others(database: Database) -> None:
+    with database.session(ahead=True) as session:
+        send(session, statement(MODEL))
+        assert session.scalar(text("SELECT count(*) FROM models")) == 1
+        send(session, statement("UPDATE models SET name = 'n'"))
+        assert [row.name for row in run(session, MODELS)] == ["n"]
+        send(session, statement("UPDATE models SET name = 'o'"))
+    with database.session(read_only=True) as session:
+        assert [row.name for row in run(session, MODELS)] == ["o"]
+
+
+@pytest.mark.parametrize("then", ["the end", "another statement", "an error of the caller's"])
+def test_an_error_of_what_is_sent_ahead_undoes_all(database: Database, then: str) -> None:
+    def work(session: Session) -> None:
+        send(session, statement(MODEL))
+        send(session, statement(MODEL))
+        if then == "another statement":
+            run(session, MODELS)
+        elif then == "an error of the caller's":
+            raise KeyError(then)
+
+    expected = KeyError if "caller" in then else DatabaseError
+    with pytest.raises(expected), database.session(ahead=True) as session:
+        work(session)
+    with database.session(ahead=True) as session:
+        assert run(session, MODELS) == []
+
+
+@ON_POSTGRES
+def test_nobody_waits_for_what_is_sent_ahead(database: Database) -> None:
+    lock = statement("SELECT pg_advisory_xact_lock(1)")
+    with database.session(ahead=True) as session:
+        with database.session() as other:
+            run(other, lock)
+            # It would never come back if it waited.
+            send(session, lock)
+        assert len(run(session, statement("SELECT 1 AS one"))) == 1
 
 
 # What the tables do not take

@@ -198,6 +198,14 @@ def test_queued_task_takes_the_place_of_the_one_that_ends() -> None:
     assert ended(left, "unknown") == left
 
 
+def test_tasks_of_nearly_the_same_size_take_each_others_place() -> None:
+    nodes = [node("a", 1.0)]
+    tasks = [task(f"t{n}", gib=5 + n / 1000) for n in range(1, 3)]
+    first = place(nodes, [], tasks)
+    assert [each.queued for each in first.placements.values()] == [False, True]
+    assert not ended(dict(first.placements), "t1")["t2"].queued
+
+
 def test_nothing_is_queued_if_not_wanted() -> None:
     found = place([node("a", 2.0)], [], [task(f"t{n}") for n in range(4)], queued_per_running=0.0)
     assert list(found.placements) == ["t0", "t1"]

@@ -1,10 +1,11 @@
 """A layer's weight as oneDNN's int8 operators take it: int8 rows, one float scale each, exactly the artifact's numbers.
 
-    one digit   The int8 weight is code - zero point: up to 7 bits always fit, 8 bits where the zero point is 128.
+    one digit   The int8 weight is code - zero point: up to 7 bits always fit, 8 bits where the zero point is 128. Where
+                groups have multipliers, it is (code - zero point) * multiplier, which always fits.
                 Asymmetric 8-bit weights are stored as code - 128, and the input's sums correct for the rest:
                     sum (x - x_zero) (w - zero) = sum (x - x_zero) (w - 128) - (zero - 128) * sum (x - x_zero).
-    digits      A scale per group is a whole number (below 256 in bfloat16) times a power of two. So the weights of one
-                output channel, (code - zero) * scale, are whole numbers of one common step, a power of two:
+    digits      A float scale of a group is a whole number (below 256 in bfloat16) times a power of two. So the weights
+                of one output channel, (code - zero) * scale, are whole numbers of one common step, a power of two:
                     w = step * (d0 + 256 d1 + 65536 d2),   d in [-128, 127].
                 Each digit is an output channel of its own; their sums, each an exact integer, are added in float32.
     saturation  Without VNNI or AMX, oneDNN adds pairs of products in int16 (vpmaddubsw), which saturates above 32767:
@@ -127,6 +128,13 @@ class CpuWeight:
     channels: int
     geometry: ConvGeometry | None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the int8 weights and what is kept for each of their rows; oneDNN may pad rows besides."""
+        taps = 1 if self.geometry is None else self.geometry.taps
+        rows = (self.scale, self.sums, self.zero_term)
+        return self.scale.numel() * self.channels * taps + sum(each.numel() * each.element_size() for each in rows)
+
     def __deepcopy__(self, memo: dict[int, object]) -> CpuWeight:
         """Share the tensors: nothing writes to them, and oneDNN's can't be copied."""
         return replace(
@@ -207,15 +215,14 @@ def _chunks(weights: Sequence[PackedWeight]) -> Iterator[tuple[Tensor, PackedWei
     for weight in weights:
         outputs = torch.arange(weight.rows) if weight.channel is None else weight.channel.long()
         for rows in row_chunks(weight.rows, weight.layout.taps * weight.layout.channels):
-            codes, scale, zero = weight.codes[rows], weight.scale[rows], weight.zero_point[rows]
-            yield outputs[rows], PackedWeight(codes, scale, zero, weight.total[rows], None, weight.layout)
+            yield outputs[rows], weight.some(rows)
 
 
 def _whole_rows(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Integers (rows, taps, C), int32, their scale (rows,), and the zero point that is still in them (rows,)."""
     integers = weight_integers(weight)
     zero = torch.zeros(weight.rows, dtype=torch.int32)
-    if weight.layout.groups > 1:
+    if weight.layout.has_group_scales:
         factor, step = _whole_scales(weight.scale.float())
         if int(integers.abs().max()) * int(factor.max()) > _LARGEST:
             raise KernelError(

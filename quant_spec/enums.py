@@ -21,6 +21,13 @@ class Granularity(StrEnum):
     PER_GROUP = "per_group"
 
 
+class GroupScale(StrEnum):
+    """What the scale of a group of input channels is."""
+
+    FLOAT = "float"  # a bfloat16 of its own
+    INTEGER = "integer"  # a whole number, times the scale of its output channel
+
+
 class NumberType(StrEnum):
     """What a stored number is."""
 

@@ -31,7 +31,7 @@ from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
 # What this module knows of a layer's format. A layer with any other field set runs the reference.
 _KNOWN_FIELDS = {
     LayerSpec: {"weight", "activation", "split", "channel_scale", "channel_shift", "low_rank"},
-    WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture", "type"},
+    WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture", "type", "group_scale"},
     ActivationSpec: {"bits", "symmetric", "mode", "step_bits", "type", "differences"},
 }
 # Packed bytes that are laid out before the allocator's free pages go back to the system: what a layer needs meanwhile

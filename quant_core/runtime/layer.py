@@ -287,18 +287,20 @@ def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | No
 
 
 def _how(parts: list[LayerPart], activation: ActivationSpec | None, layer: LayerSpec) -> str:
-    """Say in a few words how a layer is computed, and on a GPU how many bytes its weights take there."""
+    """Say in a few words how a layer is computed, and how many bytes its weights take."""
     weight, spec = parts[0].weight, layer.weight
+    fewer = " unpacked from fewer bits" if max((bits for bits, _ in spec.mixture), default=spec.bits) < 8 else ""
     if isinstance(weight, Fp8Matrix):
         stored = sum(part.weight.values.numel() for part in parts if isinstance(part.weight, Fp8Matrix))
         how = f"FP8 weights in {stored} bytes, FP8 products"
     elif isinstance(weight, CpuWeight):
-        how = "int8 products" if weight.digits == 1 else f"int8 products, weights in {weight.digits} digits"
+        stored = sum(part.weight.nbytes for part in parts if isinstance(part.weight, CpuWeight))
+        digits = "" if weight.digits == 1 else f"{weight.digits} digits of "
+        how = f"{digits}8-bit weights{fewer} in {stored} bytes, int8 products"
     else:
         widths = " and ".join(str(each.layout.bits) for each in weight)
         stored = sum(each.nbytes for part in parts if isinstance(part.weight, tuple) for each in part.weight)
-        fewer = max((bits for bits, _ in spec.mixture), default=spec.bits) < 8 and weight[0].layout.symmetric
-        unpacked = " unpacked from fewer bits" if fewer else ""
+        unpacked = fewer if weight[0].layout.symmetric else ""
         how = f"{widths}-bit weights{unpacked} in {stored} bytes, {'float' if activation is None else 'int8'} products"
     how = how if len(parts) == 1 else f"{how}, {len(parts)} parts"
     how = f"{how}, of differences" if activation is not None and activation.differences else how

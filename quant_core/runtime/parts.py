@@ -202,7 +202,7 @@ def _pack(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[PackedWei
     size = sizes[number] if own is None else len(own)
     is_whole = len(sizes) == 1 and own is None
     columns = torch.arange(start, start + size) if own is None else own + start
-    scale, zero = _scales(layer, number, own)
+    scale, zero, multiplier = _grid(layer, number, own)
     rows = list(layer.bit_groups()) if spec.mixture else [(spec.bits, None, layer.qweight)]
     made = []
     for bits, outputs, qweight in rows:
@@ -212,22 +212,30 @@ def _pack(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[PackedWei
         grid = (scale, zero) if outputs is None else (scale[outputs], zero[outputs])
         made.append(
             pack_weight(
-                qweight, *grid, bits=bits, channels=size, taps=taps, group_size=spec.group_size, channel=outputs
+                qweight,
+                *grid,
+                bits=bits,
+                channels=size,
+                taps=taps,
+                group_size=spec.group_size,
+                channel=outputs,
+                multiplier=multiplier,
             )
         )
     return tuple(made)
 
 
-def _scales(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return scales and zero points, (N, G) or (1, 1), of the columns that `_pack` takes."""
+def _grid(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return scales, zero points and multipliers, (N, G) or (1, 1), of the columns that `_pack` takes."""
     spec, sizes = layer.spec.weight, layer.spec.split or (layer.shape[1],)
     if spec.granularity is Granularity.PER_TENSOR:
-        return layer.scale, layer.zero_point
+        return layer.scale, layer.zero_point, None
     counts = [1 if spec.group_size is None else math.ceil(each / spec.group_size) for each in sizes]
     taps = 1 if spec.group_size is None else layer.columns // layer.shape[1]
     first, last = sum(counts[:number]), sum(counts[: number + 1])
     groups = torch.arange(first, last, device=layer.scale.device)
     if own is not None and spec.group_size is not None:
         groups = groups[torch.unique(own // spec.group_size)]
-    scale, zero = (t.view(len(t), taps, -1)[..., groups].flatten(1) for t in (layer.scale, layer.zero_point))
-    return scale, zero
+    tensors = (layer.zero_point, layer.multiplier if spec.is_multiplied else layer.scale)
+    zero, each = (t.view(len(t), taps, -1)[..., groups].flatten(1) for t in tensors)
+    return (layer.scale[:, number : number + 1], zero, each.int() + 1) if spec.is_multiplied else (each, zero, None)

@@ -60,7 +60,7 @@ def packed(*arguments: Any) -> CpuWeight:
 
 def is_small(weight: PackedWeight) -> bool:
     """Whether no CPU's int8 products saturate with a weight, as it is stored."""
-    return weight.layout.groups == 1 and int(weight_integers(weight).abs().max()) <= PAIR_LIMIT
+    return weight.layout.scales == 1 and int(weight_integers(weight).abs().max()) <= PAIR_LIMIT
 
 
 def codes(*shape: int, runs: int) -> tuple[QuantizedActivation, QuantizedActivation]:
@@ -164,6 +164,27 @@ def test_convolutions_with_scales_per_group(geometry: ConvGeometry) -> None:
         got = cpu_conv2d(x, packed([layer.packed], geometry), epilogue)
         magnitude = float(weight_values(layer.packed).abs().flatten(1).sum(1).max()) * 255
         assert float((got - want).abs().max()) <= EPILOGUE_TOLERANCE * magnitude
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_multiplied_groups_are_one_digit(bits: int) -> None:
+    """Bit for bit what the reference gives, in one int8 matrix; sums stay below 2**24."""
+    layer = random_layer(35, 96, bits=bits, group_size=32, unit_scale=True, multiplied=True)
+    x, same = codes(6, 96, runs=3)
+    weight = packed([layer.packed])
+    assert (weight.digits, weight.correction) == (1, None)
+    assert torch.equal(cpu_linear(x, weight, Epilogue()), linear_int(same, [layer.packed], Epilogue()))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_convolutions_with_multiplied_groups(geometry: ConvGeometry) -> None:
+    layer = random_layer(19, 40, bits=4, taps=geometry.taps, group_size=32, unit_scale=True, multiplied=True)
+    x, same = codes(2, 7, 6, 40, runs=2)
+    weight = packed([layer.packed], geometry)
+    assert weight.digits == 1
+    want = conv2d_int(same, [layer.packed], geometry, Epilogue())
+    magnitude = weight_values(layer.packed).abs().flatten(1).sum(1) * 255
+    assert bool(((cpu_conv2d(x, weight, Epilogue()) - want).abs() <= CONV_TOLERANCE * magnitude).all())
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -20,6 +20,7 @@ from quant_core.runtime.layer import LayerRun, RuntimeLayer
 from quant_spec.enums import ActivationMode, Granularity, KernelBackend
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
+from tests.quant_core.multiplied import multiplied, random_grid
 
 Make = Callable[[str], nn.Module]
 Quantize = Callable[..., ModelFormat]
@@ -40,6 +41,7 @@ WEIGHTS = {
     "W8 per tensor": WeightSpec(8, granularity=Granularity.PER_TENSOR),
     "W4 per channel": WeightSpec(4),
     "W4 per group": WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=32),
+    "W4 multiplied": multiplied(),
 }
 LAYERS: dict[str, tuple[Callable[[], Quantizable], tuple[int, ...]]] = {
     "linear 2-D": (lambda: nn.Linear(40, 12), (2, 40)),
@@ -59,11 +61,17 @@ def quantized(layer: Quantizable, spec: LayerSpec, steps: int = 3) -> tuple[nn.S
     clock = StepClock(STEPS[:steps])
     made = QuantLayer(layer.requires_grad_(False), spec, clock)
     low, high = (128, 129) if spec.weight.symmetric else (0, 1 << spec.weight.bits)
-    made.set_codes(
-        torch.randint(0, 1 << spec.weight.bits, (made.shape[0], made.columns), generator=generator, dtype=torch.uint8),
-        torch.rand(made.scale.shape, generator=generator) * 0.02 + 0.005,
-        torch.randint(low, high, made.zero_point.shape, generator=generator, dtype=torch.uint8),
+    codes = torch.randint(
+        0, 1 << spec.weight.bits, (made.shape[0], made.columns), generator=generator, dtype=torch.uint8
     )
+    if spec.weight.is_multiplied:
+        made.set_codes(codes, *random_grid(made, generator))
+    else:
+        made.set_codes(
+            codes,
+            torch.rand(made.scale.shape, generator=generator) * 0.02 + 0.005,
+            torch.randint(low, high, made.zero_point.shape, generator=generator, dtype=torch.uint8),
+        )
     for i, quantizer in enumerate(made.act_quantizers):
         if not quantizer.spec.is_dynamic:
             rows = len(quantizer.scale)
@@ -112,6 +120,8 @@ def test_the_cpu_computes_what_the_reference_does(name: str, weight: str) -> Non
     [
         ("linear 3-D", "W8 per channel"),
         ("linear 2-D", "W4 per group"),
+        ("linear 3-D", "W4 multiplied"),
+        ("conv 3x3", "W4 multiplied"),
         ("conv 3x3", "W4 per channel"),
         ("conv strided", "W8 per tensor"),
     ],
@@ -372,7 +382,7 @@ def test_a_model_whose_layers_hold_everything_still_says_its_dtype() -> None:
         assert torch.allclose(model(x, 500).sample, want, atol=1e-3)
 
 
-@pytest.mark.parametrize("weight", ["W4 per channel", "W4 per group"])
+@pytest.mark.parametrize("weight", ["W4 per channel", "W4 per group", "W4 multiplied"])
 @pytest.mark.parametrize("kind", ["linear 3-D", "conv 3x3"])
 def test_unpacked_weights_give_what_packed_ones_give(weight: str, kind: str) -> None:
     layer, shape = LAYERS[kind]
@@ -385,6 +395,19 @@ def test_unpacked_weights_give_what_packed_ones_give(weight: str, kind: str) -> 
         assert "bytes" in model[0].run.reason
         given[memory] = model(x)
     assert (given["fast"] - given["packed"]).abs().max() <= TOLERANCE * given["packed"].abs().max()
+
+
+def test_a_cpu_says_how_weights_lie_in_memory() -> None:
+    """A byte a weight and 12 for each row of them, of float scales of groups twice."""
+    for name, wanted in {
+        "W4 multiplied": "8-bit weights unpacked from fewer bits in 624 bytes, int8 products",
+        "W4 per group": "2 digits of 8-bit weights unpacked from fewer bits in 1248 bytes, int8 products",
+        "W8 symmetric": "8-bit weights in 624 bytes, int8 products",
+    }.items():
+        model, _ = quantized(nn.Linear(40, 12), LayerSpec(WEIGHTS[name], ActivationSpec(8)))
+        (run,) = build_runtime(model, CPU)
+        if "saturate" not in run.reason:
+            assert run.reason == wanted
 
 
 def test_weights_stay_packed_where_no_faster_way_was_measured() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import cpu_weight
 from kernels.cpu_weight import sums_pairs_exactly
 from quant_core.nn.layers import Quantizable, QuantLayer, replace_module
 from quant_core.nn.ranges import QParams
@@ -202,13 +203,6 @@ def test_float_activations_run_on_triton_where_it_has_them() -> None:
         (nn.Conv2d(8, 4, 3, padding="same"), LayerSpec(WeightSpec(8), ActivationSpec(8)), CPU, "padding 'same'"),
         (nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"), LayerSpec(WeightSpec(8)), CPU, "reflect"),
         (nn.Conv2d(8, 4, 1), LayerSpec(WeightSpec(4)), TRITON, "not quantized"),
-        (nn.Linear(8, 4), LayerSpec(WeightSpec(4)), CPU, "not quantized"),
-        (
-            nn.Linear(8, 4),
-            LayerSpec(WeightSpec(8), ActivationSpec(8, mode=ActivationMode.DYNAMIC_TOKEN)),
-            CPU,
-            "ranges per token",
-        ),
         (
             nn.Linear(48, 4),
             LayerSpec(WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=24), ActivationSpec(8)),
@@ -228,6 +222,60 @@ def test_what_a_backend_cannot_run_exactly_runs_the_reference(
     (run,) = layer_runs(model)
     assert run.layer == "0"
     assert why in run.reason
+
+
+FLOAT_PRODUCTS = [
+    ("linear 3-D", LayerSpec(WeightSpec(4)), "its input is not quantized"),
+    ("conv strided", LayerSpec(WeightSpec(4)), "its input is not quantized"),
+    ("linear 3-D", LayerSpec(WeightSpec(8), ActivationSpec(8, mode=ActivationMode.DYNAMIC_TOKEN)), "ranges per token"),
+]
+
+
+@pytest.mark.parametrize(("name", "spec", "why"), FLOAT_PRODUCTS, ids=str)
+def test_what_a_cpu_has_no_integers_for_is_unpacked_to_floats_once(name: str, spec: LayerSpec, why: str) -> None:
+    make, shape = LAYERS[name]
+    model, _ = quantized(make(), spec)
+    assert both(model, noise(*shape), CPU) < TOLERANCE
+    (run,) = layer_runs(model)
+    stored = 4 * 12 * 40 * (9 if name.startswith("conv") else 1)
+    assert run.reason.startswith(f"weights unpacked to float32 in {stored} bytes, float products: {why}")
+    packed, _ = quantized(make(), spec)
+    (run,) = build_runtime(packed, CPU, memory="packed")
+    assert run.backend is REFERENCE
+    assert run.reason.startswith(why)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("name", ["linear 3-D", "linear, no bias", "conv 3x3", "conv strided", "conv dilated"])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        ActivationSpec(8),
+        ActivationSpec(8, step_bits=(8, 4, 6)),
+        ActivationSpec(8, mode=ActivationMode.DYNAMIC_SAMPLE),
+    ],
+    ids=str,
+)
+def test_a_cpu_without_exact_integers_multiplies_floats(
+    name: str, weight: str, activation: ActivationSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_weight, "sums_pairs_exactly", lambda: False)
+    monkeypatch.setattr(cpu_weight, "PAIR_LIMIT", 0)
+    make, shape = LAYERS[name]
+    model, clock = quantized(make(), LayerSpec(WEIGHTS[weight], activation))
+    with torch.no_grad():
+        want = [model(noise(*shape)).clone()]
+        if not activation.is_dynamic:
+            clock.set_timestep(torch.tensor([900.0, 100.0]))
+            want.append(model(noise(*shape)))
+        (run,) = build_runtime(model, CPU)
+        assert "float products: backend: got 'cpu' for weights up to" in run.reason
+        got = [model(noise(*shape))]
+        if not activation.is_dynamic:
+            clock.set_timestep(500.0)
+            got.insert(0, model(noise(*shape)))
+        for mine, theirs in zip(got, want, strict=True):
+            assert float((mine - theirs).abs().max()) < TOLERANCE * float(theirs.abs().max())
 
 
 def test_formats_that_it_does_not_know_run_the_reference() -> None:

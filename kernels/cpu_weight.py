@@ -26,10 +26,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels import native
 from kernels.backend import BackendUnavailableError
 from kernels.conv import ConvGeometry
 from kernels.errors import KernelError
 from kernels.gemm import check_weights
+from kernels.native import ProductWeight
 from kernels.weights import PackedWeight, expand_weight_groups, row_chunks, weight_integers
 
 # The largest |w| with which a pair of products can't saturate int16.
@@ -37,6 +39,8 @@ PAIR_LIMIT = (2**15 - 1) // (2 * 255)
 DIGIT_LIMIT = 3
 # The most weights of a `SmallMatrix`.
 SMALL_MATRIX = 1 << 16
+# The most weights that are kept a second time, for calls of few positions.
+SMALL_PRODUCT = 1 << 19
 _DIGIT = 256
 # The largest number that DIGIT_LIMIT digits of [-128, 127] hold on both sides of 0.
 _LARGEST = 127 * (_DIGIT**DIGIT_LIMIT - 1) // (_DIGIT - 1)
@@ -116,6 +120,8 @@ class CpuWeight:
         Input channels.
     geometry : ConvGeometry or None
         None for a Linear.
+    small : ProductWeight or None
+        The same weights for calls of few positions, if they are few themselves; of one digit.
     """
 
     packed: Tensor | SmallMatrix | ConvLayout
@@ -127,13 +133,16 @@ class CpuWeight:
     digits: int
     channels: int
     geometry: ConvGeometry | None
+    small: ProductWeight | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the int8 weights and what is kept for each of their rows; oneDNN may pad rows besides."""
         taps = 1 if self.geometry is None else self.geometry.taps
         rows = (self.scale, self.sums, self.zero_term)
-        return self.scale.numel() * self.channels * taps + sum(each.numel() * each.element_size() for each in rows)
+        twice = 1 if self.small is None else 2
+        stored = twice * self.scale.numel() * self.channels * taps
+        return stored + sum(each.numel() * each.element_size() for each in rows)
 
     def __deepcopy__(self, memo: dict[int, object]) -> CpuWeight:
         """Share the tensors: nothing writes to them, and oneDNN's can't be copied."""
@@ -177,6 +186,10 @@ def pack_cpu_weight(weights: Sequence[PackedWeight], geometry: ConvGeometry | No
             matrix[place, rows], sums[place, rows] = digit, digit.sum((1, 2), dtype=torch.int64)
     _check_saturation(matrix)
     count = len(matrix)
+    small = None
+    few = count == 1 and matrix.numel() <= SMALL_PRODUCT and channels % native.QUAD == 0
+    if few and native.has_product():
+        small = native.pack_product(matrix[0], scale, zero)
     matrix, sums = matrix.flatten(0, 1), sums.flatten()
     row_scale = torch.cat([scale * float(_DIGIT**power) for power in range(count)])
     zero_term = (sums.double() * row_scale.double()).float()
@@ -189,7 +202,7 @@ def pack_cpu_weight(weights: Sequence[PackedWeight], geometry: ConvGeometry | No
     else:
         image = matrix.view(len(matrix), *geometry.kernel, channels).permute(0, 3, 1, 2).contiguous()
         packed = ConvLayout(image, geometry)
-    return CpuWeight(packed, row_scale, sums.int(), zero_term, correction, n, count, channels, geometry)
+    return CpuWeight(packed, row_scale, sums.int(), zero_term, correction, n, count, channels, geometry, small)
 
 
 @functools.cache

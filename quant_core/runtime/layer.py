@@ -17,6 +17,7 @@ from kernels.activations import ActivationTable, QuantizedActivation, quantize_b
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
 from kernels.cpu_activation import CpuGrid, cpu_grid, quantize_cpu, quantize_cpu_dynamic
+from kernels.cpu_call import SmallCalls
 from kernels.cpu_float import FloatWeight, float_product, quantized_values
 from kernels.cpu_weight import CpuWeight
 from kernels.epilogue import Epilogue, LowRank
@@ -85,12 +86,22 @@ class RuntimeLayer(nn.Module):
         self.norm: GroupNorm | None = None
         self.differences = layer.differences
         self.memory = LayerMemory()
+        self.calls = self._small_calls()
 
     def take_norm(self, norm: nn.GroupNorm) -> None:
         """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables."""
         weight, bias = (None if t is None else t.detach().float().clone() for t in (norm.weight, norm.bias))
         self.norm = GroupNorm(norm.num_groups, norm.eps, weight, bias)
         self.run = replace(self.run, reason=f"{self.run.reason}, GroupNorm and SiLU with the quantization")
+        self.calls = self._small_calls()
+
+    def _small_calls(self) -> SmallCalls | None:
+        """Return what computes the whole layer in one call where it is small; None if it is more than one product."""
+        part = self.parts[0]
+        if len(self.parts) > 1 or not isinstance(part.weight, CpuWeight) or part.weight.small is None:
+            return None
+        is_plain = part.table is not None and part.tops is None and not self.differences and self.branch is None
+        return SmallCalls(part.weight, self.bias, part.table.bits, self.norm) if is_plain and part.table else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the layer's output plus `residual`.
@@ -120,6 +131,11 @@ class RuntimeLayer(nn.Module):
     def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
         assert rows is not None
+        if self.calls is not None and not torch.compiler.is_compiling():
+            step = 0 if len(self.parts[0].grids) == 1 or self.clock is None else self.clock.step
+            given = None if step is None else self.calls(rows, self.parts[0].grids[step], out)
+            if given is not None:
+                return given if self.geometry is None else given.permute(0, 3, 1, 2)
         low_rank = self._low_rank(x)
         if self.differences:
             given = follow(self, rows, out, low_rank, x.dtype)

@@ -37,13 +37,15 @@ GEOMETRIES = (
 )
 
 
-@pytest.fixture(params=["compiled", "plain", "oneDNN's Linear"], autouse=True)
+@pytest.fixture(params=["compiled", "no small products", "plain", "oneDNN's Linear"], autouse=True)
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what an installation has compiled and without, and with small matrices laid out as large ones are."""
+    """With what an installation has compiled and without, and with small weights laid out as large ones are."""
     if request.param == "plain":
         monkeypatch.setattr(native, "_native", None)
     elif not native.is_built():
         pytest.skip("this installation has no compiled part")
+    if request.param in ("no small products", "oneDNN's Linear"):
+        monkeypatch.setattr(cpu_weight, "SMALL_PRODUCT", 0)
     if request.param == "oneDNN's Linear":
         monkeypatch.setattr(cpu_weight, "SMALL_MATRIX", 0)
 
@@ -256,8 +258,11 @@ def test_images_are_padded_with_their_zero_point(shape: tuple[int, ...]) -> None
     assert torch.equal(sums, (inside.float() - 37).sum(-1))
 
 
-def test_weights_are_ordered_anew_for_other_images(capfd: pytest.CaptureFixture[str]) -> None:
+def test_weights_are_ordered_anew_for_other_images(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """oneDNN's own report says whether a call rearranges weights, which takes longer than to convolve."""
+    monkeypatch.setattr(cpu_weight, "SMALL_PRODUCT", 0)
     layer, geometry = random_layer(48, 48, bits=8, taps=9, unit_scale=True), GEOMETRIES[0]
     weight = packed([layer.packed], geometry)
     for size in (8, 16, 8):

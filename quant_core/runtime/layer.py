@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels import native
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
@@ -131,7 +132,7 @@ class RuntimeLayer(nn.Module):
     def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
         assert rows is not None
-        if self.calls is not None and not torch.compiler.is_compiling():
+        if self.calls is not None and native.is_usable():
             step = 0 if len(self.parts[0].grids) == 1 or self.clock is None else self.clock.step
             given = None if step is None else self.calls(rows, self.parts[0].grids[step], out)
             if given is not None:

@@ -89,10 +89,11 @@ def layer_weight(
     channel: Tensor | None = None,
     *,
     uniform: bool = False,
+    multiplied: bool = False,
 ) -> PackedWeight:
     """Make a symmetric weight on the GPU, of all output channels or of those that `channel` names."""
     sizes = (layer.outputs, layer.channels, layer.taps, bits, group_size, channel)
-    return random_weight(*sizes, uniform=uniform, device="cuda")
+    return random_weight(*sizes, uniform=uniform, multiplied=multiplied, device="cuda")
 
 
 def mixed_weight(layer: Layer) -> list[PackedWeight]:
@@ -106,8 +107,8 @@ def weights_of(layer: Layer) -> Iterator[tuple[str, Sequence[PackedWeight]]]:
     yield "W8A8", [layer_weight(layer, 8)]
     sizes = (layer.outputs, layer.channels, layer.taps, 8)
     yield "W8A8, zero points", [random_weight(*sizes, uniform=False, zero_points=True, device="cuda")]
-    for name, group in (("W4A8", None), ("W4A8 g128", 128)):
-        packed = [layer_weight(layer, 4, group)]
+    for name, group in (("W4A8", None), ("W4A8 g128", 128), ("W4A8 g64 of integers", 64)):
+        packed = [layer_weight(layer, 4, group, multiplied=group == 64)]
         yield name, packed
         yield f"{name}, unpacked", unpack_weight(packed)
 

@@ -5,7 +5,7 @@
 Of a release's folder, all files count. Of SDXL's UNet, all tensors, the file's header and config.json, and nothing is
 computed: the UNet (random weights would have the same size) is built on the meta device with the formats of
 `fast-w4a8` (the layers that read the sample and write the prediction and the residual shortcuts in 8 bits, the rest in
-4 with a bfloat16 scale and a zero point per group), and the file is what `quant_core.artifact.folder` would write of
+4 with a multiplier and a zero point per group), and the file is what `quant_core.artifact.folder` would write of
 it, byte for byte but for the shards of a large one.
 """
 
@@ -23,11 +23,11 @@ from torch import nn
 
 from benchmarks.cli import give, named, parser
 from benchmarks.sdxl import SDXL, meta_unet
-from quant_core.artifact.compact import packed_shape, zero_point_bits
+from quant_core.artifact.compact import grid_bits, packed_shape
 from quant_core.diffusion.denoiser import load_denoiser
 from quant_core.nn.layers import QUANTIZABLE
 from quant_core.nn.model import build_quantized
-from quant_spec.enums import Granularity
+from quant_spec.enums import Granularity, GroupScale
 from quant_spec.formats import ActivationSpec, AttentionSpec, LayerSpec, ModelFormat, WeightSpec
 from quant_spec.quantization_config import quantization_config
 
@@ -35,13 +35,13 @@ STEPS = 20
 _DTYPES = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
-def release_bytes(group_size: int) -> dict[str, Any]:
+def release_bytes(group_size: int, scale: GroupScale) -> dict[str, Any]:
     """Count the bytes of a release with `group_size`, in total and by kind of tensor."""
     model: Any = meta_unet(SDXL).half()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    model_format = _model_format(model, group_size)
+    model_format = _model_format(model, group_size, scale)
     build_quantized(model, model_format)
-    bits = zero_point_bits(model)
+    bits = grid_bits(model)
     kinds: dict[str, int] = {}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -58,6 +58,7 @@ def release_bytes(group_size: int) -> dict[str, Any]:
     total = sum(kinds.values())
     return {
         "group_size": group_size,
+        "group_scale": str(scale),
         "parameters": parameters,
         "bytes": total,
         "of_float16": total / (2 * parameters),
@@ -75,10 +76,11 @@ def folder_bytes(release: Path, model: Path) -> dict[str, Any]:
     return {"parameters": parameters, "bytes": total, "of_float16": total / (2 * parameters), "files": files}
 
 
-def _model_format(model: nn.Module, group_size: int) -> ModelFormat:
+def _model_format(model: nn.Module, group_size: int, scale: GroupScale) -> ModelFormat:
     """Return the formats of `fast-w4a8`."""
     activation = ActivationSpec(8)
-    small = LayerSpec(WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=group_size), activation)
+    weight = WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=group_size, group_scale=scale)
+    small = LayerSpec(weight, activation)
     large = LayerSpec(WeightSpec(8), activation)
     layers = {}
     for name, module in model.named_modules():
@@ -106,7 +108,7 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "SDXL": [release_bytes(group_size) for group_size in (64, 128)],
+        "SDXL": [release_bytes(size, scale) for scale in GroupScale for size in (32, 64, 128)],
         "releases": {name: folder_bytes(Path(folder), args.model) for name, folder in named(args.release).items()},
     }
     give(result, args.out)

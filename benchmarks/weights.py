@@ -22,9 +22,12 @@ def random_weight(
     *,
     uniform: bool = True,
     zero_points: bool = False,
+    multiplied: bool = False,
     device: str = "cpu",
 ) -> PackedWeight:
     """Make a symmetric weight with scales 0.01, per channel or per `group_size` input channels of one tap.
+
+    Groups have multipliers if they are `multiplied`, else bfloat16 scales.
 
     Parameters
     ----------
@@ -47,8 +50,13 @@ def random_weight(
         steps = torch.randn(rows, taps * channels, device=device) * (half / SPAN)
         codes = (steps.round() + half).clamp(0, 2 * half - 1).to(torch.uint8)
     zero = torch.full((rows, groups), half - zero_points, dtype=torch.uint8, device=device)
-    scale = torch.full((rows, groups), 0.01, dtype=torch.float32 if group_size is None else torch.bfloat16)
-    scale = scale.to(device)
+    multiplier = None
+    if multiplied:
+        most = min(16, 127 // half)  # also for a zero point of half - 1
+        multiplier = torch.randint(1, most + 1, (rows, groups), device=device)
+    columns = groups if multiplier is None else 1
+    dtype = torch.bfloat16 if group_size is not None and multiplier is None else torch.float32
+    scale = torch.full((rows, columns), 0.01, dtype=dtype, device=device)
     return pack_weight(
         pack_codes(codes, bits),
         scale,
@@ -58,4 +66,5 @@ def random_weight(
         taps=taps,
         group_size=group_size,
         channel=channel,
+        multiplier=multiplier,
     )

@@ -4,6 +4,8 @@
  *                      perhaps of the difference to what is held, to which what the codes stand for is then added
  *     finish           add the digits of a product, correct for the weight's zero points, add the residual
  *     finish_matrix    the same of a matrix product's integers, with all scales
+ *     run_layer        quantize and product at once, prepared by plan_layer
+ *     product          all of a small product: multiply codes with int8 weights, on AVX512-VNNI, scale, add
  *
  * Images are channels last, (B, H, W, C); a matrix is an image of M rows of one position. Tensors come as addresses:
  * kernels/native.py checks their shapes and dtypes. Codes are those of kernels/affine.py: division and rounding to even are IEEE's,
@@ -16,6 +18,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <immintrin.h>
+#define HAS_VNNI
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#endif
 
 /* One function for each generation of x86-64, chosen when it is loaded. */
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -92,6 +99,27 @@ typedef struct {
     int64_t rows, outputs, digits, runs;
     int bfloat16, threads; /* bfloat16: out and residual */
 } FinishMatrix;
+
+/* Outputs of a vector of sums, codes of one step of it, rows that are multiplied at a time. */
+#define LANES 16
+#define QUAD 4
+#define ROWS 6
+
+typedef struct {
+    const uint8_t *codes;   /* (B, H, W, C), padded, C a multiple of QUAD */
+    const int8_t *weight;   /* (blocks, taps, C / QUAD, LANES, QUAD), zeros beyond N */
+    void *out;              /* (M, N) */
+    const void *residual;   /* (M, N), or NULL */
+    const float *scale;     /* (runs) */
+    const int32_t *zero;    /* (runs) */
+    const float *weight_scale; /* (blocks * LANES) */
+    const int32_t *weight_sums; /* (blocks * LANES) */
+    const int32_t *weight_zero; /* (blocks * LANES): what weights are less by, or NULL */
+    const float *bias;      /* (blocks * LANES) */
+    int64_t batch, height, width, channels, out_height, out_width, outputs, runs;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
+    int bfloat16, threads;  /* bfloat16: out and residual */
+} Product;
 
 INLINE float bits_float(uint32_t bits) {
     float value;
@@ -458,6 +486,122 @@ static void finish_matrix(const FinishMatrix *f) {
     for (int64_t row = 0; row < f->rows; row++) finish_matrix_any_row(f, row);
 }
 
+#ifdef HAS_VNNI
+/* Correct the sums of one row and `vectors` blocks of outputs for zero points, scale them, add bias and residual, store.
+ * `total` has the sum of the row's codes, in each lane. */
+VNNI static inline void store_sums(
+    const Product *p, const __m512i *sums, __m512i total, int64_t row, int64_t block, int vectors, int64_t run
+) {
+    __m512i zero = _mm512_set1_epi32(p->zero[run]);
+    int32_t columns = (int32_t)(p->kernel_h * p->kernel_w * p->channels);
+    total = _mm512_sub_epi32(total, _mm512_set1_epi32(p->zero[run] * columns));
+    __m512 scale = _mm512_set1_ps(p->scale[run]);
+    for (int v = 0; v < vectors; v++) {
+        int64_t n = (block + v) * LANES, at = row * p->outputs + n, left = p->outputs - n;
+        __mmask16 mask = left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
+        __m512i sum = _mm512_sub_epi32(sums[v], _mm512_mullo_epi32(zero, _mm512_loadu_si512(p->weight_sums + n)));
+        if (p->weight_zero) {
+            sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(total, _mm512_loadu_si512(p->weight_zero + n)));
+        }
+        __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(p->weight_scale + n));
+        /* With its rounding named, a product is not fused with the sum. */
+        value = _mm512_mul_round_ps(value, scale, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        value = _mm512_add_ps(value, _mm512_loadu_ps(p->bias + n));
+        if (p->bfloat16) {
+            for (int64_t i = 0; i < LANES && i < left; i++) {
+                float one = ((const float *)&value)[i];
+                store(p->out, at + i, p->residual ? one + load(p->residual, at + i, 1) : one, 1);
+            }
+            continue;
+        }
+        if (p->residual) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, (const float *)p->residual + at));
+        _mm512_mask_storeu_ps((float *)p->out + at, mask, value);
+    }
+}
+
+/* Multiply `rows` positions, whose codes begin at `base`, with `vectors` blocks of outputs. Both are constant where this is
+ * called, so that all sums stay in registers; so is `summed`, whether codes are added up too. */
+VNNI __attribute__((always_inline)) static inline void multiply_tile(
+    const Product *p, const uint8_t *const *base, const int64_t *row, const int64_t *run, const int64_t *offset,
+    int64_t block, int rows, int vectors, int summed
+) {
+    __m512i sums[ROWS][4], totals[ROWS], ones = _mm512_set1_epi8(1);
+    int64_t taps = p->kernel_h * p->kernel_w, quads = p->channels / QUAD, step = LANES * QUAD;
+    const int8_t *weight = p->weight + block * taps * quads * step;
+    for (int r = 0; r < rows; r++) {
+        totals[r] = _mm512_setzero_si512();
+        for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_setzero_si512();
+    }
+    for (int64_t tap = 0; tap < taps; tap++) {
+        const uint8_t *code[ROWS];
+        for (int r = 0; r < rows; r++) code[r] = base[r] + offset[tap];
+        for (int64_t q = 0; q < quads; q++, weight += step) {
+            __m512i w[4];
+            for (int v = 0; v < vectors; v++) w[v] = _mm512_loadu_si512(weight + v * taps * quads * step);
+            for (int r = 0; r < rows; r++) {
+                int32_t four;
+                memcpy(&four, code[r] + q * QUAD, QUAD);
+                __m512i x = _mm512_set1_epi32(four);
+                if (summed) totals[r] = _mm512_dpbusd_epi32(totals[r], x, ones);
+                for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], x, w[v]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) store_sums(p, sums[r], totals[r], row[r], block, vectors, run[r]);
+}
+
+/* Multiply positions `first` to `last` (at most ROWS) with all outputs. */
+VNNI static void multiply_rows(const Product *p, const int64_t *offset, int64_t first, int64_t last) {
+    const uint8_t *base[ROWS];
+    int64_t row[ROWS], run[ROWS], blocks = (p->outputs + LANES - 1) / LANES;
+    int64_t area = p->out_height * p->out_width, each = p->batch * area / p->runs;
+    int rows = (int)(last - first);
+    for (int r = 0; r < rows; r++) {
+        int64_t m = first + r, pixel = m % area, i = pixel / p->out_width, j = pixel % p->out_width;
+        row[r] = m;
+        run[r] = m / each;
+        base[r] = p->codes + ((m / area * p->height + i * p->stride_h) * p->width + j * p->stride_w) * p->channels;
+    }
+    for (int64_t block = 0; block < blocks;) {
+        int64_t left = blocks - block;
+        int most = p->weight_zero ? 3 : 4; /* 32 registers: sums, weights, totals, a code, ones */
+        int vectors = left % most == 0 || left >= 2 * most ? most : left % 3 == 0 ? 3 : left >= 2 ? 2 : 1;
+#define TILE(r, v) \
+    if (p->weight_zero) multiply_tile(p, base, row, run, offset, block, r, v, 1); \
+    else multiply_tile(p, base, row, run, offset, block, r, v, 0)
+#define BY_ROWS(v) \
+        if (rows == 6) { TILE(6, v); } else if (rows == 5) { TILE(5, v); } else if (rows == 4) { TILE(4, v); } \
+        else if (rows == 3) { TILE(3, v); } else if (rows == 2) { TILE(2, v); } else { TILE(1, v); }
+        if (vectors == 4) { BY_ROWS(4); }
+        else if (vectors == 3) { BY_ROWS(3); }
+        else if (vectors == 2) { BY_ROWS(2); }
+        else { BY_ROWS(1); }
+#undef BY_ROWS
+#undef TILE
+        block += vectors;
+    }
+}
+
+static int multiply_all(const Product *p) {
+    int64_t taps = p->kernel_h * p->kernel_w, positions = p->batch * p->out_height * p->out_width;
+    int64_t *offset = malloc(taps * sizeof(int64_t));
+    if (!offset) return -1;
+    for (int64_t tap = 0; tap < taps; tap++) {
+        int64_t down = tap / p->kernel_w * p->dilation_h, across = tap % p->kernel_w * p->dilation_w;
+        offset[tap] = (down * p->width + across) * p->channels;
+    }
+    int64_t pieces = (positions + ROWS - 1) / ROWS;
+    int threads = p->threads;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t first = piece * ROWS, last = first + ROWS < positions ? first + ROWS : positions;
+        multiply_rows(p, offset, first, last);
+    }
+    free(offset);
+    return 0;
+}
+#endif
+
 /* Read `count` integers (addresses too); 0 with an exception set if they are not. */
 static int integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, long long *out) {
     if (given != count) {
@@ -473,11 +617,8 @@ static int integers(PyObject *const *args, Py_ssize_t given, Py_ssize_t count, l
 
 #define ADDRESS(value) ((void *)(intptr_t)(value))
 
-static PyObject *py_quantize(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-    long long a[25];
-    double eps = given == 26 ? PyFloat_AsDouble(args[25]) : 0.0;
-    if (PyErr_Occurred() || !integers(args, given - (given == 26), 25, a)) return NULL;
-    Quantize q = {
+INLINE Quantize read_quantize(const long long *a, double eps) {
+    return (Quantize){
         .x = ADDRESS(a[0]), .codes = ADDRESS(a[1]), .sums = ADDRESS(a[2]), .step = ADDRESS(a[3]), .zero = ADDRESS(a[4]),
         .batch = a[5], .height = a[6], .width = a[7], .channels = a[8], .pitch = a[9], .pad_h = a[10], .pad_w = a[11],
         .runs = a[12], .rows_per_run = a[5] * a[6] / (a[12] ? a[12] : 1), .step_channels = a[13], .top = (int)a[14],
@@ -485,6 +626,13 @@ static PyObject *py_quantize(PyObject *self, PyObject *const *args, Py_ssize_t g
         .threads = (int)a[20], .held = ADDRESS(a[21]), .scale = ADDRESS(a[22]), .restore = ADDRESS(a[23]),
         .is_first = (int)a[24], .eps = eps,
     };
+}
+
+static PyObject *py_quantize(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+    long long a[25];
+    double eps = given == 26 ? PyFloat_AsDouble(args[25]) : 0.0;
+    if (PyErr_Occurred() || !integers(args, given - (given == 26), 25, a)) return NULL;
+    Quantize q = read_quantize(a, eps);
     int failed;
     Py_BEGIN_ALLOW_THREADS
     failed = quantize_all(&q, q.step);
@@ -524,10 +672,107 @@ static PyObject *py_finish_matrix(PyObject *self, PyObject *const *args, Py_ssiz
     Py_RETURN_NONE;
 }
 
+static PyObject *py_has_product(PyObject *self, PyObject *unused) {
+#ifdef HAS_VNNI
+    return PyBool_FromLong(
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"));
+#else
+    Py_RETURN_FALSE;
+#endif
+}
+
+#ifdef HAS_VNNI
+INLINE Product read_product(const long long *a) {
+    return (Product){
+        .codes = ADDRESS(a[0]), .weight = ADDRESS(a[1]), .out = ADDRESS(a[2]), .residual = ADDRESS(a[3]),
+        .scale = ADDRESS(a[4]), .zero = ADDRESS(a[5]), .weight_scale = ADDRESS(a[6]), .weight_sums = ADDRESS(a[7]),
+        .weight_zero = ADDRESS(a[9]), .bias = ADDRESS(a[8]), .batch = a[10], .height = a[11], .width = a[12],
+        .channels = a[13], .out_height = a[14], .out_width = a[15], .outputs = a[16], .runs = a[17], .kernel_h = a[18],
+        .kernel_w = a[19], .stride_h = a[20], .stride_w = a[21], .dilation_h = a[22], .dilation_w = a[23],
+        .bfloat16 = (int)a[24], .threads = (int)a[25],
+    };
+}
+#endif
+
+static PyObject *py_product(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+#ifdef HAS_VNNI
+    long long a[26];
+    if (!integers(args, given, 26, a)) return NULL;
+    Product p = read_product(a);
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    failed = multiply_all(&p);
+    Py_END_ALLOW_THREADS
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+#else
+    PyErr_SetString(PyExc_RuntimeError, "got no AVX512-VNNI, wanted it: see has_product");
+    return NULL;
+#endif
+}
+
+#ifdef HAS_VNNI
+typedef struct {
+    Quantize quantize;
+    Product product;
+} Layer;
+#endif
+
+/* Arguments as of quantize, then of product, then eps; those that run_layer is given are 0. */
+static PyObject *py_plan_layer(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+#ifdef HAS_VNNI
+    long long a[51];
+    double eps = given == 52 ? PyFloat_AsDouble(args[51]) : 0.0;
+    if (PyErr_Occurred() || !integers(args, given - (given == 52), 51, a)) return NULL;
+    Layer layer = {.quantize = read_quantize(a, eps), .product = read_product(a + 25)};
+    return PyBytes_FromStringAndSize((const char *)&layer, sizeof layer);
+#else
+    PyErr_SetString(PyExc_RuntimeError, "got no AVX512-VNNI, wanted it: see has_product");
+    return NULL;
+#endif
+}
+
+static PyObject *py_run_layer(PyObject *self, PyObject *const *args, Py_ssize_t given) {
+#ifdef HAS_VNNI
+    long long a[6];
+    Layer layer;
+    if (given != 7 || !PyBytes_Check(args[0]) || PyBytes_GET_SIZE(args[0]) != sizeof layer) {
+        PyErr_SetString(PyExc_TypeError, "got other arguments, wanted a plan and six addresses");
+        return NULL;
+    }
+    if (!integers(args + 1, 6, 6, a)) return NULL;
+    memcpy(&layer, PyBytes_AS_STRING(args[0]), sizeof layer);
+    Quantize *q = &layer.quantize;
+    Product *p = &layer.product;
+    q->x = ADDRESS(a[0]);
+    p->out = ADDRESS(a[1]);
+    p->residual = ADDRESS(a[2]);
+    q->step = ADDRESS(a[3]);
+    q->zero = p->zero = ADDRESS(a[4]);
+    p->scale = ADDRESS(a[5]);
+    int failed;
+    Py_BEGIN_ALLOW_THREADS
+    q->codes = malloc(p->batch * p->height * p->width * p->channels);
+    p->codes = q->codes;
+    failed = q->codes == NULL || quantize_all(q, q->step) || multiply_all(p);
+    free(q->codes);
+    Py_END_ALLOW_THREADS
+    if (failed) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+#else
+    PyErr_SetString(PyExc_RuntimeError, "got no AVX512-VNNI, wanted it: see has_product");
+    return NULL;
+#endif
+}
+
 static PyMethodDef methods[] = {
     {"quantize", (PyCFunction)(void (*)(void))py_quantize, METH_FASTCALL, "See kernels/native.py."},
     {"finish", (PyCFunction)(void (*)(void))py_finish, METH_FASTCALL, "See kernels/native.py."},
     {"finish_matrix", (PyCFunction)(void (*)(void))py_finish_matrix, METH_FASTCALL, "See kernels/native.py."},
+    {"has_product", py_has_product, METH_NOARGS, "Whether this CPU has what `product` needs."},
+    {"plan_layer", (PyCFunction)(void (*)(void))py_plan_layer, METH_FASTCALL, "See kernels/native.py."},
+    {"run_layer", (PyCFunction)(void (*)(void))py_run_layer, METH_FASTCALL, "See kernels/native.py."},
+    {"product", (PyCFunction)(void (*)(void))py_product, METH_FASTCALL, "See kernels/native.py."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -4,8 +4,8 @@
 installation has for the device.
 
 Two questions are asked here. `resolve_backend`: which backend a model is loaded for, on a device. `backend_for`: what
-one operator of `kernels` runs on a tensor's device. The integer CPU backend has operators of its own (`kernels.cpu`),
-since its weights are laid out by oneDNN.
+one operator of `kernels` runs on a tensor's device. The CPU backend has operators of its own (`kernels.cpu`,
+`kernels.cpu_float`), since its weights are laid out by oneDNN, or unpacked.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def resolve_backend(backend: KernelBackend | str, device: torch.device) -> Kerne
     if choice is KernelBackend.AUTO:
         if device.type == "cuda":
             return KernelBackend.TRITON if has_triton() else KernelBackend.REFERENCE
-        return KernelBackend.CPU if device.type == "cpu" and has_int8_cpu() else KernelBackend.REFERENCE
+        return KernelBackend.CPU if device.type == "cpu" else KernelBackend.REFERENCE
     if choice is KernelBackend.TRITON:
         _check_triton(device)
     if choice is KernelBackend.CPU and device.type != "cpu":
@@ -59,8 +59,6 @@ def why_reference(choice: KernelBackend | str, device: torch.device) -> str:
     """Say why a model on `device` runs the reference, where `resolve_backend` made that of `choice`."""
     if check_backend(choice) is KernelBackend.REFERENCE:
         return "the reference was asked for"
-    if device.type == "cpu":
-        return "auto: this CPU has neither VNNI nor AMX, so int8 products would saturate"
     return "auto: triton is not installed" if device.type == "cuda" else f"auto: no kernels for device {device.type}"
 
 

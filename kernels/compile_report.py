@@ -146,16 +146,24 @@ def cases(arch: str) -> Iterator[Case]:
 
 _EPILOGUE = {"bias_ptr": None, "residual_ptr": None, "down_ptr": None, "up_ptr": None, "channel_ptr": None}
 _BIAS = {"residual_ptr": None, "down_ptr": None, "up_ptr": None, "channel_ptr": None}
-# label, bits, lane, group, symmetric weight, symmetric activation
+# label, layout, symmetric activation
 _WEIGHTS = (
-    ("W8A8 symmetric", 8, 0, 0, True, True),
-    ("W8A8", 8, 0, 0, False, False),
-    ("W4A8", 4, 64, 0, False, False),
-    ("W4A8 g64", 4, 32, 64, False, False),
-    ("W4A8 g128", 4, 64, 128, False, False),
-    ("W8A8 g64", 8, 0, 64, False, False),
-    ("W2A8", 2, 32, 0, False, False),
+    ("W8A8 symmetric", WeightLayout(8, 640, 1, 32, 0, True), True),
+    ("W8A8", WeightLayout(8, 640, 1, 32, 0, False), False),
+    ("W4A8", WeightLayout(4, 640, 1, 64, 0, False), False),
+    ("W4A8 g64", WeightLayout(4, 640, 1, 32, 64, False), False),
+    ("W4A8 g128", WeightLayout(4, 640, 1, 64, 128, False), False),
+    ("W4A8 g64 of integers", WeightLayout(4, 640, 1, 64, 64, False, True), False),
+    ("W8A8 g64", WeightLayout(8, 640, 1, 32, 64, False), False),
+    ("W2A8", WeightLayout(2, 640, 1, 32, 0, False), False),
 )
+
+
+def _weight_constants(layout: WeightLayout, k: int) -> dict[str, Any]:
+    """Return what a layout fixes in a kernel of integers that reads K in steps of `k`."""
+    absent = {} if layout.multiplied else {"multiplier_ptr": None}
+    lane = k if layout.bits == 8 else layout.lane
+    return {"BITS": layout.bits, "LANE": lane, "GROUP_SIZE": layout.group_size, **absent}
 
 
 def _linear_cases(arch: str) -> Iterator[Case]:
@@ -163,17 +171,16 @@ def _linear_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.gemm import linear_int_kernel
 
     for m, n in ((8192, 2560), (16, 2560)):
-        for label, bits, lane, group, symmetric, x_symmetric in _WEIGHTS:
-            layout = WeightLayout(bits, 640, 1, lane or 32, group, symmetric)
+        for label, layout, x_symmetric in _WEIGHTS:
             blocks = int_blocks(arch, m, n, layout)
             constants = {
-                **_BIAS, "BITS": bits, "LANE": lane or blocks.k, "GROUP_SIZE": group,
-                "SYMMETRIC": symmetric, "X_SYMMETRIC": x_symmetric, "RANK": 0, "BLOCK_M": blocks.m,
-                "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
+                **_BIAS, **_weight_constants(layout, blocks.k), "SYMMETRIC": layout.symmetric,
+                "X_SYMMETRIC": x_symmetric, "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16,
+                "SWIZZLE": blocks.swizzle,
             }  # fmt: skip
             case = Case(
                 f"linear {label}, {blocks.m} x {blocks.n}", linear_int_kernel, constants,
-                _weight_types(bits, group), blocks.warps, blocks.stages,
+                _weight_types(layout), blocks.warps, blocks.stages,
             )  # fmt: skip
             yield case
             if m > 64 and label == "W4A8":
@@ -189,24 +196,24 @@ def _conv_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.blocks import int_blocks
     from kernels._triton.conv import conv2d_int_kernel
 
-    for label, bits, lane, group, symmetric, x_symmetric in _WEIGHTS:
+    for label, linear, x_symmetric in _WEIGHTS:
         for taps, stride in ((3, 1), (3, 2), (1, 1)):
             if (taps, stride) != (3, 1) and label not in ("W8A8", "W4A8"):
                 continue
-            layout = WeightLayout(bits, 640, taps * taps, lane or 32, group, symmetric)
+            layout = replace(linear, taps=taps * taps)
             blocks = int_blocks(arch, 8192, 2560, layout, heavy=arch == "sm_80" and not x_symmetric)
             constants = {
                 **_BIAS, "TAPS_H": taps, "TAPS_W": taps, "STRIDE_H": stride, "STRIDE_W": stride,
-                "PAD_H": taps // 2, "PAD_W": taps // 2, "DILATION_H": 1, "DILATION_W": 1, "BITS": bits,
-                "LANE": lane or blocks.k, "GROUP_SIZE": group, "SYMMETRIC": symmetric, "X_SYMMETRIC": x_symmetric,
+                "PAD_H": taps // 2, "PAD_W": taps // 2, "DILATION_H": 1, "DILATION_W": 1,
+                **_weight_constants(layout, blocks.k), "SYMMETRIC": layout.symmetric, "X_SYMMETRIC": x_symmetric,
                 "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
             }  # fmt: skip
             case = Case(
                 f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}", conv2d_int_kernel, constants,
-                _weight_types(bits, group), blocks.warps, blocks.stages,
+                _weight_types(layout), blocks.warps, blocks.stages,
             )  # fmt: skip
             yield case
-            if (taps, stride, group) == (3, 1, 0) and not symmetric:
+            if (taps, stride, layout.group_size) == (3, 1, 0) and not layout.symmetric:
                 blocks = int_blocks(arch, 8192, 2560, layout, heavy=True)
                 gather = {key: value for key, value in constants.items() if key not in ("residual_ptr", "channel_ptr")}
                 mixed = f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}, of mixed bits, added"
@@ -222,18 +229,25 @@ def _float_cases(arch: str) -> Iterator[Case]:
     for (m, heavy), dtype in itertools.product(
         ((8192, False), (8192, True), (16, False)), (torch.bfloat16, torch.float32)
     ):
-        for bits, lane, group in ((4, 64, 0), (4, 32, 64), (8, 64, 0)):
-            blocks = float_blocks(arch, m, 2560, group, dtype=dtype, heavy=heavy)
+        for bits, lane, group, multiplied in (
+            (4, 64, 0, False),
+            (4, 32, 64, False),
+            (4, 64, 64, True),
+            (8, 64, 0, False),
+        ):
+            layout = WeightLayout(bits, 640, 1, lane, group, False, multiplied)
+            blocks = float_blocks(arch, m, 2560, grouped=layout.has_group_scales, dtype=dtype, heavy=heavy)
             splits = 4 if m <= 64 else 1
             constants = {
-                "BITS": bits, "LANE": lane, "GROUP_SIZE": group, "RANK": 32 if heavy else 0, "BLOCK_M": blocks.m,
+                **_weight_constants(layout, lane), "RANK": 32 if heavy else 0, "BLOCK_M": blocks.m,
                 "BLOCK_N": blocks.n, "BLOCK_R": 32 if heavy else 16, "SPLITS": splits, "SWIZZLE": blocks.swizzle,
                 "PRECISION": float_precision(arch, dtype),
                 **({} if heavy else _BIAS), **({"partial_ptr": None} if splits == 1 else {}),
             }  # fmt: skip
             parts = [f"linear W{bits}A{32 if dtype is torch.float32 else 16}{f' g{group}' if group else ''}"]
+            parts[0] += " of integers" if multiplied else ""
             parts += [f"{blocks.m} x {blocks.n}", *([f"K in {splits}"] if splits > 1 else [])]
-            types = {**_weight_types(bits, group), "x_ptr": "*fp32" if dtype is torch.float32 else "*bf16"}
+            types = {**_weight_types(layout), "x_ptr": "*fp32" if dtype is torch.float32 else "*bf16"}
             yield Case(
                 ", ".join([*parts, *(["all of the epilogue"] if heavy else [])]),
                 linear_float_kernel, constants, types, blocks.warps, blocks.stages,
@@ -350,10 +364,10 @@ def _descriptor(element: str, block: list[int]) -> str:
     return f"tensordesc<{element}[{','.join(map(str, block))}],{layout!r}>"
 
 
-def _weight_types(bits: int, group: int) -> dict[str, str]:
+def _weight_types(layout: WeightLayout) -> dict[str, str]:
     """Types of an integer kernel's tensors that depend on the weight."""
-    types = {"x_ptr": "*i8", "w_ptr": "*i8" if bits == 8 else "*u8"}
-    return types | ({"scale_ptr": "*bf16", "total_ptr": "*i16"} if group else {})
+    types = {"x_ptr": "*i8", "w_ptr": "*i8" if layout.bits == 8 else "*u8", "multiplier_ptr": "*i8"}
+    return types | ({"scale_ptr": "*bf16", "total_ptr": "*i16"} if layout.has_group_scales else {})
 
 
 def compile_case(case: Case, arch: str) -> Usage:

@@ -142,7 +142,7 @@ def conv2d_int_reference(
         values = weight_integers(weight).double()  # (rows, taps, C)
         total = torch.zeros(batch, out_h * out_w, weight.rows, device=x.codes.device)
         layout = weight.layout
-        if not layout.group_size:
+        if not layout.has_group_scales:
             integers = torch.einsum("bctp,ntc->bpn", patches, values)
             total += integers.float() * weight.scale[:, 0].float()
         else:

@@ -30,6 +30,10 @@ from kernels.gemm import epilogue_rows
 CONV_TOLERANCE = 2.0**-21
 
 
+# Products of codes and weights up to which `native.product` is faster than oneDNN with what surrounds it.
+SMALL_WORK = 1 << 25
+
+
 def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
     """Multiply uint8 codes (..., K) with a weight.
 
@@ -55,6 +59,8 @@ def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
         raise KernelError("cpu linear: got the weight of a Conv2d, wanted a Linear's")
     epilogue.check(shape)
     rows = x.codes.reshape(math.prod(shape[:-1]), weight.channels)
+    if _is_small(weight, len(rows), epilogue):
+        return _small_product(rows, x, weight, shape, epilogue)
     if isinstance(weight.packed, SmallMatrix):
         return _finish_matrix(_multiply_small(rows, weight.packed), x, weight, epilogue).view(shape)
     direct = _is_direct(weight, epilogue)
@@ -92,6 +98,8 @@ def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
     batch, height, width, channels = x.codes.shape
     shape = (batch, *layout.unpadded.output_size(height, width), weight.outputs)
     epilogue.check(shape)
+    if _is_small(weight, batch * shape[1] * shape[2], epilogue):
+        return _small_product(x.codes, x, weight, shape, epilogue)
     packed = layout.for_images((batch, channels, height, width))
     bias, single = _zero_point_bias(x, weight, epilogue), x.scale.numel() == 1
     if single and _is_direct(weight, epilogue):
@@ -103,6 +111,28 @@ def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
         scale, bias = (t.repeat_interleave(batch // len(t), 0).view(batch, 1, 1, -1) for t in (x.scale, bias))
         out = torch.addcmul(bias, out, scale)
     return _finish(out, x, weight, epilogue).view(shape)
+
+
+def _is_small(weight: CpuWeight, positions: int, epilogue: Epilogue) -> bool:
+    """Whether a product is so small that what surrounds it takes longer."""
+    small = weight.small
+    if small is None or not native.is_usable() or epilogue.low_rank is not None:
+        return False
+    return positions * small.values.numel() <= SMALL_WORK and epilogue.dtype in (torch.float32, torch.bfloat16)
+
+
+def _small_product(
+    codes: Tensor, x: QuantizedActivation, weight: CpuWeight, shape: tuple[int, ...], epilogue: Epilogue
+) -> Tensor:
+    """Multiply, scale and add in one call; exactly the reference's integers, and its float32 operations."""
+    assert weight.small is not None
+    out = torch.empty(shape, dtype=epilogue.dtype)
+    residual = None if epilogue.residual is None else epilogue.residual.to(epilogue.dtype).contiguous()
+    bias = native.pad_bias(epilogue.bias, weight.small)
+    native.product(
+        codes.contiguous(), x.scale, x.zero_point, weight.small, bias, out, weight.geometry or native.POINT, residual
+    )
+    return out
 
 
 def _check_codes(x: QuantizedActivation, weight: CpuWeight) -> None:

@@ -1,10 +1,11 @@
 """A layer's weight as oneDNN's int8 operators take it: int8 rows, one float scale each, exactly the artifact's numbers.
 
-    one digit   The int8 weight is code - zero point: up to 7 bits always fit, 8 bits where the zero point is 128.
+    one digit   The int8 weight is code - zero point: up to 7 bits always fit, 8 bits where the zero point is 128. Where
+                groups have multipliers, it is (code - zero point) * multiplier, which always fits.
                 Asymmetric 8-bit weights are stored as code - 128, and the input's sums correct for the rest:
                     sum (x - x_zero) (w - zero) = sum (x - x_zero) (w - 128) - (zero - 128) * sum (x - x_zero).
-    digits      A scale per group is a whole number (below 256 in bfloat16) times a power of two. So the weights of one
-                output channel, (code - zero) * scale, are whole numbers of one common step, a power of two:
+    digits      A float scale of a group is a whole number (below 256 in bfloat16) times a power of two. So the weights
+                of one output channel, (code - zero) * scale, are whole numbers of one common step, a power of two:
                     w = step * (d0 + 256 d1 + 65536 d2),   d in [-128, 127].
                 Each digit is an output channel of its own; their sums, each an exact integer, are added in float32.
     saturation  Without VNNI or AMX, oneDNN adds pairs of products in int16 (vpmaddubsw), which saturates above 32767:
@@ -25,10 +26,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels import native
 from kernels.backend import BackendUnavailableError
 from kernels.conv import ConvGeometry
 from kernels.errors import KernelError
 from kernels.gemm import check_weights
+from kernels.native import ProductWeight
 from kernels.weights import PackedWeight, expand_weight_groups, row_chunks, weight_integers
 
 # The largest |w| with which a pair of products can't saturate int16.
@@ -36,6 +39,8 @@ PAIR_LIMIT = (2**15 - 1) // (2 * 255)
 DIGIT_LIMIT = 3
 # The most weights of a `SmallMatrix`.
 SMALL_MATRIX = 1 << 16
+# The most weights that are kept a second time, for calls of few positions.
+SMALL_PRODUCT = 1 << 19
 _DIGIT = 256
 # The largest number that DIGIT_LIMIT digits of [-128, 127] hold on both sides of 0.
 _LARGEST = 127 * (_DIGIT**DIGIT_LIMIT - 1) // (_DIGIT - 1)
@@ -115,6 +120,8 @@ class CpuWeight:
         Input channels.
     geometry : ConvGeometry or None
         None for a Linear.
+    small : ProductWeight or None
+        The same weights for calls of few positions, if they are few themselves; of one digit.
     """
 
     packed: Tensor | SmallMatrix | ConvLayout
@@ -126,6 +133,16 @@ class CpuWeight:
     digits: int
     channels: int
     geometry: ConvGeometry | None
+    small: ProductWeight | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the int8 weights and what is kept for each of their rows; oneDNN may pad rows besides."""
+        taps = 1 if self.geometry is None else self.geometry.taps
+        rows = (self.scale, self.sums, self.zero_term)
+        twice = 1 if self.small is None else 2
+        stored = twice * self.scale.numel() * self.channels * taps
+        return stored + sum(each.numel() * each.element_size() for each in rows)
 
     def __deepcopy__(self, memo: dict[int, object]) -> CpuWeight:
         """Share the tensors: nothing writes to them, and oneDNN's can't be copied."""
@@ -169,6 +186,10 @@ def pack_cpu_weight(weights: Sequence[PackedWeight], geometry: ConvGeometry | No
             matrix[place, rows], sums[place, rows] = digit, digit.sum((1, 2), dtype=torch.int64)
     _check_saturation(matrix)
     count = len(matrix)
+    small = None
+    few = count == 1 and matrix.numel() <= SMALL_PRODUCT and channels % native.QUAD == 0
+    if few and native.has_product():
+        small = native.pack_product(matrix[0], scale, zero)
     matrix, sums = matrix.flatten(0, 1), sums.flatten()
     row_scale = torch.cat([scale * float(_DIGIT**power) for power in range(count)])
     zero_term = (sums.double() * row_scale.double()).float()
@@ -181,7 +202,7 @@ def pack_cpu_weight(weights: Sequence[PackedWeight], geometry: ConvGeometry | No
     else:
         image = matrix.view(len(matrix), *geometry.kernel, channels).permute(0, 3, 1, 2).contiguous()
         packed = ConvLayout(image, geometry)
-    return CpuWeight(packed, row_scale, sums.int(), zero_term, correction, n, count, channels, geometry)
+    return CpuWeight(packed, row_scale, sums.int(), zero_term, correction, n, count, channels, geometry, small)
 
 
 @functools.cache
@@ -207,15 +228,14 @@ def _chunks(weights: Sequence[PackedWeight]) -> Iterator[tuple[Tensor, PackedWei
     for weight in weights:
         outputs = torch.arange(weight.rows) if weight.channel is None else weight.channel.long()
         for rows in row_chunks(weight.rows, weight.layout.taps * weight.layout.channels):
-            codes, scale, zero = weight.codes[rows], weight.scale[rows], weight.zero_point[rows]
-            yield outputs[rows], PackedWeight(codes, scale, zero, weight.total[rows], None, weight.layout)
+            yield outputs[rows], weight.some(rows)
 
 
 def _whole_rows(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Integers (rows, taps, C), int32, their scale (rows,), and the zero point that is still in them (rows,)."""
     integers = weight_integers(weight)
     zero = torch.zeros(weight.rows, dtype=torch.int32)
-    if weight.layout.groups > 1:
+    if weight.layout.has_group_scales:
         factor, step = _whole_scales(weight.scale.float())
         if int(integers.abs().max()) * int(factor.max()) > _LARGEST:
             raise KernelError(

@@ -24,8 +24,8 @@ class Held:
     ----------
     values : Tensor, shape of the input (..., C), dtype float32
         Contiguous; written to.
-    scale : Tensor, shape (1,), dtype float32
-        Of the codes.
+    scale : Tensor, shape (1,), or (R,) if nothing is held yet, dtype float32
+        Of the codes, of each of R equal runs of rows.
     restore : Tensor, shape (C,), dtype float32, or None
         What channels were divided by beside the scale.
     is_first : bool
@@ -41,7 +41,11 @@ class Held:
         """Raise KernelError unless this can be held of `x`."""
         values, restore = self.values, self.restore
         fits = values.shape == x.shape and values.is_contiguous() and values.dtype is torch.float32
-        if not fits or self.scale.numel() != 1 or (restore is not None and restore.shape != x.shape[-1:]):
+        if (
+            not fits
+            or (self.scale.numel() != 1 and not self.is_first)
+            or (restore is not None and restore.shape != x.shape[-1:])
+        ):
             raise KernelError(
                 f"held: got {values.dtype} of shape {tuple(values.shape)} with {self.scale.numel()} scales, wanted "
                 f"contiguous float32 of shape {tuple(x.shape)} with one"

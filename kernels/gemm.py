@@ -2,6 +2,8 @@
 
     y = x_scale[m] * sum_g scale[n, g] * I[m, n, g],   I = sum_k (x[m, k] - x_zero[m]) * (w[n, k] - zero[n, g])
 
+Where groups have whole numbers in place of scales, w[n, k] - zero[n, g] is multiplied with them, and there is one sum.
+
 I is exact: an integer, equal on every backend bit for bit. Each backend gets it from int8 products and corrections,
     I = sum x w' - x_zero * total,   w' = w - zero in registers (up to 4 bits), else
     I = sum x w - zero * sum x - x_zero * total,
@@ -27,7 +29,7 @@ from quant_spec.enums import KernelBackend
 # next group, bias, rank and residual round once, in an order (and with a fused multiply-add) that is the backend's own.
 EPILOGUE_TOLERANCE = 2.0**-20
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TENSORS_PER_WEIGHT, _INTS_PER_WEIGHT = 6, 6
+_TENSORS_PER_WEIGHT, _INTS_PER_WEIGHT = 7, 7
 
 
 def linear_int(
@@ -139,7 +141,7 @@ def linear_int_reference(
     for weight in weights:
         values = weight_integers(weight)[:, 0].double()  # (rows, K); sums below 2**53 are exact in float64
         total = torch.zeros(m, weight.rows, device=codes.device)
-        size = weight.layout.group_size or values.shape[1]
+        size = weight.layout.group_size if weight.layout.has_group_scales else values.shape[1]
         for group, start in enumerate(range(0, values.shape[1], size)):
             integers = x[:, start : start + size] @ values[:, start : start + size].t()
             total += integers.float() * weight.scale[:, group].float()
@@ -154,7 +156,7 @@ def linear_float_reference(x: Tensor, weights: Sequence[PackedWeight], rows: Epi
     for weight in weights:
         values = weight_integers(weight)[:, 0].float()
         total = torch.zeros(x.shape[0], weight.rows, device=x.device)
-        size = weight.layout.group_size or values.shape[1]
+        size = weight.layout.group_size if weight.layout.has_group_scales else values.shape[1]
         for group, start in enumerate(range(0, values.shape[1], size)):
             part = slice(start, start + size)
             total += (x[:, part].float() @ values[:, part].t()) * weight.scale[:, group].float()
@@ -181,8 +183,8 @@ def flatten_weights(weights: Sequence[PackedWeight]) -> tuple[list[Tensor], list
     tensors, ints = [], []
     for weight in weights:
         absent = weight.codes.new_empty(0)
-        channel, whole = (absent if each is None else each for each in (weight.channel, weight.whole))
-        tensors += [weight.codes, weight.scale, weight.zero_point, weight.total, channel, whole]
+        rest = [absent if each is None else each for each in (weight.channel, weight.whole, weight.multiplier)]
+        tensors += [weight.codes, weight.scale, weight.zero_point, weight.total, *rest]
         ints += weight.layout.to_ints()
     return tensors, ints
 
@@ -192,9 +194,9 @@ def unflatten_weights(tensors: Sequence[Tensor], ints: Sequence[int]) -> list[Pa
     weights = []
     for i in range(len(tensors) // _TENSORS_PER_WEIGHT):
         codes, scale, zero, total, *rest = tensors[i * _TENSORS_PER_WEIGHT : (i + 1) * _TENSORS_PER_WEIGHT]
-        channel, whole = (each if each.numel() else None for each in rest)
+        channel, whole, multiplier = (each if each.numel() else None for each in rest)
         layout = WeightLayout.from_ints(ints[i * _INTS_PER_WEIGHT : (i + 1) * _INTS_PER_WEIGHT])
-        weights.append(PackedWeight(codes, scale, zero, total, channel, layout, whole))
+        weights.append(PackedWeight(codes, scale, zero, total, channel, layout, whole, multiplier))
     return weights
 
 

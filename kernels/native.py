@@ -7,16 +7,23 @@ passes over memory once.
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.conv import ConvGeometry
 from kernels.differences import Held
 from kernels.errors import KernelError
 from kernels.norms import GroupNorm
+
+if TYPE_CHECKING:
+    from kernels.cpu_activation import CpuGrid
 
 _native: ModuleType | None
 try:
@@ -24,6 +31,8 @@ try:
 except ImportError:
     _native = None
 
+# Output channels, and input channels, that the product of `_native.c` takes at a time.
+LANES, QUAD = 16, 4
 _FLOATS = (torch.float32, torch.bfloat16)
 # Elements below which a thread more costs more than it saves.
 _THREAD = 1 << 15
@@ -221,6 +230,146 @@ def finish_matrix(
         given is torch.bfloat16, _threads(product.numel()),
     )  # fmt: skip
     return out.to(dtype)
+
+
+@functools.cache
+def has_product() -> bool:
+    """Whether `product` is compiled, and this CPU has AVX512-VNNI."""
+    return _native is not None and bool(_native.has_product())
+
+
+@dataclass(frozen=True, slots=True)
+class ProductWeight:
+    """An int8 weight as `product` reads it, of N output channels in blocks of LANES.
+
+    Attributes
+    ----------
+    values : Tensor, shape (blocks, taps, C / QUAD, LANES, QUAD), dtype int8
+    scale : Tensor, shape (blocks * LANES,), dtype float32
+    sums : Tensor, shape (blocks * LANES,), dtype int32
+        Of each output channel's weights.
+    zero : Tensor, shape (blocks * LANES,), dtype int32, or None
+        What weights are less by: zero points of 8-bit codes, if they have some.
+    no_bias : Tensor, shape (blocks * LANES,), dtype float32
+        Zeros.
+    outputs : int
+        N.
+    """
+
+    values: Tensor
+    scale: Tensor
+    sums: Tensor
+    zero: Tensor | None
+    no_bias: Tensor
+    outputs: int
+
+
+def pack_product(matrix: Tensor, scale: Tensor, zero: Tensor) -> ProductWeight:
+    """Lay out int8 weights (N, taps, C), C a multiple of QUAD, their scales (N,) and zero points (N,) for `product`."""
+    n, taps, channels = matrix.shape
+    blocks = -(-n // LANES)
+    padded = matrix.new_zeros(blocks * LANES, taps, channels)
+    padded[:n] = matrix
+    values = padded.view(blocks, LANES, taps, channels // QUAD, QUAD).permute(0, 2, 3, 1, 4).contiguous()
+    more, sums = (0, blocks * LANES - n), padded.sum((1, 2), dtype=torch.int32)
+    zeros = F.pad(zero.int(), more) if bool(zero.any()) else None
+    return ProductWeight(values, F.pad(scale, more), sums, zeros, torch.zeros(blocks * LANES), n)
+
+
+def pad_bias(bias: Tensor | None, weight: ProductWeight) -> Tensor:
+    """Return a bias (N,) in whole blocks, float32."""
+    if bias is None:
+        return weight.no_bias
+    return F.pad(bias.float(), (0, len(weight.no_bias) - weight.outputs))
+
+
+def product(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: ProductWeight,
+    bias: Tensor,
+    out: Tensor,
+    geometry: ConvGeometry = POINT,
+    residual: Tensor | None = None,
+) -> None:
+    """Multiply or convolve codes, scale the integers, add bias and residual: `kernels.gemm`'s definition, bit for bit.
+
+    Parameters
+    ----------
+    codes : Tensor, shape (M, C) or (B, H, W, C), dtype uint8
+        Contiguous; images are padded already.
+    scale, zero_point : Tensor, shape (R,), dtype float32 and int32
+        Of each of R equal runs of rows.
+    weight : ProductWeight
+    bias : Tensor
+        As of `pad_bias`.
+    out : Tensor, shape (M, N) or (B, OH, OW, N), dtype float32 or bfloat16
+        Contiguous; written to.
+    geometry : ConvGeometry, optional
+    residual : Tensor, shape and dtype of `out`, optional
+        Contiguous.
+    """
+    assert _native is not None
+    if codes.dim() == 4:
+        batch, height, width, channels = codes.shape
+        out_height, out_width = out.shape[1:3]
+    else:
+        (width, channels), batch, height = codes.shape, 1, 1
+        out_height, out_width = 1, width
+    _native.product(
+        codes.data_ptr(), weight.values.data_ptr(), out.data_ptr(), _address(residual), scale.data_ptr(),
+        zero_point.data_ptr(), weight.scale.data_ptr(), weight.sums.data_ptr(), bias.data_ptr(),
+        _address(weight.zero), batch, height, width, channels, out_height, out_width, weight.outputs, scale.numel(),
+        *geometry.kernel, *geometry.stride, *geometry.dilation, out.dtype is torch.bfloat16, _threads(out.numel()),
+    )  # fmt: skip
+
+
+def plan_layer(
+    x: Tensor,
+    grid: CpuGrid,
+    bits: int,
+    norm: GroupNorm | None,
+    weight: ProductWeight,
+    bias: Tensor,
+    shape: tuple[int, ...],
+    geometry: ConvGeometry,
+) -> bytes | None:
+    """Prepare `run_layer` for inputs that lie like `x` and outputs of `shape`; None if it can't read such.
+
+    The addresses of `norm`'s tensors, `weight` and `bias` are in it: they must stay.
+    """
+    assert _native is not None
+    pitch = _pitch(x)
+    if pitch == 0 or not grid.step.is_contiguous() or (norm is not None and x.dim() != 4):
+        return None
+    if norm is not None:
+        _check_norm(x, norm)
+    is_image = x.dim() == 4
+    batch, height, width = x.shape[:3] if is_image else (1, math.prod(x.shape[:-1]), 1)
+    out_height, out_width = shape[1:3] if is_image else (height, 1)
+    norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    padding, half = geometry.padding, x.dtype is torch.bfloat16
+    return bytes(
+        _native.plan_layer(
+            0, 0, 0, 0, 0, batch, height, width, x.shape[-1], pitch, *padding, 1, grid.step.numel(), 2**bits - 1, half,
+            norm is not None, 0 if norm is None else norm.groups, _address(norm_weight), _address(norm_bias),
+            _threads(x.numel()), 0, 0, 0, 0,
+            0, weight.values.data_ptr(), 0, 0, 0, 0, weight.scale.data_ptr(), weight.sums.data_ptr(), bias.data_ptr(),
+            _address(weight.zero), batch, height + 2 * padding[0], width + 2 * padding[1], x.shape[-1],
+            out_height, out_width, weight.outputs, 1, *geometry.kernel, *geometry.stride, *geometry.dilation, half,
+            _threads(math.prod(shape)), 0.0 if norm is None else norm.eps,
+        )
+    )  # fmt: skip
+
+
+def run_layer(plan: bytes, x: Tensor, out: Tensor, residual: Tensor | None, grid: CpuGrid) -> None:
+    """Quantize `x`, multiply, scale and add, into `out`; all as `plan_layer` was told, `grid` of one run."""
+    assert _native is not None
+    _native.run_layer(
+        plan, x.data_ptr(), out.data_ptr(), 0 if residual is None else residual.data_ptr(),
+        grid.step.data_ptr(), grid.zero_point.data_ptr(), grid.scale.data_ptr(),
+    )  # fmt: skip
 
 
 def _held(held: Held | None, x: Tensor) -> tuple[int, int, int, int]:

@@ -10,6 +10,9 @@ An artifact holds the matrix (N, K) of a layer, K = taps x C in the order (taps,
               that fill them never count.
     bits      2, 4 or 8: codes of 1 bit are stored in 2, of 3 bits in 4, of 5 and 6 bits in 8.
     sign      8-bit codes are stored as code - 128 (int8 tensor cores), with their zero points; smaller ones unsigned.
+    groups    scales of groups are floats of their own, or whole numbers that multiply code - zero point, within int8,
+              beside one scale of the row: sums over all columns are then integers. Of 5 and 6 bits, which take a byte
+              anyway, the products are stored.
 
 A layer whose channels have different bit widths is several `PackedWeight`s, each of which names its output channels.
 """
@@ -39,7 +42,8 @@ class WeightLayout:
     """How the bytes of a `PackedWeight` are to be read.
 
     `bits` are the stored ones; `group_size` counts channels of one tap, 0 if all columns of a row share a scale;
-    `symmetric` says that all stored zero points of 8-bit codes are 0, so that no correction by them is needed.
+    `symmetric` says that all stored zero points of 8-bit codes are 0, so that no correction by them is needed;
+    `multiplied` that groups have whole numbers in place of scales.
     """
 
     bits: int
@@ -48,6 +52,7 @@ class WeightLayout:
     lane: int
     group_size: int
     symmetric: bool
+    multiplied: bool = False
 
     @property
     def per_byte(self) -> int:
@@ -66,18 +71,29 @@ class WeightLayout:
 
     @property
     def groups(self) -> int:
-        """Scales of one output channel."""
+        """Zero points of one output channel."""
         return self.taps * self.groups_per_tap if self.group_size else 1
+
+    @property
+    def has_group_scales(self) -> bool:
+        """Whether groups have scales of their own, so that no sum over all columns is an integer."""
+        return self.group_size > 0 and not self.multiplied
+
+    @property
+    def scales(self) -> int:
+        """Scales of one output channel."""
+        return self.groups if self.has_group_scales else 1
 
     def to_ints(self) -> list[int]:
         """Return the fields as integers, for a registered operator."""
-        return [self.bits, self.channels, self.taps, self.lane, self.group_size, int(self.symmetric)]
+        flags = (int(self.symmetric), int(self.multiplied))
+        return [self.bits, self.channels, self.taps, self.lane, self.group_size, *flags]
 
     @classmethod
     def from_ints(cls, values: Sequence[int]) -> WeightLayout:
         """Read what `to_ints` wrote."""
-        bits, channels, taps, lane, group_size, symmetric = values
-        return cls(bits, channels, taps, lane, group_size, bool(symmetric))
+        bits, channels, taps, lane, group_size, symmetric, multiplied = values
+        return cls(bits, channels, taps, lane, group_size, bool(symmetric), bool(multiplied))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +104,21 @@ class PackedWeight:
     ----------
     codes : Tensor, shape (N, taps * blocks * lane), dtype uint8 (int8 for 8 bits)
     scale : Tensor, shape (N, G), dtype float32 or bfloat16
-        Step size, in weight units per integer step; G is 1 or the number of groups, taps major.
+        Step size, in weight units per integer step; G is 1 or the number of groups, taps major. (N, 1) where groups
+        have multipliers.
     zero_point : Tensor, shape (N, G), dtype int8
         In the stored codes' domain.
-    total : Tensor, shape (N, taps * groups of a tap), dtype int16 or int32
-        Sum of (code - zero_point) over each group of each tap: what an activation's zero point is multiplied with. By
-        taps, since a tap that falls on padding has no part in it.
+    total : Tensor, shape (N, taps * scales of a tap), dtype int16 or int32
+        Sum of a row's integers (`weight_integers`) over each tap, of each group that has a scale: what an activation's
+        zero point is multiplied with. By taps, since a tap that falls on padding has no part in it.
     channel : Tensor, shape (N,), dtype int32, or None
         The layer's output channel of each row; None if they are all of its channels, in order. Of all records of a
         layer they are each channel once, for which the caller answers: looking would make the host wait.
     layout : WeightLayout
     whole : Tensor, shape (N, taps), dtype float32, or None
         Sum of scale * (code - zero_point) over each tap, of an unpacked weight with groups (`unpack_weight`).
+    multiplier : Tensor, shape (N, G), dtype int8, or None
+        1 to 16, what (code - zero_point) is multiplied with, where the layout is multiplied.
     """
 
     codes: Tensor
@@ -109,6 +128,7 @@ class PackedWeight:
     channel: Tensor | None
     layout: WeightLayout
     whole: Tensor | None = None
+    multiplier: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -118,19 +138,25 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.codes, self.scale, self.zero_point, self.total, self.channel, self.whole)
+        tensors = (self.codes, self.scale, self.zero_point, self.total, self.channel, self.whole, self.multiplier)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the record on another device."""
         channel = None if self.channel is None else self.channel.to(device)
         codes, scale, zero, total = (t.to(device) for t in (self.codes, self.scale, self.zero_point, self.total))
-        whole = None if self.whole is None else self.whole.to(device)
-        return PackedWeight(codes, scale, zero, total, channel, self.layout, whole)
+        whole, multiplier = (None if t is None else t.to(device) for t in (self.whole, self.multiplier))
+        return PackedWeight(codes, scale, zero, total, channel, self.layout, whole, multiplier)
+
+    def some(self, rows: slice) -> PackedWeight:
+        """Return some rows of the record, without their output channels."""
+        codes, scale, zero, total = (t[rows] for t in (self.codes, self.scale, self.zero_point, self.total))
+        multiplier = None if self.multiplier is None else self.multiplier[rows]
+        return PackedWeight(codes, scale, zero, total, None, self.layout, None, multiplier)
 
 
 def unpack_weight(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, ...]:
-    """Unpack a layer's codes to one int8 matrix: code - zero_point, for kernels that multiply many rows.
+    """Unpack a layer's codes to one int8 matrix of `weight_integers`, for kernels that multiply many rows.
 
     The integers and scales are the same, so results are; memory is a byte a weight, whatever its bits. Output channels
     of different bits become one matrix in their order, since each has its own scale anyway.
@@ -139,31 +165,32 @@ def unpack_weight(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, ...]:
     -------
     tuple of PackedWeight
         One record of 8 bits with zero points 0; or `weights` as they are, where integers do not fit in int8 (8-bit
-        codes with other zero points), or where both several records and groups would have to be put together.
+        codes with other zero points), or where both several records and scales of groups would have to be put together.
     """
     layout = weights[0].layout
     if not all(_fits_int8(weight) for weight in weights) or (
-        len(weights) > 1 and any(weight.layout.group_size for weight in weights)
+        len(weights) > 1 and any(weight.layout.has_group_scales for weight in weights)
     ):
         return tuple(weights)
     padded = -(-layout.channels // MIN_LANE) * MIN_LANE
     rows = sum(weight.rows for weight in weights)
     device = weights[0].codes.device
     codes = torch.zeros(rows, layout.taps, padded, dtype=torch.int8, device=device)
-    scale = torch.empty(rows, layout.groups, dtype=torch.float32, device=device)
+    scale = torch.empty(rows, layout.scales, dtype=torch.float32, device=device)
     total = torch.empty(rows, weights[0].total.shape[1], dtype=torch.int32, device=device)
     for weight in weights:
         place = torch.arange(rows, device=device) if weight.channel is None else weight.channel.long()
         for some in _chunks_of(weight):
-            codes[place[some], :, : layout.channels] = weight_integers(_rows(weight, some)).to(torch.int8)
+            codes[place[some], :, : layout.channels] = weight_integers(weight.some(some)).to(torch.int8)
         scale[place], total[place] = weight.scale.float(), weight.total.int()
     whole = None
-    if layout.group_size:
+    if layout.has_group_scales:
         per_tap = (layout.taps, layout.groups_per_tap)
         whole = (scale.double() * total.double()).view(rows, *per_tap).sum(-1).float()
         scale = scale.t().contiguous().t()  # read by group
-    zero = torch.zeros(rows, layout.groups, dtype=torch.int8, device=device)
-    one = WeightLayout(8, layout.channels, layout.taps, MIN_LANE, layout.group_size, symmetric=True)
+    zero = torch.zeros(rows, layout.scales, dtype=torch.int8, device=device)
+    group = layout.group_size if layout.has_group_scales else 0
+    one = WeightLayout(8, layout.channels, layout.taps, MIN_LANE, group, symmetric=True)
     return (PackedWeight(codes.flatten(1), scale, zero, total, None, one, whole),)
 
 
@@ -171,17 +198,11 @@ def _fits_int8(weight: PackedWeight) -> bool:
     """Whether every code - zero_point is an int8: always, but for 8-bit codes with zero points; looks at those."""
     if weight.layout.bits < 8 or weight.layout.symmetric or weight.codes.numel() == 0:
         return True
-    return all(bool(weight_integers(_rows(weight, rows)).abs().max() <= 127) for rows in _chunks_of(weight))
+    return all(bool(weight_integers(weight.some(rows)).abs().max() <= 127) for rows in _chunks_of(weight))
 
 
 def _chunks_of(weight: PackedWeight) -> list[slice]:
     return row_chunks(weight.rows, weight.codes.shape[1])
-
-
-def _rows(weight: PackedWeight, rows: slice) -> PackedWeight:
-    """Return some rows of a record."""
-    codes, scale, zero, total = (t[rows] for t in (weight.codes, weight.scale, weight.zero_point, weight.total))
-    return PackedWeight(codes, scale, zero, total, None, weight.layout)
 
 
 def pack_weight(
@@ -194,6 +215,7 @@ def pack_weight(
     taps: int = 1,
     group_size: int | None = None,
     channel: Tensor | None = None,
+    multiplier: Tensor | None = None,
 ) -> PackedWeight:
     """Lay out an artifact's packed weight for the kernels.
 
@@ -202,7 +224,7 @@ def pack_weight(
     qweight : Tensor, shape (N, ceil(K * bits / 8)), dtype uint8
         As `kernels.packing.pack_codes` of the matrix (N, K), K = taps * channels, taps major.
     scale, zero_point : Tensor, shape (N, G) or (1, G)
-        G is 1, or taps * ceil(channels / group_size).
+        G is 1, or taps * ceil(channels / group_size); the scale is (N, 1) where there are multipliers.
     bits : int
         Bits of a code in `qweight`: 1, 2, 3, 4, 5, 6 or 8.
     channels : int
@@ -214,6 +236,8 @@ def pack_weight(
         shorter.
     channel : Tensor, shape (N,), optional
         Output channels of the rows, where they are not all of the layer's.
+    multiplier : Tensor, shape (N, G), whole numbers from 1, optional
+        What code - zero point is multiplied with, up to 6 bits; products of all codes must fit in an int8.
 
     Returns
     -------
@@ -223,7 +247,8 @@ def pack_weight(
     Raises
     ------
     KernelError
-        If shapes disagree, a group is not a multiple of 32, or K is too long for an exact int32 sum.
+        If shapes disagree, a group is not a multiple of 32, K is too long for an exact int32 sum, or a multiplier too
+        large for an int8.
     """
     n = qweight.shape[0]
     _check_rows(qweight, bits, channels, taps)
@@ -236,11 +261,20 @@ def pack_weight(
     zero = _rows_of("zero_point", zero_point, n, taps, channels, group).int()
     if zero.numel() and not 0 <= int(zero.min()) <= int(zero.max()) < 2**bits:
         raise KernelError(f"zero_point: got {int(zero.min())} to {int(zero.max())}, wanted codes of {bits} bits")
+    if multiplier is not None:
+        multiplier = _rows_of("multiplier", multiplier, n, taps, channels, group).int()
+        _check_products(multiplier, zero, bits)
+        scale = _rows_of("scale", scale, n, taps, channels, 0).float()
+        if stored == 8:
+            return _products(qweight, scale, zero, multiplier, bits, (channels, taps, group), channel)
+        if not group:  # exact: such scales have bits to spare
+            scale, multiplier = scale * multiplier, None
     zero = zero - (128 if stored == 8 else 0)
     symmetric = stored == 8 and not bool(zero.any())
-    layout = WeightLayout(stored, channels, taps, _lane(stored, channels, group), group, symmetric)
-    scale = _rows_of("scale", scale, n, taps, channels, group)
-    if layout.groups == 1 or scale.dtype != torch.bfloat16:
+    lane = _lane(stored, channels, group)
+    layout = WeightLayout(stored, channels, taps, lane, group, symmetric, multiplier is not None)
+    scale = _rows_of("scale", scale, n, taps, channels, group if layout.has_group_scales else 0)
+    if layout.scales == 1 or scale.dtype != torch.bfloat16:
         scale = scale.float()
     # Some rows at a time: unpacked, and summed in int32, they are several times as large.
     packed, totals = [], []
@@ -249,12 +283,60 @@ def pack_weight(
         if stored == 8:
             codes = (codes ^ 0x80).view(torch.int8)  # code - 128
         packed.append(_interleave(codes, layout))
-        totals.append(_totals(codes, zero[rows], layout))
-    if channel is not None and channel.shape != (n,):
-        raise KernelError(f"channel: got shape {tuple(channel.shape)}, wanted ({n},)")
-    index = None if channel is None else channel.to(qweight.device, torch.int32).contiguous()
+        totals.append(_totals(codes, zero[rows], layout, None if multiplier is None else multiplier[rows]))
     zero_codes = zero.to(torch.int8).contiguous()
-    return PackedWeight(torch.cat(packed), scale.contiguous(), zero_codes, torch.cat(totals), index, layout)
+    factors = None if multiplier is None else multiplier.to(torch.int8).contiguous()
+    index = _index(channel, qweight)
+    return PackedWeight(
+        torch.cat(packed), scale.contiguous(), zero_codes, torch.cat(totals), index, layout, None, factors
+    )
+
+
+def _products(
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    multiplier: Tensor,
+    bits: int,
+    sizes: tuple[int, int, int],
+    channel: Tensor | None,
+) -> PackedWeight:
+    """Store (code - zero point) * multiplier of codes that take a byte anyway; `sizes`: channels, taps, group."""
+    channels, taps, group = sizes
+    n = qweight.shape[0]
+    grouped = WeightLayout(8, channels, taps, MIN_LANE, group, symmetric=True)
+    layout = WeightLayout(8, channels, taps, MIN_LANE, 0, symmetric=True)
+    packed, totals = [], []
+    for rows in row_chunks(n, taps * channels):
+        codes = unpack_codes(qweight[rows], bits, taps * channels).view(-1, taps, channels).int()
+        codes = (codes - expand_weight_groups(zero[rows], grouped)) * expand_weight_groups(multiplier[rows], grouped)
+        packed.append(_interleave(codes.to(torch.int8), layout))
+        totals.append(codes.sum(-1, dtype=torch.int32))
+    none = torch.zeros(n, 1, dtype=torch.int8, device=qweight.device)
+    index = _index(channel, qweight)
+    return PackedWeight(torch.cat(packed), scale.contiguous(), none, torch.cat(totals), index, layout)
+
+
+def _check_products(multiplier: Tensor, zero: Tensor, bits: int) -> None:
+    """Refuse multipliers with which (code - zero point) * multiplier of some code is no int8."""
+    top = 2**bits - 1
+    if bits == 8:
+        raise KernelError("multiplier: got one with codes of 8 bits, wanted 6 bits at most")
+    if multiplier.numel() and int(multiplier.min()) < 1:
+        raise KernelError(f"multiplier: got {int(multiplier.min())}, wanted 1 or more")
+    if bool(((zero * multiplier > 128) | ((top - zero) * multiplier > 127)).any()):
+        raise KernelError(
+            f"multiplier: got one up to {int(multiplier.max())}, wanted (code - zero_point) * multiplier in an int8"
+        )
+
+
+def _index(channel: Tensor | None, qweight: Tensor) -> Tensor | None:
+    """Return the output channels of rows as kernels read them."""
+    if channel is None:
+        return None
+    if channel.shape != (len(qweight),):
+        raise KernelError(f"channel: got shape {tuple(channel.shape)}, wanted ({len(qweight)},)")
+    return channel.to(qweight.device, torch.int32).contiguous()
 
 
 def row_chunks(rows: int, columns: int) -> list[slice]:
@@ -264,7 +346,7 @@ def row_chunks(rows: int, columns: int) -> list[slice]:
 
 
 def weight_integers(weight: PackedWeight) -> Tensor:
-    """Return code - zero_point of each column, shape (N, taps, channels), dtype int32."""
+    """Return code - zero_point of each column, times its multiplier, shape (N, taps, channels), dtype int32."""
     layout = weight.layout
     n = weight.rows
     stored = weight.codes.view(n, layout.taps, layout.blocks, 1, layout.lane)
@@ -274,7 +356,10 @@ def weight_integers(weight: PackedWeight) -> Tensor:
         shifts = torch.arange(layout.per_byte, dtype=torch.int32, device=stored.device) * layout.bits
         codes = (stored.int() >> shifts[:, None]) & ((1 << layout.bits) - 1)
     codes = codes.reshape(n, layout.taps, -1)[..., : layout.channels]
-    return codes - expand_weight_groups(weight.zero_point.int(), layout)
+    differences = codes - expand_weight_groups(weight.zero_point.int(), layout)
+    if weight.multiplier is None:
+        return differences
+    return differences.mul_(expand_weight_groups(weight.multiplier.int(), layout))
 
 
 def expand_weight_groups(values: Tensor, layout: WeightLayout) -> Tensor:
@@ -327,8 +412,8 @@ def _interleave(codes: Tensor, layout: WeightLayout) -> Tensor:
     return packed.flatten(1)
 
 
-def _totals(codes: Tensor, zero: Tensor, layout: WeightLayout) -> Tensor:
-    """Sum code - zero_point over each group, in int16 where all fit."""
+def _totals(codes: Tensor, zero: Tensor, layout: WeightLayout, multiplier: Tensor | None) -> Tensor:
+    """Sum code - zero_point over each group, in int16 where all fit; times its multiplier, over each tap."""
     n, taps, channels = codes.shape
     group, groups = layout.group_size or channels, layout.groups_per_tap
     runs = torch.zeros(n, taps, groups * group, dtype=codes.dtype, device=codes.device)
@@ -338,5 +423,7 @@ def _totals(codes: Tensor, zero: Tensor, layout: WeightLayout) -> Tensor:
     counts = torch.full((groups,), group, dtype=torch.int32, device=codes.device)
     counts[-1] = channels - (groups - 1) * group
     totals = torch.cat(sums, dim=1) - zero * counts.repeat(taps)
+    if multiplier is not None:
+        return (totals * multiplier).view(n, taps, groups).sum(-1, dtype=torch.int32)
     most = group * ((1 << layout.bits) - 1)
     return totals.to(torch.int16 if layout.group_size and most < 2**15 else torch.int32)

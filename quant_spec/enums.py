@@ -21,6 +21,13 @@ class Granularity(StrEnum):
     PER_GROUP = "per_group"
 
 
+class GroupScale(StrEnum):
+    """What the scale of a group of input channels is."""
+
+    FLOAT = "float"  # a bfloat16 of its own
+    INTEGER = "integer"  # a whole number, times the scale of its output channel
+
+
 class NumberType(StrEnum):
     """What a stored number is."""
 
@@ -120,11 +127,14 @@ class KernelBackend(StrEnum):
 
 
 class WeightMemory(StrEnum):
-    """How packed weights lie in a GPU's memory."""
+    """How packed weights lie in memory."""
 
-    AUTO = "auto"  # unpacked where this device multiplies int8 faster than it unpacks
-    PACKED = "packed"  # as the release has them: least memory, and least to read where rows are few
-    FAST = "fast"  # one int8 a weight, for many rows
+    AUTO = "auto"  # unpacked where this device multiplies int8 faster than it unpacks; on a CPU as FAST
+    # As the release has them: least memory, and least to read where rows are few. A CPU multiplies int8 where it can,
+    # and does not unpack to floats.
+    PACKED = "packed"
+    # One int8 a weight, for many rows; on a CPU one float32 where it can't multiply integers.
+    FAST = "fast"
 
 
 class UnitInputs(StrEnum):

@@ -8,10 +8,10 @@ is `quant_spec.planned`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
-from quant_spec.enums import ActivationMode, Granularity, NumberType, UnknownTimestep
+from quant_spec.enums import ActivationMode, Granularity, GroupScale, NumberType, UnknownTimestep
 from quant_spec.errors import QuantizationError
 
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
@@ -21,6 +21,11 @@ SHIFT_DEPTH = 3
 CHANNEL_BITS = (1, *SUPPORTED_BITS)
 #: Bits of an E4M3 number.
 E4M3_BITS = 8
+#: Bits of the whole number that multiplies a group's codes; it stands for 1 more than is stored.
+MULTIPLIER_BITS = 4
+GREATEST_MULTIPLIER = 2**MULTIPLIER_BITS
+#: Greatest width of codes that leaves room for a multiplier in an int8.
+MULTIPLIED_BITS = 6
 #: Bits of a number of a low-rank branch, a bfloat16: exact in whatever dtype a model computes in.
 LOW_RANK_BITS = 16
 
@@ -37,7 +42,8 @@ class WeightSpec:
 
     The weight is the matrix (C_out, K), K = kernel taps x C_in. One scale and zero point is shared per_tensor by all of
     it, per_channel by one output channel (within one part of a split input), per_group by `group_size` consecutive
-    input channels of one tap.
+    input channels of one tap. With `group_scale` integer, a group's scale is a whole number times its output channel's
+    scale, such that (code - zero_point) times that number fits in an int8 (docs/adr/0017-integer-group-scales.md).
 
     `mixture` has (bits, number of output channels) in rising order, where channels have bits of their own; `bits` is
     then the greatest. Which channel has which is stored with the layer's codes.
@@ -51,17 +57,24 @@ class WeightSpec:
     group_size: int | None = None
     mixture: tuple[tuple[int, int], ...] = ()
     type: NumberType = NumberType.INT
+    group_scale: GroupScale = GroupScale.FLOAT
 
     def __post_init__(self) -> None:
         check_bits(self.bits, "weight")
         object.__setattr__(self, "type", NumberType(self.type))
         object.__setattr__(self, "granularity", Granularity(self.granularity))
+        object.__setattr__(self, "group_scale", GroupScale(self.group_scale))
         object.__setattr__(self, "mixture", tuple((int(bits), int(count)) for bits, count in self.mixture))
         self._check_mixture()
         if (self.granularity is Granularity.PER_GROUP) != (self.group_size is not None):
             raise QuantizationError(
                 f"group_size: got {self.group_size} with granularity {self.granularity}, "
                 "wanted a size exactly for per_group"
+            )
+        if self.is_multiplied and (self.group_size is None or self.bits > MULTIPLIED_BITS):
+            raise QuantizationError(
+                f"group_scale: got integer with {self.bits} bits {self.granularity}, wanted per_group with "
+                f"{MULTIPLIED_BITS} bits at most"
             )
         if self.is_float and (self.bits != E4M3_BITS or self.group_size is not None or self.mixture):
             raise QuantizationError(
@@ -73,6 +86,19 @@ class WeightSpec:
     def is_float(self) -> bool:
         """Whether numbers are E4M3."""
         return self.type is NumberType.E4M3
+
+    @property
+    def is_multiplied(self) -> bool:
+        """Whether scales of groups are whole numbers times the output channel's."""
+        return self.group_scale is GroupScale.INTEGER
+
+    def with_bits(self, bits: int) -> Self:
+        """Return the format at another width; scales are per channel where that leaves no room for multipliers."""
+        if self.is_multiplied and bits > MULTIPLIED_BITS:
+            return replace(
+                self, bits=bits, granularity=Granularity.PER_CHANNEL, group_size=None, group_scale=GroupScale.FLOAT
+            )
+        return replace(self, bits=bits)
 
     def _check_mixture(self) -> None:
         """Refuse bits of channels that do not fit the rest."""
@@ -106,6 +132,7 @@ class WeightSpec:
             "group_size": self.group_size,
             **({"mixture": [list(entry) for entry in self.mixture]} if self.mixture else {}),
             **({"type": self.type.value} if self.is_float else {}),
+            **({"group_scale": self.group_scale.value} if self.is_multiplied else {}),
         }
 
 

@@ -1,7 +1,9 @@
 """`quantization_config`, the part of an artifact's config.json that says how the model is quantized.
 
-Version 2, which is written, has each different format of a layer once, in the list `formats`; `layers` then has each
-layer's place in it (docs/adr/0009-artifact-version-2.md). Version 1 has the format of every layer at length.
+Version 2 has each different format of a layer once, in the list `formats`; `layers` then has each layer's place in it
+(docs/adr/0009-artifact-version-2.md). Version 3 is the same, of a model with integer scales of groups
+(docs/adr/0017-integer-group-scales.md). Version 1, which is not written any more, has the format of every layer at
+length.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from quant_spec.formats import ModelFormat
 
 QUANT_METHOD = "quantmill"
 FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+MULTIPLIED_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 
 
 def quantization_config(model_format: ModelFormat) -> dict[str, Any]:
@@ -26,7 +29,9 @@ def quantization_config(model_format: ModelFormat) -> dict[str, Any]:
         if spec not in formats:
             formats.append(spec)
         layers[name] = formats.index(spec)
-    return {"quant_method": QUANT_METHOD, "version": FORMAT_VERSION, **data, "layers": layers, "formats": formats}
+    is_multiplied = any(spec.weight.is_multiplied for spec in model_format.layers.values())
+    version = MULTIPLIED_VERSION if is_multiplied else FORMAT_VERSION
+    return {"quant_method": QUANT_METHOD, "version": version, **data, "layers": layers, "formats": formats}
 
 
 def parse_quantization_config(data: Mapping[str, Any]) -> ModelFormat:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from quant_spec.enums import ActivationMode, Granularity, NumberType, RangeMethod, UnknownTimestep
+from quant_spec.enums import ActivationMode, Granularity, GroupScale, NumberType, RangeMethod, UnknownTimestep
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
 from quant_spec.passes.step_bits import StepBits
@@ -19,7 +19,7 @@ _ESCAPED = re.compile(r"\[([*?[])\]")
 class Weights(Grown):
     """Format of the weights."""
 
-    _later: ClassVar[frozenset[str]] = frozenset({"type"})
+    _later: ClassVar[frozenset[str]] = frozenset({"type", "group_scale"})
 
     bits: Bits = Field(
         default=8, description="Bits of a code (single output channels may have 1, see passes.allocate)."
@@ -39,6 +39,12 @@ class Weights(Grown):
     percentile: Percentile = Field(default=0.9999, description="Share of values inside the range; only for percentile.")
     type: NumberType = Field(
         default=NumberType.INT, description="int, codes of so many bits; or e4m3, floats of 8 bits (FP8)."
+    )
+    group_scale: GroupScale = Field(
+        default=GroupScale.FLOAT,
+        description="Scales of groups: float, a bfloat16 each; or integer, a whole number up to 16 times the output "
+        "channel's scale, with which codes are integers of 8 bits (8-bit codes then have scales per channel); only "
+        "for per_group.",
     )
 
     @model_validator(mode="after")
@@ -124,6 +130,7 @@ class WeightsException(Partial):
         "passes.menu, for an exact name.",
     )
     type: NumberType | None = Field(default=None, description="As in weights.")
+    group_scale: GroupScale | None = Field(default=None, description="As in weights.")
 
 
 class ActivationsException(Partial):

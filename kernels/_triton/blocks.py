@@ -45,7 +45,7 @@ def int_blocks(
     A `tile` that was measured counts for weights of 8 bits with one scale a channel and a plain epilogue.
 
     128 x 128 is the smallest tile at which int8 tensor cores are not limited by shared memory; a grid that does not
-    fill the device takes 64 columns, few rows take as few as a tensor-core instruction has. Groups of scales keep an
+    fill the device takes 64 columns, few rows take as few as a tensor-core instruction has. Scales of groups keep an
     int32 and a float32 sum, and long epilogues hold more beside the sum, so their tiles are half as large.
     """
     k = 64 if layout.group_size % 64 == 0 else 32
@@ -57,7 +57,7 @@ def int_blocks(
         rows = 16 if m <= 16 else 32 if m <= 32 else 64
         return Blocks(rows, 64, k, 4, 2 if arch == "gfx942" else 4)
     stages = {"sm_80": 3, "gfx942": 2}.get(arch, 4)
-    if layout.group_size or heavy:
+    if layout.has_group_scales or heavy:
         return Blocks(128, 32 if arch == "sm_100" else 64, k, 8, stages)
     tiles = -(-m // 128) * -(-n // 128)
     columns = 128 if tiles >= PROCESSORS[arch] else 64
@@ -67,9 +67,9 @@ def int_blocks(
 
 
 def float_blocks(
-    arch: str, m: int, n: int, group_size: int, *, dtype: torch.dtype = torch.bfloat16, heavy: bool = False
+    arch: str, m: int, n: int, *, grouped: bool, dtype: torch.dtype = torch.bfloat16, heavy: bool = False
 ) -> Blocks:
-    """Blocks of a GEMM with float activations of `dtype`; `heavy` as for `int_blocks`."""
+    """Blocks of a GEMM with float activations of `dtype`; `grouped`: scales of groups; `heavy` as for `int_blocks`."""
     if arch == INTERPRETER:
         return Blocks(32, 32, 32, 4, 1, 2)
     if dtype is torch.float32:
@@ -78,7 +78,7 @@ def float_blocks(
         rows = 16 if m <= 16 else 32 if m <= 32 else 64
         return Blocks(rows, 64, 64, 4, 2 if arch == "gfx942" else 4)
     columns = 128 if -(-m // 128) * -(-n // 128) >= PROCESSORS[arch] else 64
-    if group_size or heavy:
+    if grouped or heavy:
         columns = 32 if arch == "sm_100" else 64
     return Blocks(128, columns, 64, 8, 2 if arch == "gfx942" else 3)
 

@@ -28,9 +28,10 @@ def conv2d_int_kernel(
     x_scale_ptr,  # (R,) float32, R is 1 or B
     x_zero_ptr,  # (R,) int32
     w_ptr,  # (N, taps * blocks * LANE) packed codes
-    scale_ptr,  # (N, G)
+    scale_ptr,  # (N, G), or (N, 1) where groups have multipliers
     zero_ptr,  # (N, G) int8
-    total_ptr,  # (N, taps * groups of a tap)
+    multiplier_ptr,  # (N, G) int8 or None
+    total_ptr,  # (N, taps * scales of a tap)
     channel_ptr,  # (N,) int32 or None
     bias_ptr,
     residual_ptr,
@@ -90,7 +91,8 @@ def conv2d_int_kernel(
     x_zero = tl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
     PER_BYTE: tl.constexpr = 8 // BITS
     GROUPED: tl.constexpr = GROUP_SIZE > 0
-    BY_LANE: tl.constexpr = GROUPED and GROUP_SIZE % (LANE * PER_BYTE) != 0
+    SCALED: tl.constexpr = GROUPED and multiplier_ptr is None
+    BY_LANE: tl.constexpr = SCALED and GROUP_SIZE % (LANE * PER_BYTE) != 0
     PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0
     groups = TAPS_H * TAPS_W * groups_per_tap
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
@@ -123,10 +125,12 @@ def conv2d_int_kernel(
                 zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
             if BITS < 8:
                 w = w - zero[None, :]
+                if multiplier_ptr is not None:
+                    w = w * tl.load(multiplier_ptr + n * groups + group, mask=in_n, other=0)[None, :]
             elif not SYMMETRIC:
                 x_sum += tl.sum(x.to(tl.int32), axis=1)
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
-            if GROUPED and (BY_LANE or i == PER_BYTE - 1):
+            if SCALED and (BY_LANE or i == PER_BYTE - 1):
                 start = (block * PER_BYTE if not BY_LANE else block * PER_BYTE + i) * LANE
                 if not X_SYMMETRIC:
                     opens = tl.where((start % GROUP_SIZE == 0) & (start < C), 1, 0)
@@ -139,7 +143,7 @@ def conv2d_int_kernel(
                 value += acc.to(tl.float32) * scale[None, :]
                 acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     x_scale = tl.load(x_scale_ptr + m // rows_per_scale, mask=in_m, other=0.0)
-    if GROUPED:
+    if SCALED:
         value = value * x_scale[:, None]
     else:
         if BITS == 8 and not SYMMETRIC:
@@ -189,7 +193,9 @@ def launch_conv2d_int(
         return out
     arch = architecture(out.device)
     tile = tile or tuned_tile(
-        out.device, CONV_GROUPS if weights[0].layout.group_size else CONV_INT8, Shape(m, n, channels, geometry.taps)
+        out.device,
+        CONV_GROUPS if weights[0].layout.has_group_scales else CONV_INT8,
+        Shape(m, n, channels, geometry.taps),
     )
     if tile is not None and tile.kernel == HOPPER:
         from kernels._triton import hopper_launch as hopper
@@ -206,8 +212,8 @@ def launch_conv2d_int(
         lane = blocks.k if layout.bits == 8 else layout.lane
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         conv2d_int_kernel[grid](
-            x.codes, x.scale, x.zero_point, weight.codes, weight.scale.contiguous(), weight.zero_point, weight.total,
-            weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
+            x.codes, x.scale, x.zero_point, weight.codes, weight.scale.contiguous(), weight.zero_point,
+            weight.multiplier, weight.total, weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
             m, weight.rows, channels, height, width, out_h, out_w, triton.cdiv(channels, lane * layout.per_byte),
             layout.groups_per_tap, m // len(x.scale), x.codes.stride(0), x.codes.stride(1), x.codes.stride(2),
             weight.codes.shape[1] // layout.taps, stride_of(rows.residual), n,

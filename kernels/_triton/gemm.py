@@ -23,9 +23,10 @@ def linear_int_kernel(
     x_scale_ptr,  # (R,) float32
     x_zero_ptr,  # (R,) int32
     w_ptr,  # (N, blocks * LANE) packed codes
-    scale_ptr,  # (N, G)
+    scale_ptr,  # (N, G), or (N, 1) where groups have multipliers
     zero_ptr,  # (N, G) int8
-    total_ptr,  # (N, G)
+    multiplier_ptr,  # (N, G) int8 or None
+    total_ptr,  # as scale_ptr
     channel_ptr,  # (N,) int32 or None
     bias_ptr,
     residual_ptr,
@@ -64,7 +65,8 @@ def linear_int_kernel(
     x_zero = tl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
     PER_BYTE: tl.constexpr = 8 // BITS
     GROUPED: tl.constexpr = GROUP_SIZE > 0
-    BY_LANE: tl.constexpr = GROUPED and GROUP_SIZE % (LANE * PER_BYTE) != 0
+    SCALED: tl.constexpr = GROUPED and multiplier_ptr is None
+    BY_LANE: tl.constexpr = SCALED and GROUP_SIZE % (LANE * PER_BYTE) != 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
     value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -83,10 +85,12 @@ def linear_int_kernel(
                 zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
             if BITS < 8:
                 w = w - zero[None, :]
+                if multiplier_ptr is not None:
+                    w = w * tl.load(multiplier_ptr + n * groups + group, mask=in_n, other=0)[None, :]
             elif not SYMMETRIC:
                 x_sum += tl.sum(x.to(tl.int32), axis=1)
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
-            if GROUPED and (BY_LANE or i == PER_BYTE - 1):
+            if SCALED and (BY_LANE or i == PER_BYTE - 1):
                 # The sum of a group may come in several pieces; its zero-point correction belongs to the first.
                 start = (block * PER_BYTE if not BY_LANE else block * PER_BYTE + i) * LANE
                 if not X_SYMMETRIC:
@@ -100,7 +104,7 @@ def linear_int_kernel(
                 value += acc.to(tl.float32) * scale[None, :]
                 acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     x_scale = tl.load(x_scale_ptr + m // rows_per_scale, mask=in_m, other=0.0)
-    if GROUPED:
+    if SCALED:
         value = value * x_scale[:, None]
     else:
         if BITS == 8 and not SYMMETRIC:
@@ -125,6 +129,7 @@ def linear_float_kernel(
     w_ptr,
     scale_ptr,
     zero_ptr,
+    multiplier_ptr,
     channel_ptr,
     bias_ptr,
     residual_ptr,
@@ -163,6 +168,7 @@ def linear_float_kernel(
     w_rows = (w_ptr + n.to(tl.int64) * stride_w)[None, :]
     PER_BYTE: tl.constexpr = 8 // BITS
     GROUPED: tl.constexpr = GROUP_SIZE > 0
+    SCALED: tl.constexpr = GROUPED and multiplier_ptr is None
     value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if not GROUPED:
         zero = tl.load(zero_ptr + n, mask=in_n, other=0).to(tl.int32)
@@ -178,12 +184,14 @@ def linear_float_kernel(
                 group = tl.minimum(first // GROUP_SIZE, groups - 1)  # beyond K, x is 0
                 zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32)
             w = lane_of(packed, i, BITS).to(tl.int32) - zero[None, :]
-            if GROUPED:
+            if multiplier_ptr is not None:
+                w = w * tl.load(multiplier_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32)[None, :]
+            if SCALED:
                 scale = tl.load(scale_ptr + n * groups + group, mask=in_n, other=0.0).to(tl.float32)
                 value += tl.dot(x, w.to(x.dtype), input_precision=PRECISION) * scale[None, :]
             else:
                 value = tl.dot(x, w.to(x.dtype), value, input_precision=PRECISION)
-    if not GROUPED:
+    if not SCALED:
         value *= tl.load(scale_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
     mask = in_m[:, None] & in_n[None, :]
     if SPLITS > 1:
@@ -254,7 +262,7 @@ def launch_linear_int(
         return out
     arch = architecture(out.device)
     tile = tile or tuned_tile(
-        out.device, LINEAR_GROUPS if weights[0].layout.group_size else LINEAR_INT8, Shape(m, n, columns)
+        out.device, LINEAR_GROUPS if weights[0].layout.has_group_scales else LINEAR_INT8, Shape(m, n, columns)
     )
     if tile is not None and tile.kernel == HOPPER:
         from kernels._triton import hopper_launch as hopper
@@ -269,8 +277,8 @@ def launch_linear_int(
         lane = blocks.k if layout.bits == 8 else layout.lane
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         linear_int_kernel[grid](
-            x.codes, x.scale, x.zero_point, weight.codes, weight.scale.contiguous(), weight.zero_point, weight.total,
-            weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
+            x.codes, x.scale, x.zero_point, weight.codes, weight.scale.contiguous(), weight.zero_point,
+            weight.multiplier, weight.total, weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
             m, weight.rows, columns, triton.cdiv(columns, lane * layout.per_byte), layout.groups, m // len(x.scale),
             x.codes.stride(0), weight.codes.shape[1], stride_of(rows.residual), n,
             BITS=layout.bits, LANE=lane, GROUP_SIZE=layout.group_size, SYMMETRIC=layout.symmetric,
@@ -293,7 +301,7 @@ def launch_linear_float(
     for weight in weights:
         layout = weight.layout
         heavy = rows.rank > 0 or weight.channel is not None
-        blocks = float_blocks(arch, m, weight.rows, layout.group_size, dtype=x.dtype, heavy=heavy)
+        blocks = float_blocks(arch, m, weight.rows, grouped=layout.has_group_scales, dtype=x.dtype, heavy=heavy)
         lane = blocks.k if layout.bits == 8 and layout.group_size % blocks.k == 0 else layout.lane
         steps = triton.cdiv(columns, lane * layout.per_byte)
         tiles = triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n)
@@ -302,7 +310,7 @@ def launch_linear_float(
         if splits > 1:
             partial = torch.empty(splits, m, weight.rows, dtype=torch.float32, device=x.device)
         linear_float_kernel[(tiles, splits)](
-            x, weight.codes, weight.scale, weight.zero_point,
+            x, weight.codes, weight.scale, weight.zero_point, weight.multiplier,
             weight.channel, rows.bias, rows.residual, rows.down, rows.up, out, partial,
             m, weight.rows, columns, steps, layout.groups,
             x.stride(0), weight.codes.shape[1], stride_of(rows.residual), n,

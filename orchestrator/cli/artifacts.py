@@ -287,6 +287,7 @@ def _layer_table(found: dict[str, Any]) -> str:
 
 def _weight_text(weight: WeightSpec, low_rank: int) -> str:
     group = f" of {weight.group_size}" if weight.group_size else ""
+    group += ", integer scales" if weight.is_multiplied else ""
     rank = f" + rank {low_rank}" if low_rank else ""
     return f"{weight_bits_text(weight)} {weight.granularity}{group}{rank}"
 

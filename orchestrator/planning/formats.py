@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.errors import RecipeError
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
-from quant_spec.enums import Granularity, NumberType, RangeMethod
-from quant_spec.formats import WeightSpec
+from quant_spec.enums import Granularity, GroupScale, NumberType, RangeMethod
+from quant_spec.formats import MULTIPLIED_BITS, WeightSpec
 from quant_spec.messages import nearest
 from quant_spec.planned import PlannedActivation, PlannedAttention, PlannedLayer, PlannedUnit, VariedLayer
 from quant_spec.ranges import RangeSpec
@@ -72,6 +72,9 @@ def allocated_layers(units: Iterable[QuantizedUnit]) -> tuple[str, ...]:
 def weights_alone(weights: Weights) -> PlannedLayer:
     """Return a layer whose weights are in a format, and whose input is not quantized."""
     spec = WeightSpec(weights.bits, weights.symmetric, weights.granularity, weights.group_size, type=weights.type)
+    if weights.granularity is Granularity.PER_GROUP and weights.group_scale is GroupScale.INTEGER:
+        narrow = replace(spec, bits=min(weights.bits, MULTIPLIED_BITS), group_scale=GroupScale.INTEGER)
+        spec = narrow.with_bits(weights.bits)
     return PlannedLayer(weight=spec, weight_range=_range(weights))
 
 

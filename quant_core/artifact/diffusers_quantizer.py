@@ -17,15 +17,15 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from kernels.fp8 import FP8
-from quant_core.artifact.compact import pack_zero_points, packed_shape, unpack_zero_points, zero_point_bits
+from quant_core.artifact.compact import grid_bits, pack_grids, packed_shape, unpack_grid
 from quant_core.artifact.dequantize import dequantize
 from quant_core.artifact.folder import parse_quantization_config
-from quant_core.artifact.guards import guard
+from quant_core.artifact.guards import check_layer, guard
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.attention import AttentionQuantizer
 from quant_core.nn.feature_table import FeatureTable
-from quant_core.nn.layers import QuantLayer, check_channel_bits, weight_groups
+from quant_core.nn.layers import QuantLayer, weight_groups
 from quant_core.nn.model import build_quantized
 from quant_spec.errors import QuantizationError
 from quant_spec.quantization_config import FORMAT_VERSION, QUANT_METHOD
@@ -70,7 +70,7 @@ class QuantmillQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._loaded_keys: list[str] = []
         self._own_names: set[str] = set()
-        self._zero_bits: dict[str, int] = {}
+        self._grid_bits: dict[str, int] = {}
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         model_format = parse_quantization_config(self.quantization_config.to_dict())
@@ -81,15 +81,12 @@ class QuantmillQuantizer(DiffusersQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, _OWN_MODULES):
                 self._own_names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
-        self._zero_bits = zero_point_bits(model)
+        self._grid_bits = grid_bits(model)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, module in model.named_modules():
-            if isinstance(module, QuantLayer) and module.spec.weight.mixture:
-                try:
-                    check_channel_bits(module.channel_bits, module.spec)
-                except QuantizationError as error:
-                    raise ArtifactError(f"packed tensor {name}.channel_bits: {error}") from error
+            if isinstance(module, QuantLayer):
+                check_layer(name, module)
             # Not part of the file; on the meta device it was built without values.
             if isinstance(module, QuantLayer) and module.group_index.is_meta:
                 module.group_index = weight_groups(module.shape, module.spec).to(module.qweight.device)
@@ -121,7 +118,7 @@ class QuantmillQuantizer(DiffusersQuantizer):
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Refuse a tensor of another shape."""
         got, wanted = tuple(loaded_param.shape), tuple(current_param.shape)
-        bits = self._zero_bits.get(param_name)
+        bits = self._grid_bits.get(param_name)
         if got != wanted and (bits is None or got != packed_shape(wanted, bits)):
             raise ArtifactError(f"packed tensor {param_name}: got shape {got}, wanted {wanted}")
         return True
@@ -146,8 +143,8 @@ class QuantmillQuantizer(DiffusersQuantizer):
             raise ArtifactError(f"packed tensor {param_name}: got a scale that is zero, negative or not finite")
         if stored.dtype is FP8 and bool(stored.float().isnan().any()):
             raise ArtifactError(f"packed tensor {param_name}: got NaN among E4M3 numbers")
-        if param_name in self._zero_bits:
-            stored = unpack_zero_points(stored, tuple(wanted.shape), self._zero_bits[param_name])
+        if param_name in self._grid_bits:
+            stored = unpack_grid(stored, tuple(wanted.shape), self._grid_bits[param_name])
         setattr(module, leaf, stored.to(target_device))
 
     def get_state_dict_and_metadata(
@@ -156,7 +153,7 @@ class QuantmillQuantizer(DiffusersQuantizer):
         """Return what `save_pretrained` writes: the tensors as `write_artifact` would, in the version loaded."""
         tensors = dict(state_dict)
         if self.quantization_config.to_dict()["version"] > 1:
-            pack_zero_points(tensors, self._zero_bits)
+            pack_grids(tensors, self._grid_bits)
         return tensors, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:

@@ -9,8 +9,9 @@
 The release of a whole pipeline has the first two in its denoiser's folder, and its other components beside it.
 
 Tensor names end in `.qweight` (uint8 codes, packed as `kernels.packing` draws; where output channels have bits of their
-own, also `.channel_bits`), `.scale` (float32, bfloat16 per group), `.zero_point` (uint8, or packed as codes are where
-that is smaller: `quant_core.artifact.compact`; none of E4M3 numbers, whose `.qweight` is float8_e4m3fn),
+own, also `.channel_bits`), `.scale` (float32; bfloat16 where each group has one), `.zero_point` and, where scales of
+groups are whole numbers times an output channel's, `.multiplier` (less 1), both uint8, or packed as codes are where
+that is smaller: `quant_core.artifact.compact` (no zero points of E4M3 numbers, whose `.qweight` is float8_e4m3fn),
 `.low_rank_down` and `.low_rank_up` (bfloat16, where there is a branch) and `.bias`; those of activation quantizers lie
 below `act_quantizers.` and `attention_quantizer.`. Everything that is not quantized keeps its name and dtype. There is
 no pickle in it, and the same model gives the same bytes.
@@ -28,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quant_core.artifact.compact import pack_zero_points, zero_point_bits
+from quant_core.artifact.compact import grid_bits, pack_grids
 from quant_core.errors import ArtifactError
 from quant_core.nn.layers import QuantLayer
 from quant_spec import model_files
@@ -96,7 +97,7 @@ def write_artifact(
     kept = {key: value for key, value in base_config.items() if key != "_name_or_path"}
     _write_json(folder / CONFIG_FILE, {**kept, "quantization_config": dict(config)})
     tensors = _apart({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()})
-    pack_zero_points(tensors, zero_point_bits(model))
+    pack_grids(tensors, grid_bits(model))
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if scheduler_config is not None:
         (folder / SCHEDULER_FILE).parent.mkdir()

@@ -12,10 +12,21 @@ from torch.utils import _pytree as pytree
 
 from quant_core.errors import ArtifactError
 from quant_core.nn.askable import keep_askable
-from quant_core.nn.layers import QuantLayer
+from quant_core.nn.layers import QuantLayer, check_channel_bits
 from quant_core.nn.model import PACKED_MODULES
+from quant_spec.errors import QuantizationError
 
 _NARROW = (torch.float16, torch.bfloat16)
+
+
+def check_layer(name: str, layer: QuantLayer) -> None:
+    """Raise ArtifactError if the tensors of a layer, just loaded, contradict its format."""
+    try:
+        if layer.spec.weight.mixture:
+            check_channel_bits(layer.channel_bits, layer.spec)
+        layer.check_multipliers()
+    except QuantizationError as error:
+        raise ArtifactError(f"packed tensors of {name}: {error}") from error
 
 
 def guard(model: nn.Module) -> None:

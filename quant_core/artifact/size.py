@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from kernels.packing import packed_size
+from quant_core.artifact.compact import packed_parts
 from quant_spec.formats import LayerSpec
 
 _DTYPES = {
@@ -42,13 +43,12 @@ def tensor_bytes(name: str, tensor: Tensor, digits: int, shape: tuple[int, ...] 
 
 
 def layer_bytes(name: str, spec: LayerSpec, tensors: Mapping[str, Tensor], digits: int) -> int:
-    """Return what a quantized layer takes in the file; `tensors` by their names there, unpacked zero points."""
+    """Return what a quantized layer takes in the file; `tensors` by their names there, grids unpacked."""
     total = 0
     for key, tensor in tensors.items():
-        shape = None
-        if key == f"{name}.zero_point" and not spec.weight.mixture:
-            packed = packed_size(tensor.shape[1], spec.weight.bits)
-            shape = (tensor.shape[0], min(packed, tensor.shape[1]))  # as quant_core.artifact.compact
+        shape, bits = None, packed_parts(spec.weight).get(key.removeprefix(f"{name}."))
+        if bits is not None:
+            shape = (tensor.shape[0], min(packed_size(tensor.shape[1], bits), tensor.shape[1]))
         total += tensor_bytes(key, tensor, digits, shape)
     return total
 

@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant_core.artifact.folder import parse_quantization_config
+from quant_core.artifact.guards import check_layer
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.nn.layers import QuantLayer, quantize_layers
 from quant_core.nn.steps import StepClock
@@ -81,8 +82,9 @@ class QuantmillTextQuantizer(HfQuantizer):
             )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, QuantLayer):
+                check_layer(name, module)
                 module.group_index = module.group_index.to(module.qweight.device)
         return model
 

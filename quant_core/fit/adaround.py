@@ -42,7 +42,7 @@ class SoftRounding:
         self.layer = layer
         self.top = torch.as_tensor(layer.top, dtype=torch.float32)
         columns = layer.group_index.to(weight.device)
-        self.scale = layer.scale[:, columns].float()
+        self.scale = layer.steps[:, columns]
         self.zero_point = layer.zero_point[:, columns].float()
         position = weight_matrix(weight.float()) / self.scale + self.zero_point
         codes = layer.codes().float()
@@ -68,7 +68,7 @@ class SoftRounding:
     def commit(self) -> None:
         """Give the layer the codes that were chosen."""
         codes = (self.lower + (self.alpha.detach() >= 0)).clamp(min=0).minimum(self.top).to(torch.uint8)
-        self.layer.set_codes(codes, self.layer.scale, self.layer.zero_point)
+        self.layer.replace_codes(codes)
 
 
 def learn_rounding(

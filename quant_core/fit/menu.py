@@ -129,7 +129,7 @@ class _Kitchen:
             moments = None
             factor = None
             for bits in menu_widths(spec.weight.bits, config.weight_bits):
-                layer = self._layer(name, replace(spec, weight=replace(spec.weight, bits=bits)), scales)
+                layer = self._layer(name, replace(spec, weight=spec.weight.with_bits(bits)), scales)
                 scaled = layer.scaled(weight)
                 if moments is None and name in self.seen.moments:
                     moments = input_moments(layer, self.seen.moments[name], config)

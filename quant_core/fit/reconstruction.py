@@ -110,9 +110,9 @@ def reconstruct_unit(
 
 def _set_nearest(layer: QuantLayer, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer the nearest codes on the grid that it has, and the bias of full precision."""
-    grid, groups = QParams(layer.scale.float(), layer.zero_point.float()), layer.group_index.to(weight.device)
+    grid, groups = QParams(layer.steps, layer.zero_point.float()), layer.group_index.to(weight.device)
     codes = nearest_codes(weight_matrix(weight.float()), grid, layer.bits, groups)
-    layer.set_codes(codes, layer.scale, layer.zero_point)
+    layer.replace_codes(codes)
     if layer.bias is not None and bias is not None:
         layer.bias.copy_(bias)
 

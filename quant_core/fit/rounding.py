@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from kernels.fp8 import to_fp8
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.fit.closed_form import Factor, factorize, round_closed_form, round_closed_form_fp8
+from quant_core.fit.group_scales import integer_grid
 from quant_core.fit.hessian import InputMoments, SecondMoment
 from quant_core.fit.low_rank_branch import LowRankBranch
 from quant_core.fit.observe import Observation, Watched, observe
 from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.attention import OPERANDS
-from quant_core.nn.layers import QuantLayer, greatest_code, scale_dtype, weight_matrix
+from quant_core.nn.layers import QuantLayer, greatest_code, group_parts, scale_dtype, weight_matrix
 from quant_core.nn.model import QuantizedParts, build_quantized
 from quant_core.nn.ranges import QParams, choose_fp8_scale, choose_qparams
 from quant_spec.enums import ActivationMode, Granularity, RangeMethod, RoundingMethod
@@ -167,7 +168,7 @@ def _is_measured(spec: ActivationSpec | None) -> bool:
 def weight_grid(
     matrix: Tensor, spec: LayerSpec, group_index: Tensor, ranges: RangeSpec, bits: int | Tensor | None = None
 ) -> QParams:
-    """Choose scales and zero points of a weight matrix (C_out, K), both of shape (C_out, G) or (1, 1).
+    """Choose scales and zero points of a weight matrix (C_out, K), of shape (C_out, G) or (1, 1), and multipliers.
 
     Scales are what their stored dtype can hold, so that codes are chosen for the grid that is used. `bits`, shape
     (C_out,), where output channels have bits of their own.
@@ -178,6 +179,10 @@ def weight_grid(
     if spec.weight.granularity is Granularity.PER_TENSOR:
         whole = choose_qparams(matrix.reshape(1, -1), spec.weight.bits, symmetric=spec.weight.symmetric, spec=ranges)
         return QParams(whole.scale[:, None], whole.zero_point[:, None])
+    if spec.weight.is_multiplied:
+        assert isinstance(bits, int), "channels with bits of their own have no groups"
+        parts = group_parts(int(group_index.max()) + 1, spec)
+        return integer_grid(matrix, bits, group_index, parts, ranges, symmetric=spec.weight.symmetric)
     grids = [
         _row_grids(matrix[:, group_index == group], bits, spec.weight.symmetric, ranges)
         for group in range(int(group_index.max()) + 1)
@@ -276,7 +281,7 @@ def round_layer(
             codes = nearest_codes(matrix, grid, bits, groups)
         else:
             codes = round_closed_form(matrix, factor, grid, bits, groups)
-        layer.set_codes(codes, grid.scale, grid.zero_point)
+        layer.set_codes(codes, grid.scale, grid.zero_point, grid.multiplier)
     error = matrix - weight_matrix(layer.weight.float())
     if moments is not None and moments.mean is not None and layer.bias is not None:
         layer.bias += (error @ moments.mean).to(layer.bias)

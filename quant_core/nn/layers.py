@@ -27,6 +27,8 @@ from quant_spec.errors import QuantizationError
 from quant_spec.formats import LayerSpec
 from quant_spec.layer_bits import activation_bits_text, weight_bits_text
 
+# Low bits of a float32's fraction that are zero in what groups multiply.
+_SPARE_BITS = 4
 CONVOLUTIONS: dict[type[nn.Module], Any] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 QUANTIZABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Quantizable = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -67,9 +69,24 @@ def weight_groups(shape: tuple[int, ...], spec: LayerSpec) -> Tensor:
     return (torch.arange(taps)[:, None] * (int(blocks.max()) + 1) + blocks).flatten()
 
 
+def group_parts(groups: int, spec: LayerSpec) -> Tensor:
+    """Return the part of the input that each of `groups` groups is of, shape (G,), dtype int64; see `weight_groups`."""
+    if spec.split is None or spec.weight.group_size is None:
+        return torch.zeros(groups, dtype=torch.long)
+    counts = torch.tensor([math.ceil(size / spec.weight.group_size) for size in spec.split])
+    return torch.arange(len(counts)).repeat_interleave(counts).repeat(groups // int(counts.sum()))
+
+
 def scale_dtype(spec: LayerSpec) -> torch.dtype:
-    """Return the dtype that scales are stored in: bfloat16 per group (float32's range, half its size), else float32."""
-    return torch.bfloat16 if spec.weight.granularity is Granularity.PER_GROUP else torch.float32
+    """Return the dtype that scales are stored in: bfloat16 if each group has one (there are many), else float32."""
+    weight = spec.weight
+    has_many = weight.granularity is Granularity.PER_GROUP and not weight.is_multiplied
+    return torch.bfloat16 if has_many else torch.float32
+
+
+def exact_scale(scale: Tensor) -> Tensor:
+    """Return float32 scales with 20 significant bits: times a multiplier, they are exact in float32."""
+    return (scale.float().contiguous().view(torch.int32) >> _SPARE_BITS << _SPARE_BITS).view(torch.float32)
 
 
 def greatest_code(bits: int | Tensor) -> int | Tensor:
@@ -107,9 +124,12 @@ class QuantLayer(nn.Module):
     channel_bits : Tensor, shape (C_out,), dtype uint8
         Bits of each output channel, where they have bits of their own; else absent.
     scale : Tensor, shape (C_out, G) or (1, 1), dtype float32 (bfloat16 if per group, of which there are many)
-        Step size, in weight units per integer step.
-    zero_point : Tensor, shape as `scale`, dtype uint8
+        Step size, in weight units per integer step. Where groups have multipliers, shape (C_out, P), float32: one for
+        each part of the input.
+    zero_point : Tensor, shape (C_out, G) or (1, 1), dtype uint8
         Absent where numbers are E4M3.
+    multiplier : Tensor, shape (C_out, G), dtype uint8
+        One less than what multiplies the scale of a group, where the format says so; else absent.
     low_rank_down, low_rank_up : Tensor, shapes (R, K) and (C_out, R), dtype bfloat16
         Where the format has a branch: up @ (down @ x) is added for the input x before it is scaled and quantized. K in
         the weight matrix's order.
@@ -124,6 +144,7 @@ class QuantLayer(nn.Module):
     channel_bits: Tensor
     scale: Tensor
     zero_point: Tensor
+    multiplier: Tensor
     low_rank_down: Tensor
     low_rank_up: Tensor
     bias: Tensor | None
@@ -150,9 +171,12 @@ class QuantLayer(nn.Module):
         if spec.weight.mixture:
             bits = [width for width, count in spec.weight.mixture for _ in range(count)]
             self.register_buffer("channel_bits", torch.tensor(bits, dtype=torch.uint8, device=weight.device))
-        self.register_buffer("scale", torch.ones(grid, dtype=scale_dtype(spec), device=weight.device))
+        scales = (channels, len(spec.split or (0,))) if spec.weight.is_multiplied else grid
+        self.register_buffer("scale", torch.ones(scales, dtype=scale_dtype(spec), device=weight.device))
         if not spec.weight.is_float:
             self.register_buffer("zero_point", torch.zeros(grid, dtype=torch.uint8, device=weight.device))
+        if spec.weight.is_multiplied:
+            self.register_buffer("multiplier", torch.zeros(grid, dtype=torch.uint8, device=weight.device))
         self._make_branch(weight.device)
         bias = None if layer.bias is None else layer.bias.detach().clone()
         self.register_buffer("bias", bias)
@@ -203,15 +227,49 @@ class QuantLayer(nn.Module):
         self.padding, self.padding_mode, self.groups = layer.padding, layer.padding_mode, layer.groups
         self.padded = layer._reversed_padding_repeated_twice
 
-    def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
-        """Pack `codes` (C_out, K) uint8 with their grid, both of shape (C_out, G) (or (1, 1))."""
+    def set_codes(self, codes: Tensor, scale: Tensor, zero_point: Tensor, multiplier: Tensor | None = None) -> None:
+        """Pack `codes` (C_out, K) uint8 with their grid, all of shape (C_out, G) (or (1, 1)).
+
+        Where the format has multipliers, `scale` is a multiplier times what the channel's groups of a part share.
+        """
+        self.replace_codes(codes)
+        self.zero_point.copy_(zero_point)
+        if not self.spec.weight.is_multiplied:
+            self.scale.copy_(scale)
+            return
+        assert multiplier is not None, "the format has multipliers"
+        parts = group_parts(multiplier.shape[1], self.spec).tolist()
+        first = [parts.index(part) for part in range(self.scale.shape[1])]
+        self.scale.copy_((scale / multiplier)[:, first])
+        self.multiplier.copy_(multiplier - 1)
+
+    def replace_codes(self, codes: Tensor) -> None:
+        """Pack `codes` (C_out, K) uint8, on the grid that the layer has."""
         if self.spec.weight.mixture:
             rows = [pack_codes(codes[channels], bits).flatten() for bits, channels, _ in self.bit_groups()]
             self.qweight.copy_(torch.cat(rows))
         else:
             self.qweight.copy_(pack_codes(codes, self.spec.weight.bits))
-        self.scale.copy_(scale)
-        self.zero_point.copy_(zero_point)
+
+    @property
+    def steps(self) -> Tensor:
+        """Step size of each group, shape (C_out, G) or (1, 1), dtype float32."""
+        if not self.spec.weight.is_multiplied:
+            return self.scale.float()
+        scale, multiplier = self.scale, self.multiplier.float() + 1
+        if scale.shape[1] > 1:
+            scale = scale[:, group_parts(multiplier.shape[1], self.spec).to(scale.device)]
+        return scale * multiplier
+
+    def check_multipliers(self) -> None:
+        """Raise QuantizationError if (code - zero_point) times a multiplier is no int8 for some code."""
+        if not self.spec.weight.is_multiplied:
+            return
+        top, zero, multiplier = 2**self.spec.weight.bits - 1, self.zero_point.int(), self.multiplier.int() + 1
+        if bool(((zero * multiplier > 128) | ((top - zero) * multiplier > 127)).any()):
+            raise QuantizationError(
+                f"multiplier: got up to {int(multiplier.max())}, wanted (code - zero_point) * multiplier in an int8"
+            )
 
     def set_numbers(self, numbers: Tensor, scale: Tensor) -> None:
         """Take E4M3 numbers (C_out, K) and their scales, shape (C_out, G) or (1, 1)."""
@@ -314,7 +372,7 @@ class QuantLayer(nn.Module):
         if self.spec.weight.is_float:
             scale = self.scale if self.scale.shape[1] == 1 else self.scale[:, self.group_index.to(self.scale.device)]
             return weight_from_matrix(self.qweight.float() * scale, self.shape).to(self.dtype)
-        scale, zero_point = self.scale.float(), self.zero_point
+        scale, zero_point = self.steps, self.zero_point
         if scale.shape[1] > 1:
             index = self.group_index.to(scale.device)
             scale, zero_point = scale[:, index], zero_point[:, index]

@@ -26,11 +26,13 @@ class QParams:
     """An affine grid: x_hat = (code - zero_point) * scale, codes in [0, 2**bits - 1].
 
     `scale` is float32 and positive, `zero_point` float32 with integer values; both have the data's shape without its
-    last dimension.
+    last dimension. `multiplier`, of that shape, has whole numbers where a scale is such a number times one that several
+    share; the quotient is exact.
     """
 
     scale: Tensor
     zero_point: Tensor
+    multiplier: Tensor | None = None
 
 
 def qparams_from_range(low: Tensor, high: Tensor, bits: int, *, symmetric: bool) -> QParams:
@@ -67,10 +69,7 @@ def choose_qparams(rows: Tensor, bits: int, *, symmetric: bool, spec: RangeSpec)
     MSE is BRECQ's search (Li et al., arXiv:2102.05426): both ends of the min-max range shrink by 1 - 0.01 i, i = 0..79,
     and the candidate with the smallest mean |x - Q(x)|^2.4 wins; here for all rows at once.
     """
-    low, high = rows.amin(dim=-1), rows.amax(dim=-1)
-    if spec.method is RangeMethod.PERCENTILE:
-        tail = (1 - spec.percentile) / 2
-        low, high = _quantile(rows, tail), _quantile(rows, 1 - tail)
+    low, high = find_range(rows, spec)
     if spec.method is not RangeMethod.MSE:
         return qparams_from_range(low, high, bits, symmetric=symmetric)
     return _search(rows, low, high, bits, symmetric=symmetric)
@@ -82,10 +81,7 @@ def choose_fp8_scale(rows: Tensor, spec: RangeSpec) -> QParams:
     The range's greatest magnitude becomes 448. MSE searches the shrunken ranges of `choose_qparams` for the smallest
     mean |x - Q(x)|^2.4: what saturates costs much and what is rounded gains little, so it rarely shrinks far.
     """
-    low, high = rows.amin(dim=-1), rows.amax(dim=-1)
-    if spec.method is RangeMethod.PERCENTILE:
-        tail = (1 - spec.percentile) / 2
-        low, high = _quantile(rows, tail), _quantile(rows, 1 - tail)
+    low, high = find_range(rows, spec)
     best = fp8_scale(torch.maximum(-low, high).clamp(min=0))
     if spec.method is RangeMethod.MSE:
         least, start = torch.full_like(best, torch.inf), best
@@ -94,6 +90,14 @@ def choose_fp8_scale(rows: Tensor, spec: RangeSpec) -> QParams:
             score = ((rows - fake_quantize_fp8(rows, scale[..., None])).abs() ** SEARCH_POWER).mean(dim=-1)
             best, least = torch.where(score < least, scale, best), torch.minimum(score, least)
     return QParams(best, torch.zeros_like(best))
+
+
+def find_range(rows: Tensor, spec: RangeSpec) -> tuple[Tensor, Tensor]:
+    """Return the least and greatest value of rows (..., n), without outliers if so asked; before any search."""
+    if spec.method is not RangeMethod.PERCENTILE:
+        return rows.amin(dim=-1), rows.amax(dim=-1)
+    tail = (1 - spec.percentile) / 2
+    return _quantile(rows, tail), _quantile(rows, 1 - tail)
 
 
 def _quantile(rows: Tensor, q: float) -> Tensor:

@@ -31,7 +31,7 @@ from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
 # What this module knows of a layer's format. A layer with any other field set runs the reference.
 _KNOWN_FIELDS = {
     LayerSpec: {"weight", "activation", "split", "channel_scale", "channel_shift", "low_rank"},
-    WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture", "type"},
+    WeightSpec: {"bits", "symmetric", "granularity", "group_size", "mixture", "type", "group_scale"},
     ActivationSpec: {"bits", "symmetric", "mode", "step_bits", "type", "differences"},
 }
 # Packed bytes that are laid out before the allocator's free pages go back to the system: what a layer needs meanwhile
@@ -56,7 +56,8 @@ def build_runtime(
     asked : KernelBackend or str
         What it was resolved from, for the reason of layers that run the reference.
     memory : WeightMemory or str
-        How weights lie in a GPU's memory.
+        How weights lie in a GPU's memory; and whether a CPU may unpack to floats those that it can't multiply as
+        integers (not if "packed").
 
     Returns
     -------
@@ -67,25 +68,21 @@ def build_runtime(
     tensors = [*model.parameters(), *model.buffers()]
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
-    unpacked = unpacks(memory, device)
+    unpacked, floats = unpacks(memory, device), backend is KernelBackend.CPU and memory != WeightMemory.PACKED
     layers: list[LayerRun | RuntimeLayer] = []
     laid_out = 0
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]:
-        reason = why_reference(asked, device) if backend is KernelBackend.REFERENCE else _unsuited(layer, backend)
-        if reason is None:
-            try:
-                made = RuntimeLayer(layer, name, backend, unpacked=unpacked)
-            except (KernelError, BackendUnavailableError) as error:
-                reason = str(error)
-            else:
-                replace_module(model, name, made)
-                layers.append(made)
-                laid_out += layer.qweight.numel()
-                if device.type == "cpu" and laid_out > TRIM_BYTES:
-                    laid_out = 0
-                    return_free_memory()
-                continue
-        layers.append(LayerRun(name, KernelBackend.REFERENCE, reason))
+        if backend is KernelBackend.REFERENCE:
+            layers.append(LayerRun(name, KernelBackend.REFERENCE, why_reference(asked, device)))
+            continue
+        made = _runtime_layer(layer, name, backend, unpacked=unpacked, floats=floats)
+        layers.append(made)
+        if isinstance(made, RuntimeLayer):
+            replace_module(model, name, made)
+            laid_out += layer.qweight.numel()
+            if device.type == "cpu" and laid_out > TRIM_BYTES:
+                laid_out = 0
+                return_free_memory()
     fuse_blocks(model)
     if not any(tensor.is_floating_point() for tensor in (*model.parameters(), *model.buffers())):
         # Runtime layers took all tensors, from which diffusers takes a model's dtype and device.
@@ -96,6 +93,32 @@ def build_runtime(
         run_on(model, device)
     model.quantmill_runs = tuple(runs)  # type: ignore[assignment]
     return runs
+
+
+def _runtime_layer(
+    layer: QuantLayer, name: str, backend: KernelBackend, *, unpacked: bool, floats: bool
+) -> RuntimeLayer | LayerRun:
+    """Return what `backend` runs a layer as, or why it runs the reference."""
+    reason = _unsuited(layer, backend)
+    if reason is None:
+        try:
+            return RuntimeLayer(layer, name, backend, unpacked=unpacked)
+        except (KernelError, BackendUnavailableError) as error:
+            reason = str(error)
+    if floats and _multiplies_as_floats(layer):
+        try:
+            return RuntimeLayer(layer, name, backend, why_floats=reason)
+        except KernelError as error:
+            reason = str(error)
+    return LayerRun(name, KernelBackend.REFERENCE, reason)
+
+
+def _multiplies_as_floats(layer: QuantLayer) -> bool:
+    """Whether a CPU's float operators multiply what a layer's codes stand for: not differences, nor E4M3 numbers."""
+    activation = layer.spec.activation
+    if _unsuited_form(layer) is not None or layer.differences:
+        return False
+    return not layer.spec.weight.is_float and (activation is None or not activation.is_float)
 
 
 def unpacks(memory: WeightMemory | str, device: torch.device) -> bool:
@@ -136,6 +159,24 @@ def layer_runs(model: nn.Module) -> tuple[LayerRun, ...]:
 def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
     """Say why `backend` can't run a layer exactly; None if nothing is known against it."""
     spec, activation = layer.spec, layer.spec.activation
+    if spec.weight.is_float or (activation is not None and activation.is_float):
+        return _unsuited_form(layer) or _unsuited_float(layer, backend)
+    reason = _unsuited_form(layer)
+    if reason is not None:
+        return reason
+    if layer.kind is nn.Conv2d:
+        return None if activation is not None else "its input is not quantized, and convolutions multiply integers"
+    if backend is KernelBackend.CPU:
+        if activation is None:
+            return "its input is not quantized, and oneDNN multiplies integers"
+        if activation.mode is ActivationMode.DYNAMIC_TOKEN:
+            return "ranges per token: oneDNN takes one for each call"
+    return None
+
+
+def _unsuited_form(layer: QuantLayer) -> str | None:
+    """Say why no kernel runs a layer of this kind, form or format; None if nothing is known against it."""
+    spec, activation = layer.spec, layer.spec.activation
     for record in (spec, spec.weight, *(() if activation is None else (activation,))):
         unknown = [field.name for field in fields(record) if _is_unknown(record, field.name)]
         if unknown:
@@ -144,18 +185,9 @@ def _unsuited(layer: QuantLayer, backend: KernelBackend) -> str | None:
         return "its rounding or ranges are being learned"
     if layer.kind not in (nn.Linear, nn.Conv2d):
         return f"{layer.kind.__name__} has no kernel"
-    if spec.weight.is_float or (activation is not None and activation.is_float):
-        return _unsuited_float(layer, backend)
-    if layer.kind is nn.Conv2d:
-        if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            return f"got a convolution of {layer.groups} groups, padding {layer.padding!r} {layer.padding_mode}"
-        if activation is None:
-            return "its input is not quantized, and convolutions multiply integers"
-    elif backend is KernelBackend.CPU:
-        if activation is None:
-            return "its input is not quantized, and oneDNN multiplies integers"
-        if activation.mode is ActivationMode.DYNAMIC_TOKEN:
-            return "ranges per token: oneDNN takes one for each call"
+    is_plain = layer.kind is nn.Linear or (layer.groups == 1 and layer.padding_mode == "zeros")
+    if not is_plain or (layer.kind is nn.Conv2d and isinstance(layer.padding, str)):
+        return f"got a convolution of {layer.groups} groups, padding {layer.padding!r} {layer.padding_mode}"
     return None
 
 

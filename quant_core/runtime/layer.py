@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels import native
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
-from kernels.cpu_activation import cpu_grid, quantize_cpu, quantize_cpu_dynamic
+from kernels.cpu_activation import CpuGrid, cpu_grid, quantize_cpu, quantize_cpu_dynamic
+from kernels.cpu_call import SmallCalls
+from kernels.cpu_float import FloatWeight, float_product, quantized_values
 from kernels.cpu_weight import CpuWeight
 from kernels.epilogue import Epilogue, LowRank
 from kernels.fp8 import Fp8Matrix, fp8_scale, linear_fp8, quantize_fp8, to_fp8
@@ -61,7 +64,9 @@ class RuntimeLayer(nn.Module):
         Trajectory steps at which differences are quantized; what is kept for them is in `memory`.
     """
 
-    def __init__(self, layer: QuantLayer, name: str, backend: KernelBackend, *, unpacked: bool = False) -> None:
+    def __init__(
+        self, layer: QuantLayer, name: str, backend: KernelBackend, *, unpacked: bool = False, why_floats: str = ""
+    ) -> None:
         super().__init__()
         self.spec = layer.spec
         self.kind = layer.kind
@@ -75,18 +80,29 @@ class RuntimeLayer(nn.Module):
         quantizers = layer_quantizers(layer)
         self.clock: StepClock | None = quantizers[0].clock if quantizers else None
         self.activation: ActivationSpec | None = quantizers[0].spec if quantizers else None
-        self.parts = lay_out_parts(layer, backend, self.geometry, unpacked=unpacked)
+        self.parts = lay_out_parts(layer, backend, self.geometry, unpacked=unpacked, floats=bool(why_floats))
         self.branch = _branch(layer)
-        self.run = LayerRun(name, backend, _how(self.parts, self.activation, layer.spec))
+        how = _how(self.parts, self.activation, layer.spec)
+        self.run = LayerRun(name, backend, f"{how}: {why_floats}" if why_floats else how)
         self.norm: GroupNorm | None = None
         self.differences = layer.differences
         self.memory = LayerMemory()
+        self.calls = self._small_calls()
 
     def take_norm(self, norm: nn.GroupNorm) -> None:
         """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables."""
         weight, bias = (None if t is None else t.detach().float().clone() for t in (norm.weight, norm.bias))
         self.norm = GroupNorm(norm.num_groups, norm.eps, weight, bias)
         self.run = replace(self.run, reason=f"{self.run.reason}, GroupNorm and SiLU with the quantization")
+        self.calls = self._small_calls()
+
+    def _small_calls(self) -> SmallCalls | None:
+        """Return what computes the whole layer in one call where it is small; None if it is more than one product."""
+        part = self.parts[0]
+        if len(self.parts) > 1 or not isinstance(part.weight, CpuWeight) or part.weight.small is None:
+            return None
+        is_plain = part.table is not None and part.tops is None and not self.differences and self.branch is None
+        return SmallCalls(part.weight, self.bias, part.table.bits, self.norm) if is_plain and part.table else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Return the layer's output plus `residual`.
@@ -116,6 +132,11 @@ class RuntimeLayer(nn.Module):
     def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
         assert rows is not None
+        if self.calls is not None and native.is_usable():
+            step = 0 if len(self.parts[0].grids) == 1 or self.clock is None else self.clock.step
+            given = None if step is None else self.calls(rows, self.parts[0].grids[step], out)
+            if given is not None:
+                return given if self.geometry is None else given.permute(0, 3, 1, 2)
         low_rank = self._low_rank(x)
         if self.differences:
             given = follow(self, rows, out, low_rank, x.dtype)
@@ -147,6 +168,8 @@ class RuntimeLayer(nn.Module):
         weight = part.weight
         if isinstance(weight, CpuWeight):
             return self.product(self.codes(x, part, self.norm), part, epilogue)
+        if isinstance(weight, FloatWeight):
+            return float_product(self._values(x, part), weight, epilogue)
         if isinstance(weight, Fp8Matrix):
             return linear_fp8(self._numbers(x, part), weight, epilogue, self.run.backend)
         if self.activation is None:
@@ -163,12 +186,28 @@ class RuntimeLayer(nn.Module):
     def product(self, codes: QuantizedActivation, part: LayerPart, epilogue: Epilogue) -> Tensor:
         """Multiply integer codes with a part's weight."""
         weight = part.weight
-        assert not isinstance(weight, Fp8Matrix), "codes are integers"
+        assert not isinstance(weight, Fp8Matrix | FloatWeight), "codes are integers"
         if isinstance(weight, CpuWeight):
             return cpu_linear(codes, weight, epilogue) if self.geometry is None else cpu_conv2d(codes, weight, epilogue)
         if self.geometry is None:
             return linear_int(codes, weight, epilogue, self.run.backend)
         return conv2d_int(codes, weight, self.geometry, epilogue, self.run.backend)
+
+    def _values(self, x: Tensor, part: LayerPart) -> Tensor:
+        """Return what the codes of channels-last rows stand for; the rows themselves, if they are not quantized."""
+        spec = self.activation
+        if spec is None:
+            return x.float()
+        if part.table is None and spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3):
+            codes = self._codes(x, part, spec, None)
+            rows = codes.codes.reshape(len(codes.scale), -1).float()
+            return rows.sub_(codes.zero_point[:, None]).mul_(codes.scale[:, None]).view(x.shape)
+        if part.table is None or part.tops is not None:
+            given = self._cpu_codes(x, part, self.norm)
+            runs = given.codes.reshape(given.scale.numel(), -1).float()
+            return runs.sub_(given.zero_point[:, None]).mul_(given.scale[:, None]).view(x.shape)
+        grid, _ = self._grid(x, part, part.table)
+        return quantized_values(x, grid, part.table.bits, norm=self.norm, silu=self.norm is not None)
 
     def _numbers(self, x: Tensor, part: LayerPart) -> Fp8Matrix:
         """Convert channels-last rows to E4M3, with a scale for each."""
@@ -194,27 +233,33 @@ class RuntimeLayer(nn.Module):
             assert self.activation is not None
             spec = self.activation
             return quantize_cpu_dynamic(x, spec.bits, symmetric=spec.symmetric, channel_scale=part.channel_scale)
-        step = 0 if len(part.grids) == 1 or self.clock is None else self.clock.step
-        is_known = step is not None and not torch.compiler.is_compiling()
-        index = None if is_known and part.tops is None else self._steps(x, part.table)
-        grid = part.grids[step] if is_known and step is not None else cpu_grid(part.table, index)
-        assert isinstance(part.weight, CpuWeight)
-        needs_sums = part.weight.correction is not None and part.tops is None
-        padding = (0, 0) if self.geometry is None or part.tops is not None else self.geometry.padding
+        grid, index = self._grid(x, part, part.table)
+        is_int = isinstance(part.weight, CpuWeight)
+        needs_sums = isinstance(part.weight, CpuWeight) and part.weight.correction is not None and part.tops is None
+        unpadded = self.geometry is None or part.tops is not None or not is_int
+        padding = (0, 0) if unpadded or self.geometry is None else self.geometry.padding
         bits = part.table.bits
         codes = quantize_cpu(x, grid, bits, with_sums=needs_sums, padding=padding, norm=norm, silu=norm is not None)
         return _limit_codes(codes, part, index, 0)
 
+    def _grid(self, x: Tensor, part: LayerPart, table: ActivationTable) -> tuple[CpuGrid, Tensor | None]:
+        """Return the grids of the step that runs, or of those of each sample, and where in the table they are."""
+        step = 0 if len(part.grids) == 1 or self.clock is None else self.clock.step
+        is_known = step is not None and not torch.compiler.is_compiling()
+        index = None if is_known and part.tops is None else self._steps(x, table)
+        return (part.grids[step] if is_known and step is not None else cpu_grid(table, index)), index
+
     def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec, norm: GroupNorm | None) -> QuantizedActivation:
         if part.table is None:
             per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
+            is_cpu = self.run.backend is KernelBackend.CPU
             return quantize_dynamic(
                 x,
                 spec.bits,
                 symmetric=spec.symmetric,
                 per_token=per_token,
                 channel_scale=part.channel_scale,
-                backend=self.run.backend,
+                backend=KernelBackend.REFERENCE if is_cpu else self.run.backend,
             )
         index = self._steps(x, part.table)
         if norm is None:
@@ -287,18 +332,23 @@ def _limit_codes(codes: QuantizedActivation, part: LayerPart, index: Tensor | No
 
 
 def _how(parts: list[LayerPart], activation: ActivationSpec | None, layer: LayerSpec) -> str:
-    """Say in a few words how a layer is computed, and on a GPU how many bytes its weights take there."""
+    """Say in a few words how a layer is computed, and how many bytes its weights take."""
     weight, spec = parts[0].weight, layer.weight
+    fewer = " unpacked from fewer bits" if max((bits for bits, _ in spec.mixture), default=spec.bits) < 8 else ""
     if isinstance(weight, Fp8Matrix):
         stored = sum(part.weight.values.numel() for part in parts if isinstance(part.weight, Fp8Matrix))
         how = f"FP8 weights in {stored} bytes, FP8 products"
     elif isinstance(weight, CpuWeight):
-        how = "int8 products" if weight.digits == 1 else f"int8 products, weights in {weight.digits} digits"
+        stored = sum(part.weight.nbytes for part in parts if isinstance(part.weight, CpuWeight))
+        digits = "" if weight.digits == 1 else f"{weight.digits} digits of "
+        how = f"{digits}8-bit weights{fewer} in {stored} bytes, int8 products"
+    elif isinstance(weight, FloatWeight):
+        stored = sum(part.weight.nbytes for part in parts if isinstance(part.weight, FloatWeight))
+        how = f"weights unpacked to float32 in {stored} bytes, float products"
     else:
         widths = " and ".join(str(each.layout.bits) for each in weight)
         stored = sum(each.nbytes for part in parts if isinstance(part.weight, tuple) for each in part.weight)
-        fewer = max((bits for bits, _ in spec.mixture), default=spec.bits) < 8 and weight[0].layout.symmetric
-        unpacked = " unpacked from fewer bits" if fewer else ""
+        unpacked = fewer if weight[0].layout.symmetric else ""
         how = f"{widths}-bit weights{unpacked} in {stored} bytes, {'float' if activation is None else 'int8'} products"
     how = how if len(parts) == 1 else f"{how}, {len(parts)} parts"
     how = f"{how}, of differences" if activation is not None and activation.differences else how

@@ -25,6 +25,7 @@ from torch import Tensor
 from kernels.activations import ActivationTable
 from kernels.conv import ConvGeometry
 from kernels.cpu_activation import CpuGrid, cpu_grid
+from kernels.cpu_float import FloatWeight, unpack_float_weight
 from kernels.cpu_weight import CpuWeight, pack_cpu_weight
 from kernels.fp8 import Fp8Matrix
 from kernels.packing import pack_codes, unpack_codes
@@ -42,8 +43,8 @@ class LayerPart:
     ----------
     start, stop : int
         The channels, or where they lie if `channels` names them.
-    weight : CpuWeight, Fp8Matrix or tuple of PackedWeight
-        One record for each width of weight codes; one matrix of E4M3 numbers.
+    weight : CpuWeight, FloatWeight, Fp8Matrix or tuple of PackedWeight
+        One record for each width of weight codes; one matrix of E4M3 numbers, or of floats.
     channels : Tensor, shape (n,), dtype int64, or None
         The layer's input channels, where they are not all from `start` to `stop`.
     channel_scale : Tensor, shape (stop - start,), dtype float32, or None
@@ -60,7 +61,7 @@ class LayerPart:
 
     start: int
     stop: int
-    weight: CpuWeight | Fp8Matrix | tuple[PackedWeight, ...]
+    weight: CpuWeight | FloatWeight | Fp8Matrix | tuple[PackedWeight, ...]
     channels: Tensor | None
     channel_scale: Tensor | None
     table: ActivationTable | None
@@ -76,7 +77,12 @@ class LayerPart:
 
 
 def lay_out_parts(
-    layer: QuantLayer, backend: KernelBackend, geometry: ConvGeometry | None, *, unpacked: bool = False
+    layer: QuantLayer,
+    backend: KernelBackend,
+    geometry: ConvGeometry | None,
+    *,
+    unpacked: bool = False,
+    floats: bool = False,
 ) -> list[LayerPart]:
     """Lay out a layer for the Triton or the CPU backend.
 
@@ -89,6 +95,8 @@ def lay_out_parts(
         None for a Linear.
     unpacked : bool
         Keep one int8 a weight where that is exact and the input is quantized; of the Triton backend.
+    floats : bool
+        Keep one float32 a weight; of the CPU backend.
 
     Raises
     ------
@@ -100,7 +108,7 @@ def lay_out_parts(
         quantizer = layer.act_quantizers[number] if layer.spec.activation is not None else None
         assert quantizer is None or isinstance(quantizer, ActivationQuantizer)
         parts += [
-            _part(layer, number, backend, geometry, quantizer, shift, unpacked)
+            _part(layer, number, backend, geometry, quantizer, shift, unpacked=unpacked, floats=floats)
             for shift in (_shifts(quantizer) if quantizer is not None and layer.spec.channel_shift else (None,))
         ]
     return parts
@@ -119,7 +127,9 @@ def _part(
     geometry: ConvGeometry | None,
     quantizer: ActivationQuantizer | None,
     shift: int | None,
+    *,
     unpacked: bool,
+    floats: bool,
 ) -> LayerPart:
     """Lay out part `number` of the input, or its channels of exponent `shift`."""
     sizes = layer.spec.split or (layer.shape[1],)
@@ -133,7 +143,9 @@ def _part(
     weights = _pack(layer, number, own)
     if unpacked and quantizer is not None and backend is KernelBackend.TRITON:
         weights = unpack_weight(weights)
-    weight = pack_cpu_weight(weights, geometry) if backend is KernelBackend.CPU else weights
+    weight: CpuWeight | FloatWeight | tuple[PackedWeight, ...] = weights
+    if backend is KernelBackend.CPU:
+        weight = unpack_float_weight(weights, geometry) if floats else pack_cpu_weight(weights, geometry)
     channels = None if own is None else own + start
     if quantizer is None or quantizer.spec.is_dynamic:
         channel_scale = quantizer.channel_scale.clone() if quantizer is not None and layer.spec.channel_scale else None
@@ -202,7 +214,7 @@ def _pack(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[PackedWei
     size = sizes[number] if own is None else len(own)
     is_whole = len(sizes) == 1 and own is None
     columns = torch.arange(start, start + size) if own is None else own + start
-    scale, zero = _scales(layer, number, own)
+    scale, zero, multiplier = _grid(layer, number, own)
     rows = list(layer.bit_groups()) if spec.mixture else [(spec.bits, None, layer.qweight)]
     made = []
     for bits, outputs, qweight in rows:
@@ -212,22 +224,30 @@ def _pack(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[PackedWei
         grid = (scale, zero) if outputs is None else (scale[outputs], zero[outputs])
         made.append(
             pack_weight(
-                qweight, *grid, bits=bits, channels=size, taps=taps, group_size=spec.group_size, channel=outputs
+                qweight,
+                *grid,
+                bits=bits,
+                channels=size,
+                taps=taps,
+                group_size=spec.group_size,
+                channel=outputs,
+                multiplier=multiplier,
             )
         )
     return tuple(made)
 
 
-def _scales(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return scales and zero points, (N, G) or (1, 1), of the columns that `_pack` takes."""
+def _grid(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return scales, zero points and multipliers, (N, G) or (1, 1), of the columns that `_pack` takes."""
     spec, sizes = layer.spec.weight, layer.spec.split or (layer.shape[1],)
     if spec.granularity is Granularity.PER_TENSOR:
-        return layer.scale, layer.zero_point
+        return layer.scale, layer.zero_point, None
     counts = [1 if spec.group_size is None else math.ceil(each / spec.group_size) for each in sizes]
     taps = 1 if spec.group_size is None else layer.columns // layer.shape[1]
     first, last = sum(counts[:number]), sum(counts[: number + 1])
     groups = torch.arange(first, last, device=layer.scale.device)
     if own is not None and spec.group_size is not None:
         groups = groups[torch.unique(own // spec.group_size)]
-    scale, zero = (t.view(len(t), taps, -1)[..., groups].flatten(1) for t in (layer.scale, layer.zero_point))
-    return scale, zero
+    tensors = (layer.zero_point, layer.multiplier if spec.is_multiplied else layer.scale)
+    zero, each = (t.view(len(t), taps, -1)[..., groups].flatten(1) for t in tensors)
+    return (layer.scale[:, number : number + 1], zero, each.int() + 1) if spec.is_multiplied else (each, zero, None)

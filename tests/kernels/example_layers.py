@@ -19,13 +19,15 @@ class Layer:
     scale: Tensor
     zero_point: Tensor
     packed: PackedWeight
+    multiplier: Tensor | None = None
 
     def integers(self, channels: int, group_size: int | None) -> Tensor:
-        """code - zero_point by the definition of groups: consecutive channels of one tap; shape (N, K)."""
+        """(code - zero_point) * multiplier by the definition of groups: consecutive channels of a tap; shape (N, K)."""
         k = torch.arange(self.codes.shape[1])
         per_tap = 1 if group_size is None else -(-channels // group_size)
         group = torch.zeros_like(k) if group_size is None else k // channels * per_tap + k % channels // group_size
-        return self.codes.long() - self.zero_point.long()[:, group]
+        differences = self.codes.long() - self.zero_point.long()[:, group]
+        return differences if self.multiplier is None else differences * self.multiplier.long()[:, group]
 
 
 def random_layer(
@@ -38,9 +40,10 @@ def random_layer(
     symmetric: bool = False,
     unit_scale: bool = False,
     channel: Tensor | None = None,
+    multiplied: bool = False,
     device: str = "cpu",
 ) -> Layer:
-    """Make a layer; with `unit_scale` every product of its kernels is a whole number."""
+    """Make a layer; with `unit_scale` every product of its kernels is a whole number; with multipliers if asked."""
     g = torch.Generator().manual_seed(n * 1000 + channels * 10 + bits)
     groups = 1 if group_size is None else taps * -(-channels // group_size)
     codes = torch.randint(0, 1 << bits, (n, taps * channels), generator=g, dtype=torch.uint8)
@@ -50,15 +53,23 @@ def random_layer(
     if symmetric:
         zero = torch.full_like(zero, 1 << (bits - 1))
     scale = torch.ones(n, groups) if unit_scale else torch.rand(n, groups, generator=g) * 0.1 + 0.01
-    if group_size is not None:
+    multiplier = None
+    if multiplied:
+        scale, top = scale[:, :1].bfloat16().float(), 2**bits - 1
+        most = torch.minimum(128 // zero.int().clamp(min=1), 127 // (top - zero.int()).clamp(min=1)).clamp(max=16)
+        multiplier = (torch.rand(n, groups, generator=g) * most).int() + 1
+        multiplier[:, 0] = most[:, 0]
+    elif group_size is not None:
         scale = scale.bfloat16()
     packed = pack_weight(
         pack_codes(codes, bits), scale, zero, bits=bits, channels=channels, taps=taps,
-        group_size=group_size, channel=channel,
+        group_size=group_size, channel=channel, multiplier=multiplier,
     )  # fmt: skip
-    return Layer(codes, scale, zero, packed.to(device))
+    return Layer(codes, scale, zero, packed.to(device), multiplier)
 
 
 def weight_values(weight: PackedWeight) -> Tensor:
     """Return the dequantized weight, shape (N, taps, channels), dtype float32."""
-    return weight_integers(weight).float() * expand_weight_groups(weight.scale.float(), weight.layout)
+    scale = weight.scale.float()
+    scale = expand_weight_groups(scale, weight.layout) if weight.layout.has_group_scales else scale[:, :, None]
+    return weight_integers(weight).float() * scale

@@ -64,6 +64,16 @@ def test_sums_are_the_definitions_integers(
         assert torch.equal(got.cpu().long(), want), backend
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_multiplied_groups_are_one_sum(geometry: ConvGeometry, device: str) -> None:
+    layer = random_layer(35, 70, bits=4, group_size=32, taps=geometry.taps, unit_scale=True, multiplied=True)
+    x = image((2, 6, 5, 70), 2)
+    want = convolve(x, layer.integers(70, 32), geometry).float()  # sums in int32 are rounded to float32 once
+    for backend in BACKENDS:
+        got = conv2d_int(to(x, device), [layer.packed.to(device)], geometry, Epilogue(), backend)
+        assert torch.equal(got.cpu(), want), backend
+
+
 @pytest.mark.parametrize("geometry", [SAME, ConvGeometry((1, 1))], ids=str)
 def test_asymmetric_weights_of_8_bits(geometry: ConvGeometry, device: str) -> None:
     layer = random_layer(5, 21, bits=8, taps=geometry.taps, unit_scale=True)

@@ -37,13 +37,15 @@ GEOMETRIES = (
 )
 
 
-@pytest.fixture(params=["compiled", "plain", "oneDNN's Linear"], autouse=True)
+@pytest.fixture(params=["compiled", "no small products", "plain", "oneDNN's Linear"], autouse=True)
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what an installation has compiled and without, and with small matrices laid out as large ones are."""
+    """With what an installation has compiled and without, and with small weights laid out as large ones are."""
     if request.param == "plain":
         monkeypatch.setattr(native, "_native", None)
     elif not native.is_built():
         pytest.skip("this installation has no compiled part")
+    if request.param in ("no small products", "oneDNN's Linear"):
+        monkeypatch.setattr(cpu_weight, "SMALL_PRODUCT", 0)
     if request.param == "oneDNN's Linear":
         monkeypatch.setattr(cpu_weight, "SMALL_MATRIX", 0)
 
@@ -60,7 +62,7 @@ def packed(*arguments: Any) -> CpuWeight:
 
 def is_small(weight: PackedWeight) -> bool:
     """Whether no CPU's int8 products saturate with a weight, as it is stored."""
-    return weight.layout.groups == 1 and int(weight_integers(weight).abs().max()) <= PAIR_LIMIT
+    return weight.layout.scales == 1 and int(weight_integers(weight).abs().max()) <= PAIR_LIMIT
 
 
 def codes(*shape: int, runs: int) -> tuple[QuantizedActivation, QuantizedActivation]:
@@ -166,6 +168,27 @@ def test_convolutions_with_scales_per_group(geometry: ConvGeometry) -> None:
         assert float((got - want).abs().max()) <= EPILOGUE_TOLERANCE * magnitude
 
 
+@pytest.mark.parametrize("bits", [4, 6])
+def test_multiplied_groups_are_one_digit(bits: int) -> None:
+    """Bit for bit what the reference gives, in one int8 matrix; sums stay below 2**24."""
+    layer = random_layer(35, 96, bits=bits, group_size=32, unit_scale=True, multiplied=True)
+    x, same = codes(6, 96, runs=3)
+    weight = packed([layer.packed])
+    assert (weight.digits, weight.correction) == (1, None)
+    assert torch.equal(cpu_linear(x, weight, Epilogue()), linear_int(same, [layer.packed], Epilogue()))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_convolutions_with_multiplied_groups(geometry: ConvGeometry) -> None:
+    layer = random_layer(19, 40, bits=4, taps=geometry.taps, group_size=32, unit_scale=True, multiplied=True)
+    x, same = codes(2, 7, 6, 40, runs=2)
+    weight = packed([layer.packed], geometry)
+    assert weight.digits == 1
+    want = conv2d_int(same, [layer.packed], geometry, Epilogue())
+    magnitude = weight_values(layer.packed).abs().flatten(1).sum(1) * 255
+    assert bool(((cpu_conv2d(x, weight, Epilogue()) - want).abs() <= CONV_TOLERANCE * magnitude).all())
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_sums_that_nearly_cancel_stay_within_the_tolerance_of_unsigned_codes(residual: bool) -> None:
     """Codes near a large zero point and weights of one sign: what oneDNN adds up is far above what is left."""
@@ -235,8 +258,11 @@ def test_images_are_padded_with_their_zero_point(shape: tuple[int, ...]) -> None
     assert torch.equal(sums, (inside.float() - 37).sum(-1))
 
 
-def test_weights_are_ordered_anew_for_other_images(capfd: pytest.CaptureFixture[str]) -> None:
+def test_weights_are_ordered_anew_for_other_images(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """oneDNN's own report says whether a call rearranges weights, which takes longer than to convolve."""
+    monkeypatch.setattr(cpu_weight, "SMALL_PRODUCT", 0)
     layer, geometry = random_layer(48, 48, bits=8, taps=9, unit_scale=True), GEOMETRIES[0]
     weight = packed([layer.packed], geometry)
     for size in (8, 16, 8):

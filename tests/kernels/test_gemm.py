@@ -46,6 +46,28 @@ def test_sums_are_the_definitions_integers(bits: int, group_size: int | None, de
         assert torch.equal(got.cpu().long(), want), backend
 
 
+@pytest.mark.parametrize(("bits", "k"), [(4, 200), (2, 640), (4, 256), (6, 200)])
+def test_multiplied_groups_are_one_sum(bits: int, k: int, device: str) -> None:
+    """Bit for bit: there is one scale for each output channel."""
+    layer, x = random_layer(37, k, bits=bits, group_size=32, multiplied=True), activation(42, k, 6)
+    want = (whole(x) @ layer.integers(k, 32).t()).float() * layer.scale[:, 0] * x.scale.repeat_interleave(7)[:, None]
+    assert (layer.packed.multiplier is None) == (bits == 6)
+    for backend in BACKENDS:
+        got = linear_int(to(x, device), [layer.packed.to(device)], Epilogue(), backend)
+        assert torch.equal(got.cpu(), want), backend
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_float_activations_of_multiplied_groups(bits: int, device: str) -> None:
+    layer = random_layer(33, 520, bits=bits, group_size=64, multiplied=True)
+    x = torch.randn(35, 520, generator=torch.Generator().manual_seed(2))
+    weight = layer.integers(520, 64).double() * layer.scale.double()
+    want, terms = x.double() @ weight.t(), x.double().abs() @ weight.t().abs()
+    for backend in BACKENDS:
+        got = linear_float(x.to(device), [layer.packed.to(device)], Epilogue(), backend)
+        assert bool(((got.cpu() - want).abs() <= EPILOGUE_TOLERANCE * terms).all()), backend
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (1, 70, 63), (33, 5, 129), (64, 32, 128)])
 @pytest.mark.parametrize(
     ("bits", "group_size", "symmetric"), [(8, None, True), (8, None, False), (4, None, False), (4, 64, True)]

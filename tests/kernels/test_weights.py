@@ -33,6 +33,48 @@ def test_packed_weights_stand_for_the_artifacts_integers(
     assert torch.equal(layer.packed.total.long(), totals)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+@pytest.mark.parametrize("group_size", [32, 96])
+@pytest.mark.parametrize(("channels", "taps"), [(24, 1), (256, 1), (100, 9)])
+def test_multiplied_groups_are_integers_of_8_bits(bits: int, group_size: int, channels: int, taps: int) -> None:
+    layer = random_layer(5, channels, bits=bits, group_size=group_size, taps=taps, multiplied=True)
+    want = layer.integers(channels, group_size).int()
+    (fast,) = unpack_weight([layer.packed])
+    values = want.float() * layer.scale
+    for packed in (layer.packed, fast):
+        assert packed.scale.shape == (5, 1)
+        assert torch.equal(weight_values(packed).flatten(1), values)
+        if not torch.equal(packed.scale, layer.scale):  # one group, whose multiplier is in the scale
+            assert packed.layout.groups == 1
+            continue
+        assert torch.equal(weight_integers(packed).flatten(1), want)
+        assert torch.equal(packed.total, want.view(5, taps, channels).sum(-1).int())
+    assert (fast.layout.bits, fast.layout.groups, fast.whole) == (8, 1, None)
+    assert bits != 4 or channels < 100 or int(fast.codes.min()) < -100, "the largest multipliers fill an int8"
+
+
+def test_multipliers_that_do_not_fit_are_refused() -> None:
+    codes, scale = torch.zeros(1, 32, dtype=torch.uint8), torch.ones(1, 1)
+
+    def pack(zero: int, multiplier: int, bits: int = 4) -> None:
+        zeros, factors = (torch.full((1, 2), value, dtype=torch.int32) for value in (zero, multiplier))
+        row = codes if bits == 4 else torch.zeros(1, 64, dtype=torch.uint8)
+        pack_weight(row, scale, zeros, bits=bits, channels=64, group_size=32, multiplier=factors)
+
+    pack(8, 16)  # -128 to 112
+    pack(15, 8)  # -120 to 0
+    with pytest.raises(
+        KernelError, match=r"multiplier: got one up to 9, wanted \(code - zero_point\) \* multiplier in"
+    ):
+        pack(15, 9)
+    with pytest.raises(KernelError, match="multiplier: got one up to 9"):
+        pack(0, 9)
+    with pytest.raises(KernelError, match="multiplier: got 0, wanted 1 or more"):
+        pack(8, 0)
+    with pytest.raises(KernelError, match="multiplier: got one with codes of 8 bits, wanted 6"):
+        pack(128, 1, bits=8)
+
+
 def test_the_layout_of_a_block_of_4_bits() -> None:
     # 64 channels are one block of 32 bytes: byte j holds channel j below and channel 32 + j above.
     codes = torch.arange(64, dtype=torch.uint8)[None] % 16
@@ -57,6 +99,8 @@ def test_four_bit_weights_stay_near_their_packed_size() -> None:
     packed = random_layer(256, 640, bits=4, group_size=64).packed
     artifact = 256 * (640 // 2 + 10 * (2 + 1))  # codes, bfloat16 scales, zero points
     assert packed.nbytes <= 1.1 * artifact
+    multiplied = random_layer(256, 640, bits=4, group_size=64, multiplied=True).packed
+    assert multiplied.nbytes < packed.nbytes
 
 
 def test_layers_that_kernels_cannot_multiply_exactly_are_refused() -> None:

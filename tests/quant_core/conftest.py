@@ -15,7 +15,7 @@ from kernels.affine import quantize_affine
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories
 from quant_core.diffusion.conditioning import TEXT_TOKENS, conditioning_fields
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
-from quant_core.fit.rounding import UnitRanges
+from quant_core.fit.rounding import UnitRanges, weight_grid
 from quant_core.inspect.inspection import trace_model
 from quant_core.inspect.units import find_units
 from quant_core.nn.activation import ActivationQuantizer
@@ -218,10 +218,11 @@ def quantize_model() -> Callable[..., ModelFormat]:
             columns = [matrix[:, groups == g] for g in range(int(groups.max()) + 1)]
             low, high = (torch.stack([f(c, dim=1) for c in columns], dim=1) for f in (torch.amin, torch.amax))
             grid = qparams_from_range(low, high, weight_spec.bits, symmetric=weight_spec.symmetric)
+            if weight_spec.is_multiplied:
+                grid = weight_grid(matrix, layer.spec, groups, RangeSpec())
             scale, zero_point = grid.scale[:, groups], grid.zero_point[:, groups]
-            layer.set_codes(
-                quantize_affine(matrix, scale, zero_point, 0, 2**weight_spec.bits - 1), grid.scale, grid.zero_point
-            )
+            codes = quantize_affine(matrix, scale, zero_point, 0, 2**weight_spec.bits - 1)
+            layer.set_codes(codes, grid.scale, grid.zero_point, grid.multiplier)
         for module in model.modules():
             if isinstance(module, ActivationQuantizer) and not module.spec.is_dynamic:
                 steps = len(module.scale)

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from quant_spec.enums import ActivationMode, Granularity, UnknownTimestep
+from quant_spec.enums import ActivationMode, Granularity, GroupScale, UnknownTimestep
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import (
     ActivationSpec,
@@ -51,6 +52,24 @@ def test_widths_that_packing_lacks_are_refused(bits: int) -> None:
 def test_a_group_size_belongs_to_per_group(more: dict[str, Any]) -> None:
     with pytest.raises(QuantizationError, match="wanted a size exactly for per_group"):
         WeightSpec(4, **more)
+
+
+@pytest.mark.parametrize(
+    "more", [{"bits": 8, "granularity": "per_group", "group_size": 8}, {"bits": 4}, {"bits": 6, "mixture": ((6, 1),)}]
+)
+def test_integer_scales_are_of_groups_of_6_bits_at_most(more: dict[str, Any]) -> None:
+    with pytest.raises(
+        QuantizationError, match=r"group_scale: got integer with \d bits .*, wanted per_group with 6 bits"
+    ):
+        WeightSpec(**more, group_scale=GroupScale.INTEGER)
+
+
+def test_8_bits_leave_no_room_for_multipliers() -> None:
+    narrow = WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=8, group_scale=GroupScale.INTEGER)
+    assert narrow.with_bits(6) == replace(narrow, bits=6)
+    assert narrow.with_bits(8) == WeightSpec(8)
+    floats = WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=8)
+    assert floats.with_bits(8) == replace(floats, bits=8)
 
 
 @pytest.mark.parametrize(

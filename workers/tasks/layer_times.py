@@ -67,7 +67,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
 def _with_bits(spec: LayerSpec, weights: int, activations: int) -> LayerSpec:
     """Return a layer's format at other bits, the same for all channels and steps."""
     activation = None if spec.activation is None else replace(spec.activation, bits=activations, step_bits=())
-    return replace(spec, weight=replace(spec.weight, bits=weights, mixture=()), activation=activation)
+    return replace(spec, weight=replace(spec.weight, mixture=()).with_bits(weights), activation=activation)
 
 
 def _key(spec: LayerSpec, weights: int | None, activations: int | None) -> str:

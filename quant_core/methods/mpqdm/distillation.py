@@ -112,7 +112,7 @@ class Distillation:
         config = self.config
         rates = {"log_scale": config.weight_lr, "zero_point": config.zero_point_lr, "bias": config.bias_lr}
         for name, tuned in self.tuned.items():
-            own = config.lr * float(tuned.start_scale.mean())
+            own = config.lr * float(tuned.layer.steps.mean())
             for what, parameter in tuned.parameters().items():
                 yield {"params": [parameter], "lr": rates.get(what, own), "name": f"{name}.{what}"}
         for name, table in self.tables.items():

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from quant_core.nn.layers import QuantLayer, weight_from_matrix, weight_matrix
+from quant_core.nn.layers import QuantLayer, exact_scale, group_parts, weight_from_matrix, weight_matrix
 from quant_core.nn.straight_through import FakeQuantize, round_through
 
 
@@ -41,8 +41,10 @@ class LowRankWeight:
     ----------
     a : Tensor, shape (taps, rank, C_in), requires grad
     b : Tensor, shape (taps, C_out, rank), requires grad
-    log_scale, zero_point : Tensor, shape as `layer.scale`, require grad (the latter unless the grid is symmetric)
-        Logarithm of the step relative to its start's; the code of zero before rounding.
+    start_scale, log_scale : Tensor, shape as `layer.scale`
+        The step, and the logarithm of what it is multiplied with, which requires grad; multipliers of groups stay.
+    zero_point : Tensor, shape as `layer.zero_point`, requires grad unless the grid is symmetric
+        The code of zero before rounding.
     bias : Tensor, shape (C_out,), requires grad, or None
     """
 
@@ -54,6 +56,7 @@ class LowRankWeight:
         rank = min(rank, out, inner)
         self.group_index = layer.group_index.to(weight.device)
         self.start_scale = layer.scale.float().clone()
+        self.multiplier = layer.multiplier.float() + 1 if layer.spec.weight.is_multiplied else None
         self.base = _latent(weight_matrix(layer.scaled(weight.float())), layer, self.group_index)
         bound = 1 / math.sqrt(inner)  # Kaiming-uniform with a = sqrt(5), as torch's layers and the authors' A
         drawn = torch.rand(taps, rank, inner, generator=generator).to(weight.device)
@@ -71,10 +74,15 @@ class LowRankWeight:
         return {"a": self.a, "b": self.b, **grid} | ({} if self.bias is None else {"bias": self.bias})
 
     def grid(self) -> tuple[Tensor, Tensor]:
-        """Return scales, as their stored dtype holds them, and zero points, whole numbers; with gradients."""
-        scale = (self.start_scale * self.log_scale.exp()).to(self.layer.scale.dtype).float()
-        zero_point = round_through(self.zero_point).clamp(min=0)
-        return scale, torch.minimum(zero_point, torch.as_tensor(self.layer.top, dtype=torch.float32))
+        """Return steps of groups, as they can be stored, and zero points, whole numbers; with gradients."""
+        scale, top = self.start_scale * self.log_scale.exp(), torch.as_tensor(self.layer.top, dtype=torch.float32)
+        zero_point = torch.minimum(round_through(self.zero_point).clamp(min=0), top)
+        if self.multiplier is None:
+            return scale.to(self.layer.scale.dtype).float(), zero_point
+        scale = scale + (exact_scale(scale.detach()) - scale.detach())
+        parts = group_parts(self.multiplier.shape[1], self.layer.spec).to(scale.device)
+        least, most = top - 127 // self.multiplier, 128 // self.multiplier  # products stay within int8
+        return scale[:, parts] * self.multiplier, torch.minimum(torch.maximum(zero_point, least), most)
 
     def merged(self) -> Tensor:
         """Return W + B A as a matrix, shape (C_out, K)."""
@@ -96,14 +104,14 @@ class LowRankWeight:
         columns = (scale[:, self.group_index], zero_point[:, self.group_index])
         codes = torch.round(self.merged() / columns[0]).add_(columns[1]).clamp_(min=0)
         codes = torch.minimum(codes, torch.as_tensor(self.layer.top, dtype=torch.float32))
-        self.layer.set_codes(codes.to(torch.uint8), scale, zero_point)
+        self.layer.set_codes(codes.to(torch.uint8), scale, zero_point, self.multiplier)
         if self.bias is not None and self.layer.bias is not None:
             self.layer.bias.copy_(self.bias)
 
 
 def _latent(matrix: Tensor, layer: QuantLayer, group_index: Tensor) -> Tensor:
     """Return the matrix nearest to `matrix` whose nearest codes are those of the layer."""
-    scale, zero_point = layer.scale.float()[:, group_index], layer.zero_point.float()[:, group_index]
+    scale, zero_point = layer.steps[:, group_index], layer.zero_point.float()[:, group_index]
     codes = layer.codes().float()
     nearest = torch.minimum(
         (torch.round(matrix / scale) + zero_point).clamp_(min=0), torch.as_tensor(layer.top).float()

@@ -14,9 +14,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 import quant_core
+from kernels.conv import ConvGeometry
+from kernels.cpu_weight import sums_pairs_exactly
+from kernels.packing import unpack_codes
+from kernels.weights import weight_integers
 from quant_core.nn.feature_table import FeatureTable
-from quant_core.nn.layers import QuantLayer
-from quant_spec.formats import ModelFormat
+from quant_core.nn.layers import QuantLayer, weight_matrix
+from quant_core.runtime.parts import lay_out_parts
+from quant_spec.enums import KernelBackend
+from quant_spec.formats import ModelFormat, WeightSpec
 from quant_spec.quantization_config import parse_quantization_config
 
 Cli = Callable[..., Any]
@@ -29,6 +35,8 @@ SMALL = (
 )
 #: A few layers, whose rounding takes no time.
 FEW = 'layers=[{match: "*", keep: true}, {match: "mid_block.*"}, {match: "time_embedding.*"}]'
+#: Any convolution's geometry: weights are laid out alike for all.
+LIKE = ConvGeometry((3, 3))
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -96,7 +104,7 @@ def test_low_rank_branches_reach_release_listing_and_export(cli: Cli, tmp_path: 
         each["layer"]: each for each in cli("artifacts", "show", view["release"], "--layers", "--json").json["layers"]
     }
     assert shown[name]["bits"]["low_rank"] == layers[name].spec.low_rank
-    assert "4 per_group of 128 + rank 4 " in cli("artifacts", "show", view["release"], "--layers").out
+    assert "4 per_group of 64, integer scales + rank 4 " in cli("artifacts", "show", view["release"], "--layers").out
     # a branch costs bits
     held = {name: layer.spec.low_rank * (layer.shape[0] + layer.columns) * 16 for name, layer in layers.items()}
     sizes = {name: layer.shape[0] * layer.columns for name, layer in layers.items()}
@@ -105,6 +113,51 @@ def test_low_rank_branches_reach_release_listing_and_export(cli: Cli, tmp_path: 
     rest = sum(module.weight.numel() for module in plain.values())
     mean = (bits + 32 * rest) / (sum(sizes.values()) + rest)
     assert view["metrics"]["weight_bits_mean"] == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.usefixtures("without_ray", "with_digits")
+def test_integer_scales_of_groups_reach_release_listing_and_kernels(cli: Cli, tmp_path: Path) -> None:
+    """What is in the file is one int8 matrix on every backend; releases with float scales load too, and are larger."""
+    groups = "weights={bits: 4, granularity: per_group, group_size: 32, group_scale: integer, range: mse}"
+    view = run(cli, "fast-w4a8", FEW, groups)
+    model = load_everywhere(cli, view, tmp_path / "release")
+    check_export(cli, view, model, tmp_path / "float")
+    tensors = load_file(tmp_path / "release" / WEIGHTS)
+    shown = cli("artifacts", "show", view["release"], "--layers").out
+    assert "4 per_group of 32, integer scales" in shown
+    runs = {run.layer: run for run in quant_core.layer_runs(quant_core.load_quantized(tmp_path / "release"))}
+    largest = 0
+    for name, layer in layers_of(model).items():
+        assert layer.spec.weight.is_multiplied, name
+        count = layer.zero_point.shape[1]
+        codes = unpack_codes(tensors[f"{name}.qweight"], 4, layer.columns).int()
+        zero, less = (unpack_codes(tensors[f"{name}.{part}"], 4, count).int() for part in ("zero_point", "multiplier"))
+        integers = (codes - zero[:, layer.group_index]) * (less + 1)[:, layer.group_index]
+        assert -128 <= int(integers.min()) <= int(integers.max()) <= 127
+        largest = max(largest, int(integers.abs().max()))
+        scale = tensors[f"{name}.scale"]
+        assert torch.equal(weight_matrix(layer.weight), integers.float() * scale)
+        (part,) = lay_out_parts(layer, KernelBackend.TRITON, None if layer.kind is nn.Linear else LIKE, unpacked=True)
+        assert isinstance(part.weight, tuple)
+        assert torch.equal(weight_integers(part.weight[0]).flatten(1), integers)
+        assert torch.equal(part.weight[0].scale, scale)
+        assert not sums_pairs_exactly() or "8-bit weights unpacked from fewer bits in " in runs[name].reason
+    assert largest > 100
+    floats = run(cli, "fast-w4a8", FEW, groups.replace("integer", "float"))
+    old = load_everywhere(cli, floats, tmp_path / "floats")
+    assert not any(layer.spec.weight.is_multiplied for layer in layers_of(old).values())
+    sizes = [(tmp_path / folder / WEIGHTS).stat().st_size for folder in ("release", "floats")]
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.usefixtures("without_ray", "with_digits")
+def test_layers_of_8_bits_among_integer_scales_have_scales_per_channel(cli: Cli, tmp_path: Path) -> None:
+    eight = FEW.replace('{match: "time_embedding.*"}', '{match: "time_embedding.*", weights: {bits: 8}}')
+    view = run(cli, "fast-w4a8", eight)
+    model = load_everywhere(cli, view, tmp_path / "release")
+    found = {name: layer.spec.weight for name, layer in layers_of(model).items()}
+    assert found["time_embedding.linear_1"] == WeightSpec(8)
+    assert found["mid_block.resnets.0.conv1"].is_multiplied
 
 
 @pytest.mark.usefixtures("without_ray", "with_digits")

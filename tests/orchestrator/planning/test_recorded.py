@@ -3,6 +3,7 @@
 `recorded/tasks.json` has kind and id of each task, in the order planned, from before task parameters became records;
 an id is the digest of kind, version, parameters and inputs, so all of these are recorded by it. Kinds whose version has
 risen since then are in `RISEN`: for them a plan's parameters plus those that were removed must have the recorded name.
+Recipes that have other formats since then are planned with those that they had (`FORMATS`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ from quant_spec.kinds import KINDS
 
 RECORDED = Path(__file__).parent / "recorded"
 TASKS: dict[str, dict[str, list[list[str]]]] = json.loads((RECORDED / "tasks.json").read_text())
+#: Groups of weights had float scales, and were twice as large.
+FORMATS = {
+    recipe: ("weights.group_scale=float", f"weights.group_size={128 if recipe == 'fast-w4a8' else 64}")
+    for recipe in TASKS["emoji32"]
+    if (recipe.endswith(("w4a8", "w4a6")) or recipe == "ptqd-w4-mixed")
+}
 CASES = [(model, recipe) for model, recipes in TASKS.items() for recipe in recipes]
 DIGITS = 16
 
@@ -117,10 +124,11 @@ def recipe_before(params: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def planned(model: str, recipe: str) -> Plan:
-    """Plan a shipped recipe for a shipped model, whose inspection is recorded too."""
+def planned(model: str, recipe: str, formats: tuple[str, ...] | None = None) -> Plan:
+    """Plan a shipped recipe for a shipped model, whose inspection is recorded too; in the formats that it had."""
     row = json.loads((RECORDED / f"{model}.json").read_text())
-    return Plan(list(plan(ModelRow(name=model, source="/models", **row), load_recipe(recipe).recipe)[0]))
+    overrides = FORMATS.get(recipe, ()) if formats is None else formats
+    return Plan(list(plan(ModelRow(name=model, source="/models", **row), load_recipe(recipe, overrides).recipe)[0]))
 
 
 @pytest.mark.parametrize(("model", "recipe"), CASES)
@@ -158,6 +166,17 @@ def test_tasks_that_follow_no_risen_kind_have_their_recorded_ids(model: str, rec
             kept.add(node.kind)
             assert node.id[:DIGITS] == name, f"{node.kind} {node.label}"
     assert {"calibrate", "reference"} <= kept
+
+
+@pytest.mark.parametrize("recipe", TASKS["emoji32"])
+def test_what_a_format_does_not_concern_keeps_its_tasks(recipe: str) -> None:
+    now, then = planned("emoji32", recipe, ()), planned("emoji32", recipe)
+    kept = {node.kind for node in now.nodes if node.id in then.by_id}
+    assert {"calibrate", "reference"} <= kept
+    assert (now.by_id.keys() == then.by_id.keys()) is (recipe not in FORMATS)
+    if recipe in FORMATS:
+        groups = [layer["weight"] for unit in now.units.values() for layer in unit["layers"].values()]
+        assert {each.get("group_scale") for each in groups} == {None, "integer"}
 
 
 def test_only_the_kinds_that_are_listed_have_risen() -> None:

@@ -75,6 +75,8 @@ def test_plain_from_pretrained_equals_the_simulated_model(
         (ActivationMode.DYNAMIC_SAMPLE, {"bits": 5, "symmetric": True}),
         (ActivationMode.DYNAMIC_TOKEN, {"bits": 2, "granularity": "per_group", "group_size": 6}),
         (ActivationMode.PER_STEP, {"bits": 8}),
+        (ActivationMode.PER_STEP, {"bits": 4, "granularity": "per_group", "group_size": 5, "group_scale": "integer"}),
+        (ActivationMode.STATIC, {"bits": 6, "granularity": "per_group", "group_size": 64, "group_scale": "integer"}),
     ],
 )
 def test_every_format_loads_bit_for_bit(
@@ -234,3 +236,29 @@ def test_zero_points_and_formats_are_stored_once_and_small_and_version_1_still_l
     (folder / "config.json").write_text(json.dumps(config))
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE, {"format": "pt"})
     assert torch.equal(predict(UNet2DModel.from_pretrained(folder)), want)
+
+
+def test_multipliers_take_half_a_byte_in_version_3_and_are_checked(
+    tiny_model: Make, quantize_model: Quantize, tmp_path: Path
+) -> None:
+    model, name = tiny_model("unet"), "mid_block.resnets.0.conv1"
+    groups = {"granularity": "per_group", "group_size": 8}
+    model_format = quantize_model(model, group_scale="integer", **groups)
+    state, folder = model.state_dict(), pack(model, model_format, tmp_path / "packed")
+    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / WEIGHTS_FILE)
+    assert config["quantization_config"]["version"] == 3
+    full, packed = state[f"{name}.multiplier"], tensors[f"{name}.multiplier"]
+    assert packed.shape == (len(full), -(-full.shape[1] // 2))
+    assert (tensors[f"{name}.scale"].shape, tensors[f"{name}.scale"].dtype) == ((len(full), 1), torch.float32)
+    assert torch.equal(UNet2DModel.from_pretrained(folder).state_dict()[f"{name}.multiplier"], full)
+    UNet2DModel.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / WEIGHTS_FILE)
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+    other = tiny_model("unet")
+    floats = pack(other, quantize_model(other, **groups), tmp_path / "floats")
+    assert (folder / WEIGHTS_FILE).stat().st_size < (floats / WEIGHTS_FILE).stat().st_size
+    tensors[f"{name}.multiplier"] = torch.full_like(packed, 255)  # 16 everywhere
+    tensors[f"{name}.zero_point"] = torch.zeros_like(tensors[f"{name}.zero_point"])
+    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
+    with pytest.raises(ArtifactError, match=rf"packed tensors of {name}: multiplier: got up to 16, wanted \(code"):
+        UNet2DModel.from_pretrained(folder)

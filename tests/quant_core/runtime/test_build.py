@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels import cpu_weight, native
 from kernels.cpu_weight import sums_pairs_exactly
 from quant_core.nn.layers import Quantizable, QuantLayer, replace_module
 from quant_core.nn.ranges import QParams
@@ -20,6 +21,7 @@ from quant_core.runtime.layer import LayerRun, RuntimeLayer
 from quant_spec.enums import ActivationMode, Granularity, KernelBackend
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
+from tests.quant_core.multiplied import multiplied, random_grid
 
 Make = Callable[[str], nn.Module]
 Quantize = Callable[..., ModelFormat]
@@ -40,6 +42,7 @@ WEIGHTS = {
     "W8 per tensor": WeightSpec(8, granularity=Granularity.PER_TENSOR),
     "W4 per channel": WeightSpec(4),
     "W4 per group": WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=32),
+    "W4 multiplied": multiplied(),
 }
 LAYERS: dict[str, tuple[Callable[[], Quantizable], tuple[int, ...]]] = {
     "linear 2-D": (lambda: nn.Linear(40, 12), (2, 40)),
@@ -59,11 +62,17 @@ def quantized(layer: Quantizable, spec: LayerSpec, steps: int = 3) -> tuple[nn.S
     clock = StepClock(STEPS[:steps])
     made = QuantLayer(layer.requires_grad_(False), spec, clock)
     low, high = (128, 129) if spec.weight.symmetric else (0, 1 << spec.weight.bits)
-    made.set_codes(
-        torch.randint(0, 1 << spec.weight.bits, (made.shape[0], made.columns), generator=generator, dtype=torch.uint8),
-        torch.rand(made.scale.shape, generator=generator) * 0.02 + 0.005,
-        torch.randint(low, high, made.zero_point.shape, generator=generator, dtype=torch.uint8),
+    codes = torch.randint(
+        0, 1 << spec.weight.bits, (made.shape[0], made.columns), generator=generator, dtype=torch.uint8
     )
+    if spec.weight.is_multiplied:
+        made.set_codes(codes, *random_grid(made, generator))
+    else:
+        made.set_codes(
+            codes,
+            torch.rand(made.scale.shape, generator=generator) * 0.02 + 0.005,
+            torch.randint(low, high, made.zero_point.shape, generator=generator, dtype=torch.uint8),
+        )
     for i, quantizer in enumerate(made.act_quantizers):
         if not quantizer.spec.is_dynamic:
             rows = len(quantizer.scale)
@@ -112,6 +121,8 @@ def test_the_cpu_computes_what_the_reference_does(name: str, weight: str) -> Non
     [
         ("linear 3-D", "W8 per channel"),
         ("linear 2-D", "W4 per group"),
+        ("linear 3-D", "W4 multiplied"),
+        ("conv 3x3", "W4 multiplied"),
         ("conv 3x3", "W4 per channel"),
         ("conv strided", "W8 per tensor"),
     ],
@@ -192,13 +203,6 @@ def test_float_activations_run_on_triton_where_it_has_them() -> None:
         (nn.Conv2d(8, 4, 3, padding="same"), LayerSpec(WeightSpec(8), ActivationSpec(8)), CPU, "padding 'same'"),
         (nn.Conv2d(8, 4, 3, padding=1, padding_mode="reflect"), LayerSpec(WeightSpec(8)), CPU, "reflect"),
         (nn.Conv2d(8, 4, 1), LayerSpec(WeightSpec(4)), TRITON, "not quantized"),
-        (nn.Linear(8, 4), LayerSpec(WeightSpec(4)), CPU, "not quantized"),
-        (
-            nn.Linear(8, 4),
-            LayerSpec(WeightSpec(8), ActivationSpec(8, mode=ActivationMode.DYNAMIC_TOKEN)),
-            CPU,
-            "ranges per token",
-        ),
         (
             nn.Linear(48, 4),
             LayerSpec(WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=24), ActivationSpec(8)),
@@ -218,6 +222,60 @@ def test_what_a_backend_cannot_run_exactly_runs_the_reference(
     (run,) = layer_runs(model)
     assert run.layer == "0"
     assert why in run.reason
+
+
+FLOAT_PRODUCTS = [
+    ("linear 3-D", LayerSpec(WeightSpec(4)), "its input is not quantized"),
+    ("conv strided", LayerSpec(WeightSpec(4)), "its input is not quantized"),
+    ("linear 3-D", LayerSpec(WeightSpec(8), ActivationSpec(8, mode=ActivationMode.DYNAMIC_TOKEN)), "ranges per token"),
+]
+
+
+@pytest.mark.parametrize(("name", "spec", "why"), FLOAT_PRODUCTS, ids=str)
+def test_what_a_cpu_has_no_integers_for_is_unpacked_to_floats_once(name: str, spec: LayerSpec, why: str) -> None:
+    make, shape = LAYERS[name]
+    model, _ = quantized(make(), spec)
+    assert both(model, noise(*shape), CPU) < TOLERANCE
+    (run,) = layer_runs(model)
+    stored = 4 * 12 * 40 * (9 if name.startswith("conv") else 1)
+    assert run.reason.startswith(f"weights unpacked to float32 in {stored} bytes, float products: {why}")
+    packed, _ = quantized(make(), spec)
+    (run,) = build_runtime(packed, CPU, memory="packed")
+    assert run.backend is REFERENCE
+    assert run.reason.startswith(why)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("name", ["linear 3-D", "linear, no bias", "conv 3x3", "conv strided", "conv dilated"])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        ActivationSpec(8),
+        ActivationSpec(8, step_bits=(8, 4, 6)),
+        ActivationSpec(8, mode=ActivationMode.DYNAMIC_SAMPLE),
+    ],
+    ids=str,
+)
+def test_a_cpu_without_exact_integers_multiplies_floats(
+    name: str, weight: str, activation: ActivationSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_weight, "sums_pairs_exactly", lambda: False)
+    monkeypatch.setattr(cpu_weight, "PAIR_LIMIT", 0)
+    make, shape = LAYERS[name]
+    model, clock = quantized(make(), LayerSpec(WEIGHTS[weight], activation))
+    with torch.no_grad():
+        want = [model(noise(*shape)).clone()]
+        if not activation.is_dynamic:
+            clock.set_timestep(torch.tensor([900.0, 100.0]))
+            want.append(model(noise(*shape)))
+        (run,) = build_runtime(model, CPU)
+        assert "float products: backend: got 'cpu' for weights up to" in run.reason
+        got = [model(noise(*shape))]
+        if not activation.is_dynamic:
+            clock.set_timestep(500.0)
+            got.insert(0, model(noise(*shape)))
+        for mine, theirs in zip(got, want, strict=True):
+            assert float((mine - theirs).abs().max()) < TOLERANCE * float(theirs.abs().max())
 
 
 def test_formats_that_it_does_not_know_run_the_reference() -> None:
@@ -372,7 +430,7 @@ def test_a_model_whose_layers_hold_everything_still_says_its_dtype() -> None:
         assert torch.allclose(model(x, 500).sample, want, atol=1e-3)
 
 
-@pytest.mark.parametrize("weight", ["W4 per channel", "W4 per group"])
+@pytest.mark.parametrize("weight", ["W4 per channel", "W4 per group", "W4 multiplied"])
 @pytest.mark.parametrize("kind", ["linear 3-D", "conv 3x3"])
 def test_unpacked_weights_give_what_packed_ones_give(weight: str, kind: str) -> None:
     layer, shape = LAYERS[kind]
@@ -385,6 +443,20 @@ def test_unpacked_weights_give_what_packed_ones_give(weight: str, kind: str) -> 
         assert "bytes" in model[0].run.reason
         given[memory] = model(x)
     assert (given["fast"] - given["packed"]).abs().max() <= TOLERANCE * given["packed"].abs().max()
+
+
+def test_a_cpu_says_how_weights_lie_in_memory() -> None:
+    """A byte a weight and 12 for each row of them, of float scales of groups twice; small weights are kept twice."""
+    stored = 624 + 480 * native.has_product()
+    for name, wanted in {
+        "W4 multiplied": f"8-bit weights unpacked from fewer bits in {stored} bytes, int8 products",
+        "W4 per group": "2 digits of 8-bit weights unpacked from fewer bits in 1248 bytes, int8 products",
+        "W8 symmetric": f"8-bit weights in {stored} bytes, int8 products",
+    }.items():
+        model, _ = quantized(nn.Linear(40, 12), LayerSpec(WEIGHTS[name], ActivationSpec(8)))
+        (run,) = build_runtime(model, CPU)
+        if "saturate" not in run.reason:
+            assert run.reason == wanted
 
 
 def test_weights_stay_packed_where_no_faster_way_was_measured() -> None:

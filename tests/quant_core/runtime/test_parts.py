@@ -17,6 +17,7 @@ from quant_core.runtime.layer import RuntimeLayer
 from quant_core.runtime.parts import LayerPart
 from quant_spec.enums import ActivationMode, Granularity, KernelBackend
 from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, LayerSpec, WeightSpec
+from tests.quant_core.multiplied import multiplied, random_grid
 from tests.quant_core.runtime.test_build import (
     BACKENDS,
     CPU,
@@ -38,6 +39,8 @@ FORMATS = {
     "shifted W8": LayerSpec(WeightSpec(8), A8, channel_shift=True),
     "shifted W6 per tensor": LayerSpec(WeightSpec(6, granularity=Granularity.PER_TENSOR), A8, channel_shift=True),
     "both W4 in groups, split": LayerSpec(GROUPS, A8, PARTS, channel_scale=True, channel_shift=True),
+    "both W4 multiplied, split": LayerSpec(multiplied(), A8, PARTS, channel_scale=True, channel_shift=True),
+    "both W6 multiplied": LayerSpec(multiplied(6), A8, channel_scale=True, channel_shift=True),
     "both W8, split, static": LayerSpec(
         WeightSpec(8), ActivationSpec(8, mode=ActivationMode.STATIC), PARTS, channel_scale=True, channel_shift=True
     ),
@@ -58,7 +61,10 @@ def made(layer: Quantizable, spec: LayerSpec) -> tuple[nn.Sequential, StepClock]
     top = torch.as_tensor(made.top).expand(made.shape[0], made.columns)
     codes = (torch.rand(top.shape, generator=draw) * (top + 1)).to(torch.uint8)
     zero = (torch.rand(made.zero_point.shape, generator=draw) * (top[: len(made.zero_point), :1] + 1)).to(torch.uint8)
-    made.set_codes(codes, torch.rand(made.scale.shape, generator=draw) * 0.02 + 0.005, zero)
+    if spec.weight.is_multiplied:
+        made.set_codes(codes, *random_grid(made, draw))
+    else:
+        made.set_codes(codes, torch.rand(made.scale.shape, generator=draw) * 0.02 + 0.005, zero)
     for i, quantizer in enumerate(part for part in made.act_quantizers if isinstance(part, ActivationQuantizer)):
         if not quantizer.spec.is_dynamic:
             rows = len(quantizer.scale)
@@ -97,6 +103,8 @@ def test_the_cpu_computes_what_the_reference_does(name: str, spec: LayerSpec) ->
         ("linear 3-D", (2, 2, 40), "mixed with 8 bits"),
         ("conv 1x1", (2, 40, 3, 2), "mixed, both, split, bits by step"),
         ("conv 3x3", (2, 40, 3, 2), "both W4 in groups, split"),
+        ("conv 3x3", (2, 40, 3, 2), "both W4 multiplied, split"),
+        ("linear 3-D", (2, 2, 40), "both W6 multiplied"),
         ("conv strided", (2, 40, 3, 3), "mixed"),
     ],
 )
@@ -127,7 +135,7 @@ def test_channels_are_multiplied_again_only_for_the_exponents_that_they_have() -
     shift = model[0].act_quantizers[0].channel_shift.clone()
     build_runtime(model, CPU)
     parts = model[0].parts
-    assert model[0].run.reason == "int8 products, 3 parts"
+    assert model[0].run.reason.endswith("bytes, int8 products, 3 parts")
     for part, exponent in zip(parts, (3, 2, 0), strict=True):
         assert part.table is not None
         want = list(range(40)) if exponent == 3 else (shift == exponent).any(0).nonzero()[:, 0].tolist()

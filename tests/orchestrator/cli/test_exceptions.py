@@ -29,6 +29,8 @@ SMALL = {
     "evaluation.sqnr_seeds": 1,
     "evaluation.grid": 2,
     "passes.scale": "{method: smooth}",
+    # Few parts to try: what reads the sample, the middle, and the last block with its two attentions.
+    "layers": "[" + ", ".join(f"{{match: {name}.*, keep: true}}" for name in ("down_blocks", "up_blocks.[01]")) + "]",
 }
 SET = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 PROMPTS = "red heart\nred apple\nowl\nblue car\n"

@@ -13,7 +13,6 @@ from diffusers import DiffusionPipeline
 
 from orchestrator.cli.main import run_cli
 from quant_core.metrics.psnr import psnr_per_sample
-from quant_core.nn.attention import AttentionQuantizer
 from quant_core.nn.layers import QuantLayer
 from quant_spec.enums import SampleSpace
 from tests.orchestrator.in_process import InProcess
@@ -30,7 +29,7 @@ SMALL = {
     "evaluation.grid": 2,
     "passes.scale": "{method: smooth}",
     # Few parts to try: what reads the sample, the middle, and the last block with its two attentions.
-    "layers": "[" + ", ".join(f"{{match: {name}.*, keep: true}}" for name in ("down_blocks", "up_blocks.[01]")) + "]",
+    "layers": "[{match: 'down_blocks.*', keep: true}, {match: 'up_blocks.[01].*', keep: true}]",
 }
 SET = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 PROMPTS = "red heart\nred apple\nowl\nblue car\n"
@@ -68,9 +67,8 @@ def metrics_of(cli: Cli, name: str) -> dict[str, Any]:
 def test_what_costs_most_stays_in_full_precision_within_the_budget(cli: Cli, used: Path) -> None:
     plain, excepted = metrics_of(cli, "plain"), metrics_of(cli, "excepted")
     assert excepted["psnr_db"] > plain["psnr_db"] + 1
-    assert plain["act_bits_mean"] == 8
-    # By 0.3 of the multiplications 24 bits more at most; those of layers alone count here.
-    assert 8 < excepted["act_bits_mean"] < 8 + 0.3 * 24 * 1.2
+    # Inputs have 24 bits more where they are exact; the share is of all multiplications, attention's among them.
+    assert 0 < excepted["act_bits_mean"] - plain["act_bits_mean"] < 0.3 * 24 * 1.1
     assert plain["bytes"] < excepted["bytes"] < 1.06 * plain["bytes"]
     assert excepted["bops"] > plain["bops"]
 
@@ -82,9 +80,6 @@ def test_the_release_says_what_is_excepted_and_draws_what_was_measured(cli: Cli,
     exact = [name for name, layer in layers.items() if layer.spec.activation is None]
     assert exact
     assert any(layers[name].spec.channel_scale for name in exact)  # rounded for an input that is divided
-    kept = [n for n, m in pipeline.unet.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
-    products = [name for name, each in pipeline.unet.named_modules() if isinstance(each, AttentionQuantizer)]
-    assert kept or len(products) < 8
     original: Any = DiffusionPipeline.from_pretrained(used / "sd", dtype=torch.float32)
     original.set_progress_bar_config(disable=True)
     drawn = [

@@ -68,11 +68,11 @@ class Records:
             return found
 
     def states(self) -> list[UnitState]:
-        """Return the units' states that were packed."""
-        made = {p["unit"]: o["state"] for p, o in self.of("reconstruct")}
-        for _, outputs in self.of("round"):
-            for name, digest in outputs.items():
-                made.setdefault(name.removeprefix("state:"), digest)
-        for _, outputs in self.of("distill"):
-            made |= {name.removeprefix("state:"): digest for name, digest in outputs.items()}
-        return [UnitState.from_bytes(self.path(digest).read_bytes()) for digest in made.values()]
+        """Return the units' states that were packed, the temporal block's among them."""
+        made: dict[str, UnitState] = {}
+        for kind in ("round", "temporal", "mix", "reconstruct", "distill", "exceptions", "differences"):
+            for _, outputs in self.of(kind):
+                for digest in outputs.values():
+                    state = UnitState.from_bytes(self.path(digest).read_bytes())
+                    made[state.formats.unit] = state
+        return list(made.values())

@@ -217,7 +217,8 @@ class LayerSpec:
     split, Sec. 4.3): each part has its own activation range and its own weight scales.
 
     `channel_scale`: whether each input channel k is divided by a number of its own, channel_scale_k, within the
-    activation quantizer's own division; the codes are then those of channel_scale_k * weight (equivalent scaling).
+    activation quantizer's own division; the codes are then those of channel_scale_k * weight (equivalent scaling). An
+    input that is not quantized is divided all the same.
     `channel_shift`: whether, at each trajectory step, channel k has the quantization step scale * 2**shift_k
     (power-of-two scaling).
 
@@ -235,8 +236,8 @@ class LayerSpec:
     def __post_init__(self) -> None:
         if self.low_rank < 0:
             raise QuantizationError(f"low_rank: got {self.low_rank}, wanted a rank of 0 or more")
-        if self.activation is None and (self.channel_scale or self.channel_shift):
-            raise QuantizationError("channel_scale: got a layer whose input is not quantized, wanted one that is")
+        if self.activation is None and self.channel_shift:
+            raise QuantizationError("channel_shift: got a layer whose input is not quantized, wanted one that is")
         if self.channel_shift and self.activation is not None and self.activation.is_dynamic:
             raise QuantizationError(f"channel_shift: got mode {self.activation.mode}, wanted static or per_step")
         if self.channel_shift and self.activation is not None and self.activation.is_float:

@@ -15,6 +15,7 @@ from quant_spec.tasks import (
     distill,
     encode,
     evaluate,
+    exceptions,
     export,
     fuse,
     inspect,
@@ -39,12 +40,13 @@ from quant_spec.tasks import (
     step_gains,
     temporal,
     text_encoder,
+    trials,
 )
 
 _MODULES = (
     *(inspect, encode, calibrate, reference, temporal, scale, low_rank, round, menu, mix, reconstruct),
     *(step_effects, step_bits, channel_errors, allocate),
-    *(distill, differences, pack, noise, correct, evaluate, score, release),
+    *(distill, trials, exceptions, differences, pack, noise, correct, evaluate, score, release),
     *(text_encoder, components),  # of a pipeline whose recipe names recipes for its text encoders
     *(step_gains, sensitivity, propose),  # searches alone
     *(fuse, export, bench, layer_table, layer_times, card),  # run at once for the command line, not queued

@@ -12,6 +12,7 @@ from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
 from quant_spec.passes.correct import Correct
 from quant_spec.passes.differences import Differences
 from quant_spec.passes.distill import Distill
+from quant_spec.passes.exceptions import Exceptions
 from quant_spec.passes.low_rank import LowRank
 from quant_spec.passes.menu import Menu
 from quant_spec.passes.reconstruct import Reconstruct
@@ -38,7 +39,7 @@ MOST_SHARDS = 10_000
 class Passes(Grown):
     """The steps of the method, in the planner's order."""
 
-    _later: ClassVar[frozenset[str]] = frozenset({"low_rank", "menu", "differences"})
+    _later: ClassVar[frozenset[str]] = frozenset({"low_rank", "menu", "differences", "exceptions"})
 
     temporal: Temporal | None = Field(
         default=None,
@@ -64,6 +65,10 @@ class Passes(Grown):
     )
     distill: Distill | None = Field(
         default=None, description="The whole quantized model tuned; null leaves it as it is."
+    )
+    exceptions: Exceptions | None = Field(
+        default=None,
+        description="What stays in full precision, found by trying each part alone; null is what layers say.",
     )
     differences: Differences | None = Field(
         default=None, description="Inputs quantized as differences between steps; null quantizes them as they are."
@@ -230,6 +235,8 @@ class Recipe(Record):
         self._check_floats()
         self._check_menu()
         self._check_differences()
+        if self.passes.exceptions is not None and self.activations.bits is None:
+            raise ValueError("passes.exceptions: got activations.bits null, wanted quantized activations")
         self._check_components()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:

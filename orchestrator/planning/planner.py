@@ -9,7 +9,7 @@ another `encode` lie beside. If activation bits differ between trajectory steps,
 `step_effects` (seeds) and `step_bits` lie between calibrate and round. With the passes `scale`, `low_rank` and
 `allocate`, `scale` (units), `low_rank` (units), then `channel_errors` (units) and `allocate`, lie before round; with
 `menu`, `menu` (units) and `mix` (units) lie in its place; with `distill`, that task and the trajectories that it needs
-between reconstruct and pack; with
+between reconstruct and pack; with `exceptions`, `trials` (units) and that task after these; with
 `differences`, that task before pack; with `correct`, `noise` (seeds) and `correct` between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
@@ -34,6 +34,7 @@ from orchestrator.planning.passes.differences import differences
 from orchestrator.planning.passes.distill import distill
 from orchestrator.planning.passes.encode import encode
 from orchestrator.planning.passes.evaluate import evaluate
+from orchestrator.planning.passes.exceptions import exceptions
 from orchestrator.planning.passes.low_rank import low_rank
 from orchestrator.planning.passes.menu import menu
 from orchestrator.planning.passes.pack import pack
@@ -48,7 +49,7 @@ from quant_spec.recipe import Recipe
 #: The passes in the order in which they are drawn, which is the order in which a free worker takes tasks.
 PASSES: tuple[Callable[[Draft], Drawing], ...] = (
     *(encode, components, calibrate, step_bits, temporal, scale, low_rank, allocate, menu),
-    *(round_units, reconstruct, distill, differences, pack, correct, evaluate, release),
+    *(round_units, reconstruct, distill, exceptions, differences, pack, correct, evaluate, release),
 )
 
 

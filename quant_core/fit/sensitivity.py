@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import Batch, CalibrationSet, replay
+from quant_core.fit.exchange import Exchange
 from quant_core.fit.step_gains import StepGains
 from quant_core.fit.unit_state import UnitState
 from quant_core.inspect.prefix import Prefix
-from quant_core.nn.attention import AttentionQuantizer, wrap_processor
-from quant_core.nn.layers import QuantLayer
 from quant_core.nn.steps import StepClock
 from quant_spec.enums import UnknownTimestep
 from quant_spec.steps import range_of_step
@@ -183,7 +182,8 @@ class _Lab:
     ) -> None:
         self.model, self.ranges, self.choices = model, ranges, choices
         self.clock = StepClock([float(t) for t in calibration.timesteps], UnknownTimestep.ERROR)
-        self.original = {name: _held(model, name) for state in context for name in state.formats.layers}
+        self.exchange = Exchange(model, self.clock)
+        self.original = {name: self.exchange.held(name) for state in context for name in state.formats.layers}
         self.context = context
         parts = [*choices.weights, *choices.activations]
         inside = {n: s.formats.unit for s in parts for n in (*s.formats.layers, *s.formats.attentions)}
@@ -198,12 +198,13 @@ class _Lab:
         try:
             for state in self.context if share else ():
                 for name in state.formats.layers:
-                    pairs = zip(self.original[name], self._layer(state, name), strict=True)
-                    self._hold(name, tuple(torch.lerp(exact, rounded.to(exact), share) for exact, rounded in pairs))
+                    pairs = zip(self.original[name], self.exchange.rounded(state, name), strict=True)
+                    mixed = [torch.lerp(exact, rounded.to(exact), share) for exact, rounded in pairs]
+                    self.exchange.hold(name, mixed)
             yield
         finally:
             for name, tensors in self.original.items():
-                self._hold(name, tensors)
+                self.exchange.hold(name, tensors)
 
     def measure(self, batch: Batch, rows: Sequence[Row]) -> None:
         """Add the damages of all choices on some rows."""
@@ -214,21 +215,21 @@ class _Lab:
             for name, spec in state.formats.layers.items():
                 if name not in exact:
                     exact[name] = self._with_layer(name, self.original[name], batch)
-                made = self._with_layer(name, self._layer(state, name), batch)
+                made = self._with_layer(name, self.exchange.rounded(state, name), batch)
                 self._add(self.weights, (name, spec.weight.bits), made - exact[name], rows)
         done: set[tuple[str, int]] = set()  # the base's width may be on the menu too
         for state in self.choices.activations:
             for name, layer in state.formats.layers.items():
                 if layer.activation is not None and (name, layer.activation.bits) not in done:
                     done.add((name, layer.activation.bits))
-                    with self._quantized_input(state, name):
+                    with self.exchange.quantized_input(state, name):
                         made = self._forward(name, batch)
                     self._add(self.activations, (name, layer.activation.bits), made - given, rows)
             for name, attention in state.formats.attentions.items():
                 if (name, attention.activation.bits) in done:
                     continue
                 done.add((name, attention.activation.bits))
-                with self._quantized_attention(state, name):
+                with self.exchange.quantized_attention(state, name):
                     made = self._forward(name, batch)
                 self._add(self.activations, (name, attention.activation.bits), made - given, rows)
 
@@ -238,17 +239,8 @@ class _Lab:
 
     def _with_layer(self, name: str, tensors: Sequence[Tensor], batch: Batch) -> Tensor:
         """Return the prediction with another weight, and bias, in one layer."""
-        before = _held(self.model, name)
-        self._hold(name, tensors)
-        try:
+        with self.exchange.holding(name, tensors):
             return self._forward(name, batch)
-        finally:
-            self._hold(name, before)
-
-    def _hold(self, name: str, tensors: Sequence[Tensor]) -> None:
-        """Let a layer have these: its weight, and its bias if it has one."""
-        for parameter, tensor in zip(_parameters(self.model, name), tensors, strict=True):
-            parameter.data = tensor.to(parameter.data)
 
     def _add(
         self, sums: dict[tuple[str, int], Tensor], key: tuple[str, int], error: Tensor, rows: Sequence[Row]
@@ -257,70 +249,3 @@ class _Lab:
         weights = torch.tensor([row.weight for row in rows], dtype=torch.float64)
         total = sums.setdefault(key, torch.zeros(self.ranges, dtype=torch.float64))
         total.index_add_(0, torch.tensor([row.span for row in rows]), power * weights)
-
-    def _module(self, state: UnitState, name: str) -> QuantLayer:
-        """Make a quantized layer, with what a state has of it."""
-        layer = QuantLayer(self.model.get_submodule(name), state.formats.layers[name], self.clock)  # type: ignore[arg-type]
-        _load(layer, f"{name}.", state)
-        return layer
-
-    def _layer(self, state: UnitState, name: str) -> tuple[Tensor, ...]:
-        """Return weight and bias of a state as the full-precision layer would hold them."""
-        layer = self._module(state, name)
-        weight = layer.unscaled(layer.weight)
-        return (weight,) if layer.bias is None else (weight, layer.bias)
-
-    @contextmanager
-    def _quantized_input(self, state: UnitState, name: str) -> Iterator[None]:
-        """Let one layer read its input quantized."""
-        layer, module = self._module(state, name), self.model.get_submodule(name)
-        handle = module.register_forward_pre_hook(_reads(layer))
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _quantized_attention(self, state: UnitState, name: str) -> Iterator[None]:
-        """Let one attention compute with quantized operands."""
-        attention = self.model.get_submodule(name)
-        device = next(self.model.parameters()).device
-        quantizer = AttentionQuantizer(state.formats.attentions[name], self.clock, device)
-        _load(quantizer, f"{name}.attention_quantizer.", state)
-        undo = wrap_processor(attention, quantizer)
-        try:
-            yield
-        finally:
-            undo()
-
-
-def _parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Return a layer's weight, and its bias if it has one."""
-    layer = model.get_submodule(name)
-    parts = (layer.get_parameter(part) for part in ("weight", "bias") if getattr(layer, part) is not None)
-    return list(parts)
-
-
-def _held(model: nn.Module, name: str) -> tuple[Tensor, ...]:
-    return tuple(parameter.data for parameter in _parameters(model, name))
-
-
-def _reads(layer: QuantLayer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Return a hook that quantizes a layer's input, in the input's own units."""
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        x = layer.quantize_input(args[0])
-        if layer.spec.channel_scale:
-            scales = torch.cat([part.get_buffer("channel_scale") for part in layer.act_quantizers])
-            x = x * (scales if layer.kind is nn.Linear else scales.reshape(-1, *(1,) * (x.dim() - 2))).to(x)
-        return (x, *args[1:])
-
-    return hook
-
-
-def _load(module: nn.Module, prefix: str, state: UnitState) -> None:
-    """Copy what a state has below a prefix into a module."""
-    own = module.state_dict(keep_vars=True)
-    for name, tensor in state.tensors.items():
-        if name.startswith(prefix):
-            own[name.removeprefix(prefix)].data.copy_(tensor)

@@ -34,6 +34,26 @@ class Channels:
         return values.reshape(shape)
 
 
+class ChannelScale(nn.Module):
+    """Divides the channels of a tensor that is not quantized, because the weight behind was rounded for that.
+
+    Attributes
+    ----------
+    channel_scale : Tensor, shape (C,), dtype float32, > 0
+    """
+
+    channel_scale: Tensor
+
+    def __init__(self, channels: Channels, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("channel_scale", torch.ones(channels.count, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x / channel_scale, computed in float32, in the dtype of `x`."""
+        return (x / self.channels.shape(x, self.channel_scale)).to(x.dtype)
+
+
 class ActivationQuantizer(nn.Module):
     """Quantizes one tensor and dequantizes it right away, computed in float32 and returned in the tensor's dtype.
 

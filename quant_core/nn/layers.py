@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from kernels.affine import dequantize_affine
 from kernels.fp8 import FP8
 from kernels.packing import pack_codes, packed_size, unpack_codes
-from quant_core.nn.activation import ActivationQuantizer, Channels
+from quant_core.nn.activation import ActivationQuantizer, Channels, ChannelScale
 from quant_core.nn.differences import LayerMemory
 from quant_core.nn.steps import StepClock
 from quant_spec.enums import ActivationMode, Granularity
@@ -113,7 +113,7 @@ def _packed_shape(channels: int, columns: int, spec: LayerSpec) -> tuple[int, ..
 
 
 class QuantLayer(nn.Module):
-    """A Conv or Linear layer with packed weight codes and an optional activation quantizer per input part.
+    """A Conv or Linear layer with packed weight codes and, optionally, an activation quantizer per input part.
 
     Attributes
     ----------
@@ -198,25 +198,21 @@ class QuantLayer(nn.Module):
         for name, shape in (("low_rank_down", (rank, self.columns)), ("low_rank_up", (self.shape[0], rank))):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.bfloat16, device=device))
 
-    def _make_quantizers(self, clock: StepClock, device: torch.device) -> list[ActivationQuantizer]:
-        """Make the quantizer of each part of the input."""
+    def _make_quantizers(self, clock: StepClock, device: torch.device) -> list[ActivationQuantizer | ChannelScale]:
+        """Make what stands before each part of the input: its quantizer, or only what divides its channels."""
         spec, activation = self.spec, self.spec.activation
-        if activation is None:
-            return []
         is_linear = self.kind is nn.Linear
-        if not is_linear and activation.mode is ActivationMode.DYNAMIC_TOKEN:
-            activation = replace(activation, mode=ActivationMode.DYNAMIC_SAMPLE)  # a kernel's taps share one grid
         if not is_linear and self.groups > 1 and (spec.channel_scale or spec.channel_shift):
             raise QuantizationError(f"channel_scale: got a convolution of {self.groups} groups, wanted 1")
-        return [
-            ActivationQuantizer(
-                activation,
-                clock,
-                device,
-                Channels(count, -1 if is_linear else 1, spec.channel_scale, spec.channel_shift),
-            )
+        parts = [
+            Channels(count, -1 if is_linear else 1, spec.channel_scale, spec.channel_shift)
             for count in spec.split or (self.shape[1],)
         ]
+        if activation is None:
+            return [ChannelScale(part, device) for part in parts] if spec.channel_scale else []
+        if not is_linear and activation.mode is ActivationMode.DYNAMIC_TOKEN:
+            activation = replace(activation, mode=ActivationMode.DYNAMIC_SAMPLE)  # a kernel's taps share one grid
+        return [ActivationQuantizer(activation, clock, device, part) for part in parts]
 
     def _copy_geometry(self, layer: Quantizable) -> None:
         if isinstance(layer, nn.Linear):
@@ -317,8 +313,7 @@ class QuantLayer(nn.Module):
         """Divide the input's channels by `channel_scale`, shape (C_in,); codes must be those of `scaled` weights."""
         sizes = self.spec.split or (len(channel_scale),)
         for quantizer, part in zip(self.act_quantizers, channel_scale.split(sizes), strict=True):
-            assert isinstance(quantizer, ActivationQuantizer)
-            quantizer.channel_scale.copy_(part)
+            quantizer.get_buffer("channel_scale").copy_(part)
 
     def set_channel_shift(self, shift: Tensor) -> None:
         """Give the input's channels the steps scale * 2**shift, `shift` of shape (S, C_in), dtype uint8."""

@@ -173,6 +173,7 @@ class RuntimeLayer(nn.Module):
         if isinstance(weight, Fp8Matrix):
             return linear_fp8(self._numbers(x, part), weight, epilogue, self.run.backend)
         if self.activation is None:
+            x = x if part.channel_scale is None else (x / part.channel_scale).to(x.dtype)
             return linear_float(x, weight, epilogue, self.run.backend)
         return self.product(self.codes(x, part, self.norm), part, epilogue)
 

@@ -48,7 +48,8 @@ class LayerPart:
     channels : Tensor, shape (n,), dtype int64, or None
         The layer's input channels, where they are not all from `start` to `stop`.
     channel_scale : Tensor, shape (stop - start,), dtype float32, or None
-        What channels are divided by before grids are taken at run time; `table` holds it otherwise, but for E4M3.
+        What channels are divided by before grids are taken at run time, or where nothing is quantized; `table` holds it
+        otherwise, but for E4M3.
     table : ActivationTable or None
         None if grids are taken at run time, or the input is not quantized. Of E4M3 numbers, scales alone matter.
     tops : Tensor, shape (S,), dtype int32, or None
@@ -148,7 +149,9 @@ def _part(
         weight = unpack_float_weight(weights, geometry) if floats else pack_cpu_weight(weights, geometry)
     channels = None if own is None else own + start
     if quantizer is None or quantizer.spec.is_dynamic:
-        channel_scale = quantizer.channel_scale.clone() if quantizer is not None and layer.spec.channel_scale else None
+        channel_scale = None
+        if layer.spec.channel_scale:
+            channel_scale = layer.act_quantizers[number].get_buffer("channel_scale").clone()
         return LayerPart(start, stop, weight, channels, channel_scale, None, None)
     table = _table(quantizer, own, shift)
     tops = quantizer.tops.to(layer.qweight.device, torch.int32) if quantizer.spec.step_bits else None

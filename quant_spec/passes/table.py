@@ -17,6 +17,7 @@ PASSES: Mapping[str, tuple[str, ...]] = {
     "round": (),
     "reconstruct": (),
     "distill": ("distill",),
+    "exceptions": ("trials", "exceptions"),
     "differences": ("differences",),
     "correct": ("noise", "correct"),
 }

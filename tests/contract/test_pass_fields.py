@@ -53,6 +53,7 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
 INSTEAD: Mapping[str, tuple[str, ...]] = {
     "passes.low_rank": ("passes.allocate=null", "passes.low_rank={}"),
     "passes.differences": ("activations.step_bits=null", "passes.differences={}"),
+    "passes.exceptions": ("passes.exceptions={}",),
 }
 _SHARD = frozenset({"seeds", "batch_size", "sqnr_seeds"})
 #: Parameters that say a field under another name.
@@ -63,6 +64,9 @@ TOLD_AS: Mapping[str, frozenset[str]] = {
         for name in ("seeds", "first_seed", "shard_seeds")
     },
     "passes.correct.held_out_seeds": _SHARD,
+    "passes.exceptions.seeds": _SHARD,
+    "passes.exceptions.first_seed": _SHARD,
+    "passes.exceptions.bytes": frozenset({"weights"}),  # whether any are tried
     "passes.temporal.finite_set": frozenset({"layers"}),  # in their formats
     "passes.allocate.method": frozenset({"units"}),  # in their layers' formats: whether channels have own bits
     "passes.round.method": frozenset({"rounding"}),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cpu_weight, native
@@ -73,7 +74,7 @@ def quantized(layer: Quantizable, spec: LayerSpec, steps: int = 3) -> tuple[nn.S
             torch.rand(made.scale.shape, generator=generator) * 0.02 + 0.005,
             torch.randint(low, high, made.zero_point.shape, generator=generator, dtype=torch.uint8),
         )
-    for i, quantizer in enumerate(made.act_quantizers):
+    for i, quantizer in enumerate(made.act_quantizers if spec.activation is not None else ()):
         if not quantizer.spec.is_dynamic:
             rows = len(quantizer.scale)
             zero = torch.linspace(100, 140 + i, rows).round() * (2**quantizer.spec.bits - 1) // 255
@@ -193,6 +194,22 @@ def test_half_precision_models_get_their_dtype() -> None:
 def test_float_activations_run_on_triton_where_it_has_them() -> None:
     model, _ = quantized(nn.Linear(40, 12), LayerSpec(WeightSpec(4)))
     assert both(model, noise(3, 40), TRITON) < TOLERANCE
+
+
+@pytest.mark.parametrize("split", [None, (16, 24)])
+@pytest.mark.parametrize(("backend", "runs_on"), [(TRITON, TRITON), (CPU, REFERENCE)])
+def test_float_activations_are_divided_by_the_scales_that_weights_were_rounded_for(
+    backend: KernelBackend, runs_on: KernelBackend, split: tuple[int, ...] | None
+) -> None:
+    model, _ = quantized(nn.Linear(40, 12), LayerSpec(WeightSpec(8), None, split, channel_scale=True))
+    layer, x = model[0], noise(3, 40)
+    assert isinstance(layer, QuantLayer)
+    scales = torch.linspace(0.5, 2, 40)
+    layer.set_channel_scale(scales)
+    exact = F.linear(x, layer.weight / scales, layer.bias)
+    assert torch.allclose(model(x), exact, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(layer.unscaled(layer.weight), layer.weight / scales)
+    assert both(model, x, backend, runs_on=runs_on) < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""Exceptions: each part of the model quantized alone, by groups of units, and what then stays in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from orchestrator.errors import RecipeError
+from orchestrator.graph import TaskRef
+from orchestrator.planning.costs import WORKER_BYTES, Cost, Costs, giga
+from orchestrator.planning.draft import Draft, Drawing
+from orchestrator.planning.formats import QuantizedUnit
+from orchestrator.planning.groups import UNITS_PER_ROUND, group_label
+from quant_spec.passes.exceptions import Exceptions
+from quant_spec.prompts import PromptPart
+from quant_spec.task import Seeds, per_unit
+from quant_spec.tasks import exceptions as choice
+from quant_spec.tasks import trials
+
+
+def exceptions(draft: Draft) -> Drawing:
+    """Leave the states without what stays in full precision; the temporal block's is left as it is."""
+    config = draft.recipe.passes.exceptions
+    if config is None:
+        return draft
+    units = draft.units
+    layers, attentions = draft.row.inspection["layers"], draft.row.inspection["attentions"]
+    macs = {name: layers[name]["macs"] for unit in units for name in unit.planned.layers}
+    macs |= {name: attentions[name]["macs"] for unit in units for name in unit.planned.attentions}
+    if not any(
+        unit.planned.attentions or any(layer.activation for layer in unit.planned.layers.values()) for unit in units
+    ):
+        raise RecipeError("passes.exceptions: got no quantized input and no attention, wanted at least one")
+    told = draft.told(PromptPart.CALIBRATION)
+    seeds = Seeds(first=config.first_seed, count=config.seeds)
+    measured: list[TaskRef] = []
+    for group in _groups(units):
+        params = trials.Params(
+            sampler=draft.sampler,
+            seeds=seeds,
+            batch_size=seeds.count,
+            weights=config.bytes > 0,
+            part=told.part,
+        )
+        states = tuple(draft.states[unit.name] for unit in group)
+        inputs = trials.Inputs(draft.model.digest, states, told.prompts)
+        node = draft.node(trials.KIND, params, inputs, trials_cost(draft.costs, group, config), group_label(group))
+        measured.append(TaskRef(node.id, trials.DAMAGES))
+        yield node
+    total = sum(part["macs"] for part in (*layers.values(), *attentions.values()))
+    states = tuple(draft.states[unit.name] for unit in units)
+    node = draft.node(
+        choice.KIND,
+        choice.Params.of(config, macs=macs, all_macs=total),
+        choice.Inputs(draft.model.digest, states, tuple(measured)),
+        Cost(0.0, WORKER_BYTES + 2 * draft.costs.model_bytes),
+        f"{len(macs)} parts",
+    )
+    yield node
+    made = {unit.name: TaskRef(node.id, per_unit(choice.STATE, unit.name)) for unit in units}
+    return replace(draft, states={**draft.states, **made})
+
+
+def _groups(units: Sequence[QuantizedUnit]) -> Iterator[Sequence[QuantizedUnit]]:
+    for first in range(0, len(units), UNITS_PER_ROUND):
+        yield units[first : first + UNITS_PER_ROUND]
+
+
+def trials_cost(costs: Costs, group: Sequence[QuantizedUnit], config: Exceptions) -> Cost:
+    """One trajectory of each seed for each part, and one in full precision."""
+    count = 1 + sum(len(unit.planned.layers) * (1 + (config.bytes > 0)) for unit in group)
+    count += sum(len(unit.planned.attentions) for unit in group)
+    once = costs.sampling(config.seeds, config.seeds, decoded=True)
+    quantized = giga(config.seeds * costs.calls_per_sample * sum(unit.info.input_elements for unit in group) * 15)
+    return Cost(count * once.work + quantized, once.memory_bytes)

@@ -1,0 +1,114 @@
+"""Exceptions found by trying each part of the model, from the command line to a pipeline that a user calls."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from orchestrator.cli.main import run_cli
+from quant_core.metrics.psnr import psnr_per_sample
+from quant_core.nn.layers import QuantLayer
+from quant_spec.enums import SampleSpace
+from tests.orchestrator.in_process import InProcess
+from tests.tiny_pipelines import EMOJI_SD
+
+Cli = Callable[..., Any]
+STEPS = 3
+SMALL = {
+    "sampler.num_inference_steps": STEPS,
+    "sampler.guidance_scale": 4,
+    "calibration.seeds": 2,
+    "evaluation.seeds": 2,
+    "evaluation.sqnr_seeds": 1,
+    "evaluation.grid": 2,
+    "passes.scale": "{method: smooth}",
+    # Few parts to try: what reads the sample, the middle, and the last block with its two attentions.
+    "layers": "[{match: 'down_blocks.*', keep: true}, {match: 'up_blocks.[01].*', keep: true}]",
+}
+SET = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
+PROMPTS = "red heart\nred apple\nowl\nblue car\n"
+BUDGET = "{multiplications: 0.3, bytes: 0.05, seeds: 1}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a home in which a guided pipeline was quantized with and without exceptions, and the releases."""
+    folder = tmp_path_factory.mktemp("exceptions")
+    (folder / "prompts.txt").write_text(PROMPTS)
+    shutil.copytree(EMOJI_SD, folder / "sd")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
+        home = ["--home", str(folder / "home")]
+        words = ["run", "minmax-w8a8", "--model", str(folder / "sd"), "--prompts", str(folder / "prompts.txt"), *SET]
+        assert run_cli([*home, *words, "--name", "plain"]) == 0
+        assert run_cli([*home, *words, "--name", "excepted", "--set", f"passes.exceptions={BUDGET}"]) == 0
+        assert run_cli([*home, "artifacts", "pull", "excepted", str(folder / "release")]) == 0
+    return folder
+
+
+@pytest.fixture
+def used(made: Path, home: Path) -> Path:
+    """The test's home: a copy of that in which the jobs ran; the folder with the releases."""
+    shutil.copytree(made / "home", home)
+    return made
+
+
+def metrics_of(cli: Cli, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = cli("artifacts", "show", name, "--json").json["metrics"]
+    return found
+
+
+def test_what_costs_most_stays_in_full_precision_within_the_budget(cli: Cli, used: Path) -> None:
+    plain, excepted = metrics_of(cli, "plain"), metrics_of(cli, "excepted")
+    assert excepted["psnr_db"] > plain["psnr_db"] + 1
+    # Inputs have 24 bits more where they are exact; the share is of all multiplications, attention's among them.
+    assert 0 < excepted["act_bits_mean"] - plain["act_bits_mean"] < 0.3 * 24 * 1.1
+    assert plain["bytes"] < excepted["bytes"] < 1.06 * plain["bytes"]
+    assert excepted["bops"] > plain["bops"]
+
+
+def test_the_release_says_what_is_excepted_and_draws_what_was_measured(cli: Cli, used: Path) -> None:
+    pipeline: Any = DiffusionPipeline.from_pretrained(used / "release", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    layers = {name: each for name, each in pipeline.unet.named_modules() if isinstance(each, QuantLayer)}
+    exact = [name for name, layer in layers.items() if layer.spec.activation is None]
+    assert exact
+    assert any(layers[name].spec.channel_scale for name in exact)  # rounded for an input that is divided
+    original: Any = DiffusionPipeline.from_pretrained(used / "sd", dtype=torch.float32)
+    original.set_progress_bar_config(disable=True)
+    drawn = [
+        torch.from_numpy(
+            each(
+                ["red apple", "blue car"],
+                num_inference_steps=STEPS,
+                guidance_scale=4.0,
+                generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+                output_type="np",
+            ).images
+        ).permute(0, 3, 1, 2)
+        * 2
+        - 1
+        for each in (original, pipeline)
+    ]
+    measured = psnr_per_sample(drawn[0], drawn[1], SampleSpace.PIXELS).mean()
+    assert float(measured) == pytest.approx(metrics_of(cli, "excepted")["psnr_db"], abs=1e-3)
+
+
+def test_the_recipe_shows_the_pass_and_refuses_a_budget_that_is_none(cli: Cli) -> None:
+    shown = cli("recipes", "show", "dmq-w8a8", "--set", "passes.exceptions={}").out
+    assert "multiplications: 0.1" in shown
+    refused = cli("recipes", "show", "dmq-w8a8", "--set", "passes.exceptions.multiplications=2")
+    assert refused.code == 2
+    assert "multiplications" in refused.err
+
+
+def test_a_model_without_quantized_inputs_is_refused(cli: Cli) -> None:
+    tried = cli("submit", "weights-w8", "--model", str(EMOJI_SD), "--set", "passes.exceptions={}", "--dry-run")
+    assert tried.code == 2
+    assert "passes.exceptions: got activations.bits null" in tried.err

@@ -253,15 +253,19 @@ def test_resolve_shipped_recipes_have_their_recorded_digests():
     """A digest names a release's recipe: it changes only where a recipe's text or a default does.
 
     These were recorded when `base` named a scheduler, no guidance was 1, relations were summed over 256 positions and
-    `passes.round` said whose inputs it read and nothing of biases; that is all that has changed since.
+    `passes.round` said whose inputs it read and nothing of biases, and groups had float scales and twice the size; that
+    is all that has changed since.
     """
     recorded = json.loads((Path(__file__).parent / "recorded" / "digests.json").read_text())
     before = ["sampler.scheduler=DDIMScheduler", "sampler.guidance_scale=1"]
     summed = ["passes.distill.relation_weight=100"]
-    named = {
-        name: load_recipe(name, before + (summed if name.startswith("mpqdm") else [])).recipe
-        for name in shipped_names()
-    }
+    named = {}
+    for name in shipped_names():
+        weights = load_recipe(name).recipe.weights
+        changed = summed if name.startswith("mpqdm") else []
+        if weights.group_scale == "integer" and weights.group_size is not None:
+            changed = [*changed, "weights.group_scale=float", f"weights.group_size={2 * weights.group_size}"]
+        named[name] = load_recipe(name, before + changed).recipe
     values = {name: json.loads(resolve(recipe).json) for name, recipe in named.items()}
     for each in values.values():
         assert not each["passes"]["round"].pop("correct_bias")

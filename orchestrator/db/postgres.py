@@ -91,7 +91,7 @@ class PatientConnection(psycopg.Connection[Any]):
             if cursor.statusmessage != "COMMIT":
                 raise psycopg.OperationalError(f"got {cursor.statusmessage!r} from the server, wanted a commit")
         except BaseException:
-            # A commit that fails by itself has ended the transaction, as callers know; one that was not reached has not.
+            # A commit that fails has ended the transaction, as callers know; one that was not reached has not.
             with suppress(psycopg.Error):
                 self.rollback()
             raise

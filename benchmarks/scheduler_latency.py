@@ -10,6 +10,8 @@ Prints one JSON document, on Postgres from its wheel with its default settings:
 * `start_ms`: from the commit of a job to its only task's claim by an orchestrator that has a cluster and nothing to do,
   and to the beginning of its body in a Ray worker;
 * `scaling`: units of one model, which sleep, on 2, 4 and 8 logical CPUs: the share of the time that these were in use.
+
+`wanted` are the limits of these figures (milliseconds at most, share at least), and `ok` says whether all are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,10 @@ _IN_FRONT = """
            '1.0/1.0/' || n % 8 || '/0/cuda/None'
     FROM generate_series(1, :count) AS n
 """
+
+
+#: The most milliseconds of a claim (99th percentile) and of the start of a body (95th), and the least share of use.
+WANTED = {"claim_ms": 20.0, "start_ms": 50.0, "scaling": 0.9}
 
 
 class Noting:
@@ -200,7 +206,17 @@ def main() -> None:
             if options.claims:
                 history = {"finished": options.finished, "in_front": options.in_front}
                 report["claim_ms"] = history | claims(url, options.finished, options.in_front, options.claims)
-    give(report, options.out)
+    give(report | {"wanted": WANTED, "ok": all(_kept(report))}, options.out)
+
+
+def _kept(report: dict[str, Any]) -> Iterator[bool]:
+    """Say of each figure that was measured whether it is as wanted."""
+    if "claim_ms" in report:
+        yield report["claim_ms"]["p99"] <= WANTED["claim_ms"]
+    if "start_ms" in report:
+        yield report["start_ms"]["body"]["p95"] <= WANTED["start_ms"]
+    if "scaling" in report:
+        yield min(report["scaling"]["efficiency_by_cpus"].values()) >= WANTED["scaling"]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg import waiting
+from psycopg import Pipeline, waiting
 
 from orchestrator.db.limits import Patience, Wait
 
@@ -52,6 +52,7 @@ class PatientConnection(psycopg.Connection[Any]):
         does the end of the transaction. An error is raised by whatever is waited for next.
         """
         self._ahead, self._begun = ExitStack(), False
+        self._pipeline = _Batch(self)
         self._ahead.enter_context(self.pipeline())
 
     @property
@@ -83,11 +84,17 @@ class PatientConnection(psycopg.Connection[Any]):
         if self._ahead is None:
             super().commit()
             return
-        cursor = self.ahead_cursor()
-        cursor.execute("COMMIT", prepare=False)
-        self._catch_up()
-        if cursor.statusmessage != "COMMIT":
-            raise psycopg.OperationalError(f"got {cursor.statusmessage!r} from the server, wanted a commit")
+        try:
+            cursor = self.ahead_cursor()
+            cursor.execute("COMMIT", prepare=False)
+            self._catch_up()
+            if cursor.statusmessage != "COMMIT":
+                raise psycopg.OperationalError(f"got {cursor.statusmessage!r} from the server, wanted a commit")
+        except BaseException:
+            # A commit that fails has ended the transaction, as callers know; one that was not reached has not.
+            with suppress(psycopg.Error):
+                self.rollback()
+            raise
 
     def rollback(self) -> None:
         """Roll back; errors of what was sent ahead no longer matter."""
@@ -113,7 +120,8 @@ class PatientConnection(psycopg.Connection[Any]):
     def _connect_gen(cls, conninfo: str = "") -> Any:
         """Connect as the driver does, or until patience is over; what bounds it otherwise is `connect_timeout`."""
         try:
-            return (yield from _in_time(super()._connect_gen(conninfo), Wait(cls.patience)))
+            work = super()._connect_gen(conninfo)
+            return (yield from _in_time(work, next(work), Wait(cls.patience)))
         except _TooLateError:
             raise psycopg.OperationalError("no answer in time to the attempt to connect") from None
 
@@ -126,8 +134,14 @@ class PatientConnection(psycopg.Connection[Any]):
             If the server does not answer in time.
         """
         try:
+            wanted = next(gen)
+        except StopIteration as end:
+            # Sent ahead: there is nothing to wait for.
+            done: T = end.value
+            return done
+        try:
             found = waiting.wait(
-                _in_time(gen, Wait(self.patience)), self.pgconn.socket, interval=interval, timeout=timeout
+                _in_time(gen, wanted, Wait(self.patience)), self.pgconn.socket, interval=interval, timeout=timeout
             )
         except (_TooLateError, KeyboardInterrupt) as error:
             # The driver would ask the server to cancel, and wait for its answer.
@@ -143,10 +157,19 @@ class _TooLateError(Exception):
     """The wait is over."""
 
 
-def _in_time(work: Generator[Any, Any, T], wait: Wait) -> Generator[Any, Any, T]:
-    """Hand on what the driver waits for and what it gets, until the wait is over."""
+class _Batch(Pipeline):
+    """Statements that go to the server together, with the request for the first answer that is waited for."""
+
+    def _communicate_gen(self) -> Any:
+        """Hand what is queued to libpq; the driver would send each by itself, and look for answers in between."""
+        while self.command_queue:
+            self.command_queue.popleft()()
+        yield from ()
+
+
+def _in_time(work: Generator[Any, Any, T], wanted: Any, wait: Wait) -> Generator[Any, Any, T]:
+    """Hand on what the driver waits for, first `wanted`, and what it gets, until the wait is over."""
     try:
-        wanted = next(work)
         while True:
             ready = yield wanted
             # 0: nothing came; the driver looks up every `interval`.

@@ -479,8 +479,8 @@ def explain_claim(queue: Driver, backend: str, gpus: float) -> list[str]:
     def note(connection: Any, cursor: Any, statement: str, values: Any, context: Any, many: bool) -> None:
         seen.append((statement, values))
 
+    event.listen(queue.database.engine, "before_cursor_execute", note)
     with queue.database.session() as session:
-        event.listen(queue.database.engine, "before_cursor_execute", note)
         assert len(candidate_rows(session, 8, gpus)) == 8
         event.remove(queue.database.engine, "before_cursor_execute", note)
         prefix = "EXPLAIN QUERY PLAN " if backend == "sqlite" else "EXPLAIN "

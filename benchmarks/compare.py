@@ -11,7 +11,6 @@ the jobs' evaluations recorded, so nothing is sampled again.
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,13 @@ from torch import Tensor
 
 from benchmarks.cli import give, parser
 from benchmarks.records import Records
-from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, kernel_distance, sample_features
+from quant_core.metrics.frechet import (
+    ResizedFeatures,
+    efficientnet_lite0,
+    frechet_distance,
+    kernel_distance,
+    sample_features,
+)
 from quant_core.metrics.images import to_rgb
 from quant_core.metrics.psnr import mean_with_ci
 from quant_spec.enums import SampleSpace
@@ -56,20 +61,6 @@ def read_job(home: Path, job: str, extractor: ResizedFeatures) -> Measured:
     return Measured(f"{release['recipe']['name']} ({records.job[:12]})", psnr, features, reference)
 
 
-def frechet(reference: Tensor, features: Tensor) -> float:
-    """Return the Fréchet distance of two sets of features, (n, D) each, n below D.
-
-    The trace of the root of the product of covariances is the sum of singular values of X Y^T, with X and Y the centred
-    features over the root of n - 1: exact, and of size n instead of D.
-    """
-    means = [values.mean(dim=0) for values in (reference, features)]
-    x, y = (
-        (values - mean) / math.sqrt(len(values) - 1) for values, mean in zip((reference, features), means, strict=True)
-    )
-    shift = float((means[0] - means[1]).square().sum())
-    return shift + float(x.square().sum() + y.square().sum() - 2 * torch.linalg.svdvals(x @ y.T).sum())
-
-
 def compare(base: Measured, other: Measured, draws: int, seed: int) -> dict[str, Any]:
     """Return how `other` differs from `base`, with 95 % intervals."""
     generator = torch.Generator().manual_seed(seed)
@@ -79,9 +70,10 @@ def compare(base: Measured, other: Measured, draws: int, seed: int) -> dict[str,
     for _ in range(draws):
         pick = torch.randperm(n, generator=generator)[: n // 2]
         found.append(
-            frechet(other.reference[pick], other.features[pick]) - frechet(base.reference[pick], base.features[pick])
+            frechet_distance(other.reference[pick], other.features[pick])
+            - frechet_distance(base.reference[pick], base.features[pick])
         )
-    distances = [frechet(each.reference, each.features) for each in (base, other)]
+    distances = [frechet_distance(each.reference, each.features) for each in (base, other)]
     difference = distances[1] - distances[0]
     half_width = 1.96 * float(torch.tensor(found, dtype=torch.float64).std())
     kernels = [kernel_distance(each.reference, each.features) for each in (base, other)]
@@ -114,7 +106,7 @@ def main() -> None:
             "n": psnr.n,
             "psnr_db": round(psnr.value, 4),
             "psnr_db_ci95": round(psnr.ci95, 4),
-            "fd": round(frechet(measured.reference, measured.features), 4),
+            "fd": round(frechet_distance(measured.reference, measured.features), 4),
             "kid": round(kernel_distance(measured.reference, measured.features), 6),
         }
         if measured is not base:

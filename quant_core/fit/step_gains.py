@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -83,7 +84,8 @@ def measure_gains(
     batch_size : int
         Seeds per denoiser call.
     """
-    quantized = _with_weights(trajectories.model, states)
+    weights = _weights(trajectories.model, states)
+    other = copy.deepcopy(trajectories.model)
     timesteps = trajectories.script(seeds).timesteps
 
     def draw(instead: Instead) -> Tensor:
@@ -95,16 +97,17 @@ def measure_gains(
     expected = draw(record)
     noises: list[float] = []
     powers: list[float] = []
-    for step in range(len(timesteps)):
-        branch = Branch(quantized, record, step)
-        powers.append(_power(draw(branch), expected))
-        noises.append(max(branch.noise / max(branch.elements, 1), 1e-30))
-    coherence = _power(draw(Other(quantized)), expected) / max(sum(powers), 1e-30)
+    with _replaced(other, {name: tensor for own in weights.values() for name, tensor in own.items()}):
+        for step in range(len(timesteps)):
+            branch = Branch(other, record, step)
+            powers.append(_power(draw(branch), expected))
+            noises.append(max(branch.noise / max(branch.elements, 1), 1e-30))
+        coherence = _power(draw(Other(other)), expected) / max(sum(powers), 1e-30)
     gains = tuple(power / noise for power, noise in zip(powers, noises, strict=True))
-    units = {
-        state.formats.unit: _power(draw(Other(_with_weights(trajectories.model, [state]))), expected)
-        for state in states
-    }
+    units: dict[str, float] = {}
+    for unit, own in weights.items():
+        with _replaced(other, own):
+            units[unit] = _power(draw(Other(other)), expected)
     return StepGains(tuple(timesteps.double().tolist()), gains, tuple(noises), coherence, units)
 
 
@@ -112,13 +115,30 @@ def _power(samples: Tensor, expected: Tensor) -> float:
     return float((samples.double() - expected.double()).square().mean())
 
 
-def _with_weights(model: torch.nn.Module, states: Sequence[UnitState]) -> torch.nn.Module:
-    """Return a copy of the model whose layers have the states' weights, and exact inputs."""
-    made, plain = copy.deepcopy(model), copy.deepcopy(model)
+def _weights(model: torch.nn.Module, states: Sequence[UnitState]) -> dict[str, dict[str, Tensor]]:
+    """Return each unit's weights and biases as its state has them, by the names of the model's parameters."""
+    made = copy.deepcopy(model)
     parts = build_quantized(made, merge_formats(list(states)))
     load_states(made, list(states))
-    for name, layer in parts.layers.items():
-        plain.get_parameter(f"{name}.weight").data = layer.unscaled(layer.weight)
-        if layer.bias is not None:
-            plain.get_parameter(f"{name}.bias").data = layer.bias
-    return plain
+    found: dict[str, dict[str, Tensor]] = {}
+    for state in states:
+        own = found[state.formats.unit] = {}
+        for name in state.formats.layers:
+            layer = parts.layers[name]
+            own[f"{name}.weight"] = layer.unscaled(layer.weight)
+            if layer.bias is not None:
+                own[f"{name}.bias"] = layer.bias
+    return found
+
+
+@contextmanager
+def _replaced(model: torch.nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give a model's parameters other values, and theirs back in the end."""
+    before = {name: model.get_parameter(name).data for name in tensors}
+    for name, tensor in tensors.items():
+        model.get_parameter(name).data = tensor
+    try:
+        yield
+    finally:
+        for name, tensor in before.items():
+            model.get_parameter(name).data = tensor

@@ -49,4 +49,4 @@ class Inputs(TaskInputs[Source]):
     whole: Source | None = None
 
 
-KIND = TaskKind("score", 3, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))
+KIND = TaskKind("score", 4, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))

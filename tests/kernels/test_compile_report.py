@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kernels.compile_report import ARCHITECTURES, OWN_LOOP, SPILL_LIMIT, Loop, Usage, main_loop, problems, table
+from kernels.compile_report import ARCHITECTURES, OWN_LOOP, SPILL_LIMIT, Loop, Usage, main, main_loop, problems, table
 
 # A few kernels of each kind where registers are scarcest.
 QUICK = [
@@ -134,10 +134,9 @@ def test_a_loop_that_waits_or_prepares_operands_is_a_problem() -> None:
     ]
 
 
-def test_an_interpreter_compiles_nothing() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kernels.compile_report"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET: got an interpreter" in done.stderr
+def test_an_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "TRITON_INTERPRET: got an interpreter" in capsys.readouterr().err

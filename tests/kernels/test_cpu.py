@@ -316,6 +316,7 @@ except BackendUnavailableError as error:
 """
 
 
+@pytest.mark.parametrize("ways", ["plain"], indirect=True)  # which a process of its own does not see
 def test_a_cpu_whose_products_saturate_multiplies_small_weights_only() -> None:
     assert largest(random_layer(16, 64, bits=6, symmetric=True)) <= PAIR_LIMIT
     isa = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"} if sums_pairs_exactly() else {}

@@ -20,7 +20,7 @@ from quant_core.metrics.psnr import psnr_per_sample
 from quant_core.nn.layers import QuantLayer
 from quant_spec.enums import SampleSpace
 from tests.orchestrator.in_process import InProcess
-from tests.tiny_pipelines import EMOJI_SD
+from tests.tiny_pipelines import save_sd
 
 Cli = Callable[..., Any]
 STEPS = 4
@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a home in which a guided pipeline was quantized, and its release."""
     folder = tmp_path_factory.mktemp("differences")
     (folder / "prompts.txt").write_text(PROMPTS)
-    shutil.copytree(EMOJI_SD, folder / "sd")
+    save_sd(folder / "sd")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
         home = ["--home", str(folder / "home")]

@@ -52,7 +52,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return reads
 
 
-@pytest.mark.parametrize("recipe", ["minmax-w8a8", "fast-w4a8"])
+@pytest.mark.parametrize("recipe", [pytest.param("minmax-w8a8", marks=pytest.mark.slow), "fast-w4a8"])
 def test_a_release_is_the_same_bytes(
     folder: Path, tmp_path: Path, without_ray: None, capfd: pytest.CaptureFixture[str], recipe: str,
     request: pytest.FixtureRequest,

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from huggingface_hub import constants
 from huggingface_hub.utils._paths import filter_repo_objects
 
 from quant_core.diffusion.denoiser import load_denoiser
@@ -25,7 +23,6 @@ from workers.storage.store import open_store
 
 Cli = Callable[..., Any]
 
-ROOT = Path(__file__).parents[3]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -214,22 +211,20 @@ def hub(tmp_path: Path) -> Iterator[Any]:
     server.server_close()
 
 
-def test_a_sharded_variant_comes_from_the_hub(hub: Any, home: Path, tmp_path: Path, store: Any) -> None:
+def test_a_sharded_variant_comes_from_the_hub(
+    hub: Any, cli: Cli, tmp_path: Path, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save(hub.folder, **FP16, **SHARDS)
     (hub.folder / "vae").mkdir()
     (hub.folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"not asked for")
     address = f"http://127.0.0.1:{hub.server_address[1]}"
-    # A process of its own: the Hub's client reads its address when it is imported.
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.cli", "--home", str(home), "models", "add", "hf:me/tiny", "--json"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    view = json.loads(done.stdout)
+    # The Hub's client read its environment when it was imported.
+    own = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}"}
+    for name, value in {**own, "HF_HUB_CACHE": str(tmp_path / "hf"), "HF_HUB_OFFLINE": False}.items():
+        monkeypatch.setattr(constants, name, value)
+    answer = cli("models", "add", "hf:me/tiny", "--json")
+    assert answer.code == 0, answer.err
+    view = answer.json
     assert (view["name"], view["source"]) == ("tiny", "hf:me/tiny")
     assert view["digest"] == import_model(store, hub.folder).digest
     assert set(hub.fetched) == {

@@ -19,7 +19,7 @@ from orchestrator.cli.main import run_cli
 from quant_core.nn.layers import QuantLayer
 from tests.orchestrator.cli.test_pipelines import SET, difference
 from tests.orchestrator.in_process import InProcess
-from tests.tiny_pipelines import EMOJI_SD, save_sd3
+from tests.tiny_pipelines import save_sd, save_sd3
 from workers.storage.manifest import read_files
 from workers.storage.store import open_store
 
@@ -36,12 +36,12 @@ components:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a home in which emoji-sd and a small SD3 have a release with packed text encoders each."""
+    """A folder with a home with a release each of two small pipelines, text encoders packed."""
     folder = tmp_path_factory.mktemp("components")
     (folder / "prompts.txt").write_text(PROMPTS)
     (folder / "mine.yaml").write_text(RECIPE)
     save_sd3(folder / "sd3")
-    shutil.copytree(EMOJI_SD, folder / "sd")
+    save_sd(folder / "sd")
     recipes = {"sd": str(folder / "mine.yaml"), "sd3": "text-w8-svdquant-w4a8"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())

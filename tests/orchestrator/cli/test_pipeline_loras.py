@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from orchestrator.cli.main import run_cli
 from tests.orchestrator.cli.test_pipelines import SET
-from tests.tiny_pipelines import EMOJI_SD, save_dit
+from tests.tiny_pipelines import save_dit, save_sd
 from workers.storage.manifest import pull_tree
 from workers.storage.store import open_store
 
@@ -25,12 +27,31 @@ LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 TEXT_LAYER = "text_model.encoder.layers.0.self_attn.q_proj"
 
 
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion."""
+    return save_sd(tmp_path_factory.mktemp("model") / "sd")
+
+
+@pytest.fixture(scope="module")
+def home_with_sd(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which it is registered; to be copied, not used."""
+    folder = tmp_path_factory.mktemp("with-sd") / "home"
+    assert run_cli(["--home", str(folder), "models", "add", str(sd)]) == 0
+    return folder
+
+
+@pytest.fixture
+def with_sd(home: Path, home_with_sd: Path) -> None:
+    """The test's home, with that model registered."""
+    shutil.copytree(home_with_sd, home)
+
+
 def save_lora(path: Path, scale: float = 1.0, *, text: bool = False, seed: int = 0) -> tuple[Path, Tensor]:
-    """Write a LoRA of a layer of emoji-sd's UNet, and of its text encoder; return it and what it adds to the UNet's."""
+    """Write a LoRA of a layer of that UNet, and of its text encoder; return it and what it adds to the UNet's."""
     generator = torch.Generator().manual_seed(seed)
-    weight = load_file(EMOJI_SD / "unet" / "diffusion_pytorch_model.safetensors")[f"{LAYER}.weight"]
-    down = torch.randn(4, weight.shape[1], generator=generator) * scale
-    up = torch.randn(weight.shape[0], 4, generator=generator) * 0.1
+    down = torch.randn(4, 128, generator=generator) * scale
+    up = torch.randn(64, 4, generator=generator) * 0.1
     tensors = {f"unet.{LAYER}.lora_A.weight": down, f"unet.{LAYER}.lora_B.weight": up}
     if text:
         name = f"text_encoder.{TEXT_LAYER}"
@@ -59,25 +80,24 @@ def psnr_db(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
     return float(-10 * np.log10(np.square(one - other).mean()))
 
 
-def test_loras_are_fused_and_recorded(cli: Cli, home: Path, tmp_path: Path) -> None:
+def test_loras_are_fused_and_recorded(cli: Cli, home: Path, sd: Path, with_sd: None, tmp_path: Path) -> None:
     one, added = save_lora(tmp_path / "one.safetensors", text=True)
     two, more = save_lora(tmp_path / "two.safetensors", seed=1)
-    assert cli("models", "add", EMOJI_SD).code == 0
-    answer = cli("models", "add", EMOJI_SD, "--lora", one, "--lora", f"{two}:-0.5", "--name", "both", "--json")
+    answer = cli("models", "add", sd, "--lora", one, "--lora", f"{two}:-0.5", "--name", "both", "--json")
     assert answer.code == 0, answer.err
     fused = answer.json
     assert [(each["file"], each["scale"]) for each in fused["loras"]] == [
         ("one.safetensors", 1),
         ("two.safetensors", -0.5),
     ]
-    (base,) = (row for row in cli("models", "ls", "--json").json if row["name"] == "emoji-sd")
+    (base,) = (row for row in cli("models", "ls", "--json").json if row["name"] == "sd")
     assert fused["digest"] != base["digest"]
     before, after = (weights(home, row["digest"], tmp_path / row["name"]) for row in (base, fused))
     want = before[f"{LAYER}.weight"].float() + added - 0.5 * more
     assert after[f"{LAYER}.weight"].dtype is torch.float16
     torch.testing.assert_close(after[f"{LAYER}.weight"].float(), want, atol=2e-3, rtol=2e-3)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {f"{LAYER}.weight"}
-    texts = [load_file(tmp_path / name / "text_encoder" / "model.safetensors") for name in ("emoji-sd", "both")]
+    texts = [load_file(tmp_path / name / "text_encoder" / "model.safetensors") for name in ("sd", "both")]
     changed = [name for name in texts[0] if not torch.equal(texts[0][name], texts[1][name])]
     assert len(changed) == 1
     assert changed[0].endswith("encoder.layers.0.self_attn.q_proj.weight")
@@ -85,7 +105,7 @@ def test_loras_are_fused_and_recorded(cli: Cli, home: Path, tmp_path: Path) -> N
         {"scale": each["scale"], "sha256": each["sha256"]} for each in fused["loras"]
     ]
     # what diffusers itself makes of it
-    pipeline = StableDiffusionPipeline.from_pretrained(EMOJI_SD, dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(sd, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of a second adapter
         pipeline.load_lora_weights(tmp_path, weight_name="one.safetensors", adapter_name="one")
@@ -100,30 +120,30 @@ def test_loras_are_fused_and_recorded(cli: Cli, home: Path, tmp_path: Path) -> N
         images.append(each("owl", generator=generator, **told).images[0])
     assert float(np.abs(images[0] - images[1]).max()) < 0.02
     # the same again is the same model, whatever it is called by
-    again = cli("models", "add", "emoji-sd", "--lora", one, "--lora", f"{two}:-0.5", "--json")
+    again = cli("models", "add", "sd", "--lora", one, "--lora", f"{two}:-0.5", "--json")
     assert again.json["digest"] == fused["digest"]
     shown = cli("models", "show", "both").out
     assert "one.safetensors, scale 1, sha256" in shown
 
 
-def test_a_job_with_a_lora_tells_it_in_its_release(cli: Cli, home: Path, tmp_path: Path, without_ray: None) -> None:
+def test_a_job_with_a_lora_tells_it_in_its_release(cli: Cli, sd: Path, tmp_path: Path, without_ray: None) -> None:
     lora, _ = save_lora(tmp_path / "style.safetensors", 2.0)
     (tmp_path / "prompts.txt").write_text("red heart\nowl\n")
     words = ["--prompts", tmp_path / "prompts.txt", *SET, "--lora", f"{lora}:0.8"]
-    dry = cli("submit", "minmax-w8a8", "--model", EMOJI_SD, *words, "--dry-run", "--json")
+    dry = cli("submit", "minmax-w8a8", "--model", sd, *words, "--dry-run", "--json")
     assert dry.code == 0, dry.err
     assert cli("models", "ls", "--json").json == []
-    answer = cli("run", "minmax-w8a8", "--model", EMOJI_SD, *words, "--out", tmp_path / "out", "--json")
+    answer = cli("run", "minmax-w8a8", "--model", sd, *words, "--out", tmp_path / "out", "--json")
     assert answer.code == 0, answer.err
-    assert answer.json["model"] == "emoji-sd-style"
+    assert answer.json["model"] == "sd-style"
     provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
     (told,) = provenance["model"]["loras"]
     assert (told["file"], told["scale"]) == ("style.safetensors", 0.8)
     (row,) = cli("models", "ls", "--json").json
     assert provenance["inputs"]["model"] == [row["digest"]]
-    cached = cli("submit", "minmax-w8a8", "--model", EMOJI_SD, *words, "--dry-run", "--json").json
+    cached = cli("submit", "minmax-w8a8", "--model", sd, *words, "--dry-run", "--json").json
     assert cached["tasks"]["queued"] == 0
-    plain = cli("submit", "minmax-w8a8", "--model", EMOJI_SD, *words[:-2], "--dry-run", "--json").json
+    plain = cli("submit", "minmax-w8a8", "--model", sd, *words[:-2], "--dry-run", "--json").json
     assert plain["tasks"]["cached"] == 0
 
 
@@ -138,7 +158,9 @@ def test_a_job_with_a_lora_tells_it_in_its_release(cli: Cli, home: Path, tmp_pat
         ("NAN", "nan.safetensors"),
     ],
 )
-def test_files_that_are_no_loras_of_the_model_are_refused(cli: Cli, tmp_path: Path, text: str, message: str) -> None:
+def test_files_that_are_no_loras_of_the_model_are_refused(
+    cli: Cli, sd: Path, tmp_path: Path, text: str, message: str
+) -> None:
     good, _ = save_lora(tmp_path / "good.safetensors")
     (tmp_path / "text.txt").write_text("a")
     name = "unet.nowhere.at_all"
@@ -148,7 +170,7 @@ def test_files_that_are_no_loras_of_the_model_are_refused(cli: Cli, tmp_path: Pa
     places = {"GOOD": good, "OTHER": tmp_path / "other.safetensors", "TEXT": tmp_path / "text.txt",
               "NAN": tmp_path / "nan.safetensors"}  # fmt: skip
     name, colon, scale = text.partition(":")
-    answer = cli("models", "add", EMOJI_SD, "--lora", f"{places.get(name, name)}{colon}{scale}")
+    answer = cli("models", "add", sd, "--lora", f"{places.get(name, name)}{colon}{scale}")
     assert (answer.code, answer.out) == (2, "")
     assert message in answer.err
     assert cli("models", "ls", "--json").json == []
@@ -162,11 +184,11 @@ def test_a_lora_for_a_bare_denoiser_is_refused(cli: Cli, with_digits: Path, tmp_
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """emoji-sd saved in shards, as a variant, in bfloat16."""
+def sharded(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same saved in shards, as a variant, in bfloat16."""
     folder = tmp_path_factory.mktemp("sharded") / "sharded"
-    pipeline = StableDiffusionPipeline.from_pretrained(EMOJI_SD, dtype=torch.bfloat16)
-    pipeline.save_pretrained(folder, variant="bf16", max_shard_size="3MB")
+    pipeline = StableDiffusionPipeline.from_pretrained(sd, dtype=torch.bfloat16)
+    pipeline.save_pretrained(folder, variant="bf16", max_shard_size="500KB")
     return folder
 
 
@@ -195,25 +217,22 @@ def test_a_variant_in_shards_is_quantized_and_takes_a_lora(
 class TestSizes:
     """--size, and sizes, seeds and negative prompts of a prompts file."""
 
-    @pytest.fixture
-    def added(self, cli: Cli) -> None:
-        assert cli("models", "add", EMOJI_SD).code == 0
-
-    def test_a_job_of_another_size(self, cli: Cli, home: Path, added: None, tmp_path: Path, without_ray: None) -> None:
+    @pytest.mark.usefixtures("with_sd", "without_ray")
+    def test_a_job_of_another_size(self, cli: Cli, sd: Path, tmp_path: Path) -> None:
         (tmp_path / "prompts.txt").write_text("red heart\nowl\n")
-        words = ["run", "minmax-w8a8", "--model", "emoji-sd", "--prompts", tmp_path / "prompts.txt", *SET]
+        words = ["run", "minmax-w8a8", "--model", "sd", "--prompts", tmp_path / "prompts.txt", *SET]
         answer = cli(*words, "--size", "32x48", "--out", tmp_path / "out", "--json")
         assert answer.code == 0, answer.err
         assert answer.json["metrics"]["sampler"]["arguments"] == {"height": 32, "width": 48}
         # and the figures are of that size: all three seeds are told the second line
         told = {"height": 32, "width": 48}
-        images = [draw(folder, "owl", seed, **told) for folder in (EMOJI_SD, tmp_path / "out") for seed in range(3)]
+        images = [draw(folder, "owl", seed, **told) for folder in (sd, tmp_path / "out") for seed in range(3)]
         assert images[0].shape == (32, 48, 3)
         psnr = np.mean([psnr_db(one, other) for one, other in zip(images[:3], images[3:], strict=True)])
         assert answer.json["metrics"]["psnr_db"] == pytest.approx(psnr, abs=0.05)
 
-    def test_estimates_go_by_the_size(self, cli: Cli, added: None) -> None:
-        words = ["submit", "minmax-w8a8", "--model", "emoji-sd", "--dry-run", "--json"]
+    def test_estimates_go_by_the_size(self, cli: Cli, with_sd: None) -> None:
+        words = ["submit", "minmax-w8a8", "--model", "sd", "--dry-run", "--json"]
         small, large = (cli(*words, "--size", size).json["kinds"] for size in ("64", "128"))
         for kind in ("reference", "evaluate", "calibrate"):
             assert large[kind]["estimated_cpu_seconds"] > 2 * small[kind]["estimated_cpu_seconds"]
@@ -225,14 +244,15 @@ class TestSizes:
         assert "got height, width, wanted what the call of model dit (DiTPipeline) takes" in answer.err
 
     @pytest.mark.parametrize("size", ["0", "64x", "x64", "64x64x3", "-1", "large"])
-    def test_what_is_no_size_is_refused(self, cli: Cli, size: str) -> None:
-        answer = cli("submit", "fast-w4a8", "--model", EMOJI_SD, "--size", size)
+    def test_what_is_no_size_is_refused(self, cli: Cli, sd: Path, size: str) -> None:
+        answer = cli("submit", "fast-w4a8", "--model", sd, "--size", size)
         assert (answer.code, answer.out) == (2, "")
         assert "wanted pixels above 0, or height and width as in 512x768" in answer.err
 
+    @pytest.mark.usefixtures("with_sd", "without_ray")
     @pytest.mark.parametrize("form", ["tsv", pytest.param("jsonl", marks=pytest.mark.slow)])
     def test_lines_have_a_size_a_seed_and_a_negative_prompt(
-        self, cli: Cli, home: Path, added: None, tmp_path: Path, without_ray: None, form: str
+        self, cli: Cli, sd: Path, tmp_path: Path, form: str
     ) -> None:
         rows = [("red heart", "blue", 7, "32x48"), ("owl", "red", 8, "32x48"), ("cat", "", 9, "32x48")]
         keys = ("prompt", "negative_prompt", "seed", "size")
@@ -241,12 +261,12 @@ class TestSizes:
             path.write_text("\n".join("\t".join(map(str, row)) for row in (keys, *rows)) + "\n")
         else:
             path.write_text("\n".join(json.dumps(dict(zip(keys, row, strict=True))) for row in rows) + "\n")
-        words = ["run", "minmax-w8a8", "--model", "emoji-sd", "--prompts", path, *SET, "--out", tmp_path / "out"]
+        words = ["run", "minmax-w8a8", "--model", "sd", "--prompts", path, *SET, "--out", tmp_path / "out"]
         answer = cli(*words, "--json")
         assert answer.code == 0, answer.err
         # the second line is the evaluation's, all three seeds are told it, and it has a seed of its own
         told = {"negative_prompt": "red", "height": 32, "width": 48}
-        one, other = (draw(folder, "owl", 8, **told) for folder in (EMOJI_SD, tmp_path / "out"))
+        one, other = (draw(folder, "owl", 8, **told) for folder in (sd, tmp_path / "out"))
         assert one.shape == (32, 48, 3)
         assert answer.json["metrics"]["psnr_db"] == pytest.approx(psnr_db(one, other), abs=0.05)
 
@@ -261,9 +281,9 @@ class TestSizes:
         ],
     )
     def test_lines_that_do_not_fit_are_refused(
-        self, cli: Cli, added: None, tmp_path: Path, text: str, message: str
+        self, cli: Cli, with_sd: None, tmp_path: Path, text: str, message: str
     ) -> None:
         (tmp_path / "prompts").write_text(text)
-        answer = cli("submit", "fast-w4a8", "--model", "emoji-sd", "--prompts", tmp_path / "prompts")
+        answer = cli("submit", "fast-w4a8", "--model", "sd", "--prompts", tmp_path / "prompts")
         assert (answer.code, answer.out) == (2, "")
         assert message in answer.err

@@ -24,7 +24,7 @@ from quant_core.nn.layers import QuantLayer
 from quant_spec.errors import QuantizationError
 from tests.orchestrator.in_process import InProcess
 from tests.tiny_families import save_clip
-from tests.tiny_pipelines import EMOJI_SD, save_dit, save_sd3
+from tests.tiny_pipelines import EMOJI_SD, save_dit, save_sd, save_sd3
 from workers.storage.manifest import read_files
 from workers.storage.store import open_store
 
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "labels.txt").write_text("0\n2\n")
     save_dit(folder / "dit")
     save_sd3(folder / "sd3")
-    shutil.copytree(EMOJI_SD, folder / "sd")
+    save_sd(folder / "sd")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
         home = ["--home", str(folder / "home")]
@@ -72,7 +72,7 @@ def used(made: Path, home: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pipeline(made: Path) -> Any:
-    """The release of emoji-sd, as a user loads it."""
+    """The release of sd, as a user loads it."""
     loaded = DiffusionPipeline.from_pretrained(made / "sd-release")
     loaded.set_progress_bar_config(disable=True)
     return loaded
@@ -380,7 +380,7 @@ class TestWhatUsersDoWithAPipeline:
             fresh.enable_model_cpu_offload()
 
     def test_a_lora_is_refused(self, fresh: Any, tmp_path: Path) -> None:
-        down, up = torch.zeros(4, 128), torch.zeros(160, 4)
+        down, up = torch.zeros(4, 128), torch.zeros(64, 4)
         name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
         save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, tmp_path / "lora.safetensors")
         # without PEFT, diffusers refuses before it asks the model

@@ -18,11 +18,14 @@ DPM = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "scaled_li
 
 @pytest.mark.parametrize("own", SCHEDULERS)
 def test_whatever_fits_keeps_the_models_training_and_clips_no_more(own: str) -> None:
-    theirs = build_scheduler(None, {"_class_name": own}, {}).config
+    config: dict[str, Any] = {"_class_name": own}
+    if "num_train_timesteps" in SCHEDULERS[own].fields:
+        config["num_train_timesteps"] = 100  # some of diffusers' classes compute a second for 1,000
+    theirs = build_scheduler(None, config, {}).config
     fitting = []
     for name in SCHEDULERS:
         try:
-            ours = build_scheduler(name, {"_class_name": own}, {}).config
+            ours = build_scheduler(name, config, {}).config
         except QuantizationError:
             continue
         fitting.append(name)

@@ -29,7 +29,12 @@ from tests.quant_core.params import reconstruction, rounding
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
 ChooseFormats = Callable[..., list[tuple[UnitFormat, UnitRanges]]]
 
-FAMILIES = ["unet", "text_unet", "sdxl_unet", "dit", "pixart", "sd3", "flux", "digits"]
+#: U-Nets with labels and with text, transformers with each kind of modulation; the others repeat them.
+QUICK = ("unet", "text_unet", "dit", "pixart", "sd3")
+FAMILIES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in ("unet", "text_unet", "sdxl_unet", "dit", "pixart", "sd3", "flux", "digits")
+]
 LEARN = reconstruction(iterations=10, batch_size=4, lr=0.1, trust=0.0, rounding_weight=10.0)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant_core.errors import DenoiserError
-from quant_core.metrics.frechet import inception_v3
+from quant_core.metrics.frechet import ResizedFeatures, inception_v3
 from quant_core.metrics.inception import InceptionV3
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 
 
+@cache
 def weights(classes: int) -> dict[str, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -25,22 +27,24 @@ def test_inception_has_the_published_size() -> None:
     assert sum(p.numel() for p in InceptionV3(is_fid=False).parameters()) == 21_785_568
 
 
-@pytest.mark.parametrize(("classes", "name"), [(1008, "inception-v3-fid@299"), (1000, "inception-v3-torchvision@299")])
-def test_inception_v3_from_safetensors(classes: int, name: str, tmp_path: Path) -> None:
-    path = tmp_path / "weights"  # a blob of a store has no suffix
-    save_file(weights(classes), path)
-    extractor = inception_v3(path)
-    assert extractor.name == name
-    assert extractor.num_features == 2048
-    assert extractor(torch.zeros(1, 3, 32, 32)).shape == (1, 2048)
+@pytest.fixture(scope="module")
+def extractors(tmp_path_factory: pytest.TempPathFactory) -> list[ResizedFeatures]:
+    """Both networks, one from safetensors and one from torch's own format."""
+    folder = tmp_path_factory.mktemp("weights")  # a blob of a store has no suffix
+    save_file(weights(1008), folder / "fid")
+    torch.save(weights(1000), folder / "torchvision")
+    return [inception_v3(folder / name) for name in ("fid", "torchvision")]
 
 
-def test_the_two_networks_pool_differently(tmp_path: Path) -> None:
-    image = torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    features = []
-    for classes in (1008, 1000):
-        torch.save(weights(classes), tmp_path / str(classes))
-        features.append(inception_v3(tmp_path / str(classes))(image))
+def test_inception_v3_from_a_file(extractors: list[ResizedFeatures]) -> None:
+    assert [each.name for each in extractors] == ["inception-v3-fid@299", "inception-v3-torchvision@299"]
+    assert {each.num_features for each in extractors} == {2048}
+
+
+def test_the_two_networks_pool_differently(extractors: list[ResizedFeatures]) -> None:
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    features = [extractor(image) for extractor in extractors]
+    assert {tuple(each.shape) for each in features} == {(1, 2048)}
     assert not torch.allclose(features[0], features[1])
 
 

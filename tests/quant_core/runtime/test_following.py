@@ -136,11 +136,11 @@ def test_blocks_fuse_norms_and_sums_with_differences(backend: KernelBackend, dty
 
 def _check_block(reference: Model, model: Model, dtype: torch.dtype) -> None:
     assert not any(isinstance(module, ResnetBlock2D) for module in model.modules())
-    x, temb = noise(2, 32, 8, 8), noise(2, 16)
+    x, temb = noise(2, 32, 4, 4), noise(2, 16)
     clocks = [_clock(reference), _clock(model)]
     reference.to(dtype)
     for step, timestep in enumerate((900.0, 100.0)):
-        x = x + 0.1 * step * noise(2, 32, 8, 8)
+        x = x + 0.1 * step * noise(2, 32, 4, 4)
         for clock in clocks:
             clock.set_timestep(timestep)
         with torch.no_grad():

@@ -59,18 +59,22 @@ def digits(task_store: NodeStore) -> str:
 @pytest.fixture(scope="session")
 def packed_digits(task_store: NodeStore, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the digits model with weights rounded to 4 bits and packed."""
-    denoiser = load_denoiser(MODELS / "digits")
+    return pack(MODELS / "digits", task_store, tmp_path_factory.mktemp("pack") / "packed")
+
+
+def pack(model: Path, store: NodeStore, folder: Path) -> str:
+    """Round a model's weights to 4 bits, pack it in a new folder, and return the digest of that."""
+    denoiser = load_denoiser(model)
     weights = {n: m.weight.detach().clone() for n, m in denoiser.model.named_modules() if isinstance(m, QUANTIZABLE)}
     formats = ModelFormat({name: LayerSpec(WeightSpec(4)) for name in weights}, {})
     for name, layer in build_quantized(denoiser.model, formats).layers.items():
         matrix = weight_matrix(weights[name])
         grid = qparams_from_range(matrix.amin(1, keepdim=True), matrix.amax(1, keepdim=True), 4, symmetric=False)
         layer.set_codes(quantize_affine(matrix, grid.scale, grid.zero_point, 0, 15), grid.scale, grid.zero_point)
-    folder = tmp_path_factory.mktemp("pack") / "packed"
     scheduler = make_scheduler(SAMPLER, denoiser.scheduler_config)
     config = json.loads(scheduler.to_json_string())
     write_artifact(denoiser.model, dict(denoiser.config), quantization_config(formats), config, folder)
-    return put_tree(task_store, folder)
+    return put_tree(store, folder)
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DModel
 
 from kernels.backend import resolve_backend
+from tests.workers.tasks.conftest import pack
+from workers.storage.model_folder import import_model
+from workers.storage.store import NodeStore
 
 RunTask = Callable[..., Any]
 
@@ -56,19 +61,26 @@ def test_layers_say_how_they_are_stored_and_run(run_task: RunTask, packed_digits
 @pytest.mark.filterwarnings("ignore")  # as above
 def test_a_compiler_that_is_not_there_costs_its_own_figures_only(
     run_task: RunTask,
-    packed_digits: str,
-    digits: str,
+    task_store: NodeStore,
     seeds: Callable[..., dict[str, Any]],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from torch._inductor import config
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    small = UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=4, add_attention=False, **blocks)
+    small.save_pretrained(tmp_path / "small" / "unet")
+    DDIMScheduler().save_pretrained(tmp_path / "small" / "scheduler")
+    model = import_model(task_store, tmp_path / "small").digest
+    artifact = pack(tmp_path / "small", task_store, tmp_path / "packed")
 
     monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(config, "fx_graph_cache", False)
     torch.compiler.reset()
     params = {"sampler": seeds(0, 1)["sampler"], "batches": [1], "seconds": 0.05}
     params |= {"backend": "reference", "compile": True}
-    metrics = run_task("bench", params, {"artifact": [packed_digits], "model": [digits]}).metrics
+    metrics = run_task("bench", params, {"artifact": [artifact], "model": [model]}).metrics
     torch.compiler.reset()
     assert metrics["bf16_compiled_figures"] is None
     assert "no-such-compiler" in metrics["compile_error"]

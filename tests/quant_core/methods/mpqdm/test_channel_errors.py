@@ -46,7 +46,7 @@ def measured(calibrated: Calibrated, unit_formats: ChooseFormats) -> dict[str, L
     return measure_units(denoiser.model, calibration, units, names_of(units), CONFIG)
 
 
-@pytest.mark.parametrize("family", ["unet", "text_unet", "dit", "flux"])
+@pytest.mark.parametrize("family", ["unet", pytest.param("text_unet", marks=pytest.mark.slow), "dit", "flux"])
 def test_every_layer_is_measured_and_the_model_left_as_it_was(
     family: str, calibrated: Calibrated, unit_formats: ChooseFormats
 ) -> None:

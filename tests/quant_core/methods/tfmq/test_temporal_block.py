@@ -97,7 +97,7 @@ def noise(report: TemporalReport) -> float:
     return sum(10 ** (-feature["sqnr_db"] / 10) for feature in report.features.values())
 
 
-@pytest.mark.parametrize("family", ["digits", "sd3"])
+@pytest.mark.parametrize("family", [pytest.param("digits", marks=pytest.mark.slow), "sd3"])
 def test_each_way_of_rounding_is_at_least_as_near_as_the_one_before(
     family: str, calibrated: Calibrated, unit_formats: ChooseFormats
 ) -> None:
@@ -125,7 +125,7 @@ def test_reconstruction_brings_features_nearer(calibrated: Calibrated, unit_form
 
     correct_biases(finite, denoiser.model, parts)
     start = power()
-    reconstruct(finite, denoiser.model, parts, weights, TemporalFit(iterations=150, trust=0.0))
+    reconstruct(finite, denoiser.model, parts, weights, TemporalFit(iterations=60, trust=0.0))
     assert power() < 0.6 * start
     assert all(layer.soft_weight is None for layer in parts.layers.values())
 
@@ -219,7 +219,12 @@ def test_a_feature_comes_from_its_layer_where_that_is_nearer(
     assert set(state.formats.layers) | set(state.formats.features) | set(state.formats.unserved) >= set(report.features)
 
 
-FAMILIES = ["unet", "text_unet", "sdxl_unet", "dit", "pixart", "sd3", "flux", "digits"]
+#: Labels, continuous conditions, and both kinds of transformers' modulation; the others repeat them.
+QUICK = ("unet", "sdxl_unet", "pixart", "sd3")
+FAMILIES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+    for name in ("unet", "text_unet", "sdxl_unet", "dit", "pixart", "sd3", "flux", "digits")
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -57,6 +57,7 @@ from quant_spec.tasks import (
     distill,
     encode,
     evaluate,
+    exceptions,
     export,
     fuse,
     inspect,
@@ -81,6 +82,7 @@ from quant_spec.tasks import (
     step_gains,
     temporal,
     text_encoder,
+    trials,
 )
 from tests.tiny_pipelines import save_sd3
 from workers.execution.context import TaskContext, TaskOutput
@@ -479,6 +481,22 @@ def _differences(**changes: Any) -> Case:
     return case
 
 
+def _trials() -> Case:
+    params = trials.Params(sampler=SAMPLER, seeds=Seeds(first=0, count=1), batch_size=1, weights=True)
+    return lambda tasks: (params, trials.Inputs(model=tasks.model, states=tasks.states))
+
+
+def _exceptions() -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        formats = [UnitState.from_bytes(tasks.store.get_bytes(state)).formats for state in tasks.states]
+        macs = {name: 1000 for each in formats for name in (*each.layers, *each.attentions)}
+        params = exceptions.Params(macs=macs, all_macs=1000 * len(macs), multiplications=0.5, bytes=0.5)
+        damages = tasks.run(trials.KIND, *_trials()(tasks)).outputs[trials.DAMAGES]
+        return params, exceptions.Inputs(model=tasks.model, states=tasks.states, damages=(damages,))
+
+    return case
+
+
 def _pack(**changes: Any) -> Case:
     return lambda tasks: (
         pack.Params(sampler=SAMPLER, **changes),
@@ -677,6 +695,8 @@ CASES: dict[str, dict[str, Case]] = {
         "global": _allocate(method=AllocationMethod.GLOBAL),
         "kurtosis, extra": _allocate(extra=0.1),
     },
+    "trials": {"": _trials()},
+    "exceptions": {"": _exceptions()},
     "differences": {"one width": _differences(), "by range": _differences(range_bits=(6, 3))},
     "distill": {"relations": _distill(), "predictions": _distill(relations=False)},
     "pack": {"": _pack(), "nearest timestep": _pack(unknown_timestep=UnknownTimestep.NEAREST)},

@@ -16,12 +16,8 @@ from workers.tasks.inputs import fetch_model, open_trajectories, read_states
 def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput:
     """Find where differences pay, and their grids."""
     model = fetch_model(inputs.model, context).model.to(context.device)
-    states = read_states(inputs.states, context)
-    # What `exceptions` left in full precision has no differences.
-    specs = {name: spec for state in states for name, spec in state.formats.layers.items()}
-    layers = tuple(name for name in params.layers if name in specs and specs[name].activation is not None)
     found = fit_differences(
-        model, open_trajectories(inputs.calibration, context), states, params.replaced(layers=layers)
+        model, open_trajectories(inputs.calibration, context), read_states(inputs.states, context), params
     )
     outputs = {per_unit(STATE, each.formats.unit): context.store.put_bytes(each.to_bytes()) for each in found.states}
     return TaskOutput(

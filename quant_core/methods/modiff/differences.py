@@ -92,7 +92,10 @@ def fit_differences(
     given = list(states)
     parts = build_quantized(model, merge_formats(given))
     load_states(model, given)
-    loops = {name: _Loop(parts.layers[name], name, params, calibration.steps) for name in params.layers}
+    # What `exceptions` left in full precision has no differences.
+    quantized = {n: layer for n, layer in parts.layers.items() if layer.spec.activation is not None}
+    names = [name for name in params.layers if name in quantized]
+    loops = {name: _Loop(quantized[name], name, params, calibration.steps) for name in names}
     parts.clock.follows = True
     rows = min(params.samples, calibration.samples)
     with ExitStack() as stack:

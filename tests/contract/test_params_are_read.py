@@ -57,6 +57,7 @@ from quant_spec.tasks import (
     distill,
     encode,
     evaluate,
+    exceptions,
     export,
     fuse,
     inspect,
@@ -81,6 +82,7 @@ from quant_spec.tasks import (
     step_gains,
     temporal,
     text_encoder,
+    trials,
 )
 from tests.tiny_pipelines import save_sd3
 from workers.execution.context import TaskContext, TaskOutput
@@ -247,6 +249,11 @@ class Tasks:
     def errors(self) -> str:
         """What bits of channels do."""
         return self.run(channel_errors.KIND, *_channel_errors()(self)).outputs[channel_errors.ERRORS]
+
+    @cached_property
+    def damages(self) -> str:
+        """What quantizing each part does."""
+        return self.run(trials.KIND, *_trials()(self)).outputs[trials.DAMAGES]
 
     @cached_property
     def packed(self) -> str:
@@ -479,6 +486,22 @@ def _differences(**changes: Any) -> Case:
     return case
 
 
+def _trials(**changes: Any) -> Case:
+    settings: dict[str, Any] = {"batch_size": 1, "weights": False} | changes
+    params = trials.Params(sampler=SAMPLER, seeds=Seeds(first=20, count=1), **settings)
+    return lambda tasks: (params, trials.Inputs(tasks.model, tasks.states[-1:]))
+
+
+def _exceptions() -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        formats = UnitState.from_bytes(tasks.store.get_bytes(tasks.states[-1])).formats
+        macs = dict.fromkeys((*formats.layers, *formats.attentions), 10)
+        params = exceptions.Params(multiplications=0.5, macs=macs, all_macs=10 * len(macs))
+        return params, exceptions.Inputs(tasks.model, tasks.states[-1:], (tasks.damages,))
+
+    return case
+
+
 def _pack(**changes: Any) -> Case:
     return lambda tasks: (
         pack.Params(sampler=SAMPLER, **changes),
@@ -679,6 +702,8 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "differences": {"one width": _differences(), "by range": _differences(range_bits=(6, 3))},
     "distill": {"relations": _distill(), "predictions": _distill(relations=False)},
+    "trials": {"": _trials(), "weights too": _trials(weights=True)},
+    "exceptions": {"": _exceptions()},
     "pack": {"": _pack(), "nearest timestep": _pack(unknown_timestep=UnknownTimestep.NEAREST)},
     "noise": {"": _noise()},
     "correct": {

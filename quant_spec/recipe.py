@@ -437,6 +437,8 @@ class Recipe(Record):
             found.append(("passes.correct", correct.first_seed, correct.seeds + correct.held_out_seeds))
         if self.passes.distill is not None:
             found.append(("passes.distill", self.passes.distill.first_seed, self.passes.distill.seeds))
+        if self.passes.exceptions is not None:
+            found.append(("passes.exceptions", self.passes.exceptions.first_seed, self.passes.exceptions.seeds))
         if step_bits is not None:
             found.append(("activations.step_bits", step_bits.first_seed, step_bits.seeds))
         return found

@@ -251,6 +251,11 @@ class Tasks:
         return self.run(channel_errors.KIND, *_channel_errors()(self)).outputs[channel_errors.ERRORS]
 
     @cached_property
+    def damages(self) -> str:
+        """What quantizing each part does."""
+        return self.run(trials.KIND, *_trials()(self)).outputs[trials.DAMAGES]
+
+    @cached_property
     def packed(self) -> str:
         """The packed model."""
         return self.run(pack.KIND, *_pack()(self)).outputs[pack.PACKED]
@@ -481,18 +486,18 @@ def _differences(**changes: Any) -> Case:
     return case
 
 
-def _trials() -> Case:
-    params = trials.Params(sampler=SAMPLER, seeds=Seeds(first=0, count=1), batch_size=1, weights=True)
-    return lambda tasks: (params, trials.Inputs(model=tasks.model, states=tasks.states))
+def _trials(**changes: Any) -> Case:
+    settings: dict[str, Any] = {"batch_size": 1, "weights": False} | changes
+    params = trials.Params(sampler=SAMPLER, seeds=Seeds(first=20, count=1), **settings)
+    return lambda tasks: (params, trials.Inputs(tasks.model, tasks.states[-1:]))
 
 
 def _exceptions() -> Case:
     def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
-        formats = [UnitState.from_bytes(tasks.store.get_bytes(state)).formats for state in tasks.states]
-        macs = {name: 1000 for each in formats for name in (*each.layers, *each.attentions)}
-        params = exceptions.Params(macs=macs, all_macs=1000 * len(macs), multiplications=0.5, bytes=0.5)
-        damages = tasks.run(trials.KIND, *_trials()(tasks)).outputs[trials.DAMAGES]
-        return params, exceptions.Inputs(model=tasks.model, states=tasks.states, damages=(damages,))
+        formats = UnitState.from_bytes(tasks.store.get_bytes(tasks.states[-1])).formats
+        macs = dict.fromkeys((*formats.layers, *formats.attentions), 10)
+        params = exceptions.Params(multiplications=0.5, macs=macs, all_macs=10 * len(macs))
+        return params, exceptions.Inputs(tasks.model, tasks.states[-1:], (tasks.damages,))
 
     return case
 
@@ -695,10 +700,10 @@ CASES: dict[str, dict[str, Case]] = {
         "global": _allocate(method=AllocationMethod.GLOBAL),
         "kurtosis, extra": _allocate(extra=0.1),
     },
-    "trials": {"": _trials()},
-    "exceptions": {"": _exceptions()},
     "differences": {"one width": _differences(), "by range": _differences(range_bits=(6, 3))},
     "distill": {"relations": _distill(), "predictions": _distill(relations=False)},
+    "trials": {"": _trials(), "weights too": _trials(weights=True)},
+    "exceptions": {"": _exceptions()},
     "pack": {"": _pack(), "nearest timestep": _pack(unknown_timestep=UnknownTimestep.NEAREST)},
     "noise": {"": _noise()},
     "correct": {

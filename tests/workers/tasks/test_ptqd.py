@@ -61,7 +61,7 @@ def test_noise_of_shards_adds_up_to_the_whole(
     parts = [measure(200, 1), measure(201, 3), measure(204, 1)]
     sharded = fit(parts)[1]
     for one, other in zip(whole, sharded, strict=True):
-        assert one == pytest.approx(other, rel=1e-6)
+        assert one == pytest.approx(other, rel=1e-4)
     assert fit(parts) == fit(parts[::-1])
 
 

@@ -198,7 +198,7 @@ class RuntimeLayer(nn.Module):
         """Return what the codes of channels-last rows stand for; the rows themselves, if they are not quantized."""
         spec = self.activation
         if spec is None:
-            return x.float()
+            return x.float() if part.channel_scale is None else x.float() / part.channel_scale
         if part.table is None and spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3):
             codes = self._codes(x, part, spec, None)
             rows = codes.codes.reshape(len(codes.scale), -1).float()

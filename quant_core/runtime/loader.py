@@ -6,6 +6,7 @@ import importlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -119,8 +120,9 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise ArtifactError(f"{folder}: got class {config.get('_class_name')!r}, wanted a model class of diffusers")
+    loader = cast(Any, cls)
     try:
-        model: nn.Module = cls.from_pretrained(
+        model: nn.Module = loader.from_pretrained(
             folder, use_safetensors=True, local_files_only=True, **({} if dtype is None else {"torch_dtype": dtype})
         )
     except (QuantCoreError, QuantizationError):

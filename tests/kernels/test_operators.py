@@ -88,7 +88,8 @@ def test_compiled_in_one_graph_gives_the_same(name: str) -> None:
     with torch.no_grad():
         want, got = call(x), compiled(x)
     assert got.dtype == want.dtype
-    assert torch.equal(got, want)
+    # Outside of a graph a small product on the CPU is one native call, which adds its float32 terms in another order.
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-4) if name == "cpu_conv2d" else torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,7 @@ class RayLane(LaneWorker):
         threading.Event().wait()
 
     @ray.method(concurrency_group="asked")
-    def give_up(  # type: ignore[override]  # the actor's handle calls it
-        self, batch: int
-    ) -> tuple[list[tuple[int, str]], int | None]:
+    def give_up(self, batch: int) -> tuple[list[tuple[int, str]], int | None]:
         """See `LaneWorker.give_up`."""
         return super().give_up(batch)
 

@@ -167,11 +167,12 @@ def test_the_same_search_again_computes_nothing(done: Path, cli: Cli, place: Pat
     assert front(again.json) == front(before)
 
 
-def test_a_search_that_is_killed_again_and_again_ends_with_the_same_front(
-    finished: Path, home: Path, cli: Cli, place: Path, without_ray: None, warm: Warm
+@pytest.mark.parametrize("kills", [(12,), pytest.param((2, 12, 24), marks=pytest.mark.slow)])
+def test_a_search_that_is_killed_ends_with_the_same_front(
+    finished: Path, home: Path, cli: Cli, place: Path, without_ray: None, warm: Warm, kills: tuple[int, ...]
 ):
     spec = write_spec(place)
-    for wanted in (2, 16):
+    for wanted in kills:
         process = warm.start_python(IN_PROCESS, ["--home", str(home), "search", "run", str(spec), "--json"])
         while process.is_running() and results(home) < wanted:
             time.sleep(0.02)

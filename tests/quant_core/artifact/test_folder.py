@@ -138,7 +138,7 @@ def test_write_artifact_refuses_an_unfinished_rounding(
     ("change", "message"),
     [
         ({"quant_method": "gguf"}, "quant_method: got 'gguf', wanted 'quantmill'"),
-        ({"version": 3}, "version: got 3, wanted 1 or 2"),
+        ({"version": 4}, "version: got 4, wanted 1 or 2 or 3"),
         ({"layers": None}, "malformed"),
         ({"version": 1, "layers": {"conv_in": {"weight": {"bits": 9}}}}, "got 9 bits, wanted one of"),
         ({"layers": {"conv_in": 0}, "formats": [{"weight": {"bits": 4, "color": 1}}]}, "unexpected keyword"),

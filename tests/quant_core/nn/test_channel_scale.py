@@ -242,8 +242,6 @@ def test_formats_say_nothing_of_channels_that_are_not_scaled() -> None:
 
 
 def test_what_cannot_be_scaled_is_refused() -> None:
-    with pytest.raises(QuantizationError, match="input is not quantized"):
-        LayerSpec(WeightSpec(4), channel_scale=True)
     with pytest.raises(QuantizationError, match="channel_shift: got mode dynamic_token"):
         LayerSpec(WeightSpec(4), ActivationSpec(8, mode=ActivationMode.DYNAMIC_TOKEN), channel_shift=True)
     with pytest.raises(QuantizationError, match="a convolution of 2 groups"):

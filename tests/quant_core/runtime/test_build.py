@@ -197,9 +197,9 @@ def test_float_activations_run_on_triton_where_it_has_them() -> None:
 
 
 @pytest.mark.parametrize("split", [None, (16, 24)])
-@pytest.mark.parametrize(("backend", "runs_on"), [(TRITON, TRITON), (CPU, REFERENCE)])
+@pytest.mark.parametrize("backend", [TRITON, CPU])
 def test_float_activations_are_divided_by_the_scales_that_weights_were_rounded_for(
-    backend: KernelBackend, runs_on: KernelBackend, split: tuple[int, ...] | None
+    backend: KernelBackend, split: tuple[int, ...] | None
 ) -> None:
     model, _ = quantized(nn.Linear(40, 12), LayerSpec(WeightSpec(8), None, split, channel_scale=True))
     layer, x = model[0], noise(3, 40)
@@ -209,7 +209,7 @@ def test_float_activations_are_divided_by_the_scales_that_weights_were_rounded_f
     exact = F.linear(x, layer.weight / scales, layer.bias)
     assert torch.allclose(model(x), exact, rtol=1e-5, atol=1e-6)
     assert torch.allclose(layer.unscaled(layer.weight), layer.weight / scales)
-    assert both(model, x, backend, runs_on=runs_on) < TOLERANCE
+    assert both(model, x, backend) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,8 @@ def test_a_whole_model_stays_within_rounding(tiny_model: Make, quantize_model: Q
     assert float((predict() - want).norm()) <= 3 * float((shaken - want).norm()) + 1e-5 * float(want.norm())
 
 
-@pytest.mark.parametrize("family", ["dit", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["dit", "unet"])
 def test_a_runtime_model_compiles_whole(tiny_model: Make, quantize_model: Quantize, family: str) -> None:
     model = tiny_model(family)
     quantize_model(model, bits=CPU_BITS)

@@ -301,7 +301,7 @@ def test_calls_do_not_wait_for_a_lane_and_few_need_none(host: Host) -> None:
     # Those that are left have a lane by now; two may have become tasks before.
     until(lambda: len(host.answers) + host.in_tasks == 30)
     assert len(host.tasks) <= MANY + 2
-    assert len(host.processes) == 1
+    assert 1 <= len(host.processes) <= 2, "a second one if the first has not answered yet when there is room for it"
 
 
 def test_a_chain_of_calls_gets_a_lane_by_and_by(host: Host) -> None:

@@ -4,6 +4,8 @@ or too large is refused before it is built.
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from typing import Any
 
@@ -87,10 +89,16 @@ def parse_yaml(text: str, what: str) -> Any:
     if len(text) > LONGEST:
         raise RecipeError(f"{what}: got {len(text)} characters, wanted at most {LONGEST}")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return copy.deepcopy(_parsed(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = "" if mark is None else f" line {mark.line + 1}"
         raise RecipeError(f"{what}{place}: {error.problem or 'not YAML'}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{what}: got something that is not YAML ({str(error).splitlines()[0]})") from error
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    """Parse YAML; kept, as all recipes extend the same few files and parsing one takes milliseconds."""
+    return yaml.load(text, Loader=_Loader)

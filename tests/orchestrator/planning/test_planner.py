@@ -256,7 +256,6 @@ SHARING = [
     ("description=other", {"release"}),
     ("weights.bits=3", AFTER_ROUND),
     ("weights.range=minmax", AFTER_ROUND),
-    ("weights.percentile=0.9", {"release"}),
     ("activations.bits=6", AFTER_ROUND),
     ("attention.enabled=false", AFTER_ROUND),
     ("skip_split=false", AFTER_ROUND),

@@ -643,6 +643,40 @@ def test_fields_that_matter_only_by_a_rule_of_their_record_are_refused_too():
         load_recipe("svdquant-w4a8", ["passes.low_rank.rank=8", "passes.low_rank.max_rank=7"])
 
 
+@pytest.mark.parametrize(
+    ("recipe", "override", "needed"),
+    [
+        ("minmax-w8a8", "weights.percentile=0.9", "weights.range percentile"),
+        ("minmax-w8a8", "weights.group_scale=integer", "weights.granularity per_group"),
+        ("fp8-w8a8", "weights.symmetric=true", "weights.type int"),
+        ("minmax-w8a8", "activations.percentile=0.9", "activations.range percentile"),
+        ("svdquant-w4a4", "activations.range=mse", "activations.mode static or per_step"),
+        ("svdquant-w4a4", "activations.unknown_timestep=nearest", "activations.mode per_step or passes.temporal"),
+        ("fp8-w8a8", "activations.symmetric=true", "activations.type int"),
+        ("weights-w4", "activations.symmetric=true", "activations.bits"),
+        ("weights-w4", "attention.bits=4", "activations.bits"),
+        ("weights-w4", "layers=[{match: '*', activations: {mode: static}}]", "activations.bits"),
+        ("minmax-w8a8", "layers=[{match: '*', weights: {percentile: 0.9}}]", "weights.range percentile"),
+    ],
+)
+def test_fields_of_formats_that_nothing_reads_are_refused(recipe: str, override: str, needed: str):
+    with pytest.raises(RecipeError, match=rf"got .*, which matters only with {needed}, wanted it left out"):
+        load_recipe(recipe, [override])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["weights.percentile=0.9", "layers=[{match: '*', weights: {range: percentile}}]"],
+        ["weights.range=percentile", "layers=[{match: '*', weights: {percentile: 0.9}}]"],
+        ["weights.group_scale=integer", "layers=[{match: '*', weights: {granularity: per_group, group_size: 32}}]"],
+        ["activations.mode=static", "layers=[{match: '*', activations: {mode: per_step}}]"],
+    ],
+)
+def test_a_field_of_a_format_may_be_read_in_some_layers_alone(overrides: list[str]):
+    assert load_recipe("minmax-w8a8", overrides).recipe
+
+
 # --- what passes tell their tasks
 
 

@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 install: $(STAMP)
 
 # Without compiling every module that is installed: Python compiles what is imported, once.
-$(STAMP): pyproject.toml kernels/_native.c
+$(STAMP): pyproject.toml kernels/_native.c kernels/_rounding.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Quantmill needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "torch==2.13.0"

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import rounding
 from kernels.fp8 import FP8, to_fp8
 from quant_core.nn.layers import greatest_code
 from quant_core.nn.ranges import QParams
@@ -77,6 +78,8 @@ def round_closed_form(weight: Tensor, factor: Factor, grid: QParams, bits: int |
     Cost O(C_out K^2).
     """
     top = torch.as_tensor(greatest_code(bits)).to(weight).reshape(-1)
+    if weight.device.type == "cpu" and rounding.is_built():
+        return _sweep_codes(weight, factor, grid, top.expand(len(weight)), group_index).to(torch.uint8)
     scale = grid.scale[:, group_index].expand_as(weight)
     zero_point = grid.zero_point[:, group_index].expand_as(weight)
 
@@ -105,6 +108,21 @@ def round_closed_form_fp8(weight: Tensor, factor: Factor, scale: Tensor) -> Tens
         return numbers, numbers * scale[:, at]
 
     return _sweep(weight, factor, nearest).to(FP8)  # exact: these are E4M3 numbers
+
+
+def _sweep_codes(weight: Tensor, factor: Factor, grid: QParams, top: Tensor, group_index: Tensor) -> Tensor:
+    """Return the codes that `_sweep` gives, float32, by the compiled rounding of a block."""
+    order, inverse = factor.order, factor.inverse.contiguous()
+    w, numbers = weight[:, order].contiguous(), torch.empty(weight.shape)
+    places = group_index[order]
+    scale, zero_point = (each[:, places].expand_as(w).contiguous() for each in (grid.scale, grid.zero_point))
+    for start in range(0, w.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, w.shape[1])
+        errors = rounding.round_columns(w, numbers, inverse, scale, zero_point, top.contiguous(), start, stop)
+        w[:, stop:] -= errors @ inverse[start:stop, stop:]
+    restored = torch.empty_like(numbers)
+    restored[:, order] = numbers
+    return restored
 
 
 def _sweep(weight: Tensor, factor: Factor, nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:

@@ -100,37 +100,39 @@ def _error_curves(values: Tensor, base: QParams, bits: int, ranges: RangeSpec) -
         power = relative.square().masked_fill(clips, torch.inf)
         return base.scale.square()[..., None] * power * values.shape[-1]
     zero_point, curves = base.zero_point[..., None], []
-    for each in relative.tolist():
-        scale = (base.scale * each)[..., None]
+    # As many scales at once as make work worth its calls; each group's error is the same sum of the same numbers.
+    for some in relative.split(max(1, _CHUNK // values.numel())):
+        scale = (base.scale * some[:, None, None])[..., None]
         codes = torch.round(values / scale).add_(zero_point).clamp_(0, 2**bits - 1)
         error = codes.sub_(zero_point).mul_(scale).sub_(values)
         curves.append(error.abs_().pow_(SEARCH_POWER).sum(-1))
-    return torch.stack(curves, dim=-1)
+    return torch.cat(curves).movedim(0, -1)
 
 
 def _search(base: Tensor, most: Tensor, curves: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scale of each channel, shape (C,), and multipliers, (C, G), of least error in all its groups."""
     best = base * _relative_scales(base)[curves.argmin(-1)]
     start = (best / most).amax(1)
-    least = torch.full_like(start, torch.inf)
+    factors = torch.linspace(math.log(_CHANNEL_LEAST), math.log(_CHANNEL_MOST), _CHANNEL_COUNT).exp()
     channel, multiplier = start.clone(), torch.ones_like(base)
-    logarithms = torch.linspace(math.log(_CHANNEL_LEAST), math.log(_CHANNEL_MOST), _CHANNEL_COUNT)
-    for factor in logarithms.exp().tolist():
-        scale = exact_scale(start * factor)
-        wanted = best / scale[:, None]
+    least = torch.full_like(start, torch.inf)
+    for some in factors.to(start).split(max(1, _CHUNK // base.numel())):
+        scale = exact_scale(start * some[:, None])  # (F, C)
+        wanted = best / scale[..., None]
         below, above = (torch.minimum(each.clamp(min=1), most) for each in (wanted.floor(), wanted.ceil()))
-        errors = [_at(curves, scale[:, None] * each / base) for each in (below, above)]
+        errors = [_at(curves, scale[..., None] * each / base) for each in (below, above)]
         chosen = torch.where(errors[0] <= errors[1], below, above)
-        total = torch.minimum(*errors).sum(1)
+        total, first = torch.minimum(*errors).sum(-1).min(0)
         better = total < least
+        rows = torch.arange(len(start), device=start.device)
         least = torch.where(better, total, least)
-        channel = torch.where(better, scale, channel)
-        multiplier = torch.where(better[:, None], chosen, multiplier)
+        channel = torch.where(better, scale[first, rows], channel)
+        multiplier = torch.where(better[:, None], chosen[first, rows], multiplier)
     return exact_scale(channel), multiplier
 
 
 def _at(curves: Tensor, relative: Tensor) -> Tensor:
-    """Read curves at relative scales; beyond their end errors grow as all do that do not saturate."""
+    """Read curves (C, G, R) at relative scales (F, C, G); beyond their end errors grow as all that do not saturate."""
     place = torch.round((relative - _LEAST) / _STEP).long().clamp(0, curves.shape[-1] - 1)
-    errors = curves.gather(-1, place[..., None])[..., 0]
+    errors = curves.expand(*place.shape, -1).gather(-1, place[..., None])[..., 0]
     return torch.where(relative > _MOST, errors * (relative / _MOST) ** SEARCH_POWER, errors)

@@ -350,6 +350,7 @@ class Scheduler:
         for task, _ in dropped:
             if task.lease not in good:
                 self._tasks.warn("result dropped: the lease was lost", task)
+                self._stopped.append(task.lease)
         return [(task, finished) for task, finished in dropped if task.lease in good]
 
     def _record(
@@ -511,8 +512,12 @@ class Scheduler:
         self._stopped += [lease for lease, _ in self._stopping.values()]
         try:
             if leases or self._ended or self._stopped:
-                self._record(limit=0, give_back=leases)
+                _, dropped = self._record(limit=0, give_back=leases)
+                self._ended.clear()
+                self._stopped = [task.lease for task, _ in dropped]
                 log.info("gave back %d tasks in flight", len(leases))
+            if self._stopped:
+                self._record(limit=0)
         except DatabaseError as error:
             # The leases run out by themselves.
             log.warning("tasks in flight not given back: %s", error)

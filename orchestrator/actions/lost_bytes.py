@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from orchestrator.actions.repair import remake
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.service import Service
 from workers.errors import BlobLostError
@@ -20,6 +19,9 @@ def sending_to_repair(service: Service, release: ReleaseRow) -> Iterator[None]:
     except BlobLostError as error:
         if error.digest != release.digest and not holds(service.store, release.digest, error.digest):
             raise
+        # Imported here: whoever reads what is whole need not wait for the planner's records.
+        from orchestrator.actions.repair import remake
+
         job = remake(service, release.job, {error.digest, *verify_tree(service.store, release.digest)})
         what = "no task of this database gives it any more: submit its recipe again"
         if job is not None:

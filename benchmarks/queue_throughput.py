@@ -71,7 +71,7 @@ def drain(database: Database, tasks: int, batch: int) -> float:
     start, done = time.perf_counter(), 0
     while done < tasks:
         with database.session() as session:
-            claimed = claim_tasks(session, owner="bench", limit=batch, lease_seconds=60)
+            claimed = claim_tasks(session, owner="bench", limit=min(batch, tasks - done), lease_seconds=60)
         if not claimed:
             raise RuntimeError(f"got {done} tasks to run, wanted {tasks}")
         for task in claimed:

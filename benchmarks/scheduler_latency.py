@@ -32,7 +32,7 @@ from benchmarks.queue_throughput import wheel_postgres
 from benchmarks.scheduler_overhead import submit
 from orchestrator.db.queries import claim_tasks, find_job
 from orchestrator.db.session import Database, lock_graph, open_database, upgrade
-from orchestrator.graph import TaskNode, task_node
+from orchestrator.graph import TaskNode, TaskRef, task_node
 from orchestrator.scheduling.picker import Places
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
 from quant_spec.tasks.noop import Params
@@ -170,12 +170,15 @@ def scaling(url: str, units: int, seconds: float, folder: Path) -> dict[str, Any
         # Workers start with their first task, which is none of the scheduler's time.
         for payload, many, each in (("warm", 2 * cpus, 1.0), ("unit", units * cpus // 2, seconds)):
             nodes = [noop([payload, cpus, number], each) for number in range(many)]
-            job = submit(database, [*nodes, task_node("noop", {"payload": [payload, cpus]}, {})])
+            # Only with all of them has the job ended, and nothing of one job runs on into the next.
+            ends = {"all": [TaskRef(node.id, "blob") for node in nodes]}
+            job = submit(database, [*nodes, task_node("noop", {"payload": [payload, cpus]}, ends)])
             executor.given.clear()
             executor.ended.clear()
             Scheduler(database, lambda executor=executor: executor, config).run(until_job=job, drain=True)
-        took = max(at for at, _ in executor.ended) - min(executor.given)
-        work = sum(each for _, each in executor.ended)
+        *ended_units, _ = executor.ended
+        took = max(at for at, _ in ended_units) - min(executor.given)
+        work = sum(each for _, each in ended_units)
         shares[str(cpus)] = round(work / (took * cpus), 3)
         executor._ray.shutdown()
         database.close()

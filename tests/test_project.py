@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from quant_spec.kinds import KINDS
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -45,6 +47,15 @@ def test_handbook_lists_every_page() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = set(re.findall(r"[\w/.-]+\.md", config))
     assert listed == {str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")}
+
+
+def test_handbook_says_of_each_kind_of_task_whether_it_gains_by_a_gpu() -> None:
+    lines = (ROOT / "docs/how-to/gpus.md").read_text(encoding="utf-8").splitlines()
+    said = {
+        kind: line.endswith("| yes |") for line in lines if line.endswith(("| yes |", "| no |"))
+        for kind in re.findall(r"`(\w+)`", line)
+    }  # fmt: skip
+    assert said == {name: kind.gpu for name, kind in KINDS.items()}
 
 
 def test_hooks_and_ci_call_what_make_calls() -> None:

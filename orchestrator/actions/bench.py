@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from orchestrator.actions.dry_run import worker_count
 from orchestrator.actions.local import run_task
-from orchestrator.actions.lost_bytes import saying_how_to_repair
+from orchestrator.actions.lost_bytes import sending_to_repair
 from orchestrator.db.jobs import find_job
 from orchestrator.db.releases import find_release, publish
 from orchestrator.db.session import lock_graph
@@ -68,7 +68,7 @@ def bench_release(
         release = find_release(session, ref)
         job = find_job(session, release.job)
     notify(f"measuring {release.ref} and its original on {options.device}")
-    with saying_how_to_repair(service, release):
+    with sending_to_repair(service, release):
         metrics = run_task(
             service.settings,
             bench.KIND,
@@ -110,7 +110,7 @@ def bench_layers(service: Service, ref: str, options: BenchOptions, *, notify: C
         release = find_release(session, ref)
         job = find_job(session, release.job)
     notify(f"timing the layers of {release.ref} on {options.device}")
-    with saying_how_to_repair(service, release):
+    with sending_to_repair(service, release):
         metrics = run_task(
             service.settings,
             layer_times.KIND,

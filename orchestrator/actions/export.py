@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.actions.local import run_task
-from orchestrator.actions.lost_bytes import saying_how_to_repair
+from orchestrator.actions.lost_bytes import sending_to_repair
 from orchestrator.actions.releases import check_target, get_release, release_home
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.service import Service
@@ -46,12 +46,12 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
     release = get_release(service, ref)
     digest, home = release.digest, release_home(service.store, release.digest)
     if layout == DEQUANTIZED:
-        with saying_how_to_repair(service, release):
+        with sending_to_repair(service, release):
             output = run_task(service.settings, export.KIND, export.Params(), export.Inputs(artifact=digest))
         digest = output.outputs[export.MODEL]
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-partial-", dir=folder.parent) as scratch:
         pulled, laid_out = Path(scratch, "pulled"), Path(scratch, "out")
-        with saying_how_to_repair(service, release):
+        with sending_to_repair(service, release):
             pull_tree(service.store, digest, pulled)
             if home:
                 _pull_around(service, release.digest, home, pulled)

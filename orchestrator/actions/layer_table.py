@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.actions.local import run_task
-from orchestrator.actions.lost_bytes import saying_how_to_repair
+from orchestrator.actions.lost_bytes import sending_to_repair
 from orchestrator.actions.releases import get_release
 from orchestrator.service import Service
 from quant_spec.enums import KernelBackend
@@ -31,7 +31,7 @@ def release_layers(service: Service, ref: str, *, device: str, backend: KernelBa
         As `load_quantized` takes it.
     """
     release = get_release(service, ref)
-    with saying_how_to_repair(service, release):
+    with sending_to_repair(service, release):
         metrics = run_task(
             service.settings,
             layer_table.KIND,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from orchestrator.actions.lost_bytes import saying_how_to_repair
+from orchestrator.actions.lost_bytes import sending_to_repair
 from orchestrator.db.releases import find_release
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.db.signatures import find_signature
@@ -54,7 +54,7 @@ def pull_denoiser(service: Service, ref: str, folder: Path) -> ReleaseRow:
     for path, entry in read_files(service.store, release.digest).items():
         if path.startswith((home, "scheduler/")) or ("/" not in path and path != MODEL_INDEX):
             files[path.removeprefix(home)] = entry
-    with saying_how_to_repair(service, release):
+    with sending_to_repair(service, release):
         pull_files(service.store, files, target)
     return release
 
@@ -89,7 +89,7 @@ def pull_release(service: Service, ref: str, folder: Path, signature: str | None
         return release, True
     target = check_target(folder)
     release = get_release(service, ref)
-    with saying_how_to_repair(service, release):
+    with sending_to_repair(service, release):
         pull_tree(service.store, release.digest, target)
     if signature is None:
         with service.database.session(read_only=True) as session:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from orchestrator.db.jobs import find_job
 from orchestrator.db.lineage import recorded_outputs, tree_outputs
-from orchestrator.db.remake import remake_job, withdraw_lost
+from orchestrator.db.remake import active_job, remake_job, withdraw_lost
 from orchestrator.db.session import lock_enqueue, lock_graph
 from orchestrator.service import Service
 from orchestrator.store_owner import require_here
@@ -30,7 +30,8 @@ def remake(service: Service, job_id: str, lost: Collection[str]) -> str | None:
     Returns
     -------
     str or None
-        The new job's id; None if no result of the job names the blobs, and nothing was changed.
+        The id of the job that makes them again, which may be one that is queued already; None if no result of the job
+        names the blobs, and nothing was changed.
 
     Raises
     ------
@@ -46,9 +47,10 @@ def remake(service: Service, job_id: str, lost: Collection[str]) -> str | None:
     with service.database.session() as session:
         lock_enqueue(session)
         lock_graph(session)
-        if not withdraw_lost(session, target, blobs, min(lost)):
-            return None
-        return remake_job(session, job_id)
+        if withdraw_lost(session, target, blobs, min(lost)):
+            return remake_job(session, job_id)
+        # What was found to be lost before is being made again already.
+        return active_job(session, target)
 
 
 def withdraw_if_lost(service: Service, target: str) -> bool:

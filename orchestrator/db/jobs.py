@@ -15,9 +15,11 @@ from orchestrator.db.enqueue import start_tasks
 from orchestrator.db.event_log import last_settled_event, record_event
 from orchestrator.db.job_ends import end_jobs
 from orchestrator.db.models import Event, Job, JobTask, Result, Search, Task, in_states
+from orchestrator.db.orchestrators import ended_here
 from orchestrator.db.rows import EventRow, JobRow, KindRow, ModelRow, TaskRow
 from orchestrator.db.session import lock_enqueue, lock_graph, notify_others
 from orchestrator.db.statements import move_job
+from orchestrator.db.stopped import held_by, note_stopped
 from orchestrator.errors import NotFoundError
 from orchestrator.graph import Resources
 from orchestrator.states import ACTIVE_JOBS, JOB_TRANSITIONS, JobEvent, JobState, TaskEvent, TaskState
@@ -75,13 +77,16 @@ def create_job(
 def cancel_job(session: Session, job_id: str) -> bool:
     """Cancel a job and the tasks that no other job wants; False if it had ended already.
 
-    A running task of those loses its lease at once: its holder stops when it next renews.
+    A running task of those loses its lease at once: its holder stops when it next renews. Nobody waits for a holder
+    that is known to have ended.
     """
     lock_graph(session)
     state = find_job(session, job_id).state
     if state not in ACTIVE_JOBS:
         return False
+    held = held_by(session, job_id, ended_here(session))
     end_jobs(session, [job_id], JobEvent.CANCEL, None)
+    note_stopped(session, held)
     return True
 
 

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from orchestrator.db.clock import database_time, epoch_seconds
 from orchestrator.db.models import Orchestrator
 from orchestrator.db.statements import insert_into
+from orchestrator.processes import has_ended
 
 #: An orchestrator that was not heard of for so many seconds is shown as gone, and forgotten after a day.
 GONE_SECONDS, FORGOTTEN_SECONDS = 60.0, 86_400.0
@@ -29,7 +30,10 @@ class OrchestratorState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class OrchestratorNote:
-    """What an orchestrator says of itself; `reason` is what it waits for, `cluster` JSON about what it sees."""
+    """What an orchestrator says of itself; `reason` is what it waits for, `cluster` JSON about what it sees.
+
+    There, `process` names the process itself (`orchestrator.processes`).
+    """
 
     id: str
     host: str
@@ -76,6 +80,12 @@ def list_orchestrators(session: Session) -> list[OrchestratorRow]:
         note = OrchestratorNote(row.id, row.host, row.pid, state, row.reason, row.cluster)
         found.append(OrchestratorRow(note, row.started_at, silent))
     return found
+
+
+def ended_here(session: Session) -> list[str]:
+    """Return the ids of the orchestrators that said nothing more before their processes, on this machine, ended."""
+    notes = session.execute(select(Orchestrator.id, Orchestrator.cluster))
+    return [name for name, cluster in notes if has_ended(cluster.get("process", {}))]
 
 
 def waiting_reason(session: Session) -> str | None:

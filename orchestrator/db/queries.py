@@ -31,6 +31,7 @@ from orchestrator.db.queue import (
 from orchestrator.db.references import references
 from orchestrator.db.registry import add_model, find_model, known_results, list_models
 from orchestrator.db.releases import find_release, list_releases, set_alias
+from orchestrator.db.stopped import note_stopped
 from orchestrator.db.timings import kind_timings
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "release_task",
     "release_tasks",
     "reap_expired",
+    "note_stopped",
     "known_results",
     "kind_timings",
     "list_releases",

@@ -33,6 +33,12 @@ def withdraw_lost(session: Session, target: str, blobs: Collection[str], lost: s
     return len(keys)
 
 
+def active_job(session: Session, target: str) -> str | None:
+    """Return the oldest job that has not ended of those that have a task as their target."""
+    active = (in_states(Job.state, ACTIVE_JOBS), Job.target_task == target)
+    return session.scalar(select(Job.id).where(*active).order_by(Job.created_at).limit(1))
+
+
 def remake_job(session: Session, job_id: str) -> str:
     """Queue a job's tasks again as a new job, or return the active one that has the same target.
 
@@ -40,9 +46,7 @@ def remake_job(session: Session, job_id: str) -> str:
     `lock_graph`.
     """
     old = session.get_one(Job, job_id)
-    active = (in_states(Job.state, ACTIVE_JOBS), Job.target_task == old.target_task)
-    same = session.scalar(select(Job.id).where(*active).order_by(Job.created_at).limit(1))
-    if same is not None:
+    if old.target_task is not None and (same := active_job(session, old.target_task)) is not None:
         return same
     new = secrets.token_hex(6)
     values = {name: getattr(old, name) for name in _SAME}

@@ -17,6 +17,7 @@ from orchestrator.db.orchestrators import (
 )
 from orchestrator.db.session import Database
 from orchestrator.errors import DatabaseError
+from orchestrator.processes import own_process
 from orchestrator.scheduling.outages import Outages
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Presence:
     ) -> None:
         """Note what `owner` does; `cluster` returns what it sees of its cluster, as JSON."""
         self._database, self._owner, self._outages, self._cluster = database, owner[:128], outages, cluster
+        self._process = own_process()
         self._ending = False
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
 
@@ -67,6 +69,7 @@ class Presence:
     def _note(self, *, first: bool) -> None:
         reason = self._outages.reason()
         state = OrchestratorState.WORKING if reason is None else OrchestratorState.WAITING
-        note = OrchestratorNote(self._owner, socket.gethostname(), os.getpid(), state, reason, dict(self._cluster()))
+        cluster = {**self._cluster(), "process": self._process}
+        note = OrchestratorNote(self._owner, socket.gethostname(), os.getpid(), state, reason, cluster)
         with self._database.session() as session:
             see_orchestrator(session, note, first=first)

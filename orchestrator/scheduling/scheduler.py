@@ -28,6 +28,7 @@ from orchestrator.db.queries import (
     fail_task,
     find_job,
     finish_tasks,
+    note_stopped,
     nothing_left,
     release_task,
     release_tasks,
@@ -142,6 +143,9 @@ class Scheduler:
         self._config = config
         self._executor: Executor | None = None
         self._in_flight: dict[int, ClaimedTask] = {}
+        # What lost its lease, and when: its executor was told to end it, and says so when it has.
+        self._stopping: dict[int, tuple[Lease, float]] = {}
+        self._stopped: list[Lease] = []
         self._places = Places(config.in_flight)
         self._ended: list[tuple[ClaimedTask, Finished]] = []
         self._watch = watch or Watch()
@@ -250,7 +254,7 @@ class Scheduler:
         self._collect(self._executor)
         if not self._executor.alive():
             self._lose_executor(self._executor)
-        if self._ended or time.monotonic() >= self._next_claim:
+        if self._ended or self._stopped or time.monotonic() >= self._next_claim:
             self._record_and_claim()
         self._reap()
 
@@ -264,12 +268,16 @@ class Scheduler:
                 self._take(executor.wait(0.0))
         else:
             self._idle(timeout)
+            if self._stopping:
+                self._take(executor.wait(0.0))
         self._drop_lost(executor)
 
     def _take(self, ended: list[Finished]) -> None:
         for finished in ended:
-            # One whose lease was lost is no longer known here: what it did is another's business now.
-            if finished.handle in self._in_flight:
+            # Of one whose lease was lost it only counts that it has ended: what it did is another's business now.
+            if finished.handle in self._stopping:
+                self._stopped.append(self._stopping.pop(finished.handle)[0])
+            elif finished.handle in self._in_flight:
                 self._end(self._in_flight.pop(finished.handle), finished)
 
     def _idle(self, seconds: float) -> None:
@@ -305,7 +313,10 @@ class Scheduler:
                 self._tasks.warn("lease lost", task)
                 executor.cancel(handle)
                 self._places.end(task.lease.task_id)
-                del self._in_flight[handle]
+                self._stopping[handle] = (self._in_flight.pop(handle).lease, time.monotonic())
+        # Of some calls that were cancelled no end is told; nobody waits for those for longer than a lease.
+        too_old = time.monotonic() - self._config.lease_seconds
+        self._stopping = {handle: each for handle, each in self._stopping.items() if each[1] > too_old}
 
     def _record_and_claim(self) -> None:
         """Record what has ended and claim what there is room for, in one transaction; then start it."""
@@ -325,6 +336,7 @@ class Scheduler:
         self._keeper.add([task.lease for task in claimed])
         progress = bool(claimed or self._ended)
         self._ended.clear()
+        self._stopped.clear()
         self._poll = _SHORTEST_POLL_SECONDS if progress else min(self._poll * 2, self._config.poll_seconds)
         self._next_claim = time.monotonic() + self._poll
         self._submit(executor, claimed)
@@ -338,6 +350,7 @@ class Scheduler:
         for task, _ in dropped:
             if task.lease not in good:
                 self._tasks.warn("result dropped: the lease was lost", task)
+                self._stopped.append(task.lease)
         return [(task, finished) for task, finished in dropped if task.lease in good]
 
     def _record(
@@ -383,7 +396,7 @@ class Scheduler:
         session: Session,
     ) -> tuple[list[ClaimedTask], set[Lease], dict[str, Placement]]:
         """Do what `_record` says; return what was claimed, the leases of the ends that were recorded, and places."""
-        if faults:
+        if faults or self._stopped or give_back:
             # They need the graph alone, and who has shared it before cannot have it without a risk of deadlock.
             lock_graph(session)
         kept = set(finish_tasks(session, ends))
@@ -395,6 +408,7 @@ class Scheduler:
             if is_kept:
                 kept.add(each.lease)
         release_tasks(session, give_back)
+        note_stopped(session, [*self._stopped, *give_back])
         picker = self._places.picker(limit)
         claimed = []
         if limit:
@@ -481,6 +495,8 @@ class Scheduler:
             self._end(task, lost)
         self._in_flight.clear()
         executor.shutdown()
+        self._stopped += [lease for lease, _ in self._stopping.values()]
+        self._stopping.clear()
         self._executor = None
         self._places = Places(self._config.in_flight, self._places.learned)
         self._start_executor()
@@ -493,10 +509,15 @@ class Scheduler:
         self._wakeup.stop()
         self._presence.stop()
         leases = [task.lease for task in self._in_flight.values()]
+        self._stopped += [lease for lease, _ in self._stopping.values()]
         try:
-            if leases or self._ended:
-                self._record(limit=0, give_back=leases)
+            if leases or self._ended or self._stopped:
+                _, dropped = self._record(limit=0, give_back=leases)
+                self._ended.clear()
+                self._stopped = [task.lease for task, _ in dropped]
                 log.info("gave back %d tasks in flight", len(leases))
+            if self._stopped:
+                self._record(limit=0)
         except DatabaseError as error:
             # The leases run out by themselves.
             log.warning("tasks in flight not given back: %s", error)

@@ -17,7 +17,7 @@ from quant_spec.keys import task_key
 from quant_spec.kinds import KINDS
 from quant_spec.task import TaskInputs, TaskKind, TaskParams
 from workers.errors import RefusedError, TaskError
-from workers.execution.cluster import CPU, host_name, own_versions, version_problem
+from workers.execution.cluster import CPU, CUDA, host_name, own_versions, version_problem
 from workers.execution.context import TaskContext, TaskOutput
 from workers.execution.devices import (
     TaskDevice,
@@ -114,7 +114,9 @@ def execute_call(call: TaskCall) -> TaskOutput:
             started = time.perf_counter()
             scratch = cache(lambda: stack.enter_context(own_folder(Path(call.cache_dir) / "scratch")))
             notes = TaskNotes(store, task_key(kind.name, kind.version, call.params, call.inputs))
-            context = TaskContext(store, device.name, scratch, call.threads, notes, tuple(call.devices))
+            # Of a task that was given several logical GPUs, each is the CPU.
+            devices = tuple(call.devices) if device.name.startswith(CUDA) else (device.name,) * len(call.devices)
+            context = TaskContext(store, device.name, scratch, call.threads, notes, devices)
             output = body(_smaller_batches(kind, params, call.batch_divisor), inputs, context)
             seconds = time.perf_counter() - started
             notes.clear()

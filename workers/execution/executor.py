@@ -253,6 +253,8 @@ class RayExecutor:
                     # A child that is killed may leave half a line.
                     self._take([json.loads(line) for line in lines])
         finally:
+            # Whatever the child left of a local Ray: a worker may not notice for a minute that it is alone.
+            self._kill()
             # Also after an answer that cannot be read: nobody would take the next ones.
             with self._changed:
                 self._lost = True
@@ -300,7 +302,7 @@ class RayExecutor:
 
     def alive(self) -> bool:
         """Say whether Ray and the child are there."""
-        return not self._lost and self._process.poll() is None
+        return not self._lost and not self._ended()
 
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process.stdin is not None
@@ -311,8 +313,15 @@ class RayExecutor:
         except (OSError, ValueError) as error:
             raise ExecutorError(f"ray: got a driver that is gone ({error}), wanted it to take a task") from error
 
+    def _ended(self) -> bool:
+        """Say whether the child has ended, without waiting for it: what it left is killed by its number."""
+        try:
+            return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+
     def _kill(self) -> None:
-        """Kill the child, and all processes of a local Ray."""
+        """Kill the child, and all processes of a local Ray, also those that outlived the child."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError):
                 # Until it has been waited for, the number cannot be that of another group.
@@ -326,9 +335,8 @@ class RayExecutor:
             with suppress(OSError, ValueError):
                 process.stdin.close()
             if not self._local:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(_STOP_SECONDS)
+                self._reader.join(_STOP_SECONDS)
             self._kill()
-            process.wait()
             self._reader.join(_STOP_SECONDS)
+            process.wait()
         self._resources.close()

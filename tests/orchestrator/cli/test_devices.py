@@ -6,14 +6,15 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 
 from orchestrator.actions.gpu_check import judge
-from orchestrator.db.models import KindTiming
+from orchestrator.db.models import JobTask, KindTiming, Task
 from orchestrator.db.orchestrators import (
     OrchestratorNote,
     OrchestratorState,
@@ -26,7 +27,9 @@ from orchestrator.settings import resolve_settings
 from quant_spec.kinds import KINDS
 from tests.orchestrator.cli.test_cli_run import SET
 from tests.orchestrator.in_process import InProcess
+from workers.errors import Fault
 from workers.execution.cluster import LOGICAL_GPU_GIB, Node, own_versions
+from workers.execution.execute import TaskCall
 from workers.execution.executor import Capacity
 
 Cli = Callable[..., Any]
@@ -35,11 +38,18 @@ GPU_KINDS = {"calibrate", "round", "reference", "evaluate"}
 
 
 class OnNodes(InProcess):
-    """Runs each call here, whatever node it is for."""
+    """Runs each call here, whatever node it is for; keeps the calls."""
 
     def __init__(self, nodes: Capacity) -> None:
         super().__init__()
         self._nodes = nodes
+        self.calls: list[TaskCall] = []
+
+    def answer(self, call: TaskCall) -> dict[str, Any]:
+        """Run a call with the GPUs that Ray would have given it."""
+        self.calls.append(call)
+        given = [f"cuda:{number}" for number in range(int(call.gpus))]
+        return super().answer(replace(call, devices=given) if len(given) > 1 else call)
 
     def capacity(self) -> Capacity:
         """Return what the nodes have."""
@@ -53,21 +63,22 @@ def node(name: str, gpus: int = 0, **options: Any) -> Node:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., OnNodes]:
     """Let jobs run in the test's own process as if on these nodes."""
 
-    def use(*nodes: Node, logical: bool = True) -> None:
+    def use(*nodes: Node, logical: bool = True, executor: Callable[[Capacity], OnNodes] = OnNodes) -> OnNodes:
         sums = (sum(each.cpus for each in nodes), sum(each.gpus for each in nodes), sum(n.memory_bytes for n in nodes))
-        capacity = Capacity(*sums, nodes)
-        monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: OnNodes(capacity))
+        made = executor(Capacity(*sums, nodes))
+        monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: made)
         if logical:
             monkeypatch.setenv(LOGICAL_GPU_GIB, "40")
+        return made
 
     return use
 
 
 @pytest.mark.usefixtures("with_digits")
-def test_submitted_device_is_where_tasks_run(cli: Cli, cluster: Callable[..., None]) -> None:
+def test_submitted_device_is_where_tasks_run(cli: Cli, cluster: Callable[..., OnNodes]) -> None:
     cluster(node("cpu-1"), node("gpu-1", gpus=2))
     words = ("submit", "minmax-w8a8", "--model", "digits", *SET, "--device", "cuda", "--gpu-type", "a100")
     job = cli(*words, "--json").json["job"]
@@ -93,7 +104,7 @@ def test_submitted_device_is_where_tasks_run(cli: Cli, cluster: Callable[..., No
 
 @pytest.mark.usefixtures("with_digits")
 def test_run_takes_gpus_where_there_are_some_and_a_deterministic_recipe_one_type(
-    cli: Cli, cluster: Callable[..., None]
+    cli: Cli, cluster: Callable[..., OnNodes]
 ) -> None:
     cluster(node("gpu-1", gpus=1), node("gpu-2", gpus=1, gpu_type="H100", gpu_memory_bytes=80 * GIB))
     answer = cli("run", "minmax-w8a8", "--model", "digits", *SET, "--set", "deterministic=true", "--json")
@@ -104,9 +115,89 @@ def test_run_takes_gpus_where_there_are_some_and_a_deterministic_recipe_one_type
     assert "/2 busy" in answer.err
 
 
+def estimates(home: Path, job: str) -> dict[str, int]:
+    """Return the device memory that a job's tasks ask for: the most of each kind."""
+    database = open_database(resolve_settings({}, home=str(home)).database_url)
+    with database.session(read_only=True) as session:
+        wanted = select(JobTask.task_id).where(JobTask.job_id == job)
+        found = session.execute(select(Task.kind, Task.gpu_memory_bytes).where(Task.id.in_(wanted))).all()
+    database.close()
+    return {kind: max(each.gpu_memory_bytes for each in found if each.kind == kind) for kind, _ in found}
+
+
+@pytest.mark.usefixtures("with_digits")
+def test_a_model_that_no_gpu_holds_is_calibrated_on_several(
+    cli: Cli, cluster: Callable[..., OnNodes], home: Path
+) -> None:
+    wanted = ("submit", "minmax-w8a8", "--model", "digits", *SET)
+    job = cli(*wanted, "--device", "cpu", "--json").json["job"]
+    cluster(node("cpu-1"))
+    assert cli("serve", "--drain").code == 0
+    psnr = cli("jobs", "show", job, "--json").json["metrics"]["psnr_db"]
+    needed = estimates(home, job)["calibrate"]
+    # Other seeds of what is scored are other tasks, and the same quality but for chance.
+    executor = cluster(node("gpu-1", gpus=3, gpu_memory_bytes=int(0.7 * needed)))
+    again = (*wanted, "--set", "calibration.first_seed=2000000")
+    job = cli(*again, "--json").json["job"]
+    assert cli("serve", "--drain").code == 0
+    view = cli("jobs", "show", job, "--json").json
+    assert view["state"] == "succeeded"
+    assert {call.gpus for call in executor.calls if call.kind == "calibrate"} == {2.0}
+    assert {task["device"] for task in view["ran"] if task["kind"] == "calibrate"} == {"A100"}
+    assert view["metrics"]["psnr_db"] == pytest.approx(psnr, abs=3.0)
+
+
+class Greedy(OnNodes):
+    """Lets calibration run out of memory with more than half of its samples at once, and take much of it."""
+
+    def answer(self, call: TaskCall) -> dict[str, Any]:
+        """Run a call, or say what torch would."""
+        if call.kind != "calibrate":
+            return super().answer(call)
+        if call.batch_divisor < 2:
+            self.calls.append(call)
+            return {"error": "OutOfMemoryError: CUDA out of memory", "fault": Fault.MEMORY.value}
+        answer = super().answer(call)
+        return answer | {"ran": answer["ran"] | {"peak_gpu_bytes": 3 * GIB}}
+
+
+@pytest.mark.usefixtures("with_digits")
+def test_memory_that_runs_out_is_no_fault_of_the_task_and_is_learned_from(
+    cli: Cli, cluster: Callable[..., OnNodes], home: Path
+) -> None:
+    executor = cluster(node("gpu-1", gpus=1, gpu_memory_bytes=4 * GIB), executor=Greedy)
+    words = ("run", "minmax-w8a8", "--model", "digits", *SET, "--set", "calibration.shard_seeds=4")
+    view = cli(*words, "--json").json
+    assert view["state"] == "succeeded"
+    first, second = (call for call in executor.calls if call.kind == "calibrate")
+    assert (first.gpus < 0.5, first.batch_divisor) == (True, 1)
+    assert (second.gpus, second.batch_divisor) == (1.0, 2)
+    retried = [each for each in cli("jobs", "logs", view["job"], "--json").json if each["event"] == "retried"]
+    assert [each["data"]["fault"] for each in retried] == ["memory"]
+    assert "CUDA out of memory" in retried[0]["data"]["error"]
+    # What it took is what the next one gets.
+    executor.calls.clear()
+    assert cli(*words, "--set", "calibration.first_seed=2000000").code == 0
+    third = next(call for call in executor.calls if call.kind == "calibrate")
+    assert third.gpus > first.gpus
+
+
+@pytest.mark.usefixtures("with_digits")
+def test_a_recipe_says_what_it_may_have(cli: Cli, cluster: Callable[..., OnNodes], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("extends: minmax-w8a8\nresources: {device: cuda, gpu_type: H100, task_minutes: 7}\n")
+    executor = cluster(node("gpu-1", gpus=1), node("gpu-2", gpus=1, gpu_type="H100"), node("cpu-1"))
+    job = cli("submit", recipe, "--model", "digits", *SET, "--json").json["job"]
+    assert cli("serve", "--drain").code == 0
+    view = cli("jobs", "show", job, "--json").json
+    assert (view["state"], view["device"], view["gpu_type"]) == ("succeeded", "cuda", "H100")
+    assert {task["device"] for task in view["ran"] if task["kind"] in GPU_KINDS} == {"H100"}
+    assert {call.deadline_seconds for call in executor.calls} == {420.0}
+
+
 @pytest.mark.usefixtures("with_digits")
 def test_job_that_waits_for_a_gpu_says_so(
-    cli: Cli, cluster: Callable[..., None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, cluster: Callable[..., OnNodes], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster(node("gpu-1", gpus=1))
     stop = threading.Event()
@@ -135,7 +226,7 @@ def test_submitted_without_a_gpu_is_said(cli: Cli) -> None:
 
 @pytest.mark.usefixtures("with_digits")
 def test_node_that_refuses_is_left_out_and_the_job_goes_on(
-    cli: Cli, cluster: Callable[..., None], caplog: pytest.LogCaptureFixture
+    cli: Cli, cluster: Callable[..., OnNodes], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its torch sees no CUDA device though the cluster says that it has one; another node is of another version."""
     old = dict(own_versions()) | {"diffusers": "0.1"}

@@ -219,19 +219,20 @@ def test_a_task_that_finds_the_store_away_waits_for_it(done: Path) -> None:
     assert (found.fault, found.dependency) == (Fault.OUTAGE, Dependency.STORE)
 
 
-def test_pull_of_a_damaged_release_says_how_to_repair_it(cli: Cli, done: Path, tmp_path: Path) -> None:
+def test_who_reads_a_damaged_release_sends_it_to_be_made_again(cli: Cli, done: Path, tmp_path: Path) -> None:
     digest = weights(done)
     damage(done, digest)
     for words in (["pull", "small", tmp_path / "out"], ["export", "small", "--format", "dequantized"]):
         refused = cli("artifacts", *words)
         assert (refused.code, digest in refused.err) == (2, True), refused.err
-        assert "quantmill artifacts verify small@1 --repair" in refused.err
+        again, old = cli("jobs", "ls", "--json").json  # one job, however many readers find the loss
+        assert (again["state"], old["state"]) == ("queued", "succeeded")
+        assert f"job {again['job']} makes it again: quantmill serve --drain" in refused.err
     assert list(tmp_path.iterdir()) == [done]
     assert cli("artifacts", "verify", "small").code == 2
     repaired = cli("artifacts", "verify", "small", "--repair", "--json")
-    assert repaired.code == 0
+    assert (repaired.code, repaired.json["job"]) == (0, again["job"])
     assert [digest in problem for problem in repaired.json["problems"]] == [True]
-    assert cli("jobs", "show", repaired.json["job"], "--json").json["state"] == "queued"
     assert cli("serve", "--drain").code == 0
     view = cli("jobs", "show", repaired.json["job"], "--json").json
     assert (view["state"], view["release"]) == ("succeeded", "small@1")

@@ -263,6 +263,8 @@ def test_lost_ray_is_noticed_and_leaves_no_process(call: TaskCall, victim: str) 
         executor.submit(replace(call, params={"seconds": 300.0}))
         until(lambda: bool(running(executor)))
         processes = family(executor)
+        for worker in running(executor):
+            worker.suspend()  # so that it cannot notice by itself that it is alone
         chosen = processes[:1] if victim == "driver" else [each for each in processes if each.name() == victim]
         for process in chosen:
             process.kill()

@@ -612,6 +612,19 @@ def test_extractor_weights_become_a_digest_wherever_the_file_lies(tmp_path: Path
     assert recipe_from_json(json.loads(resolve(two.recipe).json)) == two.recipe
 
 
+def test_weights_for_the_lpips_become_a_digest_and_lie_below_the_recipe(tmp_path: Path):
+    write(tmp_path, "alexnet.pth", "weights")
+    write(tmp_path, "one.yaml", "extends: base\nevaluation: {lpips: alexnet.pth}")
+    one = load_recipe("one.yaml", folder=tmp_path)
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert one.recipe.evaluation.lpips == digest
+    assert {key: path.read_bytes() for key, path in one.files.items()} == {digest: b"weights"}
+    (tmp_path / "below").mkdir()
+    write(tmp_path / "below", "two.yaml", "extends: base\nevaluation: {lpips: ../alexnet.pth}")
+    with pytest.raises(RecipeError, match=r"evaluation\.lpips: .*is not below"):
+        load_recipe("below/two.yaml", folder=tmp_path)
+
+
 def test_extractor_weights_are_refused_where_the_extractor_has_its_own(tmp_path: Path):
     write(tmp_path, "w", "")
     with pytest.raises(

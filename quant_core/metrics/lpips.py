@@ -163,9 +163,7 @@ def lpips_per_sample(reference: Tensor, quantized: Tensor, lpips: Lpips, *, devi
         wanted = f"wanted at least {lpips.least_pixels} with {lpips.network}"
         raise DenoiserError(f"evaluation.lpips: got images with a side of {side} pixels, {wanted}")
     found: list[float] = []
-    with torch.backends.cudnn.flags(
-        enabled=True, deterministic=torch.backends.cudnn.deterministic, allow_tf32=False
-    ):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=torch.backends.cudnn.deterministic, allow_tf32=False):
         for one, other in zip(reference.split(_BATCH), quantized.split(_BATCH), strict=True):
             found += lpips(one.to(device), other.to(device)).tolist()
     return found

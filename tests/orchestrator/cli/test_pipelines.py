@@ -134,7 +134,9 @@ def test_a_job_measures_pixels_and_names_the_worst_prompts(cli: Cli, used: Path)
     assert metrics["sampler"]["guidance_scale"] == 4
 
 
-def test_clip_scores_lpips_and_the_worst_pictures_on_request(cli: Cli, used: Path, tmp_path: Path, without_ray: None) -> None:
+def test_clip_scores_lpips_and_the_worst_pictures_on_request(
+    cli: Cli, used: Path, tmp_path: Path, without_ray: None
+) -> None:
     words = ["run", "minmax-w8a8", "--model", "sd", "--prompts", used / "prompts.txt", *SET]
     weights = save_weights(tmp_path / "alexnet.pth")
     asked = ["--set", f"evaluation.clip={save_clip(tmp_path / 'clip')}", "--set", "evaluation.shown=worst"]

@@ -56,7 +56,9 @@ def test_any_format_of_the_file_will_do(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"no weights")
-    with pytest.raises(DenoiserError, match=r"evaluation.lpips: got a file that does not load \(.*\), wanted the state"):
+    with pytest.raises(
+        DenoiserError, match=r"evaluation.lpips: got a file that does not load \(.*\), wanted the state"
+    ):
         Lpips(file)
     for content, got in (
         ({}, "no tensor"),

@@ -275,10 +275,31 @@ METRICS: dict[str, Metric] = {
                 lambda v: (f"{v['clip_score']:.2f}", f"full precision {v['clip_score_full_precision']:.2f}"),
                 1,
             ),
+            Place.JOB: Shown(
+                "clip",
+                lambda v: (f"{v['clip_score']:.2f}, full precision {v['clip_score_full_precision']:.2f}",),
+            ),
         },
     ),
     "clip_score_full_precision": Metric(
         "The same of full precision's images", direction=Direction.HIGHER, format=".2f", is_number=True
+    ),
+    "lpips": Metric(
+        "Learned perceptual image patch similarity (LPIPS) of images with full precision's of the same seeds, 0 for "
+        "equal ones, by the network in the recipe's `evaluation.lpips`, mean over n",
+        direction=Direction.LOWER,
+        format=".4f",
+        is_number=True,
+        places={
+            Place.CARD: Shown(
+                "LPIPS, {lpips_network}", lambda v: (f"{v['lpips']:.4f} (± {v['lpips_ci95']:.4f})", "0"), 6
+            ),
+            Place.REPORT: Shown("LPIPS", lambda v: (f"{v['lpips']:.4f}", f"± {v['lpips_ci95']:.4f} (95 %)"), 1),
+            Place.JOB: Shown("lpips", lambda v: (f"{v['lpips']:.4f} ± {v['lpips_ci95']:.4f} ({v['lpips_network']})",)),
+        },
+    ),
+    "lpips_ci95": Metric(
+        "Half the width of the 95 % interval of lpips", direction=Direction.LOWER, format=".4f", is_number=True
     ),
     "worst_prompts": Metric(
         "Prompts whose images are farthest from full precision's, with seed and PSNR, worst first",
@@ -476,6 +497,7 @@ METRICS: dict[str, Metric] = {
         "Whether samples are pixels, compared after clamping to [-1, 1], or latents, compared as they are",
         listed=EVERYWHERE,
     ),
+    "lpips_network": Metric("Network whose features lpips compares", listed=EVERYWHERE),
     "fd_extractor": Metric(
         "Network whose features fd compares, and the pixels that it gets", is_required=True, listed=EVERYWHERE
     ),

@@ -114,7 +114,7 @@ class Budget(Record):
 class Evaluation(Grown):
     """How the packed model is compared with the original, on seeds that calibration did not see."""
 
-    _later: ClassVar[frozenset[str]] = frozenset({"clip", "shown"})
+    _later: ClassVar[frozenset[str]] = frozenset({"clip", "lpips", "shown"})
 
     seeds: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         default=256, description="Samples that are compared with full precision, seed by seed."
@@ -141,6 +141,11 @@ class Evaluation(Grown):
         default=None,
         description="Folder of a CLIP model of transformers, below the recipe's folder (resolved: the SHA-256 of its "
         "files as one archive), for the CLIP score of a pipeline's images and prompts.",
+    )
+    lpips: Annotated[str, Field(min_length=1, max_length=4096)] | None = Field(
+        default=None,
+        description="File with the weights of torchvision's alexnet or vgg16, below the recipe's folder (resolved: its "
+        "SHA-256), for the LPIPS of images.",
     )
 
     @model_validator(mode="after")

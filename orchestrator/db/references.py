@@ -45,7 +45,7 @@ class Reference:
 def recipe_files(recipe: Mapping[str, Any]) -> set[str]:
     """Return the digests of the files that a resolved recipe names."""
     evaluation = recipe.get("evaluation") or {}
-    stated = (evaluation.get("extractor_weights"), evaluation.get("clip"), recipe.get("prompts"))
+    stated = (*(evaluation.get(name) for name in ("extractor_weights", "clip", "lpips")), recipe.get("prompts"))
     return {digest for digest in stated if digest}
 
 

@@ -272,7 +272,8 @@ def _what_to_do(session: Session, reader: Row[Any], lost: Sequence[str], error: 
     if set(lost) & {digest for recipe in session.scalars(wanting) for digest in recipe_files(recipe)}:
         again = "submit the recipe again where its file is"
         return (
-            f"{name}: {error}; it is a file that the recipe names (extractor_weights, clip, prompts), {again}, {then}"
+            f"{name}: {error}; it is a file that the recipe names (extractor_weights, clip, lpips, prompts), {again}, "
+            f"{then}"
         )
     return f"{name}: {error}; no task gives it"
 

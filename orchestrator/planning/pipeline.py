@@ -7,6 +7,7 @@ from typing import Any
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import RecipeError
+from quant_spec.enums import SampleSpace
 from quant_spec.pipeline import OWN_ARGUMENTS
 from quant_spec.recipe import Recipe
 
@@ -41,6 +42,7 @@ def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
     """
     pipeline, sampler = pipeline_of(model), recipe.sampler
     _check_clip(model, recipe)
+    _check_lpips(model, recipe)
     if pipeline is None:
         if sampler.arguments:
             raise RecipeError(
@@ -75,6 +77,16 @@ def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
     if unknown := sorted(sampler.arguments.keys() - set(pipeline["takes"])):
         known = ", ".join(sorted(set(pipeline["takes"]) - OWN_ARGUMENTS))
         raise RecipeError(f"sampler.arguments: got {', '.join(unknown)}, wanted what the call of {name} takes: {known}")
+
+
+def _check_lpips(model: ModelRow, recipe: Recipe) -> None:
+    """Refuse a model for the LPIPS whose samples are no images."""
+    samples = model.inspection["samples"]
+    if recipe.evaluation.lpips is not None and samples != SampleSpace.PIXELS:
+        raise RecipeError(
+            f"evaluation.lpips: got a model for {model.name}, whose samples are {samples}, wanted null, or a model of "
+            "pixels"
+        )
 
 
 def _check_clip(model: ModelRow, recipe: Recipe) -> None:

@@ -26,7 +26,7 @@ from workers.storage.store import Store
 #: Fields that no result depends on, so that a recipe's digest leaves them out.
 _UNDIGESTED = ("name", "description")
 #: Fields that name a file, as paths through the recipe.
-_FILE_FIELDS = (("evaluation", "extractor_weights"), ("prompts",))
+_FILE_FIELDS = (("evaluation", "extractor_weights"), ("evaluation", "lpips"), ("prompts",))
 #: Fields that name a folder.
 _FOLDER_FIELDS = (("evaluation", "clip"),)
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from quant_core.errors import DenoiserError
+from quant_core.metrics.state_dict_file import read_state_dict
 
 INCEPTION_PIXELS = 299
 _FID_CLASSES = 1008
@@ -214,7 +214,7 @@ def load_inception(path: Path) -> tuple[nn.Module, str]:
     """
     if _is_torchscript(path):
         return _Scripted(torch.jit.load(str(path), map_location="cpu").eval()), "inception-v3-torchscript"
-    weights = torch.load(path, map_location="cpu", weights_only=True) if zipfile.is_zipfile(path) else load_file(path)
+    weights = read_state_dict(path)
     is_fid = "fc.weight" in weights and len(weights["fc.weight"]) == _FID_CLASSES
     network = InceptionV3(is_fid=is_fid)
     wanted = {name: tensor for name, tensor in weights.items() if not name.startswith(("fc.", "AuxLogits."))}

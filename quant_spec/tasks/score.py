@@ -33,8 +33,8 @@ class Params(TaskParams):
 
 @dataclass(frozen=True, slots=True)
 class Inputs(TaskInputs[Source]):
-    """Packed and original trees; shards in the order of their seeds; files of weights, for inception-v3 and for CLIP;
-    prompts.
+    """Packed and original trees; shards in the order of their seeds; files of weights, for inception-v3, CLIP and
+    LPIPS; prompts.
 
     `whole` is the tree of the pipeline that the packed model samples in.
     """
@@ -46,6 +46,7 @@ class Inputs(TaskInputs[Source]):
     extractor_weights: Source | None = None
     prompts: Source | None = None
     clip: Source | None = None
+    lpips: Source | None = None
     whole: Source | None = None
 
 

@@ -26,6 +26,8 @@ from quant_core.metrics.cost import difference_state_bytes, model_cost
 from quant_core.metrics.evaluation import Quality, summarize
 from quant_core.metrics.frechet import ResizedFeatures, efficientnet_lite0, inception_v3
 from quant_core.metrics.images import difference, grid
+from quant_core.metrics.lpips import Lpips, lpips_per_sample
+from quant_core.metrics.psnr import mean_with_ci
 from quant_spec.documents import read_json
 from quant_spec.enums import Extractor, ShownSeeds
 from quant_spec.formats import ModelFormat
@@ -75,6 +77,8 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
         metrics["prompts"] |= {"files": columns} if columns else {}
         if inputs.clip is not None:
             metrics |= _clip_scores(told, quality, inputs.clip, context)
+    if inputs.lpips is not None:
+        metrics |= _lpips(quality, inputs.lpips, context)
     check_computed(metrics)
     pictures = quality.shown(places)
     images = {"reference": pictures.reference_rgb.contiguous(), "quantized": pictures.quantized_rgb.contiguous()}
@@ -105,6 +109,13 @@ def _clip_scores(told: Sequence[PromptLine], quality: Quality, clip: str, contex
     texts = [line.text for line in told]
     sides = {"clip_score": quality.quantized_rgb, "clip_score_full_precision": quality.reference_rgb}
     return {name: round(fmean(score(images, texts)), 6) for name, images in sides.items()}
+
+
+def _lpips(quality: Quality, weights: str, context: TaskContext) -> dict[str, Any]:
+    """Return how far images are from full precision's of the same seeds, by the network that the user has."""
+    network = Lpips(context.store.local_path(weights)).to(context.device)
+    found = mean_with_ci(lpips_per_sample(quality.reference_rgb, quality.quantized_rgb, network, device=context.device))
+    return {"lpips": round(found.value, 6), "lpips_ci95": round(found.ci95, 6), "lpips_network": network.network}
 
 
 def _extractor(extractor: Extractor, weights: str | None, context: TaskContext) -> ResizedFeatures:

@@ -83,6 +83,7 @@ def _score(draft: Draft, references: Sequence[TaskRef], evaluations: Sequence[Ta
         extractor_weights=section.extractor_weights,
         prompts=told.prompts,
         clip=section.clip,
+        lpips=section.lpips,
         whole=None if told.part is None else draft.pipeline_tree,
     )
     return draft.node(score.KIND, params, inputs, score_cost(draft.costs), f"{section.seeds} seeds")

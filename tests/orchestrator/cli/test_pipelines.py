@@ -22,6 +22,7 @@ from orchestrator.prompts.choose import NEUTRAL, neutral_digest
 from quant_core.errors import ArtifactError, UnknownTimestepError
 from quant_core.nn.layers import QuantLayer
 from quant_spec.errors import QuantizationError
+from tests.backbones import save_weights
 from tests.orchestrator.in_process import InProcess
 from tests.tiny_families import save_clip
 from tests.tiny_pipelines import EMOJI_SD, save_dit, save_sd, save_sd3
@@ -133,26 +134,40 @@ def test_a_job_measures_pixels_and_names_the_worst_prompts(cli: Cli, used: Path)
     assert metrics["sampler"]["guidance_scale"] == 4
 
 
-def test_clip_scores_and_the_worst_pictures_on_request(cli: Cli, used: Path, tmp_path: Path, without_ray: None) -> None:
+def test_clip_scores_lpips_and_the_worst_pictures_on_request(
+    cli: Cli, used: Path, tmp_path: Path, without_ray: None
+) -> None:
     words = ["run", "minmax-w8a8", "--model", "sd", "--prompts", used / "prompts.txt", *SET]
+    weights = save_weights(tmp_path / "alexnet.pth")
     asked = ["--set", f"evaluation.clip={save_clip(tmp_path / 'clip')}", "--set", "evaluation.shown=worst"]
+    asked += ["--set", f"evaluation.lpips={weights}"]
     answer = cli(*words, *asked, "--json")
     assert answer.code == 0, answer.err
     assert answer.json["tasks"]["succeeded"] - answer.json["tasks"]["cached"] == 2  # score and release alone
     metrics = answer.json["metrics"]
     assert 0 <= metrics["clip_score"] <= 100
     assert metrics["clip_score"] == pytest.approx(metrics["clip_score_full_precision"], abs=20)
+    assert metrics["lpips"] > 0
+    assert metrics["lpips_network"] == "alex"
     assert metrics["shown_seeds"] == [each["seed"] for each in metrics["worst_prompts"]]
     assert metrics["shown_prompts"] == [each["prompt"] for each in metrics["worst_prompts"]]
     assert cli("report", answer.json["job"], "--out", tmp_path / "report.html").code == 0
     report = (tmp_path / "report.html").read_text()
     assert "".join(f"<span>{seed}</span>" for seed in metrics["shown_seeds"]) in report
     assert "CLIP score" in report
+    assert "LPIPS" in report
+    shown = cli("jobs", "show", answer.json["job"]).out
+    assert f"{metrics['lpips']:.4f} ± {metrics['lpips_ci95']:.4f} (alex)" in shown
+    assert f"{metrics['clip_score']:.2f}, full precision {metrics['clip_score_full_precision']:.2f}" in shown
+    assert cli("artifacts", "pull", answer.json["release"], tmp_path / "pulled").code == 0
+    assert f"| LPIPS, alex | {metrics['lpips']:.4f}" in (tmp_path / "pulled" / "README.md").read_text()
     for model, value, message in (
-        ("dit", tmp_path / "clip", "evaluation.clip: got a model for dit, whose samples have no prompts"),
-        ("sd", used, "evaluation.clip: got"),
+        ("dit", f"clip={tmp_path / 'clip'}", "evaluation.clip: got a model for dit, whose samples have no prompts"),
+        ("sd", f"clip={used}", "evaluation.clip: got"),
+        ("sd", f"lpips={used}", "evaluation.lpips: got"),
+        ("sd", "lpips=/no/such", "evaluation.lpips: got /no/such (No such file or directory), wanted a readable file"),
     ):
-        answer = cli("submit", "minmax-w8a8", "--model", model, "--set", f"evaluation.clip={value}")
+        answer = cli("submit", "minmax-w8a8", "--model", model, "--set", f"evaluation.{value}")
         assert (answer.code, answer.out) == (2, "")
         assert message in answer.err
 

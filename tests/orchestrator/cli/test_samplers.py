@@ -138,7 +138,7 @@ def test_a_model_without_a_scheduler_is_told_by_options(cli: Cli, models: Path) 
     assert "sampler: DDIMScheduler for a model without a scheduler config: set_alpha_to_one=true" in answer.err
 
 
-def test_samples_of_a_pipeline_with_a_decoder_are_latents(cli: Cli, models: Path) -> None:
+def test_samples_of_a_pipeline_with_a_decoder_are_latents(cli: Cli, models: Path, tmp_path: Path) -> None:
     shown = {name: cli("models", "show", name, "--json").json for name in ("latent", "solver")}
     assert shown["latent"]["inspection"]["samples"] == "latents"
     assert shown["solver"]["inspection"]["samples"] == "pixels"
@@ -146,6 +146,10 @@ def test_samples_of_a_pipeline_with_a_decoder_are_latents(cli: Cli, models: Path
     assert cli("submit", "minmax-w8a8", "--model", "latent").code == 0
     for kind in ("evaluate", "score"):
         assert {params["samples"] for params in task_params(models, kind)} == {"latents"}
+    (tmp_path / "alexnet.pth").write_bytes(b"weights")
+    answer = cli("submit", "minmax-w8a8", "--model", "latent", "--set", f"evaluation.lpips={tmp_path / 'alexnet.pth'}")
+    assert (answer.code, answer.out) == (2, "")
+    assert "evaluation.lpips: got a model for latent, whose samples are latents, wanted null" in answer.err
 
 
 def forget(home: Path, name: str, *keys: str) -> None:

@@ -189,11 +189,12 @@ def test_plan_pairs_each_evaluation_with_the_reference_of_its_seeds():
 def test_plan_gives_the_extractor_weights_to_score_alone():
     digest = "b" * 64
     row = recipe().model_dump(mode="json")
-    row["evaluation"] |= {"extractor": "inception-v3", "extractor_weights": digest}
+    row["evaluation"] |= {"extractor": "inception-v3", "extractor_weights": digest, "lpips": "c" * 64}
     from orchestrator.recipes.load import recipe_from_json
 
     nodes = nodes_of(recipe_from_json(row))
     assert only(nodes, "score").inputs["extractor_weights"] == (digest,)
+    assert only(nodes, "score").inputs["lpips"] == ("c" * 64,)
     assert [node.kind for node in nodes if digest in canonical_json(dict(node.params))] == ["release"]
 
 

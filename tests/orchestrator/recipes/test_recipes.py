@@ -48,7 +48,7 @@ def test_shipped_recipes_are_those_that_are_promised():
     promised = {"base", "minmax-w8a8", "qdiffusion-w8a8", "qdiffusion-w4a8", "fast-w4a8", "tfmq-w8a8", "tfmq-w4a8"}
     promised |= {"ptqd-w8a8", "ptqd-w4a8", "ptqd-w4-mixed", "tfmq-ptqd-w4a8"}
     promised |= {"dmq-w8a8", "dmq-w4a8", "dmq-w4a6", "dmq-ptqd-w4a6"}
-    promised |= {"svdquant-w4a8", "svdquant-w4a4", "fp8-w8a8", "weights-w4", "weights-w8"}
+    promised |= {"svdquant-w4a8", "svdquant-w4a4", "dynamic-w8a8", "dynamic-w4a8", "fp8-w8a8", "weights-w4", "weights-w8"}
     promised |= {"text-w8-svdquant-w4a8"}
     promised |= {f"mpqdm-w{bits}a4{plus}" for bits in (4, 3, 2) for plus in ("", "-plus")}
     assert promised <= set(shipped_names())
@@ -610,6 +610,19 @@ def test_extractor_weights_become_a_digest_wherever_the_file_lies(tmp_path: Path
     assert resolve(two.recipe).digest == resolve(three.recipe).digest
     assert str(tmp_path) not in resolve(two.recipe).json
     assert recipe_from_json(json.loads(resolve(two.recipe).json)) == two.recipe
+
+
+def test_weights_for_the_lpips_become_a_digest_and_lie_below_the_recipe(tmp_path: Path):
+    write(tmp_path, "alexnet.pth", "weights")
+    write(tmp_path, "one.yaml", "extends: base\nevaluation: {lpips: alexnet.pth}")
+    one = load_recipe("one.yaml", folder=tmp_path)
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert one.recipe.evaluation.lpips == digest
+    assert {key: path.read_bytes() for key, path in one.files.items()} == {digest: b"weights"}
+    (tmp_path / "below").mkdir()
+    write(tmp_path / "below", "two.yaml", "extends: base\nevaluation: {lpips: ../alexnet.pth}")
+    with pytest.raises(RecipeError, match=r"evaluation\.lpips: .*is not below"):
+        load_recipe("below/two.yaml", folder=tmp_path)
 
 
 def test_extractor_weights_are_refused_where_the_extractor_has_its_own(tmp_path: Path):

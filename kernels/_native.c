@@ -5,7 +5,7 @@
  *     finish           add the digits of a product, correct for the weight's zero points, add the residual
  *     finish_matrix    the same of a matrix product's integers, with all scales
  *     run_layer        quantize and product at once, prepared by plan_layer
- *     product          all of a small product: multiply codes with int8 weights, on AVX512-VNNI, scale, add
+ *     product          all of a small product: multiply codes with int8 weights, on AVX512-VNNI or AVX2, scale, add
  *
  * Images are channels last, (B, H, W, C); a matrix is an image of M rows of one position. Tensors come as addresses:
  * kernels/native.py checks their shapes and dtypes. Codes are those of kernels/affine.py: division and rounding to even are IEEE's,
@@ -20,8 +20,10 @@
 #include <string.h>
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
-#define HAS_VNNI
+#define HAS_PRODUCT
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+/* Without FMA: a product is never fused with a sum. */
+#define AVX2 __attribute__((target("avx2")))
 #endif
 
 /* One function for each generation of x86-64, chosen when it is loaded. */
@@ -100,10 +102,12 @@ typedef struct {
     int bfloat16, threads; /* bfloat16: out and residual */
 } FinishMatrix;
 
-/* Outputs of a vector of sums, codes of one step of it, rows that are multiplied at a time. */
+/* Outputs of a block, codes of one step, rows that are multiplied at a time. */
 #define LANES 16
 #define QUAD 4
 #define ROWS 6
+/* Rows that each block's weights are read for while they are in the cache. */
+#define CHUNK 24
 
 typedef struct {
     const uint8_t *codes;   /* (B, H, W, C), padded, C a multiple of QUAD */
@@ -119,6 +123,7 @@ typedef struct {
     int64_t batch, height, width, channels, out_height, out_width, outputs, runs;
     int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
     int bfloat16, threads;  /* bfloat16: out and residual */
+    int vnni;               /* whether to use AVX512-VNNI, else AVX2 */
 } Product;
 
 INLINE float bits_float(uint32_t bits) {
@@ -486,7 +491,7 @@ static void finish_matrix(const FinishMatrix *f) {
     for (int64_t row = 0; row < f->rows; row++) finish_matrix_any_row(f, row);
 }
 
-#ifdef HAS_VNNI
+#ifdef HAS_PRODUCT
 /* Correct the sums of one row and `vectors` blocks of outputs for zero points, scale them, add bias and residual, store.
  * `total` has the sum of the row's codes, in each lane. */
 VNNI static inline void store_sums(
@@ -550,54 +555,172 @@ VNNI __attribute__((always_inline)) static inline void multiply_tile(
     for (int r = 0; r < rows; r++) store_sums(p, sums[r], totals[r], row[r], block, vectors, run[r]);
 }
 
-/* Multiply positions `first` to `last` (at most ROWS) with all outputs. */
-VNNI static void multiply_rows(const Product *p, const int64_t *offset, int64_t first, int64_t last) {
-    const uint8_t *base[ROWS];
-    int64_t row[ROWS], run[ROWS], blocks = (p->outputs + LANES - 1) / LANES;
+/* Where a chunk's rows begin, which they are of all, and what runs they are of. */
+typedef struct {
+    int64_t input[CHUNK], row[CHUNK], run[CHUNK];
+} Rows;
+
+/* Find positions `first` to `last`, at most CHUNK. */
+INLINE Rows find_rows(const Product *p, int64_t first, int64_t last) {
+    Rows rows = {0};
     int64_t area = p->out_height * p->out_width, each = p->batch * area / p->runs;
-    int rows = (int)(last - first);
-    for (int r = 0; r < rows; r++) {
-        int64_t m = first + r, pixel = m % area, i = pixel / p->out_width, j = pixel % p->out_width;
-        row[r] = m;
-        run[r] = m / each;
-        base[r] = p->codes + ((m / area * p->height + i * p->stride_h) * p->width + j * p->stride_w) * p->channels;
+    for (int64_t m = first; m < last; m++) {
+        int64_t pixel = m % area, i = pixel / p->out_width, j = pixel % p->out_width;
+        rows.row[m - first] = m;
+        rows.run[m - first] = m / each;
+        rows.input[m - first] =
+            ((m / area * p->height + i * p->stride_h) * p->width + j * p->stride_w) * p->channels;
     }
+    return rows;
+}
+
+/* Multiply positions `first` to `last` (at most CHUNK) with all outputs. */
+VNNI static void multiply_rows(const Product *p, const int64_t *offset, int64_t first, int64_t last) {
+    const uint8_t *base[CHUNK];
+    int64_t blocks = (p->outputs + LANES - 1) / LANES;
+    Rows at = find_rows(p, first, last);
+    for (int64_t r = 0; r < last - first; r++) base[r] = p->codes + at.input[r];
     for (int64_t block = 0; block < blocks;) {
         int64_t left = blocks - block;
         int most = p->weight_zero ? 3 : 4; /* 32 registers: sums, weights, totals, a code, ones */
         int vectors = left % most == 0 || left >= 2 * most ? most : left % 3 == 0 ? 3 : left >= 2 ? 2 : 1;
-#define TILE(r, v) \
-    if (p->weight_zero) multiply_tile(p, base, row, run, offset, block, r, v, 1); \
-    else multiply_tile(p, base, row, run, offset, block, r, v, 0)
+        for (int64_t r = 0; r < last - first; r += ROWS) {
+            int rows = (int)(last - first - r < ROWS ? last - first - r : ROWS);
+#define TILE(n, v) \
+            if (p->weight_zero) multiply_tile(p, base + r, at.row + r, at.run + r, offset, block, n, v, 1); \
+            else multiply_tile(p, base + r, at.row + r, at.run + r, offset, block, n, v, 0)
 #define BY_ROWS(v) \
-        if (rows == 6) { TILE(6, v); } else if (rows == 5) { TILE(5, v); } else if (rows == 4) { TILE(4, v); } \
-        else if (rows == 3) { TILE(3, v); } else if (rows == 2) { TILE(2, v); } else { TILE(1, v); }
-        if (vectors == 4) { BY_ROWS(4); }
-        else if (vectors == 3) { BY_ROWS(3); }
-        else if (vectors == 2) { BY_ROWS(2); }
-        else { BY_ROWS(1); }
+            if (rows == 6) { TILE(6, v); } else if (rows == 5) { TILE(5, v); } else if (rows == 4) { TILE(4, v); } \
+            else if (rows == 3) { TILE(3, v); } else if (rows == 2) { TILE(2, v); } else { TILE(1, v); }
+            if (vectors == 4) { BY_ROWS(4); }
+            else if (vectors == 3) { BY_ROWS(3); }
+            else if (vectors == 2) { BY_ROWS(2); }
+            else { BY_ROWS(1); }
 #undef BY_ROWS
 #undef TILE
+        }
         block += vectors;
+    }
+}
+
+/* Write codes less their zero points to `wide`, as pairs of them are multiplied by AVX2. */
+CLONES static void widen(const Product *p, int16_t *wide) {
+    int64_t each = p->batch * p->height * p->width / p->runs * p->channels;
+    for (int64_t run = 0; run < p->runs; run++) {
+        const uint8_t *codes = p->codes + run * each;
+        int16_t zero = (int16_t)p->zero[run], *to = wide + run * each;
+        INDEPENDENT
+        for (int64_t i = 0; i < each; i++) to[i] = (int16_t)(codes[i] - zero);
+    }
+}
+
+/* As store_sums, of one row and half a block: the sums of code - zero point need no correction by the weights' sums. */
+AVX2 static inline void store_half(const Product *p, __m256i sum, int32_t total, int64_t row, int64_t n, int64_t run) {
+    int64_t at = row * p->outputs + n, left = p->outputs - n;
+    if (p->weight_zero) {
+        __m256i zero = _mm256_loadu_si256((const __m256i *)(p->weight_zero + n));
+        sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(_mm256_set1_epi32(total), zero));
+    }
+    __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(p->weight_scale + n));
+    value = _mm256_mul_ps(value, _mm256_set1_ps(p->scale[run]));
+    value = _mm256_add_ps(value, _mm256_loadu_ps(p->bias + n));
+    if (p->bfloat16 || left < LANES / 2) {
+        float each[LANES / 2];
+        _mm256_storeu_ps(each, value);
+        for (int64_t i = 0; i < LANES / 2 && i < left; i++) {
+            float one = p->residual ? each[i] + load(p->residual, at + i, p->bfloat16) : each[i];
+            store(p->out, at + i, one, p->bfloat16);
+        }
+        return;
+    }
+    if (p->residual) value = _mm256_add_ps(value, _mm256_loadu_ps((const float *)p->residual + at));
+    _mm256_storeu_ps((float *)p->out + at, value);
+}
+
+/* Multiply `rows` positions with half a block of outputs. A vector of 16 weights is 4 outputs' of 4 codes, so it adds up
+ * in pairs: two sums an output, which are added at the end. */
+AVX2 __attribute__((always_inline)) static inline void multiply_tile_avx2(
+    const Product *p, const int16_t *const *base, const int64_t *row, const int64_t *run, const int64_t *offset,
+    int64_t n, int rows, int summed
+) {
+    __m256i sums[ROWS][2], totals[ROWS], ones = _mm256_set1_epi16(1);
+    int64_t taps = p->kernel_h * p->kernel_w, quads = p->channels / QUAD, step = LANES * QUAD;
+    const int8_t *weight = p->weight + n / LANES * taps * quads * step + n % LANES * QUAD;
+    for (int r = 0; r < rows; r++) totals[r] = sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    for (int64_t tap = 0; tap < taps; tap++) {
+        const int16_t *code[ROWS];
+        for (int r = 0; r < rows; r++) code[r] = base[r] + offset[tap];
+        for (int64_t q = 0; q < quads; q++, weight += step) { /* 16 registers: 12 sums, 2 weights, codes, a product */
+            __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)weight));
+            __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(weight + 16)));
+            for (int r = 0; r < rows; r++) {
+                int64_t four;
+                memcpy(&four, code[r] + q * QUAD, sizeof four);
+                __m256i x = _mm256_set1_epi64x(four);
+                if (summed) totals[r] = _mm256_add_epi32(totals[r], _mm256_madd_epi16(x, ones));
+                sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(x, w0));
+                sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(x, w1));
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        int32_t total = summed ? _mm256_extract_epi32(totals[r], 0) + _mm256_extract_epi32(totals[r], 1) : 0;
+        /* Within each 128 bits: outputs 0, 1 and 4, 5 | 2, 3 and 6, 7. */
+        __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[r][0], sums[r][1]), _MM_SHUFFLE(3, 1, 2, 0));
+        store_half(p, sum, total, row[r], n, run[r]);
+    }
+}
+
+/* As multiply_rows, of codes that were widened. */
+AVX2 static void multiply_rows_avx2(
+    const Product *p, const int16_t *wide, const int64_t *offset, int64_t first, int64_t last
+) {
+    const int16_t *base[CHUNK];
+    int most = p->weight_zero ? 4 : ROWS; /* totals take registers too */
+    Rows at = find_rows(p, first, last);
+    for (int64_t r = 0; r < last - first; r++) base[r] = wide + at.input[r];
+    for (int64_t n = 0; n < p->outputs; n += LANES / 2) {
+        for (int64_t r = 0; r < last - first; r += most) {
+            int rows = (int)(last - first - r < most ? last - first - r : most);
+#define TILE(rows, summed) multiply_tile_avx2(p, base + r, at.row + r, at.run + r, offset, n, rows, summed)
+#define BY_ROWS(summed) \
+            if (rows == 4) TILE(4, summed); else if (rows == 3) TILE(3, summed); else if (rows == 2) TILE(2, summed); \
+            else TILE(1, summed)
+            if (p->weight_zero) { BY_ROWS(1); }
+            else if (rows == 6) TILE(6, 0);
+            else if (rows == 5) TILE(5, 0);
+            else { BY_ROWS(0); }
+#undef BY_ROWS
+#undef TILE
+        }
     }
 }
 
 static int multiply_all(const Product *p) {
     int64_t taps = p->kernel_h * p->kernel_w, positions = p->batch * p->out_height * p->out_width;
     int64_t *offset = malloc(taps * sizeof(int64_t));
-    if (!offset) return -1;
+    int16_t *wide = NULL;
+    if (!p->vnni) wide = malloc(p->batch * p->height * p->width * p->channels * sizeof(int16_t));
+    if (!offset || (!p->vnni && !wide)) {
+        free(offset);
+        free(wide);
+        return -1;
+    }
+    if (wide) widen(p, wide);
     for (int64_t tap = 0; tap < taps; tap++) {
         int64_t down = tap / p->kernel_w * p->dilation_h, across = tap % p->kernel_w * p->dilation_w;
         offset[tap] = (down * p->width + across) * p->channels;
     }
-    int64_t pieces = (positions + ROWS - 1) / ROWS;
+    int64_t pieces = (positions + CHUNK - 1) / CHUNK;
     int threads = p->threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t piece = 0; piece < pieces; piece++) {
-        int64_t first = piece * ROWS, last = first + ROWS < positions ? first + ROWS : positions;
-        multiply_rows(p, offset, first, last);
+        int64_t first = piece * CHUNK, last = first + CHUNK < positions ? first + CHUNK : positions;
+        if (wide) multiply_rows_avx2(p, wide, offset, first, last);
+        else multiply_rows(p, offset, first, last);
     }
     free(offset);
+    free(wide);
     return 0;
 }
 #endif
@@ -672,16 +795,17 @@ static PyObject *py_finish_matrix(PyObject *self, PyObject *const *args, Py_ssiz
     Py_RETURN_NONE;
 }
 
-static PyObject *py_has_product(PyObject *self, PyObject *unused) {
-#ifdef HAS_VNNI
-    return PyBool_FromLong(
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"));
+static PyObject *py_product_level(PyObject *self, PyObject *unused) {
+#ifdef HAS_PRODUCT
+    int vnni =
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    return PyLong_FromLong(vnni ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0);
 #else
-    Py_RETURN_FALSE;
+    return PyLong_FromLong(0);
 #endif
 }
 
-#ifdef HAS_VNNI
+#ifdef HAS_PRODUCT
 INLINE Product read_product(const long long *a) {
     return (Product){
         .codes = ADDRESS(a[0]), .weight = ADDRESS(a[1]), .out = ADDRESS(a[2]), .residual = ADDRESS(a[3]),
@@ -689,15 +813,15 @@ INLINE Product read_product(const long long *a) {
         .weight_zero = ADDRESS(a[9]), .bias = ADDRESS(a[8]), .batch = a[10], .height = a[11], .width = a[12],
         .channels = a[13], .out_height = a[14], .out_width = a[15], .outputs = a[16], .runs = a[17], .kernel_h = a[18],
         .kernel_w = a[19], .stride_h = a[20], .stride_w = a[21], .dilation_h = a[22], .dilation_w = a[23],
-        .bfloat16 = (int)a[24], .threads = (int)a[25],
+        .bfloat16 = (int)a[24], .threads = (int)a[25], .vnni = (int)a[26],
     };
 }
 #endif
 
 static PyObject *py_product(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-#ifdef HAS_VNNI
-    long long a[26];
-    if (!integers(args, given, 26, a)) return NULL;
+#ifdef HAS_PRODUCT
+    long long a[27];
+    if (!integers(args, given, 27, a)) return NULL;
     Product p = read_product(a);
     int failed;
     Py_BEGIN_ALLOW_THREADS
@@ -706,12 +830,12 @@ static PyObject *py_product(PyObject *self, PyObject *const *args, Py_ssize_t gi
     if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
 #else
-    PyErr_SetString(PyExc_RuntimeError, "got no AVX512-VNNI, wanted it: see has_product");
+    PyErr_SetString(PyExc_RuntimeError, "got neither AVX512-VNNI nor AVX2, wanted one: see product_level");
     return NULL;
 #endif
 }
 
-#ifdef HAS_VNNI
+#ifdef HAS_PRODUCT
 typedef struct {
     Quantize quantize;
     Product product;
@@ -720,20 +844,20 @@ typedef struct {
 
 /* Arguments as of quantize, then of product, then eps; those that run_layer is given are 0. */
 static PyObject *py_plan_layer(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-#ifdef HAS_VNNI
-    long long a[51];
-    double eps = given == 52 ? PyFloat_AsDouble(args[51]) : 0.0;
-    if (PyErr_Occurred() || !integers(args, given - (given == 52), 51, a)) return NULL;
+#ifdef HAS_PRODUCT
+    long long a[52];
+    double eps = given == 53 ? PyFloat_AsDouble(args[52]) : 0.0;
+    if (PyErr_Occurred() || !integers(args, given - (given == 53), 52, a)) return NULL;
     Layer layer = {.quantize = read_quantize(a, eps), .product = read_product(a + 25)};
     return PyBytes_FromStringAndSize((const char *)&layer, sizeof layer);
 #else
-    PyErr_SetString(PyExc_RuntimeError, "got no AVX512-VNNI, wanted it: see has_product");
+    PyErr_SetString(PyExc_RuntimeError, "got neither AVX512-VNNI nor AVX2, wanted one: see product_level");
     return NULL;
 #endif
 }
 
 static PyObject *py_run_layer(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-#ifdef HAS_VNNI
+#ifdef HAS_PRODUCT
     long long a[6];
     Layer layer;
     if (given != 7 || !PyBytes_Check(args[0]) || PyBytes_GET_SIZE(args[0]) != sizeof layer) {
@@ -760,7 +884,7 @@ static PyObject *py_run_layer(PyObject *self, PyObject *const *args, Py_ssize_t 
     if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
 #else
-    PyErr_SetString(PyExc_RuntimeError, "got no AVX512-VNNI, wanted it: see has_product");
+    PyErr_SetString(PyExc_RuntimeError, "got neither AVX512-VNNI nor AVX2, wanted one: see product_level");
     return NULL;
 #endif
 }
@@ -769,7 +893,7 @@ static PyMethodDef methods[] = {
     {"quantize", (PyCFunction)(void (*)(void))py_quantize, METH_FASTCALL, "See kernels/native.py."},
     {"finish", (PyCFunction)(void (*)(void))py_finish, METH_FASTCALL, "See kernels/native.py."},
     {"finish_matrix", (PyCFunction)(void (*)(void))py_finish_matrix, METH_FASTCALL, "See kernels/native.py."},
-    {"has_product", py_has_product, METH_NOARGS, "Whether this CPU has what `product` needs."},
+    {"product_level", py_product_level, METH_NOARGS, "What `product` can use here: 2 AVX512-VNNI, 1 AVX2, 0 nothing."},
     {"plan_layer", (PyCFunction)(void (*)(void))py_plan_layer, METH_FASTCALL, "See kernels/native.py."},
     {"run_layer", (PyCFunction)(void (*)(void))py_run_layer, METH_FASTCALL, "See kernels/native.py."},
     {"product", (PyCFunction)(void (*)(void))py_product, METH_FASTCALL, "See kernels/native.py."},

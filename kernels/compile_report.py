@@ -137,6 +137,7 @@ def cases(arch: str) -> Iterator[Case]:
     """Yield what is compiled for `arch`: SDXL's and DiT's shapes, and each variant of a kernel's inner loop."""
     yield from _linear_cases(arch)
     yield from _conv_cases(arch)
+    yield from _widths_cases(arch)
     yield from _float_cases(arch)
     yield from _activation_cases()
     yield from _other_cases(arch)
@@ -218,6 +219,41 @@ def _conv_cases(arch: str) -> Iterator[Case]:
                 gather = {key: value for key, value in constants.items() if key not in ("residual_ptr", "channel_ptr")}
                 mixed = f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}, of mixed bits, added"
                 yield replace(case, label=mixed, constants={**gather, "BLOCK_N": blocks.n})
+
+
+def _widths_cases(arch: str) -> Iterator[Case]:
+    """Yield one launch for rows of several widths: per channel as mixed bits have them, and with whole group scales."""
+    from kernels._triton.blocks import int_blocks
+    from kernels._triton.widths import WIDTHS, conv2d_widths_kernel, layout_constants, linear_widths_kernel
+
+    for (kernel, taps, m), multiplied in itertools.product(
+        ((linear_widths_kernel, 1, 8192), (linear_widths_kernel, 1, 16), (conv2d_widths_kernel, 9, 8192)),
+        (False, True),
+    ):
+        group = 64 if multiplied else 0
+        layouts = [
+            WeightLayout(2, 640, taps, 32, group, False, multiplied),
+            WeightLayout(4, 640, taps, 64, group, False, multiplied),
+            WeightLayout(8, 640, taps, 32, 0, symmetric=multiplied),
+        ]
+        blocks = int_blocks(arch, m, 2560, layouts[1], heavy=True)
+        absent = {} if multiplied else {f"multiplier{bits}_ptr": None for bits in WIDTHS if bits < 8}
+        constants = {
+            **{key: value for key, value in _BIAS.items() if key != "channel_ptr"}, **absent,
+            **layout_constants(layouts, blocks.k), "X_SYMMETRIC": False, "RANK": 0, "BLOCK_M": blocks.m,
+            "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
+        }  # fmt: skip
+        if taps > 1:
+            constants |= dict.fromkeys(("TAPS_H", "TAPS_W"), 3) | dict.fromkeys(("PAD_H", "PAD_W"), 1)
+            constants |= dict.fromkeys(("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W"), 1)
+        types = {"x_ptr": "*i8"}
+        for bits in WIDTHS:
+            types |= {f"w{bits}_ptr": "*i8" if bits == 8 else "*u8", f"scale{bits}_ptr": "*fp32"}
+            types |= {f"zero{bits}_ptr": "*i8", f"multiplier{bits}_ptr": "*i8"}
+            types |= {f"{name}{bits}_ptr": "*i32" for name in ("total", "channel")}
+        what = f"{'linear' if taps == 1 else 'conv 3x3/1'} of 2, 4 and 8 bits"
+        label = f"{what}{' g64 of integers' if multiplied else ''}, {blocks.m} x {blocks.n}"
+        yield Case(label, kernel, constants, types, blocks.warps, blocks.stages)
 
 
 def _float_cases(arch: str) -> Iterator[Case]:

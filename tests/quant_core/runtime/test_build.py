@@ -465,7 +465,7 @@ def test_unpacked_weights_give_what_packed_ones_give(weight: str, kind: str) -> 
 
 def test_a_cpu_says_how_weights_lie_in_memory() -> None:
     """A byte a weight and 12 for each row of them, of float scales of groups twice; small weights are kept twice."""
-    stored = 624 + 480 * native.has_product()
+    stored = 624 + 480 * bool(native.product_level())
     for name, wanted in {
         "W4 multiplied": f"8-bit weights unpacked from fewer bits in {stored} bytes, int8 products",
         "W4 per group": "2 digits of 8-bit weights unpacked from fewer bits in 1248 bytes, int8 products",

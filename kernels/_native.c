@@ -344,8 +344,18 @@ static void quantize_sample(const Quantize *q, int64_t b, double *room, int thre
         norm_coefficients(q, room, origin, positions, slope, shift);
     }
     int64_t wide = (q->width + 2 * q->pad_w) * channels, tall = q->height + 2 * q->pad_h;
+    /* Without padding, lines of a run follow one another: a matrix's are one position each. */
+    int64_t most = q->height < q->rows_per_run ? q->height : q->rows_per_run, merged = 1;
+    if (!q->pad_h && !q->pad_w && q->width < RUN) merged = RUN / q->width < most ? RUN / q->width : most;
+    int64_t pieces = merged > 1 ? q->height / most * ((most + merged - 1) / merged) : tall;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t line = 0; line < tall; line++) {
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t line = piece, lines = 1;
+        if (merged > 1) {
+            int64_t each = (most + merged - 1) / merged, in_run = piece % each * merged;
+            line = piece / each * most + in_run;
+            lines = most - in_run < merged ? most - in_run : merged;
+        }
         int64_t h = line - q->pad_h, inside = h < 0 ? 0 : h < q->height ? h : q->height - 1;
         int64_t run = (b * q->height + inside) / q->rows_per_run;
         int32_t zero = q->zero[run];
@@ -363,7 +373,7 @@ static void quantize_sample(const Quantize *q, int64_t b, double *room, int thre
         }
         quantize_row(
             x + h * q->width * pitch, codes + q->pad_w * channels,
-            q->sums ? q->sums + (b * q->height + h) * q->width : NULL, q->width, channels, q->pitch,
+            q->sums ? q->sums + (b * q->height + h) * q->width : NULL, lines * q->width, channels, q->pitch,
             q->step + run * channels, (float)zero, (float)q->top, slope, shift, q->bfloat16, q->silu, held);
     }
 }

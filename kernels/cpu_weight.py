@@ -43,7 +43,7 @@ SMALL_MATRIX = 1 << 16
 # The most weights that are kept a second time, for calls of few positions.
 SMALL_PRODUCT = 1 << 19
 # Products of codes and weights up to which `native.product` is faster than oneDNN with what surrounds it.
-SMALL_WORK = 1 << 25
+SMALL_WORK = 1 << 26
 # What `CpuWeight.small_work` is where there is nothing else.
 ANY_WORK = 1 << 62
 _DIGIT = 256

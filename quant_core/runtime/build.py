@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kernels.backend import BackendUnavailableError, prefers_int8_weights, why_reference
+from kernels.cpu_measure import process_timings
 from kernels.errors import KernelError
 from kernels.fp8 import why_no_fp8
 from quant_core.nn.activation import ActivationQuantizer
@@ -54,7 +55,8 @@ def build_runtime(
     backend : KernelBackend
         `AUTO` must have been resolved.
     asked : KernelBackend or str
-        What it was resolved from, for the reason of layers that run the reference.
+        What it was resolved from, for the reason of layers that run the reference; of "auto", a CPU's products are
+        timed (`kernels.cpu_measure`).
     memory : WeightMemory or str
         How weights lie in a GPU's memory; and whether a CPU may unpack to floats those that it can't multiply as
         integers (not if "packed").
@@ -78,6 +80,8 @@ def build_runtime(
         made = _runtime_layer(layer, name, backend, unpacked=unpacked, floats=floats)
         layers.append(made)
         if isinstance(made, RuntimeLayer):
+            if backend is KernelBackend.CPU and asked == KernelBackend.AUTO:
+                made.measure(process_timings())
             replace_module(model, name, made)
             laid_out += layer.qweight.numel()
             if device.type == "cpu" and laid_out > TRIM_BYTES:

@@ -21,9 +21,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kernels.weights import WeightLayout
+
+if TYPE_CHECKING:
+    from kernels._triton.blocks import Blocks
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # A few spilled words outside the inner loop cost nothing that could be measured; a spilled accumulator does.
@@ -167,35 +170,60 @@ def _weight_constants(layout: WeightLayout, k: int) -> dict[str, Any]:
     return {"BITS": layout.bits, "LANE": lane, "GROUP_SIZE": layout.group_size, **absent}
 
 
+def linear_case(
+    label: str, layout: WeightLayout, blocks: Blocks, *, x_symmetric: bool, rank: int = 0, full: bool = False
+) -> Case:
+    """Return a product of integers; with channels, bias, residual and branch if `full`, else with a bias."""
+    from kernels._triton.blocks import rank_block
+    from kernels._triton.gemm import linear_int_kernel
+
+    constants = {
+        **({} if full else _BIAS), **_weight_constants(layout, blocks.k), "SYMMETRIC": layout.symmetric,
+        "X_SYMMETRIC": x_symmetric, "RANK": rank, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n,
+        "BLOCK_R": rank_block(rank), "SWIZZLE": blocks.swizzle,
+    }  # fmt: skip
+    return Case(
+        f"linear {label}, {blocks.m} x {blocks.n}", linear_int_kernel, constants, _weight_types(layout), blocks.warps,
+        blocks.stages,
+    )  # fmt: skip
+
+
+def conv_case(label: str, layout: WeightLayout, blocks: Blocks, *, x_symmetric: bool, taps: int, stride: int) -> Case:
+    """Return a convolution of integers of `taps` x `taps`."""
+    from kernels._triton.conv import conv2d_int_kernel
+
+    constants = {
+        **_BIAS, "TAPS_H": taps, "TAPS_W": taps, "STRIDE_H": stride, "STRIDE_W": stride,
+        "PAD_H": taps // 2, "PAD_W": taps // 2, "DILATION_H": 1, "DILATION_W": 1,
+        **_weight_constants(layout, blocks.k), "SYMMETRIC": layout.symmetric, "X_SYMMETRIC": x_symmetric,
+        "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
+    }  # fmt: skip
+    return Case(
+        f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}", conv2d_int_kernel, constants,
+        _weight_types(layout), blocks.warps, blocks.stages,
+    )  # fmt: skip
+
+
+def gathered(case: Case, *, added: bool) -> Case:
+    """Return a product whose rows name their output channels, perhaps with a residual."""
+    given = ("channel_ptr", "residual_ptr") if added else ("channel_ptr",)
+    return replace(case, constants={key: value for key, value in case.constants.items() if key not in given})
+
+
 def _linear_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.blocks import int_blocks
-    from kernels._triton.gemm import linear_int_kernel
 
     for m, n in ((8192, 2560), (16, 2560)):
         for label, layout, x_symmetric in _WEIGHTS:
-            blocks = int_blocks(arch, m, n, layout)
-            constants = {
-                **_BIAS, **_weight_constants(layout, blocks.k), "SYMMETRIC": layout.symmetric,
-                "X_SYMMETRIC": x_symmetric, "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16,
-                "SWIZZLE": blocks.swizzle,
-            }  # fmt: skip
-            case = Case(
-                f"linear {label}, {blocks.m} x {blocks.n}", linear_int_kernel, constants,
-                _weight_types(layout), blocks.warps, blocks.stages,
-            )  # fmt: skip
-            yield case
+            yield linear_case(label, layout, int_blocks(arch, m, n, layout), x_symmetric=x_symmetric)
             if m > 64 and label == "W4A8":
                 blocks = int_blocks(arch, m, n, layout, heavy=True)
-                full = {**constants, "RANK": 32, "BLOCK_R": 32, "BLOCK_N": blocks.n}
-                for name in ("residual_ptr", "down_ptr", "up_ptr", "channel_ptr"):
-                    del full[name]
-                label = f"linear {label}, {blocks.m} x {blocks.n}, all of the epilogue"
-                yield replace(case, label=label, constants=full)
+                case = linear_case(label, layout, blocks, x_symmetric=x_symmetric, rank=32, full=True)
+                yield replace(case, label=f"{case.label}, all of the epilogue")
 
 
 def _conv_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.blocks import int_blocks
-    from kernels._triton.conv import conv2d_int_kernel
 
     for label, linear, x_symmetric in _WEIGHTS:
         for taps, stride in ((3, 1), (3, 2), (1, 1)):
@@ -203,28 +231,22 @@ def _conv_cases(arch: str) -> Iterator[Case]:
                 continue
             layout = replace(linear, taps=taps * taps)
             blocks = int_blocks(arch, 8192, 2560, layout, heavy=arch == "sm_80" and not x_symmetric)
-            constants = {
-                **_BIAS, "TAPS_H": taps, "TAPS_W": taps, "STRIDE_H": stride, "STRIDE_W": stride,
-                "PAD_H": taps // 2, "PAD_W": taps // 2, "DILATION_H": 1, "DILATION_W": 1,
-                **_weight_constants(layout, blocks.k), "SYMMETRIC": layout.symmetric, "X_SYMMETRIC": x_symmetric,
-                "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
-            }  # fmt: skip
-            case = Case(
-                f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}", conv2d_int_kernel, constants,
-                _weight_types(layout), blocks.warps, blocks.stages,
-            )  # fmt: skip
-            yield case
+            yield conv_case(label, layout, blocks, x_symmetric=x_symmetric, taps=taps, stride=stride)
             if (taps, stride, layout.group_size) == (3, 1, 0) and not layout.symmetric:
                 blocks = int_blocks(arch, 8192, 2560, layout, heavy=True)
-                gather = {key: value for key, value in constants.items() if key not in ("residual_ptr", "channel_ptr")}
-                mixed = f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}, of mixed bits, added"
-                yield replace(case, label=mixed, constants={**gather, "BLOCK_N": blocks.n})
+                case = conv_case(label, layout, blocks, x_symmetric=x_symmetric, taps=taps, stride=stride)
+                yield replace(gathered(case, added=True), label=f"{case.label}, of mixed bits, added")
 
 
 def _widths_cases(arch: str) -> Iterator[Case]:
     """Yield one launch for rows of several widths: per channel as mixed bits have them, and with whole group scales."""
-    from kernels._triton.blocks import int_blocks
-    from kernels._triton.widths import WIDTHS, conv2d_widths_kernel, layout_constants, linear_widths_kernel
+    from kernels._triton.widths import (
+        WIDTHS,
+        conv2d_widths_kernel,
+        layout_constants,
+        linear_widths_kernel,
+        widths_blocks,
+    )
 
     for (kernel, taps, m), multiplied in itertools.product(
         ((linear_widths_kernel, 1, 8192), (linear_widths_kernel, 1, 16), (conv2d_widths_kernel, 9, 8192)),
@@ -236,7 +258,7 @@ def _widths_cases(arch: str) -> Iterator[Case]:
             WeightLayout(4, 640, taps, 64, group, False, multiplied),
             WeightLayout(8, 640, taps, 32, 0, symmetric=multiplied),
         ]
-        blocks = int_blocks(arch, m, 2560, layouts[1], heavy=True)
+        blocks = widths_blocks(arch, m, 2560, layouts)
         absent = {} if multiplied else {f"multiplier{bits}_ptr": None for bits in WIDTHS if bits < 8}
         constants = {
             **{key: value for key, value in _BIAS.items() if key != "channel_ptr"}, **absent,

@@ -7,6 +7,7 @@ most three: 2, 4 and 8 bits. A program has a tile of one of them, and loops over
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -255,7 +256,8 @@ def _prepare(
 ) -> tuple[Blocks, list[Tensor | None], dict[str, Any]]:
     """Return the blocks of all tiles, the records' tensors in a kernel's order, and what it is compiled for."""
     arch, by_width = architecture(device), {weight.layout.bits: weight for weight in weights}
-    blocks = widths_blocks(arch, m, weights)
+    layouts = [weight.layout for weight in weights]
+    blocks = widths_blocks(arch, m, sum(weight.rows for weight in weights), layouts)
     tensors: list[Tensor | None] = []
     for bits in WIDTHS:
         w = by_width.get(bits)
@@ -267,17 +269,19 @@ def _prepare(
         multiplier = (w.multiplier,) if bits < 8 else ()
         tensors += [w.codes, w.scale.contiguous(), w.zero_point, *multiplier, w.total, w.channel]
     constants = {
-        **layout_constants([weight.layout for weight in weights], blocks.k), "RANK": rows.rank, "BLOCK_M": blocks.m,
+        **layout_constants(layouts, blocks.k), "RANK": rows.rank, "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n, "BLOCK_R": rank_block(rows.rank), "SWIZZLE": blocks.swizzle, "num_warps": blocks.warps,
         "num_stages": blocks.stages, "enable_fp_fusion": False,
     }  # fmt: skip
     return blocks, tensors, constants
 
 
-def widths_blocks(arch: str, m: int, weights: Sequence[PackedWeight]) -> Blocks:
+def widths_blocks(arch: str, m: int, n: int, layouts: Sequence[WeightLayout]) -> Blocks:
     """Blocks of a layer of several widths: those that suit a gathered epilogue, with the least K of all records."""
-    n = sum(weight.rows for weight in weights)
-    return min((int_blocks(arch, m, n, weight.layout, heavy=True) for weight in weights), key=lambda each: each.k)
+    blocks = min((int_blocks(arch, m, n, layout, heavy=True) for layout in layouts), key=lambda each: each.k)
+    # Products of groups, prepared in registers before mma.sync, take what a tile of 128 rows has no room for.
+    is_short = arch == "sm_80" and blocks.m == 128 and any(layout.multiplied for layout in layouts)
+    return replace(blocks, m=64) if is_short else blocks
 
 
 def layout_constants(layouts: Iterable[WeightLayout], k: int) -> dict[str, Any]:

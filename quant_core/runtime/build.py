@@ -25,6 +25,7 @@ from quant_core.runtime.fused_blocks import fuse_blocks
 from quant_core.runtime.layer import LayerRun, RuntimeLayer, layer_quantizers
 from quant_core.runtime.memory import return_free_memory
 from quant_core.runtime.parts import is_pointwise
+from quant_core.runtime.shared_input import share_inputs
 from quant_spec.enums import ActivationMode, KernelBackend, WeightMemory
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
@@ -88,6 +89,7 @@ def build_runtime(
                 laid_out = 0
                 return_free_memory()
     fuse_blocks(model)
+    share_inputs(model)
     if not any(tensor.is_floating_point() for tensor in (*model.parameters(), *model.buffers())):
         # Runtime layers took all tensors, from which diffusers takes a model's dtype and device.
         model.register_buffer("quantmill_anchor", torch.empty(0, dtype=dtype, device=device), persistent=False)

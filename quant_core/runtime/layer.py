@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, LayerSpec
 from quant_spec.layer_bits import weight_bits_text
 
+if TYPE_CHECKING:
+    from quant_core.runtime.shared_input import SharedInput
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRun:
@@ -61,6 +65,8 @@ class RuntimeLayer(nn.Module):
         `low_rank_down` in the weight's shape, and `low_rank_up` (`QuantLayer`), where the format has a low-rank branch.
     norm : GroupNorm or None
         To normalize the input with, before SiLU, before it is quantized; see `take_norm`.
+    shared : SharedInput or None
+        What keeps the codes of an input that other layers read too; see `share`.
     differences : frozenset of int
         Trajectory steps at which differences are quantized; what is kept for them is in `memory`.
     """
@@ -86,6 +92,8 @@ class RuntimeLayer(nn.Module):
         how = _how(self.parts, self.activation, layer.spec)
         self.run = LayerRun(name, backend, f"{how}: {why_floats}" if why_floats else how)
         self.norm: GroupNorm | None = None
+        self.shared: SharedInput | None = None
+        self.is_last_reader = False
         self.differences = layer.differences
         self.memory = LayerMemory()
         self.calls = self._small_calls()
@@ -100,6 +108,12 @@ class RuntimeLayer(nn.Module):
             self.parts = [replace(part, weight=weight)]
             self.run = replace(self.run, reason=f"{self.run.reason}, {found}")
             self.calls = self._small_calls()
+
+    def share(self, shared: SharedInput, *, is_last: bool) -> None:
+        """Quantize through what others share from now on; the last of them to be called says so."""
+        self.shared, self.is_last_reader = shared, is_last
+        if self.calls is None:  # small ones are one call each
+            self.run = replace(self.run, reason=f"{self.run.reason}, an input that several read quantized once")
 
     def take_norm(self, norm: nn.GroupNorm) -> None:
         """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables."""
@@ -191,6 +205,12 @@ class RuntimeLayer(nn.Module):
 
     def codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None = None) -> QuantizedActivation:
         """Quantize channels-last rows for a part, normalized first if so asked, as the backend takes integers."""
+        if self.shared is None or torch.compiler.is_compiling():
+            return self._own_codes(x, part, norm)
+        step = None if self.clock is None else self.clock.index
+        return self.shared.codes(x, step, lambda: self._own_codes(x, part, norm), is_last=self.is_last_reader)
+
+    def _own_codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None) -> QuantizedActivation:
         if isinstance(part.weight, CpuWeight):
             return self._cpu_codes(x, part, norm)
         assert self.activation is not None

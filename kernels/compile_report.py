@@ -348,6 +348,7 @@ def _other_cases(arch: str) -> Iterator[Case]:
     from kernels._triton import norms
     from kernels._triton.blocks import fp8_blocks
     from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel, quantize_long_fp8_kernel
+    from kernels._triton.gates import gate_quantize_kernel
 
     chunks: dict[str, Any] = {"GROUPS": 32, "WIDTH": 20, "BLOCK_P": 16, "BLOCK_G": 8, "BLOCK_W": 32}
     yield _plain("group norm: chunks", norms.group_stats_kernel, **chunks)
@@ -361,20 +362,21 @@ def _other_cases(arch: str) -> Iterator[Case]:
         **_CODES, **_TOKEN, SYMMETRIC=False, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None,
         index_ptr=None,
     )  # fmt: skip
+    for label, gated, tanh in (("GEGLU", True, False), ("GELU", False, False), ("GELU by tanh", False, True)):
+        blocks: dict[str, Any] = {"BLOCK_M": 8, "BLOCK_C": 512, "divisor_ptr": None}
+        yield _plain(f"{label} + quantize", gate_quantize_kernel, _TABLE, GATED=gated, TANH=tanh, **_CODES, **blocks)
     if arch in ("sm_90", "sm_100"):
         values, limits = {"values_ptr": "*fp8e4nv"}, {"MAX": 448.0, "FLOOR": 1e-12, "FUSED": True}
         yield _plain("quantize FP8", quantize_fp8_kernel, values, **limits, **_TOKEN)
         yield _plain("quantize FP8, long rows", quantize_long_fp8_kernel, values, **limits, BLOCK_K=2048)
-        blocks = fp8_blocks(arch, 8192, 2560)
+        tile = fp8_blocks(arch, 8192, 2560)
         constants = {
-            **_EPILOGUE, "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "BLOCK_R": 16,
-            "SWIZZLE": blocks.swizzle,
+            **_EPILOGUE, "RANK": 0, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": 16,
+            "SWIZZLE": tile.swizzle,
         }  # fmt: skip
         del constants["channel_ptr"]
         types = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv"}
-        yield Case(
-            f"linear FP8, {blocks.m} x {blocks.n}", linear_fp8_kernel, constants, types, blocks.warps, blocks.stages
-        )
+        yield Case(f"linear FP8, {tile.m} x {tile.n}", linear_fp8_kernel, constants, types, tile.warps, tile.stages)
 
 
 def _hopper_cases() -> Iterator[Case]:

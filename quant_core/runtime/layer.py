@@ -25,6 +25,7 @@ from kernels.cpu_measure import Timings, measured
 from kernels.cpu_weight import CpuWeight
 from kernels.epilogue import Epilogue, LowRank
 from kernels.fp8 import Fp8Matrix, fp8_scale, linear_fp8, quantize_fp8, to_fp8
+from kernels.gates import Gate, gate_quantize
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, group_norm_quantize
 from quant_core.nn.activation import ActivationQuantizer
@@ -65,6 +66,8 @@ class RuntimeLayer(nn.Module):
         `low_rank_down` in the weight's shape, and `low_rank_up` (`QuantLayer`), where the format has a low-rank branch.
     norm : GroupNorm or None
         To normalize the input with, before SiLU, before it is quantized; see `take_norm`.
+    gate : Gate or None
+        The activation of a feed-forward to apply to the input before it is quantized; see `take_gate`.
     shared : SharedInput or None
         What keeps the codes of an input that other layers read too; see `share`.
     differences : frozenset of int
@@ -92,6 +95,7 @@ class RuntimeLayer(nn.Module):
         how = _how(self.parts, self.activation, layer.spec)
         self.run = LayerRun(name, backend, f"{how}: {why_floats}" if why_floats else how)
         self.norm: GroupNorm | None = None
+        self.gate: Gate | None = None
         self.shared: SharedInput | None = None
         self.is_last_reader = False
         self.differences = layer.differences
@@ -121,6 +125,11 @@ class RuntimeLayer(nn.Module):
         self.norm = GroupNorm(norm.num_groups, norm.eps, weight, bias)
         self.run = replace(self.run, reason=f"{self.run.reason}, GroupNorm and SiLU with the quantization")
         self.calls = self._small_calls()
+
+    def take_gate(self, gate: Gate) -> None:
+        """Quantize gate(x) instead of x from now on, where x may have twice the channels; for a Linear with tables."""
+        self.gate = gate
+        self.run = replace(self.run, reason=f"{self.run.reason}, {gate} with the quantization")
 
     def _small_calls(self) -> SmallCalls | None:
         """Return what computes the whole layer in one call where it is small; None if it is more than one product."""
@@ -175,7 +184,7 @@ class RuntimeLayer(nn.Module):
             is_last, is_first = i == len(self.parts) - 1, i == 0
             dtype = x.dtype if is_last else torch.float32
             epilogue = Epilogue(dtype, self.bias if is_first else None, out, low_rank if is_first else None)
-            out = self._multiply(part.take(rows), part, epilogue)
+            out = self._multiply(rows if self.gate is not None else part.take(rows), part, epilogue)
         assert out is not None
         return out if self.geometry is None else out.permute(0, 3, 1, 2)
 
@@ -295,7 +304,9 @@ class RuntimeLayer(nn.Module):
                 backend=KernelBackend.REFERENCE if is_cpu else self.run.backend,
             )
         index = self._steps(x, part.table)
-        if norm is None:
+        if self.gate is not None:
+            codes = gate_quantize(x, self.gate, part.table, index, backend=self.run.backend)
+        elif norm is None:
             codes = quantize_by_table(x, part.table, index, self.run.backend)
         else:
             codes = group_norm_quantize(x, norm, part.table, index, silu=True, backend=self.run.backend)

@@ -502,21 +502,42 @@ static void finish_matrix(const FinishMatrix *f) {
 }
 
 #ifdef HAS_PRODUCT
+/* Where a chunk's rows begin, which they are of all, what runs they are of, and the sums of what they multiply. */
+typedef struct {
+    int64_t input[CHUNK], row[CHUNK], run[CHUNK];
+    int32_t total[CHUNK];
+} Rows;
+
+/* Find positions `first` to `last`, at most CHUNK; `sums` of each input position may be NULL, `offset` is of taps. */
+INLINE Rows find_rows(const Product *p, const int32_t *sums, const int64_t *offset, int64_t first, int64_t last) {
+    Rows rows = {0};
+    int64_t area = p->out_height * p->out_width, each = p->batch * area / p->runs, taps = p->kernel_h * p->kernel_w;
+    for (int64_t m = first; m < last; m++) {
+        int64_t pixel = m % area, i = pixel / p->out_width, j = pixel % p->out_width;
+        int64_t position = (m / area * p->height + i * p->stride_h) * p->width + j * p->stride_w;
+        rows.row[m - first] = m;
+        rows.run[m - first] = m / each;
+        rows.input[m - first] = position * p->channels;
+        for (int64_t tap = 0; sums && tap < taps; tap++) {
+            rows.total[m - first] += sums[position + offset[tap] / p->channels];
+        }
+    }
+    return rows;
+}
+
 /* Correct the sums of one row and `vectors` blocks of outputs for zero points, scale them, add bias and residual, store.
- * `total` has the sum of the row's codes, in each lane. */
+ * `total` is the sum of the row's codes less their zero points, if weights have zero points. */
 VNNI static inline void store_sums(
-    const Product *p, const __m512i *sums, __m512i total, int64_t row, int64_t block, int vectors, int64_t run
+    const Product *p, const __m512i *sums, int32_t total, int64_t row, int64_t block, int vectors, int64_t run
 ) {
     __m512i zero = _mm512_set1_epi32(p->zero[run]);
-    int32_t columns = (int32_t)(p->kernel_h * p->kernel_w * p->channels);
-    total = _mm512_sub_epi32(total, _mm512_set1_epi32(p->zero[run] * columns));
     __m512 scale = _mm512_set1_ps(p->scale[run]);
     for (int v = 0; v < vectors; v++) {
         int64_t n = (block + v) * LANES, at = row * p->outputs + n, left = p->outputs - n;
         __mmask16 mask = left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
         __m512i sum = _mm512_sub_epi32(sums[v], _mm512_mullo_epi32(zero, _mm512_loadu_si512(p->weight_sums + n)));
         if (p->weight_zero) {
-            sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(total, _mm512_loadu_si512(p->weight_zero + n)));
+            sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(_mm512_set1_epi32(total), _mm512_loadu_si512(p->weight_zero + n)));
         }
         __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(p->weight_scale + n));
         /* With its rounding named, a product is not fused with the sum. */
@@ -535,16 +556,15 @@ VNNI static inline void store_sums(
 }
 
 /* Multiply `rows` positions, whose codes begin at `base`, with `vectors` blocks of outputs. Both are constant where this is
- * called, so that all sums stay in registers; so is `summed`, whether codes are added up too. */
+ * called, so that all sums stay in registers. */
 VNNI __attribute__((always_inline)) static inline void multiply_tile(
-    const Product *p, const uint8_t *const *base, const int64_t *row, const int64_t *run, const int64_t *offset,
-    int64_t block, int rows, int vectors, int summed
+    const Product *p, const uint8_t *const *base, const Rows *at, int64_t first, const int64_t *offset, int64_t block,
+    int rows, int vectors
 ) {
-    __m512i sums[ROWS][4], totals[ROWS], ones = _mm512_set1_epi8(1);
+    __m512i sums[ROWS][4];
     int64_t taps = p->kernel_h * p->kernel_w, quads = p->channels / QUAD, step = LANES * QUAD;
     const int8_t *weight = p->weight + block * taps * quads * step;
     for (int r = 0; r < rows; r++) {
-        totals[r] = _mm512_setzero_si512();
         for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_setzero_si512();
     }
     for (int64_t tap = 0; tap < taps; tap++) {
@@ -557,48 +577,29 @@ VNNI __attribute__((always_inline)) static inline void multiply_tile(
                 int32_t four;
                 memcpy(&four, code[r] + q * QUAD, QUAD);
                 __m512i x = _mm512_set1_epi32(four);
-                if (summed) totals[r] = _mm512_dpbusd_epi32(totals[r], x, ones);
                 for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], x, w[v]);
             }
         }
     }
-    for (int r = 0; r < rows; r++) store_sums(p, sums[r], totals[r], row[r], block, vectors, run[r]);
-}
-
-/* Where a chunk's rows begin, which they are of all, and what runs they are of. */
-typedef struct {
-    int64_t input[CHUNK], row[CHUNK], run[CHUNK];
-} Rows;
-
-/* Find positions `first` to `last`, at most CHUNK. */
-INLINE Rows find_rows(const Product *p, int64_t first, int64_t last) {
-    Rows rows = {0};
-    int64_t area = p->out_height * p->out_width, each = p->batch * area / p->runs;
-    for (int64_t m = first; m < last; m++) {
-        int64_t pixel = m % area, i = pixel / p->out_width, j = pixel % p->out_width;
-        rows.row[m - first] = m;
-        rows.run[m - first] = m / each;
-        rows.input[m - first] =
-            ((m / area * p->height + i * p->stride_h) * p->width + j * p->stride_w) * p->channels;
+    for (int64_t r = 0; r < rows; r++) {
+        store_sums(p, sums[r], at->total[first + r], at->row[first + r], block, vectors, at->run[first + r]);
     }
-    return rows;
 }
 
 /* Multiply positions `first` to `last` (at most CHUNK) with all outputs. */
-VNNI static void multiply_rows(const Product *p, const int64_t *offset, int64_t first, int64_t last) {
+VNNI static void multiply_rows(
+    const Product *p, const int32_t *sums, const int64_t *offset, int64_t first, int64_t last
+) {
     const uint8_t *base[CHUNK];
     int64_t blocks = (p->outputs + LANES - 1) / LANES;
-    Rows at = find_rows(p, first, last);
+    Rows at = find_rows(p, sums, offset, first, last);
     for (int64_t r = 0; r < last - first; r++) base[r] = p->codes + at.input[r];
     for (int64_t block = 0; block < blocks;) {
         int64_t left = blocks - block;
-        int most = p->weight_zero ? 3 : 4; /* 32 registers: sums, weights, totals, a code, ones */
-        int vectors = left % most == 0 || left >= 2 * most ? most : left % 3 == 0 ? 3 : left >= 2 ? 2 : 1;
+        int vectors = left % 4 == 0 || left >= 8 ? 4 : left % 3 == 0 ? 3 : left >= 2 ? 2 : 1;
         for (int64_t r = 0; r < last - first; r += ROWS) {
             int rows = (int)(last - first - r < ROWS ? last - first - r : ROWS);
-#define TILE(n, v) \
-            if (p->weight_zero) multiply_tile(p, base + r, at.row + r, at.run + r, offset, block, n, v, 1); \
-            else multiply_tile(p, base + r, at.row + r, at.run + r, offset, block, n, v, 0)
+#define TILE(n, v) multiply_tile(p, base + r, &at, r, offset, block, n, v)
 #define BY_ROWS(v) \
             if (rows == 6) { TILE(6, v); } else if (rows == 5) { TILE(5, v); } else if (rows == 4) { TILE(4, v); } \
             else if (rows == 3) { TILE(3, v); } else if (rows == 2) { TILE(2, v); } else { TILE(1, v); }
@@ -650,13 +651,13 @@ AVX2 static inline void store_half(const Product *p, __m256i sum, int32_t total,
 /* Multiply `rows` positions with half a block of outputs. A vector of 16 weights is 4 outputs' of 4 codes, so it adds up
  * in pairs: two sums an output, which are added at the end. */
 AVX2 __attribute__((always_inline)) static inline void multiply_tile_avx2(
-    const Product *p, const int16_t *const *base, const int64_t *row, const int64_t *run, const int64_t *offset,
-    int64_t n, int rows, int summed
+    const Product *p, const int16_t *const *base, const Rows *at, int64_t first, const int64_t *offset, int64_t n,
+    int rows
 ) {
-    __m256i sums[ROWS][2], totals[ROWS], ones = _mm256_set1_epi16(1);
+    __m256i sums[ROWS][2];
     int64_t taps = p->kernel_h * p->kernel_w, quads = p->channels / QUAD, step = LANES * QUAD;
     const int8_t *weight = p->weight + n / LANES * taps * quads * step + n % LANES * QUAD;
-    for (int r = 0; r < rows; r++) totals[r] = sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
     for (int64_t tap = 0; tap < taps; tap++) {
         const int16_t *code[ROWS];
         for (int r = 0; r < rows; r++) code[r] = base[r] + offset[tap];
@@ -667,56 +668,65 @@ AVX2 __attribute__((always_inline)) static inline void multiply_tile_avx2(
                 int64_t four;
                 memcpy(&four, code[r] + q * QUAD, sizeof four);
                 __m256i x = _mm256_set1_epi64x(four);
-                if (summed) totals[r] = _mm256_add_epi32(totals[r], _mm256_madd_epi16(x, ones));
                 sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(x, w0));
                 sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(x, w1));
             }
         }
     }
-    for (int r = 0; r < rows; r++) {
-        int32_t total = summed ? _mm256_extract_epi32(totals[r], 0) + _mm256_extract_epi32(totals[r], 1) : 0;
+    for (int64_t r = 0; r < rows; r++) {
         /* Within each 128 bits: outputs 0, 1 and 4, 5 | 2, 3 and 6, 7. */
         __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[r][0], sums[r][1]), _MM_SHUFFLE(3, 1, 2, 0));
-        store_half(p, sum, total, row[r], n, run[r]);
+        store_half(p, sum, at->total[first + r], at->row[first + r], n, at->run[first + r]);
     }
 }
 
 /* As multiply_rows, of codes that were widened. */
 AVX2 static void multiply_rows_avx2(
-    const Product *p, const int16_t *wide, const int64_t *offset, int64_t first, int64_t last
+    const Product *p, const int16_t *wide, const int32_t *sums, const int64_t *offset, int64_t first, int64_t last
 ) {
     const int16_t *base[CHUNK];
-    int most = p->weight_zero ? 4 : ROWS; /* totals take registers too */
-    Rows at = find_rows(p, first, last);
+    Rows at = find_rows(p, sums, offset, first, last);
     for (int64_t r = 0; r < last - first; r++) base[r] = wide + at.input[r];
     for (int64_t n = 0; n < p->outputs; n += LANES / 2) {
-        for (int64_t r = 0; r < last - first; r += most) {
-            int rows = (int)(last - first - r < most ? last - first - r : most);
-#define TILE(rows, summed) multiply_tile_avx2(p, base + r, at.row + r, at.run + r, offset, n, rows, summed)
-#define BY_ROWS(summed) \
-            if (rows == 4) TILE(4, summed); else if (rows == 3) TILE(3, summed); else if (rows == 2) TILE(2, summed); \
-            else TILE(1, summed)
-            if (p->weight_zero) { BY_ROWS(1); }
-            else if (rows == 6) TILE(6, 0);
-            else if (rows == 5) TILE(5, 0);
-            else { BY_ROWS(0); }
-#undef BY_ROWS
+        for (int64_t r = 0; r < last - first; r += ROWS) {
+            int rows = (int)(last - first - r < ROWS ? last - first - r : ROWS);
+#define TILE(rows) multiply_tile_avx2(p, base + r, &at, r, offset, n, rows)
+            if (rows == 6) TILE(6);
+            else if (rows == 5) TILE(5);
+            else if (rows == 4) TILE(4);
+            else if (rows == 3) TILE(3);
+            else if (rows == 2) TILE(2);
+            else TILE(1);
 #undef TILE
         }
+    }
+}
+
+/* Add up the codes of each position, less their zero points. */
+CLONES static void sum_positions(const Product *p, int32_t *sums) {
+    int64_t positions = p->batch * p->height * p->width, each = positions / p->runs;
+    for (int64_t i = 0; i < positions; i++) {
+        const uint8_t *codes = p->codes + i * p->channels;
+        int32_t sum = 0;
+        for (int64_t c = 0; c < p->channels; c++) sum += codes[c];
+        sums[i] = sum - p->zero[i / each] * (int32_t)p->channels;
     }
 }
 
 static int multiply_all(const Product *p) {
     int64_t taps = p->kernel_h * p->kernel_w, positions = p->batch * p->out_height * p->out_width;
     int64_t *offset = malloc(taps * sizeof(int64_t));
-    int16_t *wide = NULL;
-    if (!p->vnni) wide = malloc(p->batch * p->height * p->width * p->channels * sizeof(int16_t));
-    if (!offset || (!p->vnni && !wide)) {
+    int64_t inputs = p->batch * p->height * p->width;
+    int16_t *wide = p->vnni ? NULL : malloc(inputs * p->channels * sizeof(int16_t));
+    int32_t *sums = p->weight_zero ? malloc(inputs * sizeof(int32_t)) : NULL;
+    if (!offset || (!p->vnni && !wide) || (p->weight_zero && !sums)) {
         free(offset);
         free(wide);
+        free(sums);
         return -1;
     }
     if (wide) widen(p, wide);
+    if (sums) sum_positions(p, sums);
     for (int64_t tap = 0; tap < taps; tap++) {
         int64_t down = tap / p->kernel_w * p->dilation_h, across = tap % p->kernel_w * p->dilation_w;
         offset[tap] = (down * p->width + across) * p->channels;
@@ -726,11 +736,12 @@ static int multiply_all(const Product *p) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t piece = 0; piece < pieces; piece++) {
         int64_t first = piece * CHUNK, last = first + CHUNK < positions ? first + CHUNK : positions;
-        if (wide) multiply_rows_avx2(p, wide, offset, first, last);
-        else multiply_rows(p, offset, first, last);
+        if (wide) multiply_rows_avx2(p, wide, sums, offset, first, last);
+        else multiply_rows(p, sums, offset, first, last);
     }
     free(offset);
     free(wide);
+    free(sums);
     return 0;
 }
 #endif

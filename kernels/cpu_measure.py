@@ -27,6 +27,7 @@ from kernels.cpu_activation import CpuGrid, cpu_grid, quantize_cpu
 from kernels.cpu_call import SmallCalls
 from kernels.cpu_weight import ANY_WORK, CpuWeight
 from kernels.epilogue import Epilogue
+from kernels.errors import KernelError
 
 # Images' sides, whose pixels are rows of a Linear too.
 SIDES = (8, 16, 32)
@@ -133,8 +134,9 @@ def _timings(weight: CpuWeight) -> tuple[Timing, ...]:
         floats = floats.contiguous(memory_format=torch.channels_last)
     start, found = time.perf_counter(), []
     for side in SIDES:
-        down, across = (side, side) if weight.geometry is None else weight.geometry.output_size(side, side)
-        if min(down, across) < 1:
+        try:
+            down, across = (side, side) if weight.geometry is None else weight.geometry.output_size(side, side)
+        except KernelError:  # an image that the kernel does not fit in
             continue
         rows = down * across
         x = torch.randn((rows, weight.channels) if weight.geometry is None else (1, side, side, weight.channels))

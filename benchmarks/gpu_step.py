@@ -5,8 +5,8 @@
 
 Models are SDXL's UNet, DiT-XL, and a stack of 3 + 6 of Flux's blocks (`benchmarks.stacks`). Each is called as it is,
 and from a CUDA graph that was captured once; with --compile-blocks the bfloat16 one also with its repeated blocks
-compiled (`torch.compile`, a graph for each class of block), under a CUDA graph, which is the second one to compare with;
-with --compile also compiled whole, which takes minutes, and compiled and captured. All of one batch size take turns,
+compiled (`torch.compile`, a graph for each class of block), under a CUDA graph, which is the second one to compare
+with; with --compile also compiled whole, which takes minutes, and captured. All of one batch size take turns,
 `--repeats` times, timed by CUDA events; the median counts. Prints one JSON document: milliseconds and what is in memory
 after loading. `speedup` is over bfloat16 in the same way of calling. Weights and codes are random, scaled so that
 activations keep their size, so times are those of a trained model and images mean nothing. All Linear and Conv2d layers

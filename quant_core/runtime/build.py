@@ -26,6 +26,7 @@ from quant_core.runtime.layer import LayerRun, RuntimeLayer, layer_quantizers
 from quant_core.runtime.memory import return_free_memory
 from quant_core.runtime.parts import is_pointwise
 from quant_core.runtime.shared_input import share_inputs
+from quant_core.runtime.vector_layers import vector_layers
 from quant_spec.enums import ActivationMode, KernelBackend, WeightMemory
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
@@ -59,8 +60,8 @@ def build_runtime(
         What it was resolved from, for the reason of layers that run the reference; of "auto", a CPU's products are
         timed (`kernels.cpu_measure`).
     memory : WeightMemory or str
-        How weights lie in a GPU's memory; and whether a CPU may unpack to floats those that it can't multiply as
-        integers (not if "packed").
+        How weights lie in a GPU's memory ("auto" leaves layers packed that read one vector of a sample); and whether a
+        CPU may unpack to floats those that it can't multiply as integers (not if "packed").
 
     Returns
     -------
@@ -72,13 +73,14 @@ def build_runtime(
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     unpacked, floats = unpacks(memory, device), backend is KernelBackend.CPU and memory != WeightMemory.PACKED
+    few_rows: frozenset[str] = frozenset() if memory == WeightMemory.FAST else vector_layers(model)
     layers: list[LayerRun | RuntimeLayer] = []
     laid_out = 0
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]:
         if backend is KernelBackend.REFERENCE:
             layers.append(LayerRun(name, KernelBackend.REFERENCE, why_reference(asked, device)))
             continue
-        made = _runtime_layer(layer, name, backend, unpacked=unpacked, floats=floats)
+        made = _runtime_layer(layer, name, backend, unpacked=unpacked and name not in few_rows, floats=floats)
         layers.append(made)
         if isinstance(made, RuntimeLayer):
             if backend is KernelBackend.CPU and asked == KernelBackend.AUTO:

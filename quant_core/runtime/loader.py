@@ -60,7 +60,8 @@ def load_quantized(
         Later casts are refused, as of any quantized model of diffusers.
     memory : {"auto", "packed", "fast"}, optional
         How weights lie in memory. On a GPU: "packed" as in the release, "fast" as one int8 each, which gives the same
-        and is multiplied faster where a call has many rows; "auto" takes "fast" on GPUs that were seen to be. On a CPU:
+        and is multiplied faster where a call has many rows; "auto" takes "fast" on GPUs that were seen to be, but for
+        layers that read one vector of a sample (embeddings of the timestep, modulations), which stay packed. On a CPU:
         one int8 each where it multiplies integers; others one float32 each with "fast" and "auto", packed on the
         reference with "packed". What each layer has, and its bytes, is in `quant_core.layer_runs(model)`.
     resolve : callable, optional

@@ -1,11 +1,13 @@
 """Compile every Triton kernel for every architecture, without a GPU, and report what each takes.
 
-    python -m kernels.compile_report [--write docs/kernels.md] [--arch sm_90 ...] [--only TEXT] [--json]
+    python -m kernels.compile_report [--write docs/kernels.md | --check docs/kernels.md] [--arch sm_90 ...]
+        [--only TEXT] [--json]
 
 For each kernel, at the blocks that `kernels._triton.blocks` chooses for a typical shape: registers of a thread, bytes
 of its stack (spilled registers), shared memory of a program, the matrix instructions in its assembly, and on sm_90 what
 one turn of its main loop consists of. Exit code 1 if a spill is over SPILL_LIMIT, shared memory over what the
-architecture has, a GEMM found no matrix instruction, or a loop of our own prepares operands or waits for every product.
+architecture has, a GEMM found no matrix instruction, or a loop of our own prepares operands or waits for every product;
+with --check also if a kernel takes more than the file's table says: bytes spilled, or instructions of its main loop.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ _PRODUCT = re.compile(r"[HIQ]GMMA")
 # Of SASS: products; stores to shared memory; conversions (I2F.RP and F2I are of integer divisions); barriers.
 _COUNTED = (r"[HIQ]GMMA", r"STS|STSM", r"I2F(?!\.RP|\.U32\.RP)|F2F|I2IP|PRMT|HADD2|HFMA2", r"BAR")
 _MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
+# How much more of the rest a turn may have than the table says.
+MORE_OTHERS = 1.1
 #: Ends the names of kernels whose main loop may do nothing but copy and multiply.
 OWN_LOOP = ", own loop"
 _BEGIN, _END = "<!-- compile_report begin -->", "<!-- compile_report end -->"
@@ -521,6 +525,40 @@ def problems(usages: Sequence[Usage]) -> list[str]:
     return [usage.problem for usage in usages if usage.problem is not None]
 
 
+def grown(usages: Sequence[Usage], text: str) -> list[str]:
+    """Say what takes more than the table in `text` (of `table`) says, a line each.
+
+    Addresses and counters may grow by MORE_OTHERS, since compilers order them as they like; what spills, prepares
+    operands, synchronizes, or waits for products may not grow at all.
+    """
+    known = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[3].isdigit():
+            known[cells[0], cells[1]] = (int(cells[3]), [int(count) for count in re.findall(r"\d+(?= )", cells[6])])
+    lines = []
+    for usage in usages:
+        spilled, counts = known.get((usage.kernel, usage.arch), (None, []))
+        if spilled is None:
+            lines.append(f"{usage.kernel} on {usage.arch}: got a kernel that the table lacks, wanted --write")
+            continue
+        was = Loop(*counts) if counts else None
+        if usage.spilled > spilled or _is_larger(usage.loop, was):
+            got = f"{usage.spilled} spilled bytes, a turn of {usage.loop or 'nothing'}"
+            lines.append(f"{usage.kernel} on {usage.arch}: got {got}, wanted at most {spilled}, {was or 'nothing'}")
+    return lines
+
+
+def _is_larger(loop: Loop | None, was: Loop | None) -> bool:
+    """Whether a loop takes more than it did."""
+    if loop is None or was is None:
+        return (loop is None) != (was is None)
+    if loop.in_flight < was.in_flight or loop.others > was.others * MORE_OTHERS:
+        return True
+    counts = ("products", "stores", "conversions", "barriers")
+    return any(getattr(loop, name) > getattr(was, name) for name in counts)
+
+
 def table(usages: Sequence[Usage]) -> str:
     """Draw the table of docs/kernels.md."""
     head = ("kernel", "architecture", "registers", "spilled bytes", "shared KiB", "matrix instructions", "one turn")
@@ -537,6 +575,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="*", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", default="", help="compile kernels whose label contains this")
     parser.add_argument("--write", type=Path, help="put the table between the marks of this file")
+    parser.add_argument("--check", type=Path, help="compare with the table between the marks of this file")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -547,7 +586,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before, _, rest = options.write.read_text().partition(_BEGIN)
         options.write.write_text(f"{before}{_BEGIN}\n{table(usages)}\n{_END}{rest.partition(_END)[2]}")
     sys.stdout.write(text + "\n")
-    found = problems(usages)
+    found = problems(usages) + ([] if options.check is None else grown(usages, options.check.read_text()))
     sys.stderr.write("".join(line + "\n" for line in found))
     return 1 if found else 0
 

@@ -20,7 +20,7 @@ from kernels.activations import (
     quantize_by_table_reference,
     table_steps,
 )
-from kernels.backend import backend_for
+from kernels.backend import backend_for, is_traced
 from kernels.errors import KernelError
 from quant_spec.enums import KernelBackend
 
@@ -70,7 +70,8 @@ def gate_quantize(
     channels = x.shape[-1] // gate.inputs
     steps = table_steps(x[..., :channels], table, index)
     check_divisor(table, channels)
-    codes, scale, zero = _gate_quantize(
+    quantize = _gate_quantize if is_traced(x) else _by_table
+    codes, scale, zero = quantize(
         x, str(gate), table.scale, table.zero_point, steps, table.divisor, table.bits, str(backend)
     )
     return QuantizedActivation(codes, scale, zero, table.symmetric)
@@ -84,8 +85,7 @@ def gate_reference(x: Tensor, gate: Gate) -> Tensor:
     return F.gelu(x.float(), approximate="tanh" if gate is Gate.GELU_TANH else "none")
 
 
-@torch.library.custom_op("quantmill::gate_quantize", mutates_args=())
-def _gate_quantize(
+def _by_table(
     x: Tensor,
     gate: str,
     scale: Tensor,
@@ -101,6 +101,9 @@ def _gate_quantize(
         with torch.cuda.device_of(x):
             return launch_gate(x, gate, scale, zero_point, index, divisor, bits)
     return quantize_by_table_reference(gate_reference(x, Gate(gate)), scale, zero_point, index, divisor, bits)
+
+
+_gate_quantize = torch.library.custom_op("quantmill::gate_quantize", _by_table, mutates_args=())
 
 
 @_gate_quantize.register_fake

@@ -6,8 +6,8 @@ Stages, each a process of its own with a share of the time, which is killed when
 after each, and holds what a killed one had written:
 
 tests     tests of tests/kernels, on the device
-step      benchmarks.gpu_step: a step of an SDXL-sized UNet at batch 4, FORMATS beside bfloat16, under a CUDA graph; it
-          builds and compiles beside the tests
+step      benchmarks.gpu_step: a step of SDXL's UNet, DiT-XL and Flux's blocks at batch 4, FORMATS beside bfloat16,
+          under a CUDA graph; it builds and compiles beside the tests
 tune      benchmarks.tune: tiles of the kernels, timed; with --install, later stages use the table
 kernels   benchmarks.kernels: each layer's kernels beside bfloat16, and the kernels that quantize beside a copy
 jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine's CPUs, which run beside the other
@@ -37,7 +37,8 @@ from typing import Any
 from benchmarks.cli import keep, parser
 
 RECIPES = ("fast-w4a8", "tfmq-w8a8", "mpqdm-w4a4")
-FORMATS = ("W8A8", "W4A8 g128")
+MODELS = ("sdxl", "dit-xl", "flux")
+FORMATS = ("W8A8", "W4A8 g64 of integers")
 #: Shares of the minutes among the stages that run; the jobs' is what is left.
 SHARES = {"tests": 0.15, "step": 0.3, "tune": 0.35, "kernels": 0.15, "jobs": 0.1}
 STAGES = tuple(SHARES)
@@ -161,7 +162,8 @@ class Check:
                 self.beside.append(start(name, job(recipe, "cpu", threads), self.folder, hidden))
         step = None
         if "step" in stages:
-            command = ["-m", "benchmarks.gpu_step", "--batches", "4", "--formats", *FORMATS, "--repeats", "7"]
+            command = ["-m", "benchmarks.gpu_step", "--models", *MODELS, "--batches", "4", "--formats", *FORMATS]
+            command += ["--repeats", "7"]
             step = start("step", [*command, "--out", "{out}"], self.folder)
         if "tests" in stages:
             running = start("tests", tests(self.device), self.folder)

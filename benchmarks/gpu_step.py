@@ -1,21 +1,24 @@
-"""One step of a UNet of SDXL's size with random weights on a GPU: packed against bfloat16.
+"""One step of a denoiser of full size with random weights on a GPU: packed against bfloat16.
 
-    python -m benchmarks.gpu_step [--batches 1 4] [--latents 128] [--repeats 10] [--formats W8A8 W4A8] [--compile]
-        [--out FILE]
+    python -m benchmarks.gpu_step [--models sdxl dit-xl flux] [--batches 1 4] [--latents 128] [--repeats 10]
+        [--formats W8A8 W4A8] [--compile] [--compile-blocks] [--out FILE]
 
-Each model is called as it is, and from a CUDA graph that was captured once; with --compile also compiled
-(`torch.compile`, default mode, which takes minutes), and compiled and captured. All of one batch size take turns,
+Models are SDXL's UNet, DiT-XL, and a stack of 3 + 6 of Flux's blocks (`benchmarks.stacks`). Each is called as it is,
+and from a CUDA graph that was captured once; with --compile-blocks the bfloat16 one also with its repeated blocks
+compiled (`torch.compile`, a graph for each class of block), under a CUDA graph, which is the second one to compare
+with; with --compile also compiled whole, which takes minutes, and captured. All of one batch size take turns,
 `--repeats` times, timed by CUDA events; the median counts. Prints one JSON document: milliseconds and what is in memory
 after loading. `speedup` is over bfloat16 in the same way of calling. Weights and codes are random, scaled so that
 activations keep their size, so times are those of a trained model and images mean nothing. All Linear and Conv2d layers
-but the first and the last convolution are packed; every input has a range for each of 20 steps; attention products are
-in bfloat16. The captured graph runs at two timesteps, and must then give what the model gives without it.
+are packed but those that take in and give out samples; every input has a range for each of 20 steps; attention products
+are in bfloat16. The captured graph runs at two timesteps, and must then give what the model gives without it.
 
 Peak memory is some 30 GiB, of the bfloat16 model and one packed one.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import statistics
 import sys
@@ -28,14 +31,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cli import give, keep, parser
-from benchmarks.sdxl import SDXL, meta_unet
+from benchmarks.stacks import STACKS, Stack
 from benchmarks.timing import captured, idle_cuda_ms, take_turns
 from quant_core import layer_runs
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QUANTIZABLE, QuantLayer
 from quant_core.nn.model import build_quantized
 from quant_core.runtime.build import build_runtime
-from quant_spec.enums import Granularity, KernelBackend
+from quant_spec.enums import Granularity, GroupScale, KernelBackend
 from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
 
 Call = Callable[[], Tensor]
@@ -44,25 +47,27 @@ STEPS = tuple(float(t) for t in range(951, 0, -50))
 FORMATS = {
     "W8A8": WeightSpec(8),
     "W4A8": WeightSpec(4),
+    "W4A8 g64 of integers": WeightSpec(
+        4, granularity=Granularity.PER_GROUP, group_size=64, group_scale=GroupScale.INTEGER
+    ),
     "W4A8 g128": WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=128),
 }
 # Kernels are the same with and without a graph, but libraries may choose others for it; a wrong step is far beyond.
 GRAPH_TOLERANCE = 0.01
-_FLOAT_LAYERS = ("conv_in", "conv_out")
 
 
-def half_unet(shapes: dict[str, Any], device: str) -> nn.Module:
-    """Return the UNet in bfloat16, channels last."""
-    model = meta_unet(shapes).to(HALF).to_empty(device=device)
+def half_model(stack: Stack, device: str) -> nn.Module:
+    """Return the model in bfloat16, channels last."""
+    model = stack.build(stack.shapes).to(HALF).to_empty(device=device)
     _fill_floats(model)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def packed_unet(shapes: dict[str, Any], weight: WeightSpec, device: str, backend: KernelBackend) -> nn.Module:
-    """Return the UNet with packed layers; what is not packed is in bfloat16."""
-    model = meta_unet(shapes)
+def packed_model(stack: Stack, weight: WeightSpec, device: str, backend: KernelBackend) -> nn.Module:
+    """Return the model with packed layers; what is not packed is in bfloat16."""
+    model = stack.build(stack.shapes)
     named = ((name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZABLE))
-    names = [name for name, _ in named if name not in _FLOAT_LAYERS]
+    names = [name for name, _ in named if name not in stack.floats]
     spec = LayerSpec(weight, ActivationSpec(8))
     build_quantized(model, ModelFormat(dict.fromkeys(names, spec), {}, STEPS))
     model = model.to_empty(device=device)
@@ -79,6 +84,8 @@ def packed_unet(shapes: dict[str, Any], weight: WeightSpec, device: str, backend
 
 def _fill_floats(model: nn.Module) -> None:
     """Give weights a spread of 1 / sqrt(inputs), norms 1, everything else 0."""
+    for buffer in model.buffers():
+        buffer.zero_()
     for name, tensor in model.named_parameters():
         if tensor.dim() > 1:
             tensor.data.normal_(std=tensor[0].numel() ** -0.5)
@@ -92,30 +99,17 @@ def _fill_codes(layer: QuantLayer) -> None:
     layer.qweight.random_(0, 256)
     layer.zero_point.fill_(levels // 2)
     layer.scale.fill_(12**0.5 / levels * layer.columns**-0.5)
+    if layer.spec.weight.is_multiplied:  # stored less 1; the codes' spread is that of the multipliers' mean
+        layer.multiplier.fill_(7)
+        layer.scale.div_(8)
     if layer.bias is not None:
         layer.bias.zero_()
 
 
-def inputs(shapes: dict[str, Any], batch: int, latents: int, device: str) -> dict[str, Any]:
-    """Return what the UNet is called with; its timestep is a tensor on the device."""
-    draw = torch.Generator(device).manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=draw, device=device, dtype=HALF)
-
-    pooled = shapes["projection_class_embeddings_input_dim"] - 6 * shapes["addition_time_embed_dim"]
-    image = noise(batch, shapes["in_channels"], latents, latents).contiguous(memory_format=torch.channels_last)
-    added = {"text_embeds": noise(batch, pooled), "time_ids": torch.zeros(batch, 6, device=device, dtype=HALF)}
-    return {
-        "sample": image,
-        "timestep": torch.tensor(STEPS[9], device=device),
-        "encoder_hidden_states": noise(batch, 77, shapes["cross_attention_dim"]),
-        "added_cond_kwargs": added,
-    }
-
-
-def ways(model: nn.Module, told: dict[str, Any], compile_too: bool) -> Iterator[tuple[str, Call]]:
-    """Yield the ways in which a model is called."""
+def ways(
+    model: nn.Module, told: dict[str, Any], compile_too: bool, blocks: tuple[str, ...] = ()
+) -> Iterator[tuple[str, Call]]:
+    """Yield the ways in which a model is called; the last one compiles the `blocks` that it repeats, in place."""
 
     def call(of: Callable[..., Any]) -> Call:
         return lambda: of(**told, return_dict=False)[0]
@@ -126,6 +120,11 @@ def ways(model: nn.Module, told: dict[str, Any], compile_too: bool) -> Iterator[
         compiled = call(torch.compile(model, fullgraph=True))
         yield "compiled", compiled
         yield "compiled, CUDA graph", replayed(compiled, told)
+    if blocks:
+        for module in model.modules():
+            if type(module).__name__ in blocks:
+                module.compile()
+        yield "compiled by block, CUDA graph", replayed(call(model), told)
 
 
 def replayed(run: Call, told: dict[str, Any]) -> Call:
@@ -140,45 +139,53 @@ def replayed(run: Call, told: dict[str, Any]) -> Call:
     return replay
 
 
-def measure(
-    formats: Sequence[str], batch: int, latents: int, repeats: int, results: dict[str, Any], compile_too: bool
-) -> None:
-    """Measure the formats at one batch size, each beside bfloat16, into `results`."""
-    told = inputs(SDXL, batch, latents, "cuda")
-    for name in formats:
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        print(f"batch {batch}, {name}: building", file=sys.stderr)
-        packed = packed_unet(SDXL, FORMATS[name], "cuda", KernelBackend.TRITON)
-        packed_bytes = torch.cuda.memory_allocated() - before
-        plain = half_unet(SDXL, "cuda")
-        plain_bytes = torch.cuda.memory_allocated() - before - packed_bytes
-        print(f"batch {batch}, {name}: compiling and capturing", file=sys.stderr)
-        models = {"bfloat16": plain, name: packed}
-        calls = {f"{model}, {way}": run for model, each in models.items() for way, run in ways(each, told, compile_too)}
-        seen = take_turns(calls, repeats, idle_cuda_ms, progress=True)
-        times = {key: statistics.median(each) for key, each in seen.items()}
-        results[name] = {
-            "ms": {key: round(ms, 3) for key, ms in times.items()},
-            "speedup": {
-                way: round(times[f"bfloat16, {way}"] / times[f"{name}, {way}"], 3)
-                for way in (key.removeprefix(f"{name}, ") for key in times if key.startswith(f"{name}, "))
-            },
-            "loaded_bytes": {"bfloat16": plain_bytes, name: packed_bytes},
-            "layers": dict(Counter(str(run.backend) for run in layer_runs(packed))),
-        }
-        del packed, plain, models, calls
+def measure(stack: Stack, name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a format beside bfloat16 at one batch size."""
+    latents = options.latents or stack.shapes.get("sample_size", 128)
+    told = stack.told(stack.shapes, batch, latents, "cuda")
+    told["timestep"].fill_(STEPS[9])
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    print(f"batch {batch}, {name}: building", file=sys.stderr)
+    packed = packed_model(stack, FORMATS[name], "cuda", KernelBackend.TRITON)
+    packed_bytes = torch.cuda.memory_allocated() - before
+    plain = half_model(stack, "cuda")
+    plain_bytes = torch.cuda.memory_allocated() - before - packed_bytes
+    print(f"batch {batch}, {name}: compiling and capturing", file=sys.stderr)
+    blocks = stack.blocks if options.compile_blocks else ()
+    calls = {f"bfloat16, {way}": run for way, run in ways(plain, told, options.compile, blocks)}
+    calls |= {f"{name}, {way}": run for way, run in ways(packed, told, options.compile)}
+    if blocks:
+        del calls["bfloat16, eager"]  # its blocks are compiled by now
+    seen = take_turns(calls, options.repeats, idle_cuda_ms, progress=True)
+    return figures(name, {key: statistics.median(each) for key, each in seen.items()}) | {
+        "loaded_bytes": {"bfloat16": plain_bytes, name: packed_bytes},
+        "layers": dict(Counter(str(run.backend) for run in layer_runs(packed))),
+    }
+
+
+def figures(name: str, times: dict[str, float]) -> dict[str, Any]:
+    """Return milliseconds and speed over bfloat16 in the same way of calling; a graph also over one of its blocks."""
+    ours = {key.removeprefix(f"{name}, "): ms for key, ms in times.items() if key.startswith(f"{name}, ")}
+    plain = {key.removeprefix("bfloat16, "): ms for key, ms in times.items() if key.startswith("bfloat16, ")}
+    speedup = {way: round(plain[way] / ms, 3) for way, ms in ours.items() if way in plain}
+    by_block = plain.get("compiled by block, CUDA graph")
+    if by_block is not None:
+        speedup["CUDA graph over compiled by block"] = round(by_block / ours["CUDA graph"], 3)
+    return {"ms": {key: round(ms, 3) for key, ms in times.items()}, "speedup": speedup}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command of this module's docstring."""
     command = parser(__doc__)
     command.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    command.add_argument("--latents", type=int, default=SDXL["sample_size"])
+    command.add_argument("--models", nargs="+", choices=STACKS, default=["sdxl"])
+    command.add_argument("--latents", type=int, help="side of the latents; by default the model's own")
     command.add_argument("--repeats", type=int, default=10)
     command.add_argument("--compile", action="store_true", help="also with torch.compile")
+    command.add_argument("--compile-blocks", action="store_true", help="bfloat16 also with its blocks compiled")
     command.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     command.add_argument("--out", type=Path)
     options = command.parse_args(arguments)
@@ -187,14 +194,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import triton
 
     device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
-    found: dict[str, Any] = {"device": device, "latents": options.latents, "batches": {}}
+    found: dict[str, Any] = {"device": device, "latents": options.latents, "models": {}}
     with torch.no_grad():
-        for batch in options.batches:
-            results = found["batches"].setdefault(str(batch), {})
-            for name in options.formats:
-                measure([name], batch, options.latents, options.repeats, results, options.compile)
-                if options.out:  # so that what is cut keeps what it has
-                    keep(found, options.out)
+        for model in options.models:
+            for batch in options.batches:
+                results = found["models"].setdefault(model, {}).setdefault(str(batch), {})
+                for name in options.formats:
+                    results[name] = measure(STACKS[model], name, batch, options)
+                    if options.out:  # so that what is cut keeps what it has
+                        keep(found, options.out)
     give(found, options.out)
     return 0
 

@@ -41,7 +41,7 @@ from kernels.epilogue import Epilogue
 from kernels.fp8 import linear_fp8, quantize_fp8
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, LayerNorm, group_norm_quantize, layer_norm_quantize
-from kernels.weights import PackedWeight, unpack_weight
+from kernels.weights import PackedWeight, join_widths, unpack_weight
 
 HALF = torch.bfloat16
 
@@ -97,9 +97,10 @@ def layer_weight(
 
 
 def mixed_weight(layer: Layer) -> list[PackedWeight]:
-    """Make a weight whose output channels have 3, 4 or 5 bits, a third each."""
+    """Make a weight whose output channels have 3, 4 or 5 bits, a third each; as a model's layer has it."""
     order = torch.randperm(layer.outputs, generator=torch.Generator().manual_seed(0))
-    return [layer_weight(layer, bits, None, part) for bits, part in zip((3, 4, 5), order.chunk(3), strict=True)]
+    shares = zip((3, 4, 5), order.chunk(3), strict=True)
+    return list(join_widths([layer_weight(layer, bits, None, part) for bits, part in shares]))
 
 
 def weights_of(layer: Layer) -> Iterator[tuple[str, Sequence[PackedWeight]]]:

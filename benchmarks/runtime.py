@@ -6,6 +6,7 @@
 All models run one step in turn, `--repeats` times, and each keeps its least time and its median: load of other
 processes falls on all alike. Seconds are the thread's CPU seconds, which do not count waiting for a processor, and
 wall seconds beside them. float32 and bfloat16 are measured in both memory layouts; ratios are to the better one.
+`--auto` loads as backend "auto" does, which times small products; `--float32` leaves bfloat16 out.
 `--compile` measures each also compiled by Inductor (minutes each). `--stable-diffusion N` measures a UNet of Stable
 Diffusion 1.5's shapes with random 8-bit codes on N x N latents, with float32 and with bfloat16 between its layers.
 
@@ -49,10 +50,10 @@ _FLOATS = {
 }
 
 
-def runtime(folder: Path) -> nn.Module:
-    """Load a release for the integer CPU backend."""
+def runtime(folder: Path, *, timed: bool = False) -> nn.Module:
+    """Load a release for the integer CPU backend, or if `timed` as "auto" does, which times small products first."""
     model = load_folder(folder)
-    build_runtime(model, KernelBackend.CPU)
+    build_runtime(model, KernelBackend.CPU, KernelBackend.AUTO if timed else KernelBackend.CPU)
     return model
 
 
@@ -84,7 +85,7 @@ def ratios(times: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     result: dict[str, dict[str, float]] = {}
     for name in [name for name in times if name not in floats]:
         result[name] = {}
-        for dtype in ("float32", "bfloat16"):
+        for dtype in sorted({name.split(",")[0] for name in floats}, reverse=True):
             for compiled in (False, True):
                 base = [times[other] for other in floats if dtype in other and other.endswith("compiled") is compiled]
                 for key in ("cpu_ms", "cpu_ms_median") if base else ():
@@ -159,15 +160,22 @@ def _half_of(model: nn.Module, shapes: dict[str, Any]) -> nn.Module:
 
 
 def emoji(
-    model: Path, releases: dict[str, Path], batches: Sequence[int], repeats: int, compiled: bool
+    model: Path,
+    releases: dict[str, Path],
+    batches: Sequence[int],
+    repeats: int,
+    compiled: bool,
+    *,
+    timed: bool,
+    half: bool,
 ) -> dict[str, Any]:
-    """Measure a class-conditional UNet's releases."""
+    """Measure a class-conditional UNet's releases; bfloat16 too if `half`."""
     result: dict[str, Any] = {"batches": {}}
     for batch in batches:
         steps = {}
         timestep: Any = 0.0
         for name, folder in releases.items():
-            packed = runtime(folder)
+            packed = runtime(folder, timed=timed)
             config: Any = packed.config
             timestep = config.quantization_config.timesteps[7]
             steps[name] = class_step(packed, batch, timestep, torch.float32, torch.channels_last)
@@ -176,6 +184,8 @@ def emoji(
                 both = (batch, timestep, torch.float32, torch.channels_last)
                 steps[f"{name}, compiled"] = class_step(torch.compile(packed), *both)
         for name, (dtype, layout) in _FLOATS.items():
+            if dtype is torch.bfloat16 and not half:
+                continue
             plain = load_denoiser(model).model.to(dtype, memory_format=layout)  # type: ignore[call-overload]
             steps[name] = class_step(plain, batch, timestep, dtype, layout)
             if compiled:
@@ -193,6 +203,10 @@ def main() -> None:
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     options.add_argument("--repeats", type=int, default=15)
     options.add_argument("--compile", action="store_true")
+    options.add_argument("--auto", action="store_true", help="time small products at load, as backend auto does")
+    options.add_argument(
+        "--float32", action="store_true", help="leave bfloat16 out, which takes minutes without AVX512"
+    )
     options.add_argument("--images", action="store_true")
     options.add_argument("--seeds", type=int, default=64)
     options.add_argument("--stable-diffusion", type=int, metavar="SIZE")
@@ -206,7 +220,8 @@ def main() -> None:
         elif args.images:
             found = {name: image_psnr(folder, args.seeds) for name, folder in releases.items()}
         else:
-            found = emoji(args.model, releases, args.batches, args.repeats, args.compile)
+            how = {"timed": args.auto, "half": not args.float32}
+            found = emoji(args.model, releases, args.batches, args.repeats, args.compile, **how)
     said: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "torch": torch.__version__, "threads": 1}
     give(said | ({} if args.images else {"repeats": args.repeats}) | found, args.out)
 

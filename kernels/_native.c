@@ -5,7 +5,7 @@
  *     finish           add the digits of a product, correct for the weight's zero points, add the residual
  *     finish_matrix    the same of a matrix product's integers, with all scales
  *     run_layer        quantize and product at once, prepared by plan_layer
- *     product          all of a small product: multiply codes with int8 weights, on AVX512-VNNI, scale, add
+ *     product          all of a small product: multiply codes with int8 weights, on AVX512-VNNI or AVX2, scale, add
  *
  * Images are channels last, (B, H, W, C); a matrix is an image of M rows of one position. Tensors come as addresses:
  * kernels/native.py checks their shapes and dtypes. Codes are those of kernels/affine.py: division and rounding to even are IEEE's,
@@ -20,8 +20,10 @@
 #include <string.h>
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
-#define HAS_VNNI
+#define HAS_PRODUCT
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+/* Without FMA: a product is never fused with a sum. */
+#define AVX2 __attribute__((target("avx2")))
 #endif
 
 /* One function for each generation of x86-64, chosen when it is loaded. */
@@ -100,10 +102,12 @@ typedef struct {
     int bfloat16, threads; /* bfloat16: out and residual */
 } FinishMatrix;
 
-/* Outputs of a vector of sums, codes of one step of it, rows that are multiplied at a time. */
+/* Outputs of a block, codes of one step, rows that are multiplied at a time. */
 #define LANES 16
 #define QUAD 4
 #define ROWS 6
+/* Rows that each block's weights are read for while they are in the cache. */
+#define CHUNK 24
 
 typedef struct {
     const uint8_t *codes;   /* (B, H, W, C), padded, C a multiple of QUAD */
@@ -119,6 +123,7 @@ typedef struct {
     int64_t batch, height, width, channels, out_height, out_width, outputs, runs;
     int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w;
     int bfloat16, threads;  /* bfloat16: out and residual */
+    int vnni;               /* whether to use AVX512-VNNI, else AVX2 */
 } Product;
 
 INLINE float bits_float(uint32_t bits) {
@@ -339,8 +344,18 @@ static void quantize_sample(const Quantize *q, int64_t b, double *room, int thre
         norm_coefficients(q, room, origin, positions, slope, shift);
     }
     int64_t wide = (q->width + 2 * q->pad_w) * channels, tall = q->height + 2 * q->pad_h;
+    /* Without padding, lines of a run follow one another: a matrix's are one position each. */
+    int64_t most = q->height < q->rows_per_run ? q->height : q->rows_per_run, merged = 1;
+    if (!q->pad_h && !q->pad_w && q->width < RUN) merged = RUN / q->width < most ? RUN / q->width : most;
+    int64_t pieces = merged > 1 ? q->height / most * ((most + merged - 1) / merged) : tall;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t line = 0; line < tall; line++) {
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t line = piece, lines = 1;
+        if (merged > 1) {
+            int64_t each = (most + merged - 1) / merged, in_run = piece % each * merged;
+            line = piece / each * most + in_run;
+            lines = most - in_run < merged ? most - in_run : merged;
+        }
         int64_t h = line - q->pad_h, inside = h < 0 ? 0 : h < q->height ? h : q->height - 1;
         int64_t run = (b * q->height + inside) / q->rows_per_run;
         int32_t zero = q->zero[run];
@@ -358,7 +373,7 @@ static void quantize_sample(const Quantize *q, int64_t b, double *room, int thre
         }
         quantize_row(
             x + h * q->width * pitch, codes + q->pad_w * channels,
-            q->sums ? q->sums + (b * q->height + h) * q->width : NULL, q->width, channels, q->pitch,
+            q->sums ? q->sums + (b * q->height + h) * q->width : NULL, lines * q->width, channels, q->pitch,
             q->step + run * channels, (float)zero, (float)q->top, slope, shift, q->bfloat16, q->silu, held);
     }
 }
@@ -486,22 +501,43 @@ static void finish_matrix(const FinishMatrix *f) {
     for (int64_t row = 0; row < f->rows; row++) finish_matrix_any_row(f, row);
 }
 
-#ifdef HAS_VNNI
+#ifdef HAS_PRODUCT
+/* Where a chunk's rows begin, which they are of all, what runs they are of, and the sums of what they multiply. */
+typedef struct {
+    int64_t input[CHUNK], row[CHUNK], run[CHUNK];
+    int32_t total[CHUNK];
+} Rows;
+
+/* Find positions `first` to `last`, at most CHUNK; `sums` of each input position may be NULL, `offset` is of taps. */
+INLINE Rows find_rows(const Product *p, const int32_t *sums, const int64_t *offset, int64_t first, int64_t last) {
+    Rows rows = {0};
+    int64_t area = p->out_height * p->out_width, each = p->batch * area / p->runs, taps = p->kernel_h * p->kernel_w;
+    for (int64_t m = first; m < last; m++) {
+        int64_t pixel = m % area, i = pixel / p->out_width, j = pixel % p->out_width;
+        int64_t position = (m / area * p->height + i * p->stride_h) * p->width + j * p->stride_w;
+        rows.row[m - first] = m;
+        rows.run[m - first] = m / each;
+        rows.input[m - first] = position * p->channels;
+        for (int64_t tap = 0; sums && tap < taps; tap++) {
+            rows.total[m - first] += sums[position + offset[tap] / p->channels];
+        }
+    }
+    return rows;
+}
+
 /* Correct the sums of one row and `vectors` blocks of outputs for zero points, scale them, add bias and residual, store.
- * `total` has the sum of the row's codes, in each lane. */
+ * `total` is the sum of the row's codes less their zero points, if weights have zero points. */
 VNNI static inline void store_sums(
-    const Product *p, const __m512i *sums, __m512i total, int64_t row, int64_t block, int vectors, int64_t run
+    const Product *p, const __m512i *sums, int32_t total, int64_t row, int64_t block, int vectors, int64_t run
 ) {
     __m512i zero = _mm512_set1_epi32(p->zero[run]);
-    int32_t columns = (int32_t)(p->kernel_h * p->kernel_w * p->channels);
-    total = _mm512_sub_epi32(total, _mm512_set1_epi32(p->zero[run] * columns));
     __m512 scale = _mm512_set1_ps(p->scale[run]);
     for (int v = 0; v < vectors; v++) {
         int64_t n = (block + v) * LANES, at = row * p->outputs + n, left = p->outputs - n;
         __mmask16 mask = left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
         __m512i sum = _mm512_sub_epi32(sums[v], _mm512_mullo_epi32(zero, _mm512_loadu_si512(p->weight_sums + n)));
         if (p->weight_zero) {
-            sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(total, _mm512_loadu_si512(p->weight_zero + n)));
+            sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(_mm512_set1_epi32(total), _mm512_loadu_si512(p->weight_zero + n)));
         }
         __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_loadu_ps(p->weight_scale + n));
         /* With its rounding named, a product is not fused with the sum. */
@@ -520,16 +556,15 @@ VNNI static inline void store_sums(
 }
 
 /* Multiply `rows` positions, whose codes begin at `base`, with `vectors` blocks of outputs. Both are constant where this is
- * called, so that all sums stay in registers; so is `summed`, whether codes are added up too. */
+ * called, so that all sums stay in registers. */
 VNNI __attribute__((always_inline)) static inline void multiply_tile(
-    const Product *p, const uint8_t *const *base, const int64_t *row, const int64_t *run, const int64_t *offset,
-    int64_t block, int rows, int vectors, int summed
+    const Product *p, const uint8_t *const *base, const Rows *at, int64_t first, const int64_t *offset, int64_t block,
+    int rows, int vectors
 ) {
-    __m512i sums[ROWS][4], totals[ROWS], ones = _mm512_set1_epi8(1);
+    __m512i sums[ROWS][4];
     int64_t taps = p->kernel_h * p->kernel_w, quads = p->channels / QUAD, step = LANES * QUAD;
     const int8_t *weight = p->weight + block * taps * quads * step;
     for (int r = 0; r < rows; r++) {
-        totals[r] = _mm512_setzero_si512();
         for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_setzero_si512();
     }
     for (int64_t tap = 0; tap < taps; tap++) {
@@ -542,62 +577,171 @@ VNNI __attribute__((always_inline)) static inline void multiply_tile(
                 int32_t four;
                 memcpy(&four, code[r] + q * QUAD, QUAD);
                 __m512i x = _mm512_set1_epi32(four);
-                if (summed) totals[r] = _mm512_dpbusd_epi32(totals[r], x, ones);
                 for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_dpbusd_epi32(sums[r][v], x, w[v]);
             }
         }
     }
-    for (int r = 0; r < rows; r++) store_sums(p, sums[r], totals[r], row[r], block, vectors, run[r]);
+    for (int64_t r = 0; r < rows; r++) {
+        store_sums(p, sums[r], at->total[first + r], at->row[first + r], block, vectors, at->run[first + r]);
+    }
 }
 
-/* Multiply positions `first` to `last` (at most ROWS) with all outputs. */
-VNNI static void multiply_rows(const Product *p, const int64_t *offset, int64_t first, int64_t last) {
-    const uint8_t *base[ROWS];
-    int64_t row[ROWS], run[ROWS], blocks = (p->outputs + LANES - 1) / LANES;
-    int64_t area = p->out_height * p->out_width, each = p->batch * area / p->runs;
-    int rows = (int)(last - first);
-    for (int r = 0; r < rows; r++) {
-        int64_t m = first + r, pixel = m % area, i = pixel / p->out_width, j = pixel % p->out_width;
-        row[r] = m;
-        run[r] = m / each;
-        base[r] = p->codes + ((m / area * p->height + i * p->stride_h) * p->width + j * p->stride_w) * p->channels;
-    }
+/* Multiply positions `first` to `last` (at most CHUNK) with all outputs. */
+VNNI static void multiply_rows(
+    const Product *p, const int32_t *sums, const int64_t *offset, int64_t first, int64_t last
+) {
+    const uint8_t *base[CHUNK];
+    int64_t blocks = (p->outputs + LANES - 1) / LANES;
+    Rows at = find_rows(p, sums, offset, first, last);
+    for (int64_t r = 0; r < last - first; r++) base[r] = p->codes + at.input[r];
     for (int64_t block = 0; block < blocks;) {
         int64_t left = blocks - block;
-        int most = p->weight_zero ? 3 : 4; /* 32 registers: sums, weights, totals, a code, ones */
-        int vectors = left % most == 0 || left >= 2 * most ? most : left % 3 == 0 ? 3 : left >= 2 ? 2 : 1;
-#define TILE(r, v) \
-    if (p->weight_zero) multiply_tile(p, base, row, run, offset, block, r, v, 1); \
-    else multiply_tile(p, base, row, run, offset, block, r, v, 0)
+        int vectors = left % 4 == 0 || left >= 8 ? 4 : left % 3 == 0 ? 3 : left >= 2 ? 2 : 1;
+        for (int64_t r = 0; r < last - first; r += ROWS) {
+            int rows = (int)(last - first - r < ROWS ? last - first - r : ROWS);
+#define TILE(n, v) multiply_tile(p, base + r, &at, r, offset, block, n, v)
 #define BY_ROWS(v) \
-        if (rows == 6) { TILE(6, v); } else if (rows == 5) { TILE(5, v); } else if (rows == 4) { TILE(4, v); } \
-        else if (rows == 3) { TILE(3, v); } else if (rows == 2) { TILE(2, v); } else { TILE(1, v); }
-        if (vectors == 4) { BY_ROWS(4); }
-        else if (vectors == 3) { BY_ROWS(3); }
-        else if (vectors == 2) { BY_ROWS(2); }
-        else { BY_ROWS(1); }
+            if (rows == 6) { TILE(6, v); } else if (rows == 5) { TILE(5, v); } else if (rows == 4) { TILE(4, v); } \
+            else if (rows == 3) { TILE(3, v); } else if (rows == 2) { TILE(2, v); } else { TILE(1, v); }
+            if (vectors == 4) { BY_ROWS(4); }
+            else if (vectors == 3) { BY_ROWS(3); }
+            else if (vectors == 2) { BY_ROWS(2); }
+            else { BY_ROWS(1); }
 #undef BY_ROWS
 #undef TILE
+        }
         block += vectors;
+    }
+}
+
+/* Write codes less their zero points to `wide`, as pairs of them are multiplied by AVX2. */
+CLONES static void widen(const Product *p, int16_t *wide) {
+    int64_t each = p->batch * p->height * p->width / p->runs * p->channels;
+    for (int64_t run = 0; run < p->runs; run++) {
+        const uint8_t *codes = p->codes + run * each;
+        int16_t zero = (int16_t)p->zero[run], *to = wide + run * each;
+        INDEPENDENT
+        for (int64_t i = 0; i < each; i++) to[i] = (int16_t)(codes[i] - zero);
+    }
+}
+
+/* As store_sums, of one row and half a block: the sums of code - zero point need no correction by the weights' sums. */
+AVX2 static inline void store_half(const Product *p, __m256i sum, int32_t total, int64_t row, int64_t n, int64_t run) {
+    int64_t at = row * p->outputs + n, left = p->outputs - n;
+    if (p->weight_zero) {
+        __m256i zero = _mm256_loadu_si256((const __m256i *)(p->weight_zero + n));
+        sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(_mm256_set1_epi32(total), zero));
+    }
+    __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(p->weight_scale + n));
+    value = _mm256_mul_ps(value, _mm256_set1_ps(p->scale[run]));
+    value = _mm256_add_ps(value, _mm256_loadu_ps(p->bias + n));
+    if (p->bfloat16 || left < LANES / 2) {
+        float each[LANES / 2];
+        _mm256_storeu_ps(each, value);
+        for (int64_t i = 0; i < LANES / 2 && i < left; i++) {
+            float one = p->residual ? each[i] + load(p->residual, at + i, p->bfloat16) : each[i];
+            store(p->out, at + i, one, p->bfloat16);
+        }
+        return;
+    }
+    if (p->residual) value = _mm256_add_ps(value, _mm256_loadu_ps((const float *)p->residual + at));
+    _mm256_storeu_ps((float *)p->out + at, value);
+}
+
+/* Multiply `rows` positions with half a block of outputs. A vector of 16 weights is 4 outputs' of 4 codes, so it adds up
+ * in pairs: two sums an output, which are added at the end. */
+AVX2 __attribute__((always_inline)) static inline void multiply_tile_avx2(
+    const Product *p, const int16_t *const *base, const Rows *at, int64_t first, const int64_t *offset, int64_t n,
+    int rows
+) {
+    __m256i sums[ROWS][2];
+    int64_t taps = p->kernel_h * p->kernel_w, quads = p->channels / QUAD, step = LANES * QUAD;
+    const int8_t *weight = p->weight + n / LANES * taps * quads * step + n % LANES * QUAD;
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
+    for (int64_t tap = 0; tap < taps; tap++) {
+        const int16_t *code[ROWS];
+        for (int r = 0; r < rows; r++) code[r] = base[r] + offset[tap];
+        for (int64_t q = 0; q < quads; q++, weight += step) { /* 16 registers: 12 sums, 2 weights, codes, a product */
+            __m256i w0 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)weight));
+            __m256i w1 = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(weight + 16)));
+            for (int r = 0; r < rows; r++) {
+                int64_t four;
+                memcpy(&four, code[r] + q * QUAD, sizeof four);
+                __m256i x = _mm256_set1_epi64x(four);
+                sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(x, w0));
+                sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(x, w1));
+            }
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        /* Within each 128 bits: outputs 0, 1 and 4, 5 | 2, 3 and 6, 7. */
+        __m256i sum = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[r][0], sums[r][1]), _MM_SHUFFLE(3, 1, 2, 0));
+        store_half(p, sum, at->total[first + r], at->row[first + r], n, at->run[first + r]);
+    }
+}
+
+/* As multiply_rows, of codes that were widened. */
+AVX2 static void multiply_rows_avx2(
+    const Product *p, const int16_t *wide, const int32_t *sums, const int64_t *offset, int64_t first, int64_t last
+) {
+    const int16_t *base[CHUNK];
+    Rows at = find_rows(p, sums, offset, first, last);
+    for (int64_t r = 0; r < last - first; r++) base[r] = wide + at.input[r];
+    for (int64_t n = 0; n < p->outputs; n += LANES / 2) {
+        for (int64_t r = 0; r < last - first; r += ROWS) {
+            int rows = (int)(last - first - r < ROWS ? last - first - r : ROWS);
+#define TILE(rows) multiply_tile_avx2(p, base + r, &at, r, offset, n, rows)
+            if (rows == 6) TILE(6);
+            else if (rows == 5) TILE(5);
+            else if (rows == 4) TILE(4);
+            else if (rows == 3) TILE(3);
+            else if (rows == 2) TILE(2);
+            else TILE(1);
+#undef TILE
+        }
+    }
+}
+
+/* Add up the codes of each position, less their zero points. */
+CLONES static void sum_positions(const Product *p, int32_t *sums) {
+    int64_t positions = p->batch * p->height * p->width, each = positions / p->runs;
+    for (int64_t i = 0; i < positions; i++) {
+        const uint8_t *codes = p->codes + i * p->channels;
+        int32_t sum = 0;
+        for (int64_t c = 0; c < p->channels; c++) sum += codes[c];
+        sums[i] = sum - p->zero[i / each] * (int32_t)p->channels;
     }
 }
 
 static int multiply_all(const Product *p) {
     int64_t taps = p->kernel_h * p->kernel_w, positions = p->batch * p->out_height * p->out_width;
     int64_t *offset = malloc(taps * sizeof(int64_t));
-    if (!offset) return -1;
+    int64_t inputs = p->batch * p->height * p->width;
+    int16_t *wide = p->vnni ? NULL : malloc(inputs * p->channels * sizeof(int16_t));
+    int32_t *sums = p->weight_zero ? malloc(inputs * sizeof(int32_t)) : NULL;
+    if (!offset || (!p->vnni && !wide) || (p->weight_zero && !sums)) {
+        free(offset);
+        free(wide);
+        free(sums);
+        return -1;
+    }
+    if (wide) widen(p, wide);
+    if (sums) sum_positions(p, sums);
     for (int64_t tap = 0; tap < taps; tap++) {
         int64_t down = tap / p->kernel_w * p->dilation_h, across = tap % p->kernel_w * p->dilation_w;
         offset[tap] = (down * p->width + across) * p->channels;
     }
-    int64_t pieces = (positions + ROWS - 1) / ROWS;
+    int64_t pieces = (positions + CHUNK - 1) / CHUNK;
     int threads = p->threads;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t piece = 0; piece < pieces; piece++) {
-        int64_t first = piece * ROWS, last = first + ROWS < positions ? first + ROWS : positions;
-        multiply_rows(p, offset, first, last);
+        int64_t first = piece * CHUNK, last = first + CHUNK < positions ? first + CHUNK : positions;
+        if (wide) multiply_rows_avx2(p, wide, sums, offset, first, last);
+        else multiply_rows(p, sums, offset, first, last);
     }
     free(offset);
+    free(wide);
+    free(sums);
     return 0;
 }
 #endif
@@ -672,16 +816,17 @@ static PyObject *py_finish_matrix(PyObject *self, PyObject *const *args, Py_ssiz
     Py_RETURN_NONE;
 }
 
-static PyObject *py_has_product(PyObject *self, PyObject *unused) {
-#ifdef HAS_VNNI
-    return PyBool_FromLong(
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"));
+static PyObject *py_product_level(PyObject *self, PyObject *unused) {
+#ifdef HAS_PRODUCT
+    int vnni =
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    return PyLong_FromLong(vnni ? 2 : __builtin_cpu_supports("avx2") ? 1 : 0);
 #else
-    Py_RETURN_FALSE;
+    return PyLong_FromLong(0);
 #endif
 }
 
-#ifdef HAS_VNNI
+#ifdef HAS_PRODUCT
 INLINE Product read_product(const long long *a) {
     return (Product){
         .codes = ADDRESS(a[0]), .weight = ADDRESS(a[1]), .out = ADDRESS(a[2]), .residual = ADDRESS(a[3]),
@@ -689,15 +834,15 @@ INLINE Product read_product(const long long *a) {
         .weight_zero = ADDRESS(a[9]), .bias = ADDRESS(a[8]), .batch = a[10], .height = a[11], .width = a[12],
         .channels = a[13], .out_height = a[14], .out_width = a[15], .outputs = a[16], .runs = a[17], .kernel_h = a[18],
         .kernel_w = a[19], .stride_h = a[20], .stride_w = a[21], .dilation_h = a[22], .dilation_w = a[23],
-        .bfloat16 = (int)a[24], .threads = (int)a[25],
+        .bfloat16 = (int)a[24], .threads = (int)a[25], .vnni = (int)a[26],
     };
 }
 #endif
 
 static PyObject *py_product(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-#ifdef HAS_VNNI
-    long long a[26];
-    if (!integers(args, given, 26, a)) return NULL;
+#ifdef HAS_PRODUCT
+    long long a[27];
+    if (!integers(args, given, 27, a)) return NULL;
     Product p = read_product(a);
     int failed;
     Py_BEGIN_ALLOW_THREADS
@@ -706,12 +851,12 @@ static PyObject *py_product(PyObject *self, PyObject *const *args, Py_ssize_t gi
     if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
 #else
-    PyErr_SetString(PyExc_RuntimeError, "got no AVX512-VNNI, wanted it: see has_product");
+    PyErr_SetString(PyExc_RuntimeError, "got neither AVX512-VNNI nor AVX2, wanted one: see product_level");
     return NULL;
 #endif
 }
 
-#ifdef HAS_VNNI
+#ifdef HAS_PRODUCT
 typedef struct {
     Quantize quantize;
     Product product;
@@ -720,20 +865,20 @@ typedef struct {
 
 /* Arguments as of quantize, then of product, then eps; those that run_layer is given are 0. */
 static PyObject *py_plan_layer(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-#ifdef HAS_VNNI
-    long long a[51];
-    double eps = given == 52 ? PyFloat_AsDouble(args[51]) : 0.0;
-    if (PyErr_Occurred() || !integers(args, given - (given == 52), 51, a)) return NULL;
+#ifdef HAS_PRODUCT
+    long long a[52];
+    double eps = given == 53 ? PyFloat_AsDouble(args[52]) : 0.0;
+    if (PyErr_Occurred() || !integers(args, given - (given == 53), 52, a)) return NULL;
     Layer layer = {.quantize = read_quantize(a, eps), .product = read_product(a + 25)};
     return PyBytes_FromStringAndSize((const char *)&layer, sizeof layer);
 #else
-    PyErr_SetString(PyExc_RuntimeError, "got no AVX512-VNNI, wanted it: see has_product");
+    PyErr_SetString(PyExc_RuntimeError, "got neither AVX512-VNNI nor AVX2, wanted one: see product_level");
     return NULL;
 #endif
 }
 
 static PyObject *py_run_layer(PyObject *self, PyObject *const *args, Py_ssize_t given) {
-#ifdef HAS_VNNI
+#ifdef HAS_PRODUCT
     long long a[6];
     Layer layer;
     if (given != 7 || !PyBytes_Check(args[0]) || PyBytes_GET_SIZE(args[0]) != sizeof layer) {
@@ -760,7 +905,7 @@ static PyObject *py_run_layer(PyObject *self, PyObject *const *args, Py_ssize_t 
     if (failed) return PyErr_NoMemory();
     Py_RETURN_NONE;
 #else
-    PyErr_SetString(PyExc_RuntimeError, "got no AVX512-VNNI, wanted it: see has_product");
+    PyErr_SetString(PyExc_RuntimeError, "got neither AVX512-VNNI nor AVX2, wanted one: see product_level");
     return NULL;
 #endif
 }
@@ -769,7 +914,7 @@ static PyMethodDef methods[] = {
     {"quantize", (PyCFunction)(void (*)(void))py_quantize, METH_FASTCALL, "See kernels/native.py."},
     {"finish", (PyCFunction)(void (*)(void))py_finish, METH_FASTCALL, "See kernels/native.py."},
     {"finish_matrix", (PyCFunction)(void (*)(void))py_finish_matrix, METH_FASTCALL, "See kernels/native.py."},
-    {"has_product", py_has_product, METH_NOARGS, "Whether this CPU has what `product` needs."},
+    {"product_level", py_product_level, METH_NOARGS, "What `product` can use here: 2 AVX512-VNNI, 1 AVX2, 0 nothing."},
     {"plan_layer", (PyCFunction)(void (*)(void))py_plan_layer, METH_FASTCALL, "See kernels/native.py."},
     {"run_layer", (PyCFunction)(void (*)(void))py_run_layer, METH_FASTCALL, "See kernels/native.py."},
     {"product", (PyCFunction)(void (*)(void))py_product, METH_FASTCALL, "See kernels/native.py."},

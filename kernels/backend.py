@@ -63,10 +63,11 @@ def why_reference(choice: KernelBackend | str, device: torch.device) -> str:
 
 
 def has_int8_cpu() -> bool:
-    """Whether PyTorch's oneDNN multiplies int8 here without saturation; imports and measures."""
+    """Whether int8 is multiplied exactly here: by oneDNN without saturation, or by our own product; measures."""
     from kernels.cpu_weight import sums_pairs_exactly
+    from kernels.native import product_level
 
-    return sums_pairs_exactly()
+    return sums_pairs_exactly() or bool(product_level())
 
 
 def prefers_int8_weights(device: torch.device) -> bool:

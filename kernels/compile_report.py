@@ -1,11 +1,13 @@
 """Compile every Triton kernel for every architecture, without a GPU, and report what each takes.
 
-    python -m kernels.compile_report [--write docs/kernels.md] [--arch sm_90 ...] [--only TEXT] [--json]
+    python -m kernels.compile_report [--write docs/kernels.md | --check docs/kernels.md] [--arch sm_90 ...]
+        [--only TEXT] [--json]
 
 For each kernel, at the blocks that `kernels._triton.blocks` chooses for a typical shape: registers of a thread, bytes
 of its stack (spilled registers), shared memory of a program, the matrix instructions in its assembly, and on sm_90 what
 one turn of its main loop consists of. Exit code 1 if a spill is over SPILL_LIMIT, shared memory over what the
-architecture has, a GEMM found no matrix instruction, or a loop of our own prepares operands or waits for every product.
+architecture has, a GEMM found no matrix instruction, or a loop of our own prepares operands or waits for every product;
+with --check also if a kernel takes more than the file's table says: bytes spilled, or instructions of its main loop.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kernels.weights import WeightLayout
+
+if TYPE_CHECKING:
+    from kernels._triton.blocks import Blocks
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # A few spilled words outside the inner loop cost nothing that could be measured; a spilled accumulator does.
@@ -34,6 +39,8 @@ _PRODUCT = re.compile(r"[HIQ]GMMA")
 # Of SASS: products; stores to shared memory; conversions (I2F.RP and F2I are of integer divisions); barriers.
 _COUNTED = (r"[HIQ]GMMA", r"STS|STSM", r"I2F(?!\.RP|\.U32\.RP)|F2F|I2IP|PRMT|HADD2|HFMA2", r"BAR")
 _MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
+# How much more of the rest a turn may have than the table says.
+MORE_OTHERS = 1.1
 #: Ends the names of kernels whose main loop may do nothing but copy and multiply.
 OWN_LOOP = ", own loop"
 _BEGIN, _END = "<!-- compile_report begin -->", "<!-- compile_report end -->"
@@ -137,6 +144,7 @@ def cases(arch: str) -> Iterator[Case]:
     """Yield what is compiled for `arch`: SDXL's and DiT's shapes, and each variant of a kernel's inner loop."""
     yield from _linear_cases(arch)
     yield from _conv_cases(arch)
+    yield from _widths_cases(arch)
     yield from _float_cases(arch)
     yield from _activation_cases()
     yield from _other_cases(arch)
@@ -166,35 +174,60 @@ def _weight_constants(layout: WeightLayout, k: int) -> dict[str, Any]:
     return {"BITS": layout.bits, "LANE": lane, "GROUP_SIZE": layout.group_size, **absent}
 
 
+def linear_case(
+    label: str, layout: WeightLayout, blocks: Blocks, *, x_symmetric: bool, rank: int = 0, full: bool = False
+) -> Case:
+    """Return a product of integers; with channels, bias, residual and branch if `full`, else with a bias."""
+    from kernels._triton.blocks import rank_block
+    from kernels._triton.gemm import linear_int_kernel
+
+    constants = {
+        **({} if full else _BIAS), **_weight_constants(layout, blocks.k), "SYMMETRIC": layout.symmetric,
+        "X_SYMMETRIC": x_symmetric, "RANK": rank, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n,
+        "BLOCK_R": rank_block(rank), "SWIZZLE": blocks.swizzle,
+    }  # fmt: skip
+    return Case(
+        f"linear {label}, {blocks.m} x {blocks.n}", linear_int_kernel, constants, _weight_types(layout), blocks.warps,
+        blocks.stages,
+    )  # fmt: skip
+
+
+def conv_case(label: str, layout: WeightLayout, blocks: Blocks, *, x_symmetric: bool, taps: int, stride: int) -> Case:
+    """Return a convolution of integers of `taps` x `taps`."""
+    from kernels._triton.conv import conv2d_int_kernel
+
+    constants = {
+        **_BIAS, "TAPS_H": taps, "TAPS_W": taps, "STRIDE_H": stride, "STRIDE_W": stride,
+        "PAD_H": taps // 2, "PAD_W": taps // 2, "DILATION_H": 1, "DILATION_W": 1,
+        **_weight_constants(layout, blocks.k), "SYMMETRIC": layout.symmetric, "X_SYMMETRIC": x_symmetric,
+        "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
+    }  # fmt: skip
+    return Case(
+        f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}", conv2d_int_kernel, constants,
+        _weight_types(layout), blocks.warps, blocks.stages,
+    )  # fmt: skip
+
+
+def gathered(case: Case, *, added: bool) -> Case:
+    """Return a product whose rows name their output channels, perhaps with a residual."""
+    given = ("channel_ptr", "residual_ptr") if added else ("channel_ptr",)
+    return replace(case, constants={key: value for key, value in case.constants.items() if key not in given})
+
+
 def _linear_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.blocks import int_blocks
-    from kernels._triton.gemm import linear_int_kernel
 
     for m, n in ((8192, 2560), (16, 2560)):
         for label, layout, x_symmetric in _WEIGHTS:
-            blocks = int_blocks(arch, m, n, layout)
-            constants = {
-                **_BIAS, **_weight_constants(layout, blocks.k), "SYMMETRIC": layout.symmetric,
-                "X_SYMMETRIC": x_symmetric, "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16,
-                "SWIZZLE": blocks.swizzle,
-            }  # fmt: skip
-            case = Case(
-                f"linear {label}, {blocks.m} x {blocks.n}", linear_int_kernel, constants,
-                _weight_types(layout), blocks.warps, blocks.stages,
-            )  # fmt: skip
-            yield case
+            yield linear_case(label, layout, int_blocks(arch, m, n, layout), x_symmetric=x_symmetric)
             if m > 64 and label == "W4A8":
                 blocks = int_blocks(arch, m, n, layout, heavy=True)
-                full = {**constants, "RANK": 32, "BLOCK_R": 32, "BLOCK_N": blocks.n}
-                for name in ("residual_ptr", "down_ptr", "up_ptr", "channel_ptr"):
-                    del full[name]
-                label = f"linear {label}, {blocks.m} x {blocks.n}, all of the epilogue"
-                yield replace(case, label=label, constants=full)
+                case = linear_case(label, layout, blocks, x_symmetric=x_symmetric, rank=32, full=True)
+                yield replace(case, label=f"{case.label}, all of the epilogue")
 
 
 def _conv_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.blocks import int_blocks
-    from kernels._triton.conv import conv2d_int_kernel
 
     for label, linear, x_symmetric in _WEIGHTS:
         for taps, stride in ((3, 1), (3, 2), (1, 1)):
@@ -202,22 +235,51 @@ def _conv_cases(arch: str) -> Iterator[Case]:
                 continue
             layout = replace(linear, taps=taps * taps)
             blocks = int_blocks(arch, 8192, 2560, layout, heavy=arch == "sm_80" and not x_symmetric)
-            constants = {
-                **_BIAS, "TAPS_H": taps, "TAPS_W": taps, "STRIDE_H": stride, "STRIDE_W": stride,
-                "PAD_H": taps // 2, "PAD_W": taps // 2, "DILATION_H": 1, "DILATION_W": 1,
-                **_weight_constants(layout, blocks.k), "SYMMETRIC": layout.symmetric, "X_SYMMETRIC": x_symmetric,
-                "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
-            }  # fmt: skip
-            case = Case(
-                f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}", conv2d_int_kernel, constants,
-                _weight_types(layout), blocks.warps, blocks.stages,
-            )  # fmt: skip
-            yield case
+            yield conv_case(label, layout, blocks, x_symmetric=x_symmetric, taps=taps, stride=stride)
             if (taps, stride, layout.group_size) == (3, 1, 0) and not layout.symmetric:
                 blocks = int_blocks(arch, 8192, 2560, layout, heavy=True)
-                gather = {key: value for key, value in constants.items() if key not in ("residual_ptr", "channel_ptr")}
-                mixed = f"conv {taps}x{taps}/{stride} {label}, {blocks.m} x {blocks.n}, of mixed bits, added"
-                yield replace(case, label=mixed, constants={**gather, "BLOCK_N": blocks.n})
+                case = conv_case(label, layout, blocks, x_symmetric=x_symmetric, taps=taps, stride=stride)
+                yield replace(gathered(case, added=True), label=f"{case.label}, of mixed bits, added")
+
+
+def _widths_cases(arch: str) -> Iterator[Case]:
+    """Yield one launch for rows of several widths: per channel as mixed bits have them, and with whole group scales."""
+    from kernels._triton.widths import (
+        WIDTHS,
+        conv2d_widths_kernel,
+        layout_constants,
+        linear_widths_kernel,
+        widths_blocks,
+    )
+
+    for (kernel, taps, m), multiplied in itertools.product(
+        ((linear_widths_kernel, 1, 8192), (linear_widths_kernel, 1, 16), (conv2d_widths_kernel, 9, 8192)),
+        (False, True),
+    ):
+        group = 64 if multiplied else 0
+        layouts = [
+            WeightLayout(2, 640, taps, 32, group, False, multiplied),
+            WeightLayout(4, 640, taps, 64, group, False, multiplied),
+            WeightLayout(8, 640, taps, 32, 0, symmetric=multiplied),
+        ]
+        blocks = widths_blocks(arch, m, 2560, layouts)
+        absent = {} if multiplied else {f"multiplier{bits}_ptr": None for bits in WIDTHS if bits < 8}
+        constants = {
+            **{key: value for key, value in _BIAS.items() if key != "channel_ptr"}, **absent,
+            **layout_constants(layouts, blocks.k), "X_SYMMETRIC": False, "RANK": 0, "BLOCK_M": blocks.m,
+            "BLOCK_N": blocks.n, "BLOCK_R": 16, "SWIZZLE": blocks.swizzle,
+        }  # fmt: skip
+        if taps > 1:
+            constants |= dict.fromkeys(("TAPS_H", "TAPS_W"), 3) | dict.fromkeys(("PAD_H", "PAD_W"), 1)
+            constants |= dict.fromkeys(("STRIDE_H", "STRIDE_W", "DILATION_H", "DILATION_W"), 1)
+        types = {"x_ptr": "*i8"}
+        for bits in WIDTHS:
+            types |= {f"w{bits}_ptr": "*i8" if bits == 8 else "*u8", f"scale{bits}_ptr": "*fp32"}
+            types |= {f"zero{bits}_ptr": "*i8", f"multiplier{bits}_ptr": "*i8"}
+            types |= {f"{name}{bits}_ptr": "*i32" for name in ("total", "channel")}
+        what = f"{'linear' if taps == 1 else 'conv 3x3/1'} of 2, 4 and 8 bits"
+        label = f"{what}{' g64 of integers' if multiplied else ''}, {blocks.m} x {blocks.n}"
+        yield Case(label, kernel, constants, types, blocks.warps, blocks.stages)
 
 
 def _float_cases(arch: str) -> Iterator[Case]:
@@ -290,6 +352,7 @@ def _other_cases(arch: str) -> Iterator[Case]:
     from kernels._triton import norms
     from kernels._triton.blocks import fp8_blocks
     from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel, quantize_long_fp8_kernel
+    from kernels._triton.gates import gate_quantize_kernel
 
     chunks: dict[str, Any] = {"GROUPS": 32, "WIDTH": 20, "BLOCK_P": 16, "BLOCK_G": 8, "BLOCK_W": 32}
     yield _plain("group norm: chunks", norms.group_stats_kernel, **chunks)
@@ -303,20 +366,21 @@ def _other_cases(arch: str) -> Iterator[Case]:
         **_CODES, **_TOKEN, SYMMETRIC=False, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None,
         index_ptr=None,
     )  # fmt: skip
+    for label, gated, tanh in (("GEGLU", True, False), ("GELU", False, False), ("GELU by tanh", False, True)):
+        blocks: dict[str, Any] = {"BLOCK_M": 8, "BLOCK_C": 512, "divisor_ptr": None}
+        yield _plain(f"{label} + quantize", gate_quantize_kernel, _TABLE, GATED=gated, TANH=tanh, **_CODES, **blocks)
     if arch in ("sm_90", "sm_100"):
         values, limits = {"values_ptr": "*fp8e4nv"}, {"MAX": 448.0, "FLOOR": 1e-12, "FUSED": True}
         yield _plain("quantize FP8", quantize_fp8_kernel, values, **limits, **_TOKEN)
         yield _plain("quantize FP8, long rows", quantize_long_fp8_kernel, values, **limits, BLOCK_K=2048)
-        blocks = fp8_blocks(arch, 8192, 2560)
+        tile = fp8_blocks(arch, 8192, 2560)
         constants = {
-            **_EPILOGUE, "RANK": 0, "BLOCK_M": blocks.m, "BLOCK_N": blocks.n, "BLOCK_K": blocks.k, "BLOCK_R": 16,
-            "SWIZZLE": blocks.swizzle,
+            **_EPILOGUE, "RANK": 0, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": 16,
+            "SWIZZLE": tile.swizzle,
         }  # fmt: skip
         del constants["channel_ptr"]
         types = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv"}
-        yield Case(
-            f"linear FP8, {blocks.m} x {blocks.n}", linear_fp8_kernel, constants, types, blocks.warps, blocks.stages
-        )
+        yield Case(f"linear FP8, {tile.m} x {tile.n}", linear_fp8_kernel, constants, types, tile.warps, tile.stages)
 
 
 def _hopper_cases() -> Iterator[Case]:
@@ -461,6 +525,40 @@ def problems(usages: Sequence[Usage]) -> list[str]:
     return [usage.problem for usage in usages if usage.problem is not None]
 
 
+def grown(usages: Sequence[Usage], text: str) -> list[str]:
+    """Say what takes more than the table in `text` (of `table`) says, a line each.
+
+    Addresses and counters may grow by MORE_OTHERS, since compilers order them as they like; what spills, prepares
+    operands, synchronizes, or waits for products may not grow at all.
+    """
+    known = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 7 and cells[3].isdigit():
+            known[cells[0], cells[1]] = (int(cells[3]), [int(count) for count in re.findall(r"\d+(?= )", cells[6])])
+    lines = []
+    for usage in usages:
+        spilled, counts = known.get((usage.kernel, usage.arch), (None, []))
+        if spilled is None:
+            lines.append(f"{usage.kernel} on {usage.arch}: got a kernel that the table lacks, wanted --write")
+            continue
+        was = Loop(*counts) if counts else None
+        if usage.spilled > spilled or _is_larger(usage.loop, was):
+            got = f"{usage.spilled} spilled bytes, a turn of {usage.loop or 'nothing'}"
+            lines.append(f"{usage.kernel} on {usage.arch}: got {got}, wanted at most {spilled}, {was or 'nothing'}")
+    return lines
+
+
+def _is_larger(loop: Loop | None, was: Loop | None) -> bool:
+    """Whether a loop takes more than it did."""
+    if loop is None or was is None:
+        return (loop is None) != (was is None)
+    if loop.in_flight < was.in_flight or loop.others > was.others * MORE_OTHERS:
+        return True
+    counts = ("products", "stores", "conversions", "barriers")
+    return any(getattr(loop, name) > getattr(was, name) for name in counts)
+
+
 def table(usages: Sequence[Usage]) -> str:
     """Draw the table of docs/kernels.md."""
     head = ("kernel", "architecture", "registers", "spilled bytes", "shared KiB", "matrix instructions", "one turn")
@@ -477,6 +575,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="*", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", default="", help="compile kernels whose label contains this")
     parser.add_argument("--write", type=Path, help="put the table between the marks of this file")
+    parser.add_argument("--check", type=Path, help="compare with the table between the marks of this file")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -487,7 +586,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before, _, rest = options.write.read_text().partition(_BEGIN)
         options.write.write_text(f"{before}{_BEGIN}\n{table(usages)}\n{_END}{rest.partition(_END)[2]}")
     sys.stdout.write(text + "\n")
-    found = problems(usages)
+    found = problems(usages) + ([] if options.check is None else grown(usages, options.check.read_text()))
     sys.stderr.write("".join(line + "\n" for line in found))
     return 1 if found else 0
 

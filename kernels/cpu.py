@@ -30,10 +30,6 @@ from kernels.gemm import epilogue_rows
 CONV_TOLERANCE = 2.0**-21
 
 
-# Products of codes and weights up to which `native.product` is faster than oneDNN with what surrounds it.
-SMALL_WORK = 1 << 25
-
-
 def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) -> Tensor:
     """Multiply uint8 codes (..., K) with a weight.
 
@@ -55,12 +51,13 @@ def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
     """
     shape = (*x.codes.shape[:-1], weight.outputs)
     _check_codes(x, weight)
-    if isinstance(weight.packed, ConvLayout):
+    if weight.geometry is not None:
         raise KernelError("cpu linear: got the weight of a Conv2d, wanted a Linear's")
     epilogue.check(shape)
     rows = x.codes.reshape(math.prod(shape[:-1]), weight.channels)
     if _is_small(weight, len(rows), epilogue):
         return _small_product(rows, x, weight, shape, epilogue)
+    assert weight.packed is not None
     if isinstance(weight.packed, SmallMatrix):
         return _finish_matrix(_multiply_small(rows, weight.packed), x, weight, epilogue).view(shape)
     direct = _is_direct(weight, epilogue)
@@ -91,15 +88,16 @@ def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
         If shapes disagree, or codes are not uint8.
     """
     geometry, layout = weight.geometry, weight.packed
-    if geometry is None or not isinstance(layout, ConvLayout) or x.codes.dim() != 4:
+    if geometry is None or x.codes.dim() != 4:
         raise KernelError(f"cpu conv2d: got codes {tuple(x.codes.shape)}, wanted (B, H, W, C) and a Conv2d's weight")
     _check_codes(x, weight)
     x = pad_codes(x, geometry.padding)
     batch, height, width, channels = x.codes.shape
-    shape = (batch, *layout.unpadded.output_size(height, width), weight.outputs)
+    shape = (batch, *replace(geometry, padding=(0, 0)).output_size(height, width), weight.outputs)
     epilogue.check(shape)
     if _is_small(weight, batch * shape[1] * shape[2], epilogue):
         return _small_product(x.codes, x, weight, shape, epilogue)
+    assert isinstance(layout, ConvLayout)
     packed = layout.for_images((batch, channels, height, width))
     bias, single = _zero_point_bias(x, weight, epilogue), x.scale.numel() == 1
     if single and _is_direct(weight, epilogue):
@@ -114,23 +112,54 @@ def cpu_conv2d(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
 
 
 def _is_small(weight: CpuWeight, positions: int, epilogue: Epilogue) -> bool:
-    """Whether a product is so small that what surrounds it takes longer."""
-    small = weight.small
-    if small is None or not native.is_usable() or epilogue.low_rank is not None:
+    """Whether a product is so small that what surrounds it takes longer, or nothing else multiplies it exactly."""
+    if weight.small is None or weight.packed is None:
+        return weight.small is not None
+    if not native.is_usable() or epilogue.low_rank is not None:
         return False
-    return positions * small.values.numel() <= SMALL_WORK and epilogue.dtype in (torch.float32, torch.bfloat16)
+    small = positions * weight.small.values.numel() <= weight.small_work
+    return small and epilogue.dtype in (torch.float32, torch.bfloat16)
 
 
 def _small_product(
     codes: Tensor, x: QuantizedActivation, weight: CpuWeight, shape: tuple[int, ...], epilogue: Epilogue
 ) -> Tensor:
     """Multiply, scale and add in one call; exactly the reference's integers, and its float32 operations."""
-    assert weight.small is not None
-    out = torch.empty(shape, dtype=epilogue.dtype)
-    residual = None if epilogue.residual is None else epilogue.residual.to(epilogue.dtype).contiguous()
-    bias = native.pad_bias(epilogue.bias, weight.small)
+    small, geometry = weight.small, weight.geometry or native.POINT
+    assert small is not None
+    if epilogue.low_rank is not None:
+        raise KernelError("cpu product: got a low-rank branch, wanted it in the residual")
+    dtype = torch.bfloat16 if epilogue.dtype is torch.bfloat16 else torch.float32
+    residual = None if epilogue.residual is None else epilogue.residual.to(dtype).contiguous()
+    bias = native.pad_bias(epilogue.bias, small)
+    multiply = torch.ops.quantmill.cpu_product.default if torch.compiler.is_compiling() else _product
+    out = multiply(
+        codes.contiguous(), x.scale, x.zero_point, small.values, small.scale, small.sums, small.zero, bias, residual,
+        [*geometry.kernel, *geometry.stride, *geometry.dilation], list(shape), dtype,
+    )  # fmt: skip
+    return out.to(epilogue.dtype)
+
+
+def _product(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    sums: Tensor,
+    zero: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None,
+    sizes: list[int],
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Multiply codes, padded already, by `native.product`; `sizes` are a kernel's, its stride's and its dilation's."""
+    out = torch.empty(shape, dtype=dtype)
+    weight = native.ProductWeight(values, scale, sums, zero, bias, shape[-1])
+    kh, kw, sh, sw, dh, dw = sizes
     native.product(
-        codes.contiguous(), x.scale, x.zero_point, weight.small, bias, out, weight.geometry or native.POINT, residual
+        codes, x_scale, x_zero, weight, bias, out, ConvGeometry((kh, kw), (sh, sw), (0, 0), (dh, dw)), residual
     )
     return out
 
@@ -279,6 +308,31 @@ _LIBRARY.define(
     "ScalarType dtype) -> Tensor"
 )
 _LIBRARY.impl("cpu_linear", _linear_rows, "CompositeExplicitAutograd")
+
+
+_LIBRARY.define(
+    "cpu_product(Tensor codes, Tensor x_scale, Tensor x_zero, Tensor values, Tensor scale, Tensor sums, Tensor? zero, "
+    "Tensor bias, Tensor? residual, int[] sizes, SymInt[] shape, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.impl("cpu_product", _product, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("quantmill::cpu_product")
+def _(
+    codes: Tensor,
+    x_scale: Tensor,
+    x_zero: Tensor,
+    values: Tensor,
+    scale: Tensor,
+    sums: Tensor,
+    zero: Tensor | None,
+    bias: Tensor,
+    residual: Tensor | None,
+    sizes: list[int],
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("quantmill::cpu_linear")

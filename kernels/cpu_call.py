@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels import native
-from kernels.cpu import SMALL_WORK
 from kernels.cpu_activation import CpuGrid
 from kernels.cpu_weight import CpuWeight
 from kernels.norms import GroupNorm
@@ -82,7 +81,7 @@ class SmallCalls:
             work = self.small.values.numel()
             for size in shape[:-1]:
                 work *= size
-            if work <= SMALL_WORK:
+            if work <= self.weight.small_work:
                 fixed = native.plan_layer(x, grid, self.bits, self.norm, self.small, self.bias, shape, geometry)
                 plan = None if fixed is None else (fixed, shape)
         self._plans[key] = plan

@@ -9,7 +9,8 @@
                     w = step * (d0 + 256 d1 + 65536 d2),   d in [-128, 127].
                 Each digit is an output channel of its own; their sums, each an exact integer, are added in float32.
     saturation  Without VNNI or AMX, oneDNN adds pairs of products in int16 (vpmaddubsw), which saturates above 32767:
-                exact only if 2 * 255 * max|w| fits. `pack_cpu_weight` measures this machine and refuses the rest.
+                exact only if 2 * 255 * max|w| fits. `pack_cpu_weight` measures this machine. What does not fit is left
+                to the product of our own (`kernels.native`), which AVX2 is enough for, and refused without it.
 
 Weights are unpacked once: a byte a weight and digit. oneDNN's order of a convolution's weights depends on the size of
 the image, so it is chosen at the first call. Weights in another order would be rearranged at every call, which takes up
@@ -41,6 +42,10 @@ DIGIT_LIMIT = 3
 SMALL_MATRIX = 1 << 16
 # The most weights that are kept a second time, for calls of few positions.
 SMALL_PRODUCT = 1 << 19
+# Products of codes and weights up to which `native.product` is faster than oneDNN with what surrounds it.
+SMALL_WORK = 1 << 26
+# What `CpuWeight.small_work` is where there is nothing else.
+ANY_WORK = 1 << 62
 _DIGIT = 256
 # The largest number that DIGIT_LIMIT digits of [-128, 127] hold on both sides of 0.
 _LARGEST = 127 * (_DIGIT**DIGIT_LIMIT - 1) // (_DIGIT - 1)
@@ -103,8 +108,8 @@ class CpuWeight:
 
     Attributes
     ----------
-    packed : Tensor, SmallMatrix or ConvLayout
-        int8; digits * N output channels, all of digit 0 first. A Tensor is in oneDNN's order.
+    packed : Tensor, SmallMatrix, ConvLayout or None
+        int8; digits * N output channels, all of digit 0 first. A Tensor is in oneDNN's order. None: `small` is all.
     scale : Tensor, shape (digits * N,), dtype float32
     sums : Tensor, shape (digits * N,), dtype int32
         Of each output's int8 weights: what each step of an input's zero point takes away.
@@ -121,10 +126,12 @@ class CpuWeight:
     geometry : ConvGeometry or None
         None for a Linear.
     small : ProductWeight or None
-        The same weights for calls of few positions, if they are few themselves; of one digit.
+        The same weights for `native.product`: for calls of few positions, if they are few themselves; of one digit.
+    small_work : int
+        Products of codes and weights up to which `small` is taken.
     """
 
-    packed: Tensor | SmallMatrix | ConvLayout
+    packed: Tensor | SmallMatrix | ConvLayout | None
     scale: Tensor
     sums: Tensor
     zero_term: Tensor
@@ -134,14 +141,15 @@ class CpuWeight:
     channels: int
     geometry: ConvGeometry | None
     small: ProductWeight | None = None
+    small_work: int = SMALL_WORK
 
     @property
     def nbytes(self) -> int:
         """Bytes of the int8 weights and what is kept for each of their rows; oneDNN may pad rows besides."""
         taps = 1 if self.geometry is None else self.geometry.taps
         rows = (self.scale, self.sums, self.zero_term)
-        twice = 1 if self.small is None else 2
-        stored = twice * self.scale.numel() * self.channels * taps
+        copies = (self.packed is not None) + (self.small is not None)
+        stored = copies * self.scale.numel() * self.channels * taps
         return stored + sum(each.numel() * each.element_size() for each in rows)
 
     def __deepcopy__(self, memo: dict[int, object]) -> CpuWeight:
@@ -184,17 +192,21 @@ def pack_cpu_weight(weights: Sequence[PackedWeight], geometry: ConvGeometry | No
             sums = torch.cat([sums, torch.zeros(more, dtype=torch.int64)])
         for place, digit in enumerate(digits):
             matrix[place, rows], sums[place, rows] = digit, digit.sum((1, 2), dtype=torch.int64)
-    _check_saturation(matrix)
-    count = len(matrix)
+    count, exact = len(matrix), _adds_up(matrix)
     small = None
-    few = count == 1 and matrix.numel() <= SMALL_PRODUCT and channels % native.QUAD == 0
-    if few and native.has_product():
-        small = native.pack_product(matrix[0], scale, zero)
+    if count == 1 and channels % native.QUAD == 0 and native.product_level():
+        small = native.pack_product(matrix[0], scale, zero) if matrix.numel() <= SMALL_PRODUCT or not exact else None
+    if small is None:
+        _check_saturation(matrix)
     matrix, sums = matrix.flatten(0, 1), sums.flatten()
     row_scale = torch.cat([scale * float(_DIGIT**power) for power in range(count)])
     zero_term = (sums.double() * row_scale.double()).float()
     correction = scale * zero if bool(zero.any()) else None
-    packed: Tensor | SmallMatrix | ConvLayout
+    packed: Tensor | SmallMatrix | ConvLayout | None = None
+    if not exact:
+        return CpuWeight(
+            None, row_scale, sums.int(), zero_term, correction, n, count, channels, geometry, small, ANY_WORK
+        )
     if geometry is None and matrix.numel() <= SMALL_MATRIX:
         packed = SmallMatrix(matrix[:, 0].t().contiguous())
     elif geometry is None:
@@ -270,10 +282,19 @@ def _int8_digits(integers: Tensor) -> list[Tensor]:
     return [*digits, integers.to(torch.int8)]
 
 
+def _largest_of(matrix: Tensor) -> int:
+    return max(-int(matrix.min()), int(matrix.max())) if matrix.numel() else 0
+
+
+def _adds_up(matrix: Tensor) -> bool:
+    """Whether oneDNN's products of these int8 weights do not saturate on this machine."""
+    return _largest_of(matrix) <= PAIR_LIMIT or sums_pairs_exactly()
+
+
 def _check_saturation(matrix: Tensor) -> None:
     """Refuse int8 weights whose products would saturate on this machine."""
-    largest = max(-int(matrix.min()), int(matrix.max())) if matrix.numel() else 0
-    if largest > PAIR_LIMIT and not sums_pairs_exactly():
+    largest = _largest_of(matrix)
+    if not _adds_up(matrix):
         raise BackendUnavailableError(
             f"backend: got 'cpu' for weights up to {largest} on a CPU without VNNI or AMX, whose int8 products "
             f"saturate; wanted weights up to {PAIR_LIMIT}, or reference"

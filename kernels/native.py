@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from enum import IntEnum
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -232,10 +233,22 @@ def finish_matrix(
     return out.to(dtype)
 
 
+class ProductLevel(IntEnum):
+    """What `product` uses; the same integers and float32 operations with either."""
+
+    NONE = 0
+    AVX2 = 1
+    VNNI = 2
+
+
 @functools.cache
-def has_product() -> bool:
-    """Whether `product` is compiled, and this CPU has AVX512-VNNI."""
-    return _native is not None and bool(_native.has_product())
+def product_level() -> ProductLevel:
+    """Return what `product` uses here: what the CPU has, and no more than PyTorch was told to (ATEN_CPU_CAPABILITY)."""
+    if _native is None:
+        return ProductLevel.NONE
+    capability = torch.backends.cpu.get_cpu_capability()
+    most = ProductLevel.VNNI if capability.startswith("AVX512") else ProductLevel.AVX2
+    return min(most if capability != "DEFAULT" else ProductLevel.NONE, ProductLevel(_native.product_level()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +335,7 @@ def product(
         zero_point.data_ptr(), weight.scale.data_ptr(), weight.sums.data_ptr(), bias.data_ptr(),
         _address(weight.zero), batch, height, width, channels, out_height, out_width, weight.outputs, scale.numel(),
         *geometry.kernel, *geometry.stride, *geometry.dilation, out.dtype is torch.bfloat16, _threads(out.numel()),
+        product_level() is ProductLevel.VNNI,
     )  # fmt: skip
 
 
@@ -358,7 +372,7 @@ def plan_layer(
             0, weight.values.data_ptr(), 0, 0, 0, 0, weight.scale.data_ptr(), weight.sums.data_ptr(), bias.data_ptr(),
             _address(weight.zero), batch, height + 2 * padding[0], width + 2 * padding[1], x.shape[-1],
             out_height, out_width, weight.outputs, 1, *geometry.kernel, *geometry.stride, *geometry.dilation, half,
-            _threads(math.prod(shape)), 0.0 if norm is None else norm.eps,
+            _threads(math.prod(shape)), product_level() is ProductLevel.VNNI, 0.0 if norm is None else norm.eps,
         )
     )  # fmt: skip
 

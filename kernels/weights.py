@@ -12,15 +12,16 @@ An artifact holds the matrix (N, K) of a layer, K = taps x C in the order (taps,
     sign      8-bit codes are stored as code - 128 (int8 tensor cores), with their zero points; smaller ones unsigned.
     groups    scales of groups are floats of their own, or whole numbers that multiply code - zero point, within int8,
               beside one scale of the row: sums over all columns are then integers. Of 5 and 6 bits, which take a byte
-              anyway, the products are stored.
+              anyway, the products are stored, and code - zero point where all columns of a row share a scale.
 
-A layer whose channels have different bit widths is several `PackedWeight`s, each of which names its output channels.
+A layer whose channels have different bit widths is several `PackedWeight`s, each of which names its output channels:
+`join_widths` leaves one for each width that is stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -165,12 +166,11 @@ def unpack_weight(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, ...]:
     -------
     tuple of PackedWeight
         One record of 8 bits with zero points 0; or `weights` as they are, where integers do not fit in int8 (8-bit
-        codes with other zero points), or where both several records and scales of groups would have to be put together.
+        codes with other zero points), or where some records have scales of groups and others do not.
     """
     layout = weights[0].layout
-    if not all(_fits_int8(weight) for weight in weights) or (
-        len(weights) > 1 and any(weight.layout.has_group_scales for weight in weights)
-    ):
+    scales = {(weight.layout.has_group_scales, weight.layout.scales) for weight in weights}
+    if len(scales) > 1 or not all(_fits_int8(weight) for weight in weights):
         return tuple(weights)
     padded = -(-layout.channels // MIN_LANE) * MIN_LANE
     rows = sum(weight.rows for weight in weights)
@@ -192,6 +192,46 @@ def unpack_weight(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, ...]:
     group = layout.group_size if layout.has_group_scales else 0
     one = WeightLayout(8, layout.channels, layout.taps, MIN_LANE, group, symmetric=True)
     return (PackedWeight(codes.flatten(1), scale, zero, total, None, one, whole),)
+
+
+def join_widths(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, ...]:
+    """Put the records of a layer together that are stored in the same width: those of 3 and 4 bits, of 5, 6 and 8.
+
+    Parameters
+    ----------
+    weights : sequence of PackedWeight
+        One that holds all output channels, or several that name theirs.
+
+    Returns
+    -------
+    tuple of PackedWeight
+        One for each stored width, narrowest first, with at most one layout each; several of a width only where their
+        scales of groups differ in number.
+    """
+    if len(weights) == 1:
+        return tuple(weights)
+    alike: dict[tuple[object, ...], list[PackedWeight]] = {}
+    for weight in weights:
+        layout = replace(weight.layout, symmetric=False)
+        key = (layout.bits, *layout.to_ints()[1:], weight.scale.dtype, weight.total.dtype)
+        alike.setdefault(key, []).append(weight)
+    return tuple(_concatenated(alike[key]) for key in sorted(alike, key=lambda key: (key[0], str(key))))
+
+
+def _concatenated(weights: Sequence[PackedWeight]) -> PackedWeight:
+    """Put records of one layout under each other."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    layout = replace(first.layout, symmetric=all(weight.layout.symmetric for weight in weights))
+    channel, multiplier = (
+        None if getattr(first, name) is None else torch.cat([getattr(weight, name) for weight in weights])
+        for name in ("channel", "multiplier")
+    )
+    codes, scale, zero, total = (
+        torch.cat([getattr(weight, name) for weight in weights]) for name in ("codes", "scale", "zero_point", "total")
+    )
+    return PackedWeight(codes, scale, zero, total, channel, layout, None, multiplier)
 
 
 def _fits_int8(weight: PackedWeight) -> bool:
@@ -265,10 +305,11 @@ def pack_weight(
         multiplier = _rows_of("multiplier", multiplier, n, taps, channels, group).int()
         _check_products(multiplier, zero, bits)
         scale = _rows_of("scale", scale, n, taps, channels, 0).float()
-        if stored == 8:
-            return _products(qweight, scale, zero, multiplier, bits, (channels, taps, group), channel)
-        if not group:  # exact: such scales have bits to spare
+        if stored < 8 and not group:  # exact: such scales have bits to spare
             scale, multiplier = scale * multiplier, None
+    if bits < stored == 8 and (multiplier is not None or not group):
+        scale = _rows_of("scale", scale, n, taps, channels, 0).float()
+        return _products(qweight, scale, zero, multiplier, bits, (channels, taps, group), channel)
     zero = zero - (128 if stored == 8 else 0)
     symmetric = stored == 8 and not bool(zero.any())
     lane = _lane(stored, channels, group)
@@ -296,7 +337,7 @@ def _products(
     qweight: Tensor,
     scale: Tensor,
     zero: Tensor,
-    multiplier: Tensor,
+    multiplier: Tensor | None,
     bits: int,
     sizes: tuple[int, int, int],
     channel: Tensor | None,
@@ -309,7 +350,9 @@ def _products(
     packed, totals = [], []
     for rows in row_chunks(n, taps * channels):
         codes = unpack_codes(qweight[rows], bits, taps * channels).view(-1, taps, channels).int()
-        codes = (codes - expand_weight_groups(zero[rows], grouped)) * expand_weight_groups(multiplier[rows], grouped)
+        codes = codes - expand_weight_groups(zero[rows], grouped)
+        if multiplier is not None:
+            codes = codes * expand_weight_groups(multiplier[rows], grouped)
         packed.append(_interleave(codes.to(torch.int8), layout))
         totals.append(codes.sum(-1, dtype=torch.int32))
     none = torch.zeros(n, 1, dtype=torch.int8, device=qweight.device)

@@ -10,9 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.blocks import architecture, int_blocks, rank_block
-from kernels._triton.common import finish_tile, lane_of, tile_of
+from kernels._triton.common import tile_of
 from kernels._triton.gemm import launch_linear_int, stride_of
+from kernels._triton.int_tiles import conv_tile
 from kernels._triton.tuned import CONV_GROUPS, CONV_INT8, HOPPER, Shape, Tile, tuned_tile
+from kernels._triton.widths import launch_conv2d_widths, takes_widths
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
 from kernels.epilogue import EpilogueRows
@@ -73,102 +75,14 @@ def conv2d_int_kernel(
     BLOCK_R: tl.constexpr,
     SWIZZLE: tl.constexpr,
 ):
-    """One tile of (pixels, output channels).
-
-    Padding is 0.0, whose code is the zero point. It is read as code 0 and left out of the zero point's correction,
-    which is the same integer and keeps the loaded tile as it is.
-    """
+    """Tiles of `conv_tile` for all rows of a weight."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
-    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    lane = tl.arange(0, LANE)
-    in_m, in_n = m < M, n < N
-    pixel = (m % (OH * OW)).to(tl.int32)  # one image has fewer than 2**31 codes, a batch may have more
-    top = pixel // OW * STRIDE_H - PAD_H
-    left = pixel % OW * STRIDE_W - PAD_W
-    x_image = x_ptr + m // (OW * OH) * stride_b
-    w_rows = (w_ptr + n.to(tl.int64) * (TAPS_H * TAPS_W * tap_bytes))[None, :]
-    x_zero = tl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
-    PER_BYTE: tl.constexpr = 8 // BITS
-    GROUPED: tl.constexpr = GROUP_SIZE > 0
-    SCALED: tl.constexpr = GROUPED and multiplier_ptr is None
-    BY_LANE: tl.constexpr = SCALED and GROUP_SIZE % (LANE * PER_BYTE) != 0
-    PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0
-    groups = TAPS_H * TAPS_W * groups_per_tap
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
-    value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if not GROUPED:
-        zero = tl.load(zero_ptr + n, mask=in_n, other=0)
-    for step in range(TAPS_H * TAPS_W * blocks):
-        tap = step // blocks
-        block = step % blocks
-        row = top + tap // TAPS_W * DILATION_H
-        col = left + tap % TAPS_W * DILATION_W
-        inside = in_m
-        if PADDED:
-            inside = in_m & (row >= 0) & (row < H) & (col >= 0) & (col < W)
-        x_pixels = (x_image + row * stride_h + col * stride_w_in)[:, None]
-        byte = block * LANE + lane
-        packed = tl.load(
-            w_rows + (tap * tap_bytes + byte)[:, None], mask=in_n[None, :] & (byte[:, None] < tap_bytes), other=0
-        )
-        for i in tl.static_range(PER_BYTE):
-            first = (block * PER_BYTE + i) * LANE
-            c = first + lane
-            in_c = c < C
-            x = tl.load(x_pixels + c[None, :], mask=inside[:, None] & in_c[None, :], other=0)
-            w = lane_of(packed, i, BITS)
-            if GROUPED:
-                # Beyond C, x is 0, whatever group is read.
-                group = tap * groups_per_tap + tl.minimum(first // GROUP_SIZE, groups_per_tap - 1)
-                zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
-            if BITS < 8:
-                w = w - zero[None, :]
-                if multiplier_ptr is not None:
-                    w = w * tl.load(multiplier_ptr + n * groups + group, mask=in_n, other=0)[None, :]
-            elif not SYMMETRIC:
-                x_sum += tl.sum(x.to(tl.int32), axis=1)
-            acc = tl.dot(x, w, acc, out_dtype=tl.int32)
-            if SCALED and (BY_LANE or i == PER_BYTE - 1):
-                start = (block * PER_BYTE if not BY_LANE else block * PER_BYTE + i) * LANE
-                if not X_SYMMETRIC:
-                    opens = tl.where((start % GROUP_SIZE == 0) & (start < C), 1, 0)
-                    total = tl.load(total_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32) * opens
-                    acc -= tl.where(inside, x_zero, 0)[:, None] * total[None, :]
-                if BITS == 8 and not SYMMETRIC:
-                    acc -= x_sum[:, None] * zero.to(tl.int32)[None, :]
-                    x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
-                scale = tl.load(scale_ptr + n * groups + group, mask=in_n, other=0.0).to(tl.float32)
-                value += acc.to(tl.float32) * scale[None, :]
-                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    x_scale = tl.load(x_scale_ptr + m // rows_per_scale, mask=in_m, other=0.0)
-    if SCALED:
-        value = value * x_scale[:, None]
-    else:
-        if BITS == 8 and not SYMMETRIC:
-            acc -= x_sum[:, None] * zero.to(tl.int32)[None, :]
-        if not X_SYMMETRIC:
-            whole = tl.zeros((BLOCK_N,), dtype=tl.int32)
-            for tap in range(TAPS_H * TAPS_W):
-                total = tl.load(total_ptr + n * (TAPS_H * TAPS_W) + tap, mask=in_n, other=0)
-                whole += total
-                if PADDED:
-                    row = top + tap // TAPS_W * DILATION_H
-                    col = left + tap % TAPS_W * DILATION_W
-                    outside = in_m & ((row < 0) | (row >= H) | (col < 0) | (col >= W))
-                    if tl.max(outside.to(tl.int32), axis=0) > 0:
-                        acc += tl.where(outside, x_zero, 0)[:, None] * total[None, :]
-            acc -= x_zero[:, None] * whole[None, :]
-        scale = tl.load(scale_ptr + n, mask=in_n, other=0.0).to(tl.float32)
-        value = acc.to(tl.float32) * scale[None, :] * x_scale[:, None]
-    column = n
-    if channel_ptr is not None:
-        column = tl.load(channel_ptr + n, mask=in_n, other=0)
-    mask = in_m[:, None] & in_n[None, :]
-    finish_tile(
-        value, m, column, mask, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
-        stride_residual, stride_out, RANK, BLOCK_R,
+    conv_tile(
+        tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w_ptr, scale_ptr, zero_ptr, multiplier_ptr, total_ptr,
+        channel_ptr, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr, M, N, C, H, W, OH, OW, blocks, groups_per_tap,
+        rows_per_scale, stride_b, stride_h, stride_w_in, tap_bytes, stride_residual, stride_out, TAPS_H, TAPS_W,
+        STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, BITS, LANE, GROUP_SIZE, SYMMETRIC, X_SYMMETRIC, RANK,
+        BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
 
 
@@ -181,7 +95,7 @@ def launch_conv2d_int(
     dtype: torch.dtype,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Run `conv2d_int_kernel` once for each part of the output channels; `tile` as for `launch_linear_int`."""
+    """Run `conv2d_int_kernel`, or once for all widths `conv2d_widths_kernel`; `tile` as for `launch_linear_int`."""
     batch, height, width, channels = x.codes.shape
     out_h, out_w = geometry.output_size(height, width)
     if geometry == POINTWISE and x.codes.is_contiguous():
@@ -204,6 +118,9 @@ def launch_conv2d_int(
         if fits and hopper.takes(x.codes, weights[0].codes, rows, n, dtype):
             hopper.conv_int8(x, weights[0], geometry, rows, out, tile)
             return out
+    if takes_widths(weights):
+        launch_conv2d_widths(x, weights, geometry, rows, out)
+        return out
     for weight in weights:
         layout = weight.layout
         heavy = rows.rank > 0 or weight.channel is not None

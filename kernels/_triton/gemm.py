@@ -11,7 +11,9 @@ from torch import Tensor
 
 from kernels._triton.blocks import architecture, float_blocks, float_precision, int_blocks, rank_block, splits_of_k
 from kernels._triton.common import finish_tile, lane_of, tile_of
+from kernels._triton.int_tiles import int_tile
 from kernels._triton.tuned import HOPPER, LINEAR_GROUPS, LINEAR_INT8, Shape, Tile, tuned_tile
+from kernels._triton.widths import launch_linear_widths, takes_widths
 from kernels.activations import QuantizedActivation
 from kernels.epilogue import EpilogueRows
 from kernels.weights import PackedWeight
@@ -54,72 +56,13 @@ def linear_int_kernel(
     BLOCK_R: tl.constexpr,
     SWIZZLE: tl.constexpr,
 ):
-    """One tile of codes times codes, exact in int32 per scale, then scaled in float32."""
+    """Tiles of `int_tile` for all rows of a weight."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
-    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    lane = tl.arange(0, LANE)
-    in_m, in_n = m < M, n < N
-    x_rows = (x_ptr + m * stride_x)[:, None]
-    w_rows = (w_ptr + n.to(tl.int64) * stride_w)[None, :]
-    x_zero = tl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
-    PER_BYTE: tl.constexpr = 8 // BITS
-    GROUPED: tl.constexpr = GROUP_SIZE > 0
-    SCALED: tl.constexpr = GROUPED and multiplier_ptr is None
-    BY_LANE: tl.constexpr = SCALED and GROUP_SIZE % (LANE * PER_BYTE) != 0
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
-    value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if not GROUPED:
-        zero = tl.load(zero_ptr + n, mask=in_n, other=0)
-    for block in range(blocks):
-        byte = block * LANE + lane
-        packed = tl.load(w_rows + byte[:, None], mask=in_n[None, :] & (byte[:, None] < stride_w), other=0)
-        for i in tl.static_range(PER_BYTE):
-            first = (block * PER_BYTE + i) * LANE
-            k = first + lane
-            x = tl.load(x_rows + k[None, :], mask=in_m[:, None] & (k[None, :] < K), other=0)
-            w = lane_of(packed, i, BITS)
-            if GROUPED:
-                group = tl.minimum(first // GROUP_SIZE, groups - 1)  # beyond K, x is 0
-                zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
-            if BITS < 8:
-                w = w - zero[None, :]
-                if multiplier_ptr is not None:
-                    w = w * tl.load(multiplier_ptr + n * groups + group, mask=in_n, other=0)[None, :]
-            elif not SYMMETRIC:
-                x_sum += tl.sum(x.to(tl.int32), axis=1)
-            acc = tl.dot(x, w, acc, out_dtype=tl.int32)
-            if SCALED and (BY_LANE or i == PER_BYTE - 1):
-                # The sum of a group may come in several pieces; its zero-point correction belongs to the first.
-                start = (block * PER_BYTE if not BY_LANE else block * PER_BYTE + i) * LANE
-                if not X_SYMMETRIC:
-                    opens = tl.where((start % GROUP_SIZE == 0) & (start < K), 1, 0)
-                    total = tl.load(total_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32) * opens
-                    acc -= x_zero[:, None] * total[None, :]
-                if BITS == 8 and not SYMMETRIC:
-                    acc -= x_sum[:, None] * zero.to(tl.int32)[None, :]
-                    x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
-                scale = tl.load(scale_ptr + n * groups + group, mask=in_n, other=0.0).to(tl.float32)
-                value += acc.to(tl.float32) * scale[None, :]
-                acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    x_scale = tl.load(x_scale_ptr + m // rows_per_scale, mask=in_m, other=0.0)
-    if SCALED:
-        value = value * x_scale[:, None]
-    else:
-        if BITS == 8 and not SYMMETRIC:
-            acc -= x_sum[:, None] * zero.to(tl.int32)[None, :]
-        if not X_SYMMETRIC:
-            acc -= x_zero[:, None] * tl.load(total_ptr + n, mask=in_n, other=0).to(tl.int32)[None, :]
-        scale = tl.load(scale_ptr + n, mask=in_n, other=0.0).to(tl.float32)
-        value = acc.to(tl.float32) * scale[None, :] * x_scale[:, None]
-    column = n
-    if channel_ptr is not None:
-        column = tl.load(channel_ptr + n, mask=in_n, other=0)
-    mask = in_m[:, None] & in_n[None, :]
-    finish_tile(
-        value, m, column, mask, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
-        stride_residual, stride_out, RANK, BLOCK_R,
+    int_tile(
+        tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w_ptr, scale_ptr, zero_ptr, multiplier_ptr, total_ptr,
+        channel_ptr, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr, M, N, K, blocks, groups, rows_per_scale,
+        stride_x, stride_w, stride_residual, stride_out, BITS, LANE, GROUP_SIZE, SYMMETRIC, X_SYMMETRIC, RANK, BLOCK_M,
+        BLOCK_N, BLOCK_R,
     )  # fmt: skip
 
 
@@ -252,7 +195,7 @@ def launch_linear_int(
     dtype: torch.dtype,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Run `linear_int_kernel` once for each part of the output channels; `x.codes` is (M, K).
+    """Run `linear_int_kernel`, or once for all widths `linear_widths_kernel`; `x.codes` is (M, K).
 
     `tile` is for 8-bit weights; by default it is what was measured on the device.
     """
@@ -270,6 +213,9 @@ def launch_linear_int(
         if hopper.takes_weights(weights, tile) and hopper.takes(x.codes, weights[0].codes, rows, n, dtype):
             hopper.linear_int8(x, weights[0], rows, out, tile)
             return out
+    if takes_widths(weights):
+        launch_linear_widths(x, weights, rows, out)
+        return out
     for weight in weights:
         layout = weight.layout
         heavy = rows.rank > 0 or weight.channel is not None

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from kernels.backend import BackendUnavailableError, prefers_int8_weights, why_reference
+from kernels.cpu_measure import process_timings
 from kernels.errors import KernelError
 from kernels.fp8 import why_no_fp8
 from quant_core.nn.activation import ActivationQuantizer
@@ -24,6 +25,8 @@ from quant_core.runtime.fused_blocks import fuse_blocks
 from quant_core.runtime.layer import LayerRun, RuntimeLayer, layer_quantizers
 from quant_core.runtime.memory import return_free_memory
 from quant_core.runtime.parts import is_pointwise
+from quant_core.runtime.shared_input import share_inputs
+from quant_core.runtime.vector_layers import vector_layers
 from quant_spec.enums import ActivationMode, KernelBackend, WeightMemory
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
@@ -54,10 +57,11 @@ def build_runtime(
     backend : KernelBackend
         `AUTO` must have been resolved.
     asked : KernelBackend or str
-        What it was resolved from, for the reason of layers that run the reference.
+        What it was resolved from, for the reason of layers that run the reference; of "auto", a CPU's products are
+        timed (`kernels.cpu_measure`).
     memory : WeightMemory or str
-        How weights lie in a GPU's memory; and whether a CPU may unpack to floats those that it can't multiply as
-        integers (not if "packed").
+        How weights lie in a GPU's memory ("auto" leaves layers packed that read one vector of a sample); and whether a
+        CPU may unpack to floats those that it can't multiply as integers (not if "packed").
 
     Returns
     -------
@@ -69,21 +73,25 @@ def build_runtime(
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
     unpacked, floats = unpacks(memory, device), backend is KernelBackend.CPU and memory != WeightMemory.PACKED
+    few_rows: frozenset[str] = frozenset() if memory == WeightMemory.FAST else vector_layers(model)
     layers: list[LayerRun | RuntimeLayer] = []
     laid_out = 0
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLayer)]:
         if backend is KernelBackend.REFERENCE:
             layers.append(LayerRun(name, KernelBackend.REFERENCE, why_reference(asked, device)))
             continue
-        made = _runtime_layer(layer, name, backend, unpacked=unpacked, floats=floats)
+        made = _runtime_layer(layer, name, backend, unpacked=unpacked and name not in few_rows, floats=floats)
         layers.append(made)
         if isinstance(made, RuntimeLayer):
+            if backend is KernelBackend.CPU and asked == KernelBackend.AUTO:
+                made.measure(process_timings())
             replace_module(model, name, made)
             laid_out += layer.qweight.numel()
             if device.type == "cpu" and laid_out > TRIM_BYTES:
                 laid_out = 0
                 return_free_memory()
     fuse_blocks(model)
+    share_inputs(model)
     if not any(tensor.is_floating_point() for tensor in (*model.parameters(), *model.buffers())):
         # Runtime layers took all tensors, from which diffusers takes a model's dtype and device.
         model.register_buffer("quantmill_anchor", torch.empty(0, dtype=dtype, device=device), persistent=False)

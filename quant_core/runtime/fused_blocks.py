@@ -1,4 +1,4 @@
-"""ResNet blocks whose norms, SiLU and sums are part of their convolutions.
+"""ResNet blocks whose norms, SiLU and sums are part of their convolutions; feed-forwards whose activation is.
 
 A ResNet block normalizes, applies SiLU, convolves, twice, and adds its input: apart, that writes and reads the image
 nine times. A `RuntimeLayer` computes the norm and SiLU in front of it where it quantizes its input, and adds a residual
@@ -7,19 +7,25 @@ where it scales its sums (`kernels.native`, `kernels.norms`, `kernels.epilogue`)
 Blocks stay diffusers' where something comes between norm and convolution: another scale (`up`, `down`), a modulation by
 the time embedding (`scale_shift`). A norm stays in front of a layer that is not one product with tables, such as one
 whose input is split.
+
+On Triton, the activation of a feed-forward (GELU, GEGLU) is computed where the Linear behind it quantizes its input.
 """
 
 from __future__ import annotations
 
 from typing import Any, TypeGuard
 
+from diffusers.models import activations
+from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.fp8 import Fp8Matrix
+from kernels.gates import Gate
 from quant_core.nn.layers import replace_module
 from quant_core.runtime.layer import RuntimeLayer
+from quant_spec.enums import KernelBackend
 
 
 class FusedResnetBlock(nn.Module):
@@ -63,6 +69,19 @@ class FusedResnetBlock(nn.Module):
         return out if self.output_scale_factor == 1.0 else out / self.output_scale_factor
 
 
+class Projection(nn.Module):
+    """The Linear of a feed-forward's activation, without the activation, which the layer behind computes."""
+
+    def __init__(self, activation: activations.GELU | activations.GEGLU) -> None:
+        super().__init__()
+        self.proj = activation.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the projection of (..., C)."""
+        projected: Tensor = self.proj(x)
+        return projected
+
+
 def fuse_blocks(model: nn.Module) -> None:
     """Let convolutions of a runtime model compute what is in front of them and behind, in place.
 
@@ -74,11 +93,42 @@ def fuse_blocks(model: nn.Module) -> None:
     for name, block in [(name, module) for name, module in model.named_modules() if isinstance(module, ResnetBlock2D)]:
         if name and _is_plain(block) and isinstance(block.conv2, RuntimeLayer):
             replace_module(model, name, FusedResnetBlock(block))
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            _fuse_feed_forward(module)
     norm, act, conv = (getattr(model, name, None) for name in ("conv_norm_out", "conv_act", "conv_out"))
     if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU) and _takes_norm(conv):
         conv.take_norm(norm)
         replace_module(model, "conv_norm_out", nn.Identity())
         replace_module(model, "conv_act", nn.Identity())
+
+
+def _fuse_feed_forward(module: FeedForward) -> None:
+    """Let the second Linear of a feed-forward compute the activation in front of it, if it can."""
+    activation, dropout, layer = (module.net[i] for i in range(3))
+    gate = _gate_of(activation)
+    if gate is not None and isinstance(dropout, nn.Dropout) and not dropout.training and _takes_gate(layer):
+        layer.take_gate(gate)
+        module.net[0] = Projection(activation)
+
+
+def _gate_of(activation: nn.Module) -> Gate | None:
+    """Return what an activation computes after its projection; None if no kernel does."""
+    if type(activation) is activations.GEGLU:
+        return Gate.GEGLU
+    if type(activation) is activations.GELU:
+        return {"none": Gate.GELU, "tanh": Gate.GELU_TANH}.get(activation.approximate)
+    return None
+
+
+def _takes_gate(layer: object) -> TypeGuard[RuntimeLayer]:
+    """Whether a layer is a Linear of one integer product on Triton, whose grids are in a table."""
+    if not isinstance(layer, RuntimeLayer) or layer.run.backend is not KernelBackend.TRITON:
+        return False
+    if layer.geometry is not None or len(layer.parts) != 1 or layer.branch is not None or layer.differences:
+        return False
+    part = layer.parts[0]
+    return isinstance(part.weight, tuple) and part.table is not None and part.channels is None
 
 
 def _is_plain(block: ResnetBlock2D) -> bool:

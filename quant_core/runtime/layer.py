@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,11 @@ from kernels.cpu import cpu_conv2d, cpu_linear
 from kernels.cpu_activation import CpuGrid, cpu_grid, quantize_cpu, quantize_cpu_dynamic
 from kernels.cpu_call import SmallCalls
 from kernels.cpu_float import FloatWeight, float_product, quantized_values
+from kernels.cpu_measure import Timings, measured
 from kernels.cpu_weight import CpuWeight
 from kernels.epilogue import Epilogue, LowRank
 from kernels.fp8 import Fp8Matrix, fp8_scale, linear_fp8, quantize_fp8, to_fp8
+from kernels.gates import Gate, gate_quantize
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, group_norm_quantize
 from quant_core.nn.activation import ActivationQuantizer
@@ -35,6 +38,9 @@ from quant_spec.enums import ActivationMode, KernelBackend
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, LayerSpec
 from quant_spec.layer_bits import weight_bits_text
+
+if TYPE_CHECKING:
+    from quant_core.runtime.shared_input import SharedInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,10 @@ class RuntimeLayer(nn.Module):
         `low_rank_down` in the weight's shape, and `low_rank_up` (`QuantLayer`), where the format has a low-rank branch.
     norm : GroupNorm or None
         To normalize the input with, before SiLU, before it is quantized; see `take_norm`.
+    gate : Gate or None
+        The activation of a feed-forward to apply to the input before it is quantized; see `take_gate`.
+    shared : SharedInput or None
+        What keeps the codes of an input that other layers read too; see `share`.
     differences : frozenset of int
         Trajectory steps at which differences are quantized; what is kept for them is in `memory`.
     """
@@ -85,9 +95,29 @@ class RuntimeLayer(nn.Module):
         how = _how(self.parts, self.activation, layer.spec)
         self.run = LayerRun(name, backend, f"{how}: {why_floats}" if why_floats else how)
         self.norm: GroupNorm | None = None
+        self.gate: Gate | None = None
+        self.shared: SharedInput | None = None
+        self.is_last_reader = False
         self.differences = layer.differences
         self.memory = LayerMemory()
         self.calls = self._small_calls()
+
+    def measure(self, timings: Timings) -> None:
+        """Let the faster one of a small layer's exact products run, as this CPU was timed; the listing says so."""
+        part = self.parts[0]
+        if len(self.parts) > 1 or self.calls is None or not isinstance(part.weight, CpuWeight):
+            return
+        weight, found = measured(part.weight, timings)
+        if found:
+            self.parts = [replace(part, weight=weight)]
+            self.run = replace(self.run, reason=f"{self.run.reason}, {found}")
+            self.calls = self._small_calls()
+
+    def share(self, shared: SharedInput, *, is_last: bool) -> None:
+        """Quantize through what others share from now on; the last of them to be called says so."""
+        self.shared, self.is_last_reader = shared, is_last
+        if self.calls is None:  # small ones are one call each
+            self.run = replace(self.run, reason=f"{self.run.reason}, an input that several read quantized once")
 
     def take_norm(self, norm: nn.GroupNorm) -> None:
         """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables."""
@@ -95,6 +125,11 @@ class RuntimeLayer(nn.Module):
         self.norm = GroupNorm(norm.num_groups, norm.eps, weight, bias)
         self.run = replace(self.run, reason=f"{self.run.reason}, GroupNorm and SiLU with the quantization")
         self.calls = self._small_calls()
+
+    def take_gate(self, gate: Gate) -> None:
+        """Quantize gate(x) instead of x from now on, where x may have twice the channels; for a Linear with tables."""
+        self.gate = gate
+        self.run = replace(self.run, reason=f"{self.run.reason}, {gate} with the quantization")
 
     def _small_calls(self) -> SmallCalls | None:
         """Return what computes the whole layer in one call where it is small; None if it is more than one product."""
@@ -149,7 +184,7 @@ class RuntimeLayer(nn.Module):
             is_last, is_first = i == len(self.parts) - 1, i == 0
             dtype = x.dtype if is_last else torch.float32
             epilogue = Epilogue(dtype, self.bias if is_first else None, out, low_rank if is_first else None)
-            out = self._multiply(part.take(rows), part, epilogue)
+            out = self._multiply(rows if self.gate is not None else part.take(rows), part, epilogue)
         assert out is not None
         return out if self.geometry is None else out.permute(0, 3, 1, 2)
 
@@ -179,6 +214,12 @@ class RuntimeLayer(nn.Module):
 
     def codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None = None) -> QuantizedActivation:
         """Quantize channels-last rows for a part, normalized first if so asked, as the backend takes integers."""
+        if self.shared is None or torch.compiler.is_compiling():
+            return self._own_codes(x, part, norm)
+        step = None if self.clock is None else self.clock.index
+        return self.shared.codes(x, step, lambda: self._own_codes(x, part, norm), is_last=self.is_last_reader)
+
+    def _own_codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None) -> QuantizedActivation:
         if isinstance(part.weight, CpuWeight):
             return self._cpu_codes(x, part, norm)
         assert self.activation is not None
@@ -263,7 +304,9 @@ class RuntimeLayer(nn.Module):
                 backend=KernelBackend.REFERENCE if is_cpu else self.run.backend,
             )
         index = self._steps(x, part.table)
-        if norm is None:
+        if self.gate is not None:
+            codes = gate_quantize(x, self.gate, part.table, index, backend=self.run.backend)
+        elif norm is None:
             codes = quantize_by_table(x, part.table, index, self.run.backend)
         else:
             codes = group_norm_quantize(x, norm, part.table, index, silu=True, backend=self.run.backend)

@@ -51,14 +51,17 @@ def load_quantized(
     backend : {"auto", "reference", "triton", "cpu"}
         What its layers run on: Triton kernels, the CPU's operators, or plain torch, which defines what the others
         compute and is what the release's metrics were measured with. "auto" takes Triton on a GPU, else the CPU's
-        operators: of integers where this CPU has exact ones, else of floats. Layers that a backend can't run exactly
-        run the reference; `quant_core.layer_runs(model)` says which, and why.
+        operators, of integers or, where it has no exact ones, of floats; of two exact products of small layers it takes
+        the one that was faster when they were timed (2 s at most in a process). "cpu" times nothing, so that two loads
+        give the same bit for bit; nor does "auto" under `torch.use_deterministic_algorithms`. Layers that a backend
+        can't run exactly run the reference; `quant_core.layer_runs(model)` says which, and why.
     dtype : {torch.float32, torch.float16, torch.bfloat16}, optional
         What the model computes in between its packed layers, and gives; float32 by default. Scales stay in float32.
         Later casts are refused, as of any quantized model of diffusers.
     memory : {"auto", "packed", "fast"}, optional
         How weights lie in memory. On a GPU: "packed" as in the release, "fast" as one int8 each, which gives the same
-        and is multiplied faster where a call has many rows; "auto" takes "fast" on GPUs that were seen to be. On a CPU:
+        and is multiplied faster where a call has many rows; "auto" takes "fast" on GPUs that were seen to be, but for
+        layers that read one vector of a sample (embeddings of the timestep, modulations), which stay packed. On a CPU:
         one int8 each where it multiplies integers; others one float32 each with "fast" and "auto", packed on the
         reference with "packed". What each layer has, and its bytes, is in `quant_core.layer_runs(model)`.
     resolve : callable, optional

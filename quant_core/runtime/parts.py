@@ -29,7 +29,7 @@ from kernels.cpu_float import FloatWeight, unpack_float_weight
 from kernels.cpu_weight import CpuWeight, pack_cpu_weight
 from kernels.fp8 import Fp8Matrix
 from kernels.packing import pack_codes, unpack_codes
-from kernels.weights import PackedWeight, pack_weight, unpack_weight
+from kernels.weights import PackedWeight, join_widths, pack_weight, unpack_weight
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer
 from quant_spec.enums import Granularity, KernelBackend
@@ -208,7 +208,7 @@ def _table(quantizer: ActivationQuantizer, own: Tensor | None, shift: int | None
 
 
 def _pack(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[PackedWeight, ...]:
-    """Give the kernels some columns of a layer, (N, taps, channels), a record for each width of codes.
+    """Give the kernels some columns of a layer, (N, taps, channels), a record for each width that codes are stored in.
 
     They are the channels of part `number` of the input, or of those the channels `own`, which are whole scale groups.
     """
@@ -237,7 +237,7 @@ def _pack(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[PackedWei
                 multiplier=multiplier,
             )
         )
-    return tuple(made)
+    return join_widths(made)
 
 
 def _grid(layer: QuantLayer, number: int, own: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

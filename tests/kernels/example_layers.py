@@ -68,6 +68,19 @@ def random_layer(
     return Layer(codes, scale, zero, packed.to(device), multiplier)
 
 
+def mixed_layer(
+    channels: int, widths: tuple[int, ...], *, group_size: int | None = None, taps: int = 1, multiplied: bool = False
+) -> tuple[PackedWeight, ...]:
+    """Make a layer of 10 output channels for each of these bits, in no order; a record for each width."""
+    order = torch.randperm(10 * len(widths), generator=torch.Generator().manual_seed(0))
+    return tuple(
+        random_layer(
+            10, channels, bits=bits, group_size=group_size, taps=taps, channel=channel, multiplied=multiplied
+        ).packed
+        for bits, channel in zip(widths, order.split(10), strict=True)
+    )
+
+
 def weight_values(weight: PackedWeight) -> Tensor:
     """Return the dequantized weight, shape (N, taps, channels), dtype float32."""
     scale = weight.scale.float()

@@ -6,11 +6,23 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from kernels.compile_report import ARCHITECTURES, OWN_LOOP, SPILL_LIMIT, Loop, Usage, main, main_loop, problems, table
+from kernels.compile_report import (
+    ARCHITECTURES,
+    OWN_LOOP,
+    SPILL_LIMIT,
+    Loop,
+    Usage,
+    grown,
+    main,
+    main_loop,
+    problems,
+    table,
+)
 
 # A few kernels of each kind where registers are scarcest.
 QUICK = [
@@ -18,6 +30,7 @@ QUICK = [
     ("sm_90", "conv 3x3/1 W4A8 g64"),
     ("gfx942", "linear W4A8, 128 x 128"),
     ("sm_100", "conv 3x3/1 W4A8, 128 x 32, of mixed bits"),
+    ("sm_90", "linear of 2, 4 and 8 bits, 128"),
     ("sm_80", "scaled channels"),
 ]
 
@@ -48,7 +61,7 @@ from kernels.compile_report import main
 printed = []
 for arch, only in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = main(["--json", "--arch", arch, "--only", only])
+        code = main(["--json", "--arch", arch, "--only", only, "--check", "docs/kernels.md"])
     printed.append((code, json.loads(out.getvalue()), err.getvalue()))
 print(json.dumps(printed))
 """
@@ -72,13 +85,16 @@ def test_kernels_compile_without_spills(
     assert code in (0, 1)
     check(rows, messages)
     assert rows[0]["arch"] == arch
+    assert "wanted --write" not in messages
+    assert "a turn of" not in messages, "more than docs/kernels.md says"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles_without_spills(arch: str) -> None:
-    rows, messages = compiled("--arch", arch)
+    rows, messages = compiled("--arch", arch, "--check", "docs/kernels.md")
     check(rows, messages)
+    assert "a turn of" not in messages, "more than docs/kernels.md says"
     assert len(rows) >= 40
 
 
@@ -131,6 +147,25 @@ def test_a_loop_that_waits_or_prepares_operands_is_a_problem() -> None:
     assert [text.split("got ")[1].split(", ")[1:3] for text in problems(rows)] == [
         ["0 in flight", "0 stores"],
         ["1 in flight", "8 stores"],
+    ]
+
+
+def test_a_kernel_that_takes_more_than_the_table_says_is_reported() -> None:
+    loop = Loop(products=4, in_flight=1, stores=0, conversions=8, barriers=4, others=150)
+    fine = Usage("linear", "sm_90", 200, 8, 1024, "wgmma.mma_async x 4", loop)
+    kept = table([fine, replace(fine, arch="sm_80", loop=None)])
+    slower = [
+        replace(loop, **{name: count})
+        for name, count in {"in_flight": 0, "stores": 1, "conversions": 9, "barriers": 5, "others": 166}.items()
+    ]
+    assert grown([fine, replace(fine, registers=255, loop=replace(loop, others=160))], kept) == []
+    worse = [replace(fine, spilled=16), replace(fine, loop=None), *(replace(fine, loop=each) for each in slower)]
+    assert len(grown(worse, kept)) == len(worse)
+    assert grown([replace(fine, spilled=16)], kept) == [
+        f"linear on sm_90: got 16 spilled bytes, a turn of {loop}, wanted at most 8, {loop}"
+    ]
+    assert grown([replace(fine, kernel="conv")], kept) == [
+        "conv on sm_90: got a kernel that the table lacks, wanted --write"
     ]
 
 

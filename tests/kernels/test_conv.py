@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import mmap
 
 import pytest
@@ -12,7 +13,8 @@ from kernels.conv import ConvGeometry, conv2d_int
 from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE
-from tests.kernels.example_layers import random_layer
+from kernels.weights import join_widths
+from tests.kernels.example_layers import mixed_layer, random_layer
 
 BACKENDS = ("reference", "triton")
 SAME = ConvGeometry((3, 3), padding=(1, 1))
@@ -110,6 +112,20 @@ def test_epilogue_and_mixed_bits(device: str) -> None:
     for backend in BACKENDS:
         got = conv2d_int(to(x, device), [weight.to(device) for weight in weights], SAME, epilogue, backend)
         assert (got.cpu() - want).abs().max() <= EPILOGUE_TOLERANCE * want.abs().max(), backend
+
+
+@pytest.mark.parametrize("geometry", [SAME, GEOMETRIES[4]], ids=str)
+@pytest.mark.parametrize(("widths", "multiplied"), [((1, 3, 4, 5, 8), False), ((2, 4, 6), True)])
+def test_all_widths_of_a_layer_are_one_launch(
+    geometry: ConvGeometry, widths: tuple[int, ...], multiplied: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = importlib.import_module("kernels._triton.conv")
+    monkeypatch.setattr(conv, "conv2d_int_kernel", None)
+    parts = mixed_layer(70, widths, group_size=32 if multiplied else None, taps=geometry.taps, multiplied=multiplied)
+    weights = [each.to(device) for each in join_widths(parts)]
+    x = to(image((2, 5, 4, 70), 2, unit_scale=False), device)
+    want, got = (conv2d_int(x, weights, geometry, Epilogue(), backend) for backend in BACKENDS)
+    assert torch.equal(got, want)
 
 
 def test_images_may_be_strided_and_far_apart(device: str) -> None:

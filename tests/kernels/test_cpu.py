@@ -304,20 +304,24 @@ from kernels.cpu import cpu_linear
 from kernels.cpu_weight import pack_cpu_weight, sums_pairs_exactly
 from kernels.epilogue import Epilogue
 from kernels.gemm import linear_int
+from kernels.native import product_level
 from tests.kernels.test_cpu import codes, random_layer
 assert not sums_pairs_exactly()
 x, same = codes(4, 64, runs=1)
 small = random_layer(16, 64, bits=6, symmetric=True, unit_scale=True).packed
 assert torch.equal(cpu_linear(x, pack_cpu_weight([small]), Epilogue()), linear_int(same, [small], Epilogue()))
+large = random_layer(16, 64, bits=8, symmetric=True, unit_scale=True).packed
+if product_level():
+    assert torch.equal(cpu_linear(x, pack_cpu_weight([large]), Epilogue()), linear_int(same, [large], Epilogue()))
 try:
-    pack_cpu_weight([random_layer(16, 64, bits=8, symmetric=True).packed])
+    pack_cpu_weight([random_layer(16, 62, bits=8, symmetric=True).packed])
 except BackendUnavailableError as error:
     print(error)
 """
 
 
 @pytest.mark.parametrize("ways", ["plain"], indirect=True)  # which a process of its own does not see
-def test_a_cpu_whose_products_saturate_multiplies_small_weights_only() -> None:
+def test_a_cpu_whose_products_saturate_multiplies_small_weights_or_has_a_product_of_our_own() -> None:
     assert largest(random_layer(16, 64, bits=6, symmetric=True)) <= PAIR_LIMIT
     isa = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"} if sums_pairs_exactly() else {}
     environment = {**os.environ, **isa, "PYTHONPATH": os.getcwd()}

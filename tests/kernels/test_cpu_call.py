@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu_call, native
+from kernels import cpu_weight, native
 from kernels.activations import ActivationTable, QuantizedActivation
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
 from kernels.cpu_activation import CpuGrid, cpu_grid, quantize_cpu
 from kernels.cpu_call import SmallCalls
-from kernels.cpu_weight import pack_cpu_weight
+from kernels.cpu_weight import CpuWeight, pack_cpu_weight
 from kernels.epilogue import Epilogue
 from kernels.gemm import linear_int
+from kernels.native import ProductLevel
 from kernels.norms import GroupNorm
 from kernels.weights import PackedWeight
 from tests.kernels.example_layers import random_layer
 from tests.kernels.test_cpu import GEOMETRIES
 
-pytestmark = pytest.mark.skipif(not native.has_product(), reason="no AVX512-VNNI, or nothing is compiled")
+pytestmark = pytest.mark.skipif(not native.product_level(), reason="no AVX2, or nothing is compiled")
+
+
+@pytest.fixture(autouse=True, params=[ProductLevel.AVX2, ProductLevel.VNNI], ids=lambda level: level.name)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ProductLevel:
+    """What products are multiplied with: all that this CPU has, in turn."""
+    if native.product_level() < request.param:
+        pytest.skip(f"this CPU has no {request.param.name}")
+    monkeypatch.setattr(native, "product_level", lambda: request.param)
+    return ProductLevel(request.param)
+
 
 KINDS = {
     "4 bits multiplied": {"bits": 4, "group_size": 32, "multiplied": True},
@@ -121,7 +134,7 @@ def test_one_call_of_a_linear_takes_any_rows_and_a_copy_of_its_own() -> None:
             assert torch.equal(got, want)
 
 
-def test_what_one_call_cannot_do_is_left_to_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_one_call_cannot_do_is_left_to_several() -> None:
     packed, grid = pack_cpu_weight([layer(50, 40, "4 bits")]), grid_of(40)
     calls = SmallCalls(packed, None, 8)
     x = draw(3, 40)
@@ -131,5 +144,39 @@ def test_what_one_call_cannot_do_is_left_to_several(monkeypatch: pytest.MonkeyPa
     assert calls(x.half(), grid, None) is None
     assert calls(x[:0], grid, None) is None
     assert calls(draw(3, 2, 5, 64)[:, 0, :, :40], grid, None) is None, "rows that are not evenly apart"
-    monkeypatch.setattr(cpu_call, "SMALL_WORK", 100)
-    assert SmallCalls(packed, None, 8)(x, grid, None) is None, "a product that is not small"
+    assert SmallCalls(replace(packed, small_work=100), None, 8)(x, grid, None) is None, "a product that is not small"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_saturate_have_a_product_of_our_own_of_any_size(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact integers on CPUs of AVX2 alone, in any dtype, also where a compiler traces."""
+    monkeypatch.setattr(cpu_weight, "sums_pairs_exactly", lambda: False)
+    monkeypatch.setattr(cpu_weight, "SMALL_PRODUCT", 100)
+    for geometry in (None, GEOMETRIES[0]):
+        weight = layer(50, 40, kind, 1 if geometry is None else geometry.taps)
+        packed = pack_cpu_weight([weight], geometry)
+        if kind == "4 bits":
+            assert (packed.packed is None, packed.small) == (False, None), "oneDNN is exact there"
+            continue
+        assert packed.packed is None
+        rows = 42 if geometry is None else (2, 7, 6)
+        x, same = codes(*([rows, 40] if geometry is None else [*rows, 40]), runs=2)  # type: ignore[misc]
+        shape = (42, 50) if geometry is None else (2, *geometry.output_size(7, 6), 50)
+        epilogue = Epilogue(torch.float16, draw(50), draw(*shape, seed=1).half())
+        multiply = cpu_linear if geometry is None else cpu_conv2d
+
+        def product(
+            multiply: Callable[..., Tensor] = multiply,
+            x: QuantizedActivation = x,
+            packed: CpuWeight = packed,
+            epilogue: Epilogue = epilogue,
+        ) -> Tensor:
+            return multiply(x, packed, epilogue)
+
+        want = (
+            linear_int(same, [weight], epilogue) if geometry is None else conv2d_int(same, [weight], geometry, epilogue)
+        )
+        assert torch.equal(product(), want)
+        assert torch.equal(torch.compile(product, backend="aot_eager", fullgraph=True)(), want)

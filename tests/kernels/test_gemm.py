@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import mmap
 
 import pytest
@@ -10,7 +11,8 @@ from kernels.activations import QuantizedActivation
 from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_float, linear_int
-from tests.kernels.example_layers import random_layer, weight_values
+from kernels.weights import join_widths
+from tests.kernels.example_layers import mixed_layer, random_layer, weight_values
 
 BACKENDS = ("reference", "triton")
 
@@ -122,6 +124,28 @@ def test_channels_of_different_bits(device: str) -> None:
         weights = [part.packed.to(device) for part in parts]
         got = linear_int(to(x, device), weights, Epilogue(bias=bias.to(device)), backend)
         assert torch.equal(got.cpu(), want + bias), backend
+
+
+@pytest.mark.parametrize(
+    ("widths", "group_size", "multiplied"),
+    [((1, 2, 3, 4, 5, 8), None, False), ((2, 4, 6), 32, True), ((3, 5), None, False), ((2, 4), 96, False)],
+)
+@pytest.mark.parametrize("k", [130, 256])
+def test_all_widths_of_a_layer_are_one_launch(
+    widths: tuple[int, ...], group_size: int | None, multiplied: bool, k: int, device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Bit for bit what the definition gives, but where groups have float scales; no record has a launch of its own."""
+    gemm = importlib.import_module("kernels._triton.gemm")
+    monkeypatch.setattr(gemm, "linear_int_kernel", None)
+    weights = [
+        each.to(device) for each in join_widths(mixed_layer(k, widths, group_size=group_size, multiplied=multiplied))
+    ]
+    assert 1 < len(weights) <= 3
+    x, bias = to(activation(35, k, 5), device), torch.linspace(-1, 1, 10 * len(widths), device=device)
+    want, got = (linear_int(x, weights, Epilogue(bias=bias), backend) for backend in BACKENDS)
+    exact = group_size is None or multiplied
+    assert (got - want).abs().max().item() <= (0.0 if exact else EPILOGUE_TOLERANCE * want.abs().max().item())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])

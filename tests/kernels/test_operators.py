@@ -18,6 +18,7 @@ from kernels.cpu_activation import cpu_grid, quantize_cpu
 from kernels.cpu_weight import CpuWeight, pack_cpu_weight
 from kernels.epilogue import Epilogue, LowRank
 from kernels.fp8 import linear_fp8, quantize_fp8
+from kernels.gates import Gate, gate_quantize
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, LayerNorm, group_norm_quantize, layer_norm_quantize
 from tests.kernels.example_layers import random_layer
@@ -55,6 +56,7 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
         lambda x: group_norm_quantize(x, GroupNorm(8, 1e-5), TABLE, step(x)).codes + 1,
     ),
     "layer_norm": ((2, 5, 40), lambda x: layer_norm_quantize(x, LayerNorm(1e-5), 8).codes + 1),
+    "gate": ((2, 5, 80), lambda x: gate_quantize(x, Gate.GEGLU, TABLE, step(x)).codes + 1),
     "fp8": ((2, 5, 40), lambda x: linear_fp8(quantize_fp8(x), quantize_fp8(x[0]), Epilogue())),
     "cpu_linear": (
         (2, 5, 40),
@@ -107,7 +109,7 @@ def test_a_small_product_in_a_graph_is_that_of_one_native_call_but_for_rounding(
 
 
 @pytest.mark.parametrize(
-    "name", ["table", "dynamic", "linear_int", "linear_float", "conv2d_int", "group_norm", "layer_norm", "fp8"]
+    "name", ["table", "dynamic", "linear_int", "linear_float", "conv2d_int", "group_norm", "layer_norm", "gate", "fp8"]
 )
 def test_schemas_and_fake_kernels_agree_with_what_runs(name: str) -> None:
     shape, call = CALLS[name]

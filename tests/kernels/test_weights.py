@@ -8,8 +8,8 @@ from kernels.epilogue import Epilogue
 from kernels.errors import KernelError
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_int
 from kernels.packing import pack_codes
-from kernels.weights import MAX_COLUMNS, pack_weight, unpack_weight, weight_integers
-from tests.kernels.example_layers import random_layer, weight_values
+from kernels.weights import MAX_COLUMNS, join_widths, pack_weight, unpack_weight, weight_integers
+from tests.kernels.example_layers import mixed_layer, random_layer, weight_values
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
@@ -147,15 +147,43 @@ def test_channels_of_several_bits_become_one_matrix() -> None:
     assert fast.channel is None
 
 
+def test_channels_of_several_bits_with_scales_of_groups_become_one_matrix() -> None:
+    parts = mixed_layer(64, (3, 4), group_size=32)
+    (fast,) = unpack_weight(parts)
+    for part in parts:
+        assert part.channel is not None
+        assert torch.equal(weight_values(fast)[part.channel.long()], weight_values(part))
+
+
 def test_what_does_not_fit_in_int8_stays_packed() -> None:
     eight = random_layer(8, 64, bits=8).packed  # code - zero_point of up to 255
     assert unpack_weight([eight])[0] is eight
-    halves = (torch.arange(5), torch.arange(5, 10))
-    grouped = [
-        random_layer(5, 64, bits=bits, group_size=32, channel=channel).packed
-        for bits, channel in zip((3, 4), halves, strict=True)
-    ]
-    assert unpack_weight(grouped) == tuple(grouped)
+    (three,), (four,) = mixed_layer(64, (3,), group_size=32), mixed_layer(64, (4,))
+    assert unpack_weight([three, four]) == (three, four)
+
+
+@pytest.mark.parametrize("multiplied", [False, True])
+def test_widths_that_are_stored_alike_are_one_record(multiplied: bool) -> None:
+    bits = (1, 2, 3, 4, 5, 6) if multiplied else (1, 2, 3, 4, 5, 6, 8)
+    parts = mixed_layer(70, bits, group_size=32 if multiplied else None, multiplied=multiplied)
+    joined = join_widths(parts)
+    assert [weight.layout.bits for weight in joined] == [2, 4, 8]
+    assert sum(weight.rows for weight in joined) == 10 * len(bits)
+    for part in parts:
+        (one,) = [weight for weight in joined if weight.layout.bits == part.layout.bits]
+        assert part.channel is not None
+        assert one.channel is not None
+        rows = [one.channel.tolist().index(channel) for channel in part.channel.tolist()]
+        assert torch.equal(weight_values(one)[rows], weight_values(part))
+        assert torch.equal(one.total.int()[rows], part.total.int())
+
+
+def test_five_and_six_bits_need_no_correction_by_sums_of_inputs() -> None:
+    for bits in (5, 6):
+        layer = random_layer(9, 40, bits=bits)
+        assert layer.packed.layout.symmetric
+        assert not layer.packed.zero_point.any()
+        assert torch.equal(weight_integers(layer.packed).flatten(1), layer.integers(40, None).int())
 
 
 def test_backends_multiply_unpacked_weights_alike(device: str) -> None:

@@ -90,7 +90,7 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     torch.set_num_threads(context.threads)
     del original
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    loaders = _loaders(folders, backend, device, dtype)
+    loaders = _loaders(folders, backend, params.backend, device, dtype)
     for load in loaders.values():
         _call(bench, load(), max(bench.batches))()  # libraries are set up once, for whoever comes first
     peaks: dict[str, int | None] = {name: _peak_bytes(bench, load) for name, load in loaders.items()}
@@ -120,12 +120,12 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
 
 
 def _loaders(
-    folders: Mapping[str, Path], backend: KernelBackend, device: torch.device, dtype: torch.dtype
+    folders: Mapping[str, Path], backend: KernelBackend, asked: KernelBackend, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Callable[[], nn.Module]]:
     """Return what loads each model, on the device and ready to run."""
 
     def release() -> nn.Module:
-        model = load_runtime(folders["artifact"], device, backend, dtype=dtype)
+        model = load_runtime(folders["artifact"], device, backend, asked=asked, dtype=dtype)
         return model if dtype is torch.float32 else _with_float32_ends(model, dtype)
 
     def original() -> nn.Module:

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from kernels import native
+from kernels.cpu_measure import process_timings
 from orchestrator.cli.main import run_cli
 from tests.orchestrator.cli.test_search import write_model
 from tests.orchestrator.in_process import InProcess
@@ -265,6 +267,17 @@ def test_bench(cli: Cli, done: dict[str, Any]) -> None:
     assert found["ratios"]["bytes"] == pytest.approx(
         found["original_figures"]["bytes"] / found["release_figures"]["bytes"]
     )
+
+
+@pytest.mark.skipif(not native.product_level(), reason="no AVX2, or nothing is compiled")
+def test_show_layers_says_what_was_timed(cli: Cli, done: dict[str, Any]) -> None:
+    process_timings.cache_clear()  # whatever other tests have spent
+    auto, fixed = (
+        [each["reason"] for each in cli("artifacts", "show", "small@1", "--layers", *words, "--json").json["layers"]]
+        for words in ([], ["--backend", "cpu"])
+    )
+    assert any("of float32 at" in reason for reason in auto)
+    assert not any("measured" in reason for reason in fixed)
 
 
 def test_show_layers(cli: Cli, done: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cpu_weight, native
 from kernels.cpu_weight import sums_pairs_exactly
+from kernels.native import ProductLevel
 from quant_core.nn.layers import Quantizable, QuantLayer, replace_module
 from quant_core.nn.ranges import QParams
 from quant_core.nn.steps import StepClock
@@ -262,6 +263,7 @@ def test_what_a_cpu_has_no_integers_for_is_unpacked_to_floats_once(name: str, sp
     assert run.reason.startswith(why)
 
 
+@pytest.mark.parametrize("level", [ProductLevel.NONE, ProductLevel.AVX2], ids=lambda level: level.name)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("name", ["linear 3-D", "linear, no bias", "conv 3x3", "conv strided", "conv dilated"])
 @pytest.mark.parametrize(
@@ -273,9 +275,12 @@ def test_what_a_cpu_has_no_integers_for_is_unpacked_to_floats_once(name: str, sp
     ],
     ids=str,
 )
-def test_a_cpu_without_exact_integers_multiplies_floats(
-    name: str, weight: str, activation: ActivationSpec, monkeypatch: pytest.MonkeyPatch
+def test_a_cpu_whose_integers_are_not_exact_has_a_product_of_our_own_or_multiplies_floats(
+    name: str, weight: str, activation: ActivationSpec, level: ProductLevel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if native.product_level() < level:
+        pytest.skip(f"this CPU has no {level.name}")
+    monkeypatch.setattr(native, "product_level", lambda: level)
     monkeypatch.setattr(cpu_weight, "sums_pairs_exactly", lambda: False)
     monkeypatch.setattr(cpu_weight, "PAIR_LIMIT", 0)
     make, shape = LAYERS[name]
@@ -286,7 +291,9 @@ def test_a_cpu_without_exact_integers_multiplies_floats(
             clock.set_timestep(torch.tensor([900.0, 100.0]))
             want.append(model(noise(*shape)))
         (run,) = build_runtime(model, CPU)
-        assert "float products: backend: got 'cpu' for weights up to" in run.reason
+        products = "int8" if level and weight != "W4 per group" else "float"  # float scales of groups take two digits
+        assert f"{products} products" in run.reason
+        assert ("got 'cpu' for weights up to" in run.reason) is (products == "float")
         got = [model(noise(*shape))]
         if not activation.is_dynamic:
             clock.set_timestep(500.0)
@@ -465,7 +472,7 @@ def test_unpacked_weights_give_what_packed_ones_give(weight: str, kind: str) -> 
 
 def test_a_cpu_says_how_weights_lie_in_memory() -> None:
     """A byte a weight and 12 for each row of them, of float scales of groups twice; small weights are kept twice."""
-    stored = 624 + 480 * native.has_product()
+    stored = 624 + 480 * bool(native.product_level())
     for name, wanted in {
         "W4 multiplied": f"8-bit weights unpacked from fewer bits in {stored} bytes, int8 products",
         "W4 per group": "2 digits of 8-bit weights unpacked from fewer bits in 1248 bytes, int8 products",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers.models.attention import FeedForward
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from quant_core.nn.layers import QUANTIZABLE, QuantLayer
 from quant_core.nn.ranges import QParams
 from quant_core.nn.steps import StepClock
 from quant_core.runtime.build import build_runtime
-from quant_core.runtime.fused_blocks import FusedResnetBlock
+from quant_core.runtime.fused_blocks import FusedResnetBlock, Projection
 from quant_core.runtime.layer import RuntimeLayer
 from quant_spec.enums import ActivationMode, KernelBackend
 from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
@@ -44,7 +45,13 @@ class Model(nn.Module):
 def model_of(spec: ActivationSpec | None = None, outputs: int = 48, **options: object) -> Model:
     """A ResNet block of 32 channels, its weights quantized to `BITS`, at step 1 of 2."""
     torch.manual_seed(0)
-    made = ResnetBlock2D(in_channels=32, out_channels=outputs, temb_channels=16, groups=8, **options).eval()
+    return quantize(
+        ResnetBlock2D(in_channels=32, out_channels=outputs, temb_channels=16, groups=8, **options).eval(), spec
+    )
+
+
+def quantize(made: nn.Module, spec: ActivationSpec | None = None) -> Model:
+    """A model of a block, its weights quantized to `BITS`, at step 1 of 2."""
     clock = StepClock([900.0, 100.0])
     for name, layer in list(made.named_modules()):
         if isinstance(layer, QUANTIZABLE):
@@ -140,3 +147,35 @@ def test_a_whole_model_fuses_all_it_can(tiny_model: Make, quantize_model: Quanti
     assert all(len(block.conv1.parts) > 1 for block in blocks if block.conv1.norm is None)
     assert isinstance(model.conv_norm_out, nn.Identity)
     assert model.conv_out.norm is not None
+
+
+class Alone(nn.Module):
+    """What a block computes that is given nothing but its input."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, _: Tensor) -> Tensor:
+        return self.block(x)
+
+
+@pytest.mark.parametrize("kind", ["geglu", "gelu", "gelu-approximate", "geglu-approximate"])
+def test_the_second_linear_of_a_feed_forward_takes_the_activation(kind: str) -> None:
+    torch.manual_seed(0)
+    for backend in BACKENDS:
+        model = quantize(Alone(FeedForward(32, activation_fn=kind).eval()))
+        assert difference(model, backend, noise(2, 5, 32) * 2, noise(1)) < TOLERANCE
+        first, _, last = model.block.block.net
+        assert isinstance(last, RuntimeLayer)
+        fused = backend is KernelBackend.TRITON and kind != "geglu-approximate"
+        assert isinstance(first, Projection) is fused
+        assert (last.gate is not None) is fused
+        (run,) = (run for run in model.quantmill_runs if run.layer.endswith("net.2"))
+        assert run.reason.endswith("gelu with the quantization" if kind == "gelu" else "with the quantization") is fused
+
+
+def test_a_feed_forward_whose_ranges_are_found_at_run_time_keeps_its_activation() -> None:
+    model = quantize(Alone(FeedForward(32).eval()), ActivationSpec(8, mode=ActivationMode.DYNAMIC_TOKEN))
+    assert difference(model, KernelBackend.TRITON, noise(2, 5, 32), noise(1)) < TOLERANCE
+    assert model.block.block.net[2].gate is None

@@ -1,0 +1,87 @@
+"""Triton twin of `kernels.gates`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._triton.activations import BLOCK, channel_block, fuses, row_view, write_grids
+from kernels._triton.common import code_of, inverse_of
+
+
+@triton.jit
+def gelu(x, TANH: tl.constexpr):
+    """GELU in float32, or its approximation by tanh."""
+    if TANH:
+        # tanh(u) = 1 - 2 / (e**2u + 1), which is 1 from u = 10 on.
+        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        half = 1.0 - 1.0 / (tl.exp(tl.minimum(2.0 * u, 40.0)) + 1.0)
+    else:
+        half = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x * half
+
+
+@triton.jit
+def gate_quantize_kernel(
+    x_ptr,  # (M, C), or (M, 2 C) of GATED
+    scale_ptr,  # (S,) float32
+    zero_ptr,  # (S,) float32, unsigned
+    index_ptr,  # (R,) int64 or None
+    divisor_ptr,  # (S, C) float32 or None
+    codes_ptr,  # (M, C) int8
+    run_scale_ptr,  # (R,) float32
+    run_zero_ptr,  # (R,) int32
+    C,
+    rows_per_run,
+    stride_x,
+    GATED: tl.constexpr,
+    TANH: tl.constexpr,
+    TOP: tl.constexpr,
+    HALF: tl.constexpr,
+    FUSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Codes of one tile of the rows of a run."""
+    run = tl.program_id(0)
+    step, scale, zero = write_grids(scale_ptr, zero_ptr, index_ptr, run_scale_ptr, run_zero_ptr, run, HALF)
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = run.to(tl.int64) * rows_per_run + row
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (row < rows_per_run)[:, None] & (c < C)[None, :]
+    divisor = tl.full((BLOCK_C,), 1.0, tl.float32) * scale
+    if divisor_ptr is not None:
+        divisor = tl.load(divisor_ptr + step * C + c, mask=c < C, other=1.0)
+    at = x_ptr + m[:, None] * stride_x + c[None, :]
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        x *= gelu(tl.load(at + C, mask=mask, other=0.0).to(tl.float32), TANH)
+    else:
+        x = gelu(x, TANH)
+    codes = code_of(x, divisor[None, :], inverse_of(divisor)[None, :], zero, TOP, HALF, FUSED)
+    tl.store(codes_ptr + m[:, None] * C + c[None, :], codes, mask=mask)
+
+
+def launch_gate(
+    x: Tensor, gate: str, scale: Tensor, zero_point: Tensor, index: Tensor | None, divisor: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `gate_quantize_kernel`."""
+    is_gated = gate == "geglu"
+    rows, columns = row_view(x), x.shape[-1] // (2 if is_gated else 1)
+    m, runs = rows.shape[0], 1 if index is None else index.numel()
+    codes = torch.empty(*x.shape[:-1], columns, dtype=torch.int8, device=x.device)
+    run_scale = torch.empty(runs, dtype=torch.float32, device=x.device)
+    run_zero = torch.empty(runs, dtype=torch.int32, device=x.device)
+    block_c = channel_block(columns)
+    block_m = BLOCK // block_c
+    grid = (runs, max(1, triton.cdiv(m // runs, block_m)), max(1, triton.cdiv(columns, block_c)))
+    gate_quantize_kernel[grid](
+        rows, scale.float().contiguous(), zero_point.float().contiguous(), index,
+        None if divisor is None else divisor.contiguous(), codes, run_scale, run_zero,
+        columns, m // runs, rows.stride(0), GATED=is_gated, TANH=gate == "gelu-tanh",
+        TOP=2**bits - 1, HALF=2 ** (bits - 1), FUSED=fuses(), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return codes, run_scale, run_zero

@@ -4,7 +4,7 @@ values."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -90,7 +90,6 @@ def inspect_model(denoiser: Denoiser, call: Call | None = None) -> dict[str, Any
     found = find_units(model, trace)
     done = _finished(trace)
     units = [_describe_unit(model, unit, trace, done) for unit in found.units]
-    layers = {name: _describe_layer(model, name, trace) for unit in found.units for name in unit.layers}
     return {
         "class_name": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -103,14 +102,32 @@ def inspect_model(denoiser: Denoiser, call: Call | None = None) -> dict[str, Any
         "conditioning": _describe_conditioning(denoiser),
         **describe_needs(denoiser),
         "units": units,
-        "layers": layers,
-        "attentions": {name: {"macs": macs} for name, macs in trace.attentions.items()},
+        **_describe_layers(model, trace, found.units),
         "unused": list(found.unused),
         "temporal": _describe_temporal(denoiser, call),
         "pipeline": pipeline,
         "scheduler": _finite(denoiser.scheduler_config),
         "samples": _samples(trace.output_shape[1:], denoiser, pipeline),
         **({"streamed": True} if is_streamed(model) else {}),
+    }
+
+
+def describe_layers(denoiser: Denoiser, call: Call | None = None) -> dict[str, Any]:
+    """Return `layers` and `attentions` of `inspect_model`, and nothing else: what a forward costs.
+
+    Parameters
+    ----------
+    call : Call, optional
+        As for `trace_model`.
+    """
+    trace = trace_model(denoiser, call)
+    return _describe_layers(denoiser.model, trace, find_units(denoiser.model, trace).units)
+
+
+def _describe_layers(model: nn.Module, trace: Trace, units: Sequence[Unit]) -> dict[str, Any]:
+    return {
+        "layers": {name: _describe_layer(model, name, trace) for unit in units for name in unit.layers},
+        "attentions": {name: {"macs": macs} for name, macs in trace.attentions.items()},
     }
 
 

@@ -43,7 +43,7 @@ def model_cost(inspection: Mapping[str, Any], model_format: ModelFormat) -> Cost
     Parameters
     ----------
     inspection : mapping
-        From `quant_core.inspect.inspection.inspect_model`.
+        From `quant_core.inspect.inspection`: of `inspect_model` or `describe_layers`.
     """
     weights = macs = bops = saved = branch_macs = 0
     weight_bits = act_bits = 0.0

@@ -20,7 +20,7 @@ from quant_core.artifact.folder import CONFIG_FILE, parse_quantization_config
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.denoiser import Denoiser, has_signals
 from quant_core.inspect.first_call import Call
-from quant_core.inspect.inspection import inspect_model, trace_model
+from quant_core.inspect.inspection import describe_layers, trace_model
 from quant_core.metrics.clip_score import ClipScore
 from quant_core.metrics.cost import difference_state_bytes, model_cost
 from quant_core.metrics.evaluation import Quality, summarize
@@ -133,8 +133,7 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
     config = read_json(context.store.get_bytes(files[CONFIG_FILE][0]), CONFIG_FILE)
     call = _call(inputs, context) if original.is_whole else None
     formats = parse_quantization_config(config["quantization_config"])
-    inspection = inspect_model(original, call)
-    cost = model_cost(inspection, formats)
+    cost = model_cost(describe_layers(original, call), formats)
     per_step = {"bops_per_step": list(cost.bops_per_step)} if cost.bops_per_step else {}
     whole = {} if inputs.whole is None else {"component_bytes": _component_bytes(original, files, inputs, context)}
     return {
@@ -146,7 +145,7 @@ def _costs(original: Denoiser, inputs: Inputs[str], context: TaskContext) -> dic
         "bops": cost.bops,
         "bops_fp32": cost.bops_fp32,
         "bytes": sum(size for path, (_, size) in files.items() if path.endswith(".safetensors")),
-        "bytes_fp16": 2 * inspection["parameters"],
+        "bytes_fp16": 2 * sum(parameter.numel() for parameter in original.model.parameters()),
     }
 
 

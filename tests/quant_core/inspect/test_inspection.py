@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
-from quant_core.inspect.inspection import inspect_model
+from quant_core.inspect.inspection import describe_layers, inspect_model
 
 Make = Callable[[str], nn.Module]
 
@@ -37,6 +37,12 @@ def test_inspect_model_is_json_that_adds_up(any_model: nn.Module) -> None:
         assert unit["hessian_bytes"] == sum(4 * torch.Size(shape[1:]).numel() ** 2 for shape in shapes)
         assert unit["input_bytes"] > 0
         assert unit["output_bytes"] > 0
+
+
+def test_layers_alone_are_those_of_the_whole_description(any_model: nn.Module) -> None:
+    found, alone = inspect(any_model), describe_layers(Denoiser(any_model, {}, None, None))
+    assert list(alone) == ["layers", "attentions"]
+    assert json.dumps(alone) == json.dumps({name: found[name] for name in alone})
 
 
 def test_inspect_model_counts_a_unet_by_hand(tiny_model: Make) -> None:

@@ -24,7 +24,7 @@ def held_by(session: Session, job: str, owners: Collection[str]) -> list[Lease]:
     wanted = select(JobTask.task_id).where(JobTask.job_id == job)
     running = (in_states(Task.state, [TaskState.RUNNING]), Task.lease_owner.in_(owners), Task.id.in_(wanted))
     rows = session.execute(select(Task.id, Task.attempt, Task.lease_token).where(*running))
-    return [Lease(*row) for row in rows]
+    return [Lease(row.id, row.attempt, row.lease_token or "") for row in rows]
 
 
 def note_stopped(session: Session, leases: Sequence[Lease]) -> None:

@@ -48,7 +48,15 @@ def test_shipped_recipes_are_those_that_are_promised():
     promised = {"base", "minmax-w8a8", "qdiffusion-w8a8", "qdiffusion-w4a8", "fast-w4a8", "tfmq-w8a8", "tfmq-w4a8"}
     promised |= {"ptqd-w8a8", "ptqd-w4a8", "ptqd-w4-mixed", "tfmq-ptqd-w4a8"}
     promised |= {"dmq-w8a8", "dmq-w4a8", "dmq-w4a6", "dmq-ptqd-w4a6"}
-    promised |= {"svdquant-w4a8", "svdquant-w4a4", "dynamic-w8a8", "dynamic-w4a8", "fp8-w8a8", "weights-w4", "weights-w8"}
+    promised |= {
+        "svdquant-w4a8",
+        "svdquant-w4a4",
+        "dynamic-w8a8",
+        "dynamic-w4a8",
+        "fp8-w8a8",
+        "weights-w4",
+        "weights-w8",
+    }
     promised |= {"text-w8-svdquant-w4a8"}
     promised |= {f"mpqdm-w{bits}a4{plus}" for bits in (4, 3, 2) for plus in ("", "-plus")}
     assert promised <= set(shipped_names())

@@ -5,8 +5,9 @@
 
 Every figure is the job's own: images that the release draws in its pipeline against those of full precision, for the
 same prompts and seeds, none of which calibration used (`--prompts` is split between them; class labels are all used by
-both, with other seeds). Each recipe is measured at guidance 4 and without guidance; jobs of one home share their
-full-precision samples. A recipe may be followed by overrides: "fast-w4a8 weights.group_size=64".
+both, with other seeds; without a file, all of the model's configuration, which may be many more than it was trained on:
+emoji-dit has `examples/prompts/emoji-labels.txt`). Each recipe is measured at guidance 4 and without guidance; jobs of
+one home share their full-precision samples. A recipe may be followed by overrides: "fast-w4a8 weights.group_size=64".
 """
 
 from __future__ import annotations

@@ -28,10 +28,9 @@ _BATCH = 32  # images; VGG16 keeps 30 MiB of maps for each of 512 x 512 pixels
 
 def _alexnet() -> tuple[list[nn.Module], tuple[int, ...]]:
     """Return AlexNet's `features` as torchvision has them, and where they are cut: behind each ReLU."""
-    pool = {"kernel_size": 3, "stride": 2}
     layers: list[nn.Module] = [
-        *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(**pool)),
-        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(**pool)),
+        *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        *(nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
         *(nn.Conv2d(192, 384, 3, padding=1), nn.ReLU()),
         *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
         *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
@@ -70,6 +69,9 @@ class Lpips(nn.Module):
     DenoiserError
         If it is neither.
     """
+
+    shift: Tensor  # (1, 3, 1, 1), as is `scale`
+    scale: Tensor
 
     def __init__(self, path: Path) -> None:
         super().__init__()

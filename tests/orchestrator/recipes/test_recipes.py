@@ -82,7 +82,9 @@ def test_shipped_recipe_keeps_its_promise(name: str):
         inputs = recipe.activations.bits if differences is None else differences.bits
         assert (recipe.weights.bits, inputs) == both[name.removesuffix("-plus").rpartition("-")[2]]
     assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
-    assert (recipe.passes.exceptions is not None) == (name in ("tfmq-w8a8", "dmq-w8a8"))
+    has_exceptions = name in ("tfmq-w8a8", "dmq-w8a8") or name.startswith("dynamic")
+    assert (recipe.passes.exceptions is not None) == has_exceptions
+    assert (recipe.activations.mode == "dynamic_token") == (name.startswith(("dynamic", "fp8")) or "svdquant" in name)
     assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq", "dmq"))
     assert (recipe.passes.low_rank is not None) == ("svdquant" in name)
     assert set(recipe.components) == ({"text_encoder*"} if name.startswith("text-w8") else set())

@@ -256,6 +256,8 @@ def _widths_cases(arch: str) -> Iterator[Case]:
         ((linear_widths_kernel, 1, 8192), (linear_widths_kernel, 1, 16), (conv2d_widths_kernel, 9, 8192)),
         (False, True),
     ):
+        if multiplied and arch == "sm_80":
+            continue
         group = 64 if multiplied else 0
         layouts = [
             WeightLayout(2, 640, taps, 32, group, False, multiplied),

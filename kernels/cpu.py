@@ -58,6 +58,7 @@ def cpu_linear(x: QuantizedActivation, weight: CpuWeight, epilogue: Epilogue) ->
     if _is_small(weight, len(rows), epilogue):
         return _small_product(rows, x, weight, shape, epilogue)
     assert weight.packed is not None
+    assert not isinstance(weight.packed, ConvLayout)
     if isinstance(weight.packed, SmallMatrix):
         return _finish_matrix(_multiply_small(rows, weight.packed), x, weight, epilogue).view(shape)
     direct = _is_direct(weight, epilogue)

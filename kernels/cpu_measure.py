@@ -84,8 +84,8 @@ def measured(weight: CpuWeight, cache: Timings) -> tuple[CpuWeight, str]:
     """
     if weight.small is None or not native.is_usable() or torch.are_deterministic_algorithms_enabled():
         return weight, ""
-    key = (weight.outputs, weight.channels, weight.geometry, weight.packed is None, weight.small.zero is None)
-    key = (*key, torch.get_num_threads())
+    sizes, threads = (weight.outputs, weight.channels, weight.geometry), torch.get_num_threads()
+    key = (*sizes, weight.packed is None, weight.small.zero is None, threads)
     if key not in cache.known:
         if cache.spent >= TOTAL_LIMIT:
             return weight, ""

@@ -118,7 +118,7 @@ def launch_conv2d_int(
         if fits and hopper.takes(x.codes, weights[0].codes, rows, n, dtype):
             hopper.conv_int8(x, weights[0], geometry, rows, out, tile)
             return out
-    if takes_widths(weights):
+    if takes_widths(weights, arch):
         launch_conv2d_widths(x, weights, geometry, rows, out)
         return out
     for weight in weights:

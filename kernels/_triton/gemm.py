@@ -213,7 +213,7 @@ def launch_linear_int(
         if hopper.takes_weights(weights, tile) and hopper.takes(x.codes, weights[0].codes, rows, n, dtype):
             hopper.linear_int8(x, weights[0], rows, out, tile)
             return out
-    if takes_widths(weights):
+    if takes_widths(weights, arch):
         launch_linear_widths(x, weights, rows, out)
         return out
     for weight in weights:

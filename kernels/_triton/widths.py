@@ -7,7 +7,6 @@ most three: 2, 4 and 8 bits. A program has a tile of one of them, and loops over
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -213,8 +212,13 @@ def conv2d_widths_kernel(
             )  # fmt: skip
 
 
-def takes_widths(weights: Sequence[PackedWeight]) -> bool:
-    """Whether records are of different stored widths, each once, with groups of one size."""
+def takes_widths(weights: Sequence[PackedWeight], arch: str) -> bool:
+    """Whether records are of different stored widths, each once, with groups of one size.
+
+    On sm_80 products of groups are a launch for each width: prepared in registers before mma.sync, they would spill.
+    """
+    if arch == "sm_80" and any(weight.layout.multiplied for weight in weights):
+        return False
     widths = [weight.layout.bits for weight in weights]
     groups = {weight.layout.group_size for weight in weights} - {0}
     return 1 < len(widths) == len(set(widths)) and len(groups) <= 1
@@ -278,10 +282,7 @@ def _prepare(
 
 def widths_blocks(arch: str, m: int, n: int, layouts: Sequence[WeightLayout]) -> Blocks:
     """Blocks of a layer of several widths: those that suit a gathered epilogue, with the least K of all records."""
-    blocks = min((int_blocks(arch, m, n, layout, heavy=True) for layout in layouts), key=lambda each: each.k)
-    # Products of groups, prepared in registers before mma.sync, take what a tile of 128 rows has no room for.
-    is_short = arch == "sm_80" and blocks.m == 128 and any(layout.multiplied for layout in layouts)
-    return replace(blocks, m=64) if is_short else blocks
+    return min((int_blocks(arch, m, n, layout, heavy=True) for layout in layouts), key=lambda each: each.k)
 
 
 def layout_constants(layouts: Iterable[WeightLayout], k: int) -> dict[str, Any]:

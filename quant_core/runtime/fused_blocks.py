@@ -117,7 +117,7 @@ def _gate_of(activation: nn.Module) -> Gate | None:
     if type(activation) is activations.GEGLU:
         return Gate.GEGLU
     if type(activation) is activations.GELU:
-        return {"none": Gate.GELU, "tanh": Gate.GELU_TANH}.get(activation.approximate)
+        return {"none": Gate.GELU, "tanh": Gate.GELU_TANH}.get(str(activation.approximate))
     return None
 
 

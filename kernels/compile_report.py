@@ -287,7 +287,7 @@ def _widths_cases(arch: str) -> Iterator[Case]:
 def _float_cases(arch: str) -> Iterator[Case]:
     import torch
 
-    from kernels._triton.blocks import float_blocks, float_precision
+    from kernels._triton.blocks import float_blocks, float_precision, is_grouped
     from kernels._triton.gemm import linear_float_kernel, sum_splits_kernel
 
     for (m, heavy), dtype in itertools.product(
@@ -300,7 +300,7 @@ def _float_cases(arch: str) -> Iterator[Case]:
             (8, 64, 0, False),
         ):
             layout = WeightLayout(bits, 640, 1, lane, group, False, multiplied)
-            blocks = float_blocks(arch, m, 2560, grouped=layout.has_group_scales, dtype=dtype, heavy=heavy)
+            blocks = float_blocks(arch, m, 2560, grouped=is_grouped(arch, layout), dtype=dtype, heavy=heavy)
             splits = 4 if m <= 64 else 1
             constants = {
                 **_weight_constants(layout, lane), "RANK": 32 if heavy else 0, "BLOCK_M": blocks.m,

@@ -57,13 +57,18 @@ def int_blocks(
         rows = 16 if m <= 16 else 32 if m <= 32 else 64
         return Blocks(rows, 64, k, 4, 2 if arch == "gfx942" else 4)
     stages = {"sm_80": 3, "gfx942": 2}.get(arch, 4)
-    if layout.has_group_scales or heavy:
+    if is_grouped(arch, layout) or heavy:
         return Blocks(128, 32 if arch == "sm_100" else 64, k, 8, stages)
     tiles = -(-m // 128) * -(-n // 128)
     columns = 128 if tiles >= PROCESSORS[arch] else 64
     if layout.channels % 128 == 0 and arch in ("sm_90", "sm_100"):
         k = 128  # fewer barriers per wgmma; four stages of 32 KiB fit in 227 KiB
     return Blocks(128, columns, k, 8, stages)
+
+
+def is_grouped(arch: str, layout: WeightLayout) -> bool:
+    """Whether groups take registers that a large tile has none for: float scales, and multipliers before mma.sync."""
+    return layout.has_group_scales or (arch == "sm_80" and layout.multiplied)
 
 
 def float_blocks(

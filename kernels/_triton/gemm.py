@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.blocks import architecture, float_blocks, float_precision, int_blocks, rank_block, splits_of_k
+from kernels._triton.blocks import (
+    architecture,
+    float_blocks,
+    float_precision,
+    int_blocks,
+    is_grouped,
+    rank_block,
+    splits_of_k,
+)
 from kernels._triton.common import finish_tile, lane_of, tile_of
 from kernels._triton.int_tiles import int_tile
 from kernels._triton.tuned import HOPPER, LINEAR_GROUPS, LINEAR_INT8, Shape, Tile, tuned_tile
@@ -247,7 +255,7 @@ def launch_linear_float(
     for weight in weights:
         layout = weight.layout
         heavy = rows.rank > 0 or weight.channel is not None
-        blocks = float_blocks(arch, m, weight.rows, grouped=layout.has_group_scales, dtype=x.dtype, heavy=heavy)
+        blocks = float_blocks(arch, m, weight.rows, grouped=is_grouped(arch, layout), dtype=x.dtype, heavy=heavy)
         lane = blocks.k if layout.bits == 8 and layout.group_size % blocks.k == 0 else layout.lane
         steps = triton.cdiv(columns, lane * layout.per_byte)
         tiles = triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n)

@@ -107,11 +107,8 @@ def _torch() -> tuple[bool, str]:
     if run.returncode:
         return False, (run.stderr.strip().splitlines() or ["cannot be imported"])[-1]
     torch_version, diffusers_version, devices, exact = run.stdout.split()[-4:]
-    cpu = (
-        "a CPU with int8 products"
-        if int(exact)
-        else "a CPU without exact int8 products: most weights become float32 on it"
-    )
+    none = "a CPU without exact int8 products: most weights become float32 on it"
+    cpu = "a CPU with int8 products" if int(exact) else none
     return True, f"torch {torch_version}, diffusers {diffusers_version}, {devices} CUDA devices, {cpu}"
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from time import monotonic
 
 from quant_spec.documents import read_json
 from workers.errors import StoreError, StoreUnavailableError
@@ -49,14 +49,14 @@ class TaskNotes:
     def __init__(self, store: Store, key: str) -> None:
         """Keep notes of the task with this key in `store`."""
         self._store, self._key = store, key
-        self._started = self._written = time.monotonic()
+        self._started = self._written = monotonic()
         self._checkpoint_due = self._started + CHECKPOINT_SECONDS[0]
         self._first: int | None = None
         self._left_some = False
 
     def offer_checkpoint(self, make: Callable[[], bytes]) -> None:
         """Store a checkpoint in place of the last one if it is time for one; else cheap, and nothing is made."""
-        begun = time.monotonic()
+        begun = monotonic()
         if begun < self._checkpoint_due:
             return
         self._left_some = True
@@ -64,7 +64,7 @@ class TaskNotes:
         # A store that is out costs a checkpoint, and not what was computed.
         with suppress(StoreUnavailableError):
             self._store.put_note(CHECKPOINT, self._key, hashlib.sha256(data).digest() + data)
-        ended = time.monotonic()
+        ended = monotonic()
         least, most = CHECKPOINT_SECONDS
         self._checkpoint_due = ended + min(max((ended - begun) / CHECKPOINT_SHARE, least), most)
 
@@ -78,7 +78,7 @@ class TaskNotes:
 
     def report(self, done: int, total: int) -> None:
         """Say how far the task is, in steps of whatever it does; cheap, as most calls write nothing."""
-        now = time.monotonic()
+        now = monotonic()
         if self._first is None:
             self._first, self._started = done, now
         elif now - self._written < PROGRESS_SECONDS:

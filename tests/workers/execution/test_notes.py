@@ -43,7 +43,7 @@ def test_a_checkpoint_comes_back_whole_or_not_at_all(folder_store: NodeStore) ->
 def test_checkpoints_take_a_small_share_of_the_time(folder_store: NodeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     now, made = [0.0], []
     monkeypatch.setattr("workers.execution.notes.CHECKPOINT_SECONDS", (5.0, 300.0))
-    monkeypatch.setattr("workers.execution.notes.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("workers.execution.notes.monotonic", lambda: now[0])
     notes = TaskNotes(folder_store, KEY)
     takes = {5.0: 0.01, 10.5: 1.0, 61.5: 100.0, 461.5: 1.0}
 
@@ -72,7 +72,7 @@ def test_progress_counts_from_where_this_attempt_began(
     folder_store: NodeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0.0, 10.0, 11.0, 30.0])
-    monkeypatch.setattr("workers.execution.notes.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("workers.execution.notes.monotonic", lambda: next(clock))
     notes = TaskNotes(folder_store, KEY)
     notes.report(100, 400)
     notes.report(110, 400)  # a second later: too soon

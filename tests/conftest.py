@@ -32,8 +32,21 @@ _SERVER = pytest.StashKey[WarmServer]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that start Ray first: they wait more than they compute, and would else be all that runs in the end."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """Spread the files that start Ray over the first part of the run.
+
+    They wait more than they compute: together they would leave cores idle, and at the end be all that runs.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    waiting = [each for each in files.values() if any(item.get_closest_marker("ray") for item in each)]
+    others = [each for each in files.values() if each not in waiting]
+    step = max(1, round(0.6 * len(others) / max(1, len(waiting))))
+    ordered = []
+    while waiting or others:
+        ordered += waiting[:1] + others[:step]
+        waiting, others = waiting[1:], others[step:]
+    items[:] = [item for each in ordered for item in each]
 
 
 @pytest.hookimpl(optionalhook=True)

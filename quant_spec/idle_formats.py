@@ -27,35 +27,23 @@ def idle_formats(recipe: Recipe) -> Iterator[IdleField]:
     What a field needs may stand in any of the exceptions, as a field of all layers is read in those alone too. Fields
     of exceptions are yielded only if they are stated.
     """
-    for path, record in _sections(recipe):
-        section = path.removesuffix(".").rpartition(".")[2]
-        for name in type(record).model_fields:
-            if "layers." in path and name not in record.model_fields_set:
-                continue
-            needed = _unmet(recipe, section, name)
-            if needed:
-                yield IdleField(path, record, name, needed)
+    for path, section, record, names in _records(recipe):
+        for fields, needed, is_met in _NEEDS[section]:
+            for name in names:
+                if name in fields and not is_met(recipe):
+                    yield IdleField(path, record, name, needed)
 
 
-def _sections(recipe: Recipe) -> Iterator[tuple[str, Record]]:
-    yield from (("weights.", recipe.weights), ("activations.", recipe.activations), ("attention.", recipe.attention))
+def _records(recipe: Recipe) -> Iterator[tuple[str, str, Record, list[str]]]:
+    """Yield the path, section and fields of each record of a format; of an exception, those that are stated."""
+    for section in _NEEDS:
+        record: Record = getattr(recipe, section)
+        yield f"{section}.", section, record, list(type(record).model_fields)
     for place, entry in enumerate(recipe.layers):
-        yield from ((f"layers.{place}.weights.", entry.weights), (f"layers.{place}.activations.", entry.activations))
-
-
-def _unmet(recipe: Recipe, section: str, name: str) -> str:
-    """Return what a field of a section needs and the recipe does not have; nothing if it has all."""
-    inputs = recipe.activations.bits is not None
-    if not inputs and section == "attention":
-        return "activations.bits"
-    if not inputs and section == "activations" and name not in ("bits", "unknown_timestep"):
-        return "activations.bits"
-    if section == "attention" and name != "enabled" and not recipe.attention.enabled:
-        return "attention.enabled true"
-    for fields, needed, is_met in _NEEDS.get(section, ()):
-        if name in fields and not is_met(recipe):
-            return needed
-    return ""
+        for section in ("weights", "activations"):
+            record = getattr(entry, section)
+            names = [name for name in type(record).model_fields if name in record.model_fields_set]
+            yield f"layers.{place}.{section}.", section, record, names
 
 
 def _values(recipe: Recipe, section: str, name: str) -> set[Any]:
@@ -69,12 +57,17 @@ def _has(section: str, name: str, *wanted: Any) -> Callable[[Recipe], bool]:
     return lambda recipe: bool(_values(recipe, section, name) & set(wanted))
 
 
+def _quantizes_inputs(recipe: Recipe) -> bool:
+    return recipe.activations.bits is not None
+
+
 def _keeps_steps_apart(recipe: Recipe) -> bool:
-    per_step = recipe.activations.bits is not None and _has("activations", "mode", ActivationMode.PER_STEP)(recipe)
+    per_step = _quantizes_inputs(recipe) and _has("activations", "mode", ActivationMode.PER_STEP)(recipe)
     return per_step or recipe.passes.temporal is not None
 
 
-_RECORDED = (ActivationMode.STATIC, ActivationMode.PER_STEP)
+_INPUTS = frozenset({"symmetric", "mode", "range", "percentile", "step_bits", "type", "range_bits"})
+_RECORDED = _has("activations", "mode", ActivationMode.STATIC, ActivationMode.PER_STEP)
 
 #: section -> (fields, what they need, whether a recipe has that)
 _NEEDS: dict[str, tuple[tuple[frozenset[str], str, Callable[[Recipe], bool]], ...]] = {
@@ -88,21 +81,18 @@ _NEEDS: dict[str, tuple[tuple[frozenset[str], str, Callable[[Recipe], bool]], ..
         (frozenset({"symmetric"}), "weights.type int", _has("weights", "type", NumberType.INT)),
     ),
     "activations": (
-        (
-            frozenset({"range", "percentile"}),
-            "activations.mode static or per_step",
-            _has("activations", "mode", *_RECORDED),
-        ),
+        (_INPUTS, "activations.bits", _quantizes_inputs),
+        (frozenset({"range", "percentile"}), "activations.mode static or per_step", _RECORDED),
         (
             frozenset({"percentile"}),
             "activations.range percentile",
             _has("activations", "range", RangeMethod.PERCENTILE),
         ),
         (frozenset({"symmetric"}), "activations.type int", _has("activations", "type", NumberType.INT)),
-        (
-            frozenset({"unknown_timestep"}),
-            "activations.mode per_step or passes.temporal",
-            _keeps_steps_apart,
-        ),
+        (frozenset({"unknown_timestep"}), "activations.mode per_step or passes.temporal", _keeps_steps_apart),
+    ),
+    "attention": (
+        (frozenset({"enabled", "bits", "softmax_bits"}), "activations.bits", _quantizes_inputs),
+        (frozenset({"bits", "softmax_bits"}), "attention.enabled true", lambda recipe: recipe.attention.enabled),
     ),
 }

@@ -57,6 +57,24 @@ def by_table_flat_kernel(
 
 
 @triton.jit
+def tile_of_run(run, rows_per_run, C, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the rows and channels of a program's tile within a run, and which of them are there."""
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = (row < rows_per_run)[:, None] & (c < C)[None, :]
+    return run.to(tl.int64) * rows_per_run + row, c, mask
+
+
+@triton.jit
+def divisors(divisor_ptr, step, scale, c, C):
+    """Return what channels are divided by at a step: divisors of their own, or the step's scale."""
+    divisor = tl.full(c.shape, 1.0, tl.float32) * scale
+    if divisor_ptr is not None:
+        divisor = tl.load(divisor_ptr + step * C + c, mask=c < C, other=1.0)
+    return divisor
+
+
+@triton.jit
 def by_table_kernel(
     x_ptr,  # (M, C)
     scale_ptr,  # (S,) float32
@@ -78,13 +96,8 @@ def by_table_kernel(
     """Codes of one tile of the rows of a run."""
     run = tl.program_id(0)
     step, scale, zero = write_grids(scale_ptr, zero_ptr, index_ptr, run_scale_ptr, run_zero_ptr, run, HALF)
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = run.to(tl.int64) * rows_per_run + row
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (row < rows_per_run)[:, None] & (c < C)[None, :]
-    divisor = tl.full((BLOCK_C,), 1.0, tl.float32) * scale
-    if divisor_ptr is not None:
-        divisor = tl.load(divisor_ptr + step * C + c, mask=c < C, other=1.0)
+    m, c, mask = tile_of_run(run, rows_per_run, C, BLOCK_M, BLOCK_C)
+    divisor = divisors(divisor_ptr, step, scale, c, C)
     inverse = inverse_of(divisor)
     x = tl.load(x_ptr + m[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32)
     # What an infinite divisor leaves out has code 0, also where it holds an infinity: a product with its inverse is 0.

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.activations import BLOCK, channel_block, fuses, row_view, write_grids
+from kernels._triton.activations import BLOCK, channel_block, divisors, fuses, row_view, tile_of_run, write_grids
 from kernels._triton.common import code_of, inverse_of
 
 
@@ -47,13 +47,8 @@ def gate_quantize_kernel(
     """Codes of one tile of the rows of a run."""
     run = tl.program_id(0)
     step, scale, zero = write_grids(scale_ptr, zero_ptr, index_ptr, run_scale_ptr, run_zero_ptr, run, HALF)
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = run.to(tl.int64) * rows_per_run + row
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = (row < rows_per_run)[:, None] & (c < C)[None, :]
-    divisor = tl.full((BLOCK_C,), 1.0, tl.float32) * scale
-    if divisor_ptr is not None:
-        divisor = tl.load(divisor_ptr + step * C + c, mask=c < C, other=1.0)
+    m, c, mask = tile_of_run(run, rows_per_run, C, BLOCK_M, BLOCK_C)
+    divisor = divisors(divisor_ptr, step, scale, c, C)
     at = x_ptr + m[:, None] * stride_x + c[None, :]
     x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if GATED:

@@ -116,7 +116,7 @@ def conv2d_widths_kernel(
     x_ptr,
     x_scale_ptr,
     x_zero_ptr,
-    w2_ptr,  # (N2, taps * bytes), or None: as of `kernels._triton.gemm.linear_widths_kernel`
+    w2_ptr,  # (N2, taps * bytes), or None: the next ones as of `linear_widths_kernel`
     scale2_ptr,
     zero2_ptr,
     multiplier2_ptr,

@@ -77,17 +77,19 @@ def round_closed_form(weight: Tensor, factor: Factor, grid: QParams, bits: int |
     -----
     Cost O(C_out K^2).
     """
-    top = torch.as_tensor(greatest_code(bits)).to(weight).reshape(-1)
-    if weight.device.type == "cpu" and rounding.is_built():
-        return _sweep_codes(weight, factor, grid, top.expand(len(weight)), group_index).to(torch.uint8)
-    scale = grid.scale[:, group_index].expand_as(weight)
-    zero_point = grid.zero_point[:, group_index].expand_as(weight)
+    top = torch.as_tensor(greatest_code(bits)).to(weight).reshape(-1).expand(len(weight)).contiguous()
+    places = group_index[factor.order]
+    scale, zero_point = (each[:, places].expand_as(weight).contiguous() for each in (grid.scale, grid.zero_point))
 
     def nearest(column: Tensor, at: int) -> tuple[Tensor, Tensor]:
         codes = (torch.round(column / scale[:, at]) + zero_point[:, at]).clamp_(min=0).minimum(top)
         return codes, (codes - zero_point[:, at]) * scale[:, at]
 
-    return _sweep(weight, factor, nearest).to(torch.uint8)
+    def compiled(w: Tensor, numbers: Tensor, inverse: Tensor, start: int, stop: int) -> Tensor:
+        return rounding.round_columns(w, numbers, inverse, scale, zero_point, top, start, stop)
+
+    is_compiled = weight.device.type == "cpu" and rounding.is_built()
+    return _sweep(weight, factor, compiled if is_compiled else _by_columns(nearest)).to(torch.uint8)
 
 
 def round_closed_form_fp8(weight: Tensor, factor: Factor, scale: Tensor) -> Tensor:
@@ -103,44 +105,47 @@ def round_closed_form_fp8(weight: Tensor, factor: Factor, scale: Tensor) -> Tens
     Tensor, shape (C_out, K), dtype float8_e4m3fn
     """
 
+    ordered = scale[:, factor.order]
+
     def nearest(column: Tensor, at: int) -> tuple[Tensor, Tensor]:
-        numbers = to_fp8(column, scale[:, at]).float()
-        return numbers, numbers * scale[:, at]
+        numbers = to_fp8(column, ordered[:, at]).float()
+        return numbers, numbers * ordered[:, at]
 
-    return _sweep(weight, factor, nearest).to(FP8)  # exact: these are E4M3 numbers
-
-
-def _sweep_codes(weight: Tensor, factor: Factor, grid: QParams, top: Tensor, group_index: Tensor) -> Tensor:
-    """Return the codes that `_sweep` gives, float32, by the compiled rounding of a block."""
-    order, inverse = factor.order, factor.inverse.contiguous()
-    w, numbers = weight[:, order].contiguous(), torch.empty(weight.shape)
-    places = group_index[order]
-    scale, zero_point = (each[:, places].expand_as(w).contiguous() for each in (grid.scale, grid.zero_point))
-    for start in range(0, w.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, w.shape[1])
-        errors = rounding.round_columns(w, numbers, inverse, scale, zero_point, top.contiguous(), start, stop)
-        w[:, stop:] -= errors @ inverse[start:stop, stop:]
-    restored = torch.empty_like(numbers)
-    restored[:, order] = numbers
-    return restored
+    return _sweep(weight, factor, _by_columns(nearest)).to(FP8)  # exact: these are E4M3 numbers
 
 
-def _sweep(weight: Tensor, factor: Factor, nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> Tensor:
-    """Round the columns of a weight matrix one after another, in the order of falling diag H.
+#: Rounds columns `start` to `stop` of (weight, numbers, inverse, start, stop): changes what is left of the weight and
+#: fills numbers; returns the errors over the factor's diagonal, shape (C_out, stop - start).
+_RoundBlock = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
 
-    `nearest` gives the numbers that are nearest to a column, which is given with its place, and what they stand for.
+
+def _by_columns(nearest: Callable[[Tensor, int], tuple[Tensor, Tensor]]) -> _RoundBlock:
+    """Round a block by tensor operations for each column.
+
+    `nearest` gives the numbers that are nearest to a column, which is given with its place in the order, and what they
+    stand for.
     """
-    order, inverse = factor.order, factor.inverse
-    w, places = weight[:, order].clone(), order.tolist()
-    numbers = torch.empty_like(w)
-    for start in range(0, w.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, w.shape[1])
+
+    def round_block(w: Tensor, numbers: Tensor, inverse: Tensor, start: int, stop: int) -> Tensor:
         errors = torch.empty_like(w[:, start:stop])
         for j in range(start, stop):
-            numbers[:, j], value = nearest(w[:, j], places[j])
+            numbers[:, j], value = nearest(w[:, j], j)
             error = (w[:, j] - value) / inverse[j, j]
             w[:, j:stop] -= error[:, None] * inverse[j, j:stop]
             errors[:, j - start] = error
+        return errors
+
+    return round_block
+
+
+def _sweep(weight: Tensor, factor: Factor, round_block: _RoundBlock) -> Tensor:
+    """Round the columns of a weight matrix block by block, in the order of falling diag H; return the numbers."""
+    order, inverse = factor.order, factor.inverse.contiguous()
+    w = weight[:, order].contiguous()
+    numbers = torch.empty_like(w)
+    for start in range(0, w.shape[1], _BLOCK):
+        stop = min(start + _BLOCK, w.shape[1])
+        errors = round_block(w, numbers, inverse, start, stop)
         w[:, stop:] -= errors @ inverse[start:stop, stop:]
     restored = torch.empty_like(numbers)
     restored[:, order] = numbers

@@ -48,13 +48,8 @@ def trace_model(denoiser: Denoiser, call: Call | None = None) -> Trace:
     return trace
 
 
-def inspect_model(denoiser: Denoiser, call: Call | None = None) -> dict[str, Any]:
-    """Describe a denoiser for planning.
-
-    Parameters
-    ----------
-    call : Call, optional
-        As for `trace_model`: a pipeline is not called then, and nothing is said of it.
+def inspect_model(denoiser: Denoiser) -> dict[str, Any]:
+    """Describe a denoiser for planning; a whole pipeline is called.
 
     Returns
     -------
@@ -78,9 +73,7 @@ def inspect_model(denoiser: Denoiser, call: Call | None = None) -> dict[str, Any
         As `trace_model`.
     """
     model = denoiser.model
-    pipeline = None
-    if denoiser.is_whole and call is None:
-        pipeline, call = describe_pipeline(denoiser)
+    pipeline, call = describe_pipeline(denoiser) if denoiser.is_whole else (None, None)
     try:
         trace = trace_model(denoiser, call)
     except QuantServiceError as error:

@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline
 from orchestrator.cli.main import run_cli
 from quant_core.metrics.psnr import psnr_per_sample
 from quant_core.nn.layers import QuantLayer
-from quant_spec.enums import SampleSpace
+from quant_spec.enums import ActivationMode, SampleSpace
 from tests.orchestrator.in_process import InProcess
-from tests.tiny_pipelines import EMOJI_SD
+from tests.tiny_pipelines import EMOJI_SD, save_dit
 
 Cli = Callable[..., Any]
 STEPS = 3
@@ -106,3 +106,23 @@ def test_the_recipe_shows_the_pass_and_refuses_a_budget_that_is_none(cli: Cli) -
     refused = cli("recipes", "show", "dmq-w8a8", "--set", "passes.exceptions.multiplications=2")
     assert refused.code == 2
     assert "multiplications" in refused.err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_ray")
+@pytest.mark.parametrize(("recipe", "bits"), [("dynamic-w8a8", 8), ("dynamic-w4a8", 4)])
+def test_recipes_for_transformers_take_ranges_of_each_token_and_except_what_costs_most(
+    recipe: str, bits: int, cli: Cli, tmp_path: Path
+) -> None:
+    save_dit(tmp_path / "dit")
+    sizes = {name: value for name, value in SMALL.items() if name not in ("passes.scale", "layers")}
+    words = [word for name, value in sizes.items() for word in ("--set", f"{name}={value}")]
+    done = cli("run", recipe, "--model", tmp_path / "dit", *words, "--out", tmp_path / "release", "--json")
+    assert done.code == 0, done.err
+    assert done.json["metrics"]["n"] == 2
+    pipeline: Any = DiffusionPipeline.from_pretrained(tmp_path / "release", dtype=torch.float32)
+    layers = [each for each in pipeline.transformer.modules() if isinstance(each, QuantLayer)]
+    inputs = [layer.spec.activation for layer in layers]
+    assert {spec.mode for spec in inputs if spec is not None} == {ActivationMode.DYNAMIC_TOKEN}
+    assert None in inputs
+    assert bits in {layer.spec.weight.bits for layer in layers}

@@ -2,14 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 STAMP := $(VENV)/.installed
-DOCS_STAMP := $(VENV)/.installed-docs
+DOCS_PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+STAMP := $(VENV)/.installed-docs
 
 # Each process would else compile torch and diffusers anew (a second import takes 4 s, a first one 16), and tests start
 # hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo cluster bytecode test tests test-slow soak check format lint contracts types fmt reference docs clean
+.PHONY: install torch extensions demo cluster bytecode test tests test-slow soak check format lint contracts types fmt reference docs clean
 
 install: $(STAMP)
 
@@ -17,13 +19,20 @@ install: $(STAMP)
 $(STAMP): pyproject.toml kernels/_native.c kernels/_rounding.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Quantmill needs Python 3.11 or newer; set PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "torch==2.13.0"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[dev]"
+	@$(MAKE) --no-print-directory --jobs=2 torch extensions
+	$(PIP) "quantmill[dev]"
 	@touch $(STAMP)
+
+# At the same time: the one unpacks, the other compiles.
+torch:
+	$(PIP) "torch==2.13.0"
+
+extensions:
+	$(PIP) --no-deps -e .
 
 # Apart from the others, because building the handbook is no part of the tests.
 $(DOCS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(PIP) "quantmill[docs]"
 	@touch $(DOCS_STAMP)
 
 demo: install
@@ -39,14 +48,15 @@ tests test-slow soak: export OMP_NUM_THREADS = 1
 # Compiles, once, what each of the processes that the tests start at the same time would else compile for itself.
 bytecode: install
 	@$(BIN)/python -m tests.imports
+	@$(BIN)/python -m pytest --collect-only -q > /dev/null
 
 # Everything that guards the code; CI runs this. The checks run beside the tests.
 test: install
 	@$(MAKE) --no-print-directory --jobs=2 check tests
 
-# A file's tests run in one process, for what they share; in three processes, as those that start Ray mostly wait.
+# A file's tests run in one process, for what they share; in four processes, as those that start Ray mostly wait.
 tests: install bytecode
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow

@@ -62,7 +62,7 @@ def test_everything_that_a_queue_does_is_recorded(watched: tuple[QueueDriver, Re
     ):
         (task,) = queue.claim(1)
         with database.session() as session:
-            assert renew_leases(session, [task.lease], 60)
+            assert renew_leases(session, [task.lease], 600)
         with database.session() as session:
             assert undo(session, task.lease)
     (task,) = queue.claim(1)

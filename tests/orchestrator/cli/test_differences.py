@@ -170,6 +170,7 @@ def test_what_can_not_be_is_refused(cli: Cli, digits: Path, settings: list[str],
     assert message in answer.err
 
 
+@pytest.mark.slow
 def test_scaling_tables_and_a_correction_compose_with_differences(
     cli: Cli, digits: Path, without_ray: None, tmp_path: Path
 ) -> None:

@@ -161,6 +161,7 @@ def test_layers_of_8_bits_among_integer_scales_have_scales_per_channel(cli: Cli,
     assert found["mid_block.resnets.0.conv1"].is_multiplied
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray", "with_digits")
 def test_branches_lie_beside_temporal_tables_scaling_shifts_and_correction(cli: Cli, tmp_path: Path) -> None:
     view = run(

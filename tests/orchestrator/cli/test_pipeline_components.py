@@ -34,28 +34,30 @@ components:
 """
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a home with a release each of two small pipelines, text encoders packed."""
-    folder = tmp_path_factory.mktemp("components")
+def release(folder: Path, name: str, recipe: str) -> None:
+    """Quantize the pipeline that lies in a folder, in a home in it; its release lies beside both."""
     (folder / "prompts.txt").write_text(PROMPTS)
-    (folder / "mine.yaml").write_text(RECIPE)
-    save_sd3(folder / "sd3")
-    save_sd(folder / "sd")
-    recipes = {"sd": str(folder / "mine.yaml"), "sd3": "text-w8-svdquant-w4a8"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
         home = ["--home", str(folder / "home")]
-        for name, recipe in recipes.items():
-            assert run_cli([*home, "models", "add", str(folder / name)]) == 0
-            told = ["--prompts", str(folder / "prompts.txt"), "--out", str(folder / f"{name}-release")]
-            assert run_cli([*home, "run", recipe, "--model", name, "--name", name, *told, *WORDS]) == 0
+        assert run_cli([*home, "models", "add", str(folder / name)]) == 0
+        told = ["--prompts", str(folder / "prompts.txt"), "--out", str(folder / f"{name}-release")]
+        assert run_cli([*home, "run", recipe, "--model", name, "--name", name, *told, *WORDS]) == 0
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a home with a release of a small pipeline, its text encoder packed."""
+    folder = tmp_path_factory.mktemp("components")
+    (folder / "mine.yaml").write_text(RECIPE)
+    save_sd(folder / "sd")
+    release(folder, "sd", str(folder / "mine.yaml"))
     return folder
 
 
 @pytest.fixture
 def used(made: Path, home: Path) -> Path:
-    """The test's home: a copy of that in which the jobs ran; the folder of the releases."""
+    """The test's home: a copy of that in which the job ran; the folder of the release."""
     shutil.copytree(made / "home", home)
     return made
 
@@ -110,17 +112,21 @@ def test_what_was_measured_is_what_the_release_draws(made: Path) -> None:
     assert abs(-10 * np.log10(np.square(other - reference).mean()) - expected) > 0.1
 
 
-def test_all_text_encoders_of_a_pipeline_by_a_pattern(cli: Cli, used: Path, home: Path) -> None:
-    loaded = DiffusionPipeline.from_pretrained(used / "sd3-release")
+@pytest.mark.slow
+def test_all_text_encoders_of_a_pipeline_by_a_pattern(cli: Cli, home: Path, tmp_path: Path) -> None:
+    save_sd3(tmp_path / "sd3")
+    release(tmp_path, "sd3", "text-w8-svdquant-w4a8")
+    assert home == tmp_path / "home"
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "sd3-release")
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
         assert {layer.spec.weight.bits for layer in packed_layers(getattr(loaded, name)).values()} == {8}
     assert {layer.spec.weight.bits for layer in packed_layers(loaded.transformer).values()} == {4, 8}
     store = open_store(str(home / "store"))
-    release = read_files(store, cli("artifacts", "show", "sd3", "--json").json["digest"])
+    released = read_files(store, cli("artifacts", "show", "sd3", "--json").json["digest"])
     (model,) = (row for row in cli("models", "ls", "--json").json if row["name"] == "sd3")
     original = read_files(store, model["digest"])
     packed = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-    changed = {path for path, entry in original.items() if release.get(path) != entry}
+    changed = {path for path, entry in original.items() if released.get(path) != entry}
     assert {path.partition("/")[0] for path in changed if path.endswith(".safetensors")} == set(packed)
     assert {path for path in original if path.startswith(("vae/", "tokenizer"))}.isdisjoint(changed)
 
@@ -167,14 +173,23 @@ def test_an_export_without_quantization_has_plain_text_encoders(cli: Cli, used: 
     assert float((one - other).norm() / other.norm()) < 2e-3
 
 
-def test_models_add_says_which_components_a_recipe_may_name(cli: Cli, used: Path) -> None:
+@pytest.fixture
+def sd3(cli: Cli, tmp_path: Path) -> None:
+    """A pipeline with three text encoders, registered in the test's home."""
+    save_sd3(tmp_path / "sd3")
+    assert cli("models", "add", tmp_path / "sd3").code == 0
+
+
+@pytest.mark.usefixtures("sd3")
+def test_models_add_says_which_components_a_recipe_may_name(cli: Cli) -> None:
     answer = cli("models", "show", "sd3")
     lines = {line.split()[0]: line for line in answer.out.splitlines() if line}
     assert lines["text_encoder_3"].endswith("as it is, unless components.text_encoder_3")
     assert lines["vae"].endswith("as it is")
 
 
-def test_a_dry_run_shows_formats_and_memory_by_component(cli: Cli, used: Path) -> None:
+@pytest.mark.usefixtures("sd3")
+def test_a_dry_run_shows_formats_and_memory_by_component(cli: Cli) -> None:
     words = ["submit", "minmax-w8a8", "--model", "sd3", "--set", "components.text_encoder_3=weights-w4", "--dry-run"]
     found = cli(*words, "--json").json
     formats = {part["name"]: part["format"] for part in found["components"]}

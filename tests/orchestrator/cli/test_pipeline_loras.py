@@ -192,6 +192,7 @@ def sharded(sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_variant_in_shards_is_quantized_and_takes_a_lora(
     cli: Cli, home: Path, sharded: Path, tmp_path: Path, without_ray: None
 ) -> None:

@@ -193,6 +193,7 @@ def test_infinity_on_a_trajectory(cli: Cli, write: Callable[..., Path]) -> None:
     assert "retried" not in cli("jobs", "logs", answer.json["job"]).out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_a_network_on_signals_becomes_a_release(cli: Cli, write: Callable[..., Path], tmp_path: Path) -> None:
     from diffusers import UNet1DModel

@@ -16,9 +16,7 @@ from tests.tiny_pipelines import save_dit, save_sd3
 
 Cli = Callable[..., Any]
 
-#: Of both kinds of pipeline: class labels with guidance and a learned variance, and prompts with flow matching.
 SPEC: dict[str, Any] = {
-    "models": ["dit", "sd3"],
     "recipe": "minmax-w8a8",
     "set": {
         "sampler.num_inference_steps": 2,
@@ -38,16 +36,25 @@ SPEC: dict[str, Any] = {
 }
 
 
+#: Of both kinds of pipeline: class labels with guidance and a learned variance, and prompts with flow matching.
+PIPELINES = {"dit": save_dit, "sd3": save_sd3}
+
+
+@pytest.fixture(scope="module", params=["dit", pytest.param("sd3", marks=pytest.mark.slow)])
+def model(request: pytest.FixtureRequest) -> str:
+    """The name of a pipeline."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a home in which a search over two pipelines has gone through."""
+def searched(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a home in which a search over a pipeline has gone through."""
     folder = tmp_path_factory.mktemp("pipelines")
-    save_dit(folder / "dit")
-    save_sd3(folder / "sd3")
-    (folder / "both.yaml").write_text(yaml.safe_dump(SPEC))
+    PIPELINES[model](folder / model)
+    (folder / "one.yaml").write_text(yaml.safe_dump(SPEC | {"models": [model]}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
-        assert run_cli(["--home", str(folder / "home"), "search", "run", str(folder / "both.yaml"), "--json"]) == 0
+        assert run_cli(["--home", str(folder / "home"), "search", "run", str(folder / "one.yaml"), "--json"]) == 0
     return folder
 
 
@@ -58,35 +65,31 @@ def done(searched: Path, home: Path) -> None:
 
 
 @pytest.mark.usefixtures("done")
-def test_each_pipeline_gets_a_front_that_was_measured_in_pixels(cli: Cli, tmp_path: Path) -> None:
-    view = cli("search", "pareto", "both", "--json").json
-    for model in ("dit", "sd3"):
-        points = [point for point in view["models"][model] if point["on_front"]]
-        assert points
-        assert all(point["n"] == 2 for point in points)
-        (release,) = {point["release"] for point in points if point["release"]}
-        pulled = cli("artifacts", "pull", release, tmp_path / model)
-        assert pulled.code == 0, pulled.err
-        assert (tmp_path / model / "model_index.json").is_file(), "what is published is a pipeline"
+def test_each_pipeline_gets_a_front_that_was_measured_in_pixels(model: str, cli: Cli, tmp_path: Path) -> None:
+    points = cli("search", "pareto", "one", "--json").json["models"][model]
+    points = [point for point in points if point["on_front"]]
+    assert points
+    assert all(point["n"] == 2 for point in points)
+    (release,) = {point["release"] for point in points if point["release"]}
+    pulled = cli("artifacts", "pull", release, tmp_path / model)
+    assert pulled.code == 0, pulled.err
+    assert (tmp_path / model / "model_index.json").is_file(), "what is published is a pipeline"
 
 
 @pytest.mark.usefixtures("done")
-def test_choices_of_every_layer_are_priced_by_what_they_do_to_pixels(cli: Cli) -> None:
-    told = cli("search", "sensitivity", "both", "--json").json["models"]
-    for model in ("dit", "sd3"):
-        layers = told[model]["tables"]["base"]["layers"]
-        choices = [layer["weights"] for layer in layers.values() if len(layer["weights"]) > 1]
-        damages = [choice["damage"] for widths in choices for choice in widths.values()]
-        assert damages
-        assert sum(damage > 0 for damage in damages) > 0.8 * len(damages)
+def test_choices_of_every_layer_are_priced_by_what_they_do_to_pixels(model: str, cli: Cli) -> None:
+    layers = cli("search", "sensitivity", "one", "--json").json["models"][model]["tables"]["base"]["layers"]
+    choices = [layer["weights"] for layer in layers.values() if len(layer["weights"]) > 1]
+    damages = [choice["damage"] for widths in choices for choice in widths.values()]
+    assert damages
+    assert sum(damage > 0 for damage in damages) > 0.8 * len(damages)
 
 
 @pytest.mark.usefixtures("done", "without_ray")
-@pytest.mark.parametrize("name", ["dit", pytest.param("sd3", marks=pytest.mark.slow)])
-def test_bits_of_each_step_are_chosen_on_a_pipeline(name: str, cli: Cli) -> None:
+def test_bits_of_each_step_are_chosen_on_a_pipeline(model: str, cli: Cli) -> None:
     chosen = "{choices: [4, 8], target_mean: 6, seeds: 1, shard_seeds: 1, least_last: null}"
     sets = SPEC["set"] | {"activations.step_bits": chosen, "activations.mode": "per_step"}
     words = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-    answer = cli("run", "minmax-w8a8", "--model", name, *words, "--json")
+    answer = cli("run", "minmax-w8a8", "--model", model, *words, "--json")
     assert answer.code == 0, answer.err
     assert answer.json["metrics"]["act_bits_mean"] < 8

@@ -175,6 +175,7 @@ def test_the_same_again_is_the_same_table(world: World, table: dict[str, Any]) -
         assert world.made[node.id] == before
 
 
+@pytest.mark.slow
 def test_fixed_layers_have_their_own_width_alone(world: World) -> None:
     options = SensitivityOptions(widths=MENU, fixed=("conv_*",), rows=1, path=0)
     layers = world.table(base(), options)["layers"]
@@ -182,6 +183,7 @@ def test_fixed_layers_have_their_own_width_alone(world: World) -> None:
     assert len(layers["mid_block.resnets.0.conv1"]["weights"]) == len(WIDTHS)
 
 
+@pytest.mark.slow
 def test_scaled_channels_and_a_temporal_block_are_priced_too(world: World, tmp_path: Path) -> None:
     recipe = base("passes.scale={method: smooth}", "passes.temporal={method: closed_form}")
     few = Menu(weight_bits=(4, 8), activation_bits=(4,))

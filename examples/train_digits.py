@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,20 +71,37 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(steps: int) -> UNet2DModel:
-    """Return the exponential moving average of the weights after `steps` of epsilon prediction."""
+    """Return the digits model after `steps`."""
     torch.manual_seed(SEED)
     images, labels = load_images()
-    model, scheduler = make_model(), make_scheduler()
+
+    def batch() -> tuple[Tensor, Tensor | None]:
+        rows = torch.randint(len(images), (BATCH,))
+        return images[rows], labels[rows]
+
+    return train_model(make_model(), make_scheduler(), batch, steps)
+
+
+def train_model(
+    model: UNet2DModel,
+    scheduler: DDPMScheduler,
+    batch: Callable[[], tuple[Tensor, Tensor | None]],
+    steps: int,
+    peak: float = PEAK_LEARNING_RATE,
+) -> UNet2DModel:
+    """Return the exponential moving average of the weights after `steps` on batches of images and their labels."""
     ema = EMAModel(model.parameters(), decay=EMA_DECAY)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps))
     begin, recent = time.monotonic(), 0.0
     for step in range(steps):
-        rows = torch.randint(len(images), (BATCH,))
-        clean, noise = images[rows], torch.randn(BATCH, 1, SIZE, SIZE)
-        timesteps = torch.randint(scheduler.config["num_train_timesteps"], (BATCH,))
+        clean, labels = batch()
+        noise = torch.randn(clean.shape)
+        timesteps = torch.randint(scheduler.config["num_train_timesteps"], (len(clean),))
         noisy = scheduler.add_noise(clean, noise, timesteps)
-        loss = F.mse_loss(model(noisy, timesteps, labels[rows]).sample, noise)
+        velocity = scheduler.config["prediction_type"] == "v_prediction"
+        target = scheduler.get_velocity(clean, noise, timesteps) if velocity else noise
+        loss = F.mse_loss(model(noisy, timesteps, labels).sample, target)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -61,13 +61,19 @@ def _quantizes_inputs(recipe: Recipe) -> bool:
     return recipe.activations.bits is not None
 
 
+def _has_mode(*wanted: ActivationMode) -> Callable[[Recipe], bool]:
+    """Whether inputs of layers, or operands of attention, have one of these modes."""
+    of_layers = _has("activations", "mode", *wanted)
+    return lambda recipe: of_layers(recipe) or (recipe.attention.enabled and recipe.attention.mode in wanted)
+
+
 def _keeps_steps_apart(recipe: Recipe) -> bool:
-    per_step = _quantizes_inputs(recipe) and _has("activations", "mode", ActivationMode.PER_STEP)(recipe)
+    per_step = _quantizes_inputs(recipe) and _has_mode(ActivationMode.PER_STEP)(recipe)
     return per_step or recipe.passes.temporal is not None
 
 
 _INPUTS = frozenset({"symmetric", "mode", "range", "percentile", "step_bits", "type", "range_bits"})
-_RECORDED = _has("activations", "mode", ActivationMode.STATIC, ActivationMode.PER_STEP)
+_RECORDED = _has_mode(ActivationMode.STATIC, ActivationMode.PER_STEP)
 
 #: section -> (fields, what they need, whether a recipe has that)
 _NEEDS: dict[str, tuple[tuple[frozenset[str], str, Callable[[Recipe], bool]], ...]] = {
@@ -92,7 +98,11 @@ _NEEDS: dict[str, tuple[tuple[frozenset[str], str, Callable[[Recipe], bool]], ..
         (frozenset({"unknown_timestep"}), "activations.mode per_step or passes.temporal", _keeps_steps_apart),
     ),
     "attention": (
-        (frozenset({"enabled", "bits", "softmax_bits"}), "activations.bits", _quantizes_inputs),
-        (frozenset({"bits", "softmax_bits"}), "attention.enabled true", lambda recipe: recipe.attention.enabled),
+        (frozenset({"enabled", "mode", "bits", "softmax_bits"}), "activations.bits", _quantizes_inputs),
+        (
+            frozenset({"mode", "bits", "softmax_bits"}),
+            "attention.enabled true",
+            lambda recipe: recipe.attention.enabled,
+        ),
     ),
 }

@@ -105,11 +105,17 @@ class Activations(Grown):
         return self.mode.startswith("dynamic")
 
 
-class Attention(Record):
+class Attention(Grown):
     """The matmuls of attention: query, key and value at `bits`, probabilities at `softmax_bits`."""
 
+    _later: ClassVar[frozenset[str]] = frozenset({"mode"})
+
     enabled: bool = Field(
-        default=True, description="Whether the matmuls are quantized, with the mode, symmetry and range of activations."
+        default=True, description="Whether the matmuls are quantized, with the symmetry and range of activations."
+    )
+    mode: ActivationMode | None = Field(
+        default=None,
+        description="As in activations, for query, key, value and probabilities; null: as activations.mode.",
     )
     bits: Bits = Field(default=8, description="Bits of query, key and value.")
     softmax_bits: Bits = Field(default=8, description="Bits of the probabilities.")

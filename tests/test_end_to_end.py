@@ -154,7 +154,6 @@ def test_jobs_share_what_their_recipes_have_in_common(job: dict[str, Any], home:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_inputs_from_the_quantized_model_give_another_artifact(job: dict[str, Any], home: Path, model: Path) -> None:
     found = run_here(home, model, "--set", "passes.reconstruct.inputs=quantized")
     assert found["digest"] != job["digest"]

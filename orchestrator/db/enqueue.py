@@ -216,9 +216,12 @@ def _add(session: Session, job_id: str, shared: _Shared, items: Sequence[_Item],
     ids = [item.node.id for item in items]
     present = {row.id for row in run(session, _PRESENT, given=rows_json([{"id": each} for each in ids]))}
     new = [item for item in items if item.node.id not in present]
-    insert_rows(session, Task, _TASK, [_task_values(item, shared) for item in new])
-    insert_rows(session, TaskInput, EDGE, [edge for item in new if item.sources for edge in input_edges(item.node)])
-    insert_rows(session, JobTask, _WANTED, [(job_id, each, False) for each in ids], maybe=begun)
+    if new:
+        insert_rows(session, Task, _TASK, (_task_values(item, shared) for item in new))
+    if any(item.sources for item in new):
+        edges = (edge for item in new if item.sources for edge in input_edges(item.node))
+        insert_rows(session, TaskInput, EDGE, edges)
+    insert_rows(session, JobTask, _WANTED, ((job_id, each, False) for each in ids), maybe=begun)
     return new
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 from collections import namedtuple
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import Connection, TextClause, text
@@ -26,7 +27,7 @@ _NOW = {
     POSTGRES: "CAST(extract(epoch FROM statement_timestamp()) AS double precision)",
 }
 
-_ROWS_A_WRITE = 100
+_ROWS_A_WRITE = 25
 _ESCAPED = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 #: Writes a value as JSON. One encoder for all: `json.dumps` makes one for each call.
@@ -186,14 +187,15 @@ def driver_error(connection: Connection, what: str, error: Exception) -> DBAPIEr
     return raised
 
 
-def copy_rows(session: Session, into: str, rows: Sequence[Sequence[Any]]) -> None:
-    """Give Postgres rows for a table, "name (columns)", by COPY; it takes in some while others are still written."""
+def copy_rows(session: Session, into: str, rows: Iterable[Sequence[Any]]) -> None:
+    """Give Postgres rows for a table, "name (columns)", by COPY; it takes in some while others are still made."""
     connection = session.connection()
     driver: Any = connection.connection.driver_connection
     try:
         with driver.cursor() as cursor, cursor.copy(f"COPY {into} FROM STDIN") as copy:
-            for start in range(0, len(rows), _ROWS_A_WRITE):
-                copy.write("".join(map(_copy_line, rows[start : start + _ROWS_A_WRITE])))
+            lines = map(_copy_line, rows)
+            while text := "".join(islice(lines, _ROWS_A_WRITE)):
+                copy.write(text)
     except connection.dialect.loaded_dbapi.Error as error:
         base = connection.dialect.loaded_dbapi.Error
         raise DBAPIError.instance(f"COPY {into}", None, error, base, dialect=connection.dialect) from error

@@ -103,11 +103,9 @@ def _transition(event: TaskEvent | JobEvent) -> Transition[TaskState] | Transiti
 
 
 def insert_rows(
-    session: Session, table: type[Base], columns: tuple[str, ...], rows: Sequence[Sequence[Any]], *, maybe: bool = False
+    session: Session, table: type[Base], columns: tuple[str, ...], rows: Iterable[Sequence[Any]], *, maybe: bool = False
 ) -> None:
     """Insert rows, numbered in this order; JSON is given as text. With `maybe`, rows that are there are left."""
-    if not rows:
-        return
     if is_postgres(session) and not maybe:
         copy_rows(session, f"{table.__tablename__} ({', '.join(columns)})", rows)
         return

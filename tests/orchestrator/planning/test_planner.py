@@ -395,6 +395,20 @@ def test_formats_attention():
     assert specs(nodes_of(recipe("base", "attention.enabled=false")))["mid.attn"]["attentions"] == {}
 
 
+def test_formats_attention_in_a_mode_of_its_own():
+    unit = specs(nodes_of(recipe("base", "attention.mode=dynamic_token")))["mid.attn"]
+    operands = unit["attentions"]["mid.attn"]
+    assert operands["activation"]["mode"] == "dynamic_token"
+    assert operands.get("activation_range") is None
+    assert {layer["activation"]["mode"] for layer in unit["layers"].values()} == {"per_step"}
+    chosen = [
+        "attention.mode=dynamic_token", "passes.menu={weight_bits: [4, 8], activation_bits: [4]}",
+        layers("[{match: mid.attn, activations: {range_bits: [4, 8]}}]"),
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match=r"attention mid\.attn: .*got attention\.mode dynamic_token, wanted per_step"):
+        nodes_of(recipe("base", *chosen))
+
+
 @pytest.mark.parametrize("entry", ["{match: mid.attn, keep: true}", "{match: 'mid.attn.*', keep: true}"])
 def test_formats_attention_is_kept_by_its_name_or_with_all_its_layers(entry: str):
     unit = specs(nodes_of(recipe("base", layers(f"[{entry}]")))).get("mid.attn", {"attentions": {}})

@@ -678,6 +678,7 @@ def test_fields_that_matter_only_by_a_rule_of_their_record_are_refused_too():
         ("fp8-w8a8", "activations.symmetric=true", "activations.type int"),
         ("weights-w4", "activations.symmetric=true", "activations.bits"),
         ("weights-w4", "attention.bits=4", "activations.bits"),
+        ("weights-w4", "attention.mode=static", "activations.bits"),
         ("weights-w4", "layers=[{match: '*', activations: {mode: static}}]", "activations.bits"),
         ("minmax-w8a8", "layers=[{match: '*', weights: {percentile: 0.9}}]", "weights.range percentile"),
     ],
@@ -694,6 +695,8 @@ def test_fields_of_formats_that_nothing_reads_are_refused(recipe: str, override:
         ["weights.range=percentile", "layers=[{match: '*', weights: {percentile: 0.9}}]"],
         ["weights.group_scale=integer", "layers=[{match: '*', weights: {granularity: per_group, group_size: 32}}]"],
         ["activations.mode=static", "layers=[{match: '*', activations: {mode: per_step}}]"],
+        ["activations.mode=dynamic_token", "activations.range=mse", "attention.mode=static"],
+        ["activations.mode=static", "activations.unknown_timestep=nearest", "attention.mode=per_step"],
     ],
 )
 def test_a_field_of_a_format_may_be_read_in_some_layers_alone(overrides: list[str]):

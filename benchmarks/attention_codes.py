@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
@@ -193,7 +194,7 @@ def measure(options: Namespace) -> dict[str, Any]:
     if options.prompts:
         lines = options.prompts.read_text().splitlines()
         prompts: list[Any] = [int(line) if options.labels else line for line in lines if line]
-        words = {} if options.labels else {"height": options.size, "width": options.size}
+        words = yaml.safe_load(options.arguments)
         model, draw = pipeline(options.model, options.steps, options.guidance, prompts, words)
     else:
         model, draw = bare(options.model, options.steps)
@@ -219,7 +220,9 @@ def main() -> None:
     options.add_argument("--model", required=True)
     options.add_argument("--prompts", type=Path, help="of a pipeline, one to a line; without it, the denoiser alone")
     options.add_argument("--labels", action="store_true", help="prompts are class labels")
-    options.add_argument("--size", type=int, default=64)
+    options.add_argument(
+        "--arguments", default="{}", help="of the pipeline's call, such as '{max_sequence_length: 24}'"
+    )
     options.add_argument("--guidance", type=float, default=4.0)
     options.add_argument("--steps", type=int, default=20)
     options.add_argument("--seeds", type=int, default=64)

@@ -37,7 +37,7 @@ Batch = Callable[[], tuple[Tensor, Tensor | None]]
 
 
 def photos() -> tuple[UNet2DModel, DDPMScheduler, Batch]:
-    """Return an untrained model of photographs (2.6 M parameters), its noise schedule, and what draws a batch."""
+    """Return an untrained model of photographs (3.1 M parameters), its noise schedule, and what draws a batch."""
     images = [Image.fromarray(image) for image in load_sample_images().images]
     model = UNet2DModel(
         sample_size=SIZE,
@@ -64,7 +64,7 @@ def photos() -> tuple[UNet2DModel, DDPMScheduler, Batch]:
 
 
 def glyphs() -> tuple[UNet2DModel, DDPMScheduler, Batch]:
-    """Return an untrained model of letters (1.7 M parameters), its noise schedule, and what draws a batch."""
+    """Return an untrained model of letters (1.9 M parameters), its noise schedule, and what draws a batch."""
     model = UNet2DModel(
         sample_size=SIZE,
         in_channels=1,

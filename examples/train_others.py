@@ -27,7 +27,7 @@ from examples.train_digits import SEED, train_model
 
 SIZE = 32
 BATCH = 16
-STEPS = 2500
+STEPS = 1500
 PEAK_LEARNING_RATE = 5e-4
 SIGNS = "".join(sign for sign in string.printable if not sign.isspace())
 _CROP = (48, 160)  # pixels, of photographs of 427 x 640

@@ -26,6 +26,8 @@ MULTIPLIER_BITS = 4
 GREATEST_MULTIPLIER = 2**MULTIPLIER_BITS
 #: Greatest width of codes that leaves room for a multiplier in an int8.
 MULTIPLIED_BITS = 6
+#: Bits of probabilities that are not quantized.
+EXACT_SOFTMAX_BITS = 16
 #: Bits of a number of a low-rank branch, a bfloat16: exact in whatever dtype a model computes in.
 LOW_RANK_BITS = 16
 
@@ -268,22 +270,38 @@ class LayerSpec:
         }
 
 
+def softmax_bits(base: int, operands: int) -> int:
+    """Return the bits of probabilities where query, key and value have others than the base's: theirs, or none."""
+    return EXACT_SOFTMAX_BITS if base == EXACT_SOFTMAX_BITS else operands
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """Operands of one attention's two matmuls.
 
-    Query, key and value have the format `activation`; probabilities have its type and `softmax_bits`, from zero up.
+    Query, key and value have the format `activation`; probabilities have its type and `softmax_bits`, from zero up, or
+    are not quantized (16).
     """
 
     activation: ActivationSpec
     softmax_bits: int = 8
 
     def __post_init__(self) -> None:
-        check_bits(self.softmax_bits, "softmax")
-        if self.activation.is_float and self.softmax_bits != E4M3_BITS:
-            raise QuantizationError(f"softmax: got {self.softmax_bits} bits with e4m3 operands, wanted 8")
+        if self.quantizes_probabilities:
+            check_bits(self.softmax_bits, "softmax")
+        if self.activation.is_float and self.softmax_bits not in (E4M3_BITS, EXACT_SOFTMAX_BITS):
+            raise QuantizationError(f"softmax: got {self.softmax_bits} bits with e4m3 operands, wanted 8 or 16")
         if self.activation.differences:
             raise QuantizationError("attention: got operands in differences between steps, wanted them plain")
+
+    @property
+    def quantizes_probabilities(self) -> bool:
+        """Whether probabilities are quantized too."""
+        return self.softmax_bits != EXACT_SOFTMAX_BITS
+
+    def with_bits(self, activation: ActivationSpec, bits: int) -> Self:
+        """Return the format with operands of other bits: of probabilities too, if they are quantized."""
+        return replace(self, activation=activation, softmax_bits=softmax_bits(self.softmax_bits, bits))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

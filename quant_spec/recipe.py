@@ -8,6 +8,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from quant_spec.components import ComponentRecipe, is_denoiser
 from quant_spec.enums import Extractor, NumberType, Shift, ShownSeeds, TemporalRounding
+from quant_spec.formats import EXACT_SOFTMAX_BITS
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
 from quant_spec.passes.correct import Correct
 from quant_spec.passes.differences import Differences
@@ -388,7 +389,7 @@ class Recipe(Record):
         if (
             self.activations.type is NumberType.E4M3
             and attention.enabled
-            and (attention.bits, attention.softmax_bits) != (8, 8)
+            and not (attention.bits == 8 and attention.softmax_bits in (8, EXACT_SOFTMAX_BITS))
         ):
             raise ValueError(
                 f"attention.bits: got {attention.bits}, softmax_bits {attention.softmax_bits} with activations.type "

@@ -11,7 +11,7 @@ from quant_spec.enums import ActivationMode, Granularity, GroupScale, NumberType
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
 from quant_spec.passes.step_bits import StepBits
-from quant_spec.record import Bits, Count, Grown, Partial, Percentile, Record, Share
+from quant_spec.record import Bits, Count, Grown, Partial, Percentile, Record, Share, SoftmaxBits
 
 _ESCAPED = re.compile(r"\[([*?[])\]")
 
@@ -118,7 +118,9 @@ class Attention(Grown):
         description="As in activations, for query, key, value and probabilities; null: as activations.mode.",
     )
     bits: Bits = Field(default=8, description="Bits of query, key and value.")
-    softmax_bits: Bits = Field(default=8, description="Bits of the probabilities.")
+    softmax_bits: SoftmaxBits = Field(
+        default=8, description="Bits of the probabilities; 16 leaves them as they are, at any bits of the others."
+    )
 
 
 class WeightsException(Partial):

@@ -20,6 +20,7 @@ from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem, shown
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
+SoftmaxBits = Literal[2, 3, 4, 5, 6, 8, 16]
 # Every number has an upper bound: far above what is of use, and low enough that nobody plans, or waits, for ever.
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from examples import train_others
+from examples.train_digits import SEED
 
 
 @pytest.mark.parametrize("name", train_others.MODELS)
@@ -16,7 +17,7 @@ def test_a_model_is_trained_and_saved(name: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(train_others, "BATCH", 2)
     monkeypatch.setattr("sys.argv", ["train_others", str(tmp_path), "--only", name, "--steps", "1"])
     train_others.main()
-    torch.manual_seed(train_others.SEED)
+    torch.manual_seed(SEED)
     untrained, scheduler, batch = train_others.MODELS[name]()
     images, labels = batch()
     assert images.shape == (2, untrained.config["in_channels"], 32, 32)

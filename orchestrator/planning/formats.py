@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from orchestrator.errors import RecipeError
 from orchestrator.planning.model import LayerInfo, ModelInfo, UnitInfo
 from quant_spec.enums import Granularity, GroupScale, NumberType, RangeMethod
-from quant_spec.formats import MULTIPLIED_BITS, WeightSpec
+from quant_spec.formats import MULTIPLIED_BITS, WeightSpec, softmax_bits
 from quant_spec.messages import nearest
 from quant_spec.planned import PlannedActivation, PlannedAttention, PlannedLayer, PlannedUnit, VariedLayer
 from quant_spec.ranges import RangeSpec
@@ -236,7 +236,7 @@ class _Rules:
         return PlannedAttention(
             _activation(activations, attention.bits if bits is None else bits),
             None if activations.is_dynamic else _range(activations),
-            attention.softmax_bits if bits is None else bits,
+            attention.softmax_bits if bits is None else softmax_bits(attention.softmax_bits, bits),
         )
 
     def attention_bits(self, name: str) -> int | None:

@@ -184,7 +184,7 @@ def with_activation_bits(formats: UnitFormat, bits: int) -> UnitFormat:
         name: replace(spec, activation=None if spec.activation is None else narrowed(spec.activation))
         for name, spec in formats.layers.items()
     }
-    attentions = {name: AttentionSpec(narrowed(spec.activation), bits) for name, spec in formats.attentions.items()}
+    attentions = {name: spec.with_bits(narrowed(spec.activation), bits) for name, spec in formats.attentions.items()}
     return replace(formats, layers=layers, attentions=attentions)
 
 

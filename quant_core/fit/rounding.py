@@ -22,7 +22,6 @@ from quant_core.fit.low_rank_branch import LowRankBranch
 from quant_core.fit.observe import Observation, Watched, observe
 from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
 from quant_core.nn.activation import ActivationQuantizer
-from quant_core.nn.attention import OPERANDS
 from quant_core.nn.layers import QuantLayer, greatest_code, group_parts, scale_dtype, weight_matrix
 from quant_core.nn.model import QuantizedParts, build_quantized
 from quant_core.nn.ranges import QParams, choose_fp8_scale, choose_qparams
@@ -321,7 +320,7 @@ def set_ranges(
     for name, attention in formats.attentions.items():
         if not _is_measured(attention.activation):
             continue
-        for operand in OPERANDS:
+        for operand in parts.attentions[name].operands:
             quantizer = getattr(parts.attentions[name], operand)
             quantizer.set_qparams(seen.ranges[name, operand].qparams(quantizer.spec, ranges.activations[name]))
 

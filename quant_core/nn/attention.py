@@ -26,7 +26,7 @@ OPERANDS = ("query", "key", "value", "probabilities")
 
 
 class AttentionQuantizer(nn.Module):
-    """Quantizers of the four operands of an attention's two matmuls."""
+    """Quantizers of the operands of an attention's two matmuls: of probabilities only if they have codes."""
 
     query: ActivationQuantizer
     key: ActivationQuantizer
@@ -35,15 +35,19 @@ class AttentionQuantizer(nn.Module):
 
     def __init__(self, spec: AttentionSpec, clock: StepClock, device: torch.device | str | None = None) -> None:
         super().__init__()
-        probabilities = ActivationSpec(spec.softmax_bits, mode=spec.activation.mode, type=spec.activation.type)
-        for operand in OPERANDS:
-            chosen = probabilities if operand == "probabilities" else spec.activation
+        self.operands = OPERANDS if spec.quantizes_probabilities else OPERANDS[:-1]
+        for operand in self.operands:
+            chosen = spec.activation
+            if operand == "probabilities":
+                chosen = ActivationSpec(spec.softmax_bits, mode=spec.activation.mode, type=spec.activation.type)
             self.add_module(operand, ActivationQuantizer(chosen, clock, device))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         """Return softmax(Q K^T * scale + mask) V with quantized operands; tensors (..., tokens, head width)."""
         probabilities = softmax_scores(self.query(query), self.key(key), mask, scale)
-        return self.probabilities(probabilities) @ self.value(value)
+        if "probabilities" in self.operands:
+            probabilities = self.probabilities(probabilities)
+        return probabilities @ self.value(value)
 
 
 def softmax_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from quant_spec.record import Bits, Record, Share
+from quant_spec.record import Bits, Record, Share, SoftmaxBits
 from quant_spec.task import Source, TaskInputs, TaskKind, TaskParams
 
 STATE = "state"
@@ -37,7 +37,7 @@ class MixedAttention(Record):
     """What the matmuls of one attention take."""
 
     activations: StepWidths
-    softmax: Bits
+    softmax: SoftmaxBits
 
 
 class MixedUnit(Record):

@@ -18,7 +18,7 @@ from kernels.conv import ConvGeometry
 from kernels.cpu_weight import sums_pairs_exactly
 from kernels.packing import unpack_codes
 from kernels.weights import weight_integers
-from quant_core.nn.attention import OPERANDS, AttentionQuantizer
+from quant_core.nn.attention import AttentionQuantizer
 from quant_core.nn.feature_table import FeatureTable
 from quant_core.nn.layers import QuantLayer, weight_matrix
 from quant_core.runtime.parts import lay_out_parts
@@ -164,11 +164,11 @@ def test_layers_of_8_bits_among_integer_scales_have_scales_per_channel(cli: Cli,
 
 @pytest.mark.usefixtures("without_ray", "with_digits")
 def test_products_of_attention_have_a_mode_of_their_own(cli: Cli, tmp_path: Path) -> None:
-    view = run(cli, "fast-w4a8", FEW, "attention.mode=dynamic_token")
+    view = run(cli, "fast-w4a8", FEW, "attention={mode: dynamic_token, softmax_bits: 16}")
     model = load_everywhere(cli, view, tmp_path / "release")
     (operands,) = (module for module in model.modules() if isinstance(module, AttentionQuantizer))
-    modes = {operand: getattr(operands, operand).spec.mode for operand in OPERANDS}
-    assert set(modes.values()) == {"dynamic_token"}
+    modes = {operand: quantizer.spec.mode for operand, quantizer in operands.named_children()}
+    assert modes == dict.fromkeys(("query", "key", "value"), "dynamic_token")  # probabilities are as they are
     assert {layer.spec.activation.mode for layer in layers_of(model).values() if layer.spec.activation} == {"per_step"}
     assert not [name for name in load_file(tmp_path / "release" / WEIGHTS) if "attention_quantizer" in name]
 

@@ -395,6 +395,13 @@ def test_formats_attention():
     assert specs(nodes_of(recipe("base", "attention.enabled=false")))["mid.attn"]["attentions"] == {}
 
 
+def test_formats_attention_whose_probabilities_are_exact_whatever_the_other_bits():
+    entry = layers("[{match: mid.attn, activations: {bits: 4}}]")
+    unit = specs(nodes_of(recipe("base", "attention.softmax_bits=16", entry)))["mid.attn"]
+    operands = unit["attentions"]["mid.attn"]
+    assert (operands["activation"]["bits"], operands["softmax_bits"]) == (4, 16)
+
+
 def test_formats_attention_in_a_mode_of_its_own():
     unit = specs(nodes_of(recipe("base", "attention.mode=dynamic_token")))["mid.attn"]
     operands = unit["attentions"]["mid.attn"]

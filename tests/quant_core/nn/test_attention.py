@@ -48,7 +48,7 @@ def static(bits: int, softmax_bits: int) -> AttentionQuantizer:
     spec = AttentionSpec(ActivationSpec(bits, mode=ActivationMode.STATIC), softmax_bits)
     made = AttentionQuantizer(spec, StepClock(()))
     top, soft = 2**bits - 1, 2**softmax_bits - 1
-    for place, operand in enumerate(OPERANDS):
+    for place, operand in enumerate(made.operands):
         ends = (0.0, 1.0, 0.0) if operand == "probabilities" else (-2.0 - 0.1 * place, 2.5, top)
         scale = (ends[1] - ends[0]) / (soft if operand == "probabilities" else top)
         zero = 0.0 if operand == "probabilities" else round(-ends[0] / scale)
@@ -78,6 +78,15 @@ def test_it_equals_quantized_operands_by_hand(operands: tuple[Tensor, Tensor, Te
     assert torch.equal(got, by_hand(scores.softmax(-1), made.probabilities) @ value)
     plain = F.scaled_dot_product_attention(*operands, **arguments)
     assert not torch.allclose(got, plain, atol=1e-2)
+
+
+@torch.no_grad()
+def test_probabilities_of_16_bits_are_as_they_are(operands: tuple[Tensor, Tensor, Tensor]) -> None:
+    made = static(4, 16)
+    with ReplacedAttention(made):
+        got = F.scaled_dot_product_attention(*operands)
+    query, key, value = (by_hand(x, getattr(made, name)) for x, name in zip(operands, OPERANDS[:3], strict=True))
+    assert torch.equal(got, (query @ key.transpose(-1, -2) * (1 / math.sqrt(8))).softmax(-1) @ value)
 
 
 @pytest.mark.parametrize("kind", list(MASKS))

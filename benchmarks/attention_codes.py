@@ -62,6 +62,7 @@ VARIANTS = {
     "static, value alone": Codes(None, "tensor", None),
     "by token": Codes("token", "token", "token"),
     "by token, smooth key": Codes("token", "token", "token", smooth_key=True),
+    "by token, exact probabilities": Codes("token", "token", None),
     "query and key by token, smooth key; others exact": Codes("token", None, None, smooth_key=True),
 }
 
@@ -204,7 +205,8 @@ def measure(options: Namespace) -> dict[str, Any]:
     ranges: Ranges = {}
     drawn(model, draw, Attention(ranges), calibration, options.batch)
     rows = {}
-    for name, codes in VARIANTS.items():
+    for name in options.variants:
+        codes = VARIANTS[name]
         values = psnr_per_sample(
             reference, drawn(model, draw, Attention(ranges, codes), seeds, options.batch), SampleSpace.PIXELS
         )
@@ -228,6 +230,7 @@ def main() -> None:
     options.add_argument("--seeds", type=int, default=64)
     options.add_argument("--calibration", type=int, default=32)
     options.add_argument("--batch", type=int, default=16)
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options.add_argument("--out", type=Path, required=True)
     arguments = options.parse_args()
     rows = measure(arguments)

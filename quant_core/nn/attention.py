@@ -43,11 +43,14 @@ class AttentionQuantizer(nn.Module):
             self.add_module(operand, ActivationQuantizer(chosen, clock, device))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-        """Return softmax(Q K^T * scale + mask) V with quantized operands; tensors (..., tokens, head width)."""
-        probabilities = softmax_scores(self.query(query), self.key(key), mask, scale)
-        if "probabilities" in self.operands:
-            probabilities = self.probabilities(probabilities)
-        return probabilities @ self.value(value)
+        """Return softmax(Q K^T * scale + mask) V with quantized operands; tensors (..., tokens, head width).
+
+        With probabilities as they are, PyTorch's own kernels multiply, which need not hold all of them.
+        """
+        query, key, value = self.query(query), self.key(key), self.value(value)
+        if "probabilities" not in self.operands:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        return self.probabilities(softmax_scores(query, key, mask, scale)) @ value
 
 
 def softmax_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:

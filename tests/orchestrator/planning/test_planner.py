@@ -384,7 +384,7 @@ def test_formats_later_exception_quantizes_again():
 
 
 def test_formats_attention():
-    plain = specs(nodes_of(recipe("base", "attention.softmax_bits=6", "activations.bits=4")))["mid.attn"]
+    plain = specs(nodes_of(recipe("base", "attention={mode: null, softmax_bits: 6}", "activations.bits=4")))["mid.attn"]
     assert plain["attentions"] == {
         "mid.attn": {
             "activation": {"bits": 8, "symmetric": False, "mode": "per_step"},
@@ -403,7 +403,7 @@ def test_formats_attention_whose_probabilities_are_exact_whatever_the_other_bits
 
 
 def test_formats_attention_in_a_mode_of_its_own():
-    unit = specs(nodes_of(recipe("base", "attention.mode=dynamic_token")))["mid.attn"]
+    unit = specs(nodes_of(recipe("base")))["mid.attn"]
     operands = unit["attentions"]["mid.attn"]
     assert operands["activation"]["mode"] == "dynamic_token"
     assert operands.get("activation_range") is None

@@ -34,6 +34,8 @@ FORMATS = {
 }
 #: Recipes that had no exceptions found by measurement.
 NO_EXCEPTIONS = {recipe: ("passes.exceptions=null",) for recipe in ("tfmq-w8a8", "dmq-w8a8")}
+#: What attention multiplies had the mode of layers' inputs, and its probabilities 8 bits.
+ATTENTION = ("attention.mode=null", "attention.softmax_bits=8")
 CASES = [(model, recipe) for model, recipes in TASKS.items() for recipe in recipes]
 DIGITS = 16
 
@@ -129,7 +131,7 @@ def recipe_before(params: dict[str, Any]) -> dict[str, Any]:
 def planned(model: str, recipe: str, formats: tuple[str, ...] | None = None) -> Plan:
     """Plan a shipped recipe for a shipped model, whose inspection is recorded too; in the formats that it had."""
     row = json.loads((RECORDED / f"{model}.json").read_text())
-    overrides = (FORMATS | NO_EXCEPTIONS).get(recipe, ()) if formats is None else formats
+    overrides = (*(FORMATS | NO_EXCEPTIONS).get(recipe, ()), *ATTENTION) if formats is None else formats
     return Plan(list(plan(ModelRow(name=model, source="/models", **row), load_recipe(recipe, overrides).recipe)[0]))
 
 
@@ -175,7 +177,9 @@ def test_what_a_format_does_not_concern_keeps_its_tasks(recipe: str) -> None:
     now, then = planned("emoji32", recipe, ()), planned("emoji32", recipe)
     kept = {node.kind for node in now.nodes if node.id in then.by_id}
     assert {"calibrate", "reference"} <= kept
-    assert (now.by_id.keys() == then.by_id.keys()) is (recipe not in FORMATS | NO_EXCEPTIONS)
+    attention = planned("emoji32", recipe, ATTENTION)
+    assert now.by_id.keys() != attention.by_id.keys()
+    assert (attention.by_id.keys() == then.by_id.keys()) is (recipe not in FORMATS | NO_EXCEPTIONS)
     if recipe in FORMATS:
         groups = [layer["weight"] for unit in now.units.values() for layer in unit["layers"].values()]
         assert {each.get("group_scale") for each in groups} == {None, "integer"}

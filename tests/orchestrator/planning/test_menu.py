@@ -52,7 +52,7 @@ def test_mixes_are_told_what_names_choose_and_else_the_base() -> None:
     assert found["blocks.0.conv1"] == {"weights": 2, "promoted": 0.5, "promoted_bits": 4, "activations": [8, 6]}
     assert found["blocks.0.conv2"] == {"weights": 4, "activations": [8]}
     assert found["conv_in"] == {"weights": 8, "activations": [8]}
-    assert found["mid.attn"] == {"activations": [6], "softmax": 6}
+    assert found["mid.attn"] == {"activations": [6], "softmax": 16}
     assert found["mid.attn.to_q"] == {"weights": 4, "activations": [8]}
     assert "blocks.1.conv1" not in found
 

@@ -83,7 +83,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def base(*overrides: str) -> Recipe:
-    return load_recipe("fast-w4a8", [*SMALL, *overrides]).recipe
+    return load_recipe("fast-w4a8", [*SMALL, "attention.mode=per_step", *overrides]).recipe
 
 
 def defaults(table: dict[str, Any]) -> dict[str, LayerChoice]:
@@ -205,6 +205,8 @@ def test_scaled_channels_and_a_temporal_block_are_priced_too(world: World, tmp_p
 def test_ranges_of_steps_need_activations_per_step(world: World) -> None:
     with pytest.raises(RecipeError, match=r"step_ranges: got 3 with activations\.mode static, wanted per_step"):
         plan_sensitivity(world.model, base("activations.mode=static"), OPTIONS)
+    with pytest.raises(RecipeError, match=r"step_ranges: got 3 with attention\.mode dynamic_token, wanted per_step"):
+        plan_sensitivity(world.model, base("attention.mode=dynamic_token"), OPTIONS)
 
 
 def test_a_recipe_that_chooses_bits_by_itself_is_refused(world: World) -> None:

@@ -264,11 +264,12 @@ def test_resolve_shipped_recipes_have_their_recorded_digests():
     """A digest names a release's recipe: it changes only where a recipe's text or a default does.
 
     These were recorded when `base` named a scheduler, no guidance was 1, relations were summed over 256 positions and
-    `passes.round` said whose inputs it read and nothing of biases, groups had float scales and twice the size, and no
-    recipe had exceptions found by measurement; that is all that has changed since.
+    `passes.round` said whose inputs it read and nothing of biases, groups had float scales and twice the size, no
+    recipe had exceptions found by measurement, and attention's products the mode of inputs; no more has changed.
     """
     recorded = json.loads((Path(__file__).parent / "recorded" / "digests.json").read_text())
-    before = ["sampler.scheduler=DDIMScheduler", "sampler.guidance_scale=1"]
+    before = ["sampler.scheduler=DDIMScheduler", "sampler.guidance_scale=1", "attention.softmax_bits=8"]
+    before += ["attention.mode=null"]
     summed = ["passes.distill.relation_weight=100"]
     named = {}
     for name in shipped_names():

@@ -45,9 +45,9 @@ cluster: install
 # One thread for each process: tests start workers beside themselves, and threads that wait for a core spin.
 tests test-slow soak: export OMP_NUM_THREADS = 1
 
-# Compiles, once, what each of the processes that the tests start at the same time would else compile for itself.
+# Imports, and so compiles, once, what each of the processes that the tests start at the same time would else compile
+# for itself; and rewrites the tests' assertions.
 bytecode: install
-	@$(BIN)/python -m tests.imports
 	@$(BIN)/python -m pytest --collect-only -q > /dev/null
 
 # Everything that guards the code; CI runs this. The checks run beside the tests.

@@ -14,6 +14,7 @@ PASSES: Mapping[str, tuple[str, ...]] = {
     "low_rank": ("low_rank",),
     "allocate": ("channel_errors", "allocate"),
     "menu": ("menu", "mix"),
+    "choose": ("step_gains", "sensitivity", "choose"),
     "round": (),
     "reconstruct": (),
     "distill": ("distill",),

@@ -92,7 +92,7 @@ def test_a_search_over_the_same_recipe_finds_the_tables_recorded(cli: Cli, used:
     spec = write_spec(used, "after", models=["tiny"], recipe="auto-w4a8", set=settings, space=space)
     found = cli("search", "run", spec, "--only", "sensitivity", "--dry-run", "--json")
     assert found.code == 0, found.err
-    assert found.json["tasks"] - found.json["cached"] == 1  # propose
+    assert found.json["tasks"]["total"] - found.json["tasks"]["cached"] == 1  # propose
 
 
 def test_a_plan_counts_what_will_be_measured(cli: Cli, used: Path) -> None:
@@ -135,11 +135,10 @@ def test_what_cannot_be_is_refused_and_nothing_is_queued(cli: Cli, used: Path, o
 
 @pytest.mark.usefixtures("without_ray")
 def test_bytes_below_what_the_file_needs_end_the_job_with_what_can_be_reached(cli: Cli, used: Path) -> None:
-    words = ["--set", f"passes.menu={MENU}", "--set", "passes.choose.bytes=9kB"]
+    words = ["--set", f"passes.menu={MENU}", "--set", "passes.choose.bytes=12kB"]
     failed = cli("run", "auto-w4a8", "--model", "tiny", *SET, *words, "--json")
     assert failed.code in (2, 100)
-    assert "passes.choose.bytes: got 9.0 kB, wanted" in failed.json["error"] + failed.err
-    assert "which is what the choices reach" in failed.json["error"] + failed.err
+    assert re.search(r"passes\.choose\.bytes: got 12.0 kB, wanted .* which is what the choices reach", failed.err)
 
 
 def test_the_recipe_shows_the_pass(cli: Cli) -> None:

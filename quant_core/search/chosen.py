@@ -42,17 +42,16 @@ def choose_bits(table: Table, own: Mapping[str, Bits], fixed: Collection[str], b
     Raises
     ------
     InvalidInputError
-        If no choice meets the budget, all stay below it, or the table does not have a layer's own bits.
+        If no choice meets the budget, or the table does not have a layer's own bits.
     """
     told = _told(table, own, fixed)
     before = price(told, _allocation(own), Costs())
     within = SearchBudget(bytes=round(before.uses["bytes"])) if budget is None else budget
     space = build_space(told, Costs(), limited=tuple(within.limits()))
-    # Fewer bytes than the recipe's own are reached always, and more are not asked for.
-    for each in () if budget is None else unmet_limits([budget], {BASE_VARIANT: space}):
-        raise InvalidInputError(
-            unmet_text(each["limit"], each["got"], each["smallest"], each["largest"], "passes.choose")
-        )
+    for each in unmet_limits([within], {BASE_VARIANT: space}):
+        limit, got, smallest, largest = (each[name] for name in ("limit", "got", "smallest", "largest"))
+        if largest is None or got < smallest:  # more than all choices take is no mistake: at most so much
+            raise InvalidInputError(unmet_text(limit, got, smallest, largest, "passes.choose"))
     picked = cheapest(space.choices, space.limits(within))
     layers = space.allocation(BASE_VARIANT, picked.places.tolist()).layers
     chosen = {name: choice.weight_bits for name, choice in layers.items() if choice.weight_bits is not None}

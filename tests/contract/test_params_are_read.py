@@ -696,8 +696,8 @@ CASES: dict[str, dict[str, Case]] = {
     "mix": {"": _mix(), "promoted": _mix(promoted=0.5, promoted_bits=4)},
     "choose": {
         "as many bytes": _choose(),
-        "mean bits, one layer fixed": _choose(weight_bits_mean=3.5, fixed=("up_blocks.1.resnets.0.conv1",)),
-        "bytes": _choose(bytes=10_000_000),
+        "mean bits, one layer fixed": _choose(weight_bits_mean=3.9, fixed=("up_blocks.1.resnets.0.conv1",)),
+        "bytes": _choose(bytes=25_000),
     },
     "step_gains": {"": _step_gains()},
     "sensitivity": {

@@ -76,7 +76,7 @@ def _check_reach(draft: Draft, config: Choose, widths: Mapping[str, tuple[int, .
     least, most = (sum(size * widths[name][end] for name, size in sizes.items()) for end in (0, -1))
     low, high = (bits / sum(sizes.values()) for bits in (least, most))
     mean = config.weight_bits_mean
-    if mean is not None and not low * (1 - 1e-12) <= mean <= high * (1 + 1e-12):
+    if mean is not None and mean < low * (1 - 1e-12):
         raise RecipeError(unmet_text("weight_bits_mean", mean, low, high, "passes.choose"))
     if config.bytes is not None and config.bytes < least / 8:
         raise RecipeError(

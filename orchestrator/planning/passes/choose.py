@@ -6,7 +6,7 @@ when the job runs: later passes are told none, and read states.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from orchestrator.errors import RecipeError
@@ -17,6 +17,7 @@ from orchestrator.planning.passes.menu import MenuGroup, check_choices, menu_gro
 from orchestrator.planning.sensitivity import SensitivityOptions, measuring, tables_of
 from quant_spec.numbers import human_bytes
 from quant_spec.passes.choose import Choose
+from quant_spec.passes.menu import Menu
 from quant_spec.recipe_formats import exact_name
 from quant_spec.search import unmet_text
 from quant_spec.task import per_unit
@@ -31,8 +32,8 @@ def choose(draft: Draft) -> Drawing:
         return draft
     check_choices(draft, menu)
     fixed = fixed_layers(draft)
+    _check_reach(draft, config, _widths(draft, menu, frozenset(fixed)))
     groups = list(menu_groups(draft, menu))
-    _check_reach(draft, config, _widths(draft, groups, fixed))
     for group in groups:
         yield group.node
     measured = list(measuring(draft, groups, SensitivityOptions(widths=menu, rows=config.rows, path=config.path)))
@@ -50,19 +51,14 @@ def fixed_layers(draft: Draft) -> tuple[str, ...]:
     return tuple(name for unit in draft.units for name in unit.planned.layers if name in stated)
 
 
-def _widths(draft: Draft, groups: list[MenuGroup], fixed: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def _widths(draft: Draft, menu: Menu, fixed: Collection[str]) -> dict[str, list[int]]:
     """Return the widths that each layer may have, rising."""
-    chosen = {unit.name: unit for unit in draft.units}
-    found: dict[str, tuple[int, ...]] = {}
-    for group in groups:
-        for base in group.units:
-            for name, layer in chosen[base.name].planned.layers.items() if base.name in chosen else ():
-                menu = {base.planned.layers[name].weight.bits, *group.widths.weight_bits}
-                found[name] = (layer.weight.bits,) if name in fixed else tuple(sorted(menu))
-    return found
+    base = {name: layer.weight.bits for unit in draft.base_units for name, layer in unit.planned.layers.items()}
+    own = {name: layer.weight.bits for unit in draft.units for name, layer in unit.planned.layers.items()}
+    return {n: [bits] if n in fixed else sorted({base[n], *menu.weight_bits}) for n, bits in own.items()}
 
 
-def _check_reach(draft: Draft, config: Choose, widths: Mapping[str, tuple[int, ...]]) -> None:
+def _check_reach(draft: Draft, config: Choose, widths: Mapping[str, Sequence[int]]) -> None:
     """Refuse, before anything is measured, a budget that codes alone show to be out of reach.
 
     Raises
@@ -94,17 +90,14 @@ def _choose_node(
     activations: list[Source] = []
     units, widths = [], []
     most = 0
-    for group in groups:
-        for base in group.units:
-            if base.name not in chosen:
-                continue
-            unit = mixed_unit(base, chosen[base.name], group.widths)
-            own = group.weight_widths(base) if unit.layers else []
-            weights += [group.state(rounded.WEIGHTS, bits, base.name) for bits in own]
-            activations += group.tables(unit)
-            units.append(unit)
-            widths.append(tuple(own))
-            most = max(most, (4 + len(own)) * base.info.weights)
+    for group, base in ((each, unit) for each in groups for unit in each.units if unit.name in chosen):
+        unit = mixed_unit(base, chosen[base.name], group.widths)
+        own = group.weight_widths(base) if unit.layers else []
+        weights += [group.state(rounded.WEIGHTS, bits, base.name) for bits in own]
+        activations += group.tables(unit)
+        units.append(unit)
+        widths.append(tuple(own))
+        most = max(most, (4 + len(own)) * base.info.weights)
     params = choice.Params.of(config, units=tuple(units), widths=tuple(widths), fixed=fixed)
     inputs = choice.Inputs(tables, tuple(weights), tuple(activations))
     return draft.node(choice.KIND, params, inputs, Cost(0.0, WORKER_BYTES + most), f"{len(units)} units")

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from orchestrator.db.rows import ModelRow
 from orchestrator.planning.draft import Draft
 from orchestrator.planning.passes.menu import menu_groups
-from orchestrator.planning.sensitivity import GAIN_SEEDS, middle_width
+from orchestrator.planning.sensitivity import middle_width
 from orchestrator.recipes.load import load_recipe
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, select_steps
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
@@ -52,6 +52,7 @@ from quant_core.metrics.psnr import psnr_per_sample
 from quant_core.nn.model import build_quantized
 from quant_spec.allocation import Allocation, apply_allocation
 from quant_spec.enums import SampleSpace
+from quant_spec.passes.choose import GAIN_SEEDS
 from quant_spec.passes.menu import Menu
 from quant_spec.sampler import Sampler
 from quant_spec.tasks.menu import BASE, Params

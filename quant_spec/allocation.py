@@ -91,7 +91,8 @@ def escaped(name: str) -> str:
 def apply_allocation(recipe: Recipe, allocation: Allocation, menu: Menu) -> Recipe:
     """Write an allocation into its base recipe, that of its variant: exceptions by exact name, and `passes.menu`.
 
-    The base's own `passes.exceptions` goes: what stays in full precision is the allocation's to say.
+    The base's own `passes.choose` and `passes.exceptions` go: bits, and what stays in full precision, are the
+    allocation's to say.
 
     Raises
     ------
@@ -101,7 +102,7 @@ def apply_allocation(recipe: Recipe, allocation: Allocation, menu: Menu) -> Reci
     made = [choice.exception(name) for name, choice in sorted(allocation.layers.items())]
     layers = (*recipe.layers, *(entry for entry in made if entry is not None))
     try:
-        return recipe.replaced(layers=layers, passes=recipe.passes.replaced(menu=menu, exceptions=None))
+        return recipe.replaced(layers=layers, passes=recipe.passes.replaced(menu=menu, choose=None, exceptions=None))
     except ValidationError as error:
         raise InvalidInputError(first_problem(error, Recipe)) from None
 

@@ -9,6 +9,7 @@ from quant_spec.tasks import (
     calibrate,
     card,
     channel_errors,
+    choose,
     components,
     correct,
     differences,
@@ -48,7 +49,8 @@ _MODULES = (
     *(step_effects, step_bits, channel_errors, allocate),
     *(distill, trials, exceptions, differences, pack, noise, correct, evaluate, score, release),
     *(text_encoder, components),  # of a pipeline whose recipe names recipes for its text encoders
-    *(step_gains, sensitivity, propose),  # searches alone
+    *(step_gains, sensitivity, choose),  # also of searches, but for the last
+    propose,  # searches alone
     *(fuse, export, bench, layer_table, layer_times, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery
 )

@@ -10,6 +10,7 @@ from quant_spec.components import ComponentRecipe, is_denoiser
 from quant_spec.enums import Extractor, NumberType, Shift, ShownSeeds, TemporalRounding
 from quant_spec.formats import EXACT_SOFTMAX_BITS
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
+from quant_spec.passes.choose import GAIN_SEEDS, Choose
 from quant_spec.passes.correct import Correct
 from quant_spec.passes.differences import Differences
 from quant_spec.passes.distill import Distill
@@ -40,7 +41,7 @@ MOST_SHARDS = 10_000
 class Passes(Grown):
     """The steps of the method, in the planner's order."""
 
-    _later: ClassVar[frozenset[str]] = frozenset({"low_rank", "menu", "differences", "exceptions"})
+    _later: ClassVar[frozenset[str]] = frozenset({"low_rank", "menu", "choose", "differences", "exceptions"})
 
     temporal: Temporal | None = Field(
         default=None,
@@ -59,6 +60,11 @@ class Passes(Grown):
     )
     menu: Menu | None = Field(
         default=None, description="Every layer rounded at several widths, for exact names to choose from; null is none."
+    )
+    choose: Choose | None = Field(
+        default=None,
+        description="Weight bits of each layer chosen from the menu by what they do to the samples, within a budget; "
+        "null leaves them to layers.",
     )
     round: Round = Field(default=Round(), description="How weights are rounded; always runs.")
     reconstruct: Reconstruct | None = Field(
@@ -240,6 +246,7 @@ class Recipe(Record):
         self._check_low_rank()
         self._check_floats()
         self._check_menu()
+        self._check_choice()
         self._check_differences()
         if self.passes.exceptions is not None and self.activations.bits is None:
             raise ValueError("passes.exceptions: got activations.bits null, wanted quantized activations")
@@ -332,6 +339,26 @@ class Recipe(Record):
             raise ValueError("passes.menu: got it beside weights.type e4m3, which has no widths, wanted int")
         if self.activations.step_bits is not None:
             raise ValueError("passes.menu: got it beside activations.step_bits, wanted one choice of activation bits")
+
+    def _check_choice(self) -> None:
+        """Refuse measured bits where there is no choice, or where something else says them."""
+        if self.passes.choose is None:
+            return
+        widths = () if self.passes.menu is None else self.passes.menu.weight_bits
+        if len(widths) < 2:
+            got = "null" if self.passes.menu is None else f"weight_bits {list(widths)}"
+            raise ValueError(f"passes.choose: got it with passes.menu {got}, wanted a menu of two widths at least")
+        for place, entry in enumerate(self.layers):
+            if entry.weights.promoted:
+                raise ValueError(
+                    f"layers.{place}.weights.promoted: got {entry.weights.promoted:g} beside passes.choose, wanted "
+                    "null; it chooses for whole layers"
+                )
+        if self.budget.weight_bits_mean is not None:
+            raise ValueError(
+                f"budget.weight_bits_mean: got {self.budget.weight_bits_mean:g} beside passes.choose, wanted null; "
+                "passes.choose.weight_bits_mean is what bits are chosen within"
+            )
 
     def _check_differences(self) -> None:
         """Refuse differences between steps of what has no ranges of its own at each, or other bits there."""
@@ -445,6 +472,8 @@ class Recipe(Record):
             found.append(("passes.distill", self.passes.distill.first_seed, self.passes.distill.seeds))
         if self.passes.exceptions is not None:
             found.append(("passes.exceptions", self.passes.exceptions.first_seed, self.passes.exceptions.seeds))
+        if self.passes.choose is not None:
+            found.append(("passes.choose", GAIN_SEEDS.first, GAIN_SEEDS.count))
         if step_bits is not None:
             found.append(("activations.step_bits", step_bits.first_seed, step_bits.seeds))
         return found

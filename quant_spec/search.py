@@ -153,6 +153,28 @@ _LIMIT_TEXTS = {
 }
 
 
+def unmet_text(name: str, got: float, smallest: float | None, largest: float | None, path: str) -> str:
+    """Return why a limit cannot be met: below the smallest that any choice reaches, or above the largest.
+
+    Parameters
+    ----------
+    name
+        Of the limit, one of `LIMITS`.
+    smallest, largest
+        What the choices reach of it; None where limits contradict each other.
+    path
+        Where the limit stands, such as `budgets.0`.
+    """
+
+    def shown(value: float) -> str:
+        return human_bytes(value) if name.endswith("bytes") else f"{value:g}"
+
+    told = f"{path}.{name}: got {shown(got)}, wanted"
+    if smallest is None or largest is None:
+        return f"{told} a limit that some choice meets together with the others"
+    return f"{told} {shown(smallest)} to {shown(largest)}, which is what the choices reach"
+
+
 class Screening(Record):
     """How candidates are measured before the best are measured in full."""
 

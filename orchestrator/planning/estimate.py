@@ -54,7 +54,7 @@ _FIXED = 0.5
 #: Fixed seconds of kinds that load more than others, and of those that hardly compute.
 _OTHER_FIXED = {
     **{"inspect": 3.0, "score": 2.5},
-    **{"step_bits": 0.2, "allocate": 0.2, "correct": 0.2, "release": 0.2, "mix": 0.2, "noop": 0.01},
+    **{"step_bits": 0.2, "allocate": 0.2, "correct": 0.2, "release": 0.2, "mix": 0.2, "choose": 0.2, "noop": 0.01},
 }
 #: For a home without recorded tasks; measured on one core of a current server CPU (AMD EPYC, float32).
 DEFAULT_RATES: Mapping[str, Rate] = {kind: Rate(_OTHER_FIXED.get(kind, _FIXED), _PER_GMAC) for kind in KINDS}

@@ -8,7 +8,8 @@ The prompts of a whole pipeline are encoded first (`encode`); with `components`,
 another `encode` lie beside. If activation bits differ between trajectory steps,
 `step_effects` (seeds) and `step_bits` lie between calibrate and round. With the passes `scale`, `low_rank` and
 `allocate`, `scale` (units), `low_rank` (units), then `channel_errors` (units) and `allocate`, lie before round; with
-`menu`, `menu` (units) and `mix` (units) lie in its place; with `distill`, that task and the trajectories that it needs
+`menu`, `menu` (units) and `mix` (units) lie in its place, or with `choose`, `menu` (units), `step_gains`, `sensitivity`
+(units) and `choose`; with `distill`, that task and the trajectories that it needs
 between reconstruct and pack; with `exceptions`, `trials` (units) and that task after these; with
 `differences`, that task before pack; with `correct`, `noise` (seeds) and `correct` between pack and evaluate.
 
@@ -28,6 +29,7 @@ from orchestrator.graph import TaskNode
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.passes.allocate import allocate
 from orchestrator.planning.passes.calibrate import calibrate
+from orchestrator.planning.passes.choose import choose
 from orchestrator.planning.passes.components import components
 from orchestrator.planning.passes.correct import correct
 from orchestrator.planning.passes.differences import differences
@@ -48,7 +50,7 @@ from quant_spec.recipe import Recipe
 
 #: The passes in the order in which they are drawn, which is the order in which a free worker takes tasks.
 PASSES: tuple[Callable[[Draft], Drawing], ...] = (
-    *(encode, components, calibrate, step_bits, temporal, scale, low_rank, allocate, menu),
+    *(encode, components, calibrate, step_bits, temporal, scale, low_rank, allocate, menu, choose),
     *(round_units, reconstruct, distill, exceptions, differences, pack, correct, evaluate, release),
 )
 

@@ -3,13 +3,14 @@
     calibrate ─┬─ (temporal, scale) ─┬─ menu (units) ─┬─ step_gains ─┬─ sensitivity (units) ── ...
                └─────────────────────┘                └──────────────┘
 
-The tasks up to `menu` are those of any job whose recipe has the same menu.
+The tasks up to `menu` are those of any job whose recipe has the same menu; all are those of one that chooses by itself
+(`orchestrator.planning.passes.choose`).
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.db.rows import ModelRow
@@ -25,15 +26,12 @@ from orchestrator.planning.passes.scale import scale
 from orchestrator.planning.passes.temporal import take_out, temporal
 from quant_spec.allocation import Allocation, apply_allocation
 from quant_spec.enums import ActivationMode
+from quant_spec.passes.choose import GAIN_SEEDS
 from quant_spec.passes.menu import Menu
 from quant_spec.prompts import PromptPart
 from quant_spec.recipe import Recipe
-from quant_spec.task import Seeds
 from quant_spec.tasks import menu as rounded
 from quant_spec.tasks import sensitivity, step_gains
-
-#: Seeds that gains are measured on; no calibration, evaluation or screening has them.
-GAIN_SEEDS = Seeds(first=5_000_000, count=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +106,21 @@ def plan_sensitivity(model: ModelRow, recipe: Recipe, options: SensitivityOption
                 break
     groups = list(menu_groups(draft, options.widths))
     nodes += [group.node for group in groups]
+    measured = list(measuring(draft, groups, options))
+    return SensitivityPlan((*nodes, *measured), tables_of(measured))
+
+
+def measuring(draft: Draft, groups: Sequence[MenuGroup], options: SensitivityOptions) -> Iterator[TaskNode]:
+    """Make the tasks that measure every choice of a menu: the gains of steps, then groups of units."""
     context = _context(groups, options.widths)
     gains = _gains(draft, context)
-    nodes.append(gains)
-    tables = list(_tables(draft, groups, context, TaskRef(gains.id, step_gains.GAINS), options))
-    nodes += tables
-    return SensitivityPlan(tuple(nodes), tuple(TaskRef(node.id, sensitivity.TABLE) for node in tables))
+    yield gains
+    yield from _tables(draft, groups, context, TaskRef(gains.id, step_gains.GAINS), options)
+
+
+def tables_of(nodes: Iterable[TaskNode]) -> tuple[TaskRef, ...]:
+    """Return the tables that these tasks leave."""
+    return tuple(TaskRef(node.id, sensitivity.TABLE) for node in nodes if node.kind == sensitivity.KIND.name)
 
 
 def middle_width(widths: Sequence[int]) -> int:

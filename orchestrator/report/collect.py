@@ -25,6 +25,7 @@ from orchestrator.service import Service
 from orchestrator.states import JobState
 from orchestrator.text import utc_text
 from quant_spec.errors import InvalidInputError
+from quant_spec.layer_bits import LayerBits
 from quant_spec.metrics import Listing, protocol
 from workers.storage.store import Store
 
@@ -159,7 +160,7 @@ def _tensors(store: Store, digest: str) -> dict[str, NDArray[np.float32]]:
 def _layers(store: Store, digest: str, model: ModelRow, tasks: Sequence[TaskRow]) -> tuple[LayerRow, ...]:
     """Return the model's layers in the order of execution, with the bits that the release has them in."""
     bits = release_bits(store, digest)
-    errors = _layer_errors(tasks)
+    errors = _layer_errors(tasks, bits)
     described = model.inspection["layers"]
     rows = []
     for unit in model.inspection["units"]:
@@ -179,12 +180,16 @@ def _layers(store: Store, digest: str, model: ModelRow, tasks: Sequence[TaskRow]
     return tuple(rows)
 
 
-def _layer_errors(tasks: Sequence[TaskRow]) -> dict[str, float]:
-    """Return what rounding left of each layer's signal, in dB, from the metrics of `round`."""
+def _layer_errors(tasks: Sequence[TaskRow], bits: Mapping[str, LayerBits]) -> dict[str, float]:
+    """Return what rounding left of each layer's signal, in dB, from the metrics of `round`, or `menu` at its bits."""
     found: dict[str, float] = {}
     for task in tasks:
-        if task.kind == "round" and task.metrics:
-            found |= {name: values["sqnr_db"] for name, values in task.metrics["layers"].items()}
+        layers = (task.metrics or {}).get("layers", {})
+        if task.kind == "round":
+            found |= {name: values["sqnr_db"] for name, values in layers.items()}
+        elif task.kind == "menu":
+            at = {name: str(bits[name].weights) for name in layers if name in bits}
+            found |= {name: layers[name][width] for name, width in at.items() if width in layers[name]}
     return found
 
 

@@ -13,8 +13,7 @@ from quant_spec.allocation import Allocation
 from quant_spec.documents import read_json
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem
-from quant_spec.numbers import human_bytes
-from quant_spec.search import SearchSpec
+from quant_spec.search import SearchSpec, unmet_text
 from workers.storage.store import Store
 
 #: Output of the kind `propose`.
@@ -46,7 +45,10 @@ class Proposals:
 
     def infeasible_text(self, spec: SearchSpec) -> str:
         """Return what is wrong with the budgets that cannot be met, in one line."""
-        return "; ".join(_infeasible_text(each) for each in self.infeasible)
+        return "; ".join(
+            unmet_text(each["limit"], each["got"], each["smallest"], each["largest"], f"budgets.{each['budget']}")
+            for each in self.infeasible
+        )
 
 
 def read_proposals(store: Store, outputs: Mapping[str, str], metrics: Mapping[str, Any]) -> Proposals:
@@ -73,17 +75,3 @@ def read_proposals(store: Store, outputs: Mapping[str, str], metrics: Mapping[st
         raise SearchError(f"proposals: got JSON without {error}, wanted points, front and infeasible") from error
     except ValidationError as error:
         raise SearchError(f"proposals: {first_problem(error, Allocation)}") from None
-
-
-def _infeasible_text(entry: Mapping[str, Any]) -> str:
-    """Return why a budget cannot be met: below the smallest that any choice reaches, or above the largest."""
-    name = str(entry["limit"])
-
-    def shown(value: Any) -> str:
-        return human_bytes(value) if name.endswith("bytes") else f"{value:g}"
-
-    smallest, largest = entry.get("smallest"), entry.get("largest")
-    got = f"budgets.{entry['budget']}.{name}: got {shown(entry['got'])}, wanted"
-    if smallest is None or largest is None:
-        return f"{got} a limit that some choice meets together with the others"
-    return f"{got} {shown(smallest)} to {shown(largest)}, which is what the choices reach"

@@ -13,6 +13,7 @@ from quant_core.search.knapsack import OverBudgetError, cheapest, supported
 from quant_core.search.price import Part, Price, price
 from quant_core.search.space import BYTES, Costs, Space, Table, build_space
 from quant_core.search.surrogate import Observation, Surrogate, fit
+from quant_core.search.unmet import unmet_limits
 from quant_spec.allocation import Allocation, LayerChoice
 from quant_spec.enums import Objective
 from quant_spec.numbers import significant
@@ -87,7 +88,7 @@ def propose(tables: Mapping[str, Table], params: Params) -> dict[str, Any]:
     surrogate = fit(list(_observations(tables, params, costs)))
     proposer = Proposer(params, tables, costs, surrogate)
     spaces = proposer.spaces()
-    infeasible = list(_infeasible(params.budgets, spaces))
+    infeasible = list(unmet_limits(params.budgets, spaces))
     sweep = [] if infeasible else _sweep(proposer, spaces)
     points = [] if infeasible else _points(proposer, spaces, sweep)
     return {
@@ -140,29 +141,6 @@ def corrected(table: Table, surrogate: Surrogate, weights: Any, variant: str) ->
         }
         layers[name] = {**entry, "weights": weighted, "activations": inputs}
     return {**table, "layers": layers}
-
-
-def _infeasible(budgets: Sequence[SearchBudget], spaces: Mapping[str, Space]) -> Iterator[dict[str, Any]]:
-    """Return the budgets that no variant can meet, or that are above all that any can use."""
-    reach = [space.reach() for space in spaces.values()]
-    for place, budget in enumerate(budgets):
-        found = []
-        for name, got in budget.limits().items():
-            smallest, largest = min(each[name][0] for each in reach), max(each[name][1] for each in reach)
-            if not smallest * (1 - 1e-12) <= got <= largest * (1 + 1e-12):
-                found.append({"budget": place, "limit": name, "got": got, "smallest": smallest, "largest": largest})
-        if not found and not any(_fits(space, budget) for space in spaces.values()):
-            name, got = next(iter(budget.limits().items()))
-            found.append({"budget": place, "limit": name, "got": got, "smallest": None, "largest": None})
-        yield from found
-
-
-def _fits(space: Space, budget: SearchBudget) -> bool:
-    try:
-        cheapest(space.choices, space.limits(budget))
-    except OverBudgetError:
-        return False
-    return True
 
 
 def _best(

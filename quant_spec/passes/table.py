@@ -14,6 +14,7 @@ PASSES: Mapping[str, tuple[str, ...]] = {
     "low_rank": ("low_rank",),
     "allocate": ("channel_errors", "allocate"),
     "menu": ("menu", "mix"),
+    "choose": ("step_gains", "sensitivity", "choose"),
     "round": (),
     "reconstruct": (),
     "distill": ("distill",),
@@ -21,6 +22,8 @@ PASSES: Mapping[str, tuple[str, ...]] = {
     "differences": ("differences",),
     "correct": ("noise", "correct"),
 }
+#: Kinds of other passes that a pass has no task of.
+_INSTEAD = {"choose": ("round", "mix")}
 #: Kinds that `components` adds, where it names others than the denoiser.
 COMPONENTS = ("text_encoder", "components")
 #: Kinds that `activations.step_bits` adds.
@@ -40,4 +43,7 @@ def kinds_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     told: tuple[str, ...] = ("encode",) if config.get("prompts") else ()
     if any(entry.get("weights") is not None for entry in config.get("components", {}).values()):
         told += COMPONENTS
-    return (*ALWAYS, *told, *added, *(STEP_BITS if activations.get("step_bits") is not None else ()))
+    if activations.get("step_bits") is not None:
+        added += STEP_BITS
+    without = {kind for name, kinds in _INSTEAD.items() if passes.get(name) is not None for kind in kinds}
+    return tuple(kind for kind in (*ALWAYS, *told, *added) if kind not in without)

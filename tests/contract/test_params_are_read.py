@@ -51,6 +51,7 @@ from quant_spec.tasks import (
     calibrate,
     card,
     channel_errors,
+    choose,
     components,
     correct,
     differences,
@@ -241,6 +242,11 @@ class Tasks:
         return self.run(step_gains.KIND, *_step_gains()(self)).outputs[step_gains.GAINS]
 
     @cached_property
+    def table(self) -> str:
+        """What each choice does, in the units of the menu."""
+        return self.run(sensitivity.KIND, *_sensitivity()(self)).outputs[sensitivity.TABLE]
+
+    @cached_property
     def effects(self) -> str:
         """What bits of each step do."""
         return self.run(step_effects.KIND, *_step_effects()(self)).outputs[step_effects.EFFECTS]
@@ -394,6 +400,25 @@ def _mix(**changes: Any) -> Case:
         )
         inputs = mix.Inputs(*(tasks.on_menu(output) for output in (menu.WEIGHTS, menu.ACTIVATIONS, menu.ERRORS)))
         return mix.Params(units=units), inputs
+
+    return case
+
+
+def _choose(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        units = tuple(
+            mix.MixedUnit(
+                unit=unit.unit,
+                layers={name: mix.MixedLayer(weights=4, activations=(8,)) for name in unit.layers},
+                attentions={name: mix.MixedAttention(activations=(8,), softmax=8) for name in unit.attentions},
+            )
+            for unit in tasks.units()
+        )
+        weights = tuple(
+            tasks.menu[menu.menu_output(menu.WEIGHTS, bits, unit.unit)] for unit in units for bits in (3, 4)
+        )
+        inputs = choose.Inputs((tasks.table,), weights, tasks.on_menu(menu.ACTIVATIONS))
+        return choose.Params(units=units, widths=((3, 4),) * len(units), **changes), inputs
 
     return case
 
@@ -669,6 +694,11 @@ CASES: dict[str, dict[str, Case]] = {
         "activations": _menu(activation_bits=(4,)),
     },
     "mix": {"": _mix(), "promoted": _mix(promoted=0.5, promoted_bits=4)},
+    "choose": {
+        "as many bytes": _choose(),
+        "mean bits, one layer fixed": _choose(weight_bits_mean=3.9, fixed=("up_blocks.1.resnets.0.conv1",)),
+        "bytes": _choose(bytes=25_000),
+    },
     "step_gains": {"": _step_gains()},
     "sensitivity": {
         "one point": _sensitivity(),

@@ -44,6 +44,8 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "activations.step_bits.threshold": ("activations.step_bits.method=snr",),
     "passes.menu.weight_bits": _MENU,
     "passes.menu.activation_bits": _MENU,
+    # a number of bytes that some choice meets
+    "passes.choose.bytes": ("passes.choose.bytes=1000000",),
     "passes.temporal.finite_set": ("activations={step_bits: null, mode: static}",),
     "passes.scale.exponent": ("passes.scale.method=smooth",),
     "passes.scale.half_life": ("passes.scale.weighting=early",),
@@ -54,6 +56,7 @@ INSTEAD: Mapping[str, tuple[str, ...]] = {
     "passes.low_rank": ("passes.allocate=null", "passes.low_rank={}"),
     "passes.differences": ("activations.step_bits=null", "passes.differences={}"),
     "passes.exceptions": ("passes.exceptions={}",),
+    "passes.choose": (*_MENU, "passes.choose={}"),
 }
 _SHARD = frozenset({"seeds", "batch_size", "sqnr_seeds"})
 #: Parameters that say a field under another name.

@@ -1,4 +1,7 @@
-"""Menu: every unit rounded once at each width, and the state of each unit mixed from what exact names choose."""
+"""Menu: every unit rounded once at each width, and the state of each unit mixed from what exact names choose.
+
+Where the job chooses itself (`passes.choose`), that pass has the menu made, and mixes.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,14 @@ class MenuGroup:
         """Return the state of one unit at one width."""
         return TaskRef(self.node.id, rounded.menu_output(output, width, unit))
 
+    def tables(self, choice: mix.MixedUnit) -> list[Source]:
+        """Return the states with activation tables that a unit takes."""
+        steps = [layer.activations for layer in choice.layers.values() if layer.activations is not None]
+        steps += [attention.activations for attention in choice.attentions.values()]
+        used = {bits for step in steps for bits in step} & set(self.widths.activation_bits)
+        widths: list[int | str] = [rounded.BASE, *sorted(used)] if steps else []
+        return [self.state(rounded.ACTIVATIONS, width, choice.unit) for width in widths]
+
     def errors(self, unit: str) -> TaskRef:
         """Return the errors of one unit's output channels."""
         return TaskRef(self.node.id, per_unit(rounded.ERRORS, unit))
@@ -44,11 +55,11 @@ class MenuGroup:
 
 
 def menu(draft: Draft) -> Drawing:
-    """Leave the state of each unit, if the recipe has a menu."""
+    """Leave the state of each unit, if the recipe has a menu that exact names choose from."""
     config = draft.recipe.passes.menu
-    if config is None:
+    if config is None or draft.recipe.passes.choose is not None:
         return draft
-    _check_choices(draft, config)
+    check_choices(draft, config)
     chosen = {unit.name: unit for unit in draft.units}
     states = dict(draft.states)
     for group in menu_groups(draft, config):
@@ -105,11 +116,7 @@ def _mix_node(draft: Draft, group: MenuGroup, units: Sequence[tuple[QuantizedUni
         layers = choice.layers.values()
         taken = {bits for layer in layers for bits in (layer.weights, layer.promoted_bits) if bits is not None}
         weights += [group.state(rounded.WEIGHTS, bits, unit.name) for bits in sorted(taken)]
-        steps = [layer.activations for layer in layers if layer.activations is not None]
-        steps += [attention.activations for attention in choice.attentions.values()]
-        used = {bits for step in steps for bits in step} & set(group.widths.activation_bits)
-        widths: list[int | str] = [rounded.BASE, *sorted(used)] if steps else []
-        activations += [group.state(rounded.ACTIVATIONS, width, unit.name) for width in widths]
+        activations += group.tables(choice)
         if any(layer.promoted for layer in layers):
             errors.append(group.errors(unit.name))
     params = mix.Params(units=tuple(mixed))
@@ -152,7 +159,7 @@ def _steps(layer: PlannedLayer, ranges: tuple[int, ...] | None) -> tuple[int, ..
     return ranges or (layer.activation.bits,)
 
 
-def _check_choices(draft: Draft, menu: Menu) -> None:
+def check_choices(draft: Draft, menu: Menu) -> None:
     """Refuse bits that are not on the menu.
 
     Raises

@@ -85,7 +85,7 @@ def test_plan_every_task_is_needed_and_every_reference_names_an_output(name: str
                 if ":" in item.output:
                     told = [unit["unit"] for unit in source.params["units"]] if "units" in source.params else UNITS
                     told = [*told, TEMPORAL_UNIT] if source.kind == "differences" else told
-                    assert item.output.partition(":")[2] in told
+                    assert item.output.rpartition(":")[2] in told
                 used.add(item.task)
             else:
                 assert item == "a" * 64

@@ -57,7 +57,7 @@ def test_shipped_recipes_are_those_that_are_promised():
         "weights-w4",
         "weights-w8",
     }
-    promised |= {"text-w8-svdquant-w4a8"}
+    promised |= {"text-w8-svdquant-w4a8", "auto-w4a8"}
     promised |= {f"mpqdm-w{bits}a4{plus}" for bits in (4, 3, 2) for plus in ("", "-plus")}
     assert promised <= set(shipped_names())
 
@@ -69,7 +69,8 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     assert recipe.description
     is_modiff = name.startswith("modiff")
     is_tfmq = name.startswith(("tfmq", "dmq", "modiff"))  # DMQ's lie on TFMQ-DM's, MoDiff's on DMQ's
-    ends = None if is_tfmq else 8  # whether the image's ends are quantized
+    chooses = name.startswith("auto")
+    ends = None if is_tfmq or chooses else 8  # whether the image's ends are quantized
     assert [(e.match, e.weights.bits, e.activations.bits, e.keep) for e in recipe.layers[:2]] == [
         ("@first", 8, ends, False),
         ("@last", 8, ends, False),
@@ -82,6 +83,7 @@ def test_shipped_recipe_keeps_its_promise(name: str):
         inputs = recipe.activations.bits if differences is None else differences.bits
         assert (recipe.weights.bits, inputs) == both[name.removesuffix("-plus").rpartition("-")[2]]
     assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
+    assert (recipe.passes.menu is not None, recipe.passes.choose is not None) == (chooses, chooses)
     has_exceptions = name in ("tfmq-w8a8", "dmq-w8a8") or name.startswith("dynamic")
     assert (recipe.passes.exceptions is not None) == has_exceptions
     assert (recipe.activations.mode == "dynamic_token") == (name.startswith(("dynamic", "fp8")) or "svdquant" in name)

@@ -148,7 +148,7 @@ def _fuse_layer_norm(block: nn.Module, name: str, readers: tuple[str, ...]) -> N
     """Let the layers of a block that read one of its LayerNorms compute it, if they can."""
     norm = getattr(block, name, None)
     place = name
-    if type(norm) in _ADAPTIVE:
+    if isinstance(norm, _ADAPTIVE):
         norm, place = norm.norm, f"{name}.norm"
     modules = dict(block.named_modules())
     taking = [layer for reader in readers if _takes_layer_norm(layer := modules.get(reader))]

@@ -292,7 +292,7 @@ class RuntimeLayer(nn.Module):
         per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
         if isinstance(x, Normalized):
             scale, index = (None, None) if part.table is None else (part.table.scale, self._steps(x, part.table))
-            return layer_norm_quantize_fp8(x.source, x.norm(), scale, index, backend=self.run.backend)
+            return layer_norm_quantize_fp8(x.source, x.layer_norm(), scale, index, backend=self.run.backend)
         if part.table is None and per_token and part.channel_scale is None:
             return quantize_fp8(x, self.run.backend)
         count = x.numel() // x.shape[-1]
@@ -332,7 +332,7 @@ class RuntimeLayer(nn.Module):
         if isinstance(x, Normalized):
             grid, index = (spec.bits, None) if part.table is None else (part.table, self._steps(x, part.table))
             codes = layer_norm_quantize(
-                x.source, x.norm(), grid, index, symmetric=spec.symmetric, backend=self.run.backend
+                x.source, x.layer_norm(), grid, index, symmetric=spec.symmetric, backend=self.run.backend
             )
             return _limit_codes(codes, part, index, 2 ** (spec.bits - 1))
         if part.table is None:

@@ -42,9 +42,7 @@ class Normalized(Tensor):
     def __new__(
         cls, source: Tensor, module: nn.LayerNorm, multiplier: Tensor | None = None, shift: Tensor | None = None
     ) -> Normalized:
-        made: Normalized = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, source.shape, dtype=source.dtype, device=source.device
-        )
+        made: Normalized = Tensor._make_wrapper_subclass(cls, source.shape, dtype=source.dtype, device=source.device)
         made.source, made.module, made.multiplier, made.shift, made._value = source, module, multiplier, shift, None
         return made
 
@@ -53,7 +51,7 @@ class Normalized(Tensor):
         """Whether it is modulated by both terms or none, which is what kernels compute."""
         return (self.multiplier is None) == (self.shift is None)
 
-    def norm(self) -> LayerNorm:
+    def layer_norm(self) -> LayerNorm:
         """Return it as the kernels take it."""
         modulation = (None if each is None else each[:, 0] for each in (self.multiplier, self.shift))
         return LayerNorm(self.module.eps, self.module.weight, self.module.bias, *modulation)
@@ -79,7 +77,7 @@ class Normalized(Tensor):
         return None
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if len(args) == 2 and not kwargs:

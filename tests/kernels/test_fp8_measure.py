@@ -72,7 +72,7 @@ def test_the_library_gives_what_the_reference_gives(has_bias: bool, is_static: b
     bound = FP8_TOLERANCE * terms + ROUNDING * (want.abs() + (0 if bias is None else bias.abs()))
     there = [Fp8Matrix(each.values.to(device), each.scale.to(device)) for each in (x, weight)]
     epilogue = Epilogue(BF16, None if bias is None else bias.to(device))
-    got = linear_fp8_library(*there, epilogue)
+    got = linear_fp8_library(there[0], there[1], epilogue)
     assert got.dtype is BF16
     assert bool(((got.cpu().float() - want).abs() <= bound).all())
     tokens = Fp8Matrix(there[0].values.view(1, 37, 64), there[0].scale)
@@ -82,9 +82,9 @@ def test_the_library_gives_what_the_reference_gives(has_bias: bool, is_static: b
 def test_rows_and_epilogue_say_which_product_runs(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     calls: list[int] = []
 
-    def counted(x: Fp8Matrix, *args: Any) -> Tensor:
+    def counted(x: Fp8Matrix, weight: Fp8Matrix, epilogue: Epilogue) -> Tensor:
         calls.append(len(x.values))
-        return linear_fp8_library(x, *args)
+        return linear_fp8_library(x, weight, epilogue)
 
     monkeypatch.setattr(fp8, "linear_fp8_library", counted)
     x, weight = (Fp8Matrix(each.values.to(device), each.scale.to(device)) for each in matrices())

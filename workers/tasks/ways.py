@@ -54,7 +54,7 @@ class Replayed(nn.Module):
         def forward(*args: Any, **kwargs: Any) -> Any:
             return self._replay(args, kwargs)
 
-        self.forward = forward  # type: ignore[method-assign]
+        self.forward = forward
 
     def __getattr__(self, name: str) -> Any:
         """Be asked for what the model is asked for: its config, say."""

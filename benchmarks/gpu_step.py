@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from benchmarks.cli import give, keep, parser
 from benchmarks.stacks import STACKS, Stack
-from benchmarks.timing import captured, idle_cuda_ms, take_turns
+from benchmarks.timing import idle_cuda_ms, take_turns
 from quant_core import layer_runs
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QUANTIZABLE, QuantLayer
@@ -40,6 +40,7 @@ from quant_core.nn.model import build_quantized
 from quant_core.runtime.build import build_runtime
 from quant_spec.enums import Granularity, GroupScale, KernelBackend
 from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
+from workers.tasks.ways import GraphError, Replayed, check_replay, compile_model, compiling_each_shape
 
 Call = Callable[[], Tensor]
 HALF = torch.bfloat16
@@ -52,8 +53,6 @@ FORMATS = {
     ),
     "W4A8 g128": WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=128),
 }
-# Kernels are the same with and without a graph, but libraries may choose others for it; a wrong step is far beyond.
-GRAPH_TOLERANCE = 0.01
 
 
 def half_model(stack: Stack, device: str) -> nn.Module:
@@ -107,35 +106,32 @@ def _fill_codes(layer: QuantLayer) -> None:
 
 
 def ways(
-    model: nn.Module, told: dict[str, Any], compile_too: bool, blocks: tuple[str, ...] = ()
+    model: nn.Module, told: dict[str, Any], compile_too: bool, blocks_too: bool = False
 ) -> Iterator[tuple[str, Call]]:
-    """Yield the ways in which a model is called; the last one compiles the `blocks` that it repeats, in place."""
+    """Yield the ways in which a model is called; the last one compiles the blocks that it repeats, in place."""
 
     def call(of: Callable[..., Any]) -> Call:
         return lambda: of(**told, return_dict=False)[0]
 
     yield "eager", call(model)
-    yield "CUDA graph", replayed(call(model), told)
+    yield "CUDA graph", checked(call(model), call(Replayed(model)), told)
     if compile_too:
-        compiled = call(torch.compile(model, fullgraph=True))
-        yield "compiled", compiled
-        yield "compiled, CUDA graph", replayed(compiled, told)
-    if blocks:
-        for module in model.modules():
-            if type(module).__name__ in blocks:
-                module.compile()
-        yield "compiled by block, CUDA graph", replayed(call(model), told)
+        compiled = torch.compile(model, fullgraph=True)
+        yield "compiled", call(compiled)
+        yield "compiled, CUDA graph", checked(call(compiled), call(Replayed(compiled)), told)
+    if blocks_too:
+        compile_model(model, torch.device("cuda"))
+        yield "compiled by block, CUDA graph", checked(call(model), call(Replayed(model)), told)
 
 
-def replayed(run: Call, told: dict[str, Any]) -> Call:
+def checked(run: Call, replay: Call, told: dict[str, Any]) -> Call:
     """Return a replay of `run`, after checking that it follows the timestep."""
-    replay = captured(run)
     for timestep in (STEPS[3], STEPS[9]):
         told["timestep"].fill_(timestep)
-        want, got = run(), replay()
-        off = float((got.float() - want.float()).norm() / want.float().norm())
-        if not off <= GRAPH_TOLERANCE:
-            raise SystemExit(f"CUDA graph at timestep {timestep}: got a relative difference of {off:g}, wanted none")
+        try:
+            check_replay(run, replay)
+        except GraphError as error:
+            raise SystemExit(f"timestep {timestep}: {error}") from error
     return replay
 
 
@@ -154,10 +150,9 @@ def measure(stack: Stack, name: str, batch: int, options: argparse.Namespace) ->
     plain = half_model(stack, "cuda")
     plain_bytes = torch.cuda.memory_allocated() - before - packed_bytes
     print(f"batch {batch}, {name}: compiling and capturing", file=sys.stderr)
-    blocks = stack.blocks if options.compile_blocks else ()
-    calls = {f"bfloat16, {way}": run for way, run in ways(plain, told, options.compile, blocks)}
+    calls = {f"bfloat16, {way}": run for way, run in ways(plain, told, options.compile, options.compile_blocks)}
     calls |= {f"{name}, {way}": run for way, run in ways(packed, told, options.compile)}
-    if blocks:
+    if options.compile_blocks:
         del calls["bfloat16, eager"]  # its blocks are compiled by now
     seen = take_turns(calls, options.repeats, idle_cuda_ms, progress=True)
     return figures(name, {key: statistics.median(each) for key, each in seen.items()}) | {
@@ -195,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     device = {"name": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     found: dict[str, Any] = {"device": device, "latents": options.latents, "models": {}}
-    with torch.no_grad():
+    with torch.no_grad(), compiling_each_shape():
         for model in options.models:
             for batch in options.batches:
                 results = found["models"].setdefault(model, {}).setdefault(str(batch), {})

@@ -33,10 +33,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cli import give, keep, parser
-from benchmarks.timing import captured, cuda_ms
+from benchmarks.timing import cuda_ms
 from benchmarks.weights import random_weight
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.conv import ConvGeometry, conv2d_int
+from kernels.cuda_graph import captured
 from kernels.epilogue import Epilogue
 from kernels.fp8 import linear_fp8, quantize_fp8
 from kernels.gemm import linear_float, linear_int
@@ -240,7 +241,7 @@ def quantize_candidates() -> Iterator[tuple[str, int, Callable[[], Any]]]:
             yield f"FP8 tokens {size}", moved, partial(quantize_fp8, x)
         tokens = x.view(8, -1, channels)
         shift, scale = (torch.randn(8, channels, device="cuda", dtype=HALF) for _ in range(2))
-        modulated = partial(layer_norm_quantize, tokens, LayerNorm(1e-6, scale=scale, shift=shift), 8)
+        modulated = partial(layer_norm_quantize, tokens, LayerNorm(1e-6, multiplier=scale, shift=shift), 8)
         yield f"layer norm, modulated, tokens {size}", moved, modulated
     for batch, side, channels in ((8, 128, 320), (8, 64, 640), (8, 32, 1280)):
         image = torch.randn(batch, side, side, channels, device="cuda", dtype=HALF)

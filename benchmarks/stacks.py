@@ -35,15 +35,12 @@ class Stack:
         Layers that are not packed: those that take in and give out samples.
     told : callable
         Returns what it is called with, of `shapes`, a batch size, latents' side and a device; timesteps as a tensor.
-    blocks : tuple of str
-        Names of the classes that it repeats.
     """
 
     shapes: dict[str, Any]
     build: Callable[[dict[str, Any]], nn.Module]
     floats: tuple[str, ...]
     told: Callable[[dict[str, Any], int, int, str], dict[str, Any]]
-    blocks: tuple[str, ...]
 
 
 def _noise(device: str, *shape: int) -> Tensor:
@@ -95,19 +92,17 @@ def _tell_flux(shapes: dict[str, Any], batch: int, latents: int, device: str) ->
 
 
 STACKS = {
-    "sdxl": Stack(SDXL, meta_unet, ("conv_in", "conv_out"), _tell_unet, ("BasicTransformerBlock", "ResnetBlock2D")),
+    "sdxl": Stack(SDXL, meta_unet, ("conv_in", "conv_out"), _tell_unet),
     "dit-xl": Stack(
         DIT_XL,
         lambda shapes: _meta(DiTTransformer2DModel, shapes),
         ("pos_embed.proj", "proj_out_1", "proj_out_2"),
         _tell_dit,
-        ("BasicTransformerBlock",),
     ),
     "flux": Stack(
         FLUX,
         lambda shapes: _meta(FluxTransformer2DModel, shapes),
         ("x_embedder", "context_embedder", "proj_out"),
         _tell_flux,
-        ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
     ),
 }

@@ -6,13 +6,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 Call = Callable[[], object]
-#: Calls before a capture, in which kernels are compiled and libraries choose theirs.
-CAPTURE_WARM_UP = 5
 
 Time = TypeVar("Time")
 
@@ -77,22 +75,3 @@ def take_turns(
         for name, call in calls.items():
             seen[name].append(timed(call))
     return seen
-
-
-def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """Return a call that replays `run` from a CUDA graph; its output is overwritten by the next."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(CAPTURE_WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-
-    def replay() -> Any:
-        graph.replay()
-        return out
-
-    return replay

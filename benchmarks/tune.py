@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.cli import give, keep, parser
-from benchmarks.timing import captured, cuda_ms
+from benchmarks.timing import cuda_ms
 from benchmarks.weights import random_weight
 from kernels._triton.conv import launch_conv2d_int
 from kernels._triton.fp8 import launch_linear_fp8
@@ -52,6 +52,7 @@ from kernels._triton.tuned import (
 )
 from kernels.activations import ActivationTable, quantize_by_table
 from kernels.conv import ConvGeometry, conv2d_int_reference
+from kernels.cuda_graph import captured
 from kernels.epilogue import EpilogueRows
 from kernels.fp8 import Fp8Matrix, linear_fp8_reference, quantize_fp8
 from kernels.gemm import linear_int_reference

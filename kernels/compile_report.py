@@ -54,7 +54,7 @@ _TYPES = {
     **dict.fromkeys(("x_zero_ptr", "run_zero_ptr", "channel_ptr", "total_ptr", "x_sum_ptr"), "*i32"),
     **dict.fromkeys(("codes_ptr", "zero_ptr"), "*i8"),
     **dict.fromkeys(("bias_ptr", "residual_ptr", "down_ptr", "up_ptr", "out_ptr", "weight_ptr"), "*bf16"),
-    **dict.fromkeys(("mod_scale_ptr", "mod_shift_ptr"), "*bf16"),
+    "shift_ptr": "*bf16",
     "index_ptr": "*i64",
     "eps": "fp32",
 }
@@ -330,6 +330,7 @@ def _plain(label: str, kernel: Any, types: dict[str, str] | None = None, **const
 _TOKEN = {"ROWS": 2, "BLOCK_A": 1024, "BLOCK_B": 256}
 _CODES = {"TOP": 255, "HALF": 128, "FUSED": True}
 _TABLE = {"zero_ptr": "*fp32"}
+_NORMED = {"multiplier_ptr": "*bf16"}
 
 
 def _activation_cases() -> Iterator[Case]:
@@ -363,16 +364,20 @@ def _other_cases(arch: str) -> Iterator[Case]:
         "group norm + SiLU + quantize", norms.group_norm_quantize_kernel, _TABLE, **_CODES, GROUPS=32, WIDTH=20,
         SILU=True, BLOCK_M=32, BLOCK_C=128, divisor_ptr=None,
     )  # fmt: skip
-    yield _plain(
-        "layer norm + modulate + quantize tokens", norms.layer_norm_quantize_kernel, {"mod_scale_ptr": "*bf16"},
-        **_CODES, **_TOKEN, SYMMETRIC=False, weight_ptr=None, bias_ptr=None, scale_ptr=None, zero_ptr=None,
-        index_ptr=None,
-    )  # fmt: skip
+    absent = {"weight_ptr": None, "bias_ptr": None, "FLOOR": 1e-12}
+    own = {"scale_ptr": None, "zero_ptr": None, "index_ptr": None}
+    tokens = {**_TOKEN, **absent, "SYMMETRIC": False}
+    layer_norm = "layer norm + modulate + quantize"
+    yield _plain(f"{layer_norm} tokens", norms.layer_norm_quantize_kernel, _NORMED, **_CODES, **tokens, **own)
+    yield _plain(f"{layer_norm} by table", norms.layer_norm_quantize_kernel, _NORMED | _TABLE, **_CODES, **tokens)
     for label, gated, tanh in (("GEGLU", True, False), ("GELU", False, False), ("GELU by tanh", False, True)):
         blocks: dict[str, Any] = {"BLOCK_M": 8, "BLOCK_C": 512, "divisor_ptr": None}
         yield _plain(f"{label} + quantize", gate_quantize_kernel, _TABLE, GATED=gated, TANH=tanh, **_CODES, **blocks)
     if arch in ("sm_90", "sm_100"):
         values, limits = {"values_ptr": "*fp8e4nv"}, {"MAX": 448.0, "FLOOR": 1e-12, "FUSED": True}
+        constants = tokens | own | {"TOP": 448.0, "HALF": 0, "FUSED": True, "run_zero_ptr": None}
+        normed = _NORMED | {"codes_ptr": "*fp8e4nv"}
+        yield _plain(f"{layer_norm} FP8", norms.layer_norm_quantize_kernel, normed, **constants)
         yield _plain("quantize FP8", quantize_fp8_kernel, values, **limits, **_TOKEN)
         yield _plain("quantize FP8, long rows", quantize_long_fp8_kernel, values, **limits, BLOCK_K=2048)
         tile = fp8_blocks(arch, 8192, 2560)
@@ -561,14 +566,20 @@ def _is_larger(loop: Loop | None, was: Loop | None) -> bool:
     return any(getattr(loop, name) > getattr(was, name) for name in counts)
 
 
-def table(usages: Sequence[Usage]) -> str:
-    """Draw the table of docs/kernels.md."""
+def table(usages: Sequence[Usage], text: str = "") -> str:
+    """Draw the table of docs/kernels.md, with the rows of the table in `text` that are of other kernels that exist."""
     head = ("kernel", "architecture", "registers", "spilled bytes", "shared KiB", "matrix instructions", "one turn")
+    rows = {}
+    if text:
+        known = {(case.label, arch) for arch in ARCHITECTURES for case in cases(arch)}
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+        rows = {(each[0], each[1]): each for each in cells if len(each) == len(head) and (each[0], each[1]) in known}
+    for u in usages:
+        counts = (u.registers, u.spilled, f"{u.shared / 1024:.1f}", u.matrix, u.loop or "")
+        rows[u.kernel, u.arch] = [u.kernel, u.arch, *map(str, counts)]
+    order = sorted(rows, key=lambda row: (row[0], ARCHITECTURES.index(row[1])))
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for u in sorted(usages, key=lambda usage: usage.kernel):
-        cells = (u.kernel, u.arch, u.registers, u.spilled, f"{u.shared / 1024:.1f}", u.matrix, u.loop or "")
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"| {' | '.join(rows[row])} |" for row in order])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -576,7 +587,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="*", choices=ARCHITECTURES, default=ARCHITECTURES)
     parser.add_argument("--only", default="", help="compile kernels whose label contains this")
-    parser.add_argument("--write", type=Path, help="put the table between the marks of this file")
+    parser.add_argument("--write", type=Path, help="put the table between the marks of this file; others' rows stay")
     parser.add_argument("--check", type=Path, help="compare with the table between the marks of this file")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
@@ -586,7 +597,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = json.dumps([asdict(usage) for usage in usages], indent=1) if options.json else table(usages)
     if options.write:
         before, _, rest = options.write.read_text().partition(_BEGIN)
-        options.write.write_text(f"{before}{_BEGIN}\n{table(usages)}\n{_END}{rest.partition(_END)[2]}")
+        old, _, after = rest.partition(_END)
+        options.write.write_text(f"{before}{_BEGIN}\n{table(usages, old)}\n{_END}{after}")
     sys.stdout.write(text + "\n")
     found = problems(usages) + ([] if options.check is None else grown(usages, options.check.read_text()))
     sys.stderr.write("".join(line + "\n" for line in found))

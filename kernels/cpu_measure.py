@@ -25,6 +25,7 @@ from kernels.conv import ConvGeometry
 from kernels.cpu import cpu_conv2d, cpu_linear
 from kernels.cpu_activation import CpuGrid, cpu_grid, quantize_cpu
 from kernels.cpu_call import SmallCalls
+from kernels.cpu_float import FloatWeight, float_product, quantized_values
 from kernels.cpu_weight import ANY_WORK, CpuWeight
 from kernels.epilogue import Epilogue
 from kernels.errors import KernelError
@@ -33,6 +34,8 @@ from kernels.errors import KernelError
 SIDES = (8, 16, 32)
 # How much less time the other product has to take.
 CLEAR = 0.85
+# Of a float32 operator's time, what a layer's integers may take; and how much less floats have to take then.
+BOUND, FLOATS_CLEAR = 1.1, 0.95
 # Seconds of a call after which larger images are not tried, of one shape of weight, and of all in a process.
 CALL_LIMIT, SHAPE_LIMIT, TOTAL_LIMIT = 0.004, 0.03, 2.0
 _REPEATS = 3
@@ -40,18 +43,28 @@ _REPEATS = 3
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one call: of our own product, of oneDNN's (None where it is not exact), of a float32 operator's."""
+    """Seconds of one call: of our own product, of oneDNN's (None where it is not exact), of a float32 operator's.
+
+    `unpacked` is of quantization and that operator on an unpacked weight, timed where integers were beyond BOUND.
+    """
 
     rows: int
     work: int
     own: float
     other: float | None
     floats: float
+    unpacked: float | None = None
 
     @property
     def best(self) -> float:
-        """Return the faster one's."""
+        """Return the faster product's."""
         return self.own if self.other is None else min(self.own, self.other)
+
+    @property
+    def is_too_slow(self) -> bool:
+        """Whether integers are beyond BOUND, and floats faster."""
+        is_beyond = self.best > BOUND * self.floats
+        return is_beyond and self.unpacked is not None and self.unpacked < FLOATS_CLEAR * self.best
 
 
 @dataclass(slots=True)
@@ -84,8 +97,7 @@ def measured(weight: CpuWeight, cache: Timings) -> tuple[CpuWeight, str]:
     """
     if weight.small is None or not native.is_usable() or torch.are_deterministic_algorithms_enabled():
         return weight, ""
-    sizes, threads = (weight.outputs, weight.channels, weight.geometry), torch.get_num_threads()
-    key = (*sizes, weight.packed is None, weight.small.zero is None, threads)
+    key = shape_key(weight)
     if key not in cache.known:
         if cache.spent >= TOTAL_LIMIT:
             return weight, ""
@@ -97,6 +109,21 @@ def measured(weight: CpuWeight, cache: Timings) -> tuple[CpuWeight, str]:
         return weight, ""
     limit = weight.small_work if weight.packed is None else chosen_work(found, weight.small_work)
     return replace(weight, small_work=limit), _said(found, limit)
+
+
+def shape_key(weight: CpuWeight) -> Hashable:
+    """Return what weights have in common that are timed once."""
+    sizes, threads = (weight.outputs, weight.channels, weight.geometry), torch.get_num_threads()
+    return (*sizes, weight.packed is None, weight.small is None or weight.small.zero is None, threads)
+
+
+def why_unpack(weight: CpuWeight, cache: Timings) -> str:
+    """Say why a weight that was timed is better unpacked to floats; "" if it is not."""
+    found = cache.known.get(shape_key(weight), ())
+    if not found or not all(timing.is_too_slow for timing in found):
+        return ""
+    times = ", ".join(f"{each.best / each.floats:.2f} of float32 at {each.rows} rows" for each in found)
+    return f"integers measured {times}"
 
 
 def chosen_work(timings: tuple[Timing, ...], rule: int) -> int:
@@ -143,7 +170,10 @@ def _timings(weight: CpuWeight) -> tuple[Timing, ...]:
         own = _seconds(lambda x=x: calls(x, grid, None))  # type: ignore[misc]
         other = None if weight.packed is None else _seconds(lambda x=x: _in_several(x, alone, grid))  # type: ignore[misc]
         plain = _seconds(lambda x=x: _float_layer(x, floats, weight.geometry))  # type: ignore[misc]
-        found.append(Timing(rows, rows * weight.small.values.numel(), own, other, plain))
+        timing = Timing(rows, rows * weight.small.values.numel(), own, other, plain)
+        if timing.best > BOUND * plain:
+            timing = replace(timing, unpacked=_seconds(lambda x=x: _unpacked_layer(x, floats, weight, grid)))  # type: ignore[misc]
+        found.append(timing)
         if max(own, other or 0.0) > CALL_LIMIT or time.perf_counter() - start > SHAPE_LIMIT:
             break
     return tuple(found)
@@ -161,6 +191,11 @@ def _float_layer(x: Tensor, weight: Tensor, geometry: ConvGeometry | None) -> Te
     if geometry is None:
         return F.linear(x, weight)
     return F.conv2d(x.permute(0, 3, 1, 2), weight, None, geometry.stride, geometry.padding, geometry.dilation)
+
+
+def _unpacked_layer(x: Tensor, floats: Tensor, weight: CpuWeight, grid: CpuGrid) -> Tensor:
+    """Quantize, and multiply what codes stand for."""
+    return float_product(quantized_values(x, grid, 8), FloatWeight(floats, weight.geometry), Epilogue())
 
 
 def _seconds(call: Callable[[], object]) -> float:

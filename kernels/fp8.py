@@ -25,6 +25,8 @@ from quant_spec.enums import KernelBackend
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SCALE_FLOOR = 1e-12
+# What N and K are multiples of in PyTorch's product.
+LIBRARY_MULTIPLE = 16
 # Relative to the sum of |terms|. Hopper's FP8 tensor cores keep about 13 bits of a running sum; Triton adds those to
 # float32 registers, but not more often than once per block.
 FP8_TOLERANCE = 2.0**-10
@@ -38,10 +40,14 @@ class Fp8Matrix:
     ----------
     values : Tensor, shape (..., K), dtype float8_e4m3fn
     scale : Tensor, shape (rows,), dtype float32, > 0
+    switches : tuple of int
+        Of a weight: numbers of rows of a call, rising, from each of which on the other product is taken, first
+        PyTorch's and then ours again (`kernels.fp8_measure`); none: always ours.
     """
 
     values: Tensor
     scale: Tensor
+    switches: tuple[int, ...] = ()
 
 
 def quantize_fp8(x: Tensor, backend: KernelBackend | str = KernelBackend.AUTO) -> Fp8Matrix:
@@ -101,13 +107,38 @@ def linear_fp8(
         )
     shape = (*x.values.shape[:-1], weight.values.shape[0])
     epilogue.check(shape)
-    rows = epilogue_rows(epilogue)
     values = as_rows(x.values)
+    if sum(len(values) >= switch for switch in weight.switches) % 2 and library_takes(weight, epilogue):
+        return linear_fp8_library(x, weight, epilogue)
+    rows = epilogue_rows(epilogue)
     out = _linear_fp8(
         values, x.scale.contiguous(), weight.values.contiguous(), weight.scale.contiguous(),
         rows.bias, rows.residual, rows.down, rows.up, epilogue.dtype, str(backend),
     )  # fmt: skip
     return out.view(shape)
+
+
+def library_takes(weight: Fp8Matrix, epilogue: Epilogue) -> bool:
+    """Whether `linear_fp8_library` has a product's shape and epilogue: a bias at most, and outputs in bfloat16."""
+    fits = all(size % LIBRARY_MULTIPLE == 0 for size in weight.values.shape)
+    return fits and epilogue.dtype is torch.bfloat16 and epilogue.residual is None and epilogue.low_rank is None
+
+
+def linear_fp8_library(x: Fp8Matrix, weight: Fp8Matrix, epilogue: Epilogue) -> Tensor:
+    """Multiply as `linear_fp8` by `torch._scaled_mm`, which rounds a bias to bfloat16 before it adds it.
+
+    Raises
+    ------
+    RuntimeError, NotImplementedError
+        If PyTorch has no such product on this device.
+    """
+    values = as_rows(x.values)
+    bias = None if epilogue.bias is None else epilogue.bias.to(epilogue.dtype)
+    out = torch._scaled_mm(
+        values.contiguous(), weight.values.t(), scale_a=x.scale.view(-1, 1), scale_b=weight.scale.view(1, -1),
+        bias=bias, out_dtype=epilogue.dtype, use_fast_accum=False,
+    )  # fmt: skip
+    return out.view(*x.values.shape[:-1], weight.values.shape[0])
 
 
 def fp8_scale(most: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def linear_fp8_kernel(
 
 def launch_quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Run `quantize_fp8_kernel`, or its twin for long rows."""
-    _check_hardware(x)
+    check_hardware(x)
     rows = row_view(x)
     values = torch.empty(x.shape, dtype=FP8, device=x.device)
     scale = torch.empty(rows.shape[0], dtype=torch.float32, device=x.device)
@@ -178,7 +178,7 @@ def launch_linear_fp8(
     x: Fp8Matrix, weight: Fp8Matrix, rows: EpilogueRows, dtype: torch.dtype, tile: Tile | None = None
 ) -> Tensor:
     """Run `linear_fp8_kernel`, with `tile` or what was measured on the device."""
-    _check_hardware(x.values)
+    check_hardware(x.values)
     m, columns = x.values.shape
     n = weight.values.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.values.device)
@@ -201,7 +201,7 @@ def launch_linear_fp8(
     return out
 
 
-def _check_hardware(x: Tensor) -> None:
+def check_hardware(x: Tensor) -> None:
     """Refuse devices without E4M3."""
     if not triton.knobs.runtime.interpret and (reason := why_no_fp8(x.device)) is not None:
         raise KernelError(reason)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,9 @@ from torch import Tensor
 
 from kernels._triton.activations import BLOCK, channel_block, empty_quantized, fuses, row_view, token_blocks
 from kernels._triton.common import code_of, grid_of, inverse_of, load_columns, nan_unless_finite
+from kernels._triton.fp8 import check_hardware, to_e4m3
 from kernels.activations import quantize_by_table_reference
+from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR
 
 # Elements and channels of a block of group_stats_kernel, and blocks of a chunk.
 STATS_ELEMENTS = 4096
@@ -160,24 +164,26 @@ def layer_norm_quantize_kernel(
     x_ptr,  # (M, C)
     weight_ptr,  # (C,) or None
     bias_ptr,
-    mod_scale_ptr,  # (B, C) or None
-    mod_shift_ptr,
+    multiplier_ptr,  # (B, C) or None
+    shift_ptr,
     scale_ptr,  # (S,), or None: the grid is each token's own
     zero_ptr,
     index_ptr,
-    codes_ptr,
-    run_scale_ptr,
-    run_zero_ptr,
+    codes_ptr,  # (M, C) int8 or float8e4nv
+    run_scale_ptr,  # (R,); (M,) for E4M3
+    run_zero_ptr,  # (R,), or None for E4M3
     M,
     C,
     tokens,
     rows_per_run,
     stride_x,
-    stride_mod,
+    stride_multiplier,
+    stride_shift,
     eps,
-    TOP: tl.constexpr,
+    TOP: tl.constexpr,  # 448 for E4M3
     HALF: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    FLOOR: tl.constexpr,  # least scale of E4M3
     FUSED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_A: tl.constexpr,
@@ -198,49 +204,67 @@ def layer_norm_quantize_kernel(
         b = tl.where(mask_b, b - mean[:, None], 0.0)
         squares += tl.sum(b * b, axis=1)
     rstd = 1.0 / tl.sqrt_rn(squares / C + eps)
-    image = m // tokens * stride_mod
-    a = modulated(a * rstd[:, None], c_a, mask_a, image, C, weight_ptr, bias_ptr, mod_scale_ptr, mod_shift_ptr)
+    image = m // tokens
+    by, add = image * stride_multiplier, image * stride_shift
+    a = modulated(a * rstd[:, None], c_a, mask_a, by, add, C, weight_ptr, bias_ptr, multiplier_ptr, shift_ptr)
     if BLOCK_B > 0:
-        b = modulated(b * rstd[:, None], c_b, mask_b, image, C, weight_ptr, bias_ptr, mod_scale_ptr, mod_shift_ptr)
+        b = modulated(b * rstd[:, None], c_b, mask_b, by, add, C, weight_ptr, bias_ptr, multiplier_ptr, shift_ptr)
+    zero = tl.zeros((ROWS,), dtype=tl.float32)
     if scale_ptr is None:
         low, high, odd = tl.min(a, axis=1), tl.max(a, axis=1), nan_unless_finite(a, 1)
         if BLOCK_B > 0:
             low, high = tl.minimum(low, tl.min(b, axis=1)), tl.maximum(high, tl.max(b, axis=1))
             odd += nan_unless_finite(b, 1)
-        scale, zero = grid_of(low, high, TOP, HALF, SYMMETRIC)
+        if run_zero_ptr is None:
+            most = tl.maximum(-low, high)
+            scale = tl.maximum(tl.div_rn(most, tl.full(most.shape, TOP, tl.float32)), FLOOR)
+        else:
+            scale, zero = grid_of(low, high, TOP, HALF, SYMMETRIC)
         scale += odd
-        tl.store(run_scale_ptr + m, scale, mask=in_m)
-        tl.store(run_zero_ptr + m, zero.to(tl.int32) - HALF, mask=in_m)
     else:
-        run = m // rows_per_run
         step = tl.zeros((ROWS,), dtype=tl.int64)
         if index_ptr is not None:
-            step = tl.load(index_ptr + run, mask=in_m, other=0)
+            step = tl.load(index_ptr + m // rows_per_run, mask=in_m, other=0)
         scale = tl.load(scale_ptr + step)
-        zero = tl.load(zero_ptr + step)
-        first = in_m & (m % rows_per_run == 0)
-        tl.store(run_scale_ptr + run, scale, mask=first)
+        if run_zero_ptr is not None:
+            zero = tl.load(zero_ptr + step)
+    # Each row's own for E4M3, each run's else.
+    first = in_m if run_zero_ptr is None else in_m & (m % rows_per_run == 0)
+    run = m if run_zero_ptr is None else m // rows_per_run
+    tl.store(run_scale_ptr + run, scale, mask=first)
+    if run_zero_ptr is not None:
         tl.store(run_zero_ptr + run, zero.to(tl.int32) - HALF, mask=first)
     inverse = inverse_of(scale)[:, None]
-    codes = code_of(a, scale[:, None], inverse, zero[:, None], TOP, HALF, FUSED)
-    tl.store(codes_ptr + m[:, None] * C + c_a[None, :], codes, mask=mask_a)
+    at = codes_ptr + m[:, None] * C
+    if run_zero_ptr is None:
+        tl.store(at + c_a[None, :], numbers(a, scale, inverse, codes_ptr, TOP, FUSED), mask=mask_a)
+    else:
+        tl.store(at + c_a[None, :], code_of(a, scale[:, None], inverse, zero[:, None], TOP, HALF, FUSED), mask=mask_a)
     if BLOCK_B > 0:
-        codes = code_of(b, scale[:, None], inverse, zero[:, None], TOP, HALF, FUSED)
-        tl.store(codes_ptr + m[:, None] * C + c_b[None, :], codes, mask=mask_b)
+        if run_zero_ptr is None:
+            tl.store(at + c_b[None, :], numbers(b, scale, inverse, codes_ptr, TOP, FUSED), mask=mask_b)
+        else:
+            codes = code_of(b, scale[:, None], inverse, zero[:, None], TOP, HALF, FUSED)
+            tl.store(at + c_b[None, :], codes, mask=mask_b)
 
 
 @triton.jit
-def modulated(x, c, mask, image, C, weight_ptr, bias_ptr, mod_scale_ptr, mod_shift_ptr):
+def numbers(x, scale, inverse, out_ptr, MAX: tl.constexpr, FUSED: tl.constexpr):
+    """E4M3 numbers of some columns of rows, as `out_ptr` holds them."""
+    return to_e4m3(x, scale[:, None], inverse, MAX, FUSED).to(out_ptr.dtype.element_ty)
+
+
+@triton.jit
+def modulated(x, c, mask, by, add, C, weight_ptr, bias_ptr, multiplier_ptr, shift_ptr):
     """Apply a norm's weight and bias, and a sample's modulation, to some columns; zeros beyond the row stay."""
     in_c = c < C
     if weight_ptr is not None:
         x = x * tl.load(weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         x += tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-    if mod_scale_ptr is not None:
-        at = image[:, None] + c[None, :]
-        x = x * (1.0 + tl.load(mod_scale_ptr + at, mask=mask, other=0.0).to(tl.float32))
-        x += tl.load(mod_shift_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if multiplier_ptr is not None:
+        x = x * tl.load(multiplier_ptr + by[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        x += tl.load(shift_ptr + add[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
     return x
 
 
@@ -301,25 +325,59 @@ def launch_layer_norm(
     symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `layer_norm_quantize_kernel`; `grid` is (scale or None, zero_point or None, index, bits)."""
-    weight, bias, eps = affine
-    mod_scale, mod_shift = modulation
     scale, zero_point, index, bits = grid
     if x.numel() == 0 and scale is not None and zero_point is not None:
         return quantize_by_table_reference(x, scale, zero_point, index, None, bits)
-    weight, bias = (None if each is None else each.contiguous() for each in (weight, bias))
-    rows = row_view(x)
-    m, channels = rows.shape
-    runs = m if scale is None else 1 if index is None else index.numel()
+    runs = math.prod(x.shape[:-1]) if scale is None else 1 if index is None else index.numel()
     codes, run_scale, run_zero = empty_quantized(x, runs)
-    if scale is not None and zero_point is not None:
-        scale, zero_point = scale.float().contiguous(), zero_point.float().contiguous()
-    if mod_scale is not None and mod_shift is not None:
-        mod_scale, mod_shift = mod_scale.contiguous(), mod_shift.contiguous()
-    block_a, block_b, per_program, warps = token_blocks(channels)
-    layer_norm_quantize_kernel[(triton.cdiv(m, per_program),)](
-        rows, weight, bias, mod_scale, mod_shift, scale, zero_point, index, codes, run_scale, run_zero,
-        m, channels, m // x.shape[0], m // runs, rows.stride(0), channels, eps,
-        TOP=2**bits - 1, HALF=2 ** (bits - 1), SYMMETRIC=symmetric, FUSED=fuses(), ROWS=per_program, BLOCK_A=block_a,
-        BLOCK_B=block_b, num_warps=warps, enable_fp_fusion=False,
+    zero_point = None if zero_point is None else zero_point.float().contiguous()
+    _launch_layer_norm(
+        x, affine, modulation, (scale, zero_point, index), (codes, run_scale, run_zero), runs,
+        TOP=2**bits - 1, HALF=2 ** (bits - 1), SYMMETRIC=symmetric,
     )  # fmt: skip
     return codes, run_scale, run_zero
+
+
+def launch_layer_norm_fp8(
+    x: Tensor,
+    affine: tuple[Tensor | None, Tensor | None, float],
+    modulation: tuple[Tensor | None, Tensor | None],
+    scale: Tensor | None,
+    index: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run the same kernel for E4M3 numbers: with scales of a table, or each token's own."""
+    check_hardware(x)
+    rows = math.prod(x.shape[:-1])
+    values = torch.empty(x.shape, dtype=FP8, device=x.device)
+    row_scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    runs = rows if scale is None else 1 if index is None else index.numel()
+    _launch_layer_norm(
+        x, affine, modulation, (scale, None, index), (values, row_scale, None), runs,
+        TOP=FP8_MAX, HALF=0, SYMMETRIC=True,
+    )  # fmt: skip
+    return values, row_scale
+
+
+def _launch_layer_norm(
+    x: Tensor,
+    affine: tuple[Tensor | None, Tensor | None, float],
+    modulation: tuple[Tensor | None, Tensor | None],
+    grid: tuple[Tensor | None, Tensor | None, Tensor | None],
+    out: tuple[Tensor, Tensor, Tensor | None],
+    runs: int,
+    **constants: object,
+) -> None:
+    """Run `layer_norm_quantize_kernel`; `grid` is (scale, zero_point, index)."""
+    weight, bias = (None if each is None else each.contiguous() for each in affine[:2])
+    multiplier, shift = (None if each is None else row_view(each) for each in modulation)
+    scale, zero_point, index = grid
+    rows = row_view(x)
+    m, channels = rows.shape
+    block_a, block_b, per_program, warps = token_blocks(channels)
+    layer_norm_quantize_kernel[(triton.cdiv(m, per_program),)](
+        rows, weight, bias, multiplier, shift, None if scale is None else scale.float().contiguous(), zero_point, index,
+        *out, m, channels, m // max(1, x.shape[0]), m // max(1, runs), rows.stride(0),
+        0 if multiplier is None else multiplier.stride(0), 0 if shift is None else shift.stride(0), affine[2],
+        **constants, FLOOR=SCALE_FLOOR, FUSED=fuses(), ROWS=per_program, BLOCK_A=block_a, BLOCK_B=block_b,
+        num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip

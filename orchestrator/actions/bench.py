@@ -58,11 +58,13 @@ def bench_release(
     -------
     dict
         `release`, `digest`, `device`, `threads`, `dtype` (of the release, between its layers), `backend`, `layers`
-        (backend to number of layers), `compile_error` (why the compiled original was not measured, or null); for each
-        of `BENCHED`
-        `step_ms` by batch size, `images_per_second`, `peak_memory_bytes`, `bytes`, or null if not measured; `ratios`:
-        original to release of times and sizes, release to original of images per second, so that above 1 the release is
-        better; `ratios_bf16`, `ratios_bf16_compiled`: the same to those.
+        (backend to number of layers), `way` ("eager" or, on a GPU, "CUDA graph"), `graph_error` (why there is no graph
+        on a GPU, or null), `compiled_way` ("whole" or, on a GPU, "by block"; null if not measured), `compile_error`
+        (why the compiled original was not measured, or null); for each of `BENCHED` `step_ms` by batch size,
+        `eager_step_ms` (the same called as it is, where `way` is another one), `images_per_second`,
+        `peak_memory_bytes`, `bytes`, or null if not measured; `ratios`: original to release of times and sizes, release
+        to original of images per second, so that above 1 the release is better; `ratios_bf16`, `ratios_bf16_compiled`:
+        the same to those.
     """
     with service.database.session(read_only=True) as session:
         release = find_release(session, ref)
@@ -85,8 +87,11 @@ def bench_release(
         ).metrics
     if metrics["compile_error"] is not None:
         notify(f"the compiled original was not measured: {metrics['compile_error']}")
+    if metrics["graph_error"] is not None:
+        notify(f"steps are called as they are, not from CUDA graphs: {metrics['graph_error']}")
     ours, original, half, compiled = (metrics[side] for side in bench.BENCHED.values())
-    copied = ("device", "threads", "dtype", "backend", "layers", "compile_error")
+    how = ("way", "graph_error", "compiled_way", "compile_error")
+    copied = ("device", "threads", "dtype", "backend", "layers", *how)
     return {
         "release": release.ref,
         "digest": release.digest,

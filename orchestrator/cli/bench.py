@@ -13,7 +13,7 @@ from orchestrator.text import table
 from quant_spec.enums import KernelBackend
 from quant_spec.keys import canonical_json
 from quant_spec.numbers import human_bytes
-from quant_spec.tasks.bench import BENCHED
+from quant_spec.tasks.bench import BENCHED, BY_BLOCK, GRAPH
 
 _HEADS = ("RELEASE", "FP32", "BF16", "BF16 COMPILED")
 
@@ -45,7 +45,10 @@ def bench(
     layers: bool,
     out: Path | None,
 ) -> None:
-    """Measure a release and its original (float32, bfloat16, compiled), in one run on the device at hand."""
+    """Measure a release and its original (float32, bfloat16, compiled), in one run on the device at hand.
+
+    On a GPU all are called from CUDA graphs, and what is compiled are the blocks that the original repeats.
+    """
     if layers != (out is not None):
         raise click.UsageError("got one of --layers and --out, wanted both or none")
     with app.service() as service:
@@ -60,17 +63,19 @@ def bench(
         )
         if publishes:
             found["published"] = publish_bench(service, found)
-    app.answer(found, lambda: _text(found))
+    app.answer(found, lambda: bench_text(found))
 
 
-def _text(found: dict[str, Any]) -> str:
+def bench_text(found: dict[str, Any]) -> str:
+    """Return what was measured as a table for people; `found` as of `bench_release`."""
     measured = {
         head: found[side] for head, side in zip(_HEADS, BENCHED.values(), strict=True) if found[side] is not None
     }
     sides = list(measured.values())
     rows = [
-        (f"one step, batch {batch}", *(f"{side['step_ms'][batch]:.2f} ms" for side in sides))
-        for batch in sides[0]["step_ms"]
+        (f"one step, batch {batch}{said}", *(_time(side[times], batch) for side in sides))
+        for times, said in (("step_ms", ""), ("eager_step_ms", ", without a graph"))
+        for batch in sides[0][times] or ()
     ]
     rows += [
         ("images per second", *(f"{side['images_per_second']:.2f}" for side in sides)),
@@ -78,14 +83,21 @@ def _text(found: dict[str, Any]) -> str:
         ("size", *(human_bytes(side["bytes"]) for side in sides)),
     ]
     layers = ", ".join(f"{count} layers {backend}" for backend, count in found["layers"].items())
+    how = ", called from CUDA graphs" if found["way"] == GRAPH else ""
+    how += ", compiled by repeated block" if found["compiled_way"] == BY_BLOCK else ""
+    where = f"{found['release']} on {found['device']}, {found['threads']} threads"
     lines = [
-        f"{found['release']} on {found['device']}, {found['threads']} threads, {found['backend']} backend ({layers})",
+        f"{where}, {found['backend']} backend ({layers}){how}",
         "",
         table(("", *measured), rows),
     ]
     if "published" in found:
         lines += ["", f"{found['published']} has this in its card"]
     return "\n".join(lines)
+
+
+def _time(milliseconds: dict[str, float] | None, batch: str) -> str:
+    return "-" if milliseconds is None else f"{milliseconds[batch]:.2f} ms"
 
 
 def _peak(side: dict[str, Any]) -> str:

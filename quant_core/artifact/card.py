@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from quant_core.errors import ArtifactError
 from quant_spec.metrics import Listing, Place, lines, missing, protocol
 from quant_spec.prompts import ARRAY
-from quant_spec.tasks.bench import BENCHED
+from quant_spec.tasks.bench import BENCHED, BY_BLOCK, GRAPH
 
 _SPEED_HEAD, _LIMITS_HEAD = "## Speed and memory", "## Limits"
 _TEXT_INPUTS = ("cross_attention_dim", "caption_channels", "joint_attention_dim")
@@ -181,7 +181,8 @@ def add_speed(card: str, bench: Mapping[str, Any]) -> str:
     card : str
         As from `render_card`.
     bench : mapping
-        `device`, `threads`, `backend`, and of each model in `BENCHED` its figures, or None.
+        `device`, `threads`, `backend`, `way` and `compiled_way` (`quant_spec.tasks.bench`), and of each model in
+        `BENCHED` its figures, or None.
     """
     figures = {label: bench[name] for label, name in BENCHED.items() if bench.get(name) is not None}
     batches = list(next(iter(figures.values()))["step_ms"])
@@ -190,13 +191,16 @@ def add_speed(card: str, bench: Mapping[str, Any]) -> str:
         for batch in batches
     ]
     rows.append(("images per second", [f"{each['images_per_second']:.3g}" for each in figures.values()]))
+    where = f"{bench['device']}, {bench['threads']} threads"
+    how = " Each step is replayed from a CUDA graph." if bench["way"] == GRAPH else ""
+    how += " What is compiled are the blocks that the original repeats." if bench["compiled_way"] == BY_BLOCK else ""
     peaks = [each["peak_memory_bytes"] for each in figures.values()]
     rows.append(("peak memory, MiB", ["–" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks]))
     rows.append(("weights, MiB", [f"{each['bytes'] / 2**20:.2f}" for each in figures.values()]))
     lines = [
         _SPEED_HEAD,
         "",
-        f"Measured by `quantmill bench` on {bench['device']}, {bench['threads']} threads, {bench['backend']} backend.",
+        f"Measured by `quantmill bench` on {where}, {bench['backend']} backend.{how}",
         "",
         f"| | {' | '.join(figures)} |",
         f"|{'---|' * (len(figures) + 1)}",

@@ -16,6 +16,7 @@ from kernels.backend import BackendUnavailableError, prefers_int8_weights, why_r
 from kernels.cpu_measure import process_timings
 from kernels.errors import KernelError
 from kernels.fp8 import why_no_fp8
+from kernels.fp8_measure import process_fp8_timings
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.askable import keep_askable
 from quant_core.nn.layers import QuantLayer, replace_module
@@ -58,7 +59,7 @@ def build_runtime(
         `AUTO` must have been resolved.
     asked : KernelBackend or str
         What it was resolved from, for the reason of layers that run the reference; of "auto", a CPU's products are
-        timed (`kernels.cpu_measure`).
+        timed (`kernels.cpu_measure`), and a GPU's of FP8 (`kernels.fp8_measure`).
     memory : WeightMemory or str
         How weights lie in a GPU's memory ("auto" leaves layers packed that read one vector of a sample); and whether a
         CPU may unpack to floats those that it can't multiply as integers (not if "packed").
@@ -81,10 +82,10 @@ def build_runtime(
             layers.append(LayerRun(name, KernelBackend.REFERENCE, why_reference(asked, device)))
             continue
         made = _runtime_layer(layer, name, backend, unpacked=unpacked and name not in few_rows, floats=floats)
+        if asked == KernelBackend.AUTO and isinstance(made, RuntimeLayer):
+            made = _timed(made, layer, dtype, floats=floats)
         layers.append(made)
         if isinstance(made, RuntimeLayer):
-            if backend is KernelBackend.CPU and asked == KernelBackend.AUTO:
-                made.measure(process_timings())
             replace_module(model, name, made)
             laid_out += layer.qweight.numel()
             if device.type == "cpu" and laid_out > TRIM_BYTES:
@@ -119,6 +120,17 @@ def _runtime_layer(
         except KernelError as error:
             reason = str(error)
     return LayerRun(name, KernelBackend.REFERENCE, reason)
+
+
+def _timed(made: RuntimeLayer, layer: QuantLayer, dtype: torch.dtype, *, floats: bool) -> RuntimeLayer:
+    """Let what was timed choose between a layer's products; where integers are too slow on a CPU, multiply floats."""
+    if made.run.backend is not KernelBackend.CPU:
+        made.measure_fp8(process_fp8_timings(), dtype)
+        return made
+    slow = made.measure(process_timings())
+    if slow and floats and _multiplies_as_floats(layer):
+        return RuntimeLayer(layer, made.run.layer, KernelBackend.CPU, why_floats=slow)
+    return made
 
 
 def _multiplies_as_floats(layer: QuantLayer) -> bool:

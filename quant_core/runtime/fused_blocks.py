@@ -1,4 +1,4 @@
-"""ResNet blocks whose norms, SiLU and sums are part of their convolutions; feed-forwards whose activation is.
+"""Blocks of ResNets and transformers whose norms, activations and sums are part of the layers behind and before them.
 
 A ResNet block normalizes, applies SiLU, convolves, twice, and adds its input: apart, that writes and reads the image
 nine times. A `RuntimeLayer` computes the norm and SiLU in front of it where it quantizes its input, and adds a residual
@@ -8,16 +8,18 @@ Blocks stay diffusers' where something comes between norm and convolution: anoth
 the time embedding (`scale_shift`). A norm stays in front of a layer that is not one product with tables, such as one
 whose input is split.
 
-On Triton, the activation of a feed-forward (GELU, GEGLU) is computed where the Linear behind it quantizes its input.
+On Triton, the activation of a feed-forward (GELU, GEGLU) is computed where the Linear behind it quantizes its input,
+and so are LayerNorms and their modulation (`quant_core.runtime.normalized`).
 """
 
 from __future__ import annotations
 
 from typing import Any, TypeGuard
 
-from diffusers.models import activations
-from diffusers.models.attention import FeedForward
+from diffusers.models import activations, normalization
+from diffusers.models.attention import BasicTransformerBlock, FeedForward, JointTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +27,34 @@ from kernels.fp8 import Fp8Matrix
 from kernels.gates import Gate
 from quant_core.nn.layers import replace_module
 from quant_core.runtime.layer import RuntimeLayer
-from quant_spec.enums import KernelBackend
+from quant_core.runtime.normalized import LayerNormBehind
+from quant_spec.enums import ActivationMode, KernelBackend
+
+#: Layers that read what a norm gives, by the norm's name in a block. None of these blocks writes to a tensor in place.
+_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
+_JOINT = {
+    "norm1": (*_QKV, "attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "norm1_context": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "norm2": ("ff.net.0.proj",),
+    "norm2_context": ("ff_context.net.0.proj",),
+}
+_READERS: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {
+    BasicTransformerBlock: {
+        "norm1": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+        "norm2": ("attn2.to_q", "ff.net.0.proj"),
+        "norm3": ("ff.net.0.proj",),
+    },
+    JointTransformerBlock: _JOINT,
+    FluxTransformerBlock: _JOINT,
+    FluxSingleTransformerBlock: {"norm": ("proj_mlp", *_QKV)},
+}
+# Norms around a LayerNorm, whose output they multiply and add to at once.
+_ADAPTIVE = (
+    normalization.AdaLayerNormZero,
+    normalization.AdaLayerNormZeroSingle,
+    normalization.SD35AdaLayerNormZeroX,
+    normalization.AdaLayerNormContinuous,
+)
 
 
 class FusedResnetBlock(nn.Module):
@@ -96,6 +125,9 @@ def fuse_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FeedForward):
             _fuse_feed_forward(module)
+    for module in model.modules():
+        for name, readers in _READERS.get(type(module), {}).items():
+            _fuse_layer_norm(module, name, readers)
     norm, act, conv = (getattr(model, name, None) for name in ("conv_norm_out", "conv_act", "conv_out"))
     if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU) and _takes_norm(conv):
         conv.take_norm(norm)
@@ -110,6 +142,36 @@ def _fuse_feed_forward(module: FeedForward) -> None:
     if gate is not None and isinstance(dropout, nn.Dropout) and not dropout.training and _takes_gate(layer):
         layer.take_gate(gate)
         module.net[0] = Projection(activation)
+
+
+def _fuse_layer_norm(block: nn.Module, name: str, readers: tuple[str, ...]) -> None:
+    """Let the layers of a block that read one of its LayerNorms compute it, if they can."""
+    norm = getattr(block, name, None)
+    place = name
+    if isinstance(norm, _ADAPTIVE):
+        norm, place = norm.norm, f"{name}.norm"
+    modules = dict(block.named_modules())
+    taking = [layer for reader in readers if _takes_layer_norm(layer := modules.get(reader))]
+    if type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1 or not taking:
+        return
+    for layer in taking:
+        if not layer.normalizes:
+            layer.take_layer_norms()
+    replace_module(block, place, LayerNormBehind(norm))
+
+
+def _takes_layer_norm(layer: object) -> TypeGuard[RuntimeLayer]:
+    """Whether a layer is a Linear of one product of codes on Triton, of grids in a table or of each token."""
+    if not isinstance(layer, RuntimeLayer) or layer.run.backend is not KernelBackend.TRITON:
+        return False
+    if layer.geometry is not None or len(layer.parts) != 1 or layer.branch is not None or layer.differences:
+        return False
+    part, spec = layer.parts[0], layer.activation
+    if spec is None or part.channel_scale is not None or part.channels is not None:
+        return False
+    if part.table is None:
+        return spec.mode is ActivationMode.DYNAMIC_TOKEN
+    return part.table.divisor is None
 
 
 def _gate_of(activation: nn.Module) -> Gate | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,20 @@ from kernels.cpu import cpu_conv2d, cpu_linear
 from kernels.cpu_activation import CpuGrid, cpu_grid, quantize_cpu, quantize_cpu_dynamic
 from kernels.cpu_call import SmallCalls
 from kernels.cpu_float import FloatWeight, float_product, quantized_values
-from kernels.cpu_measure import Timings, measured
+from kernels.cpu_measure import Timings, measured, why_unpack
 from kernels.cpu_weight import CpuWeight
 from kernels.epilogue import Epilogue, LowRank
 from kernels.fp8 import Fp8Matrix, fp8_scale, linear_fp8, quantize_fp8, to_fp8
+from kernels.fp8_measure import Fp8Timings, measured_fp8
 from kernels.gates import Gate, gate_quantize
 from kernels.gemm import linear_float, linear_int
-from kernels.norms import GroupNorm, group_norm_quantize
+from kernels.norms import GroupNorm, group_norm_quantize, layer_norm_quantize, layer_norm_quantize_fp8
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.differences import LayerMemory
 from quant_core.nn.layers import QuantLayer, weight_from_matrix
 from quant_core.nn.steps import StepClock
 from quant_core.runtime.following import follow
+from quant_core.runtime.normalized import Normalized
 from quant_core.runtime.parts import LayerPart, lay_out_parts
 from quant_spec.enums import ActivationMode, KernelBackend
 from quant_spec.errors import QuantizationError
@@ -41,6 +43,8 @@ from quant_spec.layer_bits import weight_bits_text
 
 if TYPE_CHECKING:
     from quant_core.runtime.shared_input import SharedInput
+
+Codes = TypeVar("Codes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,8 @@ class RuntimeLayer(nn.Module):
         To normalize the input with, before SiLU, before it is quantized; see `take_norm`.
     gate : Gate or None
         The activation of a feed-forward to apply to the input before it is quantized; see `take_gate`.
+    normalizes : bool
+        Whether it computes the LayerNorm and modulation in front of it; see `take_layer_norms`.
     shared : SharedInput or None
         What keeps the codes of an input that other layers read too; see `share`.
     differences : frozenset of int
@@ -96,22 +102,38 @@ class RuntimeLayer(nn.Module):
         self.run = LayerRun(name, backend, f"{how}: {why_floats}" if why_floats else how)
         self.norm: GroupNorm | None = None
         self.gate: Gate | None = None
+        self.normalizes = False
         self.shared: SharedInput | None = None
         self.is_last_reader = False
         self.differences = layer.differences
         self.memory = LayerMemory()
         self.calls = self._small_calls()
 
-    def measure(self, timings: Timings) -> None:
-        """Let the faster one of a small layer's exact products run, as this CPU was timed; the listing says so."""
+    def measure(self, timings: Timings) -> str:
+        """Let the faster one of a small layer's exact products run, as this CPU was timed; the listing says so.
+
+        Returns why the weight is better unpacked to floats; "" if it is not.
+        """
         part = self.parts[0]
         if len(self.parts) > 1 or self.calls is None or not isinstance(part.weight, CpuWeight):
-            return
+            return ""
         weight, found = measured(part.weight, timings)
+        if not found:
+            return ""
+        self.parts = [replace(part, weight=weight)]
+        self.run = replace(self.run, reason=f"{self.run.reason}, {found}")
+        self.calls = self._small_calls()
+        return why_unpack(weight, timings)
+
+    def measure_fp8(self, timings: Fp8Timings, dtype: torch.dtype) -> None:
+        """Let the faster one of a layer's FP8 products run for outputs in `dtype`, as this GPU was timed."""
+        part = self.parts[0]
+        if len(self.parts) > 1 or self.branch is not None or not isinstance(part.weight, Fp8Matrix):
+            return
+        weight, found = measured_fp8(part.weight, dtype, timings)
         if found:
             self.parts = [replace(part, weight=weight)]
             self.run = replace(self.run, reason=f"{self.run.reason}, {found}")
-            self.calls = self._small_calls()
 
     def share(self, shared: SharedInput, *, is_last: bool) -> None:
         """Quantize through what others share from now on; the last of them to be called says so."""
@@ -130,6 +152,11 @@ class RuntimeLayer(nn.Module):
         """Quantize gate(x) instead of x from now on, where x may have twice the channels; for a Linear with tables."""
         self.gate = gate
         self.run = replace(self.run, reason=f"{self.run.reason}, {gate} with the quantization")
+
+    def take_layer_norms(self) -> None:
+        """Make codes of `Normalized` inputs without computing them; for a Linear with tables or ranges per token."""
+        self.normalizes = True
+        self.run = replace(self.run, reason=f"{self.run.reason}, LayerNorm and modulation with the quantization")
 
     def _small_calls(self) -> SmallCalls | None:
         """Return what computes the whole layer in one call where it is small; None if it is more than one product."""
@@ -165,6 +192,8 @@ class RuntimeLayer(nn.Module):
             return self._forward(x, residual)
 
     def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if isinstance(x, Normalized) and not (self.normalizes and x.is_whole):
+            x = x.value()
         rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
         assert rows is not None
         if self.calls is not None and native.is_usable():
@@ -206,7 +235,8 @@ class RuntimeLayer(nn.Module):
         if isinstance(weight, FloatWeight):
             return float_product(self._values(x, part), weight, epilogue)
         if isinstance(weight, Fp8Matrix):
-            return linear_fp8(self._numbers(x, part), weight, epilogue, self.run.backend)
+            numbers = self._once(x, lambda: self._numbers(x, part))
+            return linear_fp8(numbers, weight, epilogue, self.run.backend)
         if self.activation is None:
             x = x if part.channel_scale is None else (x / part.channel_scale).to(x.dtype)
             return linear_float(x, weight, epilogue, self.run.backend)
@@ -214,10 +244,14 @@ class RuntimeLayer(nn.Module):
 
     def codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None = None) -> QuantizedActivation:
         """Quantize channels-last rows for a part, normalized first if so asked, as the backend takes integers."""
+        return self._once(x, lambda: self._own_codes(x, part, norm))
+
+    def _once(self, x: Tensor, make: Callable[[], Codes]) -> Codes:
+        """Make what is multiplied of an input, or take what another layer made of it."""
         if self.shared is None or torch.compiler.is_compiling():
-            return self._own_codes(x, part, norm)
+            return make()
         step = None if self.clock is None else self.clock.index
-        return self.shared.codes(x, step, lambda: self._own_codes(x, part, norm), is_last=self.is_last_reader)
+        return self.shared.codes(x, step, make, is_last=self.is_last_reader)
 
     def _own_codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None) -> QuantizedActivation:
         if isinstance(part.weight, CpuWeight):
@@ -256,6 +290,9 @@ class RuntimeLayer(nn.Module):
         spec = self.activation
         assert spec is not None
         per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
+        if isinstance(x, Normalized):
+            scale, index = (None, None) if part.table is None else (part.table.scale, self._steps(x, part.table))
+            return layer_norm_quantize_fp8(x.source, x.layer_norm(), scale, index, backend=self.run.backend)
         if part.table is None and per_token and part.channel_scale is None:
             return quantize_fp8(x, self.run.backend)
         count = x.numel() // x.shape[-1]
@@ -292,6 +329,12 @@ class RuntimeLayer(nn.Module):
         return (part.grids[step] if is_known and step is not None else cpu_grid(table, index)), index
 
     def _codes(self, x: Tensor, part: LayerPart, spec: ActivationSpec, norm: GroupNorm | None) -> QuantizedActivation:
+        if isinstance(x, Normalized):
+            grid, index = (spec.bits, None) if part.table is None else (part.table, self._steps(x, part.table))
+            codes = layer_norm_quantize(
+                x.source, x.layer_norm(), grid, index, symmetric=spec.symmetric, backend=self.run.backend
+            )
+            return _limit_codes(codes, part, index, 2 ** (spec.bits - 1))
         if part.table is None:
             per_token = spec.mode is ActivationMode.DYNAMIC_TOKEN and x.dim() in (2, 3)
             is_cpu = self.run.backend is KernelBackend.CPU

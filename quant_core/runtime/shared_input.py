@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from kernels.activations import QuantizedActivation
 from kernels.cpu_weight import CpuWeight
+from kernels.fp8 import Fp8Matrix
 from quant_core.runtime.layer import RuntimeLayer
+
+Codes = TypeVar("Codes")
 
 #: Names of layers in an attention that may read the same tensor, in the order in which attentions call them.
 TOGETHER = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
@@ -26,7 +29,7 @@ class SharedInput:
     def __init__(self) -> None:
         self._input: Callable[[], Tensor | None] = lambda: None
         self._known: tuple[int, Tensor | None] = (0, None)
-        self._codes: QuantizedActivation | None = None
+        self._codes: Any = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedInput:
         """Keep nothing: layers of a copy share among themselves."""
@@ -34,10 +37,8 @@ class SharedInput:
         memo[id(self)] = twin
         return twin
 
-    def codes(
-        self, x: Tensor, step: Tensor | None, make: Callable[[], QuantizedActivation], *, is_last: bool
-    ) -> QuantizedActivation:
-        """Return the codes of `x` at a step (the clock's index); made, unless they are those of the last call.
+    def codes(self, x: Tensor, step: Tensor | None, make: Callable[[], Codes], *, is_last: bool) -> Codes:
+        """Return the codes (or E4M3 numbers) of `x` at a step (the clock's index): made, or those of the last call.
 
         A tensor that was written to since is another one, and one that does not count that is never shared.
         """
@@ -45,7 +46,7 @@ class SharedInput:
             return make()
         known = (x._version, step)
         is_same = self._input() is x and self._known[0] == known[0] and self._known[1] is step
-        codes = self._codes if is_same and self._codes is not None else make()
+        codes: Codes = self._codes if is_same and self._codes is not None else make()
         if is_last:
             self._input, self._codes = lambda: None, None
         else:
@@ -79,14 +80,14 @@ def _alike(layers: Sequence[RuntimeLayer]) -> list[list[RuntimeLayer]]:
 
 
 def _may_share(layer: RuntimeLayer) -> bool:
-    """Whether a layer is one product of integer codes of its whole input."""
+    """Whether a layer is one product of integer codes, or of E4M3 numbers, of its whole input."""
     plain = len(layer.parts) == 1 and layer.geometry is None and not layer.differences
     weight = layer.parts[0].weight
-    return plain and layer.activation is not None and isinstance(weight, CpuWeight | tuple)
+    return plain and layer.activation is not None and isinstance(weight, CpuWeight | Fp8Matrix | tuple)
 
 
 def _quantize_alike(one: RuntimeLayer, other: RuntimeLayer) -> bool:
-    """Whether two layers make the same codes of an input, at every step."""
+    """Whether two layers make the same codes, or numbers, of an input, at every step."""
     a, b = one.parts[0], other.parts[0]
     if one.activation != other.activation or one.clock is not other.clock or one.run.backend != other.run.backend:
         return False

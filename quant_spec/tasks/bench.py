@@ -13,6 +13,9 @@ from quant_spec.task import Source, TaskInputs, TaskKind, TaskParams
 
 RELEASE, ORIGINAL = "release_figures", "original_figures"
 HALF, COMPILED = "bf16_figures", "bf16_compiled_figures"
+#: Ways of calling the models, and of compiling one.
+EAGER, GRAPH = "eager", "CUDA graph"
+WHOLE, BY_BLOCK = "whole", "by block"
 #: What is measured side by side, as people call it, and its key among the figures.
 BENCHED = {"this model": RELEASE, "float32": ORIGINAL, "bfloat16": HALF, "bfloat16, compiled": COMPILED}
 
@@ -35,4 +38,4 @@ class Inputs(TaskInputs[Source]):
     model: Source
 
 
-KIND = TaskKind("bench", 2, "workers.tasks.bench:run", Params, Inputs, gpu=True)
+KIND = TaskKind("bench", 3, "workers.tasks.bench:run", Params, Inputs, gpu=True)

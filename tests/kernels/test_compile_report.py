@@ -175,3 +175,17 @@ def test_an_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch, capsys
         main([])
     assert ended.value.code == 2
     assert "TRITON_INTERPRET: got an interpreter" in capsys.readouterr().err
+
+
+def test_rows_of_kernels_that_were_not_compiled_stay_while_these_exist() -> None:
+    def usage(kernel: str, arch: str, registers: int) -> Usage:
+        return Usage(kernel, arch, registers, 0, 1024, "none")
+
+    old = table([usage("sum of splits", "gfx942", 1), usage("sum of splits", "sm_80", 2), usage("gone", "sm_80", 3)])
+    drawn = table([usage("sum of splits", "sm_80", 4), usage("range of samples", "sm_80", 5)], old)
+    assert [line.split(" | ")[:3] for line in drawn.splitlines()[2:]] == [
+        ["| range of samples", "sm_80", "5"],
+        ["| sum of splits", "sm_80", "4"],
+        ["| sum of splits", "gfx942", "1"],
+    ]
+    assert table([], drawn) == drawn

@@ -11,7 +11,7 @@ from kernels import cpu_measure, native
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
 from kernels.cpu import CONV_TOLERANCE, cpu_conv2d, cpu_linear
-from kernels.cpu_measure import TOTAL_LIMIT, Timing, Timings, chosen_work, measured
+from kernels.cpu_measure import TOTAL_LIMIT, Timing, Timings, chosen_work, measured, shape_key, why_unpack
 from kernels.cpu_weight import ANY_WORK, SMALL_WORK, CpuWeight, pack_cpu_weight
 from kernels.epilogue import Epilogue
 from tests.kernels.example_layers import random_layer
@@ -62,6 +62,23 @@ def test_a_shape_is_timed_once_and_the_listing_says_what_was_found(geometry: Con
     spent = cache.spent
     assert measured(layer, cache)[1] == said
     assert (len(cache.known), cache.spent) == (1, spent)
+
+
+def test_a_weight_is_unpacked_where_integers_are_slower_than_floats_at_all_sizes() -> None:
+    layer = weight()
+
+    def why(*pairs: tuple[float, float | None, float | None]) -> str:
+        """Of seconds of the products, and of floats on what codes stand for; floats alone take 1.0."""
+        found = tuple(Timing(64 * 4**i, i, own, other, 1.0, unpacked) for i, (own, other, unpacked) in enumerate(pairs))
+        return why_unpack(layer, Timings({shape_key(layer): found}))
+
+    slow = (1.3, 1.5, 1.1)
+    assert why(slow, (1.25, None, 1.1)) == "integers measured 1.30 of float32 at 64 rows, 1.25 of float32 at 256 rows"
+    for faster in ((1.05, 1.5, None), (1.5, 1.05, None), (1.3, 1.5, 1.29)):
+        assert why(faster) == ""
+        assert why(slow, faster) == ""
+    assert why() == ""
+    assert why_unpack(layer, Timings()) == ""
 
 
 def test_nothing_is_timed_for_those_who_want_the_same_twice_or_when_time_is_up() -> None:

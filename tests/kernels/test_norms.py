@@ -7,7 +7,15 @@ from torch.nn import functional as F
 
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
 from kernels.errors import KernelError
-from kernels.norms import NORM_CODE_SHARE, GroupNorm, LayerNorm, group_norm_quantize, layer_norm_quantize
+from kernels.fp8 import Fp8Matrix, quantize_fp8, to_fp8
+from kernels.norms import (
+    NORM_CODE_SHARE,
+    GroupNorm,
+    LayerNorm,
+    group_norm_quantize,
+    layer_norm_quantize,
+    layer_norm_quantize_fp8,
+)
 
 BACKENDS = ("reference", "triton")
 TABLE = ActivationTable(torch.tensor([0.02, 0.05]), torch.tensor([60.0, 128.0]), 8)
@@ -70,13 +78,33 @@ def test_layer_norm(shape: tuple[int, ...], modulated: bool, dynamic: bool, devi
         want = quantize_dynamic(y, 8, symmetric=False, per_token=True, backend="reference")
     else:
         want = quantize_by_table(y, TABLE, index, "reference")
-    norm = LayerNorm(
-        1e-6, scale=None if scale is None else scale.to(device), shift=None if shift is None else shift.to(device)
-    )
+    multiplier = None if scale is None else 1 + scale.to(device)
+    norm = LayerNorm(1e-6, multiplier=multiplier, shift=None if shift is None else shift.to(device))
     for backend in BACKENDS:
         grid = 8 if dynamic else on(device)
         steps = None if dynamic else index.to(device)
         near(layer_norm_quantize(x.to(device), norm, grid, steps, backend=backend), want)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 6), (3, 5, 1152)])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_layer_norm_to_fp8(shape: tuple[int, ...], dynamic: bool, device: str) -> None:
+    x, channels = noise(*shape) * 3 + 1, shape[-1]
+    multiplier, shift = 1 + noise(shape[0], channels), noise(shape[0], channels + 1)[:, 1:]
+    index, scale = torch.arange(shape[0]) % 2, torch.tensor([0.01, 0.02])
+    y = F.layer_norm(x, (channels,), eps=1e-6) * multiplier[:, None] + shift[:, None]
+    rows = scale[index].repeat_interleave(shape[1])
+    want = quantize_fp8(y, "reference") if dynamic else Fp8Matrix(to_fp8(y, rows.view(*shape[:2], 1)), rows)
+    norm = LayerNorm(1e-6, multiplier=multiplier.to(device), shift=shift.to(device))
+    grid = (None, None) if dynamic else (scale.to(device), index.to(device))
+    for backend in BACKENDS:
+        got = layer_norm_quantize_fp8(x.to(device), norm, *grid, backend=backend)
+        assert torch.allclose(got.scale.cpu(), want.scale, rtol=1e-5)
+        off = got.values.cpu().float() != want.values.float()
+        assert float(off.float().mean()) <= NORM_CODE_SHARE
+        assert torch.allclose(got.values.cpu().float(), want.values.float(), rtol=2.0**-3, atol=2.0**-9)
+    with pytest.raises(KernelError, match="got an empty tensor"):
+        layer_norm_quantize_fp8(x[:0].to(device), LayerNorm(1e-6))
 
 
 def test_an_affine_layer_norm_of_strided_rows(device: str) -> None:
@@ -128,8 +156,8 @@ def test_what_does_not_fit_is_refused() -> None:
         group_norm_quantize(x, GroupNorm(4, 1e-5), TABLE, index)
     with pytest.raises(KernelError, match=r"activation table: got \(2,\) scales"):
         group_norm_quantize(x, GroupNorm(3, 1e-5), TABLE)
-    with pytest.raises(KernelError, match="modulation scale: got"):
-        layer_norm_quantize(x, LayerNorm(1e-5, scale=torch.zeros(2, 6)), TABLE, index)
+    with pytest.raises(KernelError, match="modulation multiplier: got"):
+        layer_norm_quantize(x, LayerNorm(1e-5, multiplier=torch.zeros(2, 6)), TABLE, index)
     scaled = ActivationTable(torch.ones(1), torch.zeros(1), 8, divisor=torch.ones(1, 6))
     with pytest.raises(KernelError, match="wanted one without"):
         layer_norm_quantize(x, LayerNorm(1e-5), scaled)

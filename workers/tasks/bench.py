@@ -4,8 +4,12 @@ It has no outputs: what it measures is of this machine at this moment, so it is 
 
 device, threads, dtype (what the release computes in between its layers), backend (what its choice comes to)
 layers: backend to number of layers
+way: how models are called, all alike: "eager", as they are, or on a GPU replayed from a "CUDA graph"
+graph_error: why there is no graph on a GPU; else null
+compiled_way: whether the compiled original was compiled "whole" or, on a GPU, "by block" (each one that it repeats)
 release_figures, original_figures (float32), bf16_figures, bf16_compiled_figures (null if not measured), each with
     step_ms: batch size (as text) to the median milliseconds of one denoiser call
+    eager_step_ms: the same called as it is, where `way` is another one; else, and of the compiled original, null
     images_per_second: samples by the whole sampler, at the largest batch
     peak_memory_bytes: the most that loading and one call at the largest batch took; null of the compiled model, whose
     compiler runs in this process
@@ -48,10 +52,18 @@ from quant_core.runtime.loader import check_device, load_runtime
 from quant_core.runtime.memory import return_free_memory
 from quant_spec.enums import KernelBackend
 from quant_spec.sampler import Sampler
-from quant_spec.tasks.bench import COMPILED, HALF, ORIGINAL, RELEASE, Inputs, Params
+from quant_spec.tasks.bench import BENCHED, COMPILED, EAGER, GRAPH, HALF, ORIGINAL, RELEASE, Inputs, Params
 from workers.execution.context import TaskContext, TaskOutput
 from workers.storage.manifest import link_tree
 from workers.tasks.device import device_name
+from workers.tasks.ways import (
+    GraphError,
+    Replayed,
+    check_replay,
+    choose_way,
+    compile_model,
+    compiling_each_shape,
+)
 
 _LEAST_CALLS, _TURNS = 3, 2
 
@@ -94,29 +106,66 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     for load in loaders.values():
         _call(bench, load(), max(bench.batches))()  # libraries are set up once, for whoever comes first
     peaks: dict[str, int | None] = {name: _peak_bytes(bench, load) for name, load in loaders.items()}
-    models = {name: load() for name, load in loaders.items()}
-    problem = None
-    if params.compile:
-        models[COMPILED], problem = _compiled(bench, loaders[HALF]())
-        peaks[COMPILED] = None
-    if problem is not None:
-        del models[COMPILED]
-    times, speeds = _step_ms(bench, models), _images_per_second(bench, models)
-    sizes = {name: weights * (4 if name == ORIGINAL else 2) for name in models}
+    with compiling_each_shape():
+        found = _measured(bench, loaders, compiles=params.compile)
+    sizes = {name: weights * (4 if name == ORIGINAL else 2) for name in BENCHED.values()}
     sizes[RELEASE] = (packed_home(folders["artifact"]) / WEIGHTS_FILE).stat().st_size
+    figures = {
+        name: {**found.figures[name], "peak_memory_bytes": peaks.get(name), "bytes": sizes[name]}
+        for name in found.figures
+    }
+    where = {"device": device_name(device), "threads": torch.get_num_threads(), "dtype": str(dtype).split(".")[-1]}
+    return TaskOutput({}, {**where, "backend": str(backend), **found.how, COMPILED: None, **figures})
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What was measured of each model, and how."""
+
+    figures: dict[str, dict[str, Any]]
+    how: dict[str, Any]
+
+
+def _measured(bench: _Bench, loaders: Mapping[str, Callable[[], nn.Module]], *, compiles: bool) -> _Found:
+    """Load the models and time them in the way that suits the device; the original compiled too, where it can be."""
+    models = {name: load() for name, load in loaders.items()}
+    layers = dict(Counter(str(run.backend) for run in layer_runs(models[RELEASE])))
+    way, graph_error = choose_way(bench.device, models.values())
+    eager: Mapping[str, Mapping[str, float]] = {}
+    if way == GRAPH:
+        eager = _step_ms(bench, models)
+        models, graph_error = _replayed(bench, models)
+        way = EAGER if graph_error is not None else GRAPH
+    compiled_way = compile_error = None
+    if compiles:
+        compiled, compiled_way, compile_error = _compiled(bench, loaders[HALF](), way)
+        if compile_error is None:
+            models[COMPILED] = compiled
+    times, speeds = _step_ms(bench, models), _images_per_second(bench, models)
     figures = {
         name: {
             "step_ms": times[name],
+            "eager_step_ms": eager.get(name) if way == GRAPH else None,
             "images_per_second": speeds[name],
-            "peak_memory_bytes": peaks[name],
-            "bytes": sizes[name],
         }
         for name in models
     }
-    runs = Counter(str(run.backend) for run in layer_runs(models[RELEASE]))
-    where = {"device": device_name(device), "threads": torch.get_num_threads(), "dtype": str(dtype).split(".")[-1]}
-    how = {"backend": str(backend), "layers": dict(runs), "compile_error": problem}
-    return TaskOutput({}, {**where, **how, COMPILED: None, **figures})
+    how = {"layers": layers, "way": way, "graph_error": graph_error}
+    return _Found(figures, how | {"compiled_way": compiled_way, "compile_error": compile_error})
+
+
+def _replayed(bench: _Bench, models: dict[str, nn.Module]) -> tuple[dict[str, nn.Module], str | None]:
+    """Return the models called from CUDA graphs; or as they are, and why one of them can't be."""
+    replayed = {name: Replayed(model).eval() for name, model in models.items()}
+    try:
+        for name, model in models.items():
+            for batch in bench.batches:
+                run, replay = (_call(bench, each, batch) for each in (model, replayed[name]))
+                for _ in range(2):  # of which the second one is at another timestep
+                    check_replay(run, replay)
+    except (GraphError, RuntimeError) as error:
+        return models, _in_a_line(error)
+    return dict(replayed), None
 
 
 def _loaders(
@@ -191,14 +240,19 @@ def _conditioning(bench: _Bench, model: nn.Module, seeds: range) -> dict[str, Te
     }
 
 
-def _compiled(bench: _Bench, model: nn.Module) -> tuple[nn.Module, str | None]:
-    """Compile a model by calling it; and why that can't be done here, if so."""
-    model.compile()
+def _compiled(bench: _Bench, model: nn.Module, way: str) -> tuple[nn.Module, str | None, str | None]:
+    """Compile a model by calling it; return how much of it was, or why that can't be done here."""
+    compiled_way = compile_model(model, bench.device)
+    called = Replayed(model).eval() if way == GRAPH else model
     try:
-        _call(bench, model, min(bench.batches))()
+        _call(bench, called, min(bench.batches))()
     except Exception as error:  # whatever the compiler that it finds here may raise
-        return model, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return model, None
+        return model, None, _in_a_line(error)
+    return called, compiled_way, None
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _step_ms(bench: _Bench, models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:

@@ -263,10 +263,23 @@ def test_bench(cli: Cli, done: dict[str, Any]) -> None:
         assert found[side]["images_per_second"] > 0
         assert found[side]["peak_memory_bytes"] > 0
     assert (found["bf16_compiled_figures"], found["compile_error"], found["dtype"]) == (None, None, "float32")
+    assert (found["way"], found["graph_error"], found["compiled_way"]) == ("eager", None, None)
+    assert found["release_figures"]["eager_step_ms"] is None
     assert found["release_figures"]["bytes"] < found["original_figures"]["bytes"]
     assert found["ratios"]["bytes"] == pytest.approx(
         found["original_figures"]["bytes"] / found["release_figures"]["bytes"]
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hasty")
+def test_bench_on_a_gpu_replays_graphs_and_compiles_by_block(cli: Cli, done: dict[str, Any]) -> None:
+    found = cli("bench", "small@1", "--device", "cuda", "--json").json
+    assert (found["way"], found["graph_error"], found["compiled_way"]) == ("CUDA graph", None, "by block")
+    for side in ("release_figures", "original_figures", "bf16_figures"):
+        assert set(found[side]["eager_step_ms"]) == set(found[side]["step_ms"]) == {"1", "8"}
+    assert found["bf16_compiled_figures"]["eager_step_ms"] is None
+    assert all(ratio > 0 for ratio in found["ratios_bf16_compiled"]["step_ms"].values())
 
 
 @pytest.mark.skipif(not native.product_level(), reason="no AVX2, or nothing is compiled")

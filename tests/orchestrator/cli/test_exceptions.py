@@ -126,3 +126,9 @@ def test_recipes_for_transformers_take_ranges_of_each_token_and_except_what_cost
     assert {spec.mode for spec in inputs if spec is not None} == {ActivationMode.DYNAMIC_TOKEN}
     assert None in inputs
     assert bits in {layer.spec.weight.bits for layer in layers}
+    shown = cli("artifacts", "show", done.json["release"], "--layers", "--backend", "triton", "--json").json["layers"]
+    reasons = {each["layer"]: each["reason"] for each in shown}
+    said = "LayerNorm and modulation with the quantization"
+    fused = [name for name, reason in reasons.items() if said in reason]
+    assert fused
+    assert {name.rpartition(".")[2] for name in fused} <= {"to_q", "to_k", "to_v", "proj"}

@@ -102,6 +102,8 @@ def test_a_measurement_goes_before_the_limits_and_replaces_an_earlier_one() -> N
         "device": "H200",
         "threads": 4,
         "backend": "triton",
+        "way": "CUDA graph",
+        "compiled_way": None,
         "release_figures": figures,
         "original_figures": figures | {"bytes": 8 << 20},
         "bf16_figures": figures | {"peak_memory_bytes": None},
@@ -112,7 +114,11 @@ def test_a_measurement_goes_before_the_limits_and_replaces_an_earlier_one() -> N
     before, limits = plain.split("## Limits")
     assert card.startswith(before)
     assert card.endswith(f"\n## Limits{limits}")
-    assert "Measured by `quantmill bench` on H200, 4 threads, triton backend." in card
+    said = "Measured by `quantmill bench` on H200, 4 threads, triton backend."
+    assert f"{said} Each step is replayed from a CUDA graph.\n" in card
+    blocks = add_speed(plain, bench | {"way": "eager", "compiled_way": "by block"})
+    assert f"{said} What is compiled are the blocks that the original repeats.\n" in blocks
+    assert f"{said}\n" in add_speed(plain, bench | {"way": "eager", "compiled_way": "whole"})
     assert (
         "| | this model | float32 | bfloat16 |\n|---|---|---|---|\n| one step, batch 1, ms | 2.00 | 2.00 | 2.00 |"
         in card

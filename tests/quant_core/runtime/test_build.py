@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cpu_weight, native
+from kernels.cpu_measure import Timing, Timings
 from kernels.cpu_weight import sums_pairs_exactly
 from kernels.native import ProductLevel
 from quant_core.nn.layers import Quantizable, QuantLayer, replace_module
@@ -261,6 +262,35 @@ def test_what_a_cpu_has_no_integers_for_is_unpacked_to_floats_once(name: str, sp
     (run,) = build_runtime(packed, CPU, memory="packed")
     assert run.backend is REFERENCE
     assert run.reason.startswith(why)
+
+
+@pytest.mark.skipif(not native.product_level(), reason="no AVX2, or nothing is compiled")
+@pytest.mark.parametrize("name", ["linear 3-D", "conv 3x3"])
+def test_a_layer_whose_integers_were_timed_to_be_slow_is_unpacked_to_floats(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Timings()
+    monkeypatch.setattr("quant_core.runtime.build.process_timings", lambda: cache)
+    make, shape = LAYERS[name]
+    spec = LayerSpec(WeightSpec(4), ActivationSpec(8))
+    timed, _ = quantized(make(), spec)
+    (run,) = build_runtime(timed, CPU, "auto")
+    assert "int8 products" in run.reason or "float products: integers measured" in run.reason
+    ((key, _),) = cache.known.items()
+    cache.known[key] = (Timing(64, 1, 1.3, None, 1.0, 1.05),)
+    model, _ = quantized(make(), spec)
+    with torch.no_grad():
+        want = model(noise(*shape))
+        (run,) = build_runtime(model, CPU, "auto")
+        got = model(noise(*shape))
+    assert run.backend is CPU
+    assert run.reason.startswith("weights unpacked to float32 in ")
+    assert run.reason.endswith("float products: integers measured 1.30 of float32 at 64 rows")
+    assert float((got - want).abs().max()) < TOLERANCE * float(want.abs().max())
+    for asked, memory in (("cpu", "auto"), ("auto", "packed")):
+        other, _ = quantized(make(), spec)
+        (run,) = build_runtime(other, CPU, asked, memory)
+        assert "int8 products" in run.reason, "a choice that times nothing, and one that keeps weights small"
 
 
 @pytest.mark.parametrize("level", [ProductLevel.NONE, ProductLevel.AVX2], ids=lambda level: level.name)

@@ -16,7 +16,7 @@ from quant_core.nn.steps import StepClock
 from quant_core.runtime import layer as runtime_layer
 from quant_core.runtime.build import build_runtime
 from quant_core.runtime.layer import RuntimeLayer
-from quant_spec.enums import ActivationMode, KernelBackend
+from quant_spec.enums import ActivationMode, KernelBackend, NumberType
 from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
 
 STEPS = (900.0, 500.0, 100.0)
@@ -29,13 +29,18 @@ def attention(activation: ActivationSpec, cross: int | None = None, other: str =
     made = nn.Sequential(Attention(32, cross_attention_dim=cross, heads=2, dim_head=16).eval().requires_grad_(False))
     clock, generator = StepClock(STEPS), torch.Generator().manual_seed(0)
     for name in NAMES:
-        layer = QuantLayer(getattr(made[0], name), LayerSpec(WeightSpec(8, symmetric=True), activation), clock)
+        weight = WeightSpec(8, type=activation.type) if activation.is_float else WeightSpec(8, symmetric=True)
+        layer = QuantLayer(getattr(made[0], name), LayerSpec(weight, activation), clock)
         codes = torch.randint(0, 256, (layer.shape[0], layer.columns), generator=generator, dtype=torch.uint8)
-        layer.set_codes(codes, torch.full_like(layer.scale, 0.002), torch.full_like(layer.zero_point, 128))
+        if activation.is_float:
+            layer.qweight.copy_(codes.float() - 128)
+            layer.scale.fill_(0.002)
+        else:
+            layer.set_codes(codes, torch.full_like(layer.scale, 0.002), torch.full_like(layer.zero_point, 128))
         for quantizer in layer.act_quantizers:
             if not quantizer.spec.is_dynamic:
                 steps = torch.linspace(0.02, 0.05, len(quantizer.scale)) * (1.5 if name == other else 1.0)
-                quantizer.set_qparams(QParams(steps, torch.full_like(steps, 120.0)))
+                quantizer.set_qparams(QParams(steps, torch.full_like(steps, 0.0 if activation.is_float else 120.0)))
         replace_module(made, f"0.{name}", layer)
     clock.set_timestep(500.0)
     return made, clock
@@ -52,7 +57,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
         return call
 
-    for name in ("quantize_by_table", "quantize_dynamic", "quantize_cpu"):
+    for name in ("quantize_by_table", "quantize_dynamic", "quantize_cpu", "quantize_fp8", "to_fp8"):
         monkeypatch.setattr(runtime_layer, name, counted(getattr(runtime_layer, name)))
     return seen
 
@@ -78,6 +83,9 @@ def unshared(model: nn.Module) -> nn.Module:
         (ActivationSpec(8), 24, "", 2),
         (ActivationSpec(8), None, "to_k", 2),
         (ActivationSpec(8, mode=ActivationMode.DYNAMIC_TOKEN), None, "", 1),
+        (ActivationSpec(8, type=NumberType.E4M3), None, "", 1),
+        (ActivationSpec(8, type=NumberType.E4M3), 24, "to_k", 3),
+        (ActivationSpec(8, type=NumberType.E4M3, mode=ActivationMode.DYNAMIC_TOKEN), None, "", 1),
     ],
     ids=str,
 )
@@ -90,7 +98,7 @@ def test_an_input_is_quantized_once(
     times: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if backend is KernelBackend.CPU and activation.mode is ActivationMode.DYNAMIC_TOKEN:
+    if backend is KernelBackend.CPU and (activation.is_float or activation.mode is ActivationMode.DYNAMIC_TOKEN):
         pytest.skip("these multiply floats")
     model, clock = attention(activation, cross, other)
     build_runtime(model, backend)

@@ -54,9 +54,9 @@ bytecode: install
 test: install
 	@$(MAKE) --no-print-directory --jobs=2 check tests
 
-# A file's tests run in one process, for what they share; in four processes, as those that start Ray mostly wait.
+# A file's tests run in one process, for what they share; in three processes, as those that start Ray mostly wait.
 tests: install bytecode
-	$(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: install
 	$(BIN)/python -m pytest -q -m slow

@@ -420,7 +420,7 @@ class Recipe(Record):
         ):
             raise ValueError(
                 f"attention.bits: got {attention.bits}, softmax_bits {attention.softmax_bits} with activations.type "
-                "e4m3, wanted 8 and 8, or enabled false"
+                "e4m3, wanted 8 and 8 or 16, or enabled false"
             )
         types = {self.activations.type, *(entry.activations.type for entry in self.layers)}
         if passes.distill is not None and NumberType.E4M3 in types:

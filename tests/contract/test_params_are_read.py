@@ -640,7 +640,8 @@ def _measured(width: int) -> propose.MeasuredPoint:
 def _card() -> Case:
     figures = {"step_ms": {"1": 2.0}, "images_per_second": 1.0, "peak_memory_bytes": 1, "bytes": 1}
     sides = dict.fromkeys(("release_figures", "original_figures", "bf16_figures", "bf16_compiled_figures"), figures)
-    params = card.Params(bench=sides | {"device": "a CPU", "threads": 1, "backend": "cpu", "layers": {"cpu": 1}})
+    ways = {"way": "eager", "compiled_way": "whole"}
+    params = card.Params(bench=sides | ways | {"device": "a CPU", "threads": 1, "backend": "cpu", "layers": {"cpu": 1}})
     return lambda tasks: (params, card.Inputs(artifact=tasks.artifact))
 
 

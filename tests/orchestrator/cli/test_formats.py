@@ -105,7 +105,7 @@ def test_low_rank_branches_reach_release_listing_and_export(cli: Cli, tmp_path: 
         each["layer"]: each for each in cli("artifacts", "show", view["release"], "--layers", "--json").json["layers"]
     }
     assert shown[name]["bits"]["low_rank"] == layers[name].spec.low_rank
-    assert "4 per_group of 64, integer scales + rank 4 " in cli("artifacts", "show", view["release"], "--layers").out
+    assert "4 per_group of 32, integer scales + rank 4 " in cli("artifacts", "show", view["release"], "--layers").out
     # a branch costs bits
     held = {name: layer.spec.low_rank * (layer.shape[0] + layer.columns) * 16 for name, layer in layers.items()}
     sizes = {name: layer.shape[0] * layer.columns for name, layer in layers.items()}
@@ -250,7 +250,7 @@ def test_the_other_recipes_run(cli: Cli, recipe: str, tmp_path: Path) -> None:
         (
             "fp8-w8a8",
             "attention={enabled: true, bits: 6}",
-            "attention.bits: got 6, softmax_bits 8 with activations.type e4m3",
+            "attention.bits: got 6, softmax_bits 16 with activations.type e4m3",
         ),
         ("fp8-w8a8", "passes.scale={shift: variance}", "passes.scale.shift: got variance with"),
         ("minmax-w8a8", "passes.low_rank={}", "passes.low_rank: got no Linear layer"),

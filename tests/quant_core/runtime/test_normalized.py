@@ -86,8 +86,8 @@ def apart(model: nn.Module) -> nn.Module:
     ("family", "mode"),
     [
         ("dit", ActivationMode.PER_STEP),
-        ("dit", ActivationMode.DYNAMIC_TOKEN),
-        ("sd3", ActivationMode.PER_STEP),
+        pytest.param("dit", ActivationMode.DYNAMIC_TOKEN, marks=pytest.mark.slow),
+        pytest.param("sd3", ActivationMode.PER_STEP, marks=pytest.mark.slow),
         ("flux", ActivationMode.DYNAMIC_TOKEN),
     ],
 )

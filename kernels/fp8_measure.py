@@ -90,14 +90,14 @@ def measured_fp8(weight: Fp8Matrix, dtype: torch.dtype, cache: Fp8Timings) -> tu
 def fp8_timings(
     weight: Fp8Matrix, dtype: torch.dtype, rows: tuple[int, ...], seconds: Callable[[Callable[[], Tensor]], float]
 ) -> tuple[Fp8Timing, ...]:
-    """Time both products of a weight; none where PyTorch has no such product on this device."""
+    """Time both products of a weight; none where PyTorch has no such product here, or there is no memory to time in."""
     found, epilogue = [], Epilogue(dtype)
     for count in rows:
-        x = torch.randn(count, weight.values.shape[1], device=weight.values.device).to(FP8)
-        given = Fp8Matrix(x, torch.full((count,), 0.01, device=x.device))
         try:
+            x = torch.randn(count, weight.values.shape[1], device=weight.values.device).to(FP8)
+            given = Fp8Matrix(x, torch.full((count,), 0.01, device=x.device))
             linear_fp8_library(given, weight, epilogue)
-        except (RuntimeError, NotImplementedError):  # whatever an older GPU or version says
+        except (RuntimeError, NotImplementedError):  # PyTorch names no error of its own for what a device lacks
             return ()
         own = seconds(lambda given=given: linear_fp8(given, weight, epilogue, KernelBackend.TRITON))  # type: ignore[misc]
         library = seconds(lambda given=given: linear_fp8_library(given, weight, epilogue))  # type: ignore[misc]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from quant_spec.components import ComponentRecipe, is_denoiser
-from quant_spec.enums import Extractor, NumberType, Shift, ShownSeeds, TemporalRounding
+from quant_spec.enums import ActivationMode, Extractor, NumberType, Shift, ShownSeeds, TemporalRounding
 from quant_spec.formats import EXACT_SOFTMAX_BITS
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
 from quant_spec.passes.choose import GAIN_SEEDS, Choose
@@ -233,6 +233,12 @@ class Recipe(Record):
     def without_how_it_runs(self) -> Self:
         """Return the recipe as a release tells it: what decides its bytes, not where they were computed."""
         return self.replaced(**{name: type(self).model_fields[name].default for name in HOW_IT_RUNS})
+
+    @property
+    def modes(self) -> dict[str, ActivationMode]:
+        """How ranges are found, by the field that says so: of layers' inputs, and of attention's operands, if any."""
+        own = self.attention.mode or self.activations.mode
+        return {"activations.mode": self.activations.mode} | ({"attention.mode": own} if self.attention.enabled else {})
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

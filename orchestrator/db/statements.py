@@ -33,10 +33,10 @@ T = TypeVar("T")
 BATCH = 1000
 
 
-def batches(items: Iterable[T], size: int = BATCH) -> Iterator[list[T]]:
-    """Cut a stream into lists, holding one at a time."""
+def batches(items: Iterable[T]) -> Iterator[list[T]]:
+    """Cut a stream into lists of `BATCH` at most, holding one at a time."""
     iterator = iter(items)
-    while batch := list(islice(iterator, size)):
+    while batch := list(islice(iterator, BATCH)):
         yield batch
 
 

@@ -230,8 +230,7 @@ class _Rules:
         kept = self.keeps(self.matches(name)) or (own and all(planned is None for planned in own))
         if kept or not attention.enabled or activations.bits is None:
             return None
-        if attention.mode is not None:
-            activations = activations.replaced(mode=attention.mode)
+        activations = activations.replaced(mode=self.recipe.modes["attention.mode"])
         bits = self.attention_bits(name)
         return PlannedAttention(
             _activation(activations, attention.bits if bits is None else bits),
@@ -250,7 +249,7 @@ class _Rules:
             if "bits" in activations.model_fields_set:
                 bits = activations.bits
             if activations.range_bits:
-                mode = self.recipe.attention.mode or self.recipe.activations.mode
+                mode = self.recipe.modes["attention.mode"]
                 if mode != "per_step":
                     raise RecipeError(
                         f"attention {name}: activations.range_bits: got attention.mode {mode}, wanted per_step"

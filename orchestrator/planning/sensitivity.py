@@ -87,13 +87,9 @@ def plan_sensitivity(model: ModelRow, recipe: Recipe, options: SensitivityOption
     InvalidInputError
         If it chooses bits by itself.
     """
-    if options.step_ranges > 1 and recipe.activations.mode is not ActivationMode.PER_STEP:
-        raise RecipeError(
-            f"step_ranges: got {options.step_ranges} with activations.mode {recipe.activations.mode}, wanted per_step"
-        )
-    own = recipe.attention.mode if recipe.attention.enabled else None
-    if options.step_ranges > 1 and own not in (None, ActivationMode.PER_STEP):
-        raise RecipeError(f"step_ranges: got {options.step_ranges} with attention.mode {own}, wanted per_step")
+    for name, mode in recipe.modes.items():
+        if options.step_ranges > 1 and mode is not ActivationMode.PER_STEP:
+            raise RecipeError(f"step_ranges: got {options.step_ranges} with {name} {mode}, wanted per_step")
     draft = take_out(Draft.begin(model, apply_allocation(recipe, Allocation(), options.widths)))
     nodes: list[TaskNode] = []
     for draw in (encode, calibrate, temporal, scale):

@@ -151,16 +151,12 @@ def _check_recipe(spec: SearchSpec, recipe: Recipe) -> None:
             f"space.activation_bits: got {list(space.activation_bits)} with a recipe of weights only, wanted a recipe "
             "with activations.bits"
         )
-    if space.step_ranges > 1 and recipe.activations.mode != "per_step":
-        raise SearchError(
-            f"space.step_ranges: got {space.step_ranges} with activations {recipe.activations.mode}, wanted per_step"
-        )
-    own = recipe.attention.mode if recipe.attention.enabled else None
-    if space.step_ranges > 1 and own not in (None, "per_step"):
-        raise SearchError(
-            f"space.step_ranges: got {space.step_ranges} with attention.mode {own}, wanted per_step: "
-            "set: {attention.mode: per_step}"
-        )
+    for name, mode in recipe.modes.items():
+        if space.step_ranges > 1 and mode != "per_step":
+            raise SearchError(
+                f"space.step_ranges: got {space.step_ranges} with {name} {mode}, wanted per_step: "
+                f"set: {{{name}: per_step}}"
+            )
     if space.step_ranges > steps:
         raise SearchError(f"space.step_ranges: got {space.step_ranges}, wanted at most the sampler's {steps} steps")
     if not spec.screening.seeds:

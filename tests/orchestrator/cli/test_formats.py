@@ -164,13 +164,20 @@ def test_layers_of_8_bits_among_integer_scales_have_scales_per_channel(cli: Cli,
 
 @pytest.mark.usefixtures("without_ray", "with_digits")
 def test_products_of_attention_have_a_mode_of_their_own(cli: Cli, tmp_path: Path) -> None:
-    view = run(cli, "fast-w4a8", FEW, "attention={mode: dynamic_token, softmax_bits: 16}")
-    model = load_everywhere(cli, view, tmp_path / "release")
-    (operands,) = (module for module in model.modules() if isinstance(module, AttentionQuantizer))
-    modes = {operand: quantizer.spec.mode for operand, quantizer in operands.named_children()}
-    assert modes == dict.fromkeys(("query", "key", "value"), "dynamic_token")  # probabilities are as they are
+    def operands(view: dict[str, Any]) -> tuple[nn.Module, dict[str, tuple[str, int]]]:
+        model = load_everywhere(cli, view, tmp_path / view["release"])
+        (found,) = (module for module in model.modules() if isinstance(module, AttentionQuantizer))
+        return model, {name: (each.spec.mode, each.spec.bits) for name, each in found.named_children()}
+
+    _, other = operands(run(cli, "fast-w4a8", FEW, "attention={mode: dynamic_sample, softmax_bits: 6}"))
+    assert other == dict.fromkeys(("query", "key", "value"), ("dynamic_sample", 8)) | {
+        "probabilities": ("dynamic_sample", 6)
+    }
+    view = run(cli, "fast-w4a8", FEW)
+    model, shipped = operands(view)
+    assert shipped == dict.fromkeys(("query", "key", "value"), ("dynamic_token", 8))  # probabilities are as they are
     assert {layer.spec.activation.mode for layer in layers_of(model).values() if layer.spec.activation} == {"per_step"}
-    assert not [name for name in load_file(tmp_path / "release" / WEIGHTS) if "attention_quantizer" in name]
+    assert not [name for name in load_file(tmp_path / view["release"] / WEIGHTS) if "attention_quantizer" in name]
 
 
 @pytest.mark.slow

@@ -293,6 +293,10 @@ def test_a_model_whose_search_fails_leaves_the_others_whole(home: Path, cli: Cli
         ({"space": {"fixed": ["*"]}}, "space.fixed: got patterns that fix every layer"),
         ({"space": {"fixed": ["nothing.*"]}}, "space.fixed.0: got 'nothing.*', wanted a pattern that matches"),
         ({"space": {"weight_bits": [4, 8], "step_ranges": 2}}, "step_ranges: got 2 without activation_bits"),
+        (
+            {"space": {"weight_bits": [4, 8], "activation_bits": [4, 8], "step_ranges": 2}},
+            "step_ranges: got 2 with attention.mode dynamic_token, wanted per_step: set: {attention.mode: per_step}",
+        ),
         ({"budgets": [{"weight_bits_mean": 1.0}]}, "budgets.0.weight_bits_mean: got 1, wanted 4"),
         ({"budgets": [{"weight_bits_mean": 9.0}]}, "budgets.0.weight_bits_mean: got 9, wanted 4"),
         ({"budgets": [{"bytes": "1kB"}]}, "budgets.0.bytes: got 1.0 kB, wanted"),

@@ -143,9 +143,13 @@ class PatientConnection(psycopg.Connection[Any]):
             found = waiting.wait(
                 _in_time(gen, wanted, Wait(self.patience)), self.pgconn.socket, interval=interval, timeout=timeout
             )
-        except (_TooLateError, KeyboardInterrupt) as error:
-            # The driver would ask the server to cancel, and wait for its answer.
-            self.pgconn.finish()
+        except BaseException as error:
+            if isinstance(error, _TooLateError | KeyboardInterrupt):
+                # The driver would ask the server to cancel, and wait for its answer.
+                self.pgconn.finish()
+            with suppress(psycopg.Error):
+                # Even now a pipeline asks for its answers. Whoever collected it later could only print the error.
+                gen.close()
             if isinstance(error, _TooLateError):
                 raise psycopg.OperationalError("no answer in time; the connection was closed") from None
             raise

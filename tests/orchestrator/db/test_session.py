@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from orchestrator.db.clock import epoch_seconds
+from orchestrator.db.limits import Patience
 from orchestrator.db.session import Database, Session, current, open_database, upgrade
 from orchestrator.db.sql import run, send, statement
 from orchestrator.errors import DatabaseError, DatabaseFullError, DatabaseUnreachableError
@@ -126,8 +128,6 @@ def test_postgres_refuses_to_write_in_a_read_only_session(database: Database) ->
 
 @ON_POSTGRES
 def test_a_database_that_restarts_costs_one_error_at_most(database: Database, postgres_url: str) -> None:
-    import psycopg
-
     assert timings(database) == 0
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         connection.execute(
@@ -179,6 +179,20 @@ def test_nobody_waits_for_what_is_sent_ahead(database: Database) -> None:
             # It would never come back if it waited.
             send(session, lock)
         assert len(run(session, statement("SELECT 1 AS one"))) == 1
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("loss", ["silence", "an end"])
+def test_several_statements_that_get_no_answer_leave_nothing_behind(postgres_url: str, loss: str) -> None:
+    from orchestrator.db.postgres import PatientConnection
+
+    statement = {"silence": "SELECT pg_sleep(30)", "an end": "SELECT pg_terminate_backend(pg_backend_pid())"}[loss]
+    with PatientConnection.connect(postgres_url) as connection:
+        connection.patience = Patience(0.2)
+        # What is left behind and fails when it is collected is an error of this test, by pytest's own watch.
+        with pytest.raises(psycopg.OperationalError), connection.pipeline():
+            connection.cursor().execute(statement).fetchone()
+        assert connection.closed
 
 
 # What the tables do not take

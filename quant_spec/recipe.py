@@ -381,8 +381,9 @@ class Recipe(Record):
             raise ValueError(
                 f"passes.differences: got {most} bits with activations.bits {chosen.bits}, wanted at most as many"
             )
-        if chosen.step_bits is not None or self.passes.menu is not None:
-            other = "activations.step_bits" if chosen.step_bits is not None else "passes.menu"
+        on_menu = self.passes.menu is not None and self.passes.menu.activation_bits
+        if chosen.step_bits is not None or on_menu:
+            other = "activations.step_bits" if chosen.step_bits is not None else "passes.menu.activation_bits"
             raise ValueError(f"passes.differences: got it beside {other}, wanted one choice of activation bits")
 
     def _check_low_rank(self) -> None:

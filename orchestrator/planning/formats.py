@@ -209,8 +209,9 @@ class _Rules:
             return ()
         found = []
         for name, layer in unit.layers.items():
-            stated = any("bits" in self.recipe.layers[at].activations.model_fields_set for at in self.matches(name))
-            activation = layer.activation
+            entries = [self.recipe.layers[at].activations for at in self.matches(name)]
+            fields = {field for entry in entries for field in entry.model_fields_set}
+            stated, activation = bool({"bits", "range_bits"} & fields), layer.activation
             if activation is None or stated or activation.mode != "per_step" or activation.type is NumberType.E4M3:
                 continue
             found.append(name)

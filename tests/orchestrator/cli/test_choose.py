@@ -118,6 +118,16 @@ def test_the_report_has_each_layers_error_at_the_bits_that_it_got(cli: Cli, used
     assert all(float(shown[name][-1]) > 0 for name in bits)
 
 
+def test_chosen_layers_read_differences_between_steps(cli: Cli, used: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
+    words = ["run", "auto-w4a8", "--model", "tiny", *SET, "--set", f"passes.menu={MENU}", "--name", "moving"]
+    assert cli(*words, "--set", "passes.differences={least_gain_db: 0}").code == 0
+    assert bits_of(cli, "moving") == bits_of(cli, "chosen")
+    moving = metrics_of(cli, "moving")
+    assert moving["difference_state_bytes"] > 0
+    assert moving["act_bits_mean"] < metrics_of(cli, "chosen")["act_bits_mean"]
+
+
 @pytest.mark.usefixtures("without_ray")
 @pytest.mark.parametrize(
     ("override", "message"),

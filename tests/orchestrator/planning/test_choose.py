@@ -39,7 +39,7 @@ def test_recipes_that_differ_in_the_budget_share_all_but_the_choice() -> None:
     assert {node.id for node in by_kind(coarse, "sensitivity")}.isdisjoint(n.id for n in by_kind(one, "sensitivity"))
 
 
-@pytest.mark.parametrize("kind", ["reconstruct", "distill", "exceptions", "pack"])
+@pytest.mark.parametrize("kind", ["reconstruct", "distill", "exceptions", "differences", "pack"])
 def test_what_comes_after_reads_the_chosen_states(kind: str) -> None:
     nodes = nodes_of(chosen(*(() if kind == "pack" else (f"passes.{kind}={{}}",))))
     assert not by_kind(nodes, "round") + by_kind(nodes, "mix")
@@ -96,7 +96,10 @@ def test_a_search_leaves_the_pass_out_and_a_release_depends_on_its_kinds() -> No
         (["budget.weight_bits_mean=5"], r"budget\.weight_bits_mean: got 5 beside passes\.choose, wanted null"),
         (["evaluation.first_seed=5000002"], r"evaluation\.first_seed: got seeds .* wanted none of passes\.choose's"),
         (["passes.allocate={}"], r"passes\.menu: got it beside passes\.allocate"),
-        (["passes.differences={}"], r"passes\.differences: got it beside passes\.menu"),
+        (
+            ["passes.differences={}", "passes.menu.activation_bits=[6]"],
+            r"passes\.differences: got it beside passes\.menu\.activation_bits",
+        ),
         (["passes.choose.bytes=lots"], r"passes\.choose\.bytes: got 'lots', wanted"),
         (["passes.choose.weight_bits_mean=0"], r"passes\.choose\.weight_bits_mean: got 0, wanted"),
     ],

@@ -138,7 +138,7 @@ def measure(
             for first in range(0, len(rows), batch_size):
                 part = rows[first : first + batch_size]
                 index = torch.tensor([row.step * calibration.samples + row.sample for row in part])
-                lab.measure(calibration.gather(index), part)
+                lab.measure(calibration.gather(index), part, exact_around=share == 0)
     return Damage(
         {key: damage / len(path) for key, damage in lab.weights.items()},
         {key: damage / len(path) for key, damage in lab.activations.items()},
@@ -206,15 +206,15 @@ class _Lab:
             for name, tensors in self.original.items():
                 self.exchange.hold(name, tensors)
 
-    def measure(self, batch: Batch, rows: Sequence[Row]) -> None:
-        """Add the damages of all choices on some rows."""
+    def measure(self, batch: Batch, rows: Sequence[Row], *, exact_around: bool) -> None:
+        """Add the damages of all choices on some rows; `exact_around` says that all other layers are exact."""
         self.clock.set_timestep(batch.timestep)
         given = self.prefix.record(lambda: replay(self.model, batch))
         exact: dict[str, Tensor] = {}
         for state in self.choices.weights:
             for name, spec in state.formats.layers.items():
                 if name not in exact:
-                    exact[name] = self._with_layer(name, self.original[name], batch)
+                    exact[name] = given if exact_around else self._with_layer(name, self.original[name], batch)
                 made = self._with_layer(name, self.exchange.rounded(state, name), batch)
                 self._add(self.weights, (name, spec.weight.bits), made - exact[name], rows)
         done: set[tuple[str, int]] = set()  # the base's width may be on the menu too

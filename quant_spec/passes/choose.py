@@ -23,7 +23,7 @@ class ChooseMeasure(Record):
         "damage is made.",
     )
     path: Literal[0, 1, 2] = Field(
-        default=2,
+        default=0,
         description="Points on the way from full precision to the middle width that all other layers are at "
         "meanwhile; 0 measures each layer alone.",
     )

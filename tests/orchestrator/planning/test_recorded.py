@@ -32,6 +32,9 @@ FORMATS = {
     for recipe in TASKS["emoji32"]
     if (recipe.endswith(("w4a8", "w4a6")) or recipe == "ptqd-w4-mixed")
 }
+#: Recipes whose layers' bits were a list.
+LISTED = ("passes.choose=null", "passes.menu=null")
+FORMATS |= {recipe: (*FORMATS[recipe], *LISTED) for recipe in FORMATS if recipe.startswith("dmq-")}
 #: Recipes that had no exceptions found by measurement.
 NO_EXCEPTIONS = {recipe: ("passes.exceptions=null",) for recipe in ("tfmq-w8a8", "dmq-w8a8")}
 #: What attention multiplies had the mode of layers' inputs, and its probabilities 8 bits.
@@ -55,7 +58,8 @@ class Plan:
     def __init__(self, nodes: list[TaskNode]) -> None:
         self.nodes = nodes
         self.by_id = {node.id: node for node in nodes}
-        self.units = {unit["unit"]: unit for node in nodes if node.kind == "round" for unit in node.params["units"]}
+        rounding = [node for node in nodes if node.kind in ("round", "menu")]
+        self.units = {unit["unit"]: unit for node in rounding for unit in node.params["units"]}
         #: in the order in which they run
         self.names = [node.params["unit"] for node in nodes if node.kind == "temporal"] + list(self.units)
 

@@ -16,6 +16,7 @@ endian uint32 is weight i's), then low bits, of which a byte has those of weight
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,15 @@ def code_blocks(layer: QuantLayer) -> CodeBlocks | None:
         scale.float().numpy(),
         zero_point.numpy().astype(np.int32),
     )
+
+
+def join_blocks(parts: Sequence[CodeBlocks], *, swapped: bool) -> CodeBlocks:
+    """Return the blocks of several weights of as many columns, one below the other; `swapped`, second half first."""
+    columns = [(part.codes, part.scale, part.zero_point) for part in parts]
+    codes, scale, zero_point = (np.concatenate(each) for each in zip(*columns, strict=True))
+    if swapped:
+        codes, scale, zero_point = (np.roll(each, len(each) // 2, axis=0) for each in (codes, scale, zero_point))
+    return CodeBlocks(codes, scale, zero_point)
 
 
 def fitting_type(blocks: CodeBlocks) -> BlockType | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.artifact.dequantize import dequantized_state
+from quant_core.artifact.held_codes import has_plain_codes, refusal
 from quant_core.errors import ArtifactError
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.attention import AttentionQuantizer
@@ -28,6 +29,7 @@ from quant_spec.enums import ActivationMode, Granularity
 from quant_spec.formats import LayerSpec
 
 PER_TENSOR, PER_TOKEN = "FP8", "FP8_PER_CHANNEL_PER_TOKEN"
+HOLDER = "ModelOpt's FP8 layout"
 #: Of the layout that is written.
 VERSION = "0.47.0"
 _FLOAT8 = {"dynamic": False, "num_bits": 8, "type": "float"}
@@ -60,26 +62,25 @@ def modelopt_fp8(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     attentions = [name for name, module in model.named_modules() if isinstance(module, AttentionQuantizer)]
     if attentions:
-        raise _refusal(f"attention {attentions[0]}", "quantized products", "attention.enabled=false")
+        raise ArtifactError(
+            f"attention {attentions[0]}: got quantized products, which {HOLDER} can't hold; "
+            "wanted attention.enabled=false"
+        )
     # A patch embedding is left in floats, as ModelOpt leaves it: the layout speaks of Linear layers.
-    schemes = {name: _scheme(name, layer) for name, layer in layers.items() if not _is_patch_embedding(name, layer)}
+    schemes = {
+        name: _scheme(name, layer) for name, layer in layers.items() if has_plain_codes(name, layer, HOLDER, "fp8-w8a8")
+    }
     found = sorted(set(schemes.values()))
     if len(found) != 1:
-        raise _refusal("model", f"layers of {' and '.join(found) or 'no FP8'}", "one of them, as fp8-w8a8 has")
+        raise ArtifactError(
+            f"model: got layers of {' and '.join(found) or 'no FP8'}, which {HOLDER} can't hold; wanted one of them, "
+            "as fp8-w8a8 has"
+        )
     state = dequantized_state(model)
     for name in schemes:
         state.update(_tensors(name, layers[name]))
     plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return state, _config(found[0], sorted(plain))
-
-
-def _is_patch_embedding(name: str, layer: QuantLayer) -> bool:
-    """Whether a layer is a convolution of patches that do not overlap; others are refused."""
-    if layer.kind is nn.Linear:
-        return False
-    if layer.kernel_size != layer.stride:
-        raise _refusal(f"layer {name}", f"a {layer.kind.__name__}", "a transformer: Linear layers alone are in it")
-    return True
 
 
 def _scheme(name: str, layer: QuantLayer) -> str:
@@ -88,14 +89,13 @@ def _scheme(name: str, layer: QuantLayer) -> str:
     weight, activation = spec.weight, spec.activation
     if not weight.is_float or activation is None or not activation.is_float:
         kept = "inputs as they are" if activation is None else f"{activation.type} inputs"
-        raise _refusal(f"layer {name}", f"{weight.type} weights and {kept}", "e4m3 of both, as fp8-w8a8 has")
-    if spec.low_rank or spec.channel_scale:
-        raise _refusal(f"layer {name}", "a branch or scaled channels", "numbers alone (passes.low_rank, scale: null)")
+        raise refusal(name, f"{weight.type} weights and {kept}", HOLDER, "e4m3 of both, as fp8-w8a8 has")
     scheme = _SCHEMES.get((weight.granularity, activation.mode))
     if scheme is None:
-        raise _refusal(
-            f"layer {name}",
+        raise refusal(
+            name,
             f"weights {weight.granularity} with inputs {activation.mode}",
+            HOLDER,
             "per_channel with dynamic_token, as fp8-w8a8 has, or per_tensor with static",
         )
     return scheme
@@ -122,7 +122,3 @@ def _config(scheme: str, plain: list[str]) -> dict[str, Any]:
         "producer": {"name": "modelopt", "version": VERSION},
         "quant_method": "modelopt",
     }
-
-
-def _refusal(what: str, got: str, wanted: str) -> ArtifactError:
-    return ArtifactError(f"{what}: got {got}, which ModelOpt's FP8 layout can't hold; wanted {wanted}")

@@ -5,12 +5,14 @@ text encoders of a pipeline that are packed, in plain float16. Weights are
 
     dequantized     safetensors, the float16 weights that the codes stand for, without quantization
     gguf            a GGUF file, the codes of Linear layers in blocks (`quant_core.artifact.gguf_file`)
+    comfy-gguf      the same in the names of the authors' checkpoints (`quant_core.artifact.original_names`)
+    comfy-int8      safetensors, codes of 8 bits and scales in these names (`quant_core.artifact.comfy_int8`)
     modelopt-fp8    safetensors, E4M3 numbers with scales of weights and inputs (`quant_core.artifact.modelopt`)
 
-Activations are quantized in the last alone, so samples of the others are not those that the release was measured by,
-and the release's card does not describe them. Metrics:
+Activations are quantized as the release has them in the last alone, so samples of the others are not those that it was
+measured by, and the release's card does not describe them. Metrics:
 
-types: of gguf, how many tensors have which of its types
+types: of GGUF files, how many tensors have which of its types
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant_core.artifact.comfy_int8 import comfy_int8
 from quant_core.artifact.dequantize import dequantized_state
 from quant_core.artifact.folder import CONFIG_FILE, SCHEDULER_FILE, WEIGHTS_FILE, packed_home
 from quant_core.artifact.gguf_file import GGUF_FILE, write_gguf
@@ -49,8 +52,11 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     del config["quantization_config"]
     model = load_folder(packed)
     metrics: dict[str, Any] = {}
-    if params.format is ExportFormat.GGUF:
-        metrics["types"] = write_gguf(model, config, plain / GGUF_FILE, artifact=inputs.artifact)
+    if params.format in (ExportFormat.GGUF, ExportFormat.COMFY_GGUF):
+        original = params.format is ExportFormat.COMFY_GGUF
+        metrics["types"] = write_gguf(model, config, plain / GGUF_FILE, artifact=inputs.artifact, original=original)
+    elif params.format is ExportFormat.COMFY_INT8:
+        _save(comfy_int8(model, config), plain)
     elif params.format is ExportFormat.MODELOPT_FP8:
         state, config["quantization_config"] = modelopt_fp8(model)
         _save(state, plain)

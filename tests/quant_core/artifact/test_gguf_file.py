@@ -234,7 +234,7 @@ def test_a_class_that_is_not_loaded_from_single_files_is_refused(
         ),
         (
             LayerSpec(WeightSpec(4), low_rank=4),
-            r"got a low-rank branch of rank 4, .* gguf-w4 has \(passes.low_rank null\)",
+            r"got a low-rank branch of rank 4, .* none, as gguf-w4 has \(passes.low_rank null\)",
         ),
         (
             LayerSpec(WeightSpec(4), channel_scale=True),

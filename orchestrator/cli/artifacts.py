@@ -240,8 +240,9 @@ def artifacts_export(app: App, ref: str, layout: str, out: Path | None) -> None:
 
     diffusers: the denoiser and the scheduler in folders of their own, weights packed. dequantized: the same with plain
     float16 weights, which any diffusers loads. gguf: the codes of a transformer's Linear layers in GGUF's blocks of 32,
-    scales rounded to float16. Activations are not quantized in these two. modelopt-fp8: a transformer's E4M3 weights
-    and the scales of its inputs in ModelOpt's layout.
+    scales rounded to float16; comfy-gguf: the same in the names that ComfyUI-GGUF knows. Activations are not quantized
+    in these. comfy-int8: 8-bit codes in ComfyUI's own layout. modelopt-fp8: E4M3 weights, and scales of inputs, in
+    ModelOpt's.
     """
     chosen = None if layout == DIFFUSERS else ExportFormat(layout)
     with app.service() as service:

@@ -35,8 +35,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_sd3(folder / "sd3", head_dim=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
-        for recipe in ("gguf-w4", "fp8-w8a8"):
+        for recipe in ("gguf-w4", "fp8-w8a8", "weights-w8"):
             told = ["--prompts", str(folder / "prompts.txt"), "--out", str(folder / recipe), "--name", recipe]
+            told += ["--set", "weights.symmetric=true"] if recipe == "weights-w8" else []
             words = ["run", recipe, "--model", str(folder / "sd3"), *told, *SET]
             assert run_cli(["--home", str(folder / "home"), *words]) == 0
     return folder
@@ -49,8 +50,9 @@ def used(made: Path, home: Path) -> Path:
     return made
 
 
-def test_diffusers_draws_with_an_exported_gguf(cli: Cli, used: Path, tmp_path: Path) -> None:
-    answer = cli("artifacts", "export", "gguf-w4", "--format", "gguf", "--out", tmp_path / "out", "--json")
+@pytest.mark.parametrize("form", ["gguf", "comfy-gguf"])
+def test_diffusers_draws_with_an_exported_gguf(form: str, cli: Cli, used: Path, tmp_path: Path) -> None:
+    answer = cli("artifacts", "export", "gguf-w4", "--format", form, "--out", tmp_path / "out", "--json")
     assert answer.code == 0, answer.err
     transformer = SD3Transformer2DModel.from_single_file(
         str(tmp_path / "out" / GGUF),
@@ -60,7 +62,8 @@ def test_diffusers_draws_with_an_exported_gguf(cli: Cli, used: Path, tmp_path: P
         torch_dtype=torch.float32,
     )
     blocks = [module for module in transformer.modules() if isinstance(module, GGUFLinear)]
-    assert answer.json["types"]["Q4_1"] + answer.json["types"]["Q8_0"] == len(blocks) > 30
+    joined = 8 if form == "comfy-gguf" else 0  # queries, keys and values of two blocks are four tensors, not twelve
+    assert answer.json["types"]["Q4_1"] + answer.json["types"]["Q8_0"] == len(blocks) - joined > 20
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", transformer=transformer, dtype=torch.float32)
     release = DiffusionPipeline.from_pretrained(used / "gguf-w4", dtype=torch.float32)
     whole = DiffusionPipeline.from_pretrained(used / "sd3", dtype=torch.float32)
@@ -87,6 +90,18 @@ def test_an_exported_fp8_release_is_a_modelopt_checkpoint(cli: Cli, used: Path, 
     assert (tmp_path / "out" / "vae" / "config.json").is_file()
 
 
+def test_an_exported_int8_release_is_as_comfyui_reads_it(cli: Cli, used: Path, tmp_path: Path) -> None:
+    answer = cli("artifacts", "export", "weights-w8", "--format", "comfy-int8", "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    wanted = dequantized_state(SD3Transformer2DModel.from_pretrained(used / "weights-w8" / "transformer"))
+    name = "joint_blocks.1.context_block.attn.qkv"
+    assert json.loads(tensors[f"{name}.comfy_quant"].numpy().tobytes()) == {"format": "int8_tensorwise"}
+    parts = [wanted[f"transformer_blocks.1.attn.add_{each}_proj.weight"] for each in "qkv"]
+    assert torch.equal(tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"], torch.cat(parts))
+    assert tensors["x_embedder.proj.weight"].dtype == torch.float16
+
+
 @pytest.mark.parametrize(
     ("release", "form", "wanted"),
     [
@@ -96,6 +111,7 @@ def test_an_exported_fp8_release_is_a_modelopt_checkpoint(cli: Cli, used: Path, 
             r"layer \S+: got e4m3 numbers, which GGUF's blocks can't hold; wanted int codes, as gguf-w8",
         ),
         ("gguf-w4", "modelopt-fp8", r"layer \S+: got int weights and inputs as they are, .* wanted e4m3 of both"),
+        ("gguf-w4", "comfy-int8", r"layer \S+: got scales per_group, .* wanted weights.granularity=per_channel"),
     ],
 )
 def test_what_a_format_cannot_hold_is_one_line(

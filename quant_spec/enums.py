@@ -21,6 +21,16 @@ class Granularity(StrEnum):
     PER_GROUP = "per_group"
 
 
+class ExportFormat(StrEnum):
+    """What a release is written as, for tools that do not know packed bits."""
+
+    DEQUANTIZED = "dequantized"  # plain float16
+    GGUF = "gguf"  # blocks of 32 weights, in diffusers' names
+    COMFY_GGUF = "comfy-gguf"  # the same in the names of the authors' checkpoints
+    COMFY_INT8 = "comfy-int8"  # 8-bit codes in ComfyUI's layout, in these names
+    MODELOPT_FP8 = "modelopt-fp8"  # E4M3 numbers and scales, in ModelOpt's layout
+
+
 class GroupScale(StrEnum):
     """What the scale of a group of input channels is."""
 

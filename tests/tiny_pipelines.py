@@ -74,8 +74,8 @@ def save_dit(folder: Path) -> Path:
     return folder
 
 
-def save_sd3(folder: Path) -> Path:
-    """Save a flow-matching pipeline: two CLIPs and a T5 of random weights, 16 x 16 pixels."""
+def save_sd3(folder: Path, head_dim: int = 8) -> Path:
+    """Save a flow-matching pipeline: two CLIPs and a T5 of random weights, 16 x 16 pixels; two heads of attention."""
     torch.manual_seed(0)
     clip = CLIPTextConfig(
         vocab_size=1500,
@@ -95,10 +95,10 @@ def save_sd3(folder: Path) -> Path:
         patch_size=2,
         in_channels=4,
         num_layers=2,
-        attention_head_dim=8,
+        attention_head_dim=head_dim,
         num_attention_heads=2,
         joint_attention_dim=32,
-        caption_projection_dim=16,
+        caption_projection_dim=2 * head_dim,
         pooled_projection_dim=32,
         out_channels=4,
         pos_embed_max_size=8,

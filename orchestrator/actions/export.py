@@ -1,10 +1,11 @@
-"""Releases in other layouts: a diffusers pipeline, or a plain float16 model."""
+"""Releases in other layouts: a diffusers pipeline, packed, or in a format of other tools."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,24 @@ from orchestrator.actions.releases import check_target, get_release, release_hom
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.service import Service
 from quant_spec.documents import read_json_file
+from quant_spec.enums import ExportFormat
 from quant_spec.pipeline import MODEL_INDEX
 from quant_spec.tasks import export
 from workers.storage.manifest import MANIFEST_NAME, pull_tree
 
-#: Names of the layouts.
-DIFFUSERS, DEQUANTIZED = "diffusers", "dequantized"
+#: Name of the layout that keeps the packed weights.
+DIFFUSERS = "diffusers"
 
 
-def export_release(service: Service, ref: str, layout: str, folder: Path) -> ReleaseRow:
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """The release that was written, and what the task says of it (`workers.tasks.export`)."""
+
+    release: ReleaseRow
+    metrics: dict[str, Any]
+
+
+def export_release(service: Service, ref: str, layout: ExportFormat | None, folder: Path) -> Exported:
     """Write a release into a new folder in the layout of a pipeline: each component in its own.
 
     Parameters
@@ -32,8 +42,7 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
     ref
         name@3, name@alias, name, or a digest's beginning.
     layout
-        `diffusers` keeps the packed weights (needs `import quant_core` to load); `dequantized` writes the weights that
-        they stand for as plain float16, which any diffusers loads, without quantized activations.
+        None keeps the packed weights (needs `import quant_core` to load); others are what `workers.tasks.export` says.
     folder
         Must not exist, or be empty; on any failure nothing is left there.
 
@@ -45,10 +54,12 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
     folder = check_target(folder)
     release = get_release(service, ref)
     digest, home = release.digest, release_home(service.store, release.digest)
-    if layout == DEQUANTIZED:
+    metrics: dict[str, Any] = {}
+    if layout is not None:
+        params, inputs = export.Params(format=layout), export.Inputs(artifact=digest)
         with sending_to_repair(service, release):
-            output = run_task(service.settings, export.KIND, export.Params(), export.Inputs(artifact=digest))
-        digest = output.outputs[export.MODEL]
+            output = run_task(service.settings, export.KIND, params, inputs)
+        digest, metrics = output.outputs[export.MODEL], output.metrics
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-partial-", dir=folder.parent) as scratch:
         pulled, laid_out = Path(scratch, "pulled"), Path(scratch, "out")
         with sending_to_repair(service, release):
@@ -62,11 +73,11 @@ def export_release(service: Service, ref: str, layout: str, folder: Path) -> Rel
             _lay_out(pulled, laid_out)
         laid_out.chmod(0o755)
         laid_out.replace(folder)
-    return release
+    return Exported(release, metrics)
 
 
 def _pull_around(service: Service, release: str, home: str, pulled: Path) -> None:
-    """Put a whole pipeline's release around its denoiser's weights in plain float16, if those were pulled alone."""
+    """Put a whole pipeline's release around its denoiser's weights in another format, if those were pulled alone."""
     if (pulled / MODEL_INDEX).is_file():
         return
     pulled.rename(pulled.with_name("plain"))

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from orchestrator.actions.diff import compare_releases
-from orchestrator.actions.export import DEQUANTIZED, DIFFUSERS, export_release
+from orchestrator.actions.export import DIFFUSERS, export_release
 from orchestrator.actions.garbage import GRACE_SECONDS, collect_garbage
 from orchestrator.actions.integrity import repair_store, survey_store
 from orchestrator.actions.layer_table import release_layers
@@ -24,7 +24,7 @@ from orchestrator.cli.keys import key_option
 from orchestrator.cli.pull import artifacts_pull
 from orchestrator.db.releases import list_releases, set_alias
 from orchestrator.text import table
-from quant_spec.enums import KernelBackend
+from quant_spec.enums import ExportFormat, KernelBackend
 from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
 from quant_spec.layer_bits import LayerBits, activation_bits_text, weight_bits_text
 from quant_spec.metrics import Place, headings, lines
@@ -228,7 +228,9 @@ def artifacts_gc(app: App, dry_run: bool, grace: float, yes: bool) -> None:
 
 @artifacts.command("export")
 @click.argument("ref")
-@click.option("--format", "layout", type=click.Choice([DIFFUSERS, DEQUANTIZED]), required=True, help="Layout.")
+@click.option(
+    "--format", "layout", type=click.Choice([DIFFUSERS, *map(str, ExportFormat)]), required=True, help="Layout."
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="New folder; NAME-VERSION-FORMAT by default."
 )
@@ -237,14 +239,20 @@ def artifacts_export(app: App, ref: str, layout: str, out: Path | None) -> None:
     """Write a release in another layout.
 
     diffusers: the denoiser and the scheduler in folders of their own, weights packed. dequantized: the same with plain
-    float16 weights, which any diffusers loads; activations are not quantized there.
+    float16 weights, which any diffusers loads. gguf: the codes of a transformer's Linear layers in GGUF's blocks of 32,
+    scales rounded to float16; comfy-gguf: the same in the names that ComfyUI-GGUF knows. Activations are not quantized
+    in these. comfy-int8: 8-bit codes in ComfyUI's own layout. modelopt-fp8: E4M3 weights, and scales of inputs, in
+    ModelOpt's.
     """
+    chosen = None if layout == DIFFUSERS else ExportFormat(layout)
     with app.service() as service:
         known = get_release(service, ref)
         folder = out or Path(f"{known.name}-{known.version}-{layout}")
-        release = export_release(service, ref, layout, folder)
-    document = {"release": release.ref, "format": layout, "folder": str(folder.absolute())}
-    app.answer(document, lambda: f"{release.ref} as {layout} is in {folder}")
+        exported = export_release(service, ref, chosen, folder)
+    written = exported.release.ref
+    document = {"release": written, "format": layout, "folder": str(folder.absolute()), **exported.metrics}
+    types = ", ".join(f"{count} {name}" for name, count in exported.metrics.get("types", {}).items())
+    app.answer(document, lambda: f"{written} as {layout} is in {folder}{types and f' (tensors: {types})'}")
 
 
 def _release_table(views: list[dict[str, Any]]) -> str:

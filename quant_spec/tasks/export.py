@@ -1,16 +1,24 @@
-"""Export: the weights that a release's codes stand for, as a plain float16 model that any diffusers loads."""
+"""Export: a release as other tools load it, float16 or in the blocks or numbers of another format."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from pydantic import Field
+
+from quant_spec.enums import ExportFormat
 from quant_spec.task import Source, TaskInputs, TaskKind, TaskParams
 
 MODEL = "model"
 
 
 class Params(TaskParams):
-    """Nothing: the codes are all."""
+    """What it is written as."""
+
+    _omitted: ClassVar[frozenset[str]] = frozenset({"format"})
+
+    format: ExportFormat = Field(default=ExportFormat.DEQUANTIZED, description="What the release is written as.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ def test_shipped_recipes_are_those_that_are_promised():
         "fp8-w8a8",
         "weights-w4",
         "weights-w8",
+        "gguf-w4",
+        "gguf-w8",
     }
     promised |= {"text-w8-svdquant-w4a8", "auto-w4a8"}
     promised |= {f"mpqdm-w{bits}a4{plus}" for bits in (4, 3, 2) for plus in ("", "-plus")}

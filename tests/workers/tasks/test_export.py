@@ -1,4 +1,4 @@
-"""The dequantized export: plain float16 weights, on the grids that the codes stand for."""
+"""The export task: plain float16 weights by default, on the grids that the codes stand for; and its names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from quant_core import load_quantized
 from quant_core.nn.layers import QuantLayer
+from quant_spec.enums import ExportFormat
+from quant_spec.tasks import export
 from workers.storage.manifest import pull_tree
 from workers.storage.store import NodeStore
 
@@ -44,3 +46,14 @@ def test_export_writes_the_weights_that_the_codes_stand_for(
 def test_export_is_deterministic(run_task: RunTask, packed_digits: str) -> None:
     first, second = (run_task("export", {}, {"artifact": [packed_digits]}) for _ in range(2))
     assert first.outputs == second.outputs
+
+
+def test_the_default_has_the_name_that_it_had_before_there_were_formats() -> None:
+    assert export.Params().to_json() == {}
+    others = [export.Params(format=form).to_json() for form in ExportFormat if form is not ExportFormat.DEQUANTIZED]
+    assert others == [
+        {"format": "gguf"},
+        {"format": "comfy-gguf"},
+        {"format": "comfy-int8"},
+        {"format": "modelopt-fp8"},
+    ]

@@ -244,15 +244,23 @@ def set_fit(layer: QuantLayer, fit: Fit) -> None:
         layer.register_forward_pre_hook(lambda _, args: (rotate_channels(args[0], fit.group, dim),))
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a layer answers for the errors before it: `share` of the way, and the steps that lie in a batch."""
+
+    share: float
+    steps: int
+
+
 class _Lockstep(nn.Module):
     """Stands for a layer while both models run in one batch: the first half exact, the second half quantized.
 
     When it first sees its inputs, all layers before it are rounded; so it rounds its own weight.
     """
 
-    def __init__(self, original: nn.Module, layer: QuantLayer, seen: Seen, ranges: RangeSpec, share: float) -> None:
+    def __init__(self, original: nn.Module, layer: QuantLayer, seen: Seen, ranges: RangeSpec, how: Answer) -> None:
         super().__init__()
-        self.original, self.layer, self.seen, self.ranges, self.share = original, layer, seen, ranges, share
+        self.original, self.layer, self.seen, self.ranges, self.how = original, layer, seen, ranges, how
         self.weight = original.weight
         self.fit: Fit | None = None
 
@@ -265,11 +273,16 @@ class _Lockstep(nn.Module):
         return torch.cat([self.original(exact), output])
 
     def _fitted(self, exact: Tensor, quantized: Tensor) -> Fit:
-        own, met = (input_rows(self.original, half, POSITIONS, seed_stream(0, "both")) for half in (exact, quantized))
+        own, met = (self._rows(half) for half in (exact, quantized))
         second, cross = met.T @ met / len(met), (own - met).T @ met / len(met)
         weight = weight_matrix(self.original.get_parameter("weight").detach())
-        wanted = weight_from_matrix(answering(weight, second, cross, self.share), self.layer.shape)
+        wanted = weight_from_matrix(answering(weight, second, cross, self.how.share), self.layer.shape)
         return fit_layer(self.layer, wanted, second, self.seen, self.ranges)
+
+    def _rows(self, half: Tensor) -> Tensor:
+        """Return rows of one half, each step at positions of its own, which are those of the other half."""
+        drawn = seed_stream(0, self.layer.name)
+        return torch.cat([input_rows(self.original, step, POSITIONS, drawn) for step in half.chunk(self.how.steps)])
 
 
 def answering(weight: Tensor, second: Tensor, cross: Tensor, share: float) -> Tensor:
@@ -304,13 +317,14 @@ def fit_against_quantized(
     One forward of all steps and samples, in full precision and quantized side by side, does so; attention's products
     stay exact in it.
     """
+    how = Answer(share, calibration.steps)
     parts = build_quantized(copy.deepcopy(model), formats)
     both = copy.deepcopy(model)
     made = {}
     for name, layer in parts.layers.items():
         set_fit(layer, Fit(layer.weight, input_grids(layer.spec, seen[name], 1)))
         layer.soft_weight = None
-        made[name] = _Lockstep(model.get_submodule(name), layer, seen[name], ranges[name], share)
+        made[name] = _Lockstep(model.get_submodule(name), layer, seen[name], ranges[name], how)
         replace_module(both, name, made[name])
     batches = list(calibration.by_step(calibration.samples))
     timesteps = torch.cat([batch.timestep for batch in batches])

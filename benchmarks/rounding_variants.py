@@ -56,10 +56,11 @@ CALIBRATION_ROWS = 32
 #: Output positions that a step of much weight has.
 _MOST_POSITIONS = 256
 PLAIN = "plain"
-#: Weightings of steps' second moments; `rows` weighs them alike, on the rows that the other three are taken of.
-WEIGHTINGS = ("rows", "gain", "root gain", "power")
+#: Weightings of steps' second moments; the first weighs them alike, on the rows that the other three are taken of.
+WEIGHTINGS = ("steps: alike", "steps: gain", "steps: root of gain", "steps: power")
 #: Shares of the way to the weight that answers for the errors before.
 SHARES = {"quantized inputs": 0.0, "GPTAQ, half": 0.5, "GPTAQ": 1.0}
+WAYS = (*WEIGHTINGS, *SHARES)
 #: Format to recipe and overrides.
 FORMATS = {
     "W8A8 by step": ("minmax-w8a8",),
@@ -159,10 +160,10 @@ class Bench:
 def weightings(gains: StepGains) -> dict[str, fits.Weighting]:
     """Return how steps are weighed, by name."""
     return {
-        "rows": lambda step, trace: 1.0,
-        "gain": lambda step, trace: gains.gains[step],
-        "root gain": lambda step, trace: gains.gains[step] ** 0.5,
-        "power": lambda step, trace: gains.powers[step] / max(trace, 1e-30),
+        "steps: alike": lambda step, trace: 1.0,
+        "steps: gain": lambda step, trace: gains.gains[step],
+        "steps: root of gain": lambda step, trace: gains.gains[step] ** 0.5,
+        "steps: power": lambda step, trace: gains.powers[step] / max(trace, 1e-30),
     }
 
 
@@ -185,7 +186,7 @@ class Report:
     def add(self, name: str, values: Sequence[float], beside: Sequence[float] | None, **more: Any) -> None:
         """Add a row, with the paired difference from another row's values."""
         mean = mean_with_ci(values)
-        row: dict[str, Any] = {"psnr_db": round(mean.value, 3), "ci95": round(mean.ci95, 3)}
+        row: dict[str, Any] = {"n": mean.n, "psnr_db": round(mean.value, 3), "ci95": round(mean.ci95, 3)}
         row["psnr_db_of_mean"] = round(psnr_of_mean_error(values), 3)
         if beside is not None:
             gap = mean_with_ci([mine - theirs for mine, theirs in zip(values, beside, strict=True)])
@@ -214,13 +215,18 @@ def compare_weights(bench: Bench, seen: Mapping[str, fits.Seen], report: Report)
 
     plain = bench.measured(formats, fitted(seen, PLAIN))
     report.add(PLAIN, plain, None)
-    gains = bench.gains(formats, parts)
-    report.told["gains"] = {"gains": gains.gains, "powers": gains.powers, "positions": positions(gains)}
-    weighted = fits.see(bench.model, bench.calibration, formats.model.layers, positions(gains), weightings(gains))
-    for way in WEIGHTINGS:
-        report.add(f"steps: {way}", bench.measured(formats, fitted(weighted, way)), plain)
-    del weighted
+    ways = bench.options.ways
+    if chosen := [way for way in WEIGHTINGS if way in ways]:
+        gains = bench.gains(formats, parts)
+        report.told["gains"] = {"gains": gains.gains, "powers": gains.powers, "positions": positions(gains)}
+        weigh = {way: weighting for way, weighting in weightings(gains).items() if way in chosen}
+        weighted = fits.see(bench.model, bench.calibration, formats.model.layers, positions(gains), weigh)
+        for way in chosen:
+            report.add(way, bench.measured(formats, fitted(weighted, way)), plain)
+        del weighted
     for way, share in SHARES.items():
+        if way not in ways:
+            continue
         made = fits.fit_against_quantized(bench.model, bench.calibration, formats.model, seen, formats.ranges, share)
         report.add(way, bench.measured(formats, made), plain)
 
@@ -233,19 +239,19 @@ def compare_rotations(bench: Bench, seen: Mapping[str, fits.Seen], report: Repor
         found = fits.rotated_fits(parts, bench.model, seen, formats.ranges, PLAIN)
         plain = bench.measured(formats, {layer: ways[1][0] for layer, ways in found.items()})
         report.add(f"{name}: none", plain, None)
-        for wanted in (*fits.GROUPS, None):
+        for wanted in bench.options.groups:
             allowed = {
                 layer: [
                     group
                     for group in ways
-                    if wanted is None
+                    if not wanted
                     or group in (1, fits.group_of(parts.layers[layer].spec, parts.layers[layer].shape[1], wanted))
                 ]
                 for layer, ways in found.items()
             }
             best = {layer: min(groups, key=lambda g: found[layer][g][1]) for layer, groups in allowed.items()}
             values = bench.measured(formats, {layer: found[layer][group][0] for layer, group in best.items()})
-            label = "best of all" if wanted is None else f"groups of {wanted}"
+            label = "best of all" if not wanted else f"groups of {wanted}"
             report.add(f"{name}: {label}", values, plain, rotated=sum(group > 1 for group in best.values()))
 
 
@@ -265,9 +271,8 @@ def measure(options: Namespace) -> None:
         report = Report(told, options.out)
         layers = bench.formats(WEIGHTS_FORMAT, bench.timesteps).model.layers
         usual = [fits.POSITIONS] * bench.calibration.steps
-        seen = fits.see(
-            bench.model, bench.calibration, layers, usual, {PLAIN: lambda *_: 1.0}, groups=(1, *fits.GROUPS)
-        )
+        groups = (1, *fits.GROUPS) if "rotation" in options.parts else (1,)
+        seen = fits.see(bench.model, bench.calibration, layers, usual, {PLAIN: lambda *_: 1.0}, groups=groups)
         if "weights" in options.parts:
             compare_weights(bench, seen, report)
         if "rotation" in options.parts:
@@ -293,6 +298,8 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--parts", nargs="+", choices=("weights", "rotation"), default=["weights", "rotation"])
     options.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    options.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of weights, beside plain closed form")
+    options.add_argument("--groups", nargs="+", type=int, default=[*fits.GROUPS, 0], help="of rotation; 0: any of them")
     options.add_argument("--out", type=Path, required=True)
     measure(options.parse_args())
 

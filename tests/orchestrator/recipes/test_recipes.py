@@ -83,7 +83,7 @@ def test_shipped_recipe_keeps_its_promise(name: str):
         both = {"w4a8": (4, 8), "w4a6": (4, 6), "w8a8": (8, 8), "mixed": (4, 8)}
         both |= {"w4a3": (4, 3)} | {f"w{bits}a4": (bits, 4) for bits in (4, 3, 2)} | {"w4": (4, None), "w8": (8, None)}
         differences = recipe.passes.differences
-        inputs = recipe.activations.bits if differences is None else sum(differences.widths(20)) / 20
+        inputs = recipe.activations.bits if differences is None else differences.bits
         assert (recipe.weights.bits, inputs) == both[name.removesuffix("-plus").rpartition("-")[2]]
     assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
     assert (recipe.passes.menu is not None, recipe.passes.choose is not None) == (chooses, chooses)
@@ -271,7 +271,7 @@ def test_resolve_shipped_recipes_have_their_recorded_digests():
     These were recorded when `base` named a scheduler, no guidance was 1, relations were summed over 256 positions and
     `passes.round` said whose inputs it read and nothing of biases, groups had float scales and twice the size, no
     recipe had exceptions or bits found by measurement, and attention's products the mode of inputs,
-    choices were measured at two points in context, and `modiff-w4a3` had 3 bits everywhere; no more has changed.
+    and choices were measured at two points in context; no more has changed.
     """
     recorded = json.loads((Path(__file__).parent / "recorded" / "digests.json").read_text())
     before = ["sampler.scheduler=DDIMScheduler", "sampler.guidance_scale=1", "attention.softmax_bits=8"]
@@ -288,8 +288,6 @@ def test_resolve_shipped_recipes_have_their_recorded_digests():
             changed = [*changed, "passes.choose=null", "passes.menu=null"]
         if name == "auto-w4a8":
             changed = [*changed, "passes.choose.path=2"]
-        if name == "modiff-w4a3":
-            changed = [*changed, "passes.differences={bits: 3, range_bits: null}"]
         named[name] = load_recipe(name, before + changed).recipe
     values = {name: json.loads(resolve(recipe).json) for name, recipe in named.items()}
     for each in values.values():

@@ -161,7 +161,10 @@ def test_integer_arithmetic_draws_as_well(made: Path, pipeline: Any) -> None:
     [
         (["activations.mode=static"], "passes.differences: got activations of bits 8, mode static"),
         (["activations.bits=3"], "passes.differences: got 4 bits with activations.bits 3, wanted at most as many"),
-        (["activations.step_bits={}", "passes.choose=null", "passes.menu=null"], "passes.differences: got it beside activations.step_bits"),
+        (
+            ["activations.step_bits={}", "passes.choose=null", "passes.menu=null"],
+            "passes.differences: got it beside activations.step_bits",
+        ),
         (["passes.differences.range=percentile"], "got percentile, wanted minmax or mse"),
         (["passes.differences.bitz=4"], "passes.differences.bitz"),
     ],

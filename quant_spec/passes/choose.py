@@ -18,7 +18,7 @@ class ChooseMeasure(Record):
     """On how much choices are measured."""
 
     rows: Count = Field(
-        default=10,
+        default=6,
         description="Calibration rows that each choice is measured on, most of them of the steps where most of the "
         "damage is made.",
     )

@@ -26,7 +26,7 @@ SMALL = {
     "weights": "{granularity: per_channel, group_size: null, group_scale: float}",
     "passes.round.positions": 4,
     # As searches measure.
-    "passes.choose.path": 2,
+    "passes.choose": "{path: 2, rows: 10}",
 }
 SET = [word for name, value in SMALL.items() for word in ("--set", f"{name}={value}")]
 MENU = "{weight_bits: [2, 3, 4, 6, 8]}"

@@ -25,7 +25,7 @@ def chosen(*overrides: str) -> Recipe:
 @pytest.mark.parametrize("more", [(), ("passes.temporal={}",), ("passes.scale={}",), ("passes.exceptions={}",)])
 def test_what_is_measured_is_what_a_search_over_the_same_base_measures(more: tuple[str, ...]) -> None:
     searched = plan_sensitivity(model(), recipe("base", "weights.bits=4", *more), SensitivityOptions(widths=MENU))
-    nodes = nodes_of(chosen("passes.choose.path=2", *more))
+    nodes = nodes_of(chosen("passes.choose={path: 2, rows: 10}", *more))
     assert {node.id for node in searched.nodes} <= {node.id for node in nodes}
     assert only(nodes, "choose").inputs["tables"] == searched.tables
 

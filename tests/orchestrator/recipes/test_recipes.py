@@ -270,8 +270,8 @@ def test_resolve_shipped_recipes_have_their_recorded_digests():
 
     These were recorded when `base` named a scheduler, no guidance was 1, relations were summed over 256 positions and
     `passes.round` said whose inputs it read and nothing of biases, groups had float scales and twice the size, no
-    recipe had exceptions or bits found by measurement, and attention's products the mode of inputs,
-    and choices were measured at two points in context; no more has changed.
+    recipe had exceptions or bits found by measurement, and attention's products the mode of inputs, and
+    choices were measured on more; no more has changed.
     """
     recorded = json.loads((Path(__file__).parent / "recorded" / "digests.json").read_text())
     before = ["sampler.scheduler=DDIMScheduler", "sampler.guidance_scale=1", "attention.softmax_bits=8"]
@@ -287,7 +287,7 @@ def test_resolve_shipped_recipes_have_their_recorded_digests():
         if name.startswith(("dmq-w4", "dmq-ptqd-w4", "modiff-w4")):
             changed = [*changed, "passes.choose=null", "passes.menu=null"]
         if name == "auto-w4a8":
-            changed = [*changed, "passes.choose.path=2"]
+            changed = [*changed, "passes.choose={path: 2, rows: 10}"]
         named[name] = load_recipe(name, before + changed).recipe
     values = {name: json.loads(resolve(recipe).json) for name, recipe in named.items()}
     for each in values.values():

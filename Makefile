@@ -4,8 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 STAMP := $(VENV)/.installed
-DOCS_PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
-STAMP := $(VENV)/.installed-docs
+DOCS_STAMP := $(VENV)/.installed-docs
 
 # Each process would else compile torch and diffusers anew (a second import takes 4 s, a first one 16), and tests start
 # hundreds.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -56,6 +57,16 @@ def test_handbook_says_of_each_kind_of_task_whether_it_gains_by_a_gpu() -> None:
         for kind in re.findall(r"`(\w+)`", line)
     }  # fmt: skip
     assert said == {name: kind.gpu for name, kind in KINDS.items()}
+
+
+def test_make_docs_installs_what_builds_the_handbook(tmp_path: Path) -> None:
+    words = ["make", "-n", "docs", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = done.stdout.splitlines()
+    installed = [place for place, line in enumerate(commands) if line.endswith('"quantmill[docs]"')]
+    assert installed
+    assert installed[0] < len(commands) - 1
+    assert commands[-1].endswith("/mkdocs build --strict")
 
 
 def test_hooks_and_ci_call_what_make_calls() -> None:

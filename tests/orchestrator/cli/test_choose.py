@@ -13,6 +13,7 @@ import pytest
 from orchestrator.cli.main import run_cli
 from tests.orchestrator.cli.test_search import write_model, write_spec
 from tests.orchestrator.in_process import InProcess
+from tests.tiny_pipelines import save_sd
 
 Cli = Callable[..., Any]
 SMALL = {
@@ -128,6 +129,22 @@ def test_chosen_layers_read_differences_between_steps(cli: Cli, used: Path, monk
     moving = metrics_of(cli, "moving")
     assert moving["difference_state_bytes"] > 0
     assert moving["act_bits_mean"] < metrics_of(cli, "chosen")["act_bits_mean"]
+
+
+def test_bits_are_chosen_for_the_denoiser_of_a_whole_pipeline(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: InProcess())
+    save_sd(tmp_path / "sd")
+    (tmp_path / "prompts.txt").write_text("red heart\nred apple\nowl\nblue car\n")
+    words = ["run", "dmq-w4a8", "--model", tmp_path / "sd", "--prompts", tmp_path / "prompts.txt", *SET]
+    words += ["--set", "sampler.guidance_scale=4", "--set", "passes.menu={weight_bits: [2, 4, 8]}", "--name", "chosen"]
+    for left_out in ("passes.reconstruct=null", "passes.temporal=null", "passes.scale=null"):
+        words += ["--set", left_out]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    assert len(set(bits_of(cli, "chosen").values())) > 2
+    assert metrics_of(cli, "chosen")["samples"] == "pixels"
 
 
 @pytest.mark.usefixtures("without_ray")

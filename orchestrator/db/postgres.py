@@ -144,8 +144,8 @@ class PatientConnection(psycopg.Connection[Any]):
                 _in_time(gen, wanted, Wait(self.patience)), self.pgconn.socket, interval=interval, timeout=timeout
             )
         except BaseException as error:
-            if isinstance(error, _TooLateError | KeyboardInterrupt):
-                # The driver would ask the server to cancel, and wait for its answer.
+            if not isinstance(error, psycopg.Error):
+                # Ended from outside, as by Ctrl-C. The driver would ask the server to cancel, and wait for its answer.
                 self.pgconn.finish()
             with suppress(psycopg.Error):
                 # Even now a pipeline asks for its answers. Whoever collected it later could only print the error.

@@ -64,6 +64,8 @@ class Draft:
         What `low_rank` chose, by unit.
     allocation
         The choice of bits of output channels, if there is one.
+    gains
+        What an error at each step does to the final samples, if that was measured.
     states
         The state of each unit, by name.
     packed
@@ -93,6 +95,7 @@ class Draft:
     factors: Mapping[str, Source] = field(default_factory=dict)
     branches: Mapping[str, Source] = field(default_factory=dict)
     allocation: Source | None = None
+    gains: Source | None = None
     states: Mapping[str, Source] = field(default_factory=dict)
     packed: Source | None = None
     score: Source | None = None

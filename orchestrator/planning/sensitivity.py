@@ -109,7 +109,7 @@ def plan_sensitivity(model: ModelRow, recipe: Recipe, options: SensitivityOption
 def measuring(draft: Draft, groups: Sequence[MenuGroup], options: SensitivityOptions) -> Iterator[TaskNode]:
     """Make the tasks that measure every choice of a menu: the gains of steps, then groups of units."""
     context = _context(groups, options.widths)
-    gains = _gains(draft, context)
+    gains = step_gains_node(draft, context)
     yield gains
     yield from _tables(draft, groups, context, TaskRef(gains.id, step_gains.GAINS), options)
 
@@ -135,7 +135,8 @@ def _context(groups: Sequence[MenuGroup], widths: Menu) -> tuple[Source, ...]:
     )
 
 
-def _gains(draft: Draft, context: tuple[Source, ...]) -> TaskNode:
+def step_gains_node(draft: Draft, context: tuple[Source, ...]) -> TaskNode:
+    """Make the task that measures what an error at each step, of these units' weights, does to the final samples."""
     told = draft.told(PromptPart.CALIBRATION)
     params = step_gains.Params(sampler=draft.sampler, seeds=GAIN_SEEDS, batch_size=GAIN_SEEDS.count, part=told.part)
     inputs = step_gains.Inputs(draft.model.digest, context, told.prompts)

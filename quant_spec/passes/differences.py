@@ -15,13 +15,18 @@ from quant_spec.steps import range_of_step
 class DifferencesFit(Record):
     """How differences are quantized, and where."""
 
-    _omitted: ClassVar[frozenset[str]] = frozenset({"range_bits"})
+    _omitted: ClassVar[frozenset[str]] = frozenset({"range_bits", "by_effect"})
 
     bits: Bits = Field(default=4, description="Bits of a difference; other steps keep those of activations.")
     range_bits: Annotated[tuple[Bits, ...], Field(min_length=1, max_length=64)] | None = Field(
         default=None,
         description="Bits of a difference for each of so many equal ranges of trajectory steps, noisiest first, in "
         "place of bits.",
+    )
+    by_effect: bool = Field(
+        default=False,
+        description="Whether steps of layers get more or fewer bits by what rounding there does to the final samples; "
+        "the mean, weighted by multiplications, stays what bits say.",
     )
     range: RangeMethod = Field(
         default=RangeMethod.MINMAX,

@@ -17,9 +17,16 @@ class DistillFit(Record):
         ("relations", True): frozenset({"relation_weight", "positions"})
     }
 
+    _omitted: ClassVar[frozenset[str]] = frozenset({"effect"})
+
     iterations: Count = Field(default=1200, description="Iterations of Adam; all rates fall linearly to 0.")
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         default=8, description="Samples per iteration, in pairs of consecutive steps."
+    )
+    effect: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="Power of what an error at each step does to the final sample that the step's loss is weighted "
+        "by: 0 counts all steps alike.",
     )
     rank: Count = Field(default=32, description="Rank of the update of the weights, merged before they are quantized.")
     lr: Positive = Field(default=1e-2, description="Rate of the low-rank factors, per mean step size of the layer.")

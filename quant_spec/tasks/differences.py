@@ -20,11 +20,13 @@ class Params(DifferencesFit, TaskParams):
 
 @dataclass(frozen=True, slots=True)
 class Inputs(TaskInputs[Source]):
-    """The model's tree, shards of its calibration, and the state of each unit, in running order."""
+    """The model's tree, shards of its calibration, the state of each unit, in running order, and what an error of each
+    step does to the final sample, if bits are chosen by it."""
 
     model: Source
     calibration: tuple[Source, ...]
     states: tuple[Source, ...]
+    gains: Source | None = None
 
 
 KIND = TaskKind("differences", 1, "workers.tasks.differences:run", Params, Inputs, (f"{STATE}:*",), gpu=True)

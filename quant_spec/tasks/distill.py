@@ -19,11 +19,13 @@ class Params(DistillFit, TaskParams):
 
 @dataclass(frozen=True, slots=True)
 class Inputs(TaskInputs[Source]):
-    """The model's tree, reference shards with predictions, and the state of each unit, in running order."""
+    """The model's tree, reference shards with predictions, the state of each unit, in running order, and what an error
+    of each step does to the final sample, if steps are weighted by it."""
 
     model: Source
     trajectories: tuple[Source, ...]
     states: tuple[Source, ...]
+    gains: Source | None = None
 
 
 KIND = TaskKind("distill", 4, "workers.tasks.distill:run", Params, Inputs, (f"{STATE}:*",), reports=True, gpu=True)

@@ -495,6 +495,8 @@ def _distill(**changes: Any) -> Case:
     def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
         params = distill.Params(seed=0, batch_size=2, **FEW, **changes)
         inputs = distill.Inputs(model=tasks.model, trajectories=(tasks.reference,), states=tasks.states)
+        if params.effect:
+            inputs = replace(inputs, gains=tasks.gains)
         return params, inputs
 
     return case
@@ -506,6 +508,8 @@ def _differences(**changes: Any) -> Case:
         layers = tuple(name for name, spec in formats.layers.items() if spec.activation is not None)
         params = differences.Params(layers=layers, seed=0, least_gain_db=0.0, samples=2, **changes)
         inputs = differences.Inputs(model=tasks.model, calibration=tasks.calibration, states=tasks.states)
+        if params.by_effect:
+            inputs = replace(inputs, gains=tasks.gains)
         return params, inputs
 
     return case
@@ -731,8 +735,12 @@ CASES: dict[str, dict[str, Case]] = {
         "global": _allocate(method=AllocationMethod.GLOBAL),
         "kurtosis, extra": _allocate(extra=0.1),
     },
-    "differences": {"one width": _differences(), "by range": _differences(range_bits=(6, 3))},
-    "distill": {"relations": _distill(), "predictions": _distill(relations=False)},
+    "differences": {
+        "one width": _differences(),
+        "by range": _differences(range_bits=(6, 3)),
+        "by effect": _differences(by_effect=True),
+    },
+    "distill": {"relations": _distill(), "predictions": _distill(relations=False), "by effect": _distill(effect=0.5)},
     "trials": {"": _trials(), "weights too": _trials(weights=True)},
     "exceptions": {"": _exceptions()},
     "pack": {"": _pack(), "nearest timestep": _pack(unknown_timestep=UnknownTimestep.NEAREST)},

@@ -24,7 +24,7 @@ from orchestrator.recipes.load import load_recipe
 from orchestrator.recipes.reference import sections
 from quant_spec.keys import canonical_json
 from quant_spec.kinds import KINDS
-from quant_spec.passes.table import PASSES, STEP_BITS
+from quant_spec.passes.table import BY_EFFECT, PASSES, STEP_BITS
 from quant_spec.recipe import Recipe
 from quant_spec.record import Record, to_json
 from tests.orchestrator.planning_models import inspection, model, nodes_of
@@ -76,6 +76,7 @@ TOLD_AS: Mapping[str, frozenset[str]] = {
 }
 #: Kinds of task that a section adds, which may come and go with it.
 KINDS_OF = {"activations.step_bits": STEP_BITS} | {f"passes.{name}": kinds for name, kinds in PASSES.items()}
+KINDS_OF |= {path: (*KINDS_OF[path], *BY_EFFECT) for path in ("passes.distill", "passes.differences")}
 SECTIONS = {path: record for path, record in sections() if path in KINDS_OF}
 FIELDS = [(path, name) for path, record in SECTIONS.items() for name in record.model_fields]
 

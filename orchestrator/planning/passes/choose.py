@@ -23,6 +23,8 @@ from quant_spec.search import unmet_text
 from quant_spec.task import per_unit
 from quant_spec.tasks import choose as choice
 from quant_spec.tasks import menu as rounded
+from quant_spec.tasks.step_gains import GAINS
+from quant_spec.tasks.step_gains import KIND as step_gains
 
 
 def choose(draft: Draft) -> Drawing:
@@ -41,7 +43,8 @@ def choose(draft: Draft) -> Drawing:
     node = _choose_node(draft, config, groups, tables_of(measured), fixed)
     yield node
     made = {unit.name: TaskRef(node.id, per_unit(choice.STATE, unit.name)) for unit in draft.units}
-    return replace(draft, states={**draft.states, **made})
+    gains = next(TaskRef(each.id, GAINS) for each in measured if each.kind == step_gains.name)
+    return replace(draft, states={**draft.states, **made}, gains=gains)
 
 
 def fixed_layers(draft: Draft) -> tuple[str, ...]:

@@ -8,11 +8,13 @@ from orchestrator.graph import TaskRef
 from orchestrator.planning.costs import BACKWARD, CALL, TRAIN_ELEMENT, TRAIN_WEIGHT, WORKER_BYTES, Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.references import reference
+from orchestrator.planning.sensitivity import step_gains_node
 from orchestrator.planning.shards import shards
 from quant_spec.passes.distill import Distill
 from quant_spec.task import per_unit
 from quant_spec.tasks.distill import KIND, STATE, Inputs, Params
 from quant_spec.tasks.reference import REFERENCE
+from quant_spec.tasks.step_gains import GAINS
 
 _RELATION = 500.0  # MACs of one pair of positions related, with gradient: 17 ns
 
@@ -28,11 +30,16 @@ def distill(draft: Draft) -> Drawing:
         trajectories.append(TaskRef(node.id, REFERENCE))
         yield node
     states = draft.running_order()
+    gains = draft.gains
+    if config.effect and gains is None:
+        measured = step_gains_node(draft, tuple(states.values()))
+        yield measured
+        gains = TaskRef(measured.id, GAINS)
     params = Params.of(config, seed=draft.recipe.seed)
-    inputs = Inputs(draft.model.digest, tuple(trajectories), tuple(states.values()))
+    inputs = Inputs(draft.model.digest, tuple(trajectories), tuple(states.values()), gains if config.effect else None)
     node = draft.node(KIND, params, inputs, distill_cost(draft.costs, config), f"{config.iterations} iterations")
     yield node
-    return replace(draft, states={unit: TaskRef(node.id, per_unit(STATE, unit)) for unit in states})
+    return replace(draft, states={unit: TaskRef(node.id, per_unit(STATE, unit)) for unit in states}, gains=gains)
 
 
 def distill_cost(costs: Costs, config: Distill) -> Cost:

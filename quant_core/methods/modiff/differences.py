@@ -14,6 +14,7 @@ difference does not pay, and a layer where its state would exceed a budget.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from kernels.affine import fake_quantize_affine
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.conditioning import seed_stream
+from quant_core.fit.step_gains import StepGains
 from quant_core.fit.unit_state import UnitState, collect_state, load_states, merge_formats
+from quant_core.methods.modiff.step_widths import PLAIN, Rounding, choose_step_widths
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QuantLayer
 from quant_core.nn.model import QuantizedParts, build_quantized
@@ -65,7 +68,11 @@ class DifferenceStates:
 
 @torch.no_grad()
 def fit_differences(
-    model: nn.Module, calibration: CalibrationSet, states: Sequence[UnitState], params: Params
+    model: nn.Module,
+    calibration: CalibrationSet,
+    states: Sequence[UnitState],
+    params: Params,
+    gains: StepGains | None = None,
 ) -> DifferenceStates:
     """Let layers of a quantized model read differences.
 
@@ -77,6 +84,9 @@ def fit_differences(
         Every step of the sampler's trajectory.
     states : sequence of UnitState
         Of all quantized units, their activations per step.
+    gains : StepGains, optional
+        What an error of the prediction at each step does to the final sample; needed if bits of a layer's steps are
+        chosen by it (`params.by_effect`).
 
     Raises
     ------
@@ -89,13 +99,39 @@ def fit_differences(
             f"differences: got two calls at the first timestep {float(timesteps[0]):g}, wanted a sampler that calls "
             "its denoiser once there"
         )
-    given = list(states)
-    parts = build_quantized(model, merge_formats(given))
-    load_states(model, given)
+    widths: dict[str, tuple[int, ...]] | None = None
+    if params.by_effect:
+        if gains is None:
+            raise QuantizationError("differences: got no gains of steps, wanted them, as bits are chosen by effect")
+        exact = copy.deepcopy(model)
+        _, tried = _close_loops(copy.deepcopy(model), calibration, states, params)
+        widths = choose_step_widths(exact, calibration, [loop.rounding() for loop in tried.values()], gains, params)
+    parts, loops = _close_loops(model, calibration, states, params, widths)
+    return _result(parts, states, loops, min(params.samples, calibration.samples))
+
+
+def _close_loops(
+    model: nn.Module,
+    calibration: CalibrationSet,
+    states: Sequence[UnitState],
+    params: Params,
+    widths: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[QuantizedParts, dict[str, _Loop]]:
+    """Quantize a model, and run it along the trajectories with each layer taking its grids.
+
+    Bits of each step of layers, where they are given: 0 is a plain step. A layer without them is plain.
+    """
+    parts = build_quantized(model, merge_formats(list(states)))
+    load_states(model, list(states))
     # What `exceptions` left in full precision has no differences.
     quantized = {n: layer for n, layer in parts.layers.items() if layer.spec.activation is not None}
     names = [name for name in params.layers if name in quantized]
-    loops = {name: _Loop(quantized[name], name, params, calibration.steps) for name in names}
+    alike = params.widths(calibration.steps)
+    plain = (PLAIN,) * calibration.steps
+    loops = {
+        n: _Loop(quantized[n], n, params, alike if widths is None else widths.get(n, plain), widths is not None)
+        for n in names
+    }
     parts.clock.follows = True
     rows = min(params.samples, calibration.samples)
     with ExitStack() as stack:
@@ -104,23 +140,31 @@ def fit_differences(
             stack.callback(loop.layer.register_forward_hook(loop.after).remove)
         for step in range(calibration.steps):
             replay(model, calibration.rows(step, 0, rows))
-            if step == 0:
+            if step == 0 and widths is None:
                 _keep_within(list(loops.values()), rows, params.state_mib * MIB)
-    return _result(parts, given, loops, rows)
+    return parts, loops
 
 
 @dataclass(slots=True)
 class _Loop:
-    """One layer on its way along the trajectories."""
+    """One layer on its way along the trajectories.
+
+    `widths`: bits of a difference at each step. `is_told`: they were chosen, 0 where the step is plain; otherwise a
+    step is plain where a difference does not pay. `plain`, `tried`: width of a plain code and of a difference's at each
+    step, for each part.
+    """
 
     layer: QuantLayer
     name: str
     params: Params
-    steps: int
+    widths: tuple[int, ...]
+    is_told: bool
     calls: int = 0
     elements: int = 0
-    widths: tuple[int, ...] = field(init=False)
+    macs: int = 0
     generator: torch.Generator = field(init=False)
+    plain: Tensor = field(init=False)
+    tried: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         spec = self.layer.spec.activation
@@ -129,9 +173,11 @@ class _Loop:
                 f"differences: got layer {self.name} with {'no' if spec is None else spec.mode} ranges, wanted one "
                 f"for each of the {self.steps} steps, of one width"
             )
-        self.widths = self.params.widths(self.steps)
         self.generator = seed_stream(self.params.seed, f"differences of {self.name}")
-        self.layer.differences = frozenset(range(1, self.steps))
+        self.plain = torch.stack([each.scale.cpu().clone() for each in _quantizers(self.layer)], dim=1)
+        self.tried = torch.full((self.steps, len(_quantizers(self.layer))), torch.nan)
+        open_steps = (step for step in range(1, self.steps) if not self.is_told or self.widths[step] != PLAIN)
+        self.layer.differences = frozenset(open_steps)
         for quantizer in _quantizers(self.layer):
             quantizer.spec = replace(spec, step_bits=(spec.bits,) * self.steps)
             quantizer.tops = torch.full((self.steps,), 2.0**spec.bits - 1)
@@ -148,8 +194,9 @@ class _Loop:
             self.layer.differences -= {step}
 
     def after(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        """Count what is remembered."""
+        """Count what is remembered, and multiplications."""
         self.elements = args[0].numel() + output.numel()
+        self.macs = output.numel() * self.layer.columns
 
     def _takes(self, step: int, x: Tensor, difference: Tensor) -> bool:
         """Set the grids of a difference if it pays; say whether."""
@@ -164,8 +211,9 @@ class _Loop:
             grid, errors = _choose_grids(rows, bits, quantizer.spec.symmetric, self.params.range)
             noise += errors * pair[0].numel()
             grids.append(QParams(grid.scale[1], grid.zero_point[1]))
+        self.tried[step] = torch.stack([grid.scale for grid in grids]).cpu()
         plain, changed = noise.tolist()
-        if changed > 0 and plain < changed * 10 ** (self.params.least_gain_db / 10):
+        if not self.is_told and changed > 0 and plain < changed * 10 ** (self.params.least_gain_db / 10):
             return False
         for quantizer, grid in zip(_quantizers(self.layer), grids, strict=True):
             _set_step(quantizer, step, grid, bits)
@@ -179,11 +227,17 @@ class _Loop:
             rows = rows[:, torch.randint(count, (DRAWN_VALUES,), generator=self.generator).to(rows.device)]
         return torch.cat([rows, ends], dim=1)
 
+    def rounding(self) -> Rounding:
+        """Return how the layer rounds with the same bits everywhere."""
+        spec = self.layer.spec.activation
+        assert spec is not None
+        widths = tuple(bits if step in self.layer.differences else PLAIN for step, bits in enumerate(self.widths))
+        return Rounding(self.name, self.layer, self.macs, spec.bits, widths, self.plain, self.tried, self.widths)
+
     @property
-    def macs(self) -> int:
-        """Multiplications per byte of state are compared, so any number that is proportional to them will do."""
-        output = self.layer.memory.output
-        return 0 if output is None else output.numel() * self.layer.columns
+    def steps(self) -> int:
+        """Steps of the trajectory."""
+        return len(self.widths)
 
     def leave_plain(self) -> None:
         """Take no differences at all."""

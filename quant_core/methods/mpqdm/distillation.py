@@ -16,7 +16,10 @@ Where we differ from the authors' code (EfficientDM@293e212, mpq-dm@2b05dd7), an
   exponents. Biases are learned too; they are stored in full precision anyway.
 - With guidance each prediction counts by itself, not their combination.
 - A result that is not better than its start is not taken (`Distilled.is_taken`).
-- Runs of steps begin anywhere, so the first and the last step of the trajectory are in half as many as the others.
+- Runs of steps begin anywhere, so the first and the last step of the trajectory are in half as many as the others,
+  and count twice where steps are weighted.
+- Steps can be weighted by what their error does to the final sample (`DistillFit.effect`): at 20 steps the first two
+  make most of it, and a few percent of the unweighted loss.
 
 A run may stop after any iteration and go on from its checkpoint: the result is the same, bit for bit.
 """
@@ -74,6 +77,8 @@ class Distillation:
         Of all units, in the order in which they run.
     trajectories : CalibrationSet
         With predictions.
+    gains : sequence of float, optional
+        Error power of the final sample per error power of each step's prediction; needed if `config.effect` is not 0.
     """
 
     def __init__(
@@ -83,11 +88,14 @@ class Distillation:
         states: Sequence[UnitState],
         trajectories: CalibrationSet,
         config: Params,
+        gains: Sequence[float] | None = None,
     ) -> None:
         self.teacher, self.model = teacher, model.requires_grad_(False)
         self.trajectories, self.config = trajectories, config
         self.states = list(states)
         self.window = min(WINDOW, trajectories.steps)
+        self.step_weights = _step_weights(gains, config.effect, trajectories.steps)
+        self._drawn = _drawn(trajectories.steps, self.window)
         weights = {name: model.get_parameter(f"{name}.weight").detach() for s in states for name in s.formats.layers}
         self.parts = build_quantized(model, merge_formats(self.states))
         load_states(model, self.states)
@@ -130,12 +138,12 @@ class Distillation:
         """
         config = self.config
         generator = seed_stream(config.seed, f"batch {self.iteration}")
-        batch, target = self._draw(generator)
+        batch, target, weights = self._draw(generator)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * (1 - self.iteration / config.iterations)
         with self._soft(), _outputs(self.model, self.feature) as features:
             prediction = replay(self.model, batch)
-            loss = (prediction - target).square().sum() / len(batch)
+            loss = ((prediction - target).square() * weights).sum() / len(batch)
             if config.relations:
                 with torch.no_grad(), _outputs(self.teacher, self.feature) as wanted:
                     replay(self.teacher, batch)
@@ -152,13 +160,17 @@ class Distillation:
         self.iteration += 1
         return float(loss.detach())
 
-    def _draw(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """Draw runs of consecutive steps; return the batch and the full-precision predictions."""
+    def _draw(self, generator: torch.Generator) -> tuple[Batch, Tensor, Tensor]:
+        """Draw runs of consecutive steps; return the batch, the full-precision predictions, and what each counts."""
         runs, of = max(1, self.config.batch_size // self.window), self.trajectories
         row = torch.randint(of.samples, (runs,), generator=generator)
         first = torch.randint(of.steps - self.window + 1, (runs,), generator=generator)
         index = ((first[:, None] + torch.arange(self.window)) * of.samples + row[:, None]).flatten()
-        return of.gather(index), of.predictions(index).to(self._device)
+        target = of.predictions(index).to(self._device)
+        weights = torch.ones(len(index), dtype=torch.float64)
+        if self.config.effect:
+            weights = (self.step_weights / self._drawn)[index // of.samples]
+        return of.gather(index), target, weights.to(target).view(-1, *[1] * (target.dim() - 1))
 
     def _positions(self, feature: Tensor, generator: torch.Generator) -> Tensor | None:
         """Draw the positions of a feature that are related; None for all."""
@@ -198,7 +210,8 @@ class Distillation:
             difference = replay(self.model, self.trajectories.gather(chunk)).cpu() - self.trajectories.predictions(
                 chunk
             )
-            total += float(difference.double().square().sum())
+            power = difference.double().square().flatten(1).sum(1)
+            total += float((power * self.step_weights[chunk // self.trajectories.samples]).sum())
         return total / len(index)
 
     def checkpoint(self) -> bytes:
@@ -237,6 +250,24 @@ class Distillation:
             return Distilled(self.states, self.loss_before, self.loss_before, is_taken=False)
         states = [_collected(self, state) for state in self.states]
         return Distilled(states, self.loss_before, after, is_taken=True)
+
+
+def _step_weights(gains: Sequence[float] | None, effect: float, steps: int) -> Tensor:
+    """Return what each step's loss counts, 1 on average, shape (S,), float64."""
+    if not effect:
+        return torch.ones(steps, dtype=torch.float64)
+    if gains is None or len(gains) != steps:
+        raise QuantizationError(f"distill: got gains of {len(gains or ())} steps, wanted {steps}, those distilled from")
+    powers = torch.tensor(gains, dtype=torch.float64).clamp(min=0) ** effect
+    return powers / powers.mean().clamp(min=1e-30)
+
+
+def _drawn(steps: int, window: int) -> Tensor:
+    """Return how often each step is in a run that begins anywhere, 1 on average, shape (S,), float64."""
+    counts = torch.zeros(steps, dtype=torch.float64)
+    for first in range(steps - window + 1):
+        counts[first : first + window] += 1
+    return counts / counts.mean()
 
 
 def _collected(run: Distillation, state: UnitState) -> UnitState:

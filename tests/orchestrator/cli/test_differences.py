@@ -34,6 +34,7 @@ SMALL = {
     "passes.round.method": "nearest",
     "passes.differences.samples": 4,
     "passes.differences.least_gain_db": 0,
+    "passes.differences.by_effect": "true",
     # Has tests of its own (test_choose.py).
     "passes.choose": "null",
     "passes.menu": "null",
@@ -113,6 +114,13 @@ def test_show_says_what_is_remembered_and_bits_count_differences(cli: Cli, used:
     assert "per row, between steps" in cli("artifacts", "show", "sd-modiff-w4a4").out
     card = (used / "release" / "README.md").read_text()
     assert f"| remembered between steps, bytes per row | {held} |" in card
+
+
+def test_steps_of_layers_have_bits_by_their_effect(cli: Cli, used: Path, pipeline: Any) -> None:
+    layers = [module for module in pipeline.unet.modules() if isinstance(module, QuantLayer)]
+    specs = [layer.spec.activation for layer in layers if layer.differences]
+    assert len({bits for spec in specs if spec is not None for bits in spec.step_bits[1:]}) > 2
+    assert "step_gains" in cli("jobs", "logs", cli("jobs", "ls", "--json").json[0]["job"]).out
 
 
 def test_an_interrupted_trajectory_leaves_nothing_behind(pipeline: Any) -> None:

@@ -127,7 +127,8 @@ def recipe_before(params: dict[str, Any]) -> dict[str, Any]:
     distill = config["passes"]["distill"]
     if distill is not None:
         relations = SUMMED_RELATIONS if distill["relations"] else {}
-        config |= {"passes": config["passes"] | {"distill": distill | relations}}
+        alike = {name: value for name, value in distill.items() if name != "effect"}
+        config |= {"passes": config["passes"] | {"distill": alike | relations}}
     return params | {"recipe": params["recipe"] | {"config": config, "digest": recipe_digest(config)}}
 
 

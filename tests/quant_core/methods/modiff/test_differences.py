@@ -17,8 +17,9 @@ from quant_core.artifact.folder import write_artifact
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.fit.rounding import UnitRanges, round_units
+from quant_core.fit.step_gains import StepGains
 from quant_core.fit.unit_state import UnitState, load_states, merge_formats
-from quant_core.inspect.inspection import trace_model
+from quant_core.inspect.inspection import describe_layers, trace_model
 from quant_core.methods.modiff.differences import MIB, DifferenceStates, fit_differences
 from quant_core.metrics.cost import difference_state_bytes
 from quant_core.metrics.sqnr import error_power
@@ -48,8 +49,10 @@ def names_of(states: list[UnitState]) -> tuple[str, ...]:
 
 
 def fitted(denoiser: Denoiser, calibration: CalibrationSet, states: list[UnitState], **params: Any) -> DifferenceStates:
-    told = Params(**{"layers": names_of(states), "seed": 0, "least_gain_db": 0.0} | params)
-    return fit_differences(copy.deepcopy(denoiser.model), calibration, states, told)
+    gains = params.pop("gains", None)
+    params = {"layers": names_of(states), "seed": 0, "least_gain_db": 0.0, "by_effect": gains is not None} | params
+    told = Params(**params)
+    return fit_differences(copy.deepcopy(denoiser.model), calibration, states, told, gains)
 
 
 def loaded(denoiser: Denoiser, states: list[UnitState]) -> nn.Module:
@@ -196,3 +199,41 @@ def test_layers_without_a_range_per_step_are_refused(calibrated: Calibrated, uni
     states = rounded(denoiser, calibration, unit_formats, activation=replace(ActivationSpec(8), mode="static"))
     with pytest.raises(QuantizationError, match="with static ranges, wanted one for each of the 3 steps"):
         fitted(denoiser, calibration, states)
+
+
+def weighted_bits(found: DifferenceStates, macs: dict[str, int]) -> tuple[float, list[float]]:
+    """Mean bits of what layers read, and those of each step, weighted by multiplications."""
+    steps = [0.0, 0.0, 0.0]
+    for name, spec in merge_formats(found.states).layers.items():
+        assert spec.activation is not None
+        widths = spec.activation.step_bits or (spec.activation.bits,) * 3
+        steps = [sum_ + macs[name] * bits for sum_, bits in zip(steps, widths, strict=True)]
+    total = sum(macs[name] for name in merge_formats(found.states).layers)
+    return sum(steps) / 3 / total, [each / total for each in steps]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_bits_by_effect_go_where_an_error_shows_at_the_same_mean(unet: Rounded, early: bool) -> None:
+    denoiser, calibration, states = unet
+    macs = {name: told["macs"] for name, told in describe_layers(denoiser)["layers"].items()}
+    weights = (1.0, 1.0, 1e-3) if early else (1.0, 1e-3, 1.0)
+    gains = StepGains(tuple(calibration.timesteps.tolist()), weights, (1.0,) * 3, 1.0)
+    alike = fitted(denoiser, calibration, states, bits=4)
+    chosen = fitted(denoiser, calibration, states, bits=4, gains=gains)
+    (mean, _), (own_mean, steps) = weighted_bits(alike, macs), weighted_bits(chosen, macs)
+    assert own_mean <= mean + 1e-9
+    assert own_mean > mean - 0.1
+    exact = predictions(denoiser.model, calibration)
+    before, after = (
+        (predictions(loaded(denoiser, found.states), calibration) - exact).square().flatten(1).mean(1)
+        for found in (alike, chosen)
+    )
+    if early:
+        assert steps[1] > steps[2]
+        assert float((after * torch.tensor(weights)).sum()) < 0.9 * float((before * torch.tensor(weights)).sum())
+    # The last step keeps as many bits as it had: nothing smooths its error.
+    for spec in merge_formats(chosen.states).layers.values():
+        assert spec.activation is not None
+        assert not spec.activation.differences or spec.activation.step_bits[-1] >= 4
+    again = fitted(denoiser, calibration, states, bits=4, gains=gains)
+    assert [state.to_bytes() for state in chosen.states] == [state.to_bytes() for state in again.states]

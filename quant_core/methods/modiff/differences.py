@@ -41,6 +41,8 @@ from quant_spec.tasks.differences import Params
 DRAWN_VALUES = 4096
 #: Shares of a min-max range that are tried.
 SHRUNKEN = torch.linspace(1.0, 0.1, 37)
+#: Rows whose inputs are compared from step to step, to see how much they move.
+WATCHED = 2
 MIB = 1 << 20
 
 
@@ -150,8 +152,8 @@ class _Loop:
     """One layer on its way along the trajectories.
 
     `widths`: bits of a difference at each step. `is_told`: they were chosen, 0 where the step is plain; otherwise a
-    step is plain where a difference does not pay. `plain`, `tried`: width of a plain code and of a difference's at each
-    step, for each part.
+    step is plain where a difference does not pay. `plain`, `tried`, `moves`: width of a plain code and of a
+    difference's, and how much the input has changed, at each step, for each part.
     """
 
     layer: QuantLayer
@@ -163,7 +165,9 @@ class _Loop:
     elements: int = 0
     macs: int = 0
     generator: torch.Generator = field(init=False)
+    last: Tensor | None = None
     plain: Tensor = field(init=False)
+    moves: Tensor = field(init=False)
     tried: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -176,6 +180,7 @@ class _Loop:
         self.generator = seed_stream(self.params.seed, f"differences of {self.name}")
         self.plain = torch.stack([each.scale.cpu().clone() for each in _quantizers(self.layer)], dim=1)
         self.tried = torch.full((self.steps, len(_quantizers(self.layer))), torch.nan)
+        self.moves = torch.full_like(self.tried, torch.nan)
         open_steps = (step for step in range(1, self.steps) if not self.is_told or self.widths[step] != PLAIN)
         self.layer.differences = frozenset(open_steps)
         for quantizer in _quantizers(self.layer):
@@ -187,11 +192,22 @@ class _Loop:
         clock = self.layer.clock
         step = clock.moment[1]
         self.calls = self.calls + 1 if step == 0 else self.calls
+        if self.params.by_effect and not self.is_told:
+            self._watch(step, args[0][:WATCHED].float())
         if step not in self.layer.differences:
             return
         held, _ = self.layer.memory.recall(clock, args[0].float(), self.name)
         if not self._takes(step, args[0].float(), args[0].float() - held):
             self.layer.differences -= {step}
+
+    def _watch(self, step: int, x: Tensor) -> None:
+        """Note how much the input has changed since the step before."""
+        if self.last is not None and step > 0:
+            dim = -1 if self.layer.kind is nn.Linear else 1
+            parts = (x - self.last).split(self.layer.spec.split or (x.shape[dim],), dim)
+            pairs = zip(_quantizers(self.layer), parts, strict=True)
+            self.moves[step] = torch.stack([_scaled(part, quantizer).abs().mean() for quantizer, part in pairs]).cpu()
+        self.last = x if step < self.steps - 1 else None
 
     def after(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Count what is remembered, and multiplications."""
@@ -232,7 +248,9 @@ class _Loop:
         spec = self.layer.spec.activation
         assert spec is not None
         widths = tuple(bits if step in self.layer.differences else PLAIN for step, bits in enumerate(self.widths))
-        return Rounding(self.name, self.layer, self.macs, spec.bits, widths, self.plain, self.tried, self.widths)
+        return Rounding(
+            self.name, self.layer, self.macs, spec.bits, widths, self.plain, self.tried, self.widths, self.moves
+        )
 
     @property
     def steps(self) -> int:

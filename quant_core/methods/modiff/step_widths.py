@@ -7,7 +7,12 @@ square of a code's width s. What a step leaves over, the next has to span:
 
     s_t = (D_t + s_(t-1)) / (2^b_t - 1)       D_t: range of what the layer reads less what it read a step before
 
-or the width of plain codes at a plain step. So the bits of a layer's steps depend on each other, and are chosen by
+or the width of plain codes at a plain step. Where an input moves by less than a code, its code stays, and so does its
+error, which then adds up over steps. An error within a code of width s, uniform, and what is left of it after a move of
+u s correlate by 1 - 6 u (1 - u), and a chain of errors that correlate by r from step to step makes (1 + r) / (1 - r)
+times the power of independent ones.
+
+So the bits of a layer's steps depend on each other, and are chosen by
 dynamic programming over its steps, at a price for a multiplication's bit which is the same for all layers, and the
 least at which all are within the sum that one width takes.
 
@@ -62,6 +67,8 @@ class Rounding:
         shape (S, parts). The first step, and all of a layer that may not read differences, have no difference's: nan.
     tried_bits
         Bits of the differences that were tried, length S.
+    moves
+        Mean absolute change of the input since the step before, shape (S, parts); nan where `tried` is.
     """
 
     name: str
@@ -72,6 +79,7 @@ class Rounding:
     plain: Tensor
     tried: Tensor
     tried_bits: tuple[int, ...]
+    moves: Tensor
 
     @property
     def is_open(self) -> bool:
@@ -113,8 +121,9 @@ def choose_step_widths(
     -------
     dict of str to tuple of int, length S
         Bits of a difference, 0 where the layer is plain; of layers that may read differences. Multiplications times
-        bits, plain steps among them, are at most what `roundings` have. The last step has no fewer bits than were
-        tried: its error is the smallest, but nothing smooths it.
+        bits, plain steps among them, are at most what `roundings` have. No step has more than one bit less than was
+        tried: an input lags behind codes that are much wider than its moves, in whole areas, and that is no noise. The
+        last has no fewer: its error is the smallest, but nothing smooths it.
     """
     roundings = [rounding for rounding in roundings if rounding.is_open]
     if not roundings:
@@ -148,9 +157,9 @@ class _Table:
         Of plain codes.
     first : array, shape (L,)
         Width of a plain code at the first step.
-    plain, spans, damage : array, shape (L, S - 1)
-        Width of a plain code; range of a difference without what the step before left over; damage of a code per its
-        width squared.
+    plain, spans, moves, damage : array, shape (L, S - 1)
+        Width of a plain code; range of a difference without what the step before left over, and its mean absolute
+        value; damage of a code per its width squared.
     least : array, shape (L, S - 1), dtype int64
         The fewest bits of a difference.
     """
@@ -159,6 +168,7 @@ class _Table:
     first: NDArray[np.float64]
     plain: NDArray[np.float64]
     spans: NDArray[np.float64]
+    moves: NDArray[np.float64]
     damage: NDArray[np.float64]
     least: NDArray[np.int64]
 
@@ -171,7 +181,7 @@ class _Table:
         taken = np.array([rounding.widths for rounding in roundings])[:, 1:] != PLAIN
         before = np.concatenate([plain[:, :1], np.where(taken, tried, plain[:, 1:])[:, :-1]], axis=1)
         ranges = tried * (2.0**bits - 1)
-        least = np.full(bits.shape, min(SUPPORTED_BITS))
+        least = bits - 1
         least[:, -1] = bits[:, -1]
         power = torch.stack(list(damages)).numpy()[:, 1:] / np.maximum(tried, 1e-30) ** 2
         return cls(
@@ -179,6 +189,7 @@ class _Table:
             plain[:, 0],
             plain[:, 1:],
             np.maximum(ranges - before, LEAST_SHARE * ranges),
+            np.stack([rounding.moves.double().square().mean(1).sqrt().numpy() for rounding in roundings])[:, 1:],
             power,
             least,
         )
@@ -198,7 +209,8 @@ class _Table:
             plain = np.broadcast_to(self.plain[:, step, None, None], (*codes.shape[:2], 1))
             codes = np.concatenate([plain, codes], axis=2)  # (L, before, choices)
             bits = np.where(choices == PLAIN, self.bits[:, None], choices)
-            total = cost[:, :, None] + self.damage[:, step, None, None] * codes**2 + (price[:, None] * bits)[:, None]
+            power = self.damage[:, step, None, None] * codes**2 * self._coherence(step, codes)
+            total = cost[:, :, None] + power + (price[:, None] * bits)[:, None]
             refused = (choices != PLAIN) & (choices < self.least[:, step, None])
             total = np.where(refused[:, None], np.inf, total)
             best = total.argmin(axis=1)
@@ -211,6 +223,12 @@ class _Table:
             found[:, step] = choices[place]
             place = came[step][np.arange(layers), place]
         return found
+
+    def _coherence(self, step: int, codes: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return how much more power errors of codes make, as they stay from step to step; shape as `codes`."""
+        moved = np.minimum(self.moves[:, step, None, None] / np.maximum(codes, 1e-30), 0.5)
+        kept = np.clip(1 - 6 * moved * (1 - moved), 0, None)
+        return np.minimum((1 + kept) / np.maximum(1 - kept, 1e-9), self.spans.shape[1])
 
 
 @torch.no_grad()

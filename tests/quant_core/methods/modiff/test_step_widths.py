@@ -20,7 +20,10 @@ def cost_of(table: _Table, layer: int, path: tuple[int, ...], price: float) -> f
             left, taken = float(table.plain[layer, step]), int(table.bits[layer])
         else:
             left, taken = (float(table.spans[layer, step]) + left) / (2**bits - 1), bits
-        total += float(table.damage[layer, step]) * left**2 + price * taken
+        moved = min(float(table.moves[layer, step]) / left, 0.5)
+        kept = max(0.0, 1 - 6 * moved * (1 - moved))
+        coherence = min((1 + kept) / max(1 - kept, 1e-9), len(path))
+        total += float(table.damage[layer, step]) * left**2 * coherence + price * taken
     return total
 
 
@@ -32,6 +35,7 @@ def a_table(seed: int) -> _Table:
         first=np.full(2, 0.05),
         plain=np.full((2, 3), 0.05),
         spans=spans,
+        moves=spans * draw.uniform(0.02, 0.3, (2, 3)),
         damage=draw.lognormal(0, 2, (2, 3)),
         least=np.array([[2, 2, 3], [2, 2, 4]]),
     )

@@ -4,7 +4,9 @@ Three forms, told apart by their first line: plain text, one prompt (or one clas
 names the columns; JSON lines, one object a line. The columns, and the keys, are `prompt`, `negative_prompt`,
 `class_label`, `seed` and `size` (of the image: pixels of its side, or height x width as in 512x768; the same in all
 lines), and any other keyword of a pipeline's call: its values are text, or the names of image files
-or of arrays (.npy). Empty lines, and lines of plain text that begin with #, are skipped.
+or of arrays (.npy). Empty lines, and lines of plain text that begin with #, are skipped. A line ends as files' lines do
+(LF, CR LF or CR), not at the other characters that Unicode counts as ends. What looks like CSV or a JSON array is
+refused: read as plain text, its header or brackets would be prompts.
 
 A file that names others is kept with them as one *bundle*: a zip archive of the text, `prompts`, and of the files.
 """
@@ -24,8 +26,11 @@ from typing import Any
 from quant_spec.errors import InvalidInputError
 
 _COLUMNS = ("prompt", "negative_prompt", "class_label", "seed", "size")
+_END = re.compile(r"\r\n|\n|\r")
 _SIZE = re.compile(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?")
-_MOST_LINES, _LONGEST = 1_000_000, 10_000
+_MOST_LINES, _LONGEST, _DIGITS = 1_000_000, 10_000, 100
+#: What no tokenizer, database or page takes: NUL, and halves of a character.
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 _TEXT, _FILES = "prompts", "files/"
 #: What names of image files and of arrays end with.
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -99,7 +104,7 @@ def read_prompts(data: bytes, where: str = "prompts") -> tuple[PromptLine, ...]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"{where}: got bytes that are not UTF-8 (at {error.start}), wanted text") from None
-    rows = [(number, row) for number, row in enumerate(text.splitlines(), 1) if row.strip()]
+    rows = [(number, row) for number, row in enumerate(_END.split(text), 1) if row.strip()]
     if len(rows) > _MOST_LINES:
         raise InvalidInputError(f"{where}: got {len(rows)} lines, wanted at most {_MOST_LINES}")
     lines = tuple(_lines(rows, where))
@@ -184,7 +189,13 @@ def _lines(rows: Sequence[tuple[int, str]], where: str) -> Iterator[PromptLine]:
     if first.startswith("{"):
         for number, row in rows:
             yield _line(_object(row, f"{where}:{number}"), f"{where}:{number}")
+    elif first.startswith("[") and _is_array("\n".join(row for _, row in rows)):
+        raise InvalidInputError(f"{where}: got a JSON array, wanted JSON lines: an object in each line")
+    elif "," in first and (cells := {cell.strip(' "') for cell in first.split(",")}) <= set(_COLUMNS) and len(cells) > 1:
+        raise InvalidInputError(f"{where}: got columns with commas between them ({first}), wanted tabs, or JSON lines")
     elif {"prompt", "class_label"} & set(columns) or (len(columns) > 1 and all(map(str.isidentifier, columns))):
+        if twice := sorted({name for name in columns if columns.count(name) > 1}):
+            raise InvalidInputError(f"{where}: got column {', '.join(twice)} more than once, wanted each once")
         for number, row in rows[1:]:
             cells = row.split("\t")
             if len(cells) != len(columns):
@@ -197,17 +208,35 @@ def _lines(rows: Sequence[tuple[int, str]], where: str) -> Iterator[PromptLine]:
         plain = [(number, row.strip()) for number, row in rows if not row.startswith("#")]
         labels = all(row.isdecimal() for _, row in plain)
         for number, row in plain:
-            yield _line({"class_label": int(row)} if labels else {"prompt": row}, f"{where}:{number}")
+            yield _line({"class_label": _number(row)} if labels else {"prompt": row}, f"{where}:{number}")
 
 
 def _object(row: str, where: str) -> Mapping[str, Any]:
     try:
-        value = json.loads(row)
+        value = json.loads(row, object_pairs_hook=lambda pairs: _without_doubles(pairs, where))
+    except InvalidInputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{where}: got what is no JSON ({error}), wanted an object") from None
     if not isinstance(value, dict):
         raise InvalidInputError(f"{where}: got a JSON {type(value).__name__}, wanted an object")
     return value
+
+
+def _without_doubles(pairs: Sequence[tuple[str, Any]], where: str) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise InvalidInputError(f"{where}: got a key more than once ({', '.join(key for key, _ in pairs)}), wanted once")
+    return value
+
+
+def _is_array(text: str) -> bool:
+    """Whether a text is a JSON array, and not a prompt in brackets."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -225,7 +254,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def _number(text: str) -> Any:
-    return int(text) if text.isdecimal() else text
+    """Return the number that a text is; the text, where it is none, or has more digits than any that is taken."""
+    return int(text) if text.isdecimal() and len(text) <= _DIGITS else text
 
 
 def _line(stated: Mapping[str, Any], where: str) -> PromptLine:
@@ -246,6 +276,9 @@ def _line(stated: Mapping[str, Any], where: str) -> PromptLine:
             stated = {**stated, "size": parse_size(str(size))}
         except InvalidInputError as error:
             raise InvalidInputError(f"{where}: {error}") from None
+    for name, value in stated.items():
+        if isinstance(value, str) and (wrong := _NO_TEXT.search(value)) is not None:
+            raise InvalidInputError(f"{where}: got {name} with the character {wrong[0]!r}, wanted text")
     told = [name for name in ("prompt", "class_label") if stated.get(name) is not None]
     line = PromptLine(**{name: value for name, value in stated.items() if name in _COLUMNS}, more=more)
     if len(told) > 1 or not (told or line.files):
@@ -285,3 +318,8 @@ def select_part(lines: Sequence[PromptLine], part: PromptPart) -> tuple[PromptLi
 def line_of(lines: Sequence[PromptLine], seed: int) -> PromptLine:
     """Return what the sample of a seed is told."""
     return lines[seed % len(lines)]
+
+
+def seed_of(line: PromptLine, seed: int) -> int:
+    """Return the seed that a sample is drawn with: its line's own, where that has one."""
+    return seed if line.seed is None else line.seed

@@ -174,6 +174,23 @@ TRAINING_ONLY: Mapping[str, str] = {"DDPMScheduler": "DDIMScheduler", "DDPMParal
 #: Classes that add a share of DDPM's noise, `eta`.
 TAKE_ETA = frozenset({"DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler", "TCDScheduler"})
 
+#: Classes whose `set_timesteps` takes timesteps, and noise levels, of the caller's own.
+TAKE_TIMESTEPS = frozenset(
+    {
+        *("DDPMScheduler", "DDPMParallelScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+        *("EulerDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler", "TCDScheduler"),
+        *("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler", "FlowMapEulerDiscreteScheduler"),
+        *("LTXEulerAncestralRFScheduler", "CMStochasticIterativeScheduler"),
+    }
+)
+TAKE_SIGMAS = frozenset(
+    {
+        *("UniPCMultistepScheduler", "EulerDiscreteScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"),
+        *("FlowMatchLCMScheduler", "FlowMapEulerDiscreteScheduler", "LTXEulerAncestralRFScheduler"),
+        "MiniMaxH3Scheduler",
+    }
+)
+
 #: Fields that say how a model was trained, not how it is sampled from.
 TRAINED: frozenset[str] = frozenset(
     {

@@ -75,7 +75,7 @@ def check_pipeline(model: ModelRow, recipe: Recipe) -> None:
             f"sampler.arguments: got {', '.join(own)}, wanted the recipe's own field, or the prompts file"
         )
     if unknown := sorted(sampler.arguments.keys() - set(pipeline["takes"])):
-        known = ", ".join(sorted(set(pipeline["takes"]) - OWN_ARGUMENTS))
+        known = ", ".join(sorted(set(pipeline["takes"]) - OWN_ARGUMENTS)) or "nothing besides the recipe's own fields"
         raise RecipeError(f"sampler.arguments: got {', '.join(unknown)}, wanted what the call of {name} takes: {known}")
 
 

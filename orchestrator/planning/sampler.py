@@ -7,7 +7,7 @@ from orchestrator.errors import RecipeError
 from orchestrator.planning.pipeline import with_guidance
 from quant_spec.recipe import Recipe
 from quant_spec.scheduler_choice import SchedulerChoice, choose_scheduler, default_scheduler
-from quant_spec.schedulers import TAKE_ETA
+from quant_spec.schedulers import TAKE_ETA, TAKE_SIGMAS, TAKE_TIMESTEPS
 
 
 def choice_for(model: ModelRow, recipe: Recipe) -> SchedulerChoice:
@@ -33,7 +33,8 @@ def with_scheduler(recipe: Recipe, model: ModelRow) -> Recipe:
     QuantizationError
         If the scheduler does not fit the model.
     RecipeError
-        If the recipe sets a field that this scheduler does not read, or a null class where nothing is guided.
+        If the recipe sets a field that this scheduler does not read, timesteps or sigmas that it does not take, or a
+        null class where nothing is guided.
     """
     choice, sampler = choice_for(model, recipe), with_guidance(recipe, model).sampler
     unread: dict[str, str] = {}
@@ -45,5 +46,11 @@ def with_scheduler(recipe: Recipe, model: ModelRow) -> Recipe:
         unread["null_class"] = f"wanted null: guidance_scale {sampler.guidance_scale:g} calls nothing without a class"
     for name, wanted in unread.items():
         raise RecipeError(f"sampler.{name}: got {getattr(sampler, name)}, {wanted}")
+    for name, takers in {"timesteps": TAKE_TIMESTEPS, "sigmas": TAKE_SIGMAS}.items():
+        if sampler.arguments.get(name) is not None and choice.name not in takers:
+            raise RecipeError(
+                f"sampler.arguments.{name}: got some for {choice.name}, which sets its own, wanted none, or "
+                f"sampler.scheduler among {', '.join(sorted(takers))}"
+            )
     told = sampler.replaced(scheduler=choice.name)
     return recipe.model_copy(update={"sampler": told})  # a recipe that was checked stays one

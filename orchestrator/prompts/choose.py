@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,8 @@ from orchestrator.errors import RecipeError
 from orchestrator.recipes.load import LoadedRecipe
 from quant_spec.errors import InvalidInputError
 from quant_spec.pipeline import OWN_ARGUMENTS
-from quant_spec.prompts import read_prompts
+from quant_spec.prompts import PromptLine, PromptPart, read_prompts, select_part
+from quant_spec.recipe import Recipe
 
 #: 256 neutral prompts, in no order.
 NEUTRAL = Path(__file__).with_name("neutral.txt")
@@ -64,11 +66,11 @@ def with_prompts(loaded: LoadedRecipe, model: ModelRow) -> LoadedRecipe:
         )
     content = loaded.files.get(stated)
     if content is not None:
-        _check(content, model, told)
+        _check(content, model, told, loaded.recipe)
     return loaded
 
 
-def _check(content: Path | bytes, model: ModelRow, told: str) -> None:
+def _check(content: Path | bytes, model: ModelRow, told: str, recipe: Recipe) -> None:
     """Refuse a file that cannot be read, or does not say what the pipeline takes."""
     path = content if isinstance(content, Path) else "the prompts file"
     try:
@@ -90,13 +92,39 @@ def _check(content: Path | bytes, model: ModelRow, told: str) -> None:
             f"prompts: got no column {', '.join(missing)} in {path}, wanted files for the call of "
             f"{pipeline['class_name']}, which needs {', '.join(pipeline['needs'])}"
         )
+    if any(each.negative_prompt for each in lines) and "negative_prompt" not in pipeline["takes"]:
+        raise RecipeError(
+            f"prompts: got negative_prompt in {path}, wanted none: the call of {model.name} "
+            f"({pipeline['class_name']}) takes none"
+        )
     if line.size is not None and not {"height", "width"} <= set(pipeline["takes"]):
         raise RecipeError(
             f"prompts: got sizes in {path}, wanted none: the call of {model.name} takes no height and width"
         )
+    _check_size(line, path, recipe.sampler.arguments)
+    _check_seeds(lines, path, recipe)
     labels = model.inspection["label_count"]
     wrong = [
         line.class_label for line in lines if line.class_label is not None and labels and line.class_label >= labels
     ]
     if wrong:
         raise RecipeError(f"prompts: got class label {wrong[0]} in {path}, wanted 0 to {labels - 1}")
+
+
+def _check_size(line: PromptLine, path: Path | str, arguments: Mapping[str, Any]) -> None:
+    """Refuse a size of the prompts file beside another of the recipe or the command line."""
+    asked = tuple(arguments.get(name) for name in ("height", "width"))
+    if line.size is not None and any(one not in (None, own) for one, own in zip(asked, line.size, strict=True)):
+        got, own = ("x".join(str(side) for side in size) for size in (asked, line.size))
+        raise RecipeError(f"prompts: got size {own} in {path}, and {got} besides (--size), wanted one of them")
+
+
+def _check_seeds(lines: Sequence[PromptLine], path: Path | str, recipe: Recipe) -> None:
+    """Refuse an evaluation that would draw the same sample twice, and count it as two."""
+    told = select_part(lines, PromptPart.EVALUATION)
+    seeds = recipe.evaluation.seeds
+    if seeds > len(told) and any(line.seed is not None for line in told):
+        raise RecipeError(
+            f"prompts: got {len(told)} lines to measure on in {path}, with seeds of their own, for evaluation.seeds "
+            f"{seeds}, which would draw some samples twice; wanted at most as many seeds, more lines, or none with a seed"
+        )

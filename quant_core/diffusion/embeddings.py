@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_core.diffusion.pipeline import call_arguments
+from quant_core.diffusion.pipeline import call_arguments, call_pipeline
 from quant_core.errors import DenoiserError
 from quant_spec.prompts import PromptLine
 from quant_spec.sampler import Sampler
@@ -79,7 +79,7 @@ def _encoded(pipeline: Any, sampler: Sampler, line: PromptLine) -> Any:
 
     with _replaced(pipeline, seen):
         try:
-            pipeline(**call_arguments(pipeline, sampler, [line], [0]))
+            call_pipeline(pipeline, call_arguments(pipeline, sampler, [line], [0]))
         except _EncodedError:
             return kept[0]
     raise DenoiserError(f"{type(pipeline).__name__}: got no call of its {METHOD}, wanted one")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from quant_core.diffusion.pipeline import call_arguments, denoiser_of
+from quant_core.diffusion.pipeline import call_arguments, call_pipeline, denoiser_of
 from quant_core.errors import DenoiserError
 from quant_spec.prompts import PromptLine
 from quant_spec.sampler import Sampler
@@ -67,7 +67,7 @@ def encoder_calls(
     try:
         for line in lines:
             try:
-                pipeline(**call_arguments(pipeline, sampler, [line], [0]))
+                call_pipeline(pipeline, call_arguments(pipeline, sampler, [line], [0]))
             except _EnoughError:
                 continue
     finally:

@@ -18,6 +18,7 @@ from torch import nn
 
 from quant_core.errors import DenoiserError
 from quant_spec.documents import read_json_file
+from quant_spec.errors import QuantServiceError
 from quant_spec.pipeline import DENOISERS, MODEL_INDEX, component_entries, denoiser_entry
 from quant_spec.prompts import PromptFile, PromptLine
 from quant_spec.sampler import Sampler
@@ -156,6 +157,23 @@ def call_arguments(
             f"{type(pipeline).__name__}: got {', '.join(unknown)}, wanted what its call takes: {', '.join(takes)}"
         )
     return arguments
+
+
+def call_pipeline(pipeline: Any, arguments: Mapping[str, Any]) -> Any:
+    """Call a pipeline, and return what it gives.
+
+    Raises
+    ------
+    DenoiserError
+        If its call does not take what it is told, by its own word: the same would be said at every other try.
+    """
+    try:
+        return pipeline(**arguments)
+    except QuantServiceError:
+        raise
+    except (TypeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise DenoiserError(f"{type(pipeline).__name__}: its call raised {type(error).__name__}: {said}") from error
 
 
 def _together(name: str, values: Sequence[str | PromptFile]) -> Any:

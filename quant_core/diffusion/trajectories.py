@@ -28,7 +28,7 @@ from quant_core.diffusion.denoiser import PLAIN, SHARED, forward_signature, samp
 from quant_core.diffusion.embeddings import Embeddings, given
 from quant_core.diffusion.finite import Moment, check_prediction
 from quant_core.diffusion.output import map_output, prediction_of
-from quant_core.diffusion.pipeline import call_arguments, decoder_of, denoiser_of, flatten
+from quant_core.diffusion.pipeline import call_arguments, call_pipeline, decoder_of, denoiser_of, flatten
 from quant_core.diffusion.sampler import (
     Ask,
     Instead,
@@ -42,7 +42,7 @@ from quant_core.diffusion.sampler import (
     trajectory_conditioning,
 )
 from quant_core.errors import DenoiserError
-from quant_spec.prompts import PromptLine, line_of
+from quant_spec.prompts import PromptLine, line_of, seed_of
 from quant_spec.sampler import Sampler
 
 
@@ -306,7 +306,7 @@ class PipelineTrajectories:
     @torch.no_grad()
     def _call(self, seeds: Sequence[int], act: Act, *, wants_samples: bool) -> Samples | None:
         lines = [line_of(self.lines, seed) for seed in seeds]
-        own = [seed if line.seed is None else line.seed for seed, line in zip(seeds, lines, strict=True)]
+        own = [seed_of(line, seed) for seed, line in zip(seeds, lines, strict=True)]
         arguments = call_arguments(self.pipeline, self.sampler, lines, own)
         kept: list[Tensor] = []
         places = [seed % len(self.lines) for seed in seeds]
@@ -316,7 +316,7 @@ class PipelineTrajectories:
                 watched(self.model, act),
                 _decoding(decoder_of(self.pipeline), kept, wants_samples),
             ):
-                output = self.pipeline(**arguments)
+                output = call_pipeline(self.pipeline, arguments)
         except _EnoughError:
             return None
         if not wants_samples:

@@ -112,7 +112,8 @@ def describe_pipeline(denoiser: Denoiser) -> tuple[dict[str, Any], Call | None]:
         try:
             script, gmacs = _rehearse(pipeline, sampler, line)
             break
-        except Exception as error:  # a stranger's call may raise anything
+        except Exception as caught:  # a stranger's call may raise anything
+            error = caught.__cause__ if isinstance(caught.__cause__, TypeError | ValueError) else caught
             reason = (str(error).strip().splitlines() or [""])[0]
             said = f"its call raised {type(error).__name__.strip('_')}: {reason}"
             problem = said if problem is None or too_large else problem

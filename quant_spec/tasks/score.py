@@ -50,4 +50,4 @@ class Inputs(TaskInputs[Source]):
     whole: Source | None = None
 
 
-KIND = TaskKind("score", 4, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))
+KIND = TaskKind("score", 5, "workers.tasks.score:run", Params, Inputs, (SCORE, GRID, SAMPLES))

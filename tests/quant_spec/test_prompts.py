@@ -25,6 +25,12 @@ def test_tsv_names_its_columns_first() -> None:
     assert lines == (PromptLine("red heart", "blurred", seed=7), PromptLine("red apple"))
 
 
+def test_prompts_may_have_commas_brackets_and_ends_of_lines_that_files_do_not_have() -> None:
+    data = "owl, at night\r\n[a sign]\rred\u2028heart\x0b\n".encode()
+    assert [line.prompt for line in read_prompts(data)] == ["owl, at night", "[a sign]", "red\u2028heart"]
+    assert read_prompts('{"prompt": "red\u2028heart"}\n'.encode())[0].prompt == "red\u2028heart"
+
+
 def test_json_lines_are_objects() -> None:
     lines = read_prompts(b'{"prompt": "red heart", "seed": 3}\n{"prompt": "\\u2764"}\n')
     assert lines == (PromptLine("red heart", seed=3), PromptLine("❤"))
@@ -46,6 +52,15 @@ def test_json_lines_are_objects() -> None:
         (b"prompt\timage\na\t/x.png\n", "p:2: got image '/x.png', wanted a file in the folder of the prompts file"),
         (b"prompt\timage\na\t../x.png\n", "p:2: got image '../x.png', wanted a file in the folder"),
         (b'{"prompt": "a", "strength": 0.5}\n', "p:1: got strength 0.5, wanted text or the name of a file"),
+        (b"prompt,seed\nowl,3\n", "p: got columns with commas between them (prompt,seed), wanted tabs"),
+        (b'"prompt", "size"\nowl,3\n', "p: got columns with commas between them"),
+        (b'[{"prompt": "owl"},\n {"prompt": "red heart"}]\n', "p: got a JSON array, wanted JSON lines"),
+        (b"prompt\tprompt\nowl\tcat\n", "p: got column prompt more than once"),
+        (b'{"prompt": "owl", "prompt": "cat"}\n', "p:1: got a key more than once (prompt, prompt), wanted once"),
+        (b"red\0heart\n", "p:1: got prompt with the character '\\x00', wanted text"),
+        (b'{"prompt": "\\ud83d"}\n', "p:1: got prompt with the character '\\ud83d', wanted text"),
+        (b"prompt\tseed\na\t" + b"9" * 6000 + b"\n", "p:2: got seed '999"),
+        (b"9" * 6000 + b"\n", "p:1: got class_label '999"),
         (b"PK\x03\x04", "p: got an archive that is no bundle"),
         (bundle(b"prompt\timage\na\tx.png\n", {"y.png": b""}), "p: got x.png named but not in the bundle"),
     ],

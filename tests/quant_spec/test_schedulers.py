@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from quant_spec.schedulers import SCHEDULERS, TAKE_ETA, TRAINING_ONLY, Family
+from quant_spec.schedulers import SCHEDULERS, TAKE_ETA, TAKE_SIGMAS, TAKE_TIMESTEPS, TRAINING_ONLY, Family
 
 # diffusers' own schedulers call numpy on torch tensors in a way that numpy 2 complains of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -102,3 +102,9 @@ def test_training_schedules_are_in_the_table() -> None:
 def test_the_classes_that_take_eta() -> None:
     takes = {name for name in SCHEDULERS if "eta" in inspect.signature(getattr(diffusers, name).step).parameters}
     assert takes == TAKE_ETA
+
+
+def test_who_takes_timesteps_and_sigmas_is_written_down() -> None:
+    takes = {name: inspect.signature(installed()[name].set_timesteps).parameters for name in SCHEDULERS}
+    assert {name for name, parameters in takes.items() if "timesteps" in parameters} == TAKE_TIMESTEPS
+    assert {name for name, parameters in takes.items() if "sigmas" in parameters} == TAKE_SIGMAS

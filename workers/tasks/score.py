@@ -34,7 +34,7 @@ from quant_spec.formats import ModelFormat
 from quant_spec.keys import canonical_json
 from quant_spec.metrics import check_computed
 from quant_spec.pipeline import denoiser_entry
-from quant_spec.prompts import PromptFile, PromptLine, line_of, unbundle
+from quant_spec.prompts import PromptFile, PromptLine, line_of, seed_of, unbundle
 from quant_spec.tasks.score import GRID, SAMPLES, SCORE, Inputs, Params
 from workers.errors import TaskError
 from workers.execution.context import TaskContext, TaskOutput
@@ -71,7 +71,8 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     if params.part is not None:
         lines = read_lines(original, inputs.prompts, params.part, context)
         told = [line_of(lines, seed) for seed in params.seeds.range]
-        metrics |= _prompts(told, quality, params, places)
+        drawn = [seed_of(line, seed) for line, seed in zip(told, params.seeds.range, strict=True)]
+        metrics |= _prompts(told, drawn, quality, params.grid, places)
         columns = [name for name, value in told[0].more if isinstance(value, PromptFile)]
         metrics["prompts"] = {"file": inputs.prompts, "part": params.part.value, "lines": len(lines)}
         metrics["prompts"] |= {"files": columns} if columns else {}
@@ -90,13 +91,17 @@ def run(params: Params, inputs: Inputs[str], context: TaskContext) -> TaskOutput
     return TaskOutput(outputs, {"metrics": metrics})
 
 
-def _prompts(told: Sequence[PromptLine], quality: Quality, params: Params, shown: Sequence[int]) -> dict[str, Any]:
-    """Return the prompts that came out worst, and those that pictures show."""
+def _prompts(
+    told: Sequence[PromptLine], drawn: Sequence[int], quality: Quality, count: int, shown: Sequence[int]
+) -> dict[str, Any]:
+    """Return the prompts that came out worst, and those that pictures show, with the seeds that drew them."""
     worst = [
-        {"prompt": told[place].text, "seed": params.seeds.first + place, "psnr_db": round(quality.psnr_db[place], 6)}
-        for place in quality.worst(params.grid)
+        {"prompt": told[place].text, "seed": drawn[place], "psnr_db": round(quality.psnr_db[place], 6)}
+        for place in quality.worst(count)
     ]
-    return {"worst_prompts": worst, "shown_prompts": [told[place].text for place in shown]}
+    own = any(line.seed is not None for line in told)
+    seeds = {"shown_seeds": [drawn[place] for place in shown]} if own else {}
+    return {"worst_prompts": worst, "shown_prompts": [told[place].text for place in shown], **seeds}
 
 
 def _clip_scores(told: Sequence[PromptLine], quality: Quality, clip: str, context: TaskContext) -> dict[str, float]:

@@ -71,6 +71,13 @@ class QuantmillQuantizer(DiffusersQuantizer):
         self._loaded_keys: list[str] = []
         self._own_names: set[str] = set()
         self._grid_bits: dict[str, int] = {}
+        self._dtype = torch.float32
+
+    def update_torch_dtype(self, torch_dtype: Any) -> Any:
+        """Remember the dtype that was asked for."""
+        if isinstance(torch_dtype, torch.dtype):
+            self._dtype = torch_dtype
+        return torch_dtype
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         model_format = parse_quantization_config(self.quantization_config.to_dict())
@@ -90,7 +97,7 @@ class QuantmillQuantizer(DiffusersQuantizer):
             # Not part of the file; on the meta device it was built without values.
             if isinstance(module, QuantLayer) and module.group_index.is_meta:
                 module.group_index = weight_groups(module.shape, module.spec).to(module.qweight.device)
-        guard(model)
+        guard(model, self._dtype)
         return model
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:

@@ -29,11 +29,35 @@ def check_layer(name: str, layer: QuantLayer) -> None:
         raise ArtifactError(f"packed tensors of {name}: {error}") from error
 
 
-def guard(model: nn.Module) -> None:
+class Computes(nn.Module):
+    """Says which dtype a model computes in that has no weights left in one; not part of what it saves.
+
+    diffusers, and pipelines, take a model's dtype from its first parameter, else from its first buffer.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        pass
+
+    def _load_from_state_dict(self, *_: Any) -> None:
+        pass
+
+
+def guard(model: nn.Module, dtype: torch.dtype) -> None:
     """Let a packed model take inputs in half precision, whatever it computes in; refuse fused projections and adapters.
 
     Unless the user says otherwise, a pipeline's text encoders have the dtype of their checkpoint, and all else float32.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        What the user asked for. It is the model's, also where all of its weights are packed, as in SD3's transformer.
     """
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        model.add_module("computes", Computes(dtype))
     model.register_forward_pre_hook(_widen, with_kwargs=True)
     keep_askable(model, PACKED_MODULES)
     for module in model.modules():

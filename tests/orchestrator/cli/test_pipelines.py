@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sqlite3
@@ -351,6 +352,16 @@ class TestWhatUsersDoWithAPipeline:
         assert any(isinstance(module, QuantLayer) for module in loaded.unet.modules())
         image = draw(loaded)
         assert np.square(image - draw(pipeline)).mean() < 0.02
+
+    def test_bfloat16_of_a_transformer_whose_weights_are_all_packed(self, made: Path, tmp_path: Path) -> None:
+        loaded = DiffusionPipeline.from_pretrained(made / "sd3-release", dtype=torch.bfloat16)
+        assert not [name for name in loaded.transformer.state_dict() if "computes" in name]
+        assert loaded.transformer.dtype == torch.bfloat16
+        image = draw(loaded, height=16, width=16, max_sequence_length=16)
+        loaded.save_pretrained(tmp_path / "again")
+        again = DiffusionPipeline.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+        assert difference(draw(again, height=16, width=16, max_sequence_length=16), image) == 0
+        assert difference(draw(copy.deepcopy(again), height=16, width=16, max_sequence_length=16), image) == 0
 
     def test_saving_and_loading_it_again(self, fresh: Any, pipeline: Any, tmp_path: Path) -> None:
         fresh.save_pretrained(tmp_path / "again")

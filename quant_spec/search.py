@@ -246,10 +246,10 @@ class SearchSpec(Record):
         default=True,
         description="Whether uniform widths and the methods' own allocations are measured beside the front.",
     )
-    warm_start: bool | Annotated[str, Field(min_length=1, max_length=12)] = Field(
+    warm_start: bool | Annotated[str, Field(min_length=1, max_length=64)] = Field(
         default=True,
         description="Start from the front of a model of the same architecture: true for any that was searched before, "
-        "or a search's id.",
+        "or a search's id or name.",
     )
     latency_table: Pattern | None = Field(
         default=None, description="File that bench --layers wrote; needed by limits of latency_ms."

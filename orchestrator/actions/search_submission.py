@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.actions.registration import resolve_model
@@ -117,6 +117,7 @@ def prepare_search(
     loaded = load_search(request.spec, request.overrides, allowed=service.settings.allowed_paths)
     for line in loaded.left_out:
         notify(line)
+    loaded = replace(loaded, spec=_with_parent(service, loaded.spec))
     recipes = {name: each.recipe for name, each in loaded.recipes.items()}
     models, left_out = find_models(
         service, loaded.spec, recipes, loaded.folder, skip_bad=request.skip_bad, notify=notify, dry_run=dry_run
@@ -124,7 +125,36 @@ def prepare_search(
     for model in models:
         for each in loaded.recipes.values():
             with_prompts(each, model)
+    _check_parent(service, loaded.spec, models)
     return PreparedSearch(loaded, models, left_out)
+
+
+def _with_parent(service: Service, spec: SearchSpec) -> SearchSpec:
+    """Return a search that names the one that it starts from by its whole id."""
+    if not isinstance(spec.warm_start, str):
+        return spec
+    try:
+        with service.database.session(read_only=True) as session:
+            return spec.replaced(warm_start=find_search(session, spec.warm_start).id)
+    except (InvalidInputError, NotFoundError) as error:
+        raise SearchError(f"warm_start: {error}") from error
+
+
+def _check_parent(service: Service, spec: SearchSpec, models: Sequence[ModelRow]) -> None:
+    """Refuse a search to start from that has no model from whose front one of these could start."""
+    if not isinstance(spec.warm_start, str):
+        return
+    with service.database.session(read_only=True) as session:
+        parent = find_search(session, spec.warm_start)
+        shapes = [(each.shape_digest, each.digest) for each in search_models(session, parent.id)]
+    for model in models:
+        shape = shape_digest(model)
+        if parent.only is not None or not any(own == shape and digest != model.digest for own, digest in shapes):
+            what = "sensitivities alone" if parent.only is not None else "no other model of that architecture"
+            raise SearchError(
+                f"warm_start: got search {parent.id} ({parent.name}) for model {model.name}, which has {what}, wanted "
+                "one that searched a model of the same architecture, or true"
+            )
 
 
 def extend_search(
@@ -148,6 +178,11 @@ def extend_search(
     with service.database.session(read_only=True) as session:
         row = find_search(session, prefix)
         before = search_models(session, row.id)
+    if budgets and row.only is not None:
+        raise SearchError(
+            f"search extend: got a budget for search {row.id}, which is of {row.only} only and measures nothing, wanted "
+            "one without --only; search run takes its tables as they are"
+        )
     spec = _extended(spec_from_json(row.spec), models, budgets)
     recipes = {name: recipe_from_json(values) for name, values in row.recipes.items()}
     added: tuple[ModelRow, ...] = ()
@@ -161,7 +196,7 @@ def extend_search(
             known = {each.name: each for each in list_models(session)}
         for each in before:
             _check_model(spec, recipes, known[each.name], notify=lambda _: None)
-    if not added and not budgets:
+    if not added and len(spec.budgets) == len(spec_from_json(row.spec).budgets):
         raise SearchError("search extend: got nothing new, wanted models or budgets that the search has not")
     with service.database.session() as session:
         lock_enqueue(session)
@@ -312,6 +347,8 @@ def _extended(spec: SearchSpec, models: Sequence[str], budgets: Sequence[str]) -
                 raise SearchError(f"--budget: got {text!r}, wanted LIMIT=VALUE[,LIMIT=VALUE] of {wanted}")
             limits[name] = value if name.endswith("bytes") else _number(name, value)
         values["budgets"].append(limits)
+    asked = spec_from_json(values).budgets
+    values["budgets"] = [each.model_dump(mode="json") for each in dict.fromkeys(asked)]
     values["models"] = [*values["models"], *(each for each in models if each not in values["models"])]
     return spec_from_json(values)
 

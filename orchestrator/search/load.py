@@ -20,7 +20,7 @@ from quant_spec.documents import read_json_file, read_plain_file
 from quant_spec.keys import canonical_json
 from quant_spec.messages import first_problem, shown
 from quant_spec.recipe import Recipe
-from quant_spec.search import SearchSpec
+from quant_spec.search import BASE_VARIANT, SearchSpec
 from workers.storage.plain_files import file_within
 
 #: What says nothing about the outcome for a model.
@@ -90,9 +90,11 @@ def load_search(reference: str, overrides: Sequence[str] = (), *, allowed: Seque
         try:
             recipes[variant] = load_recipe(spec.recipe, assignments, folder=path.parent, allowed=allowed)
         except RecipeError as error:
-            where = "recipe" if variant == "base" else f"space.variants.{variant}"
+            where = "recipe" if variant == BASE_VARIANT else f"space.variants.{variant}"
             raise SearchError(f"search {path.name}: {where}: {error}") from error
         _check_recipe(spec, recipes[variant].recipe)
+        if variant != BASE_VARIANT and recipes[variant].recipe == recipes[BASE_VARIANT].recipe:
+            raise SearchError(f"space.variants.{variant}: got what the base recipe says, wanted another recipe")
     left_out: list[str] = []
     if spec.baselines:
         base = recipes["base"]

@@ -221,12 +221,28 @@ def test_extend_computes_only_what_is_new(done: Path, cli: Cli, place: Path, wit
     assert warm == {point["allocation"] for point in before["models"]["tiny"] if point["on_front"]}
 
 
+def test_a_search_may_be_started_from_by_its_name(done: Path, cli: Cli, place: Path, without_ray: None):
+    spec = write_spec(place, "named", models=["tuned"], warm_start="small")
+    view = cli("search", "run", spec, "--json").json
+    assert {point["origin"] for point in view["models"]["tuned"]} & {"warm"}
+
+
+def test_a_budget_for_sensitivities_alone_is_refused(done: Path, cli: Cli, place: Path, without_ray: None):
+    assert cli("search", "run", write_spec(place), "--only", "sensitivity").code == 0
+    refused = cli("search", "extend", "small", "--budget", "weight_bits_mean=6")
+    assert (refused.code, refused.out) == (2, "")
+    assert "which is of sensitivity only and measures nothing" in refused.err
+
+
 def test_extend_by_a_budget_that_is_known_already_is_refused_or_goes_on(done: Path, cli: Cli, without_ray: None):
     refused = cli("search", "extend", "small", "--budget", "weight_bits_mean=1")
     assert refused.code == 2
     assert "budgets.0.weight_bits_mean: got 1, wanted 4" in refused.err
     tasks = cli("search", "show", "small", "--json").json["tasks"]["total"]
     assert cli("search", "extend", "small", "--budget", "weight_bits_mean=6").code == 0
+    again = cli("search", "extend", "small", "--budget", "weight_bits_mean=6.0")
+    assert (again.code, again.out) == (2, "")
+    assert "search extend: got nothing new" in again.err
     assert cli("search", "show", "small", "--json").json["state"] == "running"
     assert cli("serve", "--drain").code == 0
     view = cli("search", "show", "small", "--json").json
@@ -310,6 +326,9 @@ def test_a_model_whose_search_fails_leaves_the_others_whole(home: Path, cli: Cli
         ({"latency_table": "table.json", "latency_device": "H100"}, "got latencies of 'a CPU', wanted those of 'H100'"),
         ({"recipe": "absent"}, "recipe: got 'absent', wanted a file or a shipped recipe"),
         ({"space": {"variants": {"bad": {"weights.bits": 7}}}}, "space.variants.bad: weights.bits: got 7"),
+        ({"warm_start": "nobody"}, "warm_start: search: got 'nobody', wanted one of search ls"),
+        ({"warm_start": "small"}, "for model tiny, which has no other model of that architecture, wanted"),
+        ({"space": {"weight_bits": [8], "variants": {"x": {}}}}, "space.variants.x: got what the base recipe says"),
         ({"modles": []}, "modles: unknown key; nearest: models"),
     ],
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant_core.errors import DenoiserError
+
+#: Names of the first of a layer's two matrices: peft's, kohya's and older ones.
+_FIRST = re.compile(r"(?:lora_A|lora_down|lora[._]down)(?:\.[^.]+)?\.weight$")
 
 
 def fuse_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
@@ -45,11 +49,30 @@ def fuse_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
             raise DenoiserError(f"LoRA {place + 1}: got {reason}, wanted a file that {name} loads") from error
         if not any(adapter in found for found in pipeline.get_list_adapters().values()):
             raise DenoiserError(f"LoRA {place + 1}: got a file that names no layer of {name}, wanted one made for it")
+        named, found = _count_named(path), _count_found(pipeline, adapter)
+        if found < named:
+            raise DenoiserError(
+                f"LoRA {place + 1}: got a file for {named} layers, {named - found} of which its loader does not find in "
+                f"{name}, wanted all of them: the model would be another one than meant"
+            )
         adapters.append(adapter)
     pipeline.set_adapters(adapters, [scale for _, scale in loras])
     components = [part for part in pipeline._lora_loadable_modules if getattr(pipeline, part, None) is not None]
     pipeline.fuse_lora(components=components, adapter_names=adapters)
     pipeline.unload_lora_weights()
+
+
+def _count_named(path: Path) -> int:
+    """Return for how many layers a file has a first matrix, in any of the layouts that loaders read."""
+    with safe_open(path, framework="pt") as file:
+        return sum(_FIRST.search(name) is not None for name in file.keys())  # noqa: SIM118 - not a mapping
+
+
+def _count_found(pipeline: Any, adapter: str) -> int:
+    """Return how many layers of a pipeline an adapter was added to; a layer of the file may be several of these."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    layers = (module for part in parts for module in part.modules())
+    return sum(adapter in getattr(layer, "lora_A", ()) for layer in layers)
 
 
 def write_changed(part: nn.Module, folder: Path, target: Path) -> bool:

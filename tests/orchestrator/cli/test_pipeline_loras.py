@@ -154,6 +154,7 @@ def test_a_job_with_a_lora_tells_it_in_its_release(cli: Cli, sd: Path, tmp_path:
         ("GOOD:much", "--lora: got scale 'much', wanted a number"),
         ("GOOD:1000", "--lora: got scale '1000', wanted a number"),
         ("OTHER", "wanted"),
+        ("PART", "got a file for 2 layers, 1 of which its loader does not find in StableDiffusionPipeline"),
         ("TEXT", "wanted a safetensors file that exists"),
         ("NAN", "nan.safetensors"),
     ],
@@ -167,7 +168,8 @@ def test_files_that_are_no_loras_of_the_model_are_refused(
     other = {f"{name}.lora_A.weight": torch.ones(1, 3), f"{name}.lora_B.weight": torch.ones(3, 1)}
     save_file(other, tmp_path / "other.safetensors")
     save_file({"unet.x.lora_A.weight": torch.full((1, 3), float("nan"))}, tmp_path / "nan.safetensors")
-    places = {"GOOD": good, "OTHER": tmp_path / "other.safetensors", "TEXT": tmp_path / "text.txt",
+    save_file(load_file(good) | other, tmp_path / "part.safetensors")
+    places = {"GOOD": good, "PART": tmp_path / "part.safetensors", "OTHER": tmp_path / "other.safetensors", "TEXT": tmp_path / "text.txt",
               "NAN": tmp_path / "nan.safetensors"}  # fmt: skip
     name, colon, scale = text.partition(":")
     answer = cli("models", "add", sd, "--lora", f"{places.get(name, name)}{colon}{scale}")

@@ -191,7 +191,9 @@ def _lines(rows: Sequence[tuple[int, str]], where: str) -> Iterator[PromptLine]:
             yield _line(_object(row, f"{where}:{number}"), f"{where}:{number}")
     elif first.startswith("[") and _is_array("\n".join(row for _, row in rows)):
         raise InvalidInputError(f"{where}: got a JSON array, wanted JSON lines: an object in each line")
-    elif "," in first and (cells := {cell.strip(' "') for cell in first.split(",")}) <= set(_COLUMNS) and len(cells) > 1:
+    elif (
+        "," in first and (cells := {cell.strip(' "') for cell in first.split(",")}) <= set(_COLUMNS) and len(cells) > 1
+    ):
         raise InvalidInputError(f"{where}: got columns with commas between them ({first}), wanted tabs, or JSON lines")
     elif {"prompt", "class_label"} & set(columns) or (len(columns) > 1 and all(map(str.isidentifier, columns))):
         if twice := sorted({name for name in columns if columns.count(name) > 1}):
@@ -226,7 +228,9 @@ def _object(row: str, where: str) -> Mapping[str, Any]:
 def _without_doubles(pairs: Sequence[tuple[str, Any]], where: str) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise InvalidInputError(f"{where}: got a key more than once ({', '.join(key for key, _ in pairs)}), wanted once")
+        raise InvalidInputError(
+            f"{where}: got a key more than once ({', '.join(key for key, _ in pairs)}), wanted once"
+        )
     return value
 
 

@@ -14,7 +14,7 @@ from orchestrator.db.registry import known_results
 from orchestrator.db.timings import kind_timings
 from orchestrator.planning.estimate import Estimate, cached_tasks, estimate
 from orchestrator.planning.planner import plan
-from orchestrator.prompts.choose import with_prompts
+from orchestrator.prompts.choose import notify_repeated, with_prompts
 from orchestrator.recipes.load import load_recipe
 from orchestrator.service import Service
 
@@ -60,6 +60,7 @@ def dry_run_job(service: Service, request: Request, *, notify: Callable[[str], N
     model = find_or_fuse(service, request, notify=notify, check=lambda _: None, dry_run=True)
     loaded = with_prompts(loaded, model)
     notify_scheduler(model, loaded.recipe, notify)
+    notify_repeated(loaded, notify)
     workers = worker_count()
     with service.database.session(read_only=True) as session:
         cached = cached_tasks(plan(model, loaded.recipe)[0], lambda keys: known_results(session, keys))

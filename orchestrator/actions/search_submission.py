@@ -180,8 +180,8 @@ def extend_search(
         before = search_models(session, row.id)
     if budgets and row.only is not None:
         raise SearchError(
-            f"search extend: got a budget for search {row.id}, which is of {row.only} only and measures nothing, wanted "
-            "one without --only; search run takes its tables as they are"
+            f"search extend: got a budget for search {row.id}, which is of {row.only} only and measures nothing, "
+            "wanted one without --only; search run takes its tables as they are"
         )
     spec = _extended(spec_from_json(row.spec), models, budgets)
     recipes = {name: recipe_from_json(values) for name, values in row.recipes.items()}

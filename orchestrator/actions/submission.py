@@ -18,7 +18,7 @@ from orchestrator.db.session import lock_enqueue
 from orchestrator.planning.pipeline import with_guidance
 from orchestrator.planning.planner import plan
 from orchestrator.planning.sampler import choice_for
-from orchestrator.prompts.choose import with_prompts
+from orchestrator.prompts.choose import notify_repeated, with_prompts
 from orchestrator.recipes.load import LoadedRecipe, load_recipe, resolve, store_files
 from orchestrator.service import Service
 from quant_spec.recipe import Recipe
@@ -107,6 +107,7 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
         notify_scheduler(model, loaded.recipe, notify)
 
     model = find_or_fuse(service, request, notify=notify, check=check)
+    notify_repeated(loaded, notify)
     return enqueue(service, model, loaded, request)
 
 

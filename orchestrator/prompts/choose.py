@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -126,5 +126,25 @@ def _check_seeds(lines: Sequence[PromptLine], path: Path | str, recipe: Recipe) 
     if seeds > len(told) and any(line.seed is not None for line in told):
         raise RecipeError(
             f"prompts: got {len(told)} lines to measure on in {path}, with seeds of their own, for evaluation.seeds "
-            f"{seeds}, which would draw some samples twice; wanted at most as many seeds, more lines, or none with a seed"
+            f"{seeds}, which would draw some samples twice; wanted as many at most, more lines, or none with seeds"
         )
+
+
+def notify_repeated(loaded: LoadedRecipe, notify: Callable[[str], None]) -> None:
+    """Say how many of the lines that a job is measured on are among those that it is calibrated with.
+
+    Class labels, and a single line, are used by both, as they are all that there is.
+    """
+    content = None if loaded.recipe.prompts is None else loaded.files.get(loaded.recipe.prompts)
+    if content is None or content == NEUTRAL:
+        return
+    lines = read_prompts(content.read_bytes() if isinstance(content, Path) else content)
+    if len(lines) == 1 or lines[0].class_label is not None:
+        return
+    fitted, measured = (
+        [(line.prompt, line.negative_prompt, line.more) for line in select_part(lines, part)] for part in PromptPart
+    )
+    known = set(fitted)
+    both = sum(each in known for each in measured)
+    if both:
+        notify(f"prompts: {both} of {len(measured)} lines that are measured on are among those that calibrate, too")

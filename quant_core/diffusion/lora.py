@@ -52,8 +52,8 @@ def fuse_loras(pipeline: Any, loras: Sequence[tuple[Path, float]]) -> None:
         named, found = _count_named(path), _count_found(pipeline, adapter)
         if found < named:
             raise DenoiserError(
-                f"LoRA {place + 1}: got a file for {named} layers, {named - found} of which its loader does not find in "
-                f"{name}, wanted all of them: the model would be another one than meant"
+                f"LoRA {place + 1}: got a file for {named} layers, {named - found} of which its loader does not find "
+                f"in {name}, wanted all of them: the model would be another one than meant"
             )
         adapters.append(adapter)
     pipeline.set_adapters(adapters, [scale for _, scale in loras])

@@ -18,6 +18,8 @@ from quant_spec.enums import UnknownTimestep
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 _LABEL_NAME = "class_labels"
+#: Added where a number of steps alone does not give the trajectory.
+_ELSE = ", and with what else its README.md calls it with (such as sigmas, timesteps or strength)"
 
 
 class StepClock:
@@ -205,13 +207,13 @@ class StepClock:
 
     def _handle_unknown(self, wanted: Tensor, is_far: Tensor) -> None:
         first = wanted.reshape(-1)[is_far.reshape(-1)][0].item()
-        grid = (
-            f"{len(self.timesteps.unique())} steps, {self.timesteps.max().item():g} to {self.timesteps.min().item():g}"
-        )
+        count = len(self.timesteps.unique())
+        grid = f"{count} steps, {self.timesteps.max().item():g} to {self.timesteps.min().item():g}"
         if self.unknown is UnknownTimestep.ERROR:
             raise UnknownTimestepError(
                 f"timestep: got {first:g}, wanted one of the trajectory that {self.model} was calibrated on ({grid}); "
                 f"sample with the scheduler in its scheduler/ folder and num_inference_steps={self.num_inference_steps}"
+                + ("" if count == self.num_inference_steps else _ELSE)
             )
         warnings.warn(
             f"timestep {first:g} is not in the calibrated trajectory ({grid}); using the nearest step", stacklevel=3

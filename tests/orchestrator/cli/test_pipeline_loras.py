@@ -169,8 +169,8 @@ def test_files_that_are_no_loras_of_the_model_are_refused(
     save_file(other, tmp_path / "other.safetensors")
     save_file({"unet.x.lora_A.weight": torch.full((1, 3), float("nan"))}, tmp_path / "nan.safetensors")
     save_file(load_file(good) | other, tmp_path / "part.safetensors")
-    places = {"GOOD": good, "PART": tmp_path / "part.safetensors", "OTHER": tmp_path / "other.safetensors", "TEXT": tmp_path / "text.txt",
-              "NAN": tmp_path / "nan.safetensors"}  # fmt: skip
+    places = {"GOOD": good, "TEXT": tmp_path / "text.txt"}
+    places |= {name.upper(): tmp_path / f"{name}.safetensors" for name in ("part", "other", "nan")}
     name, colon, scale = text.partition(":")
     answer = cli("models", "add", sd, "--lora", f"{places.get(name, name)}{colon}{scale}")
     assert (answer.code, answer.out) == (2, "")

@@ -233,6 +233,20 @@ def test_denoiser_only_is_the_form_that_load_quantized_takes(cli: Cli, used: Pat
         assert torch.equal(tensor, alone.state_dict()[name]), name
 
 
+def test_sigmas_of_ones_own_are_named_where_steps_alone_give_others(
+    cli: Cli, used: Path, tmp_path: Path, without_ray: None
+) -> None:
+    told = {"sigmas": [1.0, 0.6, 0.3], "max_sequence_length": 16}
+    words = ["--prompts", used / "prompts.txt", *SET, "--set", "sampler.num_inference_steps=20"]
+    words += ["--set", f"sampler.arguments={json.dumps(told)}", "--out", tmp_path / "out"]
+    answer = cli("run", "minmax-w8a8", "--model", "sd3", *words)
+    assert answer.code == 0, answer.err
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    with pytest.raises(UnknownTimestepError, match=r"num_inference_steps=20, and with what else its README.md calls"):
+        draw(loaded, 20, height=16, width=16, max_sequence_length=16)
+    assert draw(loaded, 20, height=16, width=16, **told).shape == (16, 16, 3)
+
+
 def test_denoiser_only_of_a_bare_release_is_refused(
     cli: Cli, used: Path, tmp_path: Path, without_ray: None, digits: Path
 ) -> None:

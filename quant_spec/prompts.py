@@ -191,9 +191,7 @@ def _lines(rows: Sequence[tuple[int, str]], where: str) -> Iterator[PromptLine]:
             yield _line(_object(row, f"{where}:{number}"), f"{where}:{number}")
     elif first.startswith("[") and _is_array("\n".join(row for _, row in rows)):
         raise InvalidInputError(f"{where}: got a JSON array, wanted JSON lines: an object in each line")
-    elif (
-        "," in first and (cells := {cell.strip(' "') for cell in first.split(",")}) <= set(_COLUMNS) and len(cells) > 1
-    ):
+    elif _is_csv_header(first):
         raise InvalidInputError(f"{where}: got columns with commas between them ({first}), wanted tabs, or JSON lines")
     elif {"prompt", "class_label"} & set(columns) or (len(columns) > 1 and all(map(str.isidentifier, columns))):
         if twice := sorted({name for name in columns if columns.count(name) > 1}):
@@ -232,6 +230,11 @@ def _without_doubles(pairs: Sequence[tuple[str, Any]], where: str) -> dict[str, 
             f"{where}: got a key more than once ({', '.join(key for key, _ in pairs)}), wanted once"
         )
     return value
+
+
+def _is_csv_header(text: str) -> bool:
+    names = {name.strip(' "') for name in text.split(",")}
+    return len(names) > 1 and names <= set(_COLUMNS)
 
 
 def _is_array(text: str) -> bool:

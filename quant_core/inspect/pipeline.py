@@ -113,11 +113,11 @@ def describe_pipeline(denoiser: Denoiser) -> tuple[dict[str, Any], Call | None]:
             script, gmacs = _rehearse(pipeline, sampler, line)
             break
         except Exception as caught:  # a stranger's call may raise anything
-            error = caught.__cause__ if isinstance(caught.__cause__, TypeError | ValueError) else caught
-            reason = (str(error).strip().splitlines() or [""])[0]
-            said = f"its call raised {type(error).__name__.strip('_')}: {reason}"
+            raised = caught.__cause__ if isinstance(caught.__cause__, TypeError | ValueError) else caught
+            reason = (str(raised).strip().splitlines() or [""])[0]
+            said = f"its call raised {type(raised).__name__.strip('_')}: {reason}"
             problem = said if problem is None or too_large else problem
-            too_large = isinstance(error, _TooLargeError)
+            too_large = isinstance(raised, _TooLargeError)
     else:
         return facts | {"problem": problem}, None
     facts |= {"needs": [name for name, _ in line.more], "arguments": size}

@@ -148,8 +148,8 @@ def check_prediction_shape(model: nn.Module, x: Tensor, shape: tuple[int, ...]) 
         return
     raise DenoiserError(
         f"{type(model).__name__}: got predictions of shape {tuple(shape[1:])} for inputs of {tuple(x.shape[1:])}, "
-        "wanted the same shape: models whose input is a concatenation (inpainting, image conditioning) cannot be "
-        "quantized yet"
+        "wanted the same shape, or a whole pipeline: a model whose input is a concatenation (inpainting, image "
+        "conditioning) is quantized by its pipeline's own call"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -102,7 +102,6 @@ def _check(content: Path | bytes, model: ModelRow, told: str, recipe: Recipe) ->
             f"prompts: got sizes in {path}, wanted none: the call of {model.name} takes no height and width"
         )
     _check_size(line, path, recipe.sampler.arguments)
-    _check_seeds(lines, path, recipe)
     labels = model.inspection["label_count"]
     wrong = [
         line.class_label for line in lines if line.class_label is not None and labels and line.class_label >= labels
@@ -119,26 +118,22 @@ def _check_size(line: PromptLine, path: Path | str, arguments: Mapping[str, Any]
         raise RecipeError(f"prompts: got size {own} in {path}, and {got} besides (--size), wanted one of them")
 
 
-def _check_seeds(lines: Sequence[PromptLine], path: Path | str, recipe: Recipe) -> None:
-    """Refuse an evaluation that would draw the same sample twice, and count it as two."""
-    told = select_part(lines, PromptPart.EVALUATION)
-    seeds = recipe.evaluation.seeds
-    if seeds > len(told) and any(line.seed is not None for line in told):
-        raise RecipeError(
-            f"prompts: got {len(told)} lines to measure on in {path}, with seeds of their own, for evaluation.seeds "
-            f"{seeds}, which would draw some samples twice; wanted as many at most, more lines, or none with seeds"
-        )
-
-
 def notify_repeated(loaded: LoadedRecipe, notify: Callable[[str], None]) -> None:
-    """Say how many of the lines that a job is measured on are among those that it is calibrated with.
+    """Say how many of the lines that a job is measured on are among those that it is calibrated with, or count twice.
 
-    Class labels, and a single line, are used by both, as they are all that there is.
+    Class labels, and a single line, are used by both, as they are all that there is. Lines with seeds of their own draw
+    the same samples again where there are fewer than are measured.
     """
     content = None if loaded.recipe.prompts is None else loaded.files.get(loaded.recipe.prompts)
     if content is None or content == NEUTRAL:
         return
     lines = read_prompts(content.read_bytes() if isinstance(content, Path) else content)
+    told, seeds = select_part(lines, PromptPart.EVALUATION), loaded.recipe.evaluation.seeds
+    if seeds > len(told) and any(line.seed is not None for line in told):
+        notify(
+            f"prompts: {len(told)} lines with seeds of their own are measured on {seeds} times, so that samples count "
+            f"more than once; evaluation.seeds={len(told)} counts each once"
+        )
     if len(lines) == 1 or lines[0].class_label is not None:
         return
     fitted, measured = (

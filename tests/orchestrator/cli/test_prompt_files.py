@@ -58,7 +58,6 @@ def submit(registered: Path, home: Path, tmp_path: Path, cli: Cli) -> Callable[.
         ("lcm", "prompt\tnegative_prompt\nowl\tugly\nred heart\t\n", (), "got negative_prompt in "),
         ("dit", "class_label\tnegative_prompt\n1\tugly\n2\t\n", (), "got negative_prompt in "),
         ("sd", "prompt\tsize\nowl\t64\nred heart\t64\n", ("--size", "32x48"), "got size 64x64 in "),
-        ("sd", "prompt\tseed\nowl\t1\nred heart\t2\n", (), "got 1 lines to measure on in "),
         ("sd", "owl\n", ("--set", "sampler.arguments={sigmas: [9.0, 1.0]}"), "got some for DDIMScheduler, which"),
         ("dit", "1\n", ("--size", "16"), "wanted what the call of model dit (DiTPipeline) takes: nothing besides"),
     ],
@@ -75,6 +74,12 @@ def test_what_would_be_ignored_is_refused_at_submit(
 def test_the_same_size_twice_and_a_seed_for_each_sample_are_fine(submit: Callable[..., Any]) -> None:
     text = "prompt\tsize\tseed\n" + "".join(f"owl\t64\t{seed}\n" for seed in range(4))
     assert submit(text, "--size", "64").code == 0
+
+
+def test_samples_that_count_twice_are_told(submit: Callable[..., Any]) -> None:
+    answer = submit("prompt\tseed\nowl\t1\nred heart\t2\n")
+    assert answer.code == 0
+    assert "prompts: 1 lines with seeds of their own are measured on 2 times" in answer.err
 
 
 def test_what_is_measured_on_prompts_that_calibrate_says_so(submit: Callable[..., Any]) -> None:

@@ -48,7 +48,9 @@ def differences_cost(costs: Costs, config: Differences, layers: int) -> Cost:
     work = costs.quantized_forward(rows * steps, rows) + giga(
         steps * (layers * _CHOICE + rows * costs.elements * QUANTIZE)
     )
+    held = rows * min(config.state_mib * 2**20, 8 * costs.elements)
     if config.by_effect:
         work = 2 * work + layers * costs.forward(2 * steps, steps) / 2
-    held = rows * min(config.state_mib * 2**20, 8 * costs.elements)
+        # What all layers gave, of one sample at all steps; and a second model.
+        held = max(held, steps * 4 * costs.elements) + costs.model_bytes
     return Cost(work, costs.memory(rows, costs.model_bytes + held))

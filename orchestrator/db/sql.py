@@ -27,7 +27,7 @@ _NOW = {
     POSTGRES: "CAST(extract(epoch FROM statement_timestamp()) AS double precision)",
 }
 
-_ROWS_A_WRITE = 100
+_ROWS_A_WRITE = 300
 _ESCAPED = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 #: Writes a value as JSON. One encoder for all: `json.dumps` makes one for each call.

@@ -32,6 +32,8 @@ from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEve
 from quant_spec.errors import InvalidInputError
 from workers.execution.cluster import MEMORY_STEP, in_steps
 
+# Nodes that are held at once: the more, the fewer statements, each of which costs some.
+_AT_ONCE = 4000
 _BLOCKED = TaskState.BLOCKED.value
 _PRESENT = statement("SELECT tasks.id, tasks.seq FROM {given} JOIN tasks ON tasks.id = given.id", {"id": "text"})
 # The number that the first of some new tasks takes; the others follow it. On Postgres all of them are used up then.
@@ -73,7 +75,7 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
     seen: dict[str, int] = {}
     ready: list[str] = []
     is_shared = begun
-    for batch in batches(nodes):
+    for batch in batches(nodes, _AT_ONCE):
         wanted = _unseen(batch, seen)
         new = _add(session, job_id, shared, wanted, seen, begun=begun)
         ready += [item.node.id for item in new if not item.places]
@@ -236,21 +238,21 @@ def _add(
     if new:
         first = run(session, _NEXT_SEQ, count=len(new))[0].seq
         seqs.update((item.node.id, seq) for seq, item in enumerate(new, first))
-        insert_rows(session, Task, _TASK, (_task_values(item, seqs[item.node.id], shared) for item in new))
+        values = (_task_values(item, seqs[item.node.id], shared) for item in new)
+        insert_rows(session, Task, _TASK, values, same=_same_values(shared))
     if any(item.places for item in new):
         edges = ((seqs[item.node.id], seqs[source], places) for item in new for source, places in item.places.items())
-        insert_rows(session, TaskInput, EDGE, edges)
-    insert_rows(session, JobTask, _WANTED, ((job_id, each, False) for each in ids), maybe=begun)
+        insert_rows(session, TaskInput, EDGE, edges, same={})
+    same = {"job_id": job_id, "cached": False}
+    insert_rows(session, JobTask, ("task_id",), ((each,) for each in ids), same=same, maybe=begun)
     return new
 
 
-_WANTED = ("job_id", "task_id", "cached")
 #: What a task asks for; the claim reads tasks that ask for the same as one group.
 NEEDS = ("cpus", "gpus", "memory_bytes", "gpu_memory_bytes", "device", "gpu_type")
 _TASK = (
-    *("seq", "id", "kind", "version", "params", "inputs", *NEEDS, "needs", "work", "label", "state", "waiting"),
-    *("priority", "deterministic", "deadline_seconds", "rank"),
-    *("not_before", "attempt", "faults_task", "faults_infrastructure"),
+    *("seq", "id", "kind", "version", "params", "inputs", "cpus", "gpus", "memory_bytes", "gpu_memory_bytes"),
+    *("needs", "work", "label", "waiting", "rank"),
 )
 
 
@@ -270,17 +272,26 @@ def _task_values(item: _Item, seq: int, shared: _Shared) -> tuple[Any, ...]:
     """Return the values of `_TASK`."""
     node, resources = item.node, item.node.resources
     must = shared.device == "cuda" and resources.gpu_memory_bytes > 0
-    needs = (
-        resources.cpus,
-        max(resources.gpus, 1.0) if must else resources.gpus,
-        resources.memory_bytes,
-        resources.gpu_memory_bytes,
-        shared.device,
-        shared.gpu_type,
-    )
+    gpus = max(resources.gpus, 1.0) if must else resources.gpus
+    asked = (resources.cpus, gpus, resources.memory_bytes, resources.gpu_memory_bytes)
     return (
-        *(seq, node.id, node.kind, node.version, dump(dict(node.params)), dump(inputs_json(node.inputs))),
-        *(*needs, needs_of(*needs), node.work, node.label, _BLOCKED, len(item.places)),
-        *(shared.priority, shared.deterministic, shared.deadline_seconds, next(shared.ranks)),
-        *(0.0, 0, 0, 0),
+        *(seq, node.id, node.kind, node.version, dump(dict(node.params)), dump(inputs_json(node.inputs)), *asked),
+        *(needs_of(*asked, shared.device, shared.gpu_type), node.work, node.label, len(item.places)),
+        next(shared.ranks),
     )
+
+
+def _same_values(shared: _Shared) -> dict[str, Any]:
+    """Return the columns that have the same values in all new tasks of a job."""
+    return {
+        "state": _BLOCKED,
+        "priority": shared.priority,
+        "device": shared.device,
+        "gpu_type": shared.gpu_type,
+        "deterministic": shared.deterministic,
+        "deadline_seconds": shared.deadline_seconds,
+        "not_before": 0.0,
+        "attempt": 0,
+        "faults_task": 0,
+        "faults_infrastructure": 0,
+    }

@@ -7,7 +7,7 @@ import uuid
 import sqlalchemy as sa
 from alembic import op
 
-from orchestrator.db.reference_checks import REFERENCES, create_checks, drop_checks
+from orchestrator.db.reference_checks import Reference, create_checks, drop_checks
 
 revision = "2026.12.0"
 down_revision = "2026.11.0"
@@ -17,6 +17,14 @@ depends_on = None
 JSON = sa.JSON(none_as_null=True)
 DOUBLE = sa.Float(precision=53)
 
+REFERENCES = (
+    Reference("task_inputs", "task_id", "tasks"),
+    Reference("task_inputs", "source_id", "tasks"),
+    Reference("job_tasks", "job_id", "jobs"),
+    Reference("job_tasks", "task_id", "tasks"),
+    Reference("events", "job_id", "jobs"),
+    Reference("events", "task_id", "tasks"),
+)
 # Tasks of nearly the same size are one group.
 _MEMORY_STEP = 256 << 20
 
@@ -61,9 +69,9 @@ def upgrade() -> None:
     op.drop_index("ix_events_job_id", "events")
     op.create_index("ix_events_job_id", "events", ["job_id"], **_where("job_id IS NOT NULL"))
     if _is_postgres():
-        for table, held, _ in REFERENCES:
+        for table, held, _, _ in REFERENCES:
             op.drop_constraint(f"fk_{table}_{held}", table, type_="foreignkey")
-        for statement in create_checks():
+        for statement in create_checks(REFERENCES):
             op.execute(statement)
     op.create_table(
         "service",
@@ -109,9 +117,9 @@ def downgrade() -> None:
     for table in ("search_points", "search_models", "searches", "owners"):
         op.drop_table(table)
     if _is_postgres():
-        for statement in drop_checks():
+        for statement in drop_checks(REFERENCES):
             op.execute(statement)
-        for table, held, target in REFERENCES:
+        for table, held, target, _ in REFERENCES:
             op.create_foreign_key(f"fk_{table}_{held}", table, target, [held], ["id"])
     op.drop_index("ix_events_job_id", "events")
     op.create_index("ix_events_job_id", "events", ["job_id"])

@@ -230,6 +230,10 @@ def look_at(
 
     A model whose digest is registered is not inspected again, unless its inspection lacks what is looked for now.
     """
+    place = source if source.startswith(_HUB) else str(Path(source).expanduser().absolute())
+    if not source or place != place.encode(errors="replace").decode():
+        wanted = "a path in UTF-8" if source else "a diffusers model folder or hf:owner/name"
+        raise InvalidInputError(f"model: got {place if source else source!r}, wanted {wanted}")
     if source.startswith(_HUB):
         notify(f"fetching {source}")
     record = import_model(store, resolve_source(source), sample_size, allowed=service.settings.allowed_paths)
@@ -243,7 +247,7 @@ def look_at(
         name=default_model_name(source),
         digest=record.digest,
         class_name=record.class_name,
-        source=source if source.startswith(_HUB) else str(Path(source).expanduser().absolute()),
+        source=place,
         bytes=record.bytes,
         parameters=record.parameters,
         inspection=inspection,

@@ -21,6 +21,7 @@ from orchestrator.actions.views import release_view
 from orchestrator.cli.app import App, Group, pass_app
 from orchestrator.cli.jobs import metric_lines
 from orchestrator.cli.keys import key_option
+from orchestrator.cli.numbers import FiniteRange
 from orchestrator.cli.pull import artifacts_pull
 from orchestrator.db.releases import list_releases, set_alias
 from orchestrator.text import table
@@ -206,7 +207,7 @@ def artifacts_diff(app: App, ref_a: str, ref_b: str) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option(
     "--grace",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     default=GRACE_SECONDS / 3600,
     show_default=True,
     metavar="HOURS",

@@ -10,6 +10,7 @@ import click
 from orchestrator.actions.cluster import ran_lines
 from orchestrator.actions.jobs import exit_code, job_events, show_job, show_jobs, wait_for_job
 from orchestrator.cli.app import App, Group, pass_app
+from orchestrator.cli.numbers import FiniteRange
 from orchestrator.db.jobs import cancel_job, find_job, retry_job
 from orchestrator.scheduling.running import step_text
 from orchestrator.states import JobState
@@ -62,9 +63,7 @@ def jobs_logs(app: App, job: str, follow: bool) -> None:
 
 @jobs.command("wait")
 @click.argument("job")
-@click.option(
-    "--timeout", type=click.FloatRange(0), metavar="SECONDS", help="Give up after so long, with exit code 101."
-)
+@click.option("--timeout", type=FiniteRange(0), metavar="SECONDS", help="Give up after so long, with exit code 101.")
 @pass_app
 def jobs_wait(app: App, job: str, timeout: float | None) -> int:
     """Wait until a job has ended.

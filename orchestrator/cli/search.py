@@ -21,6 +21,7 @@ from orchestrator.actions.searches import (
 )
 from orchestrator.actions.sensitivity import MOST_LAYERS, SearchTables, find_sensitivities, sensitivity_text
 from orchestrator.cli.app import App, Group, pass_app
+from orchestrator.cli.numbers import FiniteRange
 from orchestrator.db.rows import SearchRow
 from orchestrator.db.searches import cancel_search, find_search
 from orchestrator.logs import log_format, log_to_stderr
@@ -60,9 +61,11 @@ def _request_options(function: F) -> F:
 @search.command("run")
 @_request_options
 @click.option(
-    "--damage", type=click.FloatRange(0), metavar="X", help="Say the smallest file predicted to do at most this damage."
+    "--damage", type=FiniteRange(0), metavar="X", help="Say the smallest file predicted to do at most this damage."
 )
-@click.option("--psnr-db", type=float, metavar="X", help="Say the smallest file predicted to reach at least this PSNR.")
+@click.option(
+    "--psnr-db", type=FiniteRange(), metavar="X", help="Say the smallest file predicted to reach at least this PSNR."
+)
 @pass_app
 def search_run(
     app: App,

@@ -225,6 +225,9 @@ def converted_errors(url: URL) -> Iterator[None]:
         yield
     except SQLAlchemyError as error:
         raise _convert(error, url) from error
+    except UnicodeEncodeError as error:
+        # Half a character, as in the name of a file that is not UTF-8. No outage: it would be waited out for ever.
+        raise InvalidInputError(f"text for the database: got {error.object!r}, wanted UTF-8") from error
 
 
 def _convert(error: SQLAlchemyError, url: URL) -> DatabaseError:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.event_log import record_event
 from orchestrator.db.fairness import next_rank, note_rank
-from orchestrator.db.lineage import EDGE, input_edges
+from orchestrator.db.lineage import EDGE, read_places
 from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
 from orchestrator.db.promote import complete, queue_new, recount
 from orchestrator.db.rows import EnqueueCounts
@@ -32,8 +32,18 @@ from orchestrator.states import ACTIVE_JOBS, UNFINISHED_TASKS, JobEvent, TaskEve
 from quant_spec.errors import InvalidInputError
 from workers.execution.cluster import MEMORY_STEP, in_steps
 
+# Nodes that are held at once: the more, the fewer statements, each of which costs some.
+_AT_ONCE = 4000
 _BLOCKED = TaskState.BLOCKED.value
-_PRESENT = statement("SELECT tasks.id FROM {given} JOIN tasks ON tasks.id = given.id", {"id": "text"})
+_PRESENT = statement("SELECT tasks.id, tasks.seq FROM {given} JOIN tasks ON tasks.id = given.id", {"id": "text"})
+# The number that the first of some new tasks takes; the others follow it. On Postgres all of them are used up then.
+_NEXT_SEQ = statement(
+    "SELECT coalesce(max(seq), 0) + 1 AS seq FROM tasks",
+    postgres="""
+    SELECT setval(name, nextval(name) + CAST(:count AS bigint) - 1) - CAST(:count AS bigint) + 1 AS seq
+    FROM CAST(pg_get_serial_sequence('tasks', 'seq') AS regclass) AS name
+    """,
+)
 
 
 def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], target: TaskNode) -> EnqueueCounts:
@@ -62,13 +72,13 @@ def enqueue_graph(session: Session, job_id: str, nodes: Iterable[TaskNode], targ
     first = next_rank(session, job_id)
     shared = _of_job(session, job_id, first)
     begun = session.execute(select(JobTask.task_id).where(JobTask.job_id == job_id).limit(1)).first() is not None
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     ready: list[str] = []
     is_shared = begun
-    for batch in batches(nodes):
+    for batch in batches(nodes, _AT_ONCE):
         wanted = _unseen(batch, seen)
-        new = _add(session, job_id, shared, wanted, begun=begun)
-        ready += [item.node.id for item in new if not item.sources]
+        new = _add(session, job_id, shared, wanted, seen, begun=begun)
+        ready += [item.node.id for item in new if not item.places]
         is_shared = is_shared or len(new) < len(wanted)
     if target.id not in seen:
         raise GraphError(f"graph of job {job_id}: got no target {target.id[:12]} among {len(seen)} tasks")
@@ -188,50 +198,61 @@ def _of_job(session: Session, job_id: str, first_rank: float = 0.0) -> _Shared:
 
 
 class _Item(NamedTuple):
-    """A task of a graph and the ids of those that it reads."""
+    """A task of a graph, and what it reads (`lineage.read_places`)."""
 
     node: TaskNode
-    sources: set[str]
+    places: dict[str, str]
 
 
-def _unseen(batch: Sequence[TaskNode], seen: set[str]) -> list[_Item]:
-    """Drop repetitions, and see to it that each task comes after those that it reads."""
+def _unseen(batch: Sequence[TaskNode], seen: dict[str, int]) -> list[_Item]:
+    """Drop repetitions, and see to it that each task comes after those that it reads.
+
+    `seen` are the numbers of tasks by id; those of the batch are not known yet.
+    """
     new: list[_Item] = []
     for node in batch:
-        sources = node.sources()
-        if not sources <= seen:
+        places = read_places(node)
+        if not places.keys() <= seen.keys():
             raise GraphError(
-                f"task {node.id[:12]} ({node.label or node.kind}): reads {sorted(sources - seen)[0][:12]}, "
+                f"task {node.id[:12]} ({node.label or node.kind}): reads {min(places.keys() - seen.keys())[:12]}, "
                 "wanted a task that came before it"
             )
         if node.id not in seen:
-            seen.add(node.id)
-            new.append(_Item(node, sources))
+            seen[node.id] = 0
+            new.append(_Item(node, places))
     return new
 
 
-def _add(session: Session, job_id: str, shared: _Shared, items: Sequence[_Item], *, begun: bool) -> list[_Item]:
-    """Add the tasks that are not there yet, and return them; let the job, which may have some, want all."""
+def _add(
+    session: Session, job_id: str, shared: _Shared, items: Sequence[_Item], seqs: dict[str, int], *, begun: bool
+) -> list[_Item]:
+    """Add the tasks that are not there yet, and return them; let the job, which may have some, want all.
+
+    The numbers of all are put into `seqs`.
+    """
     # Only enqueueing adds tasks, under its own lock, and nothing removes them: what is absent now stays absent.
     ids = [item.node.id for item in items]
-    present = {row.id for row in run(session, _PRESENT, given=rows_json([{"id": each} for each in ids]))}
+    present = {row.id: row.seq for row in run(session, _PRESENT, given=rows_json([{"id": each} for each in ids]))}
     new = [item for item in items if item.node.id not in present]
+    seqs.update(present)
     if new:
-        insert_rows(session, Task, _TASK, (_task_values(item, shared) for item in new))
-    if any(item.sources for item in new):
-        edges = (edge for item in new if item.sources for edge in input_edges(item.node))
-        insert_rows(session, TaskInput, EDGE, edges)
-    insert_rows(session, JobTask, _WANTED, ((job_id, each, False) for each in ids), maybe=begun)
+        first = run(session, _NEXT_SEQ, count=len(new))[0].seq
+        seqs.update((item.node.id, seq) for seq, item in enumerate(new, first))
+        values = (_task_values(item, seqs[item.node.id], shared) for item in new)
+        insert_rows(session, Task, _TASK, values, same=_same_values(shared))
+    if any(item.places for item in new):
+        edges = ((seqs[item.node.id], seqs[source], places) for item in new for source, places in item.places.items())
+        insert_rows(session, TaskInput, EDGE, edges, same={})
+    same = {"job_id": job_id, "cached": False}
+    insert_rows(session, JobTask, ("task_id",), ((each,) for each in ids), same=same, maybe=begun)
     return new
 
 
-_WANTED = ("job_id", "task_id", "cached")
 #: What a task asks for; the claim reads tasks that ask for the same as one group.
 NEEDS = ("cpus", "gpus", "memory_bytes", "gpu_memory_bytes", "device", "gpu_type")
 _TASK = (
-    *("id", "kind", "version", "params", "inputs", *NEEDS, "needs", "work", "label", "state", "waiting"),
-    *("priority", "deterministic", "deadline_seconds", "rank"),
-    *("not_before", "attempt", "faults_task", "faults_infrastructure"),
+    *("seq", "id", "kind", "version", "params", "inputs", "cpus", "gpus", "memory_bytes", "gpu_memory_bytes"),
+    *("needs", "work", "label", "waiting", "rank"),
 )
 
 
@@ -247,21 +268,30 @@ def needs_of(
     return f"{float(cpus)}/{float(gpus)}/{steps[0]}/{steps[1]}/{device}/{gpu_type}"
 
 
-def _task_values(item: _Item, shared: _Shared) -> tuple[Any, ...]:
+def _task_values(item: _Item, seq: int, shared: _Shared) -> tuple[Any, ...]:
     """Return the values of `_TASK`."""
     node, resources = item.node, item.node.resources
     must = shared.device == "cuda" and resources.gpu_memory_bytes > 0
-    needs = (
-        resources.cpus,
-        max(resources.gpus, 1.0) if must else resources.gpus,
-        resources.memory_bytes,
-        resources.gpu_memory_bytes,
-        shared.device,
-        shared.gpu_type,
-    )
+    gpus = max(resources.gpus, 1.0) if must else resources.gpus
+    asked = (resources.cpus, gpus, resources.memory_bytes, resources.gpu_memory_bytes)
     return (
-        *(node.id, node.kind, node.version, dump(dict(node.params)), dump(inputs_json(node.inputs))),
-        *(*needs, needs_of(*needs), node.work, node.label, _BLOCKED, len(item.sources)),
-        *(shared.priority, shared.deterministic, shared.deadline_seconds, next(shared.ranks)),
-        *(0.0, 0, 0, 0),
+        *(seq, node.id, node.kind, node.version, dump(dict(node.params)), dump(inputs_json(node.inputs)), *asked),
+        *(needs_of(*asked, shared.device, shared.gpu_type), node.work, node.label, len(item.places)),
+        next(shared.ranks),
     )
+
+
+def _same_values(shared: _Shared) -> dict[str, Any]:
+    """Return the columns that have the same values in all new tasks of a job."""
+    return {
+        "state": _BLOCKED,
+        "priority": shared.priority,
+        "device": shared.device,
+        "gpu_type": shared.gpu_type,
+        "deterministic": shared.deterministic,
+        "deadline_seconds": shared.deadline_seconds,
+        "not_before": 0.0,
+        "attempt": 0,
+        "faults_task": 0,
+        "faults_infrastructure": 0,
+    }

@@ -7,32 +7,36 @@ owners with work take turns, whoever came first with however much, and nobody sa
 
 from __future__ import annotations
 
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from orchestrator.db.models import Job, Owner, Task, in_states
-from orchestrator.db.statements import insert_into
+from orchestrator.db.models import sql_list
+from orchestrator.db.sql import run, send, statement
 from orchestrator.states import TaskState
+
+# The service is at the lowest rank that runs, else that waits, else behind all that ever came. Each state by itself:
+# its partial index is read.
+_LOWEST = "SELECT min(tasks.rank) FROM tasks WHERE tasks.state = {}"
+_NEXT = statement(
+    f"""
+    SELECT coalesce(({_LOWEST.format(sql_list([TaskState.RUNNING]))}), ({_LOWEST.format(sql_list([TaskState.QUEUED]))}),
+                    (SELECT max(rank) FROM owners), 0.0) AS now,
+           (SELECT owners.rank FROM owners JOIN jobs ON jobs.owner = owners.name WHERE jobs.id = :job) AS last
+    """
+)
+_NOTE = statement(
+    """
+    INSERT INTO owners (name, rank) SELECT owner, :rank FROM jobs WHERE id = :job
+    ON CONFLICT (name) DO UPDATE SET rank = excluded.rank
+    """
+)
 
 
 def next_rank(session: Session, job_id: str) -> float:
     """Return the rank of the next task that a job's owner brings; call under `lock_enqueue`."""
-    owner = select(Job.owner).where(Job.id == job_id).scalar_subquery()
-    last = session.scalar(select(Owner.rank).where(Owner.name == owner))
-    return max(_now(session), 0.0 if last is None else last)
+    (row,) = run(session, _NEXT, job=job_id)
+    return max(float(row.now), 0.0 if row.last is None else row.last)
 
 
 def note_rank(session: Session, job_id: str, rank: float) -> None:
     """Note where a job's owner goes on; call under `lock_enqueue`."""
-    owner = session.scalar(select(Job.owner).where(Job.id == job_id))
-    statement = insert_into(session, Owner).values(name=owner, rank=rank)
-    session.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"rank": rank}))
-
-
-def _now(session: Session) -> float:
-    """Return where the service is: at the lowest rank that runs, else that waits, else behind all that ever came."""
-    for state in (TaskState.RUNNING, TaskState.QUEUED):
-        lowest = session.scalar(select(func.min(Task.rank)).where(in_states(Task.state, [state])))
-        if lowest is not None:
-            return float(lowest)
-    return float(session.scalar(select(func.max(Owner.rank))) or 0.0)
+    send(session, _NOTE, job=job_id, rank=rank)

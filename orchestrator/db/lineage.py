@@ -16,18 +16,18 @@ from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.states import TaskState
 from quant_spec.kinds import KINDS
 
-#: The columns of `input_edges`.
-EDGE = ("task_id", "source_id", "places")
+#: The columns of an edge that is inserted.
+EDGE = ("task_seq", "source_seq", "places")
 
 
-def input_edges(node: TaskNode) -> list[tuple[str, str, str]]:
-    """Return a task's rows of `task_inputs`: each task that it reads, and where the outputs go, as JSON."""
+def read_places(node: TaskNode) -> dict[str, str]:
+    """Return the tasks that a task reads, and where the outputs of each go: `task_inputs.places`, as JSON."""
     places: dict[str, list[tuple[str, int, str]]] = {}
     for name, items in node.inputs.items():
         for position, item in enumerate(items):
             if isinstance(item, TaskRef):
                 places.setdefault(item.task, []).append((name, position, item.output))
-    return [(node.id, source, _places_json(tuple(places[source]))) for source in sorted(places)]
+    return {source: _places_json(tuple(each)) for source, each in places.items()}
 
 
 @lru_cache(maxsize=4096)
@@ -42,18 +42,21 @@ def referring_inputs(session: Session, tasks: Sequence[str]) -> dict[str, dict[s
     """
     inputs: dict[str, dict[str, list[Any]]] = {}
     for batch in batches(tasks):
-        for row in session.execute(select(Task.id, Task.inputs).where(Task.id.in_(batch))):
+        numbers: dict[int, str] = {}
+        for row in session.execute(select(Task.seq, Task.id, Task.inputs).where(Task.id.in_(batch))):
+            numbers[row.seq] = row.id
             inputs[row.id] = {name: list(items) for name, items in row.inputs.items()}
-        for edge in session.scalars(select(TaskInput).where(TaskInput.task_id.in_(batch))):
+        edges = select(TaskInput.task_seq, Task.id, TaskInput.places).join(Task, Task.seq == TaskInput.source_seq)
+        for edge in session.execute(edges.where(TaskInput.task_seq.in_(numbers))):
             for name, position, output in edge.places or ():
-                inputs[edge.task_id][name][position] = {"task": edge.source_id, "output": output}
+                inputs[numbers[edge.task_seq]][name][position] = {"task": edge.id, "output": output}
     return inputs
 
 
 def ancestry(tasks: Sequence[str]) -> CTE:
-    """Return the ids of tasks and of all that they depend on, as a table for another query."""
-    found = select(Task.id).where(Task.id.in_(tasks)).cte("ancestry", recursive=True)
-    return found.union(select(TaskInput.source_id).join(found, TaskInput.task_id == found.c.id))
+    """Return the numbers of tasks and of all that they depend on, as a table for another query."""
+    found = select(Task.seq).where(Task.id.in_(tasks)).cte("ancestry", recursive=True)
+    return found.union(select(TaskInput.source_seq).join(found, TaskInput.task_seq == found.c.seq))
 
 
 def tree_outputs(session: Session, tasks: Sequence[str]) -> set[str]:
@@ -61,7 +64,7 @@ def tree_outputs(session: Session, tasks: Sequence[str]) -> set[str]:
     kinds = {name: kind.trees for name, kind in KINDS.items() if kind.trees}
     own = ancestry(tasks)
     statement = select(Result.kind, Result.outputs).join(Task, Task.key == Result.key)
-    rows = session.execute(statement.where(Task.id.in_(select(own.c.id)), Result.kind.in_(kinds)))
+    rows = session.execute(statement.where(Task.seq.in_(select(own.c.seq)), Result.kind.in_(kinds)))
     trees = {row.outputs[name] for row in rows for name in kinds[row.kind] if name in row.outputs}
     models = select(Job.model_digest).join(JobTask, JobTask.job_id == Job.id).where(JobTask.task_id.in_(tasks))
     return trees | set(session.scalars(models))
@@ -74,15 +77,16 @@ def makers(session: Session, tasks: Sequence[str], blobs: Collection[str]) -> di
     """
     own = ancestry(tasks)
     named = or_(*[cast(Result.outputs, Text).contains(digest) for digest in sorted(blobs)])
-    keys = select(Task.key).where(Task.id.in_(select(own.c.id)))
+    keys = select(Task.key).where(Task.seq.in_(select(own.c.seq)))
     rows = session.execute(select(Result.key, Result.kind).where(Result.key.in_(keys), named))
     return {row.key: row.kind for row in rows}
 
 
 def is_outdated(session: Session, task: str, inputs: Mapping[str, Sequence[Any]]) -> bool:
     """Say whether a task that is about to read `inputs` would be given others now: what it reads was made again."""
-    edges = select(TaskInput.places, Result.outputs).join(Task, Task.id == TaskInput.source_id)
-    edges = edges.join(Result, Result.key == Task.key).where(TaskInput.task_id == task)
+    edges = select(TaskInput.places, Result.outputs).join(Task, Task.seq == TaskInput.source_seq)
+    reader = select(Task.seq).where(Task.id == task).scalar_subquery()
+    edges = edges.join(Result, Result.key == Task.key).where(TaskInput.task_seq == reader)
     return any(
         inputs[name][position] != row.outputs.get(output)
         for row in session.execute(edges)

@@ -39,7 +39,7 @@ from orchestrator.db.reference_checks import add_to, reference
 from orchestrator.states import ACTIVE_JOBS, JobState, TaskState
 
 #: Schema revisions, oldest first, as named in migrations/versions. The last is the one that this code works with.
-REVISIONS = ("2026.11.0", "2026.12.0")
+REVISIONS = ("2026.11.0", "2026.12.0", "2026.12.1")
 
 Digest = String(64)
 Name = String(128)
@@ -224,17 +224,20 @@ class Owner(Base):
 
 
 class TaskInput(Base):
-    """Task `task_id` reads outputs of task `source_id`.
+    """The task numbered `task_seq` reads outputs of the task `source_seq`.
+
+    By number and not by id: edges are the most of all rows, each in two indexes, and with ids of 64 digits took three
+    times as long to insert.
 
     `places` says which and where, as [input, position, output]: what the task's inputs are made of again once the
     outputs are lost. Null in rows of releases before 2026.12.
     """
 
     __tablename__ = "task_inputs"
-    __table_args__ = (reference("task_inputs", "source_id"), reference("task_inputs", "task_id"))
+    __table_args__ = (reference("task_inputs", "source_seq"), reference("task_inputs", "task_seq"))
 
-    task_id: Mapped[str] = mapped_column(Digest, primary_key=True)
-    source_id: Mapped[str] = mapped_column(Digest, primary_key=True, index=True)
+    task_seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    source_seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False, index=True)
     places: Mapped[list[list[Any]] | None] = mapped_column(Json)
 
 

@@ -144,7 +144,7 @@ class PatientConnection(psycopg.Connection[Any]):
                 _in_time(gen, wanted, Wait(self.patience)), self.pgconn.socket, interval=interval, timeout=timeout
             )
         except BaseException as error:
-            if not isinstance(error, psycopg.Error):
+            if not isinstance(error, psycopg.Error | UnicodeError):
                 # Ended from outside, as by Ctrl-C. The driver would ask the server to cancel, and wait for its answer.
                 self.pgconn.finish()
             with suppress(psycopg.Error):

@@ -50,17 +50,19 @@ _COUNTED = f"{_READY}, tasks.waiting, {_IF_READY.format('params')}, {_IF_READY.f
 _COUNT_DOWN = statement(
     f"""
     UPDATE tasks SET waiting = tasks.waiting - counts.n
-    FROM (SELECT task_id, count(*) AS n FROM task_inputs WHERE source_id IN (SELECT id FROM {{given}}) GROUP BY task_id)
+    FROM (SELECT edges.task_seq, count(*) AS n FROM {{given}} JOIN tasks AS sources ON sources.id = given.id
+        JOIN task_inputs AS edges ON edges.source_seq = sources.seq GROUP BY edges.task_seq)
          AS counts
-    WHERE tasks.id = counts.task_id AND +{_BLOCKED}
+    WHERE tasks.seq = counts.task_seq AND +{_BLOCKED}
     RETURNING {_COUNTED}
     """,
     {"id": "text"},
     postgres=f"""
     WITH counts AS MATERIALIZED (
-        SELECT task_id, count(*) AS n FROM task_inputs WHERE source_id IN (SELECT id FROM {{given}}) GROUP BY task_id
+        SELECT edges.task_seq, count(*) AS n FROM {{given}} JOIN tasks AS sources ON sources.id = given.id
+        JOIN task_inputs AS edges ON edges.source_seq = sources.seq GROUP BY edges.task_seq
     ), readers AS MATERIALIZED (
-        SELECT tasks.seq, counts.n FROM counts JOIN tasks ON tasks.id = counts.task_id
+        SELECT tasks.seq, counts.n FROM counts JOIN tasks ON tasks.seq = counts.task_seq
         WHERE {_BLOCKED} ORDER BY tasks.seq FOR NO KEY UPDATE OF tasks
     )
     UPDATE tasks SET waiting = tasks.waiting - readers.n FROM readers WHERE tasks.seq = readers.seq
@@ -91,12 +93,13 @@ _AFTERMATH = f"""
         SELECT 1 FROM {{given}} JOIN jobs ON jobs.target_task = given.id WHERE jobs.state IN ({sql_list(ACTIVE_JOBS)})
     ) AS jobs, (
         SELECT %s FROM (
-            SELECT DISTINCT inputs.source_id FROM {{given}}
-            JOIN task_inputs AS edges ON edges.source_id = given.id
-            JOIN tasks AS readers ON readers.id = edges.task_id AND readers.waiting = 0
+            SELECT DISTINCT inputs.source_seq FROM {{given}}
+            JOIN tasks AS own ON own.id = given.id
+            JOIN task_inputs AS edges ON edges.source_seq = own.seq
+            JOIN tasks AS readers ON readers.seq = edges.task_seq AND readers.waiting = 0
                  AND readers.state {sources(TaskEvent.PROMOTE)}
-            JOIN task_inputs AS inputs ON inputs.task_id = readers.id
-        ) AS wanted JOIN tasks ON tasks.id = wanted.source_id JOIN results ON results.key = tasks.key
+            JOIN task_inputs AS inputs ON inputs.task_seq = readers.seq
+        ) AS wanted JOIN tasks ON tasks.seq = wanted.source_seq JOIN results ON results.key = tasks.key
     ) AS outputs
 """
 _LOOK_AROUND = statement(
@@ -237,8 +240,8 @@ def recount(session: Session, job_id: str) -> list[str]:
     missing = (
         select(func.count())
         .select_from(TaskInput)
-        .join(source, source.c.id == TaskInput.source_id)
-        .where(TaskInput.task_id == Task.id, source.c.state != TaskState.SUCCEEDED.value)
+        .join(source, source.c.seq == TaskInput.source_seq)
+        .where(TaskInput.task_seq == Task.seq, source.c.state != TaskState.SUCCEEDED.value)
         .scalar_subquery()
     )
     blocked = (in_states(Task.state, [TaskState.BLOCKED]), Task.id.in_(wanted))

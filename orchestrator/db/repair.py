@@ -117,10 +117,11 @@ def send_back(session: Session, tasks: Sequence[str]) -> None:
     """
     source = cast(Table, Task.__table__).alias("source")
     undone = (
-        select(TaskInput.task_id)
+        select(Task.id)
         .distinct()
-        .join(source, source.c.id == TaskInput.source_id)
-        .where(TaskInput.task_id.in_(tasks), source.c.state != TaskState.SUCCEEDED.value)
+        .join(TaskInput, TaskInput.task_seq == Task.seq)
+        .join(source, source.c.seq == TaskInput.source_seq)
+        .where(Task.id.in_(tasks), source.c.state != TaskState.SUCCEEDED.value)
     )
     waiting = list(session.scalars(undone))
     if waiting:
@@ -137,8 +138,8 @@ def settle(session: Session, blocked: Sequence[str]) -> None:
     missing = (
         select(func.count())
         .select_from(TaskInput)
-        .join(source, source.c.id == TaskInput.source_id)
-        .where(TaskInput.task_id == Task.id, source.c.state != TaskState.SUCCEEDED.value)
+        .join(source, source.c.seq == TaskInput.source_seq)
+        .where(TaskInput.task_seq == Task.seq, source.c.state != TaskState.SUCCEEDED.value)
         .scalar_subquery()
     )
     ready: list[str] = []
@@ -158,9 +159,10 @@ def _readers(session: Session, repaired: Sequence[str]) -> list[str]:
     """Block the queued tasks that read from repaired ones; return them, and those that are blocked already."""
     found: list[str] = []
     for batch in batches(repaired):
-        reading = select(TaskInput.task_id).where(TaskInput.source_id.in_(batch))
-        _move(session, TaskEvent.WAIT, (in_states(Task.state, [TaskState.QUEUED]), Task.id.in_(reading)), {})
-        blocked = (in_states(Task.state, [TaskState.BLOCKED]), Task.id.in_(reading))
+        sources = select(Task.seq).where(Task.id.in_(batch))
+        reading = select(TaskInput.task_seq).where(TaskInput.source_seq.in_(sources))
+        _move(session, TaskEvent.WAIT, (in_states(Task.state, [TaskState.QUEUED]), Task.seq.in_(reading)), {})
+        blocked = (in_states(Task.state, [TaskState.BLOCKED]), Task.seq.in_(reading))
         found += session.scalars(select(Task.id).where(*blocked))
     return found
 
@@ -228,8 +230,9 @@ def _is_made_since(session: Session, reader: Row[Any], blob: str) -> bool:
 
 def _is_being_made(session: Session, task: str) -> bool:
     """Say whether something that a task reads is not there now: another reader met the loss before it."""
-    sources = select(TaskInput.source_id).where(TaskInput.task_id == task)
-    undone = select(Task.id).where(Task.id.in_(sources), Task.state != TaskState.SUCCEEDED.value)
+    reader = select(Task.seq).where(Task.id == task).scalar_subquery()
+    sources = select(TaskInput.source_seq).where(TaskInput.task_seq == reader)
+    undone = select(Task.id).where(Task.seq.in_(sources), Task.state != TaskState.SUCCEEDED.value)
     return session.scalar(undone.limit(1)) is not None
 
 

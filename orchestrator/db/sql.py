@@ -27,11 +27,11 @@ _NOW = {
     POSTGRES: "CAST(extract(epoch FROM statement_timestamp()) AS double precision)",
 }
 
-_ROWS_A_WRITE = 100
+_ROWS_A_WRITE = 300
 _ESCAPED = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 #: Writes a value as JSON. One encoder for all: `json.dumps` makes one for each call.
-dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +187,17 @@ def driver_error(connection: Connection, what: str, error: Exception) -> DBAPIEr
     return raised
 
 
-def copy_rows(session: Session, into: str, rows: Iterable[Sequence[Any]]) -> None:
-    """Give Postgres rows for a table, "name (columns)", by COPY; it takes in some while others are still made."""
+def copy_rows(session: Session, into: str, rows: Iterable[Sequence[Any]], same: Sequence[Any]) -> None:
+    """Give Postgres rows for a table, "name (columns)", by COPY; it takes in some while others are still made.
+
+    `same` are the values of the last columns, in every row.
+    """
+    end = "".join(f"\t{_copy_text(value)}" for value in same) + "\n"
     connection = session.connection()
     driver: Any = connection.connection.driver_connection
     try:
         with driver.cursor() as cursor, cursor.copy(f"COPY {into} FROM STDIN") as copy:
-            lines = map(_copy_line, rows)
+            lines = (_copy_line(row, end) for row in rows)
             while text := "".join(islice(lines, _ROWS_A_WRITE)):
                 copy.write(text)
     except connection.dialect.loaded_dbapi.Error as error:
@@ -201,13 +205,17 @@ def copy_rows(session: Session, into: str, rows: Iterable[Sequence[Any]]) -> Non
         raise DBAPIError.instance(f"COPY {into}", None, error, base, dialect=connection.dialect) from error
 
 
-def _copy_line(row: Sequence[Any]) -> str:
+def _copy_line(row: Sequence[Any], end: str) -> str:
     """Return a row as COPY reads it."""
     line = "\t".join(["\\N" if value is None else str(value) for value in row])
     is_plain = line.count("\t") == len(row) - 1 and line.count("\\") == row.count(None)
     if is_plain and "\n" not in line and "\r" not in line:
-        return line + "\n"
-    return "\t".join(["\\N" if value is None else str(value).translate(_ESCAPED) for value in row]) + "\n"
+        return line + end
+    return "\t".join(map(_copy_text, row)) + end
+
+
+def _copy_text(value: Any) -> str:
+    return "\\N" if value is None else str(value).translate(_ESCAPED)
 
 
 @cache

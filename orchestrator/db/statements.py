@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import islice
 from typing import Any, TypeVar, cast
@@ -33,10 +33,10 @@ T = TypeVar("T")
 BATCH = 1000
 
 
-def batches(items: Iterable[T]) -> Iterator[list[T]]:
-    """Cut a stream into lists of `BATCH` at most, holding one at a time."""
+def batches(items: Iterable[T], most: int = BATCH) -> Iterator[list[T]]:
+    """Cut a stream into lists of `most` items at most, holding one at a time."""
     iterator = iter(items)
-    while batch := list(islice(iterator, BATCH)):
+    while batch := list(islice(iterator, most)):
         yield batch
 
 
@@ -103,15 +103,30 @@ def _transition(event: TaskEvent | JobEvent) -> Transition[TaskState] | Transiti
 
 
 def insert_rows(
-    session: Session, table: type[Base], columns: tuple[str, ...], rows: Iterable[Sequence[Any]], *, maybe: bool = False
+    session: Session,
+    table: type[Base],
+    columns: tuple[str, ...],
+    rows: Iterable[Sequence[Any]],
+    *,
+    same: Mapping[str, Any],
+    maybe: bool = False,
 ) -> None:
-    """Insert rows, numbered in this order; JSON is given as text. With `maybe`, rows that are there are left."""
+    """Insert rows, numbered in this order; JSON is given as text.
+
+    Parameters
+    ----------
+    same
+        Further columns, whose values are the same in all rows.
+    maybe
+        Rows that are there are left.
+    """
+    listed = (*columns, *same)
     if is_postgres(session) and not maybe:
-        copy_rows(session, f"{table.__tablename__} ({', '.join(columns)})", rows)
+        copy_rows(session, f"{table.__tablename__} ({', '.join(listed)})", rows, tuple(same.values()))
         return
-    insertion = _insertion(table, columns, maybe)
+    insertion = _insertion(table, listed, maybe)
     for batch in batches(rows):
-        given = [{"n": number, **dict(zip(columns, row, strict=True))} for number, row in enumerate(batch)]
+        given = [{"n": number, **dict(zip(columns, row, strict=True)), **same} for number, row in enumerate(batch)]
         send(session, insertion, given=rows_json(given))
 
 

@@ -154,9 +154,12 @@ def recipe_from_json(values: Mapping[str, Any]) -> Recipe:
         If it is not valid.
     """
     try:
-        return Recipe.model_validate_json(json.dumps(values, default=str))
+        text = json.dumps(values, default=str, ensure_ascii=False)
+        return Recipe.model_validate_json(text.encode())
     except ValidationError as error:
         raise RecipeError(first_problem(error, Recipe)) from None
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"recipe: got {error.object[error.start : error.end]!r} in a text, wanted UTF-8") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe: got a value that JSON cannot hold ({error})") from error
 

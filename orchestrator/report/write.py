@@ -14,6 +14,7 @@ from orchestrator.service import Service
 from quant_spec.errors import InvalidInputError
 from workers.errors import BlobLostError
 from workers.storage.blobs import writing
+from workers.storage.private import make_private
 
 Data = TypeVar("Data")
 
@@ -87,7 +88,7 @@ def _collected(gather: Callable[[Service, str], Data], service: Service, prefix:
 def _write(service: Service, name: str, page: str, out: Path | None) -> Path:
     if out is None:
         path = service.settings.home / "reports" / f"{name}.html"
-        path.parent.mkdir(exist_ok=True)
+        make_private(path.parent)
     else:
         path = out.absolute()
         if not path.parent.is_dir():

@@ -6,6 +6,7 @@ Nothing here names a model: what a denoiser takes is read from its config and fr
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from quant_spec.pipeline import MODEL_INDEX, is_whole
 
 #: Stands in for the length of a sequence of packed latents where neither config nor conditioning gives it.
 PACKED_TOKENS = 1024
+# Of one sample: a GiB of float32.
+_MOST_NUMBERS = 1 << 28
 #: What keys of a conditioning begin with whose tensors have no row for each sample, but are the same for all of them.
 SHARED = "shared."
 #: What keys begin with whose tensors, shape (), stand for numbers of Python.
@@ -135,14 +138,20 @@ def _load_model(home: Path, config: Mapping[str, Any], streamed: bool) -> nn.Mod
         model, info = cls.from_pretrained(
             home, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise DenoiserError(f"{home}: weights do not load: {str(error).strip().splitlines()[0]}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # with a config of a stranger's, a constructor may raise anything
+        raise DenoiserError(f"{home}: weights do not load: {_first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
             raise DenoiserError(
                 f"{home}: {problem.replace('_', ' ')} for {class_name}: {sorted(map(str, info[problem]))[:3]}"
             )
     return model.eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _streamed(cls: Any, config: Mapping[str, Any], home: Path) -> nn.Module | None:
@@ -152,9 +161,12 @@ def _streamed(cls: Any, config: Mapping[str, Any], home: Path) -> nn.Module | No
     try:
         stored = stored_tensors(home)
     except (OSError, SafetensorError) as error:
-        raise DenoiserError(f"{home}: weights do not load: {str(error).strip().splitlines()[0]}") from error
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = cls.from_config(config)
+        raise DenoiserError(f"{home}: weights do not load: {_first_line(error)}") from error
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: nn.Module = cls.from_config(config)
+    except Exception as error:  # as above
+        raise DenoiserError(f"{home}: weights do not load: {_first_line(error)}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in stored.items()}:
         return None
@@ -278,9 +290,14 @@ def sample_shape(model: nn.Module, tokens: int | None = None) -> tuple[int, ...]
                 "latent's, not the image's), or sample_size in config.json"
             )
         return (tokens or PACKED_TOKENS, channels)
-    if not isinstance(size, int):
-        return (channels, *size)
-    return (channels, size) if nn.Conv1d in kinds and nn.Conv2d not in kinds else (channels, size, size)
+    one_dimension = nn.Conv1d in kinds and nn.Conv2d not in kinds
+    shape = (channels, *(size if isinstance(size, list | tuple) else [size] * (1 if one_dimension else 2)))
+    if not all(isinstance(each, int) and each > 0 for each in shape) or math.prod(shape) > _MOST_NUMBERS:
+        raise DenoiserError(
+            f"{name}: got in_channels {channels!r} and sample_size {size!r} in its config, wanted whole numbers "
+            f"from 1, and no sample of more than {_MOST_NUMBERS} numbers"
+        )
+    return shape
 
 
 def _convolutions(model: nn.Module) -> dict[type[nn.Module], int]:

@@ -130,6 +130,14 @@ class Recorder:
             found.setdefault(row["name"], set()).add(row["member"])
         return {name: frozenset(each) for name, each in found.items()}
 
+    def sources(self) -> dict[str, frozenset[str]]:
+        """Return the tasks that each task reads."""
+        return self.sets(
+            "task_inputs JOIN tasks AS reader ON reader.seq = task_seq JOIN tasks AS source ON source.seq = source_seq",
+            "reader.id",
+            "source.id",
+        )
+
 
 def _engine(url: str) -> Engine:
     parsed = parse_url(url)

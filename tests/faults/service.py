@@ -135,7 +135,7 @@ class Service:
         return History(
             changes=self.recorder.changes(),
             log=self.recorder.log(),
-            sources=self.recorder.sets("task_inputs", "task_id", "source_id"),
+            sources=self.recorder.sources(),
             wanted_by=self.recorder.sets("job_tasks", "task_id", "job_id"),
             requests=tuple(self.requests),
             bodies=tuple(self.bodies),

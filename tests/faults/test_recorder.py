@@ -33,7 +33,7 @@ def watched(database_url: str) -> Iterator[tuple[QueueDriver, Recorder]]:
 def history(recorder: Recorder, **more: Any) -> History:
     """Return what was recorded."""
     wanted = recorder.sets("job_tasks", "task_id", "job_id")
-    sources = recorder.sets("task_inputs", "task_id", "source_id")
+    sources = recorder.sources()
     return History(recorder.changes(), recorder.log(), sources, wanted, **more)
 
 

@@ -43,7 +43,7 @@ class WatchedMachine(QueueMachine):
     def teardown(self) -> None:
         super().teardown()
         wanted = self.recorder.sets("job_tasks", "task_id", "job_id")
-        sources = self.recorder.sets("task_inputs", "task_id", "source_id")
+        sources = self.recorder.sources()
         assert violations(History(self.recorder.changes(), self.recorder.log(), sources, wanted)) == {}
 
 

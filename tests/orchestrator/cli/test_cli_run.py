@@ -23,6 +23,7 @@ from orchestrator.cli.main import run_cli
 from tests.orchestrator.cli.test_search import write_model
 from tests.orchestrator.in_process import InProcess
 from workers.storage.manifest import read_manifest
+from workers.storage.private import is_private
 from workers.storage.store import open_store
 
 ROOT = Path(__file__).parents[3]
@@ -327,6 +328,8 @@ def test_report(cli: Cli, done: dict[str, Any], tmp_path: Path) -> None:
     assert "http://" not in page
     assert "https://" not in page
     assert cli("report", done["job"], "--out", tmp_path / "no" / "report.html").code == 2
+    own = Path(cli("report", done["job"], "--json").json["report"])
+    assert is_private(own.parent)
 
 
 @pytest.mark.usefixtures("without_ray")

@@ -387,6 +387,60 @@ def test_largest_finite_numbers_are_no_infinity() -> None:
         assert not _not_finite(np.array([largest], f"<u{BITS[dtype][0]}"), dtype).any()
 
 
+CONFIGS = [
+    *({"sample_size": size} for size in (float("nan"), "8", 10**9, 0, [8, 0.5])),
+    *({"in_channels": channels} for channels in (2**80, -1, 1.5)),
+    {"down_block_types": ["os"]},
+]
+
+
+@pytest.mark.parametrize("values", CONFIGS, ids=str)
+def test_configs_that_no_model_can_be_made_of(
+    cli: Cli, model: Path, snapshot: Snapshot, values: dict[str, Any]
+) -> None:
+    path = model / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    cli("init")
+    before = snapshot()
+    answer = cli("models", "add", model)
+    assert (answer.code, answer.out) == (2, ""), answer
+    assert [line.split(":")[0] for line in answer.err.splitlines()] == [f"inspecting {model}", "error"]
+    assert {name for name in snapshot() if name not in before} <= {name for name in snapshot() if "sha256" in name}
+
+
+def test_numbers_that_are_none(cli: Cli, with_digits: Path) -> None:
+    job = cli("submit", "fast-w4a8", "--model", "digits", "--json").json["job"]
+    for words in (["jobs", "wait", job, "--timeout"], ["artifacts", "gc", "--yes", "--grace"]):
+        for number in ("nan", "inf"):
+            answer = cli(*words, number)
+            assert (answer.code, answer.out) == (2, ""), answer
+            assert "not a finite number" in answer.err
+    assert_refused(cli("submit", "fast-w4a8", "--model", ""), "model: got ''")
+
+
+# --- texts that are no UTF-8
+
+CAFE = os.fsdecode(b"caf\xe9")
+
+
+@pytest.mark.parametrize("where", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def test_texts_that_are_not_utf_8(
+    cli: Cli, digits: Path, tmp_path: Path, where: str, request: pytest.FixtureRequest
+) -> None:
+    """On Postgres they were taken for an outage, and waited out for ever."""
+    of = ["--db", request.getfixturevalue("empty_postgres_url")] if where == "postgres" else []
+    assert cli(*of, "init").code == 0
+    folder = shutil.copytree(digits, tmp_path / CAFE / "model")
+    recipe = tmp_path / f"{CAFE}.yaml"
+    recipe.write_text("extends: base\n")
+    assert_refused(cli(*of, "models", "add", folder, "--name", "digits"), "UTF-8", "\\udce9")
+    assert_refused(cli(*of, "submit", "base", "--model", folder), "UTF-8", "\\udce9")
+    assert cli(*of, "models", "add", digits).code == 0
+    assert_refused(cli(*of, "submit", recipe, "--model", "digits"), "UTF-8", "\\udce9")
+    assert_refused(cli(*of, "submit", "base", "--model", "digits", "--set", 'name="\\ud800"'), "UTF-8")
+    assert cli(*of, "jobs", "ls", "--json").json == []
+
+
 # --- names that steer a terminal
 
 STEERING = ["\x1b[31mred", "\x1b]0;title\x07", "a\x00b", "a\rb", "a\x9bb", "\u202eabc", "a\u2028b", "a\x7fb", "é", "A"]

@@ -38,7 +38,8 @@ def test_enqueue_graph_queues_what_can_run_and_blocks_the_rest(queue: Driver) ->
     assert re.fullmatch("[0-9a-f]{12}", job)
 
 
-def test_enqueue_graph_takes_nodes_in_batches_as_they_come(queue: Driver) -> None:
+def test_enqueue_graph_takes_nodes_in_batches_as_they_come(queue: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.db.enqueue._AT_ONCE", 1000)
     stored: list[int] = []
 
     def planner() -> Iterator[TaskNode]:

@@ -136,6 +136,33 @@ def test_timings_of_an_older_database_are_kept_as_those_of_cpus(empty: Database)
         assert connection.execute(text("SELECT n FROM kind_timings")).all() == [(5,)]
 
 
+def test_edges_of_an_older_database_are_kept(empty: Database) -> None:
+    read = text(
+        "SELECT reader.id, source.id AS source, places FROM task_inputs JOIN tasks AS reader ON reader.seq = task_seq "
+        "JOIN tasks AS source ON source.seq = source_seq"
+    )
+    task = "INSERT INTO tasks ({}) VALUES ({})"
+    values = {"kind": "'noop'", "params": "'{}'", "inputs": "'{}'", "label": "''", "state": "'blocked'"}
+    values |= dict.fromkeys(
+        ("version", "cpus", "gpus", "memory_bytes", "work", "waiting", "priority", "not_before", "attempt"), "0"
+    )
+    values |= {"faults_task": "0", "faults_infrastructure": "0"}
+    with empty.engine.begin() as connection:
+        run_alembic(connection, "2026.12.0")
+        for name in ("z", "a"):
+            columns = values | {"id": f"'{name}'"}
+            connection.execute(text(task.format(", ".join(columns), ", ".join(columns.values()))))
+        connection.execute(text("INSERT INTO task_inputs VALUES ('z', 'a', '[[\"x\", 0, \"out\"]]')"))
+    with empty.engine.begin() as connection:
+        run_alembic(connection, "2026.12.1")
+        (row,) = connection.execute(read).all()
+        assert (row.id, row.source) == ("z", "a")
+        assert row.places in ([["x", 0, "out"]], '[["x", 0, "out"]]')
+        run_alembic(connection, "2026.12.0")
+        edges = connection.execute(text("SELECT task_id, source_id FROM task_inputs WHERE places IS NOT NULL"))
+        assert edges.all() == [("z", "a")]
+
+
 def test_a_migration_that_fails_leaves_nothing_behind(empty: Database) -> None:
     with empty.engine.begin() as connection:
         connection.execute(text("CREATE TABLE aliases (name text)"))

@@ -218,8 +218,8 @@ WANTING = (
     f"WHERE job_tasks.task_id = tasks.id AND jobs.state IN {ACTIVE}"
 )
 UNDONE = (
-    "(SELECT count(*) FROM task_inputs JOIN tasks source ON source.id = task_inputs.source_id "
-    "WHERE task_inputs.task_id = tasks.id AND source.state <> 'succeeded')"
+    "(SELECT count(*) FROM task_inputs JOIN tasks source ON source.seq = task_inputs.source_seq "
+    "WHERE task_inputs.task_seq = tasks.seq AND source.state <> 'succeeded')"
 )
 
 #: What must hold between transactions, each as a query for what breaks it.

@@ -233,7 +233,7 @@ WRONG = {
     "a key running twice": ";".join(
         insert("tasks", TASK | LEASE | {"state": "'running'", "key": "'k'", "id": name}) for name in ("'a'", "'b'")
     ),
-    "an edge to nothing": insert("task_inputs", {"task_id": "'a'", "source_id": "'b'"}),
+    "an edge to nothing": insert("task_inputs", {"task_seq": "1", "source_seq": "2"}),
     "an event of nothing": insert("events", {"at": "1", "event": "'e'", "data": "'{}'"}),
     "an alias of nothing": insert("aliases", {"name": "'n'", "alias": "'a'", "version": "1"}),
     "job state": f"{MODEL};" + insert("jobs", JOB | {"state": "'blocked'"}),

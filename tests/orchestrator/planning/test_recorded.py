@@ -107,7 +107,7 @@ RISEN = {
             "sqnr_seeds": plan.source(node, "reference").params["sqnr_seeds"],
         },
     ),
-    "score": Risen(1, 4, lambda node, plan: without_samples(node)),
+    "score": Risen(1, 5, lambda node, plan: without_samples(node)),
     # Their knapsack is solved by another program, which chooses otherwise among what costs the same.
     "allocate": Risen(2, 3, lambda node, plan: node.params),
     "step_bits": Risen(2, 3, lambda node, plan: node.params),

@@ -47,9 +47,9 @@ def trajectories(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def start(calibrated: Calibrated, states: list[UnitState], trajectories: CalibrationSet) -> Callable[..., Distillation]:
-    def make(config: Params = CONFIG) -> Distillation:
+    def make(config: Params = CONFIG, gains: tuple[float, ...] | None = None) -> Distillation:
         teacher, model = calibrated("unet")[0].model, calibrated("unet")[0].model
-        return Distillation(teacher, model, states, trajectories, config)
+        return Distillation(teacher, model, states, trajectories, config, gains)
 
     return make
 
@@ -90,8 +90,9 @@ def test_a_batch_is_runs_of_consecutive_steps_of_one_trajectory(
     made = start(CONFIG.replaced(batch_size=6))
     seen = set()
     for draw in range(20):
-        batch, target = made._draw(torch.Generator().manual_seed(draw))
+        batch, target, counts = made._draw(torch.Generator().manual_seed(draw))
         assert len(batch) == 6
+        assert bool((counts == 1).all())
         for first in range(0, 6, 2):
             steps, rows = batch.step[first : first + 2].tolist(), []
             for place, step in enumerate(steps):
@@ -106,6 +107,24 @@ def test_a_batch_is_runs_of_consecutive_steps_of_one_trajectory(
             assert rows[0] == rows[1]
             seen.add((steps[0], rows[0]))
     assert len(seen) == 2 * trajectories.samples, "any run of two of the three steps, of any trajectory"
+
+
+def test_steps_count_as_much_as_their_errors_do_to_the_sample(start: Callable[..., Distillation]) -> None:
+    gains = (9.0, 1.0, 1.0)
+    made = start(CONFIG.replaced(batch_size=6, effect=0.5), gains)
+    assert made.step_weights.tolist() == pytest.approx([1.8, 0.6, 0.6])  # roots, 1 on average
+    total = torch.zeros(3, dtype=torch.float64)
+    for draw in range(400):
+        batch, _, counts = made._draw(torch.Generator().manual_seed(draw))
+        total.index_add_(0, batch.step, counts.flatten().double())
+    # The middle step is drawn twice as often as the ends, and counts so much less.
+    assert (3 * total / total.sum()).tolist() == pytest.approx([1.8, 0.6, 0.6], rel=0.1)
+    plain = run(start(CONFIG.replaced(iterations=40)))
+    early = run(start(CONFIG.replaced(iterations=40, effect=1.0), (50.0, 1e-3, 1e-3)))
+    assert early.is_taken
+    assert (early.loss_before, early.loss_after) != (plain.loss_before, plain.loss_after)
+    with pytest.raises(QuantizationError, match="got gains of 2 steps, wanted 3"):
+        start(CONFIG.replaced(effect=0.5), (1.0, 1.0))
 
 
 def test_rates_fall_linearly_and_positions_are_drawn(start: Callable[..., Distillation]) -> None:

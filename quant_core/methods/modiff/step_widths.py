@@ -12,9 +12,9 @@ error, which then adds up over steps. An error within a code of width s, uniform
 u s correlate by 1 - 6 u (1 - u), and a chain of errors that correlate by r from step to step makes (1 + r) / (1 - r)
 times the power of independent ones.
 
-So the bits of a layer's steps depend on each other, and are chosen by
-dynamic programming over its steps, at a price for a multiplication's bit which is the same for all layers, and the
-least at which all are within the sum that one width takes.
+So the bits of a layer's steps depend on each other, and are chosen by dynamic programming over its steps, at a price
+for a multiplication's bit which is the same for all layers, and the least at which all are within the sum that one
+width takes.
 
 MoDiff has the same bits everywhere.
 """

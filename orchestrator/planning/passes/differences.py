@@ -30,7 +30,7 @@ def differences(draft: Draft) -> Drawing:
     states = draft.running_order()
     gains = draft.gains
     if config.by_effect and gains is None:
-        measured = step_gains_node(draft, tuple(draft.states.values()))
+        measured = step_gains_node(draft, tuple(states.values()))
         yield measured
         gains = TaskRef(measured.id, GAINS)
     params = Params.of(config, layers=layers, seed=draft.recipe.seed)

@@ -96,7 +96,7 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     assert {recipe.weights.type, recipe.activations.type} == {"e4m3" if name.startswith("fp8") else "int"}
     scale = recipe.passes.scale
     assert (scale is not None and (scale.method, scale.shift) == ("learned", "skip")) == name.startswith("dmq")
-    assert (recipe.passes.differences is not None) == is_modiff
+    assert (recipe.passes.differences is not None and recipe.passes.differences.by_effect) == is_modiff
     assert not is_modiff or (scale is not None and (scale.method, scale.shift) == ("learned", "none"))
     assert (recipe.passes.correct is not None) == ("ptqd" in name)
     is_mpqdm = name.startswith("mpqdm")

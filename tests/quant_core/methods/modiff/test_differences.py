@@ -231,9 +231,10 @@ def test_bits_by_effect_go_where_an_error_shows_at_the_same_mean(unet: Rounded, 
     if early:
         assert steps[1] > steps[2]
         assert float((after * torch.tensor(weights)).sum()) < 0.9 * float((before * torch.tensor(weights)).sum())
-    # The last step keeps as many bits as it had: nothing smooths its error.
+    # No step has more than one bit less, and the last keeps as many as it had: nothing smooths its error.
     for spec in merge_formats(chosen.states).layers.values():
         assert spec.activation is not None
+        assert all(spec.activation.step_bits[step] >= 3 for step in spec.activation.differences)
         assert not spec.activation.differences or spec.activation.step_bits[-1] >= 4
     again = fitted(denoiser, calibration, states, bits=4, gains=gains)
     assert [state.to_bytes() for state in chosen.states] == [state.to_bytes() for state in again.states]

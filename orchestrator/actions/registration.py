@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,7 @@ def resolve_model(
     register: bool = True,
     sample_size: SampleSize | None = None,
     check: Check = _accept,
+    inspections: MutableMapping[str, dict[str, Any]] | None = None,
 ) -> ModelRow:
     """Return the model that a name, `name@digest`, a digest's beginning, a folder or hf:ID means.
 
@@ -141,6 +142,8 @@ def resolve_model(
         False leaves that to the caller: the model's bytes are in the store, its row is only returned.
     sample_size, check
         As for `add_model_from`; `check` is called with a model that is registered already, too.
+    inspections
+        As for `look_at`; only where the model is not registered here.
 
     Raises
     ------
@@ -169,7 +172,7 @@ def resolve_model(
         return add_model_from(service, text, None, notify=notify, sample_size=sample_size, check=check)
     with tempfile.TemporaryDirectory(prefix="quantmill-dry-run-") as folder:
         store = open_store(folder) if dry_run else service.store
-        model = look_at(service, text, store, notify=notify, sample_size=sample_size)
+        model = look_at(service, text, store, notify=notify, sample_size=sample_size, inspections=inspections)
     registered = _registered(service, model.digest)
     if registered is not None:
         model = replace(registered, inspection=model.inspection)
@@ -225,10 +228,13 @@ def look_at(
     *,
     notify: Callable[[str], None],
     sample_size: SampleSize | None = None,
+    inspections: MutableMapping[str, dict[str, Any]] | None = None,
 ) -> ModelRow:
     """Check a model, copy it into a store and inspect it, without registering it.
 
     A model whose digest is registered is not inspected again, unless its inspection lacks what is looked for now.
+    `inspections`, by `ModelRecord.form`, are those of models that were looked at just now, to which this one's is
+    added: of many fine-tunes only one is inspected, as an inspection tells nothing of weights' values.
     """
     place = source if source.startswith(_HUB) else str(Path(source).expanduser().absolute())
     if not source or place != place.encode(errors="replace").decode():
@@ -240,9 +246,13 @@ def look_at(
     known = _registered(service, record.digest)
     if known is not None and known.inspection.keys() >= INSPECTED:
         inspection = known.inspection
+    elif inspections is not None and record.form in inspections:
+        inspection = inspections[record.form]
     else:
         notify(f"inspecting {source}")
         inspection = _inspect(service, record.digest, store)
+        if inspections is not None:
+            inspections[record.form] = inspection
     return ModelRow(
         name=default_model_name(source),
         digest=record.digest,

@@ -7,6 +7,7 @@ import glob
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from orchestrator.actions.registration import resolve_model
 from orchestrator.actions.submission import notify_scheduler
@@ -243,9 +244,12 @@ def find_models(
     """
     found: dict[str, ModelRow] = {}
     bad: list[str] = []
+    inspections: dict[str, dict[str, Any]] = {}
     for text in _texts(service, spec.models, folder):
         try:
-            model = resolve_model(service, text, notify=notify, dry_run=dry_run, register=False)
+            model = resolve_model(
+                service, text, notify=notify, dry_run=dry_run, register=False, inspections=inspections
+            )
             _check_model(spec, recipes, model, notify=notify)
         except (InvalidInputError, NotFoundError, ModelError) as error:
             bad.append(f"{text}: {' '.join(str(error).split())}")

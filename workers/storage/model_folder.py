@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quant_spec.documents import read_json_file
+from quant_spec.keys import canonical_json
 from quant_spec.model_files import CONDITIONING_FILE, DENOISER_FOLDERS, SCHEDULER_FILE, first_file
 from quant_spec.pipeline import MODEL_INDEX
 from workers.errors import ModelError
@@ -26,7 +27,7 @@ from workers.storage.components import Components, component_patterns, find_comp
 from workers.storage.manifest import manifest_digest, put_manifest
 from workers.storage.pipeline_index import read_decoders
 from workers.storage.plain_files import file_within
-from workers.storage.safetensors_check import check_finite
+from workers.storage.safetensors_check import check_finite, read_header
 from workers.storage.store import Store
 from workers.storage.weights import INDEX, WEIGHT_PATTERNS, find_weights
 
@@ -38,6 +39,7 @@ SampleSize = int | tuple[int, ...]
 # What diffusers notes about where a config came from; no part of what the model is.
 _PLACES = {"_name_or_path"}
 _HUB = "hf:"
+_WEIGHTS = ".safetensors"
 _CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _HUB_CONFIGS = [
     *(f"{subfolder}/config.json".lstrip("/") for subfolder in _SUBFOLDERS),
@@ -71,9 +73,13 @@ class ModelFolder:
 
 @dataclass(frozen=True, slots=True)
 class ModelRecord:
-    """A model in the store: its tree's digest, its files' bytes, and the numbers in its weights."""
+    """A model in the store: its tree's digest, its files' bytes, and the numbers in its weights.
+
+    `form` is the digest of all that it consists of but its weights' values: the same for all fine-tunes of a model.
+    """
 
     digest: str
+    form: str
     class_name: str
     bytes: int
     parameters: int
@@ -210,18 +216,29 @@ def import_model(
     folder = find_model(path)
     check_places(folder, path, allowed)
     parameters = check_model(folder)
+    tree = _tree(folder, sample_size)
     put = {
         name: (store.put_file(each), each.stat().st_size)
         if isinstance(each, Path)
         else (store.put_bytes(each), len(each))
-        for name, each in _tree(folder, sample_size).items()
+        for name, each in tree.items()
     }
     return ModelRecord(
         digest=put_manifest(store, put),
+        form=_form(tree, {name: digest for name, (digest, _) in put.items()}),
         class_name=folder.class_name,
         bytes=sum(size for _, size in put.values()),
         parameters=parameters,
     )
+
+
+def _form(tree: Mapping[str, Path | bytes], digests: Mapping[str, str]) -> str:
+    """Return the digest of a model's files, its weights told by names, dtypes and shapes."""
+    told: dict[str, Any] = dict(digests)
+    for name, each in tree.items():
+        if isinstance(each, Path) and name.endswith(_WEIGHTS) and name != CONDITIONING_FILE:
+            told[name] = sorted([entry.name, entry.dtype, list(entry.shape)] for entry in read_header(each))
+    return digest_of(canonical_json(told).encode())
 
 
 def model_digest(path: Path) -> str:

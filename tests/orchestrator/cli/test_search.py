@@ -361,6 +361,22 @@ def test_models_that_do_not_load_are_named_and_can_be_left_out(cli: Cli, place: 
     assert list(cli("search", "show", taken.json["search"], "--json").json["models"]) == ["good"]
 
 
+def test_of_fine_tunes_of_one_model_only_the_first_is_inspected(cli: Cli, place: Path, tmp_path: Path, home: Path):
+    for name in ("tiny", "tuned"):
+        shutil.copytree(place / name, tmp_path / name)
+    shutil.copytree(place / "tiny", tmp_path / "wider")
+    config = tmp_path / "wider" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 12}))
+    answer = cli("search", "submit", write_spec(tmp_path, models=["./t*", "./wider"]))
+    assert answer.code == 0, answer.err
+    looked = [line for line in answer.err.splitlines() if line.startswith("inspecting")]
+    assert looked == [f"inspecting {tmp_path / name}" for name in ("tiny", "wider")]
+    shown = {name: cli("models", "show", name, "--json").json for name in ("tiny", "tuned", "wider")}
+    assert len({model["digest"] for model in shown.values()}) == len(shown)
+    shapes = {name: shown[name]["inspection"]["sample_shape"] for name in ("tuned", "wider")}
+    assert shapes == {"tuned": [1, 8, 8], "wider": [1, 12, 12]}
+
+
 def test_report_is_one_page_with_points_samples_sensitivities_and_cost(done: Path, cli: Cli, tmp_path: Path):
     answer = cli("search", "report", "small", "--out", tmp_path / "small.html")
     assert answer.code == 0, answer.err

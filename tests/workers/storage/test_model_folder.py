@@ -112,6 +112,17 @@ def test_what_changes_the_model_changes_its_digest(model: Path, folder_store: No
     assert import_model(folder_store, model).digest != digest
 
 
+def test_only_weights_values_leave_a_models_form_as_it_is(model: Path, folder_store: NodeStore) -> None:
+    form = import_model(folder_store, model).form
+    save_file({name: tensor + 1 for name, tensor in TENSORS.items()}, model / "unet" / WEIGHTS)
+    assert import_model(folder_store, model).form == form
+    save_file(TENSORS | {"b.bias": np.zeros(6, dtype=np.float16)}, model / "unet" / WEIGHTS)
+    assert import_model(folder_store, model).form != form
+    save_file(TENSORS, model / "unet" / WEIGHTS)
+    write_json(model / "unet" / "config.json", CONFIG | {"sample_size": 16})
+    assert import_model(folder_store, model).form != form
+
+
 def shard(folder: Path) -> None:
     """Split the weights in two, with an index."""
     (folder / WEIGHTS).unlink()

@@ -60,6 +60,7 @@ def test_shipped_recipes_are_those_that_are_promised():
         "gguf-w8",
     }
     promised |= {"text-w8-svdquant-w4a8", "auto-w4a8"}
+    promised |= {f"modiff-{bits}" for bits in ("w4a6", "w4a4", "w4a3", "w2a4")}
     promised |= {f"mpqdm-w{bits}a4{plus}" for bits in (4, 3, 2) for plus in ("", "-plus")}
     assert promised <= set(shipped_names())
 
@@ -72,7 +73,7 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     is_modiff = name.startswith("modiff")
     is_tfmq = name.startswith(("tfmq", "dmq", "modiff"))  # DMQ's lie on TFMQ-DM's, MoDiff's on DMQ's
     is_auto = name.startswith("auto")
-    chooses = is_auto or (name.startswith(("dmq", "modiff")) and "w4" in name)
+    chooses = is_auto or is_modiff or (name.startswith("dmq") and "w4" in name)
     ends = None if is_tfmq or is_auto else 8  # whether the image's ends are quantized
     assert [(e.match, e.weights.bits, e.activations.bits, e.keep) for e in recipe.layers[:2]] == [
         ("@first", 8, ends, False),
@@ -82,11 +83,14 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     if name != "base":
         both = {"w4a8": (4, 8), "w4a6": (4, 6), "w8a8": (8, 8), "mixed": (4, 8)}
         both |= {"w4a3": (4, 3)} | {f"w{bits}a4": (bits, 4) for bits in (4, 3, 2)} | {"w4": (4, None), "w8": (8, None)}
+        both |= {"w2a4": (4, 4)} if is_modiff else {}  # scales are for 4 bits; the chosen bits' mean is below
         differences = recipe.passes.differences
         inputs = recipe.activations.bits if differences is None else differences.bits
         assert (recipe.weights.bits, inputs) == both[name.removesuffix("-plus").rpartition("-")[2]]
     assert (recipe.activations.step_bits is not None) == name.endswith("mixed")
     assert (recipe.passes.menu is not None, recipe.passes.choose is not None) == (chooses, chooses)
+    if recipe.passes.choose is not None:
+        assert recipe.passes.choose.weight_bits_mean == (2.25 if name == "modiff-w2a4" else None)
     has_exceptions = name in ("tfmq-w8a8", "dmq-w8a8") or name.startswith("dynamic")
     assert (recipe.passes.exceptions is not None) == has_exceptions
     assert (recipe.activations.mode == "dynamic_token") == (name.startswith(("dynamic", "fp8")) or "svdquant" in name)
@@ -284,7 +288,7 @@ def test_resolve_shipped_recipes_have_their_recorded_digests():
         if weights.group_scale == "integer" and weights.group_size is not None:
             wide = max(128 if "svdquant" in name or name == "dynamic-w4a8" else 0, 2 * weights.group_size)
             changed = [*changed, "weights.group_scale=float", f"weights.group_size={wide}"]
-        if name.startswith(("dmq-w4", "dmq-ptqd-w4", "modiff-w4")):
+        if name.startswith(("dmq-w4", "dmq-ptqd-w4", "modiff")):
             changed = [*changed, "passes.choose=null", "passes.menu=null"]
         if name == "auto-w4a8":
             changed = [*changed, "passes.choose={path: 2, rows: 10}"]

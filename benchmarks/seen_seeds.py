@@ -35,7 +35,7 @@ BATCH = 32
 
 def draw(model: nn.Module, scheduler_config: Any, seeds: range) -> Tensor:
     """Return the samples of some seeds, shape (N, C, H, W)."""
-    conditioning = trajectory_conditioning(model, SAMPLER, seeds, {})
+    conditioning = trajectory_conditioning(model, SAMPLER, seeds, None)
     scheduler = make_scheduler(SAMPLER, scheduler_config)
     return sample(model, scheduler, SAMPLER, seeds, conditioning, batch_size=BATCH)
 

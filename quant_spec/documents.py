@@ -1,7 +1,7 @@
 """JSON that comes from outside, read with limits: what is nested too deeply, too long or too large is refused at once.
 
 Python's own reader fails on 1,000 levels with an error of its own, and what passes it may still exhaust whatever walks
-over it later. Python also takes NaN for JSON, which is the number of nothing; infinite ones stand in diffusers' configs.
+over it later. Python also takes NaN for JSON, the number of nothing; infinite ones stand in diffusers' configs.
 Every JSON file, header or blob that somebody else may have written is read here.
 """
 

@@ -238,6 +238,8 @@ def _nodes(settings: Settings) -> tuple[bool, str]:
     if lines := left_out(found.values()):
         return False, "; ".join(lines)
     nodes = {node["node"]: node for cluster in found.values() for node in cluster.get("nodes", ())}
+    if not nodes:
+        return True, f"{len(found)} orchestrators at work, none of which has had a task: each looks at its cluster then"
     gpus = sum(node["gpus"] for node in nodes.values())
     return True, f"{len(found)} orchestrators at work see {len(nodes)} nodes with {gpus} GPUs, and use all of them"
 

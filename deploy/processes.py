@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -90,18 +90,13 @@ class Processes:
                     os.waitpid(child.pid, os.WNOHANG)
 
     def stop(self) -> None:
-        """End all, the last to start first, and whatever they left."""
-        for service in reversed(list(self._services.values())):
-            process = self._running.get(service.name)
-            if process is not None and process.poll() is None:
-                process.send_signal(signal.Signals[service.stop_signal])
-        deadline = time.monotonic() + max((each.stop_seconds for each in self._services.values()), default=0.0)
-        for process in self._running.values():
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, deadline - time.monotonic()))
-        slow = [name for name, process in self._running.items() if process.poll() is None]
-        if slow:
-            say(f"killing {', '.join(slow)}")
+        """End all, each when those that need it have ended, and whatever they left."""
+        running = [self._services[name] for name, process in self._running.items() if process.poll() is None]
+        while running:
+            needed = {name for each in running for name in self._needs(each)}
+            last = [each for each in running if each.name not in needed] or running
+            self._end(last)
+            running = [each for each in running if each not in last]
         left = psutil.Process().children(recursive=True)
         while left:
             for child in left:
@@ -109,6 +104,24 @@ class Processes:
                     child.kill()
             psutil.wait_procs(left, timeout=5)
             left = psutil.Process().children(recursive=True)
+
+    def _needs(self, service: Service) -> set[str]:
+        """Return what a service waited for, and what that did."""
+        return set(service.after).union(*(self._needs(self._services[name]) for name in service.after))
+
+    def _end(self, services: Sequence[Service]) -> None:
+        """End some services, and kill those that take longer than they may."""
+        for service in services:
+            self._running[service.name].send_signal(signal.Signals[service.stop_signal])
+        deadline = time.monotonic() + max(each.stop_seconds for each in services)
+        for service in services:
+            with suppress(subprocess.TimeoutExpired):
+                self._running[service.name].wait(max(0.0, deadline - time.monotonic()))
+        slow = [each.name for each in services if self._running[each.name].poll() is None]
+        if slow:
+            say(f"killing {', '.join(slow)}")
+            for name in slow:
+                self._running[name].kill()
 
     def pids(self) -> dict[str, int]:
         """Return the processes that run for ever, by service."""

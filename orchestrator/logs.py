@@ -85,20 +85,21 @@ def log_format(environ: Mapping[str, str], given: str | None = None) -> LogForma
 
 
 def log_to_stderr(style: LogFormat = LogFormat.TEXT) -> None:
-    """Show the orchestrator's log on stderr: as text its warnings and errors, as JSON also what it does.
+    """Show warnings and errors on stderr, other packages' too; as JSON also what the orchestrator does.
 
     The last call says how.
     """
-    logger = logging.getLogger("orchestrator")
-    handler = next((each for each in logger.handlers if isinstance(each, _Stderr)), None)
+    root = logging.getLogger()
+    handler = next((each for each in root.handlers if isinstance(each, _Stderr)), None)
     if handler is None:
         handler = _Stderr(sys.stderr)
-        logger.addHandler(handler)
+        root.addHandler(handler)
     handler.setFormatter(_JsonLines() if style is LogFormat.JSON else _Lines())
-    logger.setLevel(logging.INFO if style is LogFormat.JSON else logging.WARNING)
+    logging.getLogger("orchestrator").setLevel(logging.INFO if style is LogFormat.JSON else logging.WARNING)
+    logging.captureWarnings(style is LogFormat.JSON)
 
 
 def is_json() -> bool:
     """Say whether stderr is for machines, so that nothing but JSON may be written there."""
-    handlers = logging.getLogger("orchestrator").handlers
+    handlers = logging.getLogger().handlers
     return any(isinstance(each, _Stderr) and isinstance(each.formatter, _JsonLines) for each in handlers)

@@ -1,7 +1,8 @@
 """JSON that comes from outside, read with limits: what is nested too deeply, too long or too large is refused at once.
 
 Python's own reader fails on 1,000 levels with an error of its own, and what passes it may still exhaust whatever walks
-over it later. Every JSON file, header or blob that somebody else may have written is read here.
+over it later. Python also takes NaN for JSON, the number of nothing; infinite ones stand in diffusers' configs.
+Every JSON file, header or blob that somebody else may have written is read here.
 """
 
 from __future__ import annotations
@@ -39,8 +40,14 @@ def read_json(data: bytes | str, what: str, *, error: type[Exception] = InvalidI
     Raises
     ------
     InvalidInputError
-        Or `error`: if it is not JSON, not UTF-8, or beyond the limits of this module.
+        Or `error`: if it is not JSON, not UTF-8, holds NaN, or is beyond the limits of this module.
     """
+
+    def constant(name: str) -> float:
+        if name == "NaN":
+            raise ValueError("NaN is no number")
+        return float(name)
+
     try:
         raw = data.encode() if isinstance(data, str) else data
         if len(raw) > LONGEST_BYTES:
@@ -48,7 +55,7 @@ def read_json(data: bytes | str, what: str, *, error: type[Exception] = InvalidI
         values = sum(raw.count(sign) for sign in _SEPARATORS)
         if values > MOST_VALUES:
             raise error(f"{what}: got JSON of {values} values, wanted at most {MOST_VALUES}")
-        value = json.loads(raw)
+        value = json.loads(raw, parse_constant=constant)
     except RecursionError:
         raise error(f"{what}: got JSON of very many levels, wanted at most {DEEPEST}") from None
     except ValueError as problem:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -21,13 +22,22 @@ class JobResources(Record):
         description="Where tasks that gain by a GPU run: auto is on one if the cluster has one that fits.",
     )
     gpu_type: GpuType | None = Field(
-        default=None, description="Type of GPU, as jobs show and doctor name it; null is any."
+        default=None,
+        description="Type of GPU, as jobs show and doctor name it; null is any. Without a device, it is cuda.",
     )
     task_minutes: Positive | None = Field(
         default=None,
         description="A task that takes longer is taken away and runs again elsewhere; null is ten times its estimate, "
         "and at least an hour.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _on_that_gpu(cls, given: Any) -> Any:
+        """Take a type of GPU without a device for what it says: only there."""
+        if isinstance(given, Mapping) and given.get("gpu_type") is not None and "device" not in given:
+            return {**given, "device": Device.CUDA}
+        return given
 
     @model_validator(mode="after")
     def _type_of_a_gpu(self) -> Self:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ _SAID_BY_FLOW = frozenset(
 )
 #: Training that classes without these fields are for.
 _NEUTRAL = WITHOUT | {"shift": 1.0, "num_train_timesteps": 1000}
+#: Integers beyond this are no float64.
+_LARGEST = 2**1023
+#: Steps of training that a scheduler makes tables of.
+_MOST_TIMESTEPS = 1_000_000
 #: How many classes a message names.
 _SHOWN = 7
 
@@ -244,7 +249,7 @@ def _check_trained(chosen: str, own_class: str | None, known: Mapping[str, Any],
 
 
 def _check_values(chosen: str, values: Mapping[str, Any]) -> None:
-    """Refuse prediction types and schedules of betas that a class can't use."""
+    """Refuse prediction types, schedules of betas and numbers that a class can't use."""
     entry = SCHEDULERS[chosen]
     for field, wanted in (("prediction_type", entry.predictions), ("beta_schedule", entry.beta_schedules)):
         if wanted and values[field] not in wanted:
@@ -252,6 +257,45 @@ def _check_values(chosen: str, values: Mapping[str, Any]) -> None:
                 f"sampler.scheduler: got {chosen} for {field}={_text(values[field])}, wanted a class that takes it "
                 f"({chosen}: {', '.join(sorted(wanted))})"
             )
+    _check_numbers(chosen, values)
+
+
+def _check_numbers(chosen: str, values: Mapping[str, Any]) -> None:
+    """Refuse numbers of which no sample would come, and more steps of training than tables are made for."""
+    entry = SCHEDULERS[chosen]
+    for field, default in entry.fields.items():
+        if isinstance(default, int | float) and not isinstance(default, bool) and matters(field, values):
+            _check_number(f"sampler.scheduler: {chosen} of {field}", values[field], default)
+    betas = values.get("trained_betas")
+    if betas is not None and not (
+        isinstance(betas, list) and betas and all(_is_finite(beta) and 0 <= beta <= 1 for beta in betas)
+    ):
+        raise QuantizationError(f"sampler.scheduler: {chosen} of trained_betas: got others, wanted numbers from 0 to 1")
+    if "beta_start" in entry.fields and matters("beta_start", values):
+        for field in ("beta_start", "beta_end"):
+            if not 0 <= values[field] <= 1:
+                raise QuantizationError(
+                    f"sampler.scheduler: {chosen} of {field}: got {values[field]}, wanted from 0 to 1"
+                )
+    steps = values.get("num_train_timesteps", 1)
+    if not (isinstance(steps, int) and 1 <= steps <= _MOST_TIMESTEPS):
+        raise QuantizationError(
+            f"sampler.scheduler: {chosen} of num_train_timesteps: got {_text(steps)}, wanted an integer from 1 to "
+            f"{_MOST_TIMESTEPS}"
+        )
+
+
+def _check_number(what: str, value: Any, default: float) -> None:
+    """Refuse what is no finite number, unless that is the class's default; an inspection has infinite ones as text."""
+    if not _is_finite(value) and (_is_finite(default) or value not in (default, str(default))):
+        raise QuantizationError(f"{what}: got {_text(value)}, wanted a finite number")
+
+
+def _is_finite(value: Any) -> bool:
+    """Say whether a value is a number that float64 has."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < _LARGEST
 
 
 def _nearest(name: str, names: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from orchestrator.actions.gpu_check import check_gpu
 from orchestrator.actions.probe import run_python
 from orchestrator.db.orchestrators import OrchestratorState, clusters, list_orchestrators
 from orchestrator.db.session import current, open_database
-from orchestrator.service import open_store_of, private_paths
+from orchestrator.service import private_paths
 from orchestrator.settings import Settings
 from orchestrator.store_owner import StoreOwner, store_owner
 from orchestrator.text import human_seconds
@@ -29,7 +29,7 @@ from quant_spec.numbers import human_bytes
 from workers.errors import StoreError
 from workers.execution.ray_security import token_file
 from workers.storage.private import is_private
-from workers.storage.store import Store
+from workers.storage.store import Store, open_store
 from workers.urls import hide_passwords, known_secrets
 
 _PYTHON = (3, 11)
@@ -185,7 +185,8 @@ def _store(settings: Settings) -> tuple[bool, str]:
     """Write, read and remove a blob that nobody else can have."""
     if settings.embedded_store and not Path(settings.store_url).is_dir():
         return True, f"{settings.store} will be made on first use"
-    store = open_store_of(settings)
+    # One that hangs is to be told in seconds, not when a task would give up.
+    store = open_store(settings.store_url, quick=True)
     data = b"quantmill doctor " + secrets.token_bytes(32)
     digest = store.put_bytes(data)
     try:
@@ -238,6 +239,8 @@ def _nodes(settings: Settings) -> tuple[bool, str]:
     if lines := left_out(found.values()):
         return False, "; ".join(lines)
     nodes = {node["node"]: node for cluster in found.values() for node in cluster.get("nodes", ())}
+    if not nodes:
+        return True, f"{len(found)} orchestrators at work, none of which has had a task: each looks at its cluster then"
     gpus = sum(node["gpus"] for node in nodes.values())
     return True, f"{len(found)} orchestrators at work see {len(nodes)} nodes with {gpus} GPUs, and use all of them"
 

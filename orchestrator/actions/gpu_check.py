@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.actions.probe import run_python
+from quant_spec.enums import Device
+from quant_spec.errors import InvalidInputError
 from quant_spec.numbers import human_bytes
+from quant_spec.recipe import Recipe
+from workers.execution.cluster import LOGICAL_GPU_GIB
 
 _SECONDS = 180
 _NVIDIA_SMI = "nvidia-smi"
 #: Device files: where CUDA works there is at least one of them, even without nvidia-smi.
 _DEVICES = ("/dev/nvidiactl", "/dev/dxg")
+#: Of an AMD GPU, which torch calls cuda too.
+_AMD_DEVICE = "/dev/kfd"
 
 # A Triton kernel is compiled, which takes longest, and must give the reference's integers; sizes have tails.
 _PROBE = """
@@ -38,6 +44,22 @@ if torch.cuda.is_available():
         found["kernel"] = f"a Triton kernel failed: {type(error).__name__}: {error}"
 print(json.dumps(found))
 """
+
+
+def require_gpu(recipe: Recipe, ray_address: str | None, environ: Mapping[str, str]) -> None:
+    """Refuse a recipe that must have a GPU where the only Ray that will execute it is that of this machine, with none.
+
+    Raises
+    ------
+    InvalidInputError
+        If it waited for ever otherwise.
+    """
+    if recipe.resources.device is not Device.CUDA or ray_address not in (None, "local") or environ.get(LOGICAL_GPU_GIB):
+        return
+    if shutil.which(_NVIDIA_SMI) is None and not any(Path(each).exists() for each in (*_DEVICES, _AMD_DEVICE)):
+        raise InvalidInputError(
+            "resources.device: got cuda, but this machine has no GPU driver; wanted auto or cpu, or a cluster by --ray"
+        )
 
 
 def check_gpu() -> tuple[bool, str]:

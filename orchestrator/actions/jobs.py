@@ -11,9 +11,10 @@ from orchestrator.actions.patience import patiently
 from orchestrator.actions.views import event_view, job_view
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import events, find_job, is_invalid, job_counts, list_jobs, list_tasks
-from orchestrator.db.orchestrators import clusters, waiting_reason
+from orchestrator.db.orchestrators import clusters
 from orchestrator.db.places import task_places
 from orchestrator.db.rows import EventRow, JobRow, TaskRow
+from orchestrator.db.waiting import job_waiting
 from orchestrator.scheduling.running import REPORTING, RunningTask, running_tasks
 from orchestrator.service import Service
 from orchestrator.states import ACTIVE_JOBS, JobState, TaskState
@@ -44,7 +45,7 @@ def show_job(service: Service, prefix: str) -> dict[str, Any]:
     """Return a job's view by a unique prefix of its id."""
     with service.database.session(read_only=True) as session:
         job = find_job(session, prefix)
-        view = job_view(job, job_counts(session, job.id), database_time(session), waiting_reason(session))
+        view = job_view(job, job_counts(session, job.id), database_time(session), job_waiting(session, job))
         rows = [task for kind in REPORTING for task in list_tasks(session, job.id, kind=kind)]
         ran = [each.document() for each in task_places(session, job.id)]
         at_work = clusters(session) if job.state in ACTIVE_JOBS else {}
@@ -69,9 +70,9 @@ def running_steps(service: Service, rows: list[TaskRow]) -> tuple[RunningTask, .
 def show_jobs(service: Service, *, state: JobState | None = None, limit: int = 50) -> list[dict[str, Any]]:
     """Return the views of the newest jobs, newest first."""
     with service.database.session(read_only=True) as session:
-        now, waiting = database_time(session), waiting_reason(session)
+        now = database_time(session)
         rows = list_jobs(session, states=[state] if state else [], limit=limit)
-        return [job_view(job, job_counts(session, job.id), now, waiting) for job in rows]
+        return [job_view(job, job_counts(session, job.id), now, job_waiting(session, job)) for job in rows]
 
 
 def wait_for_job(
@@ -100,7 +101,8 @@ def wait_for_job(
 
     def look() -> tuple[JobRow, str | None]:
         with service.database.session(read_only=True) as session:
-            return find_job(session, prefix), waiting_reason(session)
+            job = find_job(session, prefix)
+            return job, job_waiting(session, job)
 
     while True:
         job, reason = patiently(look, notify, deadline)

@@ -10,13 +10,13 @@ from orchestrator.actions.cluster import gpu_text
 from orchestrator.actions.live import Live
 from orchestrator.db.clock import database_time
 from orchestrator.db.jobs import find_job, job_kinds, list_tasks
-from orchestrator.db.orchestrators import gpu_types, waiting_reason
+from orchestrator.db.orchestrators import gpu_types
 from orchestrator.db.rows import KindRow
 from orchestrator.db.session import Database
 from orchestrator.db.timings import kind_timings
+from orchestrator.db.waiting import job_waiting
 from orchestrator.planning.estimate import Rate, fitted_rates
 from orchestrator.scheduling.running import REPORTING, RunningTask, running_tasks, step_text
-from orchestrator.states import ACTIVE_JOBS
 from orchestrator.text import human_seconds
 from quant_spec.kinds import KINDS
 from workers.storage.store import Store
@@ -31,8 +31,8 @@ _TELLING_SHARE = 0.1
 class Snapshot:
     """A job at one moment.
 
-    `eta_seconds` is what is left of it by recorded times and what long tasks say themselves, `waiting` what all
-    orchestrators wait for, if they do. `gpus` says how the cluster's GPUs are used, "" where there are none.
+    `eta_seconds` is what is left of it by recorded times and what long tasks say themselves, `waiting` what it
+    waits for beyond its turn. `gpus` says how the cluster's GPUs are used, "" where there are none.
     """
 
     job: str
@@ -180,7 +180,7 @@ def take_snapshot(database: Database, store: Store, job_id: str, pacer: Pacer) -
         job = find_job(session, job_id)
         kinds = tuple(job_kinds(session, job_id))
         now = database_time(session)
-        waiting = waiting_reason(session) if job.state in ACTIVE_JOBS else None
+        waiting = job_waiting(session, job)
         long = [kind.kind for kind in kinds if kind.running and kind.kind in REPORTING]
         rows = [task for kind in long for task in list_tasks(session, job_id, kind=kind)]
     steps = running_tasks(rows, store)

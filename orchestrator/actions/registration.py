@@ -90,13 +90,13 @@ def add_model_from(
     if name is not None:
         check_name(name)
     model = look_at(service, source, service.store, notify=notify, sample_size=sample_size)
+    check(model)
     if name is not None:
         model = replace(model, name=name)
     elif (known := _registered(service, model.digest)) is not None:
         model = replace(known, inspection=model.inspection)
     else:
         model = _with_free_name(service, model, notify, "registered")
-    check(model)
     with service.database.session() as session:
         return add_model(session, model)
 
@@ -173,13 +173,11 @@ def resolve_model(
     with tempfile.TemporaryDirectory(prefix="quantmill-dry-run-") as folder:
         store = open_store(folder) if dry_run else service.store
         model = look_at(service, text, store, notify=notify, sample_size=sample_size, inspections=inspections)
+    check(model)
     registered = _registered(service, model.digest)
     if registered is not None:
-        model = replace(registered, inspection=model.inspection)
-    else:
-        model = _with_free_name(service, model, notify, "would be registered" if dry_run else "registered")
-    check(model)
-    return model
+        return replace(registered, inspection=model.inspection)
+    return _with_free_name(service, model, notify, "would be registered" if dry_run else "registered")
 
 
 def _up_to_date(service: Service, model: ModelRow, *, notify: Callable[[str], None], dry_run: bool) -> ModelRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from quant_spec.documents import read_json
 from quant_spec.errors import InvalidInputError
 from quant_spec.pipeline import MODEL_INDEX, denoiser_entry
 from workers.errors import ManifestError
+from workers.storage.blobs import check_place
 from workers.storage.manifest import (
     MANIFEST_NAME,
     check_folder,
@@ -77,7 +79,8 @@ def pull_release(service: Service, ref: str, folder: Path, signature: str | None
     DigestMismatchError, NotFoundError
         If the store's bytes are not those of the release.
     """
-    if (folder / MANIFEST_NAME).is_file() and not folder.is_symlink():
+    # Not Path's own, which fails for a name that no file can have.
+    if os.path.isfile(folder / MANIFEST_NAME) and not folder.is_symlink():
         release = get_release(service, ref)
         problems = check_folder(folder, release.digest)
         if problems:
@@ -100,7 +103,7 @@ def pull_release(service: Service, ref: str, folder: Path, signature: str | None
 
 
 def check_target(folder: Path) -> Path:
-    """Return a folder that something is to be written into, absolute, if it is new or empty and its parent is there.
+    """Return a folder that something is to be written into, absolute, if it is new or empty and can be made.
 
     Raises
     ------
@@ -108,8 +111,7 @@ def check_target(folder: Path) -> Path:
         If it is not.
     """
     folder = folder.absolute()
-    if not folder.parent.is_dir():
-        raise InvalidInputError(f"folder: got {folder}, but there is no {folder.parent}; wanted a place to write")
+    check_place(folder, "folder")
     if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise InvalidInputError(f"folder: got {folder}, which is there already, wanted a new or empty folder")
     return folder

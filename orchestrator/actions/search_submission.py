@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.actions.gpu_check import require_gpu
 from orchestrator.actions.registration import resolve_model
 from orchestrator.actions.submission import notify_scheduler
 from orchestrator.db.registry import add_model, list_models
@@ -120,6 +122,9 @@ def prepare_search(
         notify(line)
     loaded = replace(loaded, spec=_with_parent(service, loaded.spec))
     recipes = {name: each.recipe for name, each in loaded.recipes.items()}
+    if request.resume and not dry_run:
+        for recipe in recipes.values():
+            require_gpu(recipe, service.settings.ray_address, os.environ)
     models, left_out = find_models(
         service, loaded.spec, recipes, loaded.folder, skip_bad=request.skip_bad, notify=notify, dry_run=dry_run
     )

@@ -14,7 +14,6 @@ from orchestrator.actions.live import Live
 from orchestrator.actions.patience import patiently
 from orchestrator.actions.search_progress import FrontPoint, ModelProgress, SearchProgress
 from orchestrator.db.clock import database_time
-from orchestrator.db.orchestrators import waiting_reason
 from orchestrator.db.rows import SearchCosts, SearchModelRow, SearchPointRow, SearchRow
 from orchestrator.db.searches import (
     find_search,
@@ -24,6 +23,7 @@ from orchestrator.db.searches import (
     search_points,
     task_counts,
 )
+from orchestrator.db.waiting import search_waiting
 from orchestrator.search.advance import advance
 from orchestrator.search.fronts import Measured, front, measured_of
 from orchestrator.search.load import spec_from_json
@@ -66,7 +66,7 @@ def show_search(service: Service, prefix: str) -> dict[str, Any]:
         points = search_points(session, row.id)
         costs = search_costs(session, row.id)
         now = database_time(session)
-        waiting = waiting_reason(session) if row.state in ACTIVE_JOBS else None
+        waiting = search_waiting(session, row)
     return search_view(row, models, points, costs, now) | {"waiting": waiting}
 
 
@@ -212,7 +212,7 @@ def search_progress(service: Service, search_id: str) -> SearchProgress:
         points = search_points(session, search_id)
         counts = task_counts(session, search_id)
         now = database_time(session)
-        waiting = waiting_reason(session) if row.state in ACTIVE_JOBS else None
+        waiting = search_waiting(session, row)
     objective = spec_from_json(row.spec).objective
     shown = tuple(
         _model_progress(model, [each for each in points if each.model == model.name], counts, objective)

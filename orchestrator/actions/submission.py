@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.actions.gpu_check import require_gpu
 from orchestrator.actions.lora import Lora, with_loras
 from orchestrator.actions.registration import Check, register, resolve_model
 from orchestrator.actions.repair import withdraw_if_lost
@@ -35,8 +37,8 @@ class Request:
 
     `sample_size` is for a folder or hf:ID whose config leaves it open. `device` and `gpu_type` go before what the
     recipe says in `resources`, `prompts` and `size` (height and width of a pipeline's images) before its own. `loras`
-    are fused into the model first. With `resume`, a job of the same model, recipe and release name that has not ended
-    is what is asked for.
+    are fused into the model first. `here`: this process is to execute it, and a job of the same model, recipe and
+    release name that has not ended is what is asked for.
     """
 
     recipe: str
@@ -47,7 +49,7 @@ class Request:
     sample_size: SampleSize | None = None
     device: str | None = None
     gpu_type: str | None = None
-    resume: bool = False
+    here: bool = False
     prompts: Path | None = None
     loras: tuple[Lora, ...] = ()
     size: tuple[int, int] | None = None
@@ -91,6 +93,8 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
     ------
     RecipeError
         If the recipe is not valid or does not fit the model.
+    InvalidInputError
+        If the job must have a GPU and is to be executed here alone, where there is none.
     QuantizationError
         If its scheduler does not.
     ModelError
@@ -101,6 +105,8 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
     loaded = load_recipe(request.recipe, request.assignments(), allowed=service.settings.allowed_paths)
     if request.release_name is not None:
         check_name(request.release_name)
+    if request.here:
+        require_gpu(loaded.recipe, service.settings.ray_address, os.environ)
 
     def check(model: ModelRow) -> None:
         plan(model, with_prompts(loaded, model).recipe)
@@ -142,7 +148,7 @@ def enqueue(service: Service, model: ModelRow, loaded: LoadedRecipe, request: Re
     with service.database.session() as session:
         lock_enqueue(session)
         same = None
-        if request.resume:
+        if request.here:
             names = (model.digest, resolved.digest, release_name)
             same = find_active_job(
                 session,

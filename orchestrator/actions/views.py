@@ -11,7 +11,6 @@ from orchestrator.db.rows import EventRow, JobRow, ModelRow, ReleaseRow
 from orchestrator.errors import RecipeError
 from orchestrator.planning.components import is_text_encoder
 from orchestrator.recipes.load import recipe_from_json
-from orchestrator.states import ACTIVE_JOBS
 from orchestrator.text import utc_text
 from quant_spec.components import text_encoders
 from quant_spec.recipe import Recipe
@@ -29,12 +28,12 @@ def job_view(job: JobRow, tasks: Mapping[str, int], now: float, waiting: str | N
     now
         The database's time; `seconds` runs from submission to the end, or to now.
     waiting
-        What all orchestrators wait for, if they do: a job that has not ended waits with them.
+        What it waits for beyond its turn (`orchestrator.db.waiting`).
     """
     return {
         "job": job.id,
         "state": job.state.value,
-        "waiting": waiting if job.state in ACTIVE_JOBS else None,
+        "waiting": waiting,
         "model": job.model_name,
         "recipe": job.recipe_name,
         "tasks": {name: tasks[name] for name in ("total", "cached", "succeeded", "failed", "running", "queued")},

@@ -6,6 +6,7 @@ finished in time, 102 not found, 103 cancelled.
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -23,6 +24,9 @@ from workers.storage.blobs import NO_ROOM
 from workers.urls import hide_passwords, known_secrets, shown_url
 
 log = logging.getLogger(__name__)
+
+#: What the operating system says of names that no file can have; only a user writes such.
+_NO_PATH = {errno.ENAMETOOLONG, errno.ELOOP}
 
 COMMANDS = {
     "init": ("orchestrator.cli.home:init", "Create the home, the database and the store."),
@@ -91,6 +95,8 @@ def run_cli(arguments: Sequence[str] | None = None) -> int:
     except QuantServiceError as error:
         return _fail(_one_line(error, secrets), error.exit_code)
     except OSError as error:
+        if error.errno in _NO_PATH:
+            return _fail(f"path: got {str(error.filename)[:200]} ({error.strerror}), wanted one that can be", 2)
         if error.errno not in NO_ROOM:
             _print_traceback(secrets)
             return _fail(_one_line(error, secrets), 1)

@@ -74,7 +74,7 @@ def run(
             sample_size,
             device,
             gpu_type,
-            resume=True,
+            here=True,
             prompts=prompts,
             loras=loras,
             size=size,

@@ -100,12 +100,14 @@ def submit(
         submitted = submit_job(service, request, notify=app.notify)
         notify_queued(app, submitted)
         app.notify(f"  {app.command('serve', '--drain')}    # execute what is queued, if nothing does")
+        job = submitted.job
+        if (reason := show_job(service, job.id)["waiting"]) is not None and not wait:
+            app.notify(f"job {job.id}: waiting for the {reason}")
         if not wait:
-            job = submitted.job
             document = {"job": job.id, "state": job.state.value}
             app.answer(document, lambda: f"job {job.id} is {job.state.value}")
             return 0
-        row = wait_for_job(service, submitted.job.id)
+        row = wait_for_job(service, job.id, notify=app.notify)
         view, code = show_job(service, row.id), exit_code(service, row)
     app.answer(view, lambda: job_text(view))
     return code

@@ -11,9 +11,8 @@ from orchestrator.report.render import render_report
 from orchestrator.report.search_collect import collect_search
 from orchestrator.report.search_render import render_search
 from orchestrator.service import Service
-from quant_spec.errors import InvalidInputError
 from workers.errors import BlobLostError
-from workers.storage.blobs import writing
+from workers.storage.blobs import check_place, writing
 from workers.storage.private import make_private
 
 Data = TypeVar("Data")
@@ -91,8 +90,7 @@ def _write(service: Service, name: str, page: str, out: Path | None) -> Path:
         make_private(path.parent)
     else:
         path = out.absolute()
-        if not path.parent.is_dir():
-            raise InvalidInputError(f"--out: got {out}, but there is no folder {path.parent}; wanted a place to write")
+        check_place(path, "--out")
     with writing(path, mode=0o644) as file:
         file.write(page.encode())
     return path

@@ -22,13 +22,15 @@ OF_CONTAINERS = {
     *("SECRETS", "SECRETS_MOUNT", "QUANTMILL_DATA", "DATABASE_DATA", "STORE_DATA"),
     *("CPU_WORKER_CPUS", "GPU_WORKER_CPUS", "GPU_WORKER_GPUS", "CPU_WORKER_MEMORY", "GPU_WORKER_MEMORY"),
 }
+#: Left to who starts it, for containers and processes alike.
+OF_USERS = {"QUANTMILL_TAG", "QUANTMILL_UID", "QUANTMILL_GID", "GPU_WORKER_LABELS", "GPU_WORKER_LOGICAL_GIB"}
 PORTS = {"DATABASE_PORT", "STORE_PORT", "RAY_PORT", "RAY_DASHBOARD_PORT", "METRICS_PORT_1", "METRICS_PORT_2"}
 
 
 def test_processes_differ_from_containers_only_in_what_stands_for_a_container(tmp_path: Path) -> None:
     variables = process_variables(tmp_path, tmp_path / "ray", {})
     assert set(variables) == OF_CONTAINERS
-    assert defaults().keys() == OF_CONTAINERS | PORTS | {"QUANTMILL_TAG", "QUANTMILL_UID", "QUANTMILL_GID"}
+    assert defaults().keys() == OF_CONTAINERS | PORTS | OF_USERS
     containers, processes = read_services({}), started_services(variables)
     assert processes.keys() == containers.keys() - {"cli"}
     for name, process in processes.items():

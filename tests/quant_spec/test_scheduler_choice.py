@@ -135,3 +135,25 @@ def test_an_unknown_class_fits_by_what_its_config_says() -> None:
     assert choice.config["prediction_type"] == "v_prediction"
     with pytest.raises(QuantizationError, match="got null for a model whose own is MyScheduler"):
         default_scheduler(own)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({"beta_start": value} for value in (-0.1, 2, "0.0001", "nan", float("inf"), None, 10**400)),
+        *({"trained_betas": value} for value in ([], [0.1, 2.0], ["a"], 0.1)),
+        *({"num_train_timesteps": value} for value in (0, 10**9, "1000", None)),
+        *({"clip_sample_range": value, "clip_sample": True} for value in ([1.0], True)),
+    ],
+    ids=str,
+)
+def test_numbers_that_no_scheduler_can_use_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(QuantizationError, match=next(iter(fields))):
+        choose_scheduler(None, of("DDIMScheduler", **fields))
+
+
+def test_numbers_that_do_not_matter_are_no_reason_to_refuse() -> None:
+    unread = {"beta_start": None, "beta_schedule": "squaredcos_cap_v2", "clip_sample_range": None, "clip_sample": False}
+    assert choose_scheduler(None, of("DDIMScheduler", **unread)).name == "DDIMScheduler"
+    # -Infinity is the class's own default, which an inspection has as text.
+    assert choose_scheduler(None, of("DPMSolverMultistepScheduler", lambda_min_clipped="-inf")).note is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from workers.execution.local import python_path
 _GIB = 2**30
 _PROBE_SECONDS = 120.0
 _GPU_TYPE_LABEL = "ray.io/accelerator-type"
+#: As long as a recipe's `gpu_type` may be.
+_TYPE_CHARACTERS = 63
 _NOSET = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 _CUDA = """
 import json, torch
@@ -145,12 +148,17 @@ def _node(data: Mapping[str, Any], found: Mapping[str, Any]) -> Node:
         memory_bytes=int(resources.get("memory", 0)),
         gpus=int(resources.get("GPU", 0)),
         gpu_memory_bytes=found.get("gpu_memory_bytes", 0),
-        gpu_type=labels.get(_GPU_TYPE_LABEL) or found.get("gpu_type"),
+        gpu_type=gpu_type_name(labels.get(_GPU_TYPE_LABEL) or found.get("gpu_type") or "") or None,
         versions=found.get("versions", {}),
         cuda_ok=found.get("cuda_ok", False),
         problem=problem and f"{host}: {problem}",
         by_number=found.get("by_number", False),
     )
+
+
+def gpu_type_name(said: str) -> str:
+    """Return what a GPU is called as a user can ask for it: "NVIDIA-L40S" for torch's "NVIDIA L40S"."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", said).strip("._-")[:_TYPE_CHARACTERS]
 
 
 def _with_own_names(nodes: list[Node]) -> dict[str, Node]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from quant_spec.errors import InvalidInputError
 from workers.errors import DigestMismatchError, DiskFullError, StoreError
 
 #: A store's own file about itself, at its root: which database it belongs to.
@@ -76,6 +77,26 @@ def disk_error(error: OSError, where: Path | str) -> StoreError:
     if error.errno in NO_ROOM:
         return DiskFullError(f"disk full: got no room left to write {where}, wanted more free space there")
     return StoreError(f"{where}: got {error.strerror or error}, wanted a place to write")
+
+
+def check_place(place: Path, what: str) -> None:
+    """Refuse a file or folder of the user's choice that cannot be made: before the work whose result it is for.
+
+    Raises
+    ------
+    DiskFullError
+        If there is no room.
+    InvalidInputError
+        If nothing of that name can be made there; `what` names it at the beginning.
+    """
+    if not place.parent.is_dir():
+        raise InvalidInputError(f"{what}: got {place}, but there is no {place.parent}; wanted a place to write")
+    try:
+        Path(tempfile.mkdtemp(prefix=f".{place.name}-partial-", dir=place.parent)).rmdir()
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise disk_error(error, place) from error
+        raise InvalidInputError(f"{what}: got {place} ({error.strerror}), wanted a place to write") from error
 
 
 @contextmanager

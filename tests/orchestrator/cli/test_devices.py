@@ -24,13 +24,16 @@ from orchestrator.db.orchestrators import (
 from orchestrator.db.session import open_database
 from orchestrator.scheduling.picker import Places
 from orchestrator.settings import resolve_settings
+from quant_spec.enums import Device
 from quant_spec.kinds import KINDS
+from quant_spec.resources import JobResources
 from tests.orchestrator.cli.test_cli_run import SET
 from tests.orchestrator.in_process import InProcess
 from workers.errors import Fault
 from workers.execution.cluster import LOGICAL_GPU_GIB, Node, own_versions
 from workers.execution.execute import TaskCall
 from workers.execution.executor import Capacity
+from workers.execution.nodes import gpu_type_name
 
 Cli = Callable[..., Any]
 GIB = 2**30
@@ -209,6 +212,85 @@ def test_job_that_waits_for_a_gpu_says_so(
         log.removeHandler(stopper)
     assert answer.code == 101
     assert "tasks wait for a GPU: wanted H100, got gpu-1: 1 x A100" in caplog.text
+
+
+def note_cluster(home: Path, *nodes: Node) -> None:
+    """Let an orchestrator elsewhere say which nodes it sees."""
+    places = Places(2.0)
+    places.look(nodes)
+    database = open_database(resolve_settings({}, home=str(home)).database_url)
+    with database.session() as session:
+        note = OrchestratorNote("elsewhere:1", "elsewhere", 1, OrchestratorState.WORKING, None, places.document())
+        see_orchestrator(session, note)
+    database.close()
+
+
+@pytest.mark.usefixtures("with_digits")
+@pytest.mark.parametrize(
+    ("options", "wanted"), [(("--device", "cuda"), "a GPU"), (("--gpu-type", "H100"), "a GPU of type H100")]
+)
+def test_job_whose_gpu_no_cluster_has_is_shown_to_wait_for_it(
+    cli: Cli, home: Path, options: tuple[str, ...], wanted: str
+) -> None:
+    words = ("submit", "minmax-w8a8", "--model", "digits", *SET, *options)
+    job = cli(*words, "--json").json["job"]
+    view = cli("jobs", "show", job, "--json").json
+    assert (view["state"], view["waiting"], view["device"]) == ("queued", None, "cuda")
+    note_cluster(home, node("cpu-1"), node("a-1", gpus=0 if wanted == "a GPU" else 2))
+    reason = f"cluster: got {'no GPU that can be used' if wanted == 'a GPU' else 'a-1: 2 x A100'}, wanted {wanted}"
+    view = cli("jobs", "show", job, "--json").json
+    assert (view["state"], view["waiting"]) == ("queued", reason)
+    assert f"waiting   {reason}" in cli("jobs", "show", job).out
+    assert " waiting " in cli("jobs", "ls").out
+    assert f"job {job}: waiting for the {reason}" in cli("jobs", "wait", job, "--timeout", "0").err
+    again = cli(*words, "--set", "seed=7")
+    assert f"waiting for the {reason}" in again.err
+    # Once there is one, it is a matter of turns.
+    note_cluster(home, node("h-1", gpus=1, gpu_type="h100"))
+    assert cli("jobs", "show", job, "--json").json["waiting"] is None
+    assert " waiting " not in cli("jobs", "ls").out
+
+
+@pytest.mark.usefixtures("with_digits")
+def test_jobs_that_may_run_anywhere_wait_for_no_gpu(cli: Cli, home: Path) -> None:
+    note_cluster(home, node("cpu-1"))
+    for options in ((), ("--device", "cpu")):
+        job = cli("submit", "minmax-w8a8", "--model", "digits", *SET, *options, "--json").json["job"]
+        assert cli("jobs", "show", job, "--json").json["waiting"] is None
+
+
+@pytest.mark.usefixtures("with_digits")
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_run_on_a_machine_without_a_gpu_refuses_to_wait_for_one(cli: Cli, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("extends: minmax-w8a8\nresources: {gpu_type: H100}\n")
+    search = tmp_path / "search.yaml"
+    search.write_text("name: s\nrecipe: mine.yaml\nmodels: [digits]\nbudgets: [{weight_bits_mean: 6.0}]\n")
+    for words in (("minmax-w8a8", "--device", "cuda"), ("minmax-w8a8", "--gpu-type", "H100"), (recipe,)):
+        answer = cli("run", *words, "--model", "digits", *SET)
+        assert (answer.code, answer.err.count("\n")) == (2, 1), answer
+        assert "resources.device: got cuda, but this machine has no GPU driver" in answer.err
+    answer = cli("search", "run", search)
+    assert (answer.code, "this machine has no GPU driver" in answer.err) == (2, True), answer
+    assert cli("jobs", "ls", "--json").json == []
+
+
+def test_types_of_gpu_can_be_asked_for_by_what_they_are_called() -> None:
+    for said, name in (("NVIDIA H100 80GB HBM3", "NVIDIA-H100-80GB-HBM3"), ("A100", "A100"), (" (x) " * 40, None)):
+        called = gpu_type_name(said)
+        assert name is None or called == name
+        assert JobResources(gpu_type=called).device is Device.CUDA
+
+
+@pytest.mark.usefixtures("with_digits")
+def test_doctor_does_not_count_nodes_that_nobody_has_looked_for(cli: Cli, home: Path) -> None:
+    cli("models", "ls")
+    note_cluster(home)
+    checks = {check["name"]: check for check in cli("doctor", "--json").json["checks"]}
+    assert checks["nodes"]["detail"].startswith("1 orchestrators at work, none of which has had a task")
+    note_cluster(home, node("a-1", gpus=2))
+    checks = {check["name"]: check for check in cli("doctor", "--json").json["checks"]}
+    assert checks["nodes"]["detail"] == "1 orchestrators at work see 1 nodes with 2 GPUs, and use all of them"
 
 
 @pytest.mark.usefixtures("with_digits")

@@ -404,8 +404,53 @@ def test_configs_that_no_model_can_be_made_of(
     before = snapshot()
     answer = cli("models", "add", model)
     assert (answer.code, answer.out) == (2, ""), answer
-    assert [line.split(":")[0] for line in answer.err.splitlines()] == [f"inspecting {model}", "error"]
+    # What is no JSON is not inspected at all.
+    assert [line.split(":")[0] for line in answer.err.splitlines()] in ([f"inspecting {model}", "error"], ["error"])
     assert {name for name in snapshot() if name not in before} <= {name for name in snapshot() if "sha256" in name}
+
+
+SCHEDULER_VALUES = [
+    ({"beta_start": float("nan")}, "NaN is no number"),
+    ({"beta_end": float("inf")}, "beta_end: got inf, wanted a finite number"),
+    ({"num_train_timesteps": 10**9}, "num_train_timesteps: got 1000000000, wanted an integer from 1 to 1000000"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), SCHEDULER_VALUES, ids=str)
+def test_schedulers_that_no_sample_could_be_drawn_with(
+    cli: Cli, digits: Path, tmp_path: Path, values: dict[str, Any], said: str
+) -> None:
+    model = Path(shutil.copytree(digits, tmp_path / "model"))
+    path = model / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_schedule": "linear"} | values))
+    answer = cli("submit", "fast-w4a8", "--model", model)
+    assert (answer.code, answer.out) == (2, ""), answer
+    assert answer.err.splitlines()[-1].startswith("error: ")
+    assert said in answer.err.splitlines()[-1]
+    assert "registered as" not in answer.err
+    assert (cli("jobs", "ls", "--json").json, cli("models", "ls", "--json").json) == ([], [])
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("recipes", "validate", f"./{LONG}"), ("submit", "base", "--model", f"./{LONG}"), ("models", "add", LONG)),
+        *(
+            ("run", "base", "--model", "digits", "--out", place)
+            for place in ("/proc/x", f"/tmp/{LONG}", f"/tmp/{'n' * 250}")
+        ),
+        ("submit", "base", "--model", "digits", "--prompts", f"/tmp/{LONG}"),
+        ("--home", f"/tmp/{LONG}", "models", "add", "x"),
+    ],
+    ids=lambda words: " ".join(words)[:40],
+)
+def test_places_that_cannot_be(cli: Cli, with_digits: Path, words: tuple[str, ...]) -> None:
+    answer = cli(*words)
+    assert_refused(answer)
+    assert cli("jobs", "ls", "--json").json == []
 
 
 def test_numbers_that_are_none(cli: Cli, with_digits: Path) -> None:

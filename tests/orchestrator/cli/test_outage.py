@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -132,3 +133,18 @@ def test_a_database_that_does_not_answer_at_the_start_is_a_wrong_address(
     answer = cli("--db", empty_postgres_url, "jobs", "wait", job)
     outage.end()
     assert answer.code == 2, answer.err
+
+
+def test_doctor_does_not_wait_for_a_store_that_hangs(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes connections and says nothing; a task would wait for four minutes."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}"),
+            *(("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret"), ("AWS_DEFAULT_REGION", "us-east-1")),
+        ):
+            monkeypatch.setenv(name, value)
+        begun = time.monotonic()
+        answer = cli("--store", "s3://bucket/store", "doctor", "--json")
+        assert time.monotonic() - begun < 200
+    (store,) = (check for check in answer.json["checks"] if check["name"] == "store")
+    assert (answer.code, store["ok"], "timeout" in store["detail"]) == (1, False, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import socket
 import threading
@@ -25,7 +26,7 @@ from orchestrator.db.queries import add_model, claim_tasks, create_job, enqueue_
 from orchestrator.db.rows import ModelRow
 from orchestrator.db.session import Database, open_database
 from orchestrator.graph import TaskNode, TaskRef, task_node
-from orchestrator.logs import log_to_stderr
+from orchestrator.logs import LogFormat, log_to_stderr
 from orchestrator.monitoring.health import health
 from orchestrator.monitoring.metrics import METRICS, reference_table
 from orchestrator.monitoring.server import monitoring
@@ -199,6 +200,19 @@ def test_the_handbook_and_the_alerts_name_metrics_that_there_are() -> None:
         assert set(re.findall(r"quantmill_\w+", rule["expr"])) <= shown
         assert rule["expr"].count("(") == rule["expr"].count(")")
         assert "quantmill_" in rule["expr"] or rule["expr"].startswith("up{")
+
+
+@pytest.mark.parametrize("style", LogFormat)
+def test_what_other_packages_warn_of_is_a_line_as_any_other(
+    style: LogFormat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_to_stderr(style)
+    try:
+        logging.getLogger("psycopg").warning("error ignored in\n%s", "pipeline")
+    finally:
+        log_to_stderr()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(" warning error ignored in pipeline") or json.loads(line)["logger"] == "psycopg"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from orchestrator.db.orchestrators import gpu_types
 from orchestrator.db.rows import KindRow
 from orchestrator.db.session import Database
 from orchestrator.db.timings import kind_timings
-from orchestrator.db.waiting import job_waiting
+from orchestrator.db.waiting import job_in_front, job_waiting
 from orchestrator.planning.estimate import Rate, fitted_rates
 from orchestrator.scheduling.running import REPORTING, RunningTask, running_tasks, step_text
 from orchestrator.text import human_seconds
@@ -33,6 +33,7 @@ class Snapshot:
 
     `eta_seconds` is what is left of it by recorded times and what long tasks say themselves, `waiting` what it
     waits for beyond its turn. `gpus` says how the cluster's GPUs are used, "" where there are none.
+    `behind` is a job that runs while this one has not begun.
     """
 
     job: str
@@ -45,6 +46,7 @@ class Snapshot:
     steps: tuple[RunningTask, ...] = ()
     gpus: str = ""
     waiting: str | None = None
+    behind: str | None = None
 
     @property
     def total(self) -> int:
@@ -69,7 +71,7 @@ class Snapshot:
     @property
     def content(self) -> tuple[object, ...]:
         """What is worth another line if it changes."""
-        return self.state, self.done, self.running, self.total, self.steps
+        return self.state, self.done, self.running, self.total, self.steps, self.behind
 
     @property
     def news(self) -> str | None:
@@ -180,14 +182,14 @@ def take_snapshot(database: Database, store: Store, job_id: str, pacer: Pacer) -
         job = find_job(session, job_id)
         kinds = tuple(job_kinds(session, job_id))
         now = database_time(session)
-        waiting = job_waiting(session, job)
+        waiting, behind = job_waiting(session, job), job_in_front(session, job)
         long = [kind.kind for kind in kinds if kind.running and kind.kind in REPORTING]
         rows = [task for kind in long for task in list_tasks(session, job_id, kind=kind)]
     steps = running_tasks(rows, store)
     seconds = (job.finished_at or now) - (job.started_at or job.created_at)
     eta = seconds_left(kinds, rates, width, steps)
     names = (job.id, job.state.value, job.model_name, job.recipe_name)
-    return Snapshot(*names, kinds, max(seconds, 0.0), eta, steps, gpus, waiting)
+    return Snapshot(*names, kinds, max(seconds, 0.0), eta, steps, gpus, waiting, behind)
 
 
 def show_progress(
@@ -208,6 +210,7 @@ def progress_line(snapshot: Snapshot) -> str:
     """Return a snapshot as one line of text."""
     parts = [f"{snapshot.state} {snapshot.done}/{snapshot.total} tasks"]
     parts += [f"waiting for the {snapshot.waiting}"] if snapshot.waiting else []
+    parts += [f"behind job {snapshot.behind}"] if snapshot.behind else []
     busy = [f"{kind.kind} {kind.succeeded}/{kind.total}" for kind in snapshot.kinds if kind.running]
     parts += [f"running {', '.join(busy)}"] if busy else []
     parts += [step_text(each.document()) for each in snapshot.steps]
@@ -227,6 +230,7 @@ def progress_table(snapshot: Snapshot, per_second: float) -> Table:
     if snapshot.state in ("queued", "running"):
         caption += f", {per_second:.2f} tasks/s, about {human_seconds(snapshot.eta_seconds)} left"
     caption += f"; waiting for the {snapshot.waiting}" if snapshot.waiting else ""
+    caption += f"; behind job {snapshot.behind}" if snapshot.behind else ""
     caption += "".join(f"; {step_text(each.document())}" for each in snapshot.steps)
     caption += f"; {snapshot.gpus}" if snapshot.gpus else ""
     table = Table(

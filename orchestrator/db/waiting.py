@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from orchestrator.db.models import Job, JobTask, Task, in_states
 from orchestrator.db.orchestrators import clusters, waiting_reason
 from orchestrator.db.rows import JobRow, SearchRow
-from orchestrator.states import ACTIVE_JOBS, TaskState
+from orchestrator.states import ACTIVE_JOBS, JobState, TaskState
 
 _CUDA = "cuda"
 
@@ -21,6 +21,14 @@ def job_waiting(session: Session, job: JobRow) -> str | None:
     if job.state not in ACTIVE_JOBS:
         return None
     return waiting_reason(session) or _gpu_reason(session, job.id, job.device, job.gpu_type)
+
+
+def job_in_front(session: Session, job: JobRow) -> str | None:
+    """Return the oldest of the jobs that run while this one, which is queued, has not begun; None if none does."""
+    if job.state is not JobState.QUEUED:
+        return None
+    others = select(Job.id).where(Job.state == JobState.RUNNING.value, Job.id != job.id)
+    return session.scalars(others.order_by(Job.created_at, Job.id).limit(1)).first()
 
 
 def search_waiting(session: Session, search: SearchRow) -> str | None:

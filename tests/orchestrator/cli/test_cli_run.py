@@ -7,10 +7,11 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from safetensors.numpy import load_file
 
 from kernels import native
 from kernels.cpu_measure import process_timings
+from orchestrator.actions.progress import Pacer, progress_line, take_snapshot
 from orchestrator.cli.main import run_cli
+from orchestrator.db.session import open_database
 from tests.orchestrator.cli.test_search import write_model
 from tests.orchestrator.in_process import InProcess
 from workers.storage.manifest import read_manifest
@@ -369,6 +372,21 @@ def test_a_failing_job_exits_100(cli: Cli, done: dict[str, Any], home: Path) -> 
 
 
 @pytest.mark.ray
+def test_progress_says_which_job_is_in_front(cli: Cli, done: dict[str, Any], home: Path) -> None:
+    """Other jobs that are queued run as well where they come first, so a run may seem to stand still."""
+    words = ["submit", "minmax-w8a8", "--model", "digits", *SET, "--json", "--set"]
+    first, second = (cli(*words, f"evaluation.grid={grid}").json["job"] for grid in (2, 3))
+    with closing(sqlite3.connect(home / "quantmill.db")) as database, database:
+        database.execute("update jobs set state = 'running' where id = ?", (first,))
+    service = open_database(f"sqlite:///{home / 'quantmill.db'}")
+    lines = [
+        progress_line(take_snapshot(service, open_store(str(home / "store")), job, Pacer(service, 2, dict)))
+        for job in (first, second)
+    ]
+    assert "behind" not in lines[0]
+    assert f" tasks; behind job {first}; " in lines[1]
+
+
 @pytest.mark.usefixtures("without_ray")  # in this process, where serve goes on
 def test_ctrl_c_gives_the_tasks_back_and_serve_goes_on(home: Path, cli: Cli, done: dict[str, Any]) -> None:
     words = ["run", "fast-w4a8", "--model", "digits", *SET, "--name", "small", "--json"]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.errors import ConditioningError, TrajectoryError, UnknownTimestepError
+from quant_core.nn.model_dtype import model_dtype
 from quant_spec.enums import UnknownTimestep
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -249,8 +250,8 @@ class _SetClock:
         self.clock, self.parameters, self.timestep, self.labels = clock, parameters, timestep, labels
 
     def __call__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
-        self.clock.set_timestep(self._argument(self.timestep, args, kwargs), dtype)  # type: ignore[arg-type]
+        timestep = self._argument(self.timestep, args, kwargs)
+        self.clock.set_timestep(timestep, model_dtype(model))  # type: ignore[arg-type]
         if self.labels > 1:
             self.clock.set_label(self._argument(_LABEL_NAME, args, kwargs), self.labels)  # type: ignore[arg-type]
 

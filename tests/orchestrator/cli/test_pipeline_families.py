@@ -63,6 +63,11 @@ def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Pat
     (tmp_path / "half.tsv").write_text("prompt\timage\nowl\tinputs/image-0.png\nowl\tinputs/image-1.png\n")
     (tmp_path / "gone.tsv").write_text("prompt\timage\tmask_image\nowl\tnot.png\tinputs/mask_image-0.png\n")
     (tmp_path / "odd.tsv").write_text("prompt\tportrait\nowl\tinputs/image-0.png\n")
+    whole = (tmp_path / "inputs" / "image-0.png").read_bytes()
+    for name, data in {"text": b"not a picture", "part": whole[: len(whole) // 2], "none": b""}.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+        row = f"owl\t{name}.png\tinputs/mask_image-0.png\n"
+        (tmp_path / f"{name}.tsv").write_text(f"prompt\timage\tmask_image\n{row}{row}")
     outside = tmp_path / "inner" / "outside.tsv"
     outside.parent.mkdir()
     outside.write_text("prompt\timage\nowl\t../inputs/image-0.png\n")
@@ -71,12 +76,16 @@ def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Pat
         ("--prompts", tmp_path / "words.txt"): "prompts: got no column image, mask_image in",
         ("--prompts", tmp_path / "half.tsv"): "prompts: got no column mask_image in",
         ("--prompts", tmp_path / "gone.tsv"): "not.png",
+        ("--prompts", tmp_path / "text.tsv"): "got image text.png (cannot identify image file), wanted a picture that",
+        ("--prompts", tmp_path / "part.tsv"): "got image part.png (",
+        ("--prompts", tmp_path / "none.tsv"): "got image none.png (",
         ("--prompts", tmp_path / "odd.tsv"): "prompts: got columns portrait in",
         ("--prompts", outside): "wanted a file in the folder of the prompts file",
     }.items():
         answer = cli("submit", "fast-w4a8", "--model", "inpaint", *words)
         assert (answer.code, answer.out) == (2, ""), words
         assert message in answer.err
+        assert len(answer.err.strip().splitlines()) == 1
     once, again = (
         cli("submit", "fast-w4a8", "--model", "inpaint", "--prompts", inputs, "--dry-run", "--json").json
         for _ in range(2)

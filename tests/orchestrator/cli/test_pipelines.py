@@ -437,7 +437,7 @@ class TestWhatUsersDoWithAPipeline:
             lambda model: model.to(narrow),
             lambda model: copy.deepcopy(model).double(),
         ):
-            with pytest.raises(ArtifactError, match=r"cast: got torch\.\w+ for a packed UNet2DCond.*wanted torch_dtype"):
+            with pytest.raises(ArtifactError, match=r"cast: got torch\.\w+ for a packed UNet2D.*wanted torch_dtype"):
                 cast(fresh.unet)
         assert difference(draw(fresh), draw(pipeline)) == 0
 

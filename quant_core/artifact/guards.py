@@ -54,8 +54,8 @@ class Computes(nn.Module):
 def guard(model: nn.Module, dtype: torch.dtype) -> None:
     """Let a packed model take inputs in half precision, whatever it computes in; refuse what would leave its codes.
 
-    Refused are casts, fused projections, adapters, and attention that is not the one that is quantized. Unless the user says
-    otherwise, a pipeline's text encoders have the dtype of their checkpoint, and all else float32.
+    Refused are casts, fused projections, adapters, and attention that is not the one that is quantized. Unless the user
+    says otherwise, a pipeline's text encoders have the dtype of their checkpoint, and all else float32.
 
     Parameters
     ----------

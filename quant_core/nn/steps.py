@@ -19,7 +19,8 @@ from quant_spec.enums import UnknownTimestep
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 _LABEL_NAME = "class_labels"
-#: Added where a number of steps alone does not give the trajectory.
+#: Added where a number of steps alone gives the trajectory, and where it does not.
+_OWN = ", and that scheduler's own sigmas and timesteps, not others that a pipeline sets"
 _ELSE = ", and with what else its README.md calls it with (such as sigmas, timesteps or strength)"
 
 
@@ -214,7 +215,7 @@ class StepClock:
             raise UnknownTimestepError(
                 f"timestep: got {first:g}, wanted one of the trajectory that {self.model} was calibrated on ({grid}); "
                 f"sample with the scheduler in its scheduler/ folder and num_inference_steps={self.num_inference_steps}"
-                + ("" if count == self.num_inference_steps else _ELSE)
+                + (_OWN if count == self.num_inference_steps else _ELSE)
             )
         warnings.warn(
             f"timestep {first:g} is not in the calibrated trajectory ({grid}); using the nearest step", stacklevel=3

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import save_file
 
 from quant_core.errors import UnknownTimestepError
 from tests.family_run import RefusedError, draw, load, run_family
-from tests.tiny_families import FAMILIES
+from tests.tiny_families import FAMILIES, flux_transformer
 
 Cli = Callable[..., Any]
 #: One for each kind of thing that pipelines do: two calls a step, files as inputs, residuals, tensors for all rows.
@@ -51,6 +53,45 @@ def test_a_family_is_quantized_loaded_and_called(name: str, run: Callable[..., N
         draw(
             load(tmp_path / f"{name}-release", torch.float32), name, tmp_path / f"{name}-inputs", torch.float32, **more
         )
+
+
+def test_a_bare_denoiser_in_a_pipeline_that_sets_sigmas_of_its_own(run: Callable[..., None], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformer = flux_transformer(16)
+    transformer.save_pretrained(tmp_path / "bare" / "transformer")
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "bare" / "scheduler")
+    places = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], 1).float()
+    told = {"encoder_hidden_states": torch.randn(2, 7, 32), "pooled_projections": torch.randn(2, 16)}
+    told |= {"guidance": torch.full((2,), 3.5), "img_ids": places, "txt_ids": torch.zeros(7, 3)}
+    save_file(told, tmp_path / "bare" / "conditioning.safetensors")
+    sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler", "timestep_scale": 0.001, "num_inference_steps": 4}
+    words = [word for name, value in sampler.items() for word in ("--set", f"sampler.{name}={value}")]
+    words += ["--set", "calibration.seeds=2", "--set", "evaluation.seeds=2", "--set", "evaluation.sqnr_seeds=1"]
+    run("run", "minmax-w8a8", "--model", tmp_path / "bare", *words, "--out", tmp_path / "out")
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = FluxPipeline(
+        transformer=FluxTransformer2DModel.from_pretrained(tmp_path / "out"),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler"),
+        **absent,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call(sigmas: Any = None) -> torch.Tensor:
+        latents: torch.Tensor = pipeline(
+            prompt_embeds=told["encoder_hidden_states"][:1],
+            pooled_prompt_embeds=told["pooled_projections"][:1],
+            sigmas=sigmas,
+            num_inference_steps=4,
+            height=64,
+            width=64,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+        return latents
+
+    with pytest.raises(UnknownTimestepError, match=r"num_inference_steps=4, and that scheduler's own sigmas"):
+        call()
+    assert bool(call(np.linspace(1, 0.001, 4)).isfinite().all())
 
 
 def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def _set_backend(model: nn.Module, backend: str) -> None:
             f"one that calls scaled_dot_product_attention ({', '.join(_BACKENDS)}), or a release whose recipe has "
             "attention.enabled: false"
         )
-    type(model).set_attention_backend(model, backend)  # type: ignore[operator]
+    type(model).set_attention_backend(model, backend)  # type: ignore[attr-defined]
 
 
 def _refuse_default(*_: Any, **__: Any) -> NoReturn:

@@ -265,7 +265,8 @@ def refiner() -> Any:
     )
 
 
-def _flux_transformer(channels: int, out: int | None = None) -> Any:
+def flux_transformer(channels: int, out: int | None = None) -> Any:
+    """Return Flux's transformer, of one block of each kind."""
     return diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=channels,
@@ -293,12 +294,12 @@ def _flux_parts() -> dict[str, Any]:
 
 def flux() -> Any:
     """Packed latents with positions, sigmas of its own, embedded guidance."""
-    return diffusers.FluxPipeline(vae=_flow_vae(4), transformer=_flux_transformer(16), **_flux_parts())
+    return diffusers.FluxPipeline(vae=_flow_vae(4), transformer=flux_transformer(16), **_flux_parts())
 
 
 def flux_fill() -> Any:
     """Flux for inpainting: packed latents beside those of the masked image and a packed mask."""
-    return diffusers.FluxFillPipeline(vae=_flow_vae(4), transformer=_flux_transformer(48, 16), **_flux_parts())
+    return diffusers.FluxFillPipeline(vae=_flow_vae(4), transformer=flux_transformer(48, 16), **_flux_parts())
 
 
 def pixart() -> Any:

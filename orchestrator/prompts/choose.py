@@ -11,6 +11,7 @@ from typing import Any
 
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import RecipeError
+from orchestrator.prompts.files import check_files
 from orchestrator.recipes.load import LoadedRecipe
 from quant_spec.errors import InvalidInputError
 from quant_spec.pipeline import OWN_ARGUMENTS
@@ -102,6 +103,7 @@ def _check(content: Path | bytes, model: ModelRow, told: str, recipe: Recipe) ->
             f"prompts: got sizes in {path}, wanted none: the call of {model.name} takes no height and width"
         )
     _check_size(line, path, recipe.sampler.arguments)
+    check_files(lines, str(path))
     labels = model.inspection["label_count"]
     wrong = [
         line.class_label for line in lines if line.class_label is not None and labels and line.class_label >= labels

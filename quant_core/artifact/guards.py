@@ -1,9 +1,10 @@
 """What keeps a packed model right inside whatever pipeline it is in: inputs of other widths, layers fused or added
-later."""
+later, casts."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -12,11 +13,15 @@ from torch.utils import _pytree as pytree
 
 from quant_core.errors import ArtifactError
 from quant_core.nn.askable import keep_askable
+from quant_core.nn.attention import AttentionQuantizer
 from quant_core.nn.layers import QuantLayer, check_channel_bits
 from quant_core.nn.model import PACKED_MODULES
+from quant_core.nn.model_dtype import model_dtype
 from quant_spec.errors import QuantizationError
 
 _NARROW = (torch.float16, torch.bfloat16)
+#: Attention backends of diffusers that call `scaled_dot_product_attention`, which is what is quantized.
+_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 
 
 def check_layer(name: str, layer: QuantLayer) -> None:
@@ -47,9 +52,10 @@ class Computes(nn.Module):
 
 
 def guard(model: nn.Module, dtype: torch.dtype) -> None:
-    """Let a packed model take inputs in half precision, whatever it computes in; refuse fused projections and adapters.
+    """Let a packed model take inputs in half precision, whatever it computes in; refuse what would leave its codes.
 
-    Unless the user says otherwise, a pipeline's text encoders have the dtype of their checkpoint, and all else float32.
+    Refused are casts, fused projections, adapters, and attention that is not the one that is quantized. Unless the user
+    says otherwise, a pipeline's text encoders have the dtype of their checkpoint, and all else float32.
 
     Parameters
     ----------
@@ -65,9 +71,27 @@ def guard(model: nn.Module, dtype: torch.dtype) -> None:
             module.fuse_projections = _refuse_fusing  # type: ignore[assignment]
     if hasattr(model, "fuse_qkv_projections"):
         model.fuse_qkv_projections = _refuse_fusing  # type: ignore[assignment]
-    for name in ("load_lora_adapter", "add_adapter"):
+    refuse_adapters(model, ("load_lora_adapter", "add_adapter"))
+    refuse_casts(model)
+    if any(isinstance(module, AttentionQuantizer) for module in model.modules()):
+        model.set_attention_backend = functools.partial(_set_backend, model)  # type: ignore[assignment]
+        if hasattr(model, "set_default_attn_processor"):
+            model.set_default_attn_processor = _refuse_default  # type: ignore[assignment]
+
+
+def refuse_adapters(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse the methods of a packed model that add a LoRA's layers beside its own."""
+    for name in names:
         if hasattr(model, name):
             setattr(model, name, functools.partial(_refuse_adapter, name))
+
+
+def refuse_casts(model: nn.Module) -> None:
+    """Refuse every cast of a packed model: `.double()`, `.bfloat16()`, `.type(...)`, `.to(...)`; moving it works.
+
+    Its scales would be cast too, and its codes by some. Libraries refuse a few of these, each with words of its own.
+    """
+    model._apply = functools.partial(_move, model)  # type: ignore[method-assign]
 
 
 def _widen(
@@ -77,7 +101,7 @@ def _widen(
 
     What it gives stays in float32: schedulers then go on in it, and so do decoders, which diffusers loads so.
     """
-    wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    wanted = model_dtype(model)
     if wanted is not torch.float32 or not any(_is_narrow(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
         return None
     cast: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(
@@ -88,6 +112,36 @@ def _widen(
 
 def _is_narrow(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype in _NARROW
+
+
+def _move(model: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Stand in for `_apply`, through which all moves and casts of a module go."""
+    for dtype in (torch.float32, torch.uint8):
+        if (got := function(torch.empty(0, dtype=dtype)).dtype) is not dtype:
+            raise ArtifactError(
+                f"cast: got {got} for a packed {type(model).__name__}, whose scales and codes would be cast too, "
+                "wanted torch_dtype=… where from_pretrained loads it"
+            )
+    return type(model)._apply(model, function, recurse)
+
+
+def _set_backend(model: nn.Module, backend: str) -> None:
+    """Stand in for a method that lets attention run in other code."""
+    if backend.lower() not in _BACKENDS:
+        raise ArtifactError(
+            f"set_attention_backend: got {backend!r} for a packed model whose attention matmuls are quantized, wanted "
+            f"one that calls scaled_dot_product_attention ({', '.join(_BACKENDS)}), or a release whose recipe has "
+            "attention.enabled: false"
+        )
+    type(model).set_attention_backend(model, backend)  # type: ignore[attr-defined]
+
+
+def _refuse_default(*_: Any, **__: Any) -> NoReturn:
+    """Stand in for a method that sets a processor which multiplies by itself."""
+    raise ArtifactError(
+        "set_default_attn_processor: got a packed model whose attention matmuls are quantized, wanted the processors "
+        "that it has, or AttnProcessor2_0 by set_attn_processor"
+    )
 
 
 def _refuse_adapter(name: str, *_: Any, **__: Any) -> NoReturn:

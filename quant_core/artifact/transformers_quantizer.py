@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quant_core.artifact.folder import parse_quantization_config
-from quant_core.artifact.guards import check_layer
+from quant_core.artifact.guards import check_layer, refuse_adapters, refuse_casts
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.nn.layers import QuantLayer, quantize_layers
 from quant_core.nn.steps import StepClock
@@ -86,6 +86,8 @@ class QuantmillTextQuantizer(HfQuantizer):
             if isinstance(module, QuantLayer):
                 check_layer(name, module)
                 module.group_index = module.group_index.to(module.qweight.device)
+        refuse_adapters(model, ("add_adapter", "load_adapter"))
+        refuse_casts(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Tensor, dtype: Any) -> Any:

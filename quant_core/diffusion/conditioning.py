@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.denoiser import PACKED_TOKENS, PLAIN, SHARED, config_value, forward_signature
 from quant_core.errors import ConditioningError
+from quant_core.nn.model_dtype import model_dtype
 
 Conditioning = Mapping[str, Tensor]
 
@@ -191,7 +192,7 @@ def null_conditioning(
 
 def _in_model_dtype(model: nn.Module, conditioning: Conditioning) -> dict[str, Tensor]:
     """Cast floats to the dtype of the model's parameters; integers stay."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = model_dtype(model)
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in conditioning.items()}
 
 

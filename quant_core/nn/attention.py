@@ -107,11 +107,28 @@ def _bind_attention(
     return query, key, value, attn_mask, 1 / math.sqrt(query.shape[-1]) if scale is None else scale
 
 
+#: Attributes of a wrapped processor that are not those of the processor inside.
+_PARTS = ("inner", "function", "is_used")
+
+
 class _Processor:
     """A processor whose scaled dot product is replaced; its parts are attributes, so that copied models have theirs."""
 
     def __init__(self, inner: Any, function: AttentionFunction) -> None:
         self.inner, self.function, self.is_used = inner, function, False
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the processor itself says, such as which backend it calls."""
+        if name.startswith("__") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Tell the processor itself, unless it is one of our own parts."""
+        if name in _PARTS:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.inner, name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _processor, (self.inner, self.function)
@@ -150,7 +167,7 @@ def _check_used(attention: nn.Module, *_: Any) -> None:
     raise QuantizationError(
         f"attention: got processor {type(processor.inner).__name__}{f' with backend {backend}' if backend else ''}, "
         "which does not call scaled_dot_product_attention, so that its matmuls would not be quantized; wanted the "
-        "model's own, or AttnProcessor2_0"
+        "model's own, or AttnProcessor2_0, and diffusers' native attention backend"
     )
 
 

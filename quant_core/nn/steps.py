@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.errors import ConditioningError, TrajectoryError, UnknownTimestepError
+from quant_core.nn.model_dtype import model_dtype
 from quant_spec.enums import UnknownTimestep
 
 _TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 _LABEL_NAME = "class_labels"
-#: Added where a number of steps alone does not give the trajectory.
+#: Added where a number of steps alone gives the trajectory, and where it does not.
+_OWN = ", and that scheduler's own sigmas and timesteps, not others that a pipeline sets"
 _ELSE = ", and with what else its README.md calls it with (such as sigmas, timesteps or strength)"
 
 
@@ -213,7 +215,7 @@ class StepClock:
             raise UnknownTimestepError(
                 f"timestep: got {first:g}, wanted one of the trajectory that {self.model} was calibrated on ({grid}); "
                 f"sample with the scheduler in its scheduler/ folder and num_inference_steps={self.num_inference_steps}"
-                + ("" if count == self.num_inference_steps else _ELSE)
+                + (_OWN if count == self.num_inference_steps else _ELSE)
             )
         warnings.warn(
             f"timestep {first:g} is not in the calibrated trajectory ({grid}); using the nearest step", stacklevel=3
@@ -249,8 +251,8 @@ class _SetClock:
         self.clock, self.parameters, self.timestep, self.labels = clock, parameters, timestep, labels
 
     def __call__(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
-        self.clock.set_timestep(self._argument(self.timestep, args, kwargs), dtype)  # type: ignore[arg-type]
+        timestep = self._argument(self.timestep, args, kwargs)
+        self.clock.set_timestep(timestep, model_dtype(model))  # type: ignore[arg-type]
         if self.labels > 1:
             self.clock.set_label(self._argument(_LABEL_NAME, args, kwargs), self.labels)  # type: ignore[arg-type]
 

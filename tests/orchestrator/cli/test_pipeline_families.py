@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import save_file
 
 from quant_core.errors import UnknownTimestepError
 from tests.family_run import RefusedError, draw, load, run_family
-from tests.tiny_families import FAMILIES
+from tests.tiny_families import FAMILIES, flux_transformer
 
 Cli = Callable[..., Any]
 #: One for each kind of thing that pipelines do: two calls a step, files as inputs, residuals, tensors for all rows.
@@ -53,6 +55,45 @@ def test_a_family_is_quantized_loaded_and_called(name: str, run: Callable[..., N
         )
 
 
+def test_a_bare_denoiser_in_a_pipeline_that_sets_sigmas_of_its_own(run: Callable[..., None], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformer = flux_transformer(16)
+    transformer.save_pretrained(tmp_path / "bare" / "transformer")
+    FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(tmp_path / "bare" / "scheduler")
+    places = torch.stack([torch.zeros(16), torch.arange(16) // 4, torch.arange(16) % 4], 1).float()
+    told = {"encoder_hidden_states": torch.randn(2, 7, 32), "pooled_projections": torch.randn(2, 16)}
+    told |= {"guidance": torch.full((2,), 3.5), "img_ids": places, "txt_ids": torch.zeros(7, 3)}
+    save_file(told, tmp_path / "bare" / "conditioning.safetensors")
+    sampler = {"scheduler": "FlowMatchEulerDiscreteScheduler", "timestep_scale": 0.001, "num_inference_steps": 4}
+    words = [word for name, value in sampler.items() for word in ("--set", f"sampler.{name}={value}")]
+    words += ["--set", "calibration.seeds=2", "--set", "evaluation.seeds=2", "--set", "evaluation.sqnr_seeds=1"]
+    run("run", "minmax-w8a8", "--model", tmp_path / "bare", *words, "--out", tmp_path / "out")
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipeline = FluxPipeline(
+        transformer=FluxTransformer2DModel.from_pretrained(tmp_path / "out"),
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler"),
+        **absent,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call(sigmas: Any = None) -> torch.Tensor:
+        latents: torch.Tensor = pipeline(
+            prompt_embeds=told["encoder_hidden_states"][:1],
+            pooled_prompt_embeds=told["pooled_projections"][:1],
+            sigmas=sigmas,
+            num_inference_steps=4,
+            height=64,
+            width=64,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+        return latents
+
+    with pytest.raises(UnknownTimestepError, match=r"num_inference_steps=4, and that scheduler's own sigmas"):
+        call()
+    assert bool(call(np.linspace(1, 0.001, 4)).isfinite().all())
+
+
 def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Path) -> None:
     FAMILIES["inpaint"].save(tmp_path / "inpaint")
     inputs = FAMILIES["inpaint"].write_inputs(tmp_path / "inputs")
@@ -63,6 +104,11 @@ def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Pat
     (tmp_path / "half.tsv").write_text("prompt\timage\nowl\tinputs/image-0.png\nowl\tinputs/image-1.png\n")
     (tmp_path / "gone.tsv").write_text("prompt\timage\tmask_image\nowl\tnot.png\tinputs/mask_image-0.png\n")
     (tmp_path / "odd.tsv").write_text("prompt\tportrait\nowl\tinputs/image-0.png\n")
+    whole = (tmp_path / "inputs" / "image-0.png").read_bytes()
+    for name, data in {"text": b"not a picture", "part": whole[: len(whole) // 2], "none": b""}.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+        row = f"owl\t{name}.png\tinputs/mask_image-0.png\n"
+        (tmp_path / f"{name}.tsv").write_text(f"prompt\timage\tmask_image\n{row}{row}")
     outside = tmp_path / "inner" / "outside.tsv"
     outside.parent.mkdir()
     outside.write_text("prompt\timage\nowl\t../inputs/image-0.png\n")
@@ -71,12 +117,16 @@ def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Pat
         ("--prompts", tmp_path / "words.txt"): "prompts: got no column image, mask_image in",
         ("--prompts", tmp_path / "half.tsv"): "prompts: got no column mask_image in",
         ("--prompts", tmp_path / "gone.tsv"): "not.png",
+        ("--prompts", tmp_path / "text.tsv"): "got image text.png (cannot identify image file), wanted a picture that",
+        ("--prompts", tmp_path / "part.tsv"): "got image part.png (",
+        ("--prompts", tmp_path / "none.tsv"): "got image none.png (",
         ("--prompts", tmp_path / "odd.tsv"): "prompts: got columns portrait in",
         ("--prompts", outside): "wanted a file in the folder of the prompts file",
     }.items():
         answer = cli("submit", "fast-w4a8", "--model", "inpaint", *words)
         assert (answer.code, answer.out) == (2, ""), words
         assert message in answer.err
+        assert len(answer.err.strip().splitlines()) == 1
     once, again = (
         cli("submit", "fast-w4a8", "--model", "inpaint", "--prompts", inputs, "--dry-run", "--json").json
         for _ in range(2)

@@ -390,6 +390,26 @@ class TestWhatUsersDoWithAPipeline:
         fresh.disable_attention_slicing()
         assert difference(draw(fresh), draw(pipeline)) == 0
 
+    def test_the_default_processor_is_refused_where_it_multiplies_by_itself(self, fresh: Any, pipeline: Any) -> None:
+        with pytest.raises(ArtifactError, match="set_default_attn_processor: got a packed model"):
+            fresh.unet.set_default_attn_processor()
+        assert difference(draw(fresh), draw(pipeline)) == 0
+
+    def test_attention_backends_are_those_whose_matmuls_are_quantized(self, fresh: Any, pipeline: Any) -> None:
+        with pytest.raises(ArtifactError, match=r"set_attention_backend: got 'flex' .* \(native, "):
+            fresh.unet.set_attention_backend("flex")
+        for backend in ("_native_math", "native"):
+            fresh.unet.set_attention_backend(backend)
+            assert difference(draw(fresh), draw(pipeline)) < 1e-3
+
+    def test_group_offloading_works(self, fresh: Any, pipeline: Any) -> None:
+        cpu = torch.device("cpu")
+        for kind in ("leaf_level", "block_level"):
+            again = copy.deepcopy(fresh)
+            blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+            again.unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type=kind, **blocks)
+            assert difference(draw(again), draw(pipeline)) == 0
+
     def test_another_processor_is_quantized_too(self, fresh: Any, pipeline: Any) -> None:
         fresh.unet.set_attn_processor(AttnProcessor2_0())
         assert difference(draw(fresh), draw(pipeline)) == 0
@@ -407,6 +427,19 @@ class TestWhatUsersDoWithAPipeline:
     def test_casting_it_is_refused(self, fresh: Any, pipeline: Any) -> None:
         with pytest.raises(ValueError, match=r"Casting a quantized model .* use the `torch_dtype` argument"):
             fresh.to(torch.bfloat16)
+
+    def test_every_other_cast_is_refused_before_it_begins(self, fresh: Any, pipeline: Any) -> None:
+        narrow = torch.empty(0, dtype=torch.float16)
+        for cast in (
+            lambda model: model.double(),
+            lambda model: model.bfloat16(),
+            lambda model: model.type(torch.float16),
+            lambda model: model.to(narrow),
+            lambda model: copy.deepcopy(model).double(),
+        ):
+            with pytest.raises(ArtifactError, match=r"cast: got torch\.\w+ for a packed UNet2D.*wanted torch_dtype"):
+                cast(fresh.unet)
+        assert difference(draw(fresh), draw(pipeline)) == 0
 
     def test_an_adapter_is_refused(self, fresh: Any, pipeline: Any) -> None:
         for name in ("load_lora_adapter", "add_adapter"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,26 @@ def test_plain_transformers_loads_and_saves_what_was_rounded(kind: str, dtype: t
         assert torch.equal(again[f"{each}.qweight"], tensors[f"{each}.qweight"])
         assert again[f"{each}.scale"].dtype == tensors[f"{each}.scale"].dtype
     assert torch.equal(outputs(loaded(tmp_path / "again", dtype=dtype), prompts(1)), outputs(model, prompts(1)))
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_what_would_change_a_packed_encoder_is_refused(kind: str, tmp_path: Path) -> None:
+    quantize_text_encoder(saved(kind, tmp_path / "source"), calls(), tree(), tmp_path / "packed")
+    model = loaded(tmp_path / "packed", dtype=torch.float32)
+    want = outputs(model, prompts(1))
+    for cast in (
+        lambda: model.double(),
+        lambda: model.bfloat16(),
+        lambda: model.to(torch.float16),
+        lambda: model.type(torch.float16),
+    ):
+        with pytest.raises(ArtifactError, match=r"cast: got torch\.\w+ for a packed \w+.*wanted torch_dtype"):
+            cast()
+    for name in ("add_adapter", "load_adapter"):
+        with pytest.raises(ArtifactError, match=f"{name}: got a packed model.* wanted the LoRA fused into"):
+            getattr(model, name)({})
+    assert torch.equal(outputs(model.to("cpu"), prompts(1)), want)
+    assert torch.equal(outputs(copy.deepcopy(model), prompts(1)), want)
 
 
 def test_closed_form_is_better_than_nearest_and_groups_change_nothing(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_steps_are_found_whatever_rounded_their_timesteps(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_other_steps_are_refused_at_the_first_whatever_the_model_computes_in(dtype: torch.dtype) -> None:
     clock = StepClock(torch.arange(951, 0, -50).double().tolist(), num_inference_steps=20)
-    with pytest.raises(UnknownTimestepError, match="num_inference_steps=20"):
+    with pytest.raises(UnknownTimestepError, match="num_inference_steps=20, and that scheduler's own sigmas"):
         clock.set_timestep(torch.tensor(961), dtype)
 
 

@@ -26,6 +26,8 @@ _LOOK_SECONDS = 0.1
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 30.0
 #: For a service to pass its check.
 START_SECONDS = 120.0
+#: A service that is to run for ever and ends before that is started so often: Ray gives a busy machine 30 s.
+START_TRIES = 3
 
 
 class StartError(Exception):
@@ -144,9 +146,14 @@ class Processes:
     def _wait_for(self, service: Service, condition: str, stopped: Callable[[], bool]) -> None:
         process = self._running[service.name]
         log = f"see {self._logs / service.name}.log"
-        deadline = time.monotonic() + START_SECONDS
+        deadline, tries = time.monotonic() + START_SECONDS, 1
         while not stopped():
             code = process.poll()
+            if code is not None and service.restart and tries < START_TRIES and time.monotonic() < deadline:
+                say(f"{service.name} ended with status {code}; starting it again")
+                self._spawn(service)
+                process, tries = self._running[service.name], tries + 1
+                continue
             if condition == "service_completed_successfully" and code is not None:
                 if code:
                     raise StartError(f"{service.name}: got exit status {code}, wanted 0; {log}")

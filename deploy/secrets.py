@@ -7,9 +7,9 @@ A file that is there already is kept, so that running it again changes nothing.
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
-import sys
 from pathlib import Path
 
 #: Where docker-compose.yml looks, unless SECRETS says otherwise.
@@ -40,6 +40,8 @@ def make_secrets(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    where = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    parser = argparse.ArgumentParser(prog="python -m deploy.secrets", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=FOLDER, help="where they are, or will be")
+    where = parser.parse_args().folder
     made = make_secrets(where)
     print(f"{where}: made {', '.join(made) or 'nothing, all are there'}")

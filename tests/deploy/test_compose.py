@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -104,6 +107,24 @@ def test_no_secret_is_in_the_file_and_each_lies_in_a_file_of_its_owner(tmp_path:
             assert "@" not in value or re.search(r"//[^:/]+@", value), name
     ignored = (ROOT / ".gitignore").read_text(encoding="utf-8") + (ROOT / ".dockerignore").read_text(encoding="utf-8")
     assert ignored.count("deploy/secrets/") == 2
+
+
+def test_secrets_are_made_by_a_command_that_can_be_asked_what_it_does(tmp_path: Path) -> None:
+    def call(*words: str) -> str:
+        command = [sys.executable, "-m", "deploy.secrets", *words]
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert call("--help").startswith("usage: python -m deploy.secrets")
+    assert list(tmp_path.iterdir()) == []
+    assert call("mine").startswith("mine: made ")
+    assert {each.name for each in (tmp_path / "mine").iterdir()} == set(NAMES)
 
 
 def test_the_image_is_built_in_stages_of_what_the_project_pins_and_runs_as_nobody_special() -> None:

@@ -140,7 +140,7 @@ class Processes:
                 cwd=ROOT,
                 # A group of its own: Ctrl-C reaches us alone, and we end the others in order.
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=_begin_child,
             )
 
     def _wait_for(self, service: Service, condition: str, stopped: Callable[[], bool]) -> None:
@@ -206,8 +206,10 @@ def _adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _end_with_parent() -> None:
+def _begin_child() -> None:
+    """Let a child end with its parent, and hear SIGINT, which a shell that starts things aside has them ignore."""
     ctypes.CDLL(None, use_errno=True).prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _is_zombie(process: psutil.Process) -> bool:

@@ -6,8 +6,6 @@ import io
 import warnings
 from collections.abc import Sequence
 
-import numpy as np
-
 from orchestrator.errors import RecipeError
 from quant_spec.prompts import PromptFile, PromptLine
 
@@ -58,6 +56,8 @@ def _decode(data: bytes) -> None:
 
 def _array_shape(data: bytes) -> tuple[int, ...]:
     """Return the shape of an array of numbers."""
+    import numpy as np  # only where a prompts file names arrays
+
     array = np.load(io.BytesIO(data), allow_pickle=False)
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
         raise ValueError(f"{getattr(array, 'dtype', type(array).__name__)}")

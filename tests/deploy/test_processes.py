@@ -18,6 +18,8 @@ folder = Path(sys.argv[1])
 """
 #: A database, a schema that is made once, and a client that still needs the database when it is told to end.
 NEEDED = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of what a shell starts aside
 done = "service_completed_successfully"
 serve = f"trap 'echo database >> {folder}/ended; exit' INT; touch {folder}/open; while :; do sleep 0.05; done"
 client = f"trap 'sleep 0.5; echo client >> {folder}/ended; exit' TERM; echo begun; while :; do sleep 0.05; done"

@@ -51,8 +51,8 @@ _PRIORITY_BOUND = 2**30
 class SearchRequest:
     """A search's file, assignments on top of it, and how to queue it.
 
-    `only` is "sensitivity" if nothing is to be measured. With `skip_bad`, models that cannot be used are left out. With
-    `resume`, a search of the same that has not ended is what is asked for.
+    `only` is "sensitivity" if nothing is to be measured. With `skip_bad`, models that cannot be used are left out.
+    `here`: this process is to execute it, and a search of the same that has not ended is what is asked for.
     """
 
     spec: str
@@ -60,7 +60,7 @@ class SearchRequest:
     only: str | None = None
     skip_bad: bool = False
     priority: int = 0
-    resume: bool = False
+    here: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def submit_search(service: Service, request: SearchRequest, *, notify: Callable[
     digest = search_digest(*asked)
     with service.database.session() as session:
         lock_enqueue(session)
-        same = find_open_search(session, digest) if request.resume else None
+        same = find_open_search(session, digest) if request.here else None
         if same is not None:
             return same
         for model in models:
@@ -122,7 +122,7 @@ def prepare_search(
         notify(line)
     loaded = replace(loaded, spec=_with_parent(service, loaded.spec))
     recipes = {name: each.recipe for name, each in loaded.recipes.items()}
-    if request.resume and not dry_run:
+    if request.here and not dry_run:
         for recipe in recipes.values():
             require_gpu(recipe, service.settings.ray_address, os.environ)
     models, left_out = find_models(

@@ -85,7 +85,7 @@ def search_run(
     """
     log_to_stderr(log_format(os.environ))
     with app.service() as service, stop_on_signals() as stop:
-        request = SearchRequest(spec, overrides, only, skip_bad, priority, resume=True)
+        request = SearchRequest(spec, overrides, only, skip_bad, priority, here=True)
         if dry_run:
             _answer_dry_run(app, dry_run_search(service, request, notify=app.notify))
             return 0

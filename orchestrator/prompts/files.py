@@ -25,22 +25,28 @@ def check_files(lines: Sequence[PromptLine], where: str) -> None:
     seen: set[str] = set()
     for line in lines:
         for column, file in line.more:
-            if not isinstance(file, PromptFile) or (file.is_image and file.name in seen):
+            if not isinstance(file, PromptFile) or f"{column} {file.name}" in seen:
                 continue
-            seen.add(file.name)
-            try:
-                shape = () if file.is_image else _array_shape(file.data)
-                if file.is_image:
-                    _decode(file.data)
-            except (OSError, ValueError, EOFError, SyntaxError, Warning) as error:
-                said = " ".join(str(error).split()).partition(" <")[0] or type(error).__name__
-                wanted = "a picture that is whole" if file.is_image else "an array of numbers, as numpy.save writes it"
-                raise RecipeError(f"prompts: {where}: got {column} {file.name} ({said}), wanted {wanted}") from error
-            if not file.is_image and shapes.setdefault(column, shape) != shape:
+            seen.add(f"{column} {file.name}")
+            shape = _read(column, file, where)
+            if shape is not None and shapes.setdefault(column, shape) != shape:
                 raise RecipeError(
                     f"prompts: {where}: got {column} {file.name} of shape {shape} beside one of {shapes[column]}, "
                     "wanted one shape"
                 )
+
+
+def _read(column: str, file: PromptFile, where: str) -> tuple[int, ...] | None:
+    """Read a file to its end; return an array's shape, None for an image."""
+    wanted = "a picture that is whole" if file.is_image else "an array of numbers, as numpy.save writes it"
+    try:
+        if not file.is_image:
+            return _array_shape(file.data)
+        _decode(file.data)
+    except (OSError, ValueError, EOFError, SyntaxError, Warning) as error:
+        said = " ".join(str(error).split()).partition(" <")[0] or type(error).__name__
+        raise RecipeError(f"prompts: {where}: got {column} {file.name} ({said}), wanted {wanted}") from error
+    return None
 
 
 def _decode(data: bytes) -> None:

@@ -244,7 +244,8 @@ def _add(
         edges = ((seqs[item.node.id], seqs[source], places) for item in new for source, places in item.places.items())
         insert_rows(session, TaskInput, EDGE, edges, same={})
     same = {"job_id": job_id, "cached": False}
-    insert_rows(session, JobTask, ("task_id",), ((each,) for each in ids), same=same, maybe=begun)
+    # In their own order, in which an index takes them in twice as fast.
+    insert_rows(session, JobTask, ("task_id",), ((each,) for each in sorted(ids)), same=same, maybe=begun)
     return new
 
 

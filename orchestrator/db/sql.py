@@ -195,23 +195,29 @@ def copy_rows(session: Session, into: str, rows: Iterable[Sequence[Any]], same: 
     end = "".join(f"\t{_copy_text(value)}" for value in same) + "\n"
     connection = session.connection()
     driver: Any = connection.connection.driver_connection
+    left = iter(rows)
     try:
         with driver.cursor() as cursor, cursor.copy(f"COPY {into} FROM STDIN") as copy:
-            lines = (_copy_line(row, end) for row in rows)
-            while text := "".join(islice(lines, _ROWS_A_WRITE)):
-                copy.write(text)
+            while batch := list(islice(left, _ROWS_A_WRITE)):
+                copy.write(_copy_lines(batch, end))
     except connection.dialect.loaded_dbapi.Error as error:
         base = connection.dialect.loaded_dbapi.Error
         raise DBAPIError.instance(f"COPY {into}", None, error, base, dialect=connection.dialect) from error
 
 
-def _copy_line(row: Sequence[Any], end: str) -> str:
-    """Return a row as COPY reads it."""
-    line = "\t".join(["\\N" if value is None else str(value) for value in row])
-    is_plain = line.count("\t") == len(row) - 1 and line.count("\\") == row.count(None)
-    if is_plain and "\n" not in line and "\r" not in line:
-        return line + end
-    return "\t".join(map(_copy_text, row)) + end
+def _copy_lines(rows: Sequence[Sequence[Any]], end: str) -> str:
+    """Return rows, each with the same number of values, as COPY reads them; `end` is the end of each line."""
+    text = end.join(["\t".join(map(str, row)) for row in rows]) + end
+    # What has to be written otherwise is rare, and found faster in all rows than in each.
+    tabs = (len(rows[0]) - 1 + end.count("\t")) * len(rows)
+    is_plain = (
+        text.count("\t") == tabs
+        and text.count("\n") == len(rows)
+        and text.count("\\") == end.count("\\") * len(rows)
+        and "\r" not in text
+        and not any(None in row for row in rows)
+    )
+    return text if is_plain else "".join("\t".join(map(_copy_text, row)) + end for row in rows)
 
 
 def _copy_text(value: Any) -> str:

@@ -35,11 +35,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
 
-from orchestrator.db.reference_checks import add_to, reference
+from orchestrator.db import estimates, reference_checks
+from orchestrator.db.reference_checks import reference
 from orchestrator.states import ACTIVE_JOBS, JobState, TaskState
 
 #: Schema revisions, oldest first, as named in migrations/versions. The last is the one that this code works with.
-REVISIONS = ("2026.11.0", "2026.12.0", "2026.12.1")
+REVISIONS = ("2026.11.0", "2026.12.0", "2026.12.1", "2026.12.2")
 
 Digest = String(64)
 Name = String(128)
@@ -478,4 +479,5 @@ class SearchPoint(Base):
     release: Mapped[str | None] = mapped_column(String(160))
 
 
-add_to(Base.metadata)
+reference_checks.add_to(Base.metadata)
+estimates.add_to(Base.metadata)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from orchestrator.db.queries import cancel_job, create_job, enqueue_graph, find_model
+from orchestrator.db.queries import cancel_job, create_job, enqueue_graph, find_model, finish_task
 from orchestrator.db.rows import EnqueueCounts
 from orchestrator.db.sql import read_json
 from orchestrator.errors import GraphError, NotFoundError
@@ -292,6 +292,27 @@ def test_finishing_costs_no_more_statements_when_the_history_is_long(queue: Driv
         queue.submit([queue.node(f"{round_} {number}") for number in range(20)])
         queue.work()
     assert statements_of_one_round("late") == few
+
+
+def test_finishing_reads_no_more_rows_when_statistics_saw_nothing_queued(queue: Driver) -> None:
+    """As in a database at rest, in which a large job is enqueued."""
+    if queue.database.engine.dialect.name != "postgresql":
+        pytest.skip("SQLite keeps no statistics by itself")
+    queue.submit([queue.node(number) for number in range(3)])
+    queue.work()
+    columns = "kind, version, params, inputs, cpus, gpus, memory_bytes, work, label, state, waiting, priority"
+    more = "not_before, attempt, faults_task, faults_infrastructure, finished_at, needs"
+    queue.execute(
+        f"INSERT INTO tasks (id, key, {columns}, {more}) SELECT 'old ' || n, 'old ' || n, {columns}, {more} "
+        "FROM tasks CROSS JOIN generate_series(1, 30000) AS s(n) WHERE label = '1'"
+    )
+    queue.execute("ANALYZE")
+    queue.submit([queue.node(f"new {number}") for number in range(3_000)])
+    (task,) = queue.claim()
+    read = text("SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'tasks'")
+    with queue.database.session() as session:
+        assert finish_task(session, task.lease, {"out": queue.digest("new")}, {}, 1.0)
+        assert session.scalar(read) < 100  # 9,000 where it reads the queue
 
 
 def test_values_come_back_as_they_were_planned(queue: Driver) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Columns of a second moment that are summed together.
+_COLUMNS = 512
 
 
 def input_rows(layer: nn.Module, x: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
@@ -34,28 +36,34 @@ def input_rows(layer: nn.Module, x: Tensor, positions: int | None, generator: to
         if positions is not None and positions < tokens.shape[1]:
             tokens = tokens[:, torch.randperm(tokens.shape[1], generator=generator)[:positions]]
         return tokens.reshape(-1, x.shape[-1]).float()
-    windows = _pad(layer, x)
-    for dim, (size, step, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)):
-        windows = windows.unfold(dim + 2, dilation * (size - 1) + 1, step)[..., ::dilation]
-    space = len(layer.kernel_size)
-    # (B, C, *out, *kernel) -> (*out, B, *kernel, C)
-    windows = windows.permute((*range(2, 2 + space), 0, *range(2 + space, 2 + 2 * space), 1))
-    out = tuple(windows.shape[:space])
-    total = math.prod(out)
-    chosen = torch.arange(total)
-    if positions is not None and positions < total:
-        chosen = torch.randperm(total, generator=generator)[:positions]
-    drawn = windows[torch.unravel_index(chosen, out)].transpose(0, 1)  # (B, positions, *kernel, C)
-    return drawn.reshape(x.shape[0] * len(chosen), -1).float()
+    padded = _pad(layer, x)  # (B, *space, C)
+    starts, taps = _windows(layer, padded.shape[1:-1])
+    if positions is not None and positions < len(starts):
+        starts = starts[torch.randperm(len(starts), generator=generator)[:positions]]
+    # Whole rows of channels are copied, one for each tap.
+    chosen = (starts[:, None] + taps).flatten().to(x.device)
+    drawn = padded.reshape(x.shape[0], -1, padded.shape[-1]).index_select(1, chosen)  # (B, positions * taps, C)
+    return drawn.reshape(x.shape[0] * len(starts), -1).float()
+
+
+def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, space: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Return where a convolution's windows start in a flat padded space, and where its taps are from there."""
+    starts, taps = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    for extent, size, step, gap in zip(space, layer.kernel_size, layer.stride, layer.dilation, strict=True):
+        first = torch.arange(0, extent - gap * (size - 1), step)
+        starts = (starts[:, None] * extent + first).flatten()
+        taps = (taps[:, None] * extent + gap * torch.arange(size)).flatten()
+    return starts, taps
 
 
 def _pad(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """Pad a convolution's input as the convolution does."""
+    """Pad a convolution's input as the convolution does, and put its channels last."""
     if layer.padding_mode != "zeros":
-        return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    if isinstance(layer.padding, str):
-        return F.pad(x, layer._reversed_padding_repeated_twice)
-    return F.pad(x, [amount for size in reversed(layer.padding) for amount in (size, size)])
+        return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode).movedim(1, -1)
+    amounts = layer._reversed_padding_repeated_twice
+    if not isinstance(layer.padding, str):
+        amounts = [amount for size in reversed(layer.padding) for amount in (size, size)]
+    return F.pad(x.movedim(1, -1), [0, 0, *amounts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +86,16 @@ class SecondMoment:
     """Accumulates sum x x^T, sum x and the number of rows; exact under any order of batches up to float rounding."""
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        self.total = torch.zeros(columns, columns, device=device)
+        # Of the sum, which is symmetric, what lies below the diagonal's blocks of columns and in them.
+        self._lower = torch.zeros(columns, columns, device=device)
         self.sum = torch.zeros(columns, device=device)
         self.rows = 0
 
     def update(self, rows: Tensor) -> None:
         """Add `rows`, shape (n, K), dtype float32."""
-        self.total.addmm_(rows.T, rows)
+        for first in range(0, rows.shape[1], _COLUMNS):
+            block = slice(first, first + _COLUMNS)
+            self._lower[first:, block].addmm_(rows[:, first:].T, rows[:, block])
         self.sum += rows.sum(dim=0)
         self.rows += len(rows)
 
@@ -99,4 +110,5 @@ class SecondMoment:
 
     def mean(self) -> Tensor:
         """Return sum x x^T / rows, shape (K, K), dtype float32."""
-        return self.total / max(1, self.rows)
+        lower = self._lower.tril()
+        return (lower + lower.tril(-1).T) / max(1, self.rows)

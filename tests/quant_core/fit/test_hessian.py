@@ -68,8 +68,16 @@ def test_second_moment_is_x_transposed_x() -> None:
     for part in rows.split([30, 0, 45, 25]):
         moment.update(part)
     assert moment.rows == 100
-    torch.testing.assert_close(moment.total, rows.T @ rows)
     torch.testing.assert_close(moment.mean(), rows.T @ rows / 100)
     torch.testing.assert_close(moment.mean_row(), rows.mean(dim=0))
     torch.testing.assert_close(moment.covariance(), torch.cov(rows.T, correction=0))
     assert torch.equal(SecondMoment(2).mean(), torch.zeros(2, 2))
+
+
+def test_second_moment_of_many_columns_is_symmetric_and_whole() -> None:
+    rows = random(40, 1100)  # more columns than are summed together
+    moment = SecondMoment(1100)
+    moment.update(rows)
+    found = moment.mean()
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close(found, rows.T @ rows / 40)

@@ -101,9 +101,9 @@ def test_samples_and_positions_bound_what_enters_a_second_moment(digits: tuple[n
     assert found[CONV].rows == 2 * 5 * calibration.steps
     assert found[TIME].rows == 2 * calibration.steps
     x = torch.cat([step[:2] for step in inputs(model, calibration, TIME)])
-    torch.testing.assert_close(found[TIME].total, x.T @ x, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found[TIME].mean(), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
     one = watch(model, calibration, moments=[TIME], samples=2, batch_size=1).moments[TIME]
-    torch.testing.assert_close(one.total, x.T @ x, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(one.mean(), x.T @ x / len(x), rtol=1e-3, atol=1e-4)
 
 
 def test_what_is_watched_beside_a_layer_changes_nothing(digits: tuple[nn.Module, CalibrationSet]) -> None:
@@ -111,13 +111,13 @@ def test_what_is_watched_beside_a_layer_changes_nothing(digits: tuple[nn.Module,
     attention = next(name for name, module in model.named_modules() if hasattr(module, "to_q"))
     many = watch(model, calibration, moments=[CONV, TIME], positions=5, keep_values=True, attentions=[attention])
     few = watch(model, calibration, moments=[CONV], positions=5, layers={})
-    assert torch.equal(many.moments[CONV].total, few.moments[CONV].total)
+    assert torch.equal(many.moments[CONV].mean(), few.moments[CONV].mean())
     spec = LayerSpec(WeightSpec(4), ActivationSpec(8))
     alone = watch(model, calibration, layers={TIME: spec}, keep_values=True)
     for one, two in zip(alone.ranges[TIME, 0].values, many.ranges[TIME, 0].values, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     other = watch(model, calibration, seed=1, moments=[CONV], positions=5, layers={})
-    assert not torch.equal(other.moments[CONV].total, few.moments[CONV].total)
+    assert not torch.equal(other.moments[CONV].mean(), few.moments[CONV].mean())
 
 
 def test_attention_operands_are_seen(digits: tuple[nn.Module, CalibrationSet]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 
 from orchestrator.actions.local import run_task
@@ -34,7 +35,9 @@ def rehearse_sampler(service: Service, model: ModelRow, recipe: Recipe, tried: s
     if pipeline.get("needs") or _OWN_STEPS & sampler.arguments.keys() or is_plain(choice, sampler.num_inference_steps):
         return
     told = sampler.replaced(scheduler=choice.name, options={}, arguments={})
-    params = rehearse.Params(sampler=told, scheduler_config={**choice.config, "_class_name": choice.name})
+    # What is not finite is no JSON, and a default wherever it stands (`lambda_min_clipped`)
+    config = {name: value for name, value in choice.config.items() if value not in (math.inf, -math.inf)}
+    params = rehearse.Params(sampler=told, scheduler_config={**config, "_class_name": choice.name})
     tried = set() if tried is None else tried
     if (name := canonical_json(params.to_json())) in tried:
         return

@@ -234,6 +234,12 @@ class TestRehearsal:
         assert cli("submit", "fast-w4a8", "--model", zero_signal, *words).code == 0
 
     @pytest.mark.usefixtures("with_digits")
+    def test_a_sampler_that_has_infinity_among_its_fields_is_rehearsed(self, cli: Cli) -> None:
+        words = [*("--set", "sampler.scheduler=DPMSolverMultistepScheduler")]
+        words += ["--set", "sampler.options={use_karras_sigmas: true}", "--dry-run"]
+        assert cli("submit", "fast-w4a8", "--model", "digits", *words).code == 0
+
+    @pytest.mark.usefixtures("with_digits")
     @pytest.mark.parametrize(
         ("sampler", "message"),
         [

@@ -31,6 +31,7 @@ from quant_spec.tasks import (
     propose,
     reconstruct,
     reference,
+    rehearse,
     release,
     round,
     scale,
@@ -51,7 +52,7 @@ _MODULES = (
     *(text_encoder, components),  # of a pipeline whose recipe names recipes for its text encoders
     *(step_gains, sensitivity, choose),  # also of searches, but for the last
     propose,  # searches alone
-    *(fuse, export, bench, layer_table, layer_times, card),  # run at once for the command line, not queued
+    *(fuse, rehearse, export, bench, layer_table, layer_times, card),  # run at once for the command line, not queued
     noop,  # neither computes nor needs a model: measures the queue and drills its recovery
 )
 

@@ -389,7 +389,9 @@ METRICS: dict[str, Metric] = {
                 ),
                 1,
             ),
-            Place.REPORT: Shown("Weights by component", _component_sizes, 5),
+            Place.REPORT: Shown(
+                "Weights, whole pipeline", lambda v: (human_bytes(_total(v, "bytes")), _component_sizes(v)[0]), 5
+            ),
             Place.JOB: Shown("components", lambda v: (_component_sizes(v)[0],)),
         },
     ),

@@ -35,6 +35,11 @@ _TEXT, _FILES = "prompts", "files/"
 #: What names of image files and of arrays end with.
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAY = ".npy"
+#: Keywords of calls whose values are never text, and texts that are none.
+_OF_FILES, _NUMBER = re.compile(r"(\w+_)?(image|mask|embeds|latents)"), re.compile(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?")
+_NO_NUMBER = (
+    "wanted text or the name of a file; what is the same for all lines goes into the recipe's sampler.arguments"
+)
 
 
 class PromptPart(StrEnum):
@@ -300,11 +305,14 @@ def _more(name: str, value: Any, where: str) -> tuple[str, str | PromptFile]:
     if not name.isidentifier():
         raise InvalidInputError(f"{where}: got column {name[:40]!r}, wanted a keyword of the pipeline's call")
     if not (isinstance(value, str) and len(value) <= _LONGEST):
-        raise InvalidInputError(
-            f"{where}: got {name} {str(value)[:40]}, wanted text or the name of a file; what is the same for all lines "
-            "goes into the recipe's sampler.arguments"
-        )
+        raise InvalidInputError(f"{where}: got {name} {str(value)[:40]}, {_NO_NUMBER}")
     if not value.lower().endswith((*IMAGES, ARRAY)):
+        if _OF_FILES.fullmatch(name):
+            raise InvalidInputError(
+                f"{where}: got {name} {value[:200]!r}, wanted the name of a file ({', '.join((*IMAGES, ARRAY))})"
+            )
+        if "prompt" not in name and _NUMBER.fullmatch(value):
+            raise InvalidInputError(f"{where}: got {name} {value[:40]}, {_NO_NUMBER}")
         return name, value
     if PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts:
         raise InvalidInputError(f"{where}: got {name} {value[:200]!r}, wanted a file in the folder of the prompts file")

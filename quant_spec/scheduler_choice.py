@@ -37,6 +37,11 @@ _NEUTRAL = WITHOUT | {"shift": 1.0, "num_train_timesteps": 1000}
 _LARGEST = 2**1023
 #: Steps of training that a scheduler makes tables of.
 _MOST_TIMESTEPS = 1_000_000
+#: Fields that are rarely set, and with which a class may divide by zero; classes that may with betas of a cosine.
+_UNUSUAL = ("rescale_betas_zero_snr", "trained_betas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+_NOT_COSINE = ("KDPM2AncestralDiscreteScheduler",)
+#: The largest beta that no class minds, and the fewest steps that some take.
+_LARGEST_BETA, _FEWEST = 0.1, {"PNDMScheduler": 4, "UnCLIPScheduler": 2}
 #: How many classes a message names.
 _SHOWN = 7
 
@@ -135,6 +140,28 @@ def choose_scheduler(
     unsaid = CLIPPING & fields.keys() - given.keys() - known.keys()
     off = tuple(sorted(field for field in unsaid if fields[field] and not values[field]))
     return SchedulerChoice(chosen, own_class, {**_notes(own), **stated, **values, **rest, **options}, filled, off)
+
+
+def is_plain(choice: SchedulerChoice, steps: int) -> bool:
+    """Whether it is known that a scheduler's steps give finite numbers for finite predictions; else it must be tried.
+
+    Zero signal at the last timestep, noise levels that are spread anew, and numbers of steps at the ends of what a
+    class takes are where some classes divide by zero or lose count.
+    """
+    if choice.name not in SCHEDULERS:
+        return True
+    config = {**SCHEDULERS[choice.name].fields, **choice.config}
+    if family_of(choice.name, config) not in (Family.DIFFUSION, Family.CONSISTENCY):
+        return True
+    cosine = config.get("beta_schedule") == "squaredcos_cap_v2"
+    if config.get("beta_schedule") not in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        return False
+    if (cosine and choice.name in _NOT_COSINE) or any(config.get(field) for field in _UNUSUAL):
+        return False
+    if config.get("steps_offset") not in (None, 0, 1) or (not cosine and config.get("beta_end", 1.0) > _LARGEST_BETA):
+        return False
+    most = min(config["num_train_timesteps"] // 4, config.get("original_inference_steps") or math.inf)
+    return _FEWEST.get(choice.name, 1) <= steps <= most
 
 
 def _own_class(own: Mapping[str, Any] | None) -> str | None:

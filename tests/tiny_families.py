@@ -209,8 +209,8 @@ def inpaint() -> Any:
     return diffusers.StableDiffusionInpaintPipeline(vae=_vae(), **_text(), unet=_unet(in_channels=9), scheduler=_ddim())
 
 
-def controlnet() -> Any:
-    """Stable Diffusion whose U-Net is told a ControlNet's residuals."""
+def _control() -> Any:
+    """Return a ControlNet whose residuals are not zero, as they are before training."""
     control = diffusers.ControlNetModel(
         in_channels=4,
         layers_per_block=1,
@@ -223,8 +223,51 @@ def controlnet() -> Any:
     )
     for convolution in (*control.controlnet_down_blocks, control.controlnet_mid_block):
         nn.init.normal_(convolution.weight, std=0.1)
+    return control
+
+
+def controlnet() -> Any:
+    """Stable Diffusion whose U-Net is told a ControlNet's residuals."""
     return diffusers.StableDiffusionControlNetPipeline(
-        vae=_vae(), **_text(), unet=_unet(), controlnet=control, scheduler=_ddim()
+        vae=_vae(), **_text(), unet=_unet(), controlnet=_control(), scheduler=_ddim()
+    )
+
+
+def controlnet_image() -> Any:
+    """The same from an image, of which its first steps are left out, beside the one that controls."""
+    return diffusers.StableDiffusionControlNetImg2ImgPipeline(
+        vae=_vae(), **_text(), unet=_unet(), controlnet=_control(), scheduler=_ddim()
+    )
+
+
+def controlnet_sd3() -> Any:
+    """Stable Diffusion 3 whose transformer is told a ControlNet's residuals of its blocks."""
+    sizes: dict[str, Any] = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 4,
+        "out_channels": 4,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": 32,
+        "pos_embed_max_size": 8,
+    }
+    control = diffusers.SD3ControlNetModel(num_layers=1, **sizes)
+    for layer in (*control.controlnet_blocks, control.pos_embed_input.proj):
+        nn.init.normal_(layer.weight, std=0.1)
+    return diffusers.StableDiffusion3ControlNetPipeline(
+        transformer=diffusers.SD3Transformer2DModel(num_layers=2, **sizes),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(shift_factor=0.0),
+        text_encoder=_clip(projected=True),
+        tokenizer=_tokenizer(),
+        text_encoder_2=_clip(projected=True),
+        tokenizer_2=_tokenizer(),
+        text_encoder_3=_t5(),
+        tokenizer_3=_tokenizer(),
+        controlnet=control,
     )
 
 
@@ -512,6 +555,8 @@ FAMILIES: dict[str, Family] = {
     "heun": Family(heun, _SMALL, steps=3),
     "inpaint": Family(inpaint, _SMALL, images=("image", "mask_image")),
     "controlnet": Family(controlnet, images=("image",)),
+    "controlnet-image": Family(controlnet_image, images=("image", "control_image"), steps=4),
+    "controlnet-sd3": Family(controlnet_sd3, _SMALL | _TOKENS, images=("control_image",)),
     "sdxl": Family(sdxl, _SMALL),
     "refiner": Family(refiner, images=("image",), steps=10),
     "flux": Family(flux, _SMALL | _TOKENS),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.actions.rehearsal import rehearse_sampler
 from orchestrator.actions.submission import Request, find_or_fuse, notify_scheduler
 from orchestrator.actions.views import components_view
 from orchestrator.db.orchestrators import clusters, gpu_types
@@ -60,6 +61,7 @@ def dry_run_job(service: Service, request: Request, *, notify: Callable[[str], N
     model = find_or_fuse(service, request, notify=notify, check=lambda _: None, dry_run=True)
     loaded = with_prompts(loaded, model)
     notify_scheduler(model, loaded.recipe, notify)
+    rehearse_sampler(service, model, loaded.recipe)
     notify_repeated(loaded, notify)
     workers = worker_count()
     with service.database.session(read_only=True) as session:

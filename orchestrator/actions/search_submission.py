@@ -12,6 +12,7 @@ from typing import Any
 
 from orchestrator.actions.gpu_check import require_gpu
 from orchestrator.actions.registration import resolve_model
+from orchestrator.actions.rehearsal import rehearse_sampler
 from orchestrator.actions.submission import notify_scheduler
 from orchestrator.db.registry import add_model, list_models
 from orchestrator.db.rows import ModelRow, SearchRow
@@ -250,12 +251,14 @@ def find_models(
     found: dict[str, ModelRow] = {}
     bad: list[str] = []
     inspections: dict[str, dict[str, Any]] = {}
+    tried: set[str] = set()
     for text in _texts(service, spec.models, folder):
         try:
             model = resolve_model(
                 service, text, notify=notify, dry_run=dry_run, register=False, inspections=inspections
             )
             _check_model(spec, recipes, model, notify=notify)
+            rehearse_sampler(service, model, recipes[BASE_VARIANT], tried)
         except (InvalidInputError, NotFoundError, ModelError) as error:
             bad.append(f"{text}: {' '.join(str(error).split())}")
         else:

@@ -12,6 +12,7 @@ from typing import Any
 from orchestrator.actions.gpu_check import require_gpu
 from orchestrator.actions.lora import Lora, with_loras
 from orchestrator.actions.registration import Check, register, resolve_model
+from orchestrator.actions.rehearsal import rehearse_sampler
 from orchestrator.actions.repair import withdraw_if_lost
 from orchestrator.db.enqueue import enqueue_graph
 from orchestrator.db.jobs import create_job, find_active_job, find_job, job_counts
@@ -95,8 +96,8 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
         If the recipe is not valid or does not fit the model.
     InvalidInputError
         If the job must have a GPU and is to be executed here alone, where there is none.
-    QuantizationError
-        If its scheduler does not.
+    QuantizationError, TaskError
+        If its scheduler does not, or gives NaN whatever is predicted.
     ModelError
         If the model folder cannot be used.
     NotFoundError
@@ -111,6 +112,7 @@ def submit(service: Service, request: Request, *, notify: Callable[[str], None])
     def check(model: ModelRow) -> None:
         plan(model, with_prompts(loaded, model).recipe)
         notify_scheduler(model, loaded.recipe, notify)
+        rehearse_sampler(service, model, loaded.recipe)
 
     model = find_or_fuse(service, request, notify=notify, check=check)
     notify_repeated(loaded, notify)

@@ -103,7 +103,13 @@ def _check(content: Path | bytes, model: ModelRow, told: str, recipe: Recipe) ->
             f"prompts: got sizes in {path}, wanted none: the call of {model.name} takes no height and width"
         )
     _check_size(line, path, recipe.sampler.arguments)
-    check_files(lines, str(path))
+    resized = {"height", "width"} <= set(pipeline["takes"])
+    check_files(
+        lines,
+        str(path),
+        any_size=resized and (line.size is not None or {"height", "width"} <= recipe.sampler.arguments.keys()),
+        hint=", or --size, to which the pipeline brings all" if resized else "",
+    )
     labels = model.inspection["label_count"]
     wrong = [
         line.class_label for line in lines if line.class_label is not None and labels and line.class_label >= labels

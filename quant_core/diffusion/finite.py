@@ -47,7 +47,7 @@ def check_step(
         raise _predicted(f"sampler gives NaN or infinity at {moment}", model)
     raise NotFiniteError(
         f"sampler gives NaN or infinity at {moment}: {type(scheduler).__name__} made it, {model_label(model)} did not; "
-        f"wanted finite samples: {_advice(scheduler)}"
+        f"wanted finite samples: {advice(scheduler)}"
     )
 
 
@@ -72,7 +72,7 @@ def _predicted(what: str, model: nn.Module) -> NotFiniteError:
     )
 
 
-def _advice(scheduler: Any) -> str:
+def advice(scheduler: Any) -> str:
     """Return what to change in the recipe."""
     config = scheduler.config
     if config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon":

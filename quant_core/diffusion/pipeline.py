@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from quant_core.errors import DenoiserError
 from quant_spec.documents import read_json_file
 from quant_spec.errors import QuantServiceError
+from quant_spec.pictures import read_picture
 from quant_spec.pipeline import DENOISERS, MODEL_INDEX, component_entries, denoiser_entry
 from quant_spec.prompts import PromptFile, PromptLine
 from quant_spec.sampler import Sampler
@@ -189,10 +189,10 @@ def _together(name: str, values: Sequence[str | PromptFile]) -> Any:
     files = [value for value in values if isinstance(value, PromptFile)]
     try:
         if files[0].is_image:
-            return [Image.open(io.BytesIO(file.data)).convert("RGB") for file in files]
+            return [read_picture(file.data).image for file in files]
         arrays = [torch.from_numpy(np.load(io.BytesIO(file.data), allow_pickle=False)) for file in files]
         return torch.stack([array.float() if array.is_floating_point() else array for array in arrays])
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SyntaxError, Warning) as error:
         raise DenoiserError(f"prompts: {name}: got {files[0].name} ({error}), wanted images or arrays") from error
 
 

@@ -206,7 +206,7 @@ def _sample_batch(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     x = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     x = x * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else x
-    extra = _step_arguments(scheduler, sampler, generators)
+    extra = step_arguments(scheduler, sampler, generators)
     for index, timestep in enumerate(timesteps):
         x_in = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
         x_in = x_in.repeat_interleave(2, dim=0) if sampler.is_guided else x_in
@@ -239,7 +239,7 @@ def token_count(conditioning: Conditioning) -> int | None:
     return len(conditioning["img_ids"]) if "img_ids" in conditioning else None
 
 
-def _step_arguments(scheduler: Any, sampler: Sampler, generators: list[torch.Generator]) -> dict[str, Any]:
+def step_arguments(scheduler: Any, sampler: Sampler, generators: list[torch.Generator]) -> dict[str, Any]:
     """Return the optional arguments that this scheduler's `step` takes."""
     takes = inspect.signature(scheduler.step).parameters
     offered: dict[str, Any] = {"eta": sampler.eta, "generator": generators}

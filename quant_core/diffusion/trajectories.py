@@ -28,6 +28,7 @@ from quant_core.diffusion.denoiser import PLAIN, SHARED, forward_signature, samp
 from quant_core.diffusion.embeddings import Embeddings, given
 from quant_core.diffusion.finite import Moment, check_prediction
 from quant_core.diffusion.output import map_output, prediction_of
+from quant_core.diffusion.own_noise import seeded
 from quant_core.diffusion.pipeline import call_arguments, call_pipeline, decoder_of, denoiser_of, flatten
 from quant_core.diffusion.sampler import (
     Ask,
@@ -189,6 +190,7 @@ class PipelineTrajectories:
         self.pipeline, self.sampler, self.lines = pipeline, sampler, tuple(lines)
         self.model, self.embeddings = denoiser_of(pipeline), embeddings
         self._shared: frozenset[str] | None = None
+        self._draws: bool | None = None
 
     def script(self, seeds: Sequence[int], *, wants_samples: bool = False) -> Script:
         """Rehearse one seed, with one call of the denoiser."""
@@ -204,6 +206,7 @@ class PipelineTrajectories:
             return first[0]
 
         made = self._call(seeds[:1], act, wants_samples=wants_samples)
+        self._draws = bool(self._draws)
         if not seen:
             raise DenoiserError(
                 f"{type(self.pipeline).__name__}: got no call of its {type(self.model).__name__}, wanted one a step"
@@ -257,7 +260,8 @@ class PipelineTrajectories:
         instead: Instead | None = None,
         wants_samples: bool = True,
     ) -> Samples | None:
-        """Call the pipeline, a batch of seeds at a time."""
+        """Call the pipeline, a batch of seeds at a time, as far as `together` allows."""
+        batch_size = self.together(seeds, batch_size)
         parts = []
         row = 0
         for first in range(0, len(seeds), batch_size):
@@ -271,6 +275,12 @@ class PipelineTrajectories:
             return None
         latents = [part.latents for part in made if part.latents is not None]
         return Samples(torch.cat([part.samples for part in made]), torch.cat(latents) if latents else None)
+
+    def together(self, seeds: Sequence[int], batch_size: int) -> int:
+        """Return how many seeds a call may have: one, where the pipeline draws noise from the global generator."""
+        if min(len(seeds), batch_size) > 1 and self._draws is None:
+            self.script(seeds[:1])
+        return 1 if self._draws else batch_size
 
     def _find_shared(self, seed: int) -> frozenset[str]:
         """Return which tensors that the denoiser is told have no row for each sample, as one and two samples show."""
@@ -312,6 +322,7 @@ class PipelineTrajectories:
         places = [seed % len(self.lines) for seed in seeds]
         try:
             with (
+                self._seeded(own[0]),
                 given(self.pipeline, self.embeddings, places),
                 watched(self.model, act),
                 _decoding(decoder_of(self.pipeline), kept, wants_samples),
@@ -322,6 +333,16 @@ class PipelineTrajectories:
         if not wants_samples:
             return None
         return Samples(_pixels(output), torch.cat(kept).float().cpu() if kept else None)
+
+    @contextmanager
+    def _seeded(self, seed: int) -> Iterator[None]:
+        """Let what the pipeline draws from the global generator be a seed's, and see whether it does."""
+        with seeded(seed, self.pipeline._execution_device) as drew:
+            try:
+                yield
+            finally:
+                if drew():
+                    self._draws = True
 
 
 @dataclass(frozen=True, slots=True)

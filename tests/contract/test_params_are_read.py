@@ -73,6 +73,7 @@ from quant_spec.tasks import (
     propose,
     reconstruct,
     reference,
+    rehearse,
     release,
     round,
     scale,
@@ -649,6 +650,11 @@ def _card() -> Case:
     return lambda tasks: (params, card.Inputs(artifact=tasks.artifact))
 
 
+def _rehearse() -> Case:
+    params = rehearse.Params(sampler=Sampler(), scheduler_config={"_class_name": "DDIMScheduler"})
+    return lambda _: (params, rehearse.Inputs())
+
+
 def _noop(**changes: Any) -> Case:
     return lambda tasks: (noop.Params(**changes), noop.Inputs())
 
@@ -757,6 +763,7 @@ CASES: dict[str, dict[str, Case]] = {
     "score": {"": _score()},
     "release": {"": _release()},
     "fuse": {"": _fuse()},
+    "rehearse": {"": _rehearse()},
     "export": {"": _export()},
     "bench": {"": _bench(False)},
     "layers": {"": _layers()},

@@ -113,6 +113,7 @@ def measure_pipeline_noise(
     """
     scheduler, timesteps = trajectories.schedule(seeds)
     dim = channel_dim(trajectories.model)
+    batch_size = trajectories.together(seeds, batch_size)
     moments: NoiseMoments | None = None
     elements = 0
     for first in range(0, len(seeds), batch_size):

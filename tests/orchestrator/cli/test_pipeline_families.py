@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
 from safetensors.torch import save_file
 
 from quant_core.errors import UnknownTimestepError
-from tests.family_run import RefusedError, draw, load, run_family
+from tests.family_run import RefusedError, draw, load, run_family, settings
 from tests.tiny_families import FAMILIES, flux_transformer
 
 Cli = Callable[..., Any]
 #: One for each kind of thing that pipelines do: two calls a step, files as inputs, residuals, tensors for all rows.
 QUICK = ("lumina2", "inpaint")
+#: Pictures that are whole: two sizes, and one that can be seen through.
+PICTURES = (((16, 16), (9, 9, 9, 255)), ((24, 16), (9, 9, 9, 255)), ((16, 16), (9, 9, 9, 200)))
 
 
 @pytest.fixture
@@ -53,6 +57,27 @@ def test_a_family_is_quantized_loaded_and_called(name: str, run: Callable[..., N
         draw(
             load(tmp_path / f"{name}-release", torch.float32), name, tmp_path / f"{name}-inputs", torch.float32, **more
         )
+
+
+def test_pictures_are_told_upright_and_in_eight_bits(run: Callable[..., None], tmp_path: Path) -> None:
+    FAMILIES["controlnet"].save(tmp_path / "model")
+    depth = np.random.default_rng(0).integers(0, 2**16, (16, 24), dtype=np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the file's first row is the picture's right side
+    Image.fromarray(np.ascontiguousarray(depth.T[::-1])).save(tmp_path / "depth.png", exif=exif.tobytes())
+    (tmp_path / "prompts.tsv").write_text("prompt\timage\n" + "owl\tdepth.png\n" * 2)
+    words = ["--prompts", tmp_path / "prompts.tsv", *settings("controlnet"), "--out", tmp_path / "out"]
+    run("run", "minmax-w8a8", "--model", tmp_path / "model", *words)
+    told = {"prompt": "owl", "image": Image.fromarray((depth / 257).round().astype(np.uint8)).convert("RGB")}
+    images = []
+    for folder in (tmp_path / "model", tmp_path / "out"):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+        how = {"num_inference_steps": 2, "output_type": "np", "num_images_per_prompt": 2, "generator": generators}
+        images.append(load(folder, torch.float32)(**told, **how).images)
+    assert images[0].shape == (2, 16, 24, 3)
+    errors = np.square(images[0] - images[1]).mean((1, 2, 3))
+    psnr = json.loads((tmp_path / "out" / "metrics.json").read_text())["psnr_db"]
+    assert psnr == pytest.approx(float(np.mean(-10 * np.log10(errors))), abs=0.05)
 
 
 def test_a_bare_denoiser_in_a_pipeline_that_sets_sigmas_of_its_own(run: Callable[..., None], tmp_path: Path) -> None:
@@ -109,6 +134,14 @@ def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Pat
         (tmp_path / f"{name}.png").write_bytes(data)
         row = f"owl\t{name}.png\tinputs/mask_image-0.png\n"
         (tmp_path / f"{name}.tsv").write_text(f"prompt\timage\tmask_image\n{row}{row}")
+    small, large, clear = (Image.new("RGBA", size, color) for size, color in PICTURES)
+    for name, image in {"small": small, "large": large, "clear": clear}.items():
+        image.save(tmp_path / f"{name}.png")
+    (tmp_path / "clear.tsv").write_text("prompt\timage\tmask_image\n" + "owl\tclear.png\tsmall.png\n" * 2)
+    rows = "".join(f"owl\t{name}.png\tsmall.png\n" for name in ("small", "large"))
+    (tmp_path / "sizes.tsv").write_text("prompt\timage\tmask_image\n" + rows)
+    (tmp_path / "kind.tsv").write_text("prompt\timage\tmask_image\nowl\tphoto.gif\tsmall.png\n")
+    (tmp_path / "number.tsv").write_text("prompt\timage\tmask_image\tstrength\nowl\tsmall.png\tsmall.png\t0.5\n")
     outside = tmp_path / "inner" / "outside.tsv"
     outside.parent.mkdir()
     outside.write_text("prompt\timage\nowl\t../inputs/image-0.png\n")
@@ -120,6 +153,10 @@ def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Pat
         ("--prompts", tmp_path / "text.tsv"): "got image text.png (cannot identify image file), wanted a picture that",
         ("--prompts", tmp_path / "part.tsv"): "got image part.png (",
         ("--prompts", tmp_path / "none.tsv"): "got image none.png (",
+        ("--prompts", tmp_path / "clear.tsv"): "got image clear.png (transparent pixels, which",
+        ("--prompts", tmp_path / "sizes.tsv"): "large.png of 16 x 24 pixels beside one of 16 x 16, wanted one size, or",
+        ("--prompts", tmp_path / "kind.tsv"): "got image 'photo.gif', wanted the name of a file (.png, .jpg",
+        ("--prompts", tmp_path / "number.tsv"): "got strength 0.5, wanted text or the name of a file; what is the same",
         ("--prompts", tmp_path / "odd.tsv"): "prompts: got columns portrait in",
         ("--prompts", outside): "wanted a file in the folder of the prompts file",
     }.items():
@@ -127,6 +164,8 @@ def test_a_call_that_needs_files_is_refused_without_them(cli: Cli, tmp_path: Pat
         assert (answer.code, answer.out) == (2, ""), words
         assert message in answer.err
         assert len(answer.err.strip().splitlines()) == 1
+    sized = ("--prompts", tmp_path / "sizes.tsv", "--size", "16", "--dry-run")
+    assert cli("submit", "fast-w4a8", "--model", "inpaint", *sized).code == 0
     once, again = (
         cli("submit", "fast-w4a8", "--model", "inpaint", "--prompts", inputs, "--dry-run", "--json").json
         for _ in range(2)

@@ -147,6 +147,27 @@ def test_a_job_with_a_lora_tells_it_in_its_release(cli: Cli, sd: Path, tmp_path:
     assert plain["tasks"]["cached"] == 0
 
 
+@pytest.mark.usefixtures("with_sd", "without_ray")
+@pytest.mark.parametrize("layout", ["peft", "kohya"])
+def test_a_lora_of_a_text_encoder_alone_is_in_the_release(cli: Cli, sd: Path, tmp_path: Path, layout: str) -> None:
+    first, second = torch.randn(2, 128, generator=torch.Generator().manual_seed(0)), torch.ones(128, 2)
+    name = f"text_encoder.{TEXT_LAYER}"
+    tensors = {f"{name}.lora_A.weight": first, f"{name}.lora_B.weight": second}
+    if layout == "kohya":  # of a query alone, by which diffusers cannot tell this layout
+        name = f"lora_te_{TEXT_LAYER.replace('.', '_')}"
+        tensors = {f"{name}.lora_down.weight": first, f"{name}.lora_up.weight": second, f"{name}.alpha": torch.ones(())}
+    save_file(tensors, tmp_path / "words.safetensors")
+    (tmp_path / "prompts.txt").write_text("red heart\nowl\n")
+    words = ["--prompts", tmp_path / "prompts.txt", *SET, "--lora", tmp_path / "words.safetensors"]
+    answer = cli("run", "minmax-w8a8", "--model", sd, *words, "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    before, after = (load_file(folder / "text_encoder" / "model.safetensors") for folder in (sd, tmp_path / "out"))
+    (changed,) = (name for name in before if not torch.equal(before[name], after[name]))
+    assert changed.endswith("encoder.layers.0.self_attn.q_proj.weight")
+    added = second @ first * (0.5 if layout == "kohya" else 1.0)
+    torch.testing.assert_close(after[changed].float(), before[changed].float() + added, atol=5e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

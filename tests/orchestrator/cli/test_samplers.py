@@ -196,3 +196,65 @@ def test_only_what_decides_is_kept_of_a_pipeline(cli: Cli, models: Path) -> None
     digest = cli("models", "show", "latent", "--json").json["digest"]
     kept = read_manifest(store, digest)["files"]["model_index.json"]["sha256"]
     assert json.loads(store.get_bytes(kept)) == {"vqvae": ["diffusers", "VQModel"]}
+
+
+class TestRehearsal:
+    """Samplers that give NaN whatever is predicted, or that cannot be set so, at submit."""
+
+    @pytest.fixture
+    def zero_signal(self, digits: Path, tmp_path: Path) -> Path:
+        """A model whose own sampler divides by zero at its first step."""
+        folder = Path(shutil.copytree(digits, tmp_path / "zero"))
+        config = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"clip_sample": False}))
+        return folder
+
+    @pytest.mark.parametrize("command", ["submit", "run", "dry run", "search"])
+    def test_a_sampler_of_nan_is_refused_before_anything_is_queued(
+        self, cli: Cli, zero_signal: Path, tmp_path: Path, command: str
+    ) -> None:
+        search = tmp_path / "search.yaml"
+        search.write_text(f"name: s\nrecipe: fast-w4a8\nmodels: [{zero_signal}]\nbudgets: [{{bytes: 1MB}}]\n")
+        words = {
+            "submit": ("submit", "fast-w4a8", "--model", zero_signal),
+            "run": ("run", "fast-w4a8", "--model", zero_signal),
+            "dry run": ("submit", "fast-w4a8", "--model", zero_signal, "--dry-run"),
+            "search": ("search", "submit", search),
+        }[command]
+        answer = cli(*words)
+        assert (answer.code, answer.out) == (2, "")
+        message = "sampler gives NaN or infinity at step 0 (timestep 999): DDIMScheduler makes it of any prediction"
+        (line,) = (line for line in answer.err.splitlines() if line.startswith("error: "))
+        assert message in line
+        assert "sampler.options {rescale_betas_zero_snr: false}" in line
+        assert cli("models", "ls", "--json").json == cli("jobs", "ls", "--json").json == []
+
+    def test_options_that_mend_it_are_taken(self, cli: Cli, zero_signal: Path) -> None:
+        words = ("--set", "sampler.options={timestep_spacing: leading}", "--dry-run")
+        assert cli("submit", "fast-w4a8", "--model", zero_signal, *words).code == 0
+
+    @pytest.mark.usefixtures("with_digits")
+    def test_a_sampler_that_has_infinity_among_its_fields_is_rehearsed(self, cli: Cli) -> None:
+        words = [*("--set", "sampler.scheduler=DPMSolverMultistepScheduler")]
+        words += ["--set", "sampler.options={use_karras_sigmas: true}", "--dry-run"]
+        assert cli("submit", "fast-w4a8", "--model", "digits", *words).code == 0
+
+    @pytest.mark.usefixtures("with_digits")
+    @pytest.mark.parametrize(
+        ("sampler", "message"),
+        [
+            (("num_inference_steps=2000",), "got DDIMScheduler for num_inference_steps=2000, which raised ValueError"),
+            (
+                ("scheduler=PNDMScheduler", "num_inference_steps=3"),
+                "got PNDMScheduler for num_inference_steps=3, which raised ValueError",
+            ),
+        ],
+    )
+    def test_steps_that_a_scheduler_does_not_take_are_refused(
+        self, cli: Cli, sampler: tuple[str, ...], message: str
+    ) -> None:
+        words = [word for each in sampler for word in ("--set", f"sampler.{each}")]
+        answer = cli("submit", "fast-w4a8", "--model", "digits", *words)
+        assert (answer.code, answer.out) == (2, "")
+        assert message in answer.err.strip().splitlines()[-1]
+        assert cli("jobs", "ls", "--json").json == []

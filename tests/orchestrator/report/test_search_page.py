@@ -1,19 +1,16 @@
-"""A search's report in a browser: what is drawn, and what pointer and keyboard do. One Chromium for all tests."""
+"""A search's report in a browser: what is drawn, and what pointer and keyboard do. One page for all tests."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from orchestrator.report.search_render import render_search
 from tests.orchestrator.report.searches import failed_model, layer_names, model_report, search_report
-
-_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 @dataclass
@@ -27,24 +24,19 @@ class Opened:
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+def opened(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     """The report of three models, one of which failed, in a browser without a screen."""
-    browser_path = next((path for name in _NAMES if (path := shutil.which(name))), None)
-    if browser_path is None:
-        pytest.skip(f"no browser here: looked for {', '.join(_NAMES)}")
     file = Path(tmp_path_factory.mktemp("report"), "search.html")
     first = model_report()
     file.write_text(render_search(search_report(first, model_report("digits", 1), failed_model())), encoding="utf-8")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path)
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        found = Opened(page, first)
-        page.on("console", lambda message: found.errors.append(message.text))
-        page.on("pageerror", lambda error: found.errors.append(str(error)))
-        page.on("request", lambda request: found.requests.append(request.url))
-        page.goto(file.as_uri())
-        yield found
-        browser.close()
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    found = Opened(page, first)
+    page.on("console", lambda message: found.errors.append(message.text))
+    page.on("pageerror", lambda error: found.errors.append(str(error)))
+    page.on("request", lambda request: found.requests.append(request.url))
+    page.goto(file.as_uri())
+    yield found
+    page.close()
 
 
 @pytest.fixture(autouse=True)
@@ -137,4 +129,6 @@ def test_a_dark_page_is_dark_and_a_narrow_one_does_not_scroll_sideways(opened: O
     page.emulate_media(color_scheme="light")
     page.set_viewport_size({"width": 480, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 480
+    # charts keep a size at which their letters can be read, and scroll by themselves
+    assert page.locator("#model-0 .pareto svg").evaluate("(chart) => chart.getBoundingClientRect().width") >= 640
     page.set_viewport_size({"width": 1200, "height": 900})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -28,6 +28,10 @@ class Service:
     def store(self) -> Store:
         """The store, opened when it is first used; StoreUnreachableError if it does not answer."""
         return self._open_store()
+
+    def impatient(self) -> Service:
+        """Return the same with a store that gives up soon: for what others wait for while the store hangs."""
+        return replace(self, _open_store=cache(partial(open_store, self.settings.store_url, quick=True)))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from enum import StrEnum
 
 from orchestrator.db.identity import Identity, read_identity, set_store, some_digests
 from orchestrator.db.session import Database
+from quant_spec.documents import read_json
 from quant_spec.errors import InvalidInputError
 from workers.errors import StoreError, StoreUnreachableError
 from workers.storage.store import Store
@@ -157,7 +158,7 @@ def _read_label(store: Store) -> _Label | None:
     if data is None:
         return None
     try:
-        document = json.loads(data)
+        document = read_json(data, "label")
         return _Label(str(document["store"]), str(document["database"]))
-    except (ValueError, KeyError, TypeError):
+    except (InvalidInputError, KeyError, TypeError):
         return _Label("", "")

@@ -25,7 +25,14 @@ MOST_VALUES = 1_000_000
 _SEPARATORS = (b",", b":", b"[", b"{")
 
 
-def read_json(data: bytes | str, what: str, *, error: type[Exception] = InvalidInputError) -> Any:
+def read_json(
+    data: bytes | str,
+    what: str,
+    *,
+    error: type[Exception] = InvalidInputError,
+    longest: int = LONGEST_BYTES,
+    most_values: int = MOST_VALUES,
+) -> Any:
     """Return the value of a JSON text.
 
     Parameters
@@ -36,6 +43,8 @@ def read_json(data: bytes | str, what: str, *, error: type[Exception] = InvalidI
         Named at the beginning of a refusal.
     error
         Raised by a refusal, with one line.
+    longest, most_values
+        Limits for what is known to be larger than other documents.
 
     Raises
     ------
@@ -50,11 +59,11 @@ def read_json(data: bytes | str, what: str, *, error: type[Exception] = InvalidI
 
     try:
         raw = data.encode() if isinstance(data, str) else data
-        if len(raw) > LONGEST_BYTES:
-            raise error(f"{what}: got {len(raw)} bytes of JSON, wanted at most {LONGEST_BYTES}")
+        if len(raw) > longest:
+            raise error(f"{what}: got {len(raw)} bytes of JSON, wanted at most {longest}")
         values = sum(raw.count(sign) for sign in _SEPARATORS)
-        if values > MOST_VALUES:
-            raise error(f"{what}: got JSON of {values} values, wanted at most {MOST_VALUES}")
+        if values > most_values:
+            raise error(f"{what}: got JSON of {values} values, wanted at most {most_values}")
         value = json.loads(raw, parse_constant=constant)
     except RecursionError:
         raise error(f"{what}: got JSON of very many levels, wanted at most {DEEPEST}") from None

@@ -29,6 +29,8 @@ _COLUMNS = ("prompt", "negative_prompt", "class_label", "seed", "size")
 _END = re.compile(r"\r\n|\n|\r")
 _SIZE = re.compile(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?")
 _MOST_LINES, _LONGEST, _DIGITS = 1_000_000, 10_000, 100
+#: Bytes of a prompts file, without the files that it names.
+LONGEST_FILE = 100 << 20
 #: What no tokenizer, database or page takes: NUL, and halves of a character.
 _NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 _TEXT, _FILES = "prompts", "files/"
@@ -105,13 +107,15 @@ def read_prompts(data: bytes, where: str = "prompts") -> tuple[PromptLine, ...]:
         Naming the first line that is wrong, what it has and what was wanted.
     """
     data, files = _unpack(data, where)
+    # Counted before anything is made of them, as a line of one letter takes 100 bytes.
+    count = data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
+    if count > _MOST_LINES:
+        raise InvalidInputError(f"{where}: got {count} lines, wanted at most {_MOST_LINES}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidInputError(f"{where}: got bytes that are not UTF-8 (at {error.start}), wanted text") from None
     rows = [(number, row) for number, row in enumerate(_END.split(text), 1) if row.strip()]
-    if len(rows) > _MOST_LINES:
-        raise InvalidInputError(f"{where}: got {len(rows)} lines, wanted at most {_MOST_LINES}")
     lines = tuple(_lines(rows, where))
     if not lines:
         raise InvalidInputError(f"{where}: got no prompts, wanted one a line")

@@ -60,4 +60,4 @@ def make_scheduler(service: Service, watch: Watch | None = None) -> Scheduler:
     settings = service.settings
     config = SchedulerConfig(settings.store_url, settings.cache_dir, settings.cache_bytes)
     start = partial(RayExecutor.start, settings.ray_address)
-    return Scheduler(service.database, start, config, watch, Steps(service))
+    return Scheduler(service.database, start, config, watch, Steps(service.impatient()))

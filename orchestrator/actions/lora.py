@@ -83,7 +83,8 @@ def with_loras(
     told: list[dict[str, Any]] = []
     for lora in loras:
         path = file_within(lora.path, (lora.path.resolve().parent,), "--lora", error=InvalidInputError)
-        check_finite(path)
+        if not check_finite(path):
+            raise InvalidInputError(f"--lora: got {lora.path} without a tensor, wanted a LoRA")
         told.append({"file": lora.path.name, "sha256": digest_of_file(path), "scale": lora.scale})
     inspection = {**base.inspection, LORAS: [*base.inspection.get(LORAS, ()), *told], FUSED_FROM: base.digest}
     with service.database.session(read_only=True) as session:

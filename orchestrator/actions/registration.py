@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.actions.local import run_task
-from orchestrator.db.registry import add_model, find_model, list_models
+from orchestrator.db.registry import add_model, find_model, list_models, name_taken
 from orchestrator.db.rows import ModelRow
 from orchestrator.errors import NotFoundError
 from orchestrator.planning.model import INSPECTED
@@ -89,6 +89,7 @@ def add_model_from(
     """
     if name is not None:
         check_name(name)
+        _check_free(service, name, source, sample_size)
     model = look_at(service, source, service.store, notify=notify, sample_size=sample_size)
     check(model)
     if name is not None:
@@ -99,6 +100,17 @@ def add_model_from(
         model = _with_free_name(service, model, notify, "registered")
     with service.database.session() as session:
         return add_model(session, model)
+
+
+def _check_free(service: Service, name: str, source: str, sample_size: SampleSize | None) -> None:
+    """Refuse a name that another model than a source's has, before that is copied and inspected."""
+    with service.database.session(read_only=True) as session:
+        taken = next((row for row in list_models(session) if row.name == name), None)
+    if taken is None or source.startswith(_HUB):
+        return
+    digest = model_digest(resolve_source(source), sample_size)
+    if digest != taken.digest:
+        raise name_taken(name, digest, taken.digest)
 
 
 def register(service: Service, model: ModelRow, *, notify: Callable[[str], None], name: str | None = None) -> ModelRow:

@@ -13,10 +13,11 @@ from orchestrator.actions.releases import get_release, pull_release
 from orchestrator.db.clock import database_time
 from orchestrator.db.rows import ReleaseRow
 from orchestrator.db.signatures import add_signature, find_signature, signing_keys, unsigned_releases
+from orchestrator.errors import DatabaseError
 from orchestrator.service import Service
 from quant_spec.documents import read_plain_file
 from quant_spec.errors import QuantServiceError
-from workers.errors import ManifestError
+from workers.errors import ManifestError, StoreUnavailableError, StoreUnreachableError
 from workers.storage.blobs import digest_of_file
 from workers.storage.manifest import MANIFEST_NAME, check_manifest, read_manifest
 from workers.storage.signature import (
@@ -76,17 +77,33 @@ def signing(service: Service, key: SigningKey | None) -> Iterator[None]:
 
 
 def _sign_until(service: Service, key: SigningKey, since: float, ended: threading.Event) -> None:
-    """Sign what is published until told to end, and once more then."""
-    last = False
+    """Sign what is published until told to end, and once more then; what cannot be signed now keeps nothing else."""
+    service, last = service.impatient(), False
+    told: set[str] = set()
     while not last:
         last = ended.wait(_LOOK_SECONDS)
+        problems = set(_sign_new(service, key, since))
+        for each in sorted(problems if last else problems - told):
+            log.warning("not signed%s: %s", "" if last else " yet", each)
+        told = problems
+
+
+def _sign_new(service: Service, key: SigningKey, since: float) -> Iterator[str]:
+    """Sign what is published and not signed; yield what went wrong, one line each."""
+    try:
+        with service.database.session(read_only=True) as session:
+            found = unsigned_releases(session, key.id, since)
+    except QuantServiceError as error:
+        yield f"releases: {error}"
+        return
+    for name, version, digest in found:
         try:
-            with service.database.session(read_only=True) as session:
-                found = unsigned_releases(session, key.id, since)
-            for name, version, digest in found:
-                _sign(service, f"{name}@{version}", digest, key)
+            _sign(service, f"{name}@{version}", digest, key)
         except QuantServiceError as error:
-            log.warning("releases not signed%s: %s", "" if last else " yet", error)
+            yield f"{name}@{version}: {error}"
+            if isinstance(error, StoreUnavailableError | StoreUnreachableError | DatabaseError):
+                # What is out is so for the next one too.
+                return
 
 
 def _sign(service: Service, ref: str, digest: str, key: SigningKey) -> None:

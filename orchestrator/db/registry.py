@@ -36,14 +36,18 @@ def add_model(session: Session, model: ModelRow) -> ModelRow:
         values = {name: getattr(model, name) for name in ModelRow.__slots__ if name != "created_at"}
         session.execute(insert(Model).values(**values, created_at=epoch_seconds()))
     elif present.digest != model.digest:
-        raise InvalidInputError(
-            f"model name {model.name!r}: got digest {model.digest[:12]}, but it names {present.digest[:12]}; "
-            "wanted another name"
-        )
+        raise name_taken(model.name, model.digest, present.digest)
     elif present.inspection != model.inspection:
         session.execute(update(Model).where(Model.digest == model.digest).values(inspection=model.inspection))
         session.expire(present)
     return find_model(session, model.name)
+
+
+def name_taken(name: str, digest: str, taken: str) -> InvalidInputError:
+    """Return the refusal of a name for a model, by digest, that another model has."""
+    return InvalidInputError(
+        f"model name {name!r}: got digest {digest[:12]}, but it names {taken[:12]}; wanted another name"
+    )
 
 
 def find_model(session: Session, name: str) -> ModelRow:

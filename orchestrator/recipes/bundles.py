@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.errors import RecipeError
+from quant_spec.documents import read_plain_file
 from quant_spec.errors import InvalidInputError
-from quant_spec.prompts import bundle, read_prompts
+from quant_spec.prompts import LONGEST_FILE, bundle, read_prompts
 from workers.storage.plain_files import file_within
 
 #: A folder of a model of transformers has this file.
@@ -14,6 +15,8 @@ CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 #: What of a model's folder is needed to run it; weights in other forms are left out.
 _KINDS = (".json", ".txt", ".safetensors")
+# Bytes of an image or array that a prompts file names.
+_LONGEST_NAMED = 1 << 30
 
 
 def bundled_folder(path: Path, what: str) -> bytes:
@@ -43,12 +46,15 @@ def bundled(path: Path) -> bytes | None:
     Raises
     ------
     RecipeError
-        If a file that it names is not there, or lies outside its folder.
+        If it is too large, or a file that it names is not there, or lies outside its folder.
     """
     try:
-        data = path.read_bytes()
+        data = read_plain_file(path, LONGEST_FILE, error=RecipeError, what=f"prompts: {path}")
+    except FileNotFoundError:
+        return None
+    try:
         lines = read_prompts(data)
-    except (InvalidInputError, OSError):
+    except InvalidInputError:
         return None
     names = sorted({file.name for line in lines for file in line.files if not file.data})
     if not names:
@@ -57,6 +63,7 @@ def bundled(path: Path) -> bytes | None:
         name: file_within(path.parent / name, (path.parent,), f"prompts: {path}", error=RecipeError) for name in names
     }
     try:
-        return bundle(data, {name: file.read_bytes() for name, file in found.items()})
+        files = {name: read_plain_file(file, _LONGEST_NAMED, error=RecipeError) for name, file in found.items()}
+        return bundle(data, files)
     except OSError as error:
         raise RecipeError(f"prompts: {path}: got {error.strerror}, wanted readable files") from error

@@ -39,11 +39,12 @@ def examine_loss(database: Database, store_url: str, task: str, finished: Finish
 
     Notes
     -----
-    Reads the blob once. Without this look one node with a damaged disk would take back the results of all.
+    Reads the blob once. Without this look one node with a damaged disk would take back the results of all. The
+    scheduler waits for it, so a store that does not answer soon is out.
     """
     blob = finished.lost[0]
     try:
-        store = open_store(store_url)
+        store = open_store(store_url, quick=True)
         try:
             store.verify(blob)
         except BlobLostError:

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 _STARVED = "it has no CPU or memory for a task"
 #: Note that a probe writes and removes.
 PROBE = "probe"
+# So long no task in flight has ended well before the store is asked, how often it is then asked before it counts as
+# out, and how long that may take altogether: a folder's file system may hang for ever. In seconds.
+_QUIET_SECONDS, _ASKED, _LATE_SECONDS = 10.0, 2, 25.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ class Outages:
         self._lock = threading.Lock()
         self._breakers = {each: Breaker(pauses) for each in Dependency}
         self._probing: threading.Thread | None = None
+        self._asked_at = self._served_at = time.monotonic()
         self._starved = False
         #: Set whenever `reason` may have changed.
         self.changed = threading.Event()
@@ -130,6 +134,8 @@ class Outages:
         for each in dependencies:
             with self._lock:
                 news = self._breakers[each].succeed()
+                if each is Dependency.STORE:
+                    self._served_at = time.monotonic()
             if news:
                 log.warning("the %s serves again", each)
                 self.changed.set()
@@ -155,14 +161,19 @@ class Outages:
         """Return how many tasks may be claimed now, `most` if all is well; probes what is due."""
         now = time.monotonic()
         with self._lock:
+            late = self._is_late(now)
             for name, breaker in self._breakers.items():
                 if breaker.is_due(now):
                     self._probe(name, breaker, now)
+            if in_flight and now > max(self._served_at, self._asked_at) + _QUIET_SECONDS:
+                self._ask(_ASKED)
             before = [each.state for each in self._breakers.values()]
             limits = [limit for each in self._breakers.values() if (limit := each.limit(now)) is not None]
             changed = before != [each.state for each in self._breakers.values()]
         if changed:
             self.changed.set()
+        if late:
+            self.fault(Dependency.STORE, f"got no answer within {_LATE_SECONDS:.0f} s, wanted one")
         return max(0, min([most, *(limit - in_flight for limit in limits)]))
 
     def pause(self, dependency: Dependency) -> float:
@@ -182,21 +193,44 @@ class Outages:
         """See whether a dependency is back; the store is asked from a thread, and a trial shows it of the others."""
         if name is not Dependency.STORE:
             breaker.probed(None, now)
-        elif self._probing is None or not self._probing.is_alive():
-            self._probing = threading.Thread(target=self._ask_store, name="store-probe", daemon=True)
+        else:
+            self._ask(1)
+
+    def _ask(self, tries: int) -> None:
+        """Ask the store from a thread, unless one is at it; see `_ask_store`."""
+        if self._probing is None or not self._probing.is_alive():
+            self._asked_at = time.monotonic()
+            self._probing = threading.Thread(target=self._ask_store, args=[tries], name="store-probe", daemon=True)
             self._probing.start()
 
-    def _ask_store(self) -> None:
+    def _is_late(self, now: float) -> bool:
+        """Say whether a store that counts as well has been asked for so long that it does not any more."""
+        asking = self._probing is not None and self._probing.is_alive()
+        well = self._breakers[Dependency.STORE].state is not BreakerState.OPEN
+        return asking and well and now > self._asked_at + _LATE_SECONDS
+
+    def _ask_store(self, tries: int) -> None:
+        """Note whether the store serves, which one of so many tries in a row must show."""
         reason = None
-        try:
-            self._probe_store()
-        except Exception as error:
-            # Whatever it is, the store does not serve.
-            reason = describe(error)
+        for _ in range(tries):
+            try:
+                self._probe_store()
+            except Exception as error:
+                # Whatever it is, the store does not serve.
+                reason = describe(error)
+            else:
+                reason = None
+                break
         with self._lock:
-            self._breakers[Dependency.STORE].probed(reason, time.monotonic())
-        log.info("store probed: %s", reason or "it answers")
-        self.changed.set()
+            breaker, now = self._breakers[Dependency.STORE], time.monotonic()
+            was_out, self._asked_at = breaker.state is BreakerState.OPEN, now
+            if was_out:
+                breaker.probed(reason, now)
+        if not was_out and reason is not None:
+            self.fault(Dependency.STORE, reason)
+        elif was_out:
+            log.info("store probed: %s", reason or "it answers")
+            self.changed.set()
 
 
 class StoreProbe:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant_spec.documents import read_json_file
+from quant_spec.documents import read_json, read_json_file, read_plain_file
 from quant_spec.model_files import WEIGHTS_FILE
 from quant_spec.pipeline import DECODERS, LIBRARIES, MODEL_INDEX, component_entries, is_whole
 from workers.errors import ModelError
@@ -19,6 +19,8 @@ _PROMPTLESS = frozenset({"UNet1DModel", "UNet2DModel"})
 _NAMES = {"diffusers": WEIGHTS_FILE, "transformers": "model.safetensors"}
 #: What a component is made of besides weights: configs, vocabularies, merges, chat templates.
 _TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
+# Tokenizers of 262,144 words have 34 MB and two million values.
+_LONGEST_BYTES, _MOST_VALUES = 64 << 20, 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,21 @@ def find_components(root: Path, denoiser: str, class_name: str = "") -> Componen
             if found.index is not None:
                 files[f"{name}/{_NAMES[library]}.index.json"] = found.index
     return Components(index, files | weights, weights)
+
+
+def check_documents(components: Components) -> None:
+    """Read every JSON file of the components, as whoever loads them will.
+
+    Raises
+    ------
+    ModelError
+        If one is not JSON, or is nested too deeply or too large.
+    """
+    for name in sorted(components.files):
+        path = components.files[name]
+        if isinstance(path, Path) and path.suffix == ".json":
+            data = read_plain_file(path, _LONGEST_BYTES, error=ModelError)
+            read_json(data, str(path), error=ModelError, longest=_LONGEST_BYTES, most_values=_MOST_VALUES)
 
 
 def component_patterns(root: Path, denoiser: str) -> list[str]:

@@ -23,7 +23,7 @@ from quant_spec.model_files import CONDITIONING_FILE, DENOISER_FOLDERS, SCHEDULE
 from quant_spec.pipeline import MODEL_INDEX
 from workers.errors import ModelError
 from workers.storage.blobs import digest_of, digest_of_file
-from workers.storage.components import Components, component_patterns, find_components
+from workers.storage.components import Components, check_documents, component_patterns, find_components
 from workers.storage.manifest import manifest_digest, put_manifest
 from workers.storage.pipeline_index import read_decoders
 from workers.storage.plain_files import file_within
@@ -139,13 +139,15 @@ def _read_config(path: Path) -> dict[str, Any] | None:
 
 
 def check_model(folder: ModelFolder) -> int:
-    """Read every weight, and return how many numbers there are.
+    """Read every weight, and the configs of other components; return how many numbers there are.
 
     Raises
     ------
     ModelError
         If there are no weights, only pickles, a file is truncated, or a tensor holds NaN or infinite numbers.
     """
+    if folder.components is not None:
+        check_documents(folder.components)
     names: dict[str, Path] = {}
     parameters = 0
     for path in find_weights(folder.denoiser).files.values():
@@ -241,15 +243,15 @@ def _form(tree: Mapping[str, Path | bytes], digests: Mapping[str, str]) -> str:
     return digest_of(canonical_json(told).encode())
 
 
-def model_digest(path: Path) -> str:
-    """Return the digest that a model folder would have in the store, by reading its files.
+def model_digest(path: Path, sample_size: SampleSize | None = None) -> str:
+    """Return the digest that a model folder would have in the store, by reading its files; see `import_model`.
 
     Raises
     ------
     ModelError
         If it is not a model folder, or its weights are not there.
     """
-    tree = _tree(find_model(path))
+    tree = _tree(find_model(path), sample_size)
     return manifest_digest(
         {
             name: (digest_of_file(each), each.stat().st_size)

@@ -79,13 +79,14 @@ class FolderStore:
     def get_bytes(self, digest: str) -> bytes:
         """Read a blob; see `workers.storage.store.Store`."""
         with self._serving(digest):
-            data = self._path(digest).read_bytes()
+            data = _read(self._path(digest))
         check_bytes(digest, digest_of(data), str(self._path(digest)))
         return data
 
     def get_file(self, digest: str, path: Path) -> None:
         """Copy a blob to a file; see `workers.storage.store.Store`."""
         with self._serving(digest):
+            _status(self._path(digest))
             source = self._path(digest).open("rb")
         # Here errors of reading and of writing cannot be told apart; the disk that is written to is more often full.
         with source, writing(path) as file:
@@ -97,9 +98,9 @@ class FolderStore:
         """Read a whole blob; see `workers.storage.store.Store`."""
         path = self._path(digest)
         try:
-            size = path.stat().st_size
+            size = _status(path).st_size
             got = digest_of_file(path)
-        except (FileNotFoundError, IsADirectoryError):
+        except FileNotFoundError:
             raise _missing(self.url, digest) from None
         check_bytes(digest, got, str(path))
         return size
@@ -108,14 +109,15 @@ class FolderStore:
         """Say whether there is such a blob."""
         with self._serving():
             try:
-                return stat.S_ISREG(self._path(digest).stat().st_mode)
+                _status(self._path(digest))
             except FileNotFoundError:
                 return False
+            return True
 
     def size(self, digest: str) -> int:
         """Return a blob's size in bytes."""
         with self._serving(digest):
-            return self._path(digest).stat().st_size
+            return _status(self._path(digest)).st_size
 
     def delete(self, digest: str) -> None:
         """Remove a blob, if it is there."""
@@ -147,7 +149,7 @@ class FolderStore:
         """Read a note; see `workers.storage.store.Store`."""
         with self._serving():
             try:
-                return (self.root / note_key(what, key)).read_bytes()
+                return _read(self.root / note_key(what, key))
             except FileNotFoundError:
                 return None
 
@@ -159,7 +161,7 @@ class FolderStore:
     def read_label(self) -> bytes | None:
         """Read the label; see `workers.storage.store.Store`."""
         try:
-            return (self.root / LABEL_NAME).read_bytes()
+            return _read(self.root / LABEL_NAME)
         except FileNotFoundError:
             return None
 
@@ -189,7 +191,7 @@ class FolderStore:
         """Return the blob's own file; it is hashed when this process first asks for it."""
         path = self._path(digest)
         with self._serving(digest):
-            status = path.stat()
+            status = _status(path)
         # A put of the same bytes renews the time of change, and hashing once more then does no harm.
         state = (status.st_ino, status.st_size, status.st_mtime_ns)
         if self._verified.get(digest) != state:
@@ -213,6 +215,10 @@ class FolderStore:
         path = self._path(digest)
         self._make(path.parent)
         self._had_blobs = True
+        if path.is_dir() and not path.is_symlink():
+            # A file replaces whatever else is there; a folder has to go first, and does if nothing is in it.
+            with suppress(OSError):
+                path.rmdir()
         return path
 
     def _make(self, folder: Path) -> None:
@@ -269,12 +275,26 @@ class FolderStore:
         path = self._path(digest)
         try:
             # Read anew even if this process has verified it: damage on a disk changes no time of change.
-            if path.stat().st_size != size or digest_of_file(path) != digest:
+            if _status(path).st_size != size or digest_of_file(path) != digest:
                 return False
             os.utime(path)
         except OSError:
             return False
         return True
+
+
+def _status(path: Path) -> os.stat_result:
+    """Return a file's status; FileNotFoundError for what is no plain file: a pipe or a device might never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileNotFoundError(errno.ENOENT, "no plain file", str(path))
+    return status
+
+
+def _read(path: Path) -> bytes:
+    """Return a plain file's bytes; FileNotFoundError if there is none."""
+    _status(path)
+    return path.read_bytes()
 
 
 def _missing(url: str, digest: str) -> NotFoundError:

@@ -66,8 +66,10 @@ _BUSY = {
 }  # fmt: skip
 _FULL = {"507", "QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"}
 _NOT_IMPLEMENTED = {"501", "NotImplemented"}
-# How long a service may take to accept a connection and to answer, in seconds, and how often it is asked.
+# How long a service may take to accept a connection and to answer, in seconds, and how often it is asked: for bytes,
+# when it is opened, and to see whether it is there at all.
 _LIMITS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 4}}
+_OPEN_LIMITS = {"connect_timeout": 5, "read_timeout": 10, "retries": {"mode": "standard", "total_max_attempts": 2}}
 _QUICK_LIMITS = {"connect_timeout": 3, "read_timeout": 5, "retries": {"mode": "standard", "total_max_attempts": 1}}
 
 
@@ -89,18 +91,23 @@ class S3Store:
         )
         try:
             self._client = _client(_QUICK_LIMITS if quick else _LIMITS)
+            # Whoever opens a store is told soon that it hangs; whoever has one may have to wait for a long answer.
+            opening = self._client if quick else _client(_OPEN_LIMITS)
         except (BotoCoreError, ValueError) as error:
             raise StoreUnreachableError(f"{url}: got {_text(error)}, wanted usable AWS settings") from error
         # Its connections end with this object, also when what follows fails.
         weakref.finalize(self, self._client.close)
         try:
-            self._client.head_bucket(Bucket=self._bucket)
+            opening.head_bucket(Bucket=self._bucket)
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
             reason = {404: "there is no such bucket", 403: "access is denied"}.get(status, f"status {status}")
             raise StoreUnreachableError(f"{url}: got the answer that {reason}, wanted a bucket to use") from error
         except BotoCoreError as error:
             raise StoreUnreachableError(f"{url}: got {_text(error)}, wanted a bucket to use") from error
+        finally:
+            if opening is not self._client:
+                opening.close()
 
     def _key(self, digest: str) -> str:
         return self._prefix + blob_key(digest)

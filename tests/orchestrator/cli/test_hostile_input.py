@@ -332,6 +332,17 @@ def test_json_beyond_the_limits(cli: Cli, model: Path, name: str, text: str) -> 
     assert_refused(cli("models", "add", model), Path(name).name)
 
 
+def test_json_of_other_components_beyond_the_limits(cli: Cli, tmp_path: Path) -> None:
+    """Nobody reads it before a task loads the pipeline."""
+    pipeline = shutil.copytree(ROOT / "examples" / "models" / "emoji-sd", tmp_path / "model")
+    for name in ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "vae/config.json"):
+        kept = (pipeline / name).read_bytes()
+        (pipeline / name).write_text(DEEP)
+        assert_refused(cli("models", "add", pipeline), Path(name).name, "levels")
+        (pipeline / name).write_bytes(kept)
+    assert cli("models", "ls", "--json").json == []
+
+
 def safetensors(header: str | bytes, data: bytes = b"") -> bytes:
     """Return a safetensors file with any header."""
     raw = header.encode() if isinstance(header, str) else header

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -263,6 +264,26 @@ def test_verify_all_counts_and_repairs(cli: Cli, done: Path) -> None:
     assert [row["version"] for row in cli("artifacts", "ls", "--json").json] == [1]
     text = cli("artifacts", "verify", "--all").out
     assert f"{whole.json['blobs']} blobs" in text
+
+
+def test_what_is_no_plain_file_is_no_blob_and_is_never_read(cli: Cli, done: Path) -> None:
+    """A pipe, or a link to a device, in a blob's place would be read for ever."""
+    lost = [outputs(done, "calibrate")["calibration"], weights(done), *outputs(done, "round").values()][:3]
+    for digest in lost:
+        lose(done, digest)
+    os.mkfifo(path_of(done, lost[0]))
+    path_of(done, lost[1]).symlink_to("/dev/zero")
+    path_of(done, lost[2]).mkdir()
+    found = cli("artifacts", "verify", "--all", "--repair", "--json")
+    assert {loss["digest"]: loss["state"] for loss in found.json["losses"]} == dict.fromkeys(lost, "missing")
+    assert cli("serve", "--drain").code == 0
+    assert cli("artifacts", "verify", "--all").code == 0
+    assert [row["version"] for row in cli("artifacts", "ls", "--json").json] == [1]
+    label = done / "store" / "quantmill.json"
+    label.unlink()
+    os.mkfifo(label)
+    # As without a label: the store of the database that knows its blobs.
+    assert cli("artifacts", "gc", "--grace", "0").code == 0
 
 
 def test_a_models_lost_file_is_asked_for_and_mended_by_adding_it_again(cli: Cli, done: Path, digits: Path) -> None:

@@ -141,6 +141,17 @@ def test_adding_a_changed_folder_says_so(cli: Cli, trained: Path, tmp_path: Path
     assert "wanted another name" in refused.err
 
 
+def test_a_name_that_is_taken_is_refused_before_anything_is_copied_or_inspected(
+    cli: Cli, trained: Path, snapshot: Snapshot
+) -> None:
+    retrain(trained)
+    before = snapshot()
+    refused = cli("models", "add", trained, "--name", "digits")
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.startswith("error: model name 'digits': got digest ")
+    assert snapshot() == before
+
+
 def test_a_digest_after_a_name_must_be_its_own(cli: Cli, with_digits: Path) -> None:
     digest = cli("models", "show", "digits", "--json").json["digest"]
     assert cli("models", "show", f"digits@{digest[:4]}", "--json").json["digest"] == digest

@@ -178,6 +178,7 @@ def test_a_lora_of_a_text_encoder_alone_is_in_the_release(cli: Cli, sd: Path, tm
         ("PART", "got a file for 2 layers, 1 of which its loader does not find in StableDiffusionPipeline"),
         ("TEXT", "wanted a safetensors file that exists"),
         ("NAN", "nan.safetensors"),
+        ("EMPTY", "empty.safetensors without a tensor, wanted a LoRA"),
     ],
 )
 def test_files_that_are_no_loras_of_the_model_are_refused(
@@ -189,9 +190,10 @@ def test_files_that_are_no_loras_of_the_model_are_refused(
     other = {f"{name}.lora_A.weight": torch.ones(1, 3), f"{name}.lora_B.weight": torch.ones(3, 1)}
     save_file(other, tmp_path / "other.safetensors")
     save_file({"unet.x.lora_A.weight": torch.full((1, 3), float("nan"))}, tmp_path / "nan.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
     save_file(load_file(good) | other, tmp_path / "part.safetensors")
     places = {"GOOD": good, "TEXT": tmp_path / "text.txt"}
-    places |= {name.upper(): tmp_path / f"{name}.safetensors" for name in ("part", "other", "nan")}
+    places |= {name.upper(): tmp_path / f"{name}.safetensors" for name in ("part", "other", "nan", "empty")}
     name, colon, scale = text.partition(":")
     answer = cli("models", "add", sd, "--lora", f"{places.get(name, name)}{colon}{scale}")
     assert (answer.code, answer.out) == (2, "")

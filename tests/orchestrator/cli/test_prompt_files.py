@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from orchestrator.cli.main import run_cli
+from quant_spec.prompts import LONGEST_FILE
 from tests.tiny_families import FAMILIES
 from tests.tiny_pipelines import save_dit, save_sd
 
@@ -69,6 +70,15 @@ def test_what_would_be_ignored_is_refused_at_submit(
     assert (answer.code, answer.out) == (2, "")
     assert message in answer.err
     assert len(answer.err.strip().splitlines()) == 1
+
+
+def test_files_that_would_not_fit_into_memory_are_refused(submit: Callable[..., Any], tmp_path: Path) -> None:
+    answer = submit("a\n" * 1_100_000)
+    assert (answer.code, answer.out) == (2, "")
+    assert "got 1100000 lines, wanted at most 1000000" in answer.err
+    answer = submit("\n" * LONGEST_FILE + "a")
+    assert (answer.code, answer.out) == (2, "")
+    assert f"got {LONGEST_FILE + 1} bytes, wanted at most {LONGEST_FILE}" in answer.err
 
 
 def test_the_same_size_twice_and_a_seed_for_each_sample_are_fine(submit: Callable[..., Any]) -> None:

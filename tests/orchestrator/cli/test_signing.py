@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sqlite3
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,3 +184,32 @@ def test_what_serve_and_run_publish_is_signed(cli: Cli, keys: tuple[Path, Path],
     again = cli("run", "minmax-w8a8", "--model", "digits", *SET, "--name", "small", "--sign", other[0], "--json")
     assert (again.code, again.json["release"]) == (0, "small@1")
     assert cli("artifacts", "verify", "small", "--key", other[1]).code == 0
+
+
+def test_a_release_that_cannot_be_signed_does_not_keep_others_from_it(
+    cli: Cli, release: str, keys: tuple[Path, Path], with_digits: Path
+) -> None:
+    job = cli("jobs", "ls", "--json").json[0]["job"]
+    assert cli("jobs", "cancel", job).code == 0
+    database = open_database(f"sqlite:///{with_digits / 'quantmill.db'}")
+    ended: list[None] = []
+
+    def publish_meanwhile() -> None:
+        """Publish a release whose manifest is lost, then a whole one; and end who serves."""
+        while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and not ended:
+            time.sleep(0.05)
+        for name, digest in (("lost", "0" * 64), ("whole", release)):
+            with database.session() as session:
+                publish(session, name, digest, 102_400, job=job, metrics={})
+        if not ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=publish_meanwhile)
+    thread.start()
+    answer = cli("serve", "--sign", keys[0])
+    ended.append(None)
+    thread.join()
+    database.close()
+    assert answer.code == 0
+    assert "not signed: lost@1: " in answer.err
+    assert cli("artifacts", "verify", "whole@1", "--key", keys[1]).code == 0

@@ -69,6 +69,15 @@ def test_gc_refuses_the_store_of_another_database(cli: Cli, clean: Path, tmp_pat
     assert blobs(clean) == before
 
 
+def test_a_label_that_cannot_be_read_is_that_of_another_database(cli: Cli, clean: Path) -> None:
+    before = blobs(clean)
+    for text in ("[" * 200_000 + "]" * 200_000, '{"store": NaN}', "[]", "\ud800"):
+        (clean / "store" / "quantmill.json").write_text(text, errors="surrogatepass")
+        answer = cli(*GC, "--yes")
+        assert (answer.code, answer.out, len(answer.err.splitlines())) == (2, "", 1), answer.err
+    assert blobs(clean) == before
+
+
 def test_gc_refuses_for_a_database_that_was_made_anew_until_it_adopts_the_store(cli: Cli, clean: Path) -> None:
     before = blobs(clean)
     for path in clean.glob("quantmill.db*"):

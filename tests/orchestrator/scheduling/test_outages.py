@@ -7,9 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pytest
@@ -38,7 +39,8 @@ from tests.orchestrator.in_process import InProcess
 from tests.orchestrator.outages import graph, postgres_only, refused, stopped_postgres, submit, until
 from workers.errors import Dependency
 from workers.execution.execute import TaskCall
-from workers.execution.executor import Finished
+from workers.execution.executor import Finished, finished_of
+from workers.storage import store_s3
 
 PAUSES = Pauses(first=1.0, longest=8.0)
 QUICK = Pauses(first=0.1, longest=0.4)
@@ -261,6 +263,84 @@ def test_job_waits_for_an_s3_server_that_is_stopped(
     out = capfd.readouterr().out
     assert f"{drain.job}  waiting " in out
     assert "waiting   store: s3://blobs/x" in out
+
+
+class Threaded(InProcess):
+    """An executor whose calls run in threads, so that those that wait for their store keep nobody else waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends: SimpleQueue[Finished] = SimpleQueue()
+
+    def submit(self, call: TaskCall) -> int:
+        """Begin to run a call."""
+        handle = next(self._handles)
+
+        def run() -> None:
+            self._ends.put(finished_of(handle, self.answer(call)))
+
+        threading.Thread(target=run, daemon=True).start()
+        return handle
+
+    def wait(self, timeout: float) -> list[Finished]:
+        """Return what ended."""
+        with suppress(Empty):
+            return [self._ends.get(timeout=timeout)]
+        return []
+
+
+def test_job_that_waits_for_an_s3_server_that_hangs_says_so_before_its_tasks_give_up(
+    home: Path, fragile_s3: S3Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They would for four minutes."""
+    monkeypatch.setattr("orchestrator.actions.execution.RayExecutor.start", lambda *_, **__: Threaded())
+    monkeypatch.setattr("orchestrator.scheduling.outages._QUIET_SECONDS", 0.5)
+    monkeypatch.setitem(store_s3._QUICK_LIMITS, "read_timeout", 0.5)
+    drain = Drain(home, "s3://blobs/x", monkeypatch)
+    begun = [0.0, 0.0]
+
+    def disturb() -> None:
+        until(lambda: drain.finished() >= 3)
+        with fragile_s3.standing_still():
+            begun[0] = time.monotonic()
+            until(lambda: (drain.waiting() or "").startswith("store: "))
+            begun[1] = time.monotonic()
+            assert run_cli([*drain.words, "jobs", "show", drain.job]) == 0
+
+    assert drain.run(disturb) == 0
+    assert begun[1] - begun[0] < store_s3._LIMITS["read_timeout"]
+    assert "waiting   store: s3://blobs/x: got Read timeout" in capfd.readouterr().out
+    assert faults(drain.database) == 0
+    # Whoever waited for an answer got it, and nothing was done twice.
+    assert (count(drain.database, drain.job, "claimed"), drain.finished()) == (14, 14)
+    drain.database.close()
+
+
+def test_outages_take_a_store_that_never_answers_for_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.scheduling.outages._QUIET_SECONDS", 0.01)
+    monkeypatch.setattr("orchestrator.scheduling.outages._LATE_SECONDS", 0.1)
+    answered = threading.Event()
+    outages = Outages(Pauses(first=0.01, longest=0.01), answered.wait)
+    until(lambda: outages.room(3, 64) == 0)
+    assert outages.reason() == "store: got no answer within 0 s, wanted one"
+    answered.set()
+    until(lambda: outages.room(0, 64) == 64)
+    assert outages.reason() is None
+
+
+def test_outages_ask_a_store_again_before_they_take_it_for_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.scheduling.outages._QUIET_SECONDS", 0.01)
+    asked: list[str] = []
+
+    def probe() -> None:
+        asked.append("")
+        if len(asked) == 1:
+            raise OSError("no")
+
+    outages = Outages(QUICK, probe)
+    until(lambda: outages.room(1, 64) and len(asked) > 2)
+    assert outages.reason() is None
+    assert outages.room(0, 64) == 64
 
 
 @pytest.mark.usefixtures("without_ray")

@@ -40,7 +40,8 @@ ARRAY = ".npy"
 #: Keywords of calls whose values are never text, and texts that are none.
 _OF_FILES, _NUMBER = re.compile(r"(\w+_)?(image|mask|embeds|latents)"), re.compile(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?")
 _NO_NUMBER = (
-    "wanted text or the name of a file; what is the same for all lines goes into the recipe's sampler.arguments"
+    "wanted text or the name of a file; what is the same for all lines goes into the recipe's sampler.arguments, and "
+    "columns of numbers are class_label, seed and size"
 )
 
 

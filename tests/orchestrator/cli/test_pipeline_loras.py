@@ -305,7 +305,8 @@ class TestSizes:
             ("prompt\tsize\na\t64\nb\t\n", "got sizes none, 64x64, wanted the same in every line"),
             ('{"prompt": "a", "size": "big"}\n', "size: got 'big', wanted pixels above 0"),
             ('{"prompt": "a", "seed": -1}\n', "got seed '-1', wanted a number from 0"),
-            ("prompt\tsiz\na\t64\n", "got columns siz in "),
+            ("prompt\tsiz\na\t64\n", "and columns of numbers are class_label, seed and size"),
+            ("prompt\tsiz\na\tbig\n", "got columns siz in "),
         ],
     )
     def test_lines_that_do_not_fit_are_refused(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Page
 
 from tests.tiny_pipelines import save_sd
 
@@ -26,6 +26,15 @@ SETS = (
 )
 
 
+def heard(page: Page) -> list[str]:
+    """Return where what a page complains of, and what it asks for, will be."""
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: wrong.append(request.url))
+    return wrong
+
+
 @pytest.mark.usefixtures("without_ray")
 def test_pictures_and_their_prompts_worst_first(cli: Cli, browser: Browser, tmp_path: Path) -> None:
     save_sd(tmp_path / "sd")
@@ -37,11 +46,8 @@ def test_pictures_and_their_prompts_worst_first(cli: Cli, browser: Browser, tmp_
         assert answer.code == 0, answer.err
         file = tmp_path / f"{shown}.html"
         assert cli("report", answer.json["job"], "--out", file).code == 0
-        wrong: list[str] = []
         page = browser.new_page(viewport={"width": 1200, "height": 900})
-        page.on("console", lambda message, wrong=wrong: wrong.append(message.text))
-        page.on("pageerror", lambda error, wrong=wrong: wrong.append(str(error)))
-        page.on("request", lambda request, wrong=wrong: wrong.append(request.url))
+        wrong = heard(page)
         page.goto(file.as_uri())
         sizes = page.locator(".samples img").evaluate_all(
             "(all) => all.map((each) => [each.naturalWidth, each.height])"

@@ -39,7 +39,7 @@ _LARGEST = 2**1023
 _MOST_TIMESTEPS = 1_000_000
 #: Fields that are rarely set, and with which a class may divide by zero; classes that may with betas of a cosine.
 _UNUSUAL = ("rescale_betas_zero_snr", "trained_betas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-_NOT_COSINE = ("KDPM2AncestralDiscreteScheduler",)
+_NOT_COSINE = ("EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 #: The largest beta that no class minds, and the fewest steps that some take.
 _LARGEST_BETA, _FEWEST = 0.1, {"PNDMScheduler": 4, "UnCLIPScheduler": 2}
 #: How many classes a message names.

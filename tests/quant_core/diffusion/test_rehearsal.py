@@ -15,6 +15,7 @@ from quant_spec.sampler import Sampler
 from quant_spec.scheduler_choice import choose_scheduler, is_plain
 from quant_spec.schedulers import SCHEDULERS, Family
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of diffusers' schedulers
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
 
 
@@ -62,7 +63,6 @@ def test_a_learned_variance_is_predicted_too() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # of diffusers' schedulers
 @pytest.mark.parametrize("name", [name for name, each in SCHEDULERS.items() if each.family is not Family.ALONE])
 def test_what_is_not_tried_gives_samples(name: str) -> None:
     entry = SCHEDULERS[name]

@@ -1,28 +1,29 @@
-"""Postgres keeps no statistics of states: taken while nothing is queued, they let a finish read the whole queue."""
+"""The index of what can be claimed says so in words of its own, so that Postgres takes it for nothing else."""
 
 from __future__ import annotations
 
+import sqlalchemy as sa
 from alembic import op
-
-from orchestrator.db.estimates import drop_statistics, keep_statistics
 
 revision = "2026.12.2"
 down_revision = "2026.12.1"
 branch_labels = None
 depends_on = None
 
+COLUMNS = ["needs", "alone", sa.text("priority DESC"), "rank", "seq"]
+
 
 def upgrade() -> None:
-    """Drop them."""
-    _execute(drop_statistics())
+    """Make it anew."""
+    _replace("state = 'queued' AND waiting = 0")
 
 
 def downgrade() -> None:
-    """Let them be made again."""
-    _execute(keep_statistics())
+    """Go back."""
+    _replace("state = 'queued'")
 
 
-def _execute(statements: list[str]) -> None:
+def _replace(condition: str) -> None:
     if op.get_context().dialect.name == "postgresql":
-        for statement in statements:
-            op.execute(statement)
+        op.drop_index("ix_tasks_queued_needs", "tasks")
+        op.create_index("ix_tasks_queued_needs", "tasks", COLUMNS, postgresql_where=sa.text(condition))

@@ -21,11 +21,13 @@ _COLUMNS = (
     "seq, rank, id, key, kind, version, priority, cpus, gpus, memory_bytes, gpu_memory_bytes, "
     "device, gpu_type, alone, batch_divisor, deterministic"
 )
+# What Postgres' index of groups holds, in its words; the rest follows from it.
+_QUEUED = "state = 'queued' AND waiting = 0"
 # Each group's first task stands for what the group asks for; the next group begins behind it in the index.
 _GROUPS = f"""
     WITH RECURSIVE groups AS (
         SELECT * FROM (
-            SELECT {_NEEDS} FROM tasks WHERE state = 'queued' ORDER BY needs, alone LIMIT 1
+            SELECT {_NEEDS} FROM tasks WHERE {_QUEUED} ORDER BY needs, alone LIMIT 1
         ) AS first
         UNION ALL
         %s
@@ -35,7 +37,7 @@ _GROUPS_POSTGRES = (
     _GROUPS
     % f"""
     SELECT next.* FROM groups CROSS JOIN LATERAL (
-        SELECT {_NEEDS} FROM tasks WHERE state = 'queued' AND (needs, alone) > (groups.needs, groups.alone)
+        SELECT {_NEEDS} FROM tasks WHERE {_QUEUED} AND (needs, alone) > (groups.needs, groups.alone)
         ORDER BY needs, alone LIMIT 1
     ) AS next
 """
@@ -60,8 +62,8 @@ _FITS = """
     AND (gpus = 0 OR gpu_type IS NULL OR CAST(:gpu_types AS text) IS NULL
          OR CAST(:gpu_types AS text) LIKE '%|' || lower(gpu_type) || '|%')
 """
-_READY = """
-    state = 'queued' AND not_before <= {now}
+_READY = f"""
+    {_QUEUED} AND not_before <= {{now}}
     AND NOT EXISTS (SELECT 1 FROM tasks AS other WHERE other.key = tasks.key AND other.state = 'running')
 """
 _HEAD = f"""

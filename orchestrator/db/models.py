@@ -35,8 +35,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, InstrumentedAttribute, Mapped, mapped_column
 
-from orchestrator.db import estimates, reference_checks
-from orchestrator.db.reference_checks import reference
+from orchestrator.db.reference_checks import add_to, reference
 from orchestrator.states import ACTIVE_JOBS, JobState, TaskState
 
 #: Schema revisions, oldest first, as named in migrations/versions. The last is the one that this code works with.
@@ -164,9 +163,11 @@ class Task(Base):
             "waiting >= 0 AND attempt >= 0 AND faults_task >= 0 AND faults_infrastructure >= 0", name="counts"
         ),
         CheckConstraint("cpus >= 0 AND gpus >= 0 AND memory_bytes >= 0 AND work >= 0", name="resources"),
-        # The claim reads the head of each group of equal needs and never sorts, nor passes over what does not fit.
+        # The claim reads the head of each group of equal needs and never sorts, nor passes over what does not fit. Who
+        # looks for a key does not say that nothing is waited for, and so must take the other index: where statistics
+        # saw nothing queued, Postgres takes a look through a whole index for as cheap as one at a key.
         Index("ix_tasks_queued_needs", "needs", "alone", text("priority DESC"), "rank", "seq",
-              postgresql_where=text("state = 'queued'"), sqlite_where=text("state = 'queued'")),
+              postgresql_where=text("state = 'queued' AND waiting = 0"), sqlite_where=text("state = 'queued'")),
         Index("ix_tasks_queued_key", "key", postgresql_where=text("state = 'queued'"),
               sqlite_where=text("state = 'queued'")),
         # The same result is never computed twice at once, whatever the tasks' ids.
@@ -479,5 +480,4 @@ class SearchPoint(Base):
     release: Mapped[str | None] = mapped_column(String(160))
 
 
-reference_checks.add_to(Base.metadata)
-estimates.add_to(Base.metadata)
+add_to(Base.metadata)

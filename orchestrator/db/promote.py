@@ -83,12 +83,14 @@ _OUTPUTS = statement(
     """,
     {"id": "text"},
 )
+# A key at a time: joined with what is queued, all of that may be read, if statistics saw nothing queued.
 # What follows beside that: whether others wait for the same results, or jobs for these tasks; and the outputs of all
 # that the tasks read which are ready now, each once, however many read it.
 _AFTERMATH = f"""
     SELECT EXISTS (
-        SELECT 1 FROM {{given}} JOIN tasks AS own ON own.id = given.id
-        JOIN tasks ON tasks.key = own.key AND tasks.state = '{TaskState.QUEUED.value}'
+        SELECT 1 FROM {{given}} JOIN tasks AS own ON own.id = given.id WHERE (
+            SELECT 1 FROM tasks WHERE tasks.key = own.key AND tasks.state = '{TaskState.QUEUED.value}' LIMIT 1
+        ) IS NOT NULL
     ) AS twins, EXISTS (
         SELECT 1 FROM {{given}} JOIN jobs ON jobs.target_task = given.id WHERE jobs.state IN ({sql_list(ACTIVE_JOBS)})
     ) AS jobs, (

@@ -391,7 +391,7 @@ def test_report_is_one_page_with_points_samples_sensitivities_and_cost(done: Pat
     assert page.count('alt="" id="m0-reference-') == 1, "full precision is there once"
     assert page.count("<h3>Where the next bit pays most</h3>") == 1
     assert page.count('<div class="pareto chart"><svg') == 1
-    assert page.count('<div class="sensitivity"><svg') == 1
+    assert page.count('<div class="sensitivity chart"><svg') == 1
     assert f"<b>{view['models']['tiny'][0]['release'] or 'tiny-small@1'}</b>" in page
     assert re.search(r"seeds 0 to 3\. Candidates were screened with seeds 2000000 to 2000001\.", page)
     in_home = cli("search", "report", view["search"], "--json").json["report"]

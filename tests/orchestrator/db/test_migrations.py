@@ -65,14 +65,7 @@ def schema(connection: Connection) -> dict[str, Any]:
     functions = connection.execute(
         text("SELECT proname, prosrc FROM pg_proc WHERE pronamespace = CAST('public' AS regnamespace)")
     )
-    kept = connection.execute(
-        text(
-            "SELECT relname, coalesce(attstattarget, -1) AS target FROM pg_attribute "
-            "JOIN pg_class ON attrelid = pg_class.oid WHERE attname = 'state' AND relkind = 'r'"
-        )
-    )
     return {
-        "statistics": {row.relname: row.target for row in kept},
         "triggers": {row.tgname: row.made for row in triggers},
         "functions": {row.proname: row.prosrc for row in functions},
         "indexes": {row.indexname: row.indexdef for row in indexes if "alembic" not in row.indexname},

@@ -1,4 +1,4 @@
-"""The index of what can be claimed says so in words of its own, so that Postgres takes it for nothing else."""
+"""Indexes of what can be claimed, and of leases, say so in words of their own: Postgres takes them for nothing else."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ COLUMNS = ["needs", "alone", sa.text("priority DESC"), "rank", "seq"]
 
 
 def upgrade() -> None:
-    """Make it anew."""
-    _replace("state = 'queued' AND waiting = 0")
+    """Make them anew."""
+    _replace("state = 'queued' AND waiting = 0", "state = 'running' AND lease_until IS NOT NULL")
 
 
 def downgrade() -> None:
     """Go back."""
-    _replace("state = 'queued'")
+    _replace("state = 'queued'", "state = 'running'")
 
 
-def _replace(condition: str) -> None:
+def _replace(queued: str, running: str) -> None:
     if op.get_context().dialect.name == "postgresql":
         op.drop_index("ix_tasks_queued_needs", "tasks")
-        op.create_index("ix_tasks_queued_needs", "tasks", COLUMNS, postgresql_where=sa.text(condition))
+        op.create_index("ix_tasks_queued_needs", "tasks", COLUMNS, postgresql_where=sa.text(queued))
+        op.drop_index("ix_tasks_lease_until", "tasks")
+        op.create_index("ix_tasks_lease_until", "tasks", ["lease_until"], postgresql_where=sa.text(running))

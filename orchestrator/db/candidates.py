@@ -62,10 +62,9 @@ _FITS = """
     AND (gpus = 0 OR gpu_type IS NULL OR CAST(:gpu_types AS text) IS NULL
          OR CAST(:gpu_types AS text) LIKE '%|' || lower(gpu_type) || '|%')
 """
-_READY = f"""
-    {_QUEUED} AND not_before <= {{now}}
-    AND NOT EXISTS (SELECT 1 FROM tasks AS other WHERE other.key = tasks.key AND other.state = 'running')
-"""
+#: No other task computes the same; looked up a key at a time, as joined with what runs, dead rows of that are read too.
+KEY_IS_FREE = "(SELECT 1 FROM tasks AS other WHERE other.key = tasks.key AND other.state = 'running' LIMIT 1) IS NULL"
+_READY = f"{_QUEUED} AND not_before <= {{now}} AND {KEY_IS_FREE}"
 _HEAD = f"""
     SELECT {_COLUMNS} FROM tasks WHERE needs = %s AND alone = %s AND {_READY}
     ORDER BY priority DESC, rank, seq LIMIT :limit

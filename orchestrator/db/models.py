@@ -164,8 +164,8 @@ class Task(Base):
         ),
         CheckConstraint("cpus >= 0 AND gpus >= 0 AND memory_bytes >= 0 AND work >= 0", name="resources"),
         # The claim reads the head of each group of equal needs and never sorts, nor passes over what does not fit. Who
-        # looks for a key does not say that nothing is waited for, and so must take the other index: where statistics
-        # saw nothing queued, Postgres takes a look through a whole index for as cheap as one at a key.
+        # looks for a key does not say that nothing is waited for, nor that a lease is held, and so must take the index
+        # of keys: where statistics saw nothing queued, Postgres takes a look through all of one for as cheap as at one.
         Index("ix_tasks_queued_needs", "needs", "alone", text("priority DESC"), "rank", "seq",
               postgresql_where=text("state = 'queued' AND waiting = 0"), sqlite_where=text("state = 'queued'")),
         Index("ix_tasks_queued_key", "key", postgresql_where=text("state = 'queued'"),
@@ -173,8 +173,8 @@ class Task(Base):
         # The same result is never computed twice at once, whatever the tasks' ids.
         Index("uq_tasks_running_key", "key", unique=True, postgresql_where=text("state = 'running'"),
               sqlite_where=text("state = 'running'")),
-        Index("ix_tasks_lease_until", "lease_until", postgresql_where=text("state = 'running'"),
-              sqlite_where=text("state = 'running'")),
+        Index("ix_tasks_lease_until", "lease_until", sqlite_where=text("state = 'running'"),
+              postgresql_where=text("state = 'running' AND lease_until IS NOT NULL")),
     )  # fmt: skip
 
     seq: Mapped[int] = mapped_column(Serial, Identity(), primary_key=True)

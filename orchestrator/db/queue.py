@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, case, select
 from sqlalchemy.orm import Session
 
-from orchestrator.db.candidates import read_candidates, wishes_of
+from orchestrator.db.candidates import KEY_IS_FREE, read_candidates, wishes_of
 from orchestrator.db.clock import epoch_seconds
 from orchestrator.db.event_log import record_event
 from orchestrator.db.job_ends import fail_jobs_that_need
@@ -120,7 +120,6 @@ _TAKE_LEASE = f"""
     state = {target(TaskEvent.CLAIM)}, attempt = tasks.attempt + 1, lease_token = :token, lease_owner = :owner,
     started_at = {{now}}, lease_until = {{now}} + CAST(:seconds AS double precision), ran_on = %s.ran_on
 """
-_KEY_IS_FREE = "NOT EXISTS (SELECT 1 FROM tasks AS other WHERE other.key = tasks.key AND other.state = 'running')"
 _WAITING_JOBS = f"""
     SELECT jobs.id FROM jobs WHERE jobs.state {sources(JobEvent.START)}
     AND jobs.id IN (SELECT job_tasks.job_id FROM %s JOIN job_tasks ON job_tasks.task_id = %s.id)
@@ -130,17 +129,18 @@ _START = f"UPDATE jobs SET state = {target(JobEvent.START)}, started_at = {{now}
 _CLAIM = statement(
     f"""
     UPDATE tasks SET {_TAKE_LEASE % "given"} FROM {{given}}
-    WHERE tasks.id = given.id AND +tasks.state {sources(TaskEvent.CLAIM)} AND {_KEY_IS_FREE}
+    WHERE tasks.id = given.id AND +tasks.state {sources(TaskEvent.CLAIM)} AND {KEY_IS_FREE}
     RETURNING {_CLAIMED}
     """,
     {"id": "text", "ran_on": "text"},
+    # The state as a text that no index is of: all that is queued may else be read, if statistics saw nothing queued.
     postgres=f"""
     WITH chosen AS MATERIALIZED (
         SELECT tasks.seq, given.ran_on, pg_try_advisory_xact_lock({KEY_LOCK.format("tasks.key")}) AS is_mine
-        FROM {{given}} JOIN tasks ON tasks.id = given.id WHERE tasks.state {sources(TaskEvent.CLAIM)}
+        FROM {{given}} JOIN tasks ON tasks.id = given.id WHERE tasks.state || '' {sources(TaskEvent.CLAIM)}
     ), taken AS (
         UPDATE tasks SET {_TAKE_LEASE % "chosen"} FROM chosen
-        WHERE tasks.seq = chosen.seq AND chosen.is_mine AND {_KEY_IS_FREE}
+        WHERE tasks.seq = chosen.seq AND chosen.is_mine AND {KEY_IS_FREE}
         RETURNING {_CLAIMED}
     ), waiting AS MATERIALIZED (
         -- One that another transaction holds is begun, or ended, by that: no claim waits.

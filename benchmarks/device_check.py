@@ -6,8 +6,8 @@ Stages, each a process of its own with a share of the time, which is killed when
 after each, and holds what a killed one had written:
 
 tests     tests of tests/kernels, on the device
-step      benchmarks.gpu_step: a step of SDXL's UNet, DiT-XL and Flux's blocks at batch 4, FORMATS beside bfloat16,
-          under a CUDA graph; it builds and compiles beside the tests
+step      benchmarks.gpu_step: a step of each of MODELS at batch 4, in its formats beside bfloat16, under a CUDA graph,
+          bfloat16 also with its blocks compiled; all build and compile beside the tests, and are timed in turn
 tune      benchmarks.tune: tiles of the kernels, timed; with --install, later stages use the table
 kernels   benchmarks.kernels: each layer's kernels beside bfloat16, and the kernels that quantize beside a copy
 jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine's CPUs, which run beside the other
@@ -18,6 +18,7 @@ jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine'
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -35,12 +36,20 @@ from statistics import median
 from typing import Any
 
 from benchmarks.cli import keep, parser
+from benchmarks.kernels import MODULATED, NORM, SILU
+from kernels.gates import Gate
 
 RECIPES = ("fast-w4a8", "tfmq-w8a8", "mpqdm-w4a4")
-MODELS = ("sdxl", "dit-xl", "flux")
-FORMATS = ("W8A8", "W4A8 g64 of integers")
+_INTEGERS = ("W8A8", "W4A8 g64 of integers")
+#: Models whose steps are timed, with formats: FP8 has no convolutions.
+MODELS = {
+    "sdxl": _INTEGERS,
+    "dit-xl": (*_INTEGERS, "FP8"),
+    "sd3": (*_INTEGERS, "FP8"),
+    "flux": (*_INTEGERS, "FP8"),
+}
 #: Shares of the minutes among the stages that run; the jobs' is what is left.
-SHARES = {"tests": 0.15, "step": 0.3, "tune": 0.35, "kernels": 0.15, "jobs": 0.1}
+SHARES = {"tests": 0.15, "step": 0.3, "tune": 0.35, "kernels": 0.25, "jobs": 0.1}
 STAGES = tuple(SHARES)
 LOG_LINES = 80
 #: Candidates of benchmarks.kernels that are in the summary.
@@ -49,11 +58,13 @@ KERNELS = (
     *("W8A8", "W8A8 with quantization", "W8A8, zero points", "W8A8, zero points with quantization"),
     *("W4A8", "W4A8, unpacked", "W4A8, unpacked with quantization", "W4A8 g128", "W4A8 g128, unpacked"),
     *("W3/4/5A8", "W3/4/5A8, unpacked", "FP8", "FP8 with quantization"),
+    *(f"{name} behind {what}" for name in ("W8A8", "FP8") for what in (NORM, MODULATED, *Gate)),
+    f"W8A8 behind {SILU}",
 )
 #: Processes of the tests: compiling is what takes their time.
 PROCESSES = 8
 #: Files of tests/kernels that run on the device, what is newest first.
-TESTED = ("hopper", "activations", "fp8", "norms", "sums", "weights", "gemm", "conv", "operators")
+TESTED = ("hopper", "norms", "gates", "activations", "fp8", "sums", "weights", "gemm", "conv", "operators")
 
 
 @dataclass(slots=True)
@@ -102,6 +113,12 @@ def job(recipe: str, device: str, threads: int) -> list[str]:
     """Return the command of a job."""
     place = ["--device", device, "--threads", str(threads)]
     return ["-m", "benchmarks.device_jobs", "--recipe", recipe, *place, "--out", "{out}"]
+
+
+def step(model: str, turn: Path) -> list[str]:
+    """Return the command of a model's step."""
+    command = ["-m", "benchmarks.gpu_step", "--models", model, "--batches", "4", "--formats", *MODELS[model]]
+    return [*command, "--repeats", "7", "--compile-blocks", "--kernels", "--turn", str(turn), "--out", "{out}"]
 
 
 def tests(device: str) -> list[str]:
@@ -160,17 +177,17 @@ class Check:
                 threads = max(1, (os.cpu_count() or 2) // (2 * len(recipes)))
                 name, hidden = f"{recipe} on cpu", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
                 self.beside.append(start(name, job(recipe, "cpu", threads), self.folder, hidden))
-        step = None
-        if "step" in stages:
-            command = ["-m", "benchmarks.gpu_step", "--models", *MODELS, "--batches", "4", "--formats", *FORMATS]
-            command += ["--repeats", "7"]
-            step = start("step", [*command, "--out", "{out}"], self.folder)
+        turn = self.folder / "turn"
+        steps = [start(f"step of {model}", step(model, turn), self.folder) for model in MODELS if "step" in stages]
         if "tests" in stages:
-            running = start("tests", tests(self.device), self.folder)
-            found = running.finish(self.share("tests", stages))
+            with turn.open("w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # nothing is timed beside them
+                running = start("tests", tests(self.device), self.folder)
+                found = running.finish(self.share("tests", stages))
             self.note("tests", found | {"result": verdicts(running.log)})
-        if step is not None:
-            self.note("step", step.finish(self.share("step", stages)))
+        until = time.monotonic() + (self.share("step", stages) if steps else 0.0)
+        for running in steps:
+            self.note(running.name, running.finish(until - time.monotonic()))
         if "tune" in stages:
             seconds = self.share("tune", stages)
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
@@ -214,9 +231,13 @@ def summary(stages: dict[str, Any]) -> dict[str, Any]:
         found[f"{op}, of bfloat16's speed"] = {
             "layers": len(rows), "before": spread(before), "after": spread(after),
         }  # fmt: skip
-    for batch, formats in stages.get("step", {}).get("result", {}).get("batches", {}).items():
-        for name, times in formats.items():
-            found[f"SDXL-sized step, batch {batch}, {name}"] = times["ms"] | {"speedup": times["speedup"]}
+    for model, formats in MODELS.items():
+        batches = stages.get(f"step of {model}", {}).get("result", {}).get("models", {}).get(model, {})
+        for batch, timed in batches.items():
+            for name in formats:
+                found[f"step of {model}, batch {batch}, {name}"] = timed[name]["ms"] | {
+                    "speedup": timed[name]["speedup"]
+                }
     layers = stages.get("kernels", {}).get("result", {}).get("batches", {}).get("8", {})
     for name in KERNELS:
         speeds = [timed[name]["speedup"] for timed in layers.values() if "speedup" in timed.get(name, {})]

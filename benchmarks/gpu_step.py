@@ -1,29 +1,33 @@
 """One step of a denoiser of full size with random weights on a GPU: packed against bfloat16.
 
-    python -m benchmarks.gpu_step [--models sdxl dit-xl flux] [--batches 1 4] [--latents 128] [--repeats 10]
-        [--formats W8A8 W4A8] [--compile] [--compile-blocks] [--out FILE]
+    python -m benchmarks.gpu_step [--models sdxl dit-xl sd3 flux] [--batches 1 4] [--latents 128] [--repeats 10]
+        [--formats W8A8 W4A8 FP8] [--compile] [--compile-blocks] [--kernels] [--turn FILE] [--out FILE]
 
-Models are SDXL's UNet, DiT-XL, and a stack of 3 + 6 of Flux's blocks (`benchmarks.stacks`). Each is called as it is,
-and from a CUDA graph that was captured once; with --compile-blocks the bfloat16 one also with its repeated blocks
-compiled (`torch.compile`, a graph for each class of block), under a CUDA graph, which is the second one to compare
-with; with --compile also compiled whole, which takes minutes, and captured. All of one batch size take turns,
-`--repeats` times, timed by CUDA events; the median counts. Prints one JSON document: milliseconds and what is in memory
-after loading. `speedup` is over bfloat16 in the same way of calling. Weights and codes are random, scaled so that
-activations keep their size, so times are those of a trained model and images mean nothing. All Linear and Conv2d layers
-are packed but those that take in and give out samples; every input has a range for each of 20 steps; attention products
-are in bfloat16. The captured graph runs at two timesteps, and must then give what the model gives without it.
+Models are SDXL's UNet, DiT-XL, and stacks of 8 of SD3's and of 3 + 6 of Flux's blocks (`benchmarks.stacks`). Each is
+called as it is, and from a CUDA graph that was captured once; with --compile-blocks the bfloat16 one also with its
+repeated blocks compiled (`torch.compile`, a graph for each class of block), under a CUDA graph, which is the second one
+to compare with; with --compile also compiled whole, which takes minutes, and captured. All formats of one batch size
+take turns, `--repeats` times, timed by CUDA events; the median counts. Prints one JSON document: milliseconds and what
+is in memory after loading; with --kernels also which kernels a replay of each graph spends its time in. `speedup` is
+over bfloat16 in the same way of calling. Weights and codes are random, scaled so that activations keep their size, so
+times are those of a trained model and images mean nothing. All Linear and Conv2d layers are packed but those that take
+in and give out samples; every input has a range for each of 20 steps, FP8 ones each token's own; attention products are
+in bfloat16. The captured graph runs at two timesteps, and must then give what the model gives without it.
 
-Peak memory is some 30 GiB, of the bfloat16 model and one packed one.
+With --turn, a file that is locked while something is timed: what else builds and compiles meanwhile waits there.
+Peak memory is some 40 GiB, of SDXL in bfloat16 and in three formats.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gc
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +42,28 @@ from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QUANTIZABLE, QuantLayer
 from quant_core.nn.model import build_quantized
 from quant_core.runtime.build import build_runtime
-from quant_spec.enums import Granularity, GroupScale, KernelBackend
+from quant_spec.enums import ActivationMode, Granularity, GroupScale, KernelBackend, NumberType
 from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
 from workers.tasks.ways import GraphError, Replayed, check_replay, compile_model, compiling_each_shape
 
 Call = Callable[[], Tensor]
 HALF = torch.bfloat16
 STEPS = tuple(float(t) for t in range(951, 0, -50))
+_INT8 = ActivationSpec(8)
 FORMATS = {
-    "W8A8": WeightSpec(8),
-    "W4A8": WeightSpec(4),
-    "W4A8 g64 of integers": WeightSpec(
-        4, granularity=Granularity.PER_GROUP, group_size=64, group_scale=GroupScale.INTEGER
+    "W8A8": LayerSpec(WeightSpec(8), _INT8),
+    "W4A8": LayerSpec(WeightSpec(4), _INT8),
+    "W4A8 g64 of integers": LayerSpec(
+        WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=64, group_scale=GroupScale.INTEGER), _INT8
     ),
-    "W4A8 g128": WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=128),
+    "W4A8 g128": LayerSpec(WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=128), _INT8),
+    "FP8": LayerSpec(
+        WeightSpec(8, type=NumberType.E4M3),
+        ActivationSpec(8, type=NumberType.E4M3, mode=ActivationMode.DYNAMIC_TOKEN),
+    ),
 }
+#: What replays spend most of their time in, in the document.
+KERNELS = 25
 
 
 def half_model(stack: Stack, device: str) -> nn.Module:
@@ -62,19 +73,18 @@ def half_model(stack: Stack, device: str) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def packed_model(stack: Stack, weight: WeightSpec, device: str, backend: KernelBackend) -> nn.Module:
+def packed_model(stack: Stack, spec: LayerSpec, device: str, backend: KernelBackend) -> nn.Module:
     """Return the model with packed layers; what is not packed is in bfloat16."""
     model = stack.build(stack.shapes)
     named = ((name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZABLE))
     names = [name for name, _ in named if name not in stack.floats]
-    spec = LayerSpec(weight, ActivationSpec(8))
     build_quantized(model, ModelFormat(dict.fromkeys(names, spec), {}, STEPS))
     model = model.to_empty(device=device)
     _fill_floats(model)
     for module in model.modules():
         if isinstance(module, QuantLayer):
             _fill_codes(module)
-        elif isinstance(module, ActivationQuantizer):
+        elif isinstance(module, ActivationQuantizer) and not module.spec.is_dynamic:
             module.scale.copy_(torch.linspace(8 / 255, 12 / 255, len(module.scale)))
             module.zero_point.fill_(128)
     build_runtime(model, backend)
@@ -95,6 +105,12 @@ def _fill_floats(model: nn.Module) -> None:
 def _fill_codes(layer: QuantLayer) -> None:
     """Give random codes the same spread; uniform ones of n levels have n / sqrt(12)."""
     levels = 2**layer.spec.weight.bits
+    if layer.spec.weight.is_float:
+        layer.qweight.copy_(torch.randn(layer.qweight.shape, device=layer.qweight.device).mul_(64).clamp_(-448, 448))
+        layer.scale.fill_(layer.columns**-0.5 / 64)
+        if layer.bias is not None:
+            layer.bias.zero_()
+        return
     layer.qweight.random_(0, 256)
     layer.zero_point.fill_(levels // 2)
     layer.scale.fill_(12**0.5 / levels * layer.columns**-0.5)
@@ -135,34 +151,80 @@ def checked(run: Call, replay: Call, told: dict[str, Any]) -> Call:
     return replay
 
 
-def measure(stack: Stack, name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a format beside bfloat16 at one batch size."""
+@contextmanager
+def turn(path: Path | None) -> Iterator[None]:
+    """Lock a file, if one is named, so that nothing else that does is timed meanwhile."""
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def kernel_times(replay: Call) -> dict[str, Any]:
+    """Return which kernels one replay of a graph spends its time in: name, launches and microseconds, longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        replay()
+        torch.cuda.synchronize()
+    spent: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type.name == "CUDA":
+            each = spent.setdefault(event.name, [0, 0.0])
+            each[0] += 1
+            each[1] += event.device_time
+    longest = sorted(spent.items(), key=lambda item: -item[1][1])
+    return {
+        "us": round(sum(us for _, (_, us) in longest)),
+        "launches": int(sum(count for _, (count, _) in longest)),
+        "longest": [[name[:120], int(count), round(us)] for name, (count, us) in longest[:KERNELS]],
+    }
+
+
+def measure(stack: Stack, names: Sequence[str], batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure formats beside bfloat16 at one batch size."""
     latents = options.latents or stack.shapes.get("sample_size", 128)
     told = stack.told(stack.shapes, batch, latents, "cuda")
     told["timestep"].fill_(STEPS[9])
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    print(f"batch {batch}, {name}: building", file=sys.stderr)
-    packed = packed_model(stack, FORMATS[name], "cuda", KernelBackend.TRITON)
-    packed_bytes = torch.cuda.memory_allocated() - before
-    plain = half_model(stack, "cuda")
-    plain_bytes = torch.cuda.memory_allocated() - before - packed_bytes
-    print(f"batch {batch}, {name}: compiling and capturing", file=sys.stderr)
-    calls = {f"bfloat16, {way}": run for way, run in ways(plain, told, options.compile, options.compile_blocks)}
-    calls |= {f"{name}, {way}": run for way, run in ways(packed, told, options.compile)}
+    models: dict[str, nn.Module] = {}
+    loaded: dict[str, int] = {}
+    for name in (*names, "bfloat16"):
+        print(f"batch {batch}, {name}: building", file=sys.stderr)
+        before = torch.cuda.memory_allocated()
+        packed = name != "bfloat16"
+        models[name] = (
+            packed_model(stack, FORMATS[name], "cuda", KernelBackend.TRITON) if packed else half_model(stack, "cuda")
+        )
+        loaded[name] = torch.cuda.memory_allocated() - before
+    calls: dict[str, Call] = {}
+    for name, model in models.items():
+        print(f"batch {batch}, {name}: compiling and capturing", file=sys.stderr)
+        blocks_too = options.compile_blocks and name == "bfloat16"
+        calls |= {f"{name}, {way}": run for way, run in ways(model, told, options.compile, blocks_too)}
     if options.compile_blocks:
         del calls["bfloat16, eager"]  # its blocks are compiled by now
-    seen = take_turns(calls, options.repeats, idle_cuda_ms, progress=True)
-    return figures(name, {key: statistics.median(each) for key, each in seen.items()}) | {
-        "loaded_bytes": {"bfloat16": plain_bytes, name: packed_bytes},
-        "layers": dict(Counter(str(run.backend) for run in layer_runs(packed))),
+    with turn(options.turn):
+        seen = take_turns(calls, options.repeats, idle_cuda_ms, progress=True)
+        graphs = {name: run for name, run in calls.items() if name.endswith("graph")} if options.kernels else {}
+        kernels = {name: kernel_times(run) for name, run in graphs.items()}
+    times = {key: statistics.median(each) for key, each in seen.items()}
+    found = {
+        name: figures(name, times)
+        | {
+            "loaded_bytes": {each: loaded[each] for each in ("bfloat16", name)},
+            "layers": dict(Counter(str(run.backend) for run in layer_runs(models[name]))),
+        }
+        for name in names
     }
+    return found | ({"kernels": kernels} if kernels else {})
 
 
 def figures(name: str, times: dict[str, float]) -> dict[str, Any]:
     """Return milliseconds and speed over bfloat16 in the same way of calling; a graph also over one of its blocks."""
+    times = {key: ms for key, ms in times.items() if key.startswith((f"{name}, ", "bfloat16, "))}
     ours = {key.removeprefix(f"{name}, "): ms for key, ms in times.items() if key.startswith(f"{name}, ")}
     plain = {key.removeprefix("bfloat16, "): ms for key, ms in times.items() if key.startswith("bfloat16, ")}
     speedup = {way: round(plain[way] / ms, 3) for way, ms in ours.items() if way in plain}
@@ -182,6 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--compile", action="store_true", help="also with torch.compile")
     command.add_argument("--compile-blocks", action="store_true", help="bfloat16 also with its blocks compiled")
     command.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    command.add_argument("--kernels", action="store_true", help="also what replays spend their time in")
+    command.add_argument("--turn", type=Path, help="a file to lock while something is timed")
     command.add_argument("--out", type=Path)
     options = command.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -193,11 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.no_grad(), compiling_each_shape():
         for model in options.models:
             for batch in options.batches:
-                results = found["models"].setdefault(model, {}).setdefault(str(batch), {})
-                for name in options.formats:
-                    results[name] = measure(STACKS[model], name, batch, options)
-                    if options.out:  # so that what is cut keeps what it has
-                        keep(found, options.out)
+                results = measure(STACKS[model], options.formats, batch, options)
+                found["models"].setdefault(model, {})[str(batch)] = results
+                if options.out:  # so that what is cut keeps what it has
+                    keep(found, options.out)
     give(found, options.out)
     return 0
 

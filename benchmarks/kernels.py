@@ -6,14 +6,16 @@ Prints one JSON document: for each batch size, layer and candidate the microseco
 replay of a CUDA graph timed by events, so that launches from Python do not count, the L2 cache cleared before each),
 tera-operations per second, the speedup over bfloat16, and the fraction of the roofline: the larger of the time that the
 device needs for the operations at its measured peak and for the bytes at its measured bandwidth, over the time taken.
-Candidates: bfloat16 (cuBLAS, cuDNN channels last), torch._int_mm, this package's W8A8, W4A8 (per channel and groups
-of 128, packed and unpacked to int8), W4A16, FP8 on sm_90, and those with the quantization of the input; W8A8 with
-scaled channels, and channels of 3, 4 and 5 bits; torchao and gemlite where installed. Weights are normal, quantized,
-as real ones are; "uniform codes" beside it has each code as often as any other, on which tensor cores draw more power
-and clock lower. `quantize` has the kernels that make codes, in bytes per microsecond, as a fraction of what a copy
-moves. What fails is recorded with its error. --minutes leaves out what is not reached by then. `figures` has the
-least, median and greatest speedup over layers: of W8A8 at the largest batch, of W4A16 at the least where weights
-dominate.
+Candidates: bfloat16 (cuBLAS, cuDNN channels last), torch._int_mm, this package's W8A8, W4A8 (per channel and groups of
+128, packed and unpacked to int8), W4A16, FP8 on sm_90, and those with the quantization of the input; W8A8 with scaled
+channels, and channels of 3, 4 and 5 bits; torchao and gemlite where installed. "... behind LAYER" are what comes before
+a layer in its model (a norm, an activation) and the layer together: in bfloat16 compiled by torch.compile and then
+multiplied, in 8 bits with the quantization in the same kernel; their speedup is over bfloat16's behind the same.
+Weights are normal, quantized, as real ones are; "uniform codes" beside it has each code as often as any other, on which
+tensor cores draw more power and clock lower. `quantize` has the kernels that make codes, in bytes per microsecond, as a
+fraction of what a copy moves. What fails is recorded with its error. --minutes leaves out what is not reached by then.
+`figures` has the least, median and greatest speedup over layers: of W8A8 at the largest batch, of W4A16 at the least
+where weights dominate.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cuda_graph import captured
 from kernels.epilogue import Epilogue
 from kernels.fp8 import linear_fp8, quantize_fp8
+from kernels.gates import Gate, gate_quantize
 from kernels.gemm import linear_float, linear_int
-from kernels.norms import GroupNorm, LayerNorm, group_norm_quantize, layer_norm_quantize
+from kernels.norms import GroupNorm, LayerNorm, group_norm_quantize, layer_norm_quantize, layer_norm_quantize_fp8
 from kernels.weights import PackedWeight, join_widths, unpack_weight
 
 HALF = torch.bfloat16
@@ -49,13 +52,18 @@ HALF = torch.bfloat16
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A Linear (`kernel` 0, `size` rows of one sample) or a Conv2d (images of `size` x `size`)."""
+    """A Linear (`kernel` 0, `size` rows of one sample) or a Conv2d (images of `size` x `size`).
+
+    `behind` is what its input comes from: "layer norm", "modulated layer norm", a `Gate`; a Conv2d's is group norm and
+    SiLU.
+    """
 
     name: str
     size: int
     channels: int
     outputs: int
     kernel: int = 0
+    behind: str = ""
 
     @property
     def taps(self) -> int:
@@ -64,17 +72,23 @@ class Layer:
 
 
 # Those that matter most first: a run may be cut.
+NORM, MODULATED, SILU = "layer norm", "modulated layer norm", "group norm, SiLU"
 LAYERS = (
-    Layer("SDXL resnet 64x64", 64, 640, 640, 3),
-    Layer("SDXL feed-forward 32x32", 1024, 1280, 10240),
-    Layer("SDXL attention 64x64", 4096, 640, 640),
-    Layer("DiT-XL feed-forward", 256, 1152, 4608),
-    Layer("SDXL attention 32x32", 1024, 1280, 1280),
+    Layer("SDXL resnet 64x64", 64, 640, 640, 3, SILU),
+    Layer("SDXL feed-forward 32x32", 1024, 1280, 10240, behind=NORM),
+    Layer("SDXL attention 64x64", 4096, 640, 640, behind=NORM),
+    Layer("DiT-XL feed-forward", 256, 1152, 4608, behind=MODULATED),
+    Layer("SDXL attention 32x32", 1024, 1280, 1280, behind=NORM),
     Layer("SDXL shortcut 64x64", 64, 960, 640, 1),
-    Layer("DiT-XL attention", 256, 1152, 3456),
-    Layer("SDXL resnet 32x32", 32, 1280, 1280, 3),
-    Layer("SDXL up resnet 32x32", 32, 2560, 1280, 3),
-    Layer("SDXL resnet 128x128", 128, 320, 320, 3),
+    Layer("DiT-XL attention", 256, 1152, 3456, behind=MODULATED),
+    Layer("SDXL out of feed-forward 32x32", 1024, 5120, 1280, behind=Gate.GEGLU),
+    Layer("DiT-XL out of feed-forward", 256, 4608, 1152, behind=Gate.GELU_TANH),
+    Layer("SD3 feed-forward", 4096, 1536, 6144, behind=MODULATED),
+    Layer("SD3 out of feed-forward", 4096, 6144, 1536, behind=Gate.GELU_TANH),
+    Layer("Flux attention", 4608, 3072, 9216, behind=MODULATED),
+    Layer("SDXL resnet 32x32", 32, 1280, 1280, 3, SILU),
+    Layer("SDXL up resnet 32x32", 32, 2560, 1280, 3, SILU),
+    Layer("SDXL resnet 128x128", 128, 320, 320, 3, SILU),
     Layer("SDXL cross-attention keys", 77, 2048, 1280),
     Layer("SDXL time embedding", 1, 1280, 1280),
     Layer("DiT-XL modulation", 1, 1152, 6912),
@@ -167,6 +181,55 @@ def linear_candidates(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[
         x8, w8 = quantize_fp8(x), quantize_fp8(w)
         yield "FP8", lambda: linear_fp8(x8, w8, out)
         yield "FP8 with quantization", lambda: linear_fp8(quantize_fp8(x), w8, out)
+
+
+def linear_behind(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield what a Linear is timed as together with what its input comes from."""
+    is_gate = layer.behind in set(Gate)
+    width = layer.channels * (Gate(layer.behind).inputs if is_gate else 1)
+    x = torch.randn(batch, layer.size, width, device="cuda", dtype=HALF)
+    w = torch.randn(layer.outputs, layer.channels, device="cuda", dtype=HALF)
+    weight = torch.ones(width, device="cuda", dtype=HALF)
+    bias, (by, add) = torch.zeros_like(weight), torch.randn(2, batch, width, device="cuda", dtype=HALF)
+
+    def before(x: Tensor) -> Tensor:
+        if layer.behind == Gate.GEGLU:
+            value, gating = x.chunk(2, dim=-1)
+            return value * F.gelu(gating)
+        if is_gate:
+            return F.gelu(x, approximate="tanh")
+        if layer.behind == NORM:
+            return F.layer_norm(x, (width,), weight, bias)
+        return F.layer_norm(x, (width,), eps=1e-6) * (1 + by[:, None]) + add[:, None]
+
+    compiled = torch.compile(before, dynamic=False)
+    yield f"bfloat16 behind {layer.behind}", lambda: F.linear(compiled(x), w)
+    out, grid, eight = Epilogue(HALF), table(), [layer_weight(layer, 8)]
+    norm = LayerNorm(1e-5, weight, bias) if layer.behind == NORM else LayerNorm(1e-6, multiplier=by, shift=add)
+    w8 = quantize_fp8(w)
+    if is_gate:
+        yield f"W8A8 behind {layer.behind}", lambda: linear_int(gate_quantize(x, Gate(layer.behind), grid), eight, out)
+        yield f"FP8 behind {layer.behind}", lambda: linear_fp8(quantize_fp8(compiled(x)), w8, out)
+        return
+    yield f"W8A8 behind {layer.behind}", lambda: linear_int(layer_norm_quantize(x, norm, grid), eight, out)
+    yield f"FP8 behind {layer.behind}", lambda: linear_fp8(layer_norm_quantize_fp8(x, norm), w8, out)
+
+
+def conv_behind(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield what a Conv2d is timed as together with the group norm and SiLU in front of it."""
+    image = torch.randn(batch, layer.channels, layer.size, layer.size, device="cuda", dtype=HALF)
+    kernel = torch.randn(layer.outputs, layer.channels, layer.kernel, layer.kernel, device="cuda", dtype=HALF)
+    image, kernel = (t.contiguous(memory_format=torch.channels_last) for t in (image, kernel))
+    weight, bias = (torch.randn(layer.channels, device="cuda", dtype=HALF) for _ in range(2))
+    compiled = torch.compile(lambda x: F.silu(F.group_norm(x, 32, weight, bias)), dynamic=False)
+    pad = layer.kernel // 2
+    yield f"bfloat16 behind {layer.behind}", lambda: F.conv2d(compiled(image), kernel, padding=pad)
+    rows, out, grid, eight = image.permute(0, 2, 3, 1), Epilogue(HALF), table(), [layer_weight(layer, 8)]
+    norm, geometry = GroupNorm(32, 1e-5, weight, bias), ConvGeometry((layer.kernel,) * 2, padding=(pad, pad))
+    yield (
+        f"W8A8 behind {layer.behind}",
+        lambda: conv2d_int(group_norm_quantize(rows, norm, grid), eight, geometry, out),
+    )
 
 
 def other_libraries(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[], Callable[[], Any]]]]:
@@ -315,7 +378,8 @@ def measure(layer: Layer, batch: int, repeats: int, peak: dict[str, float], flus
             "tops": round(operations / us / 1e6, 1),
             "roofline": round(roofline(layer, batch, name, peak) / us, 3),
         }
-        timed[name]["speedup"] = round(timed["bfloat16"]["us"] / us, 3)
+        over = f"bfloat16 behind {layer.behind}" if name.endswith(f" behind {layer.behind}") else "bfloat16"
+        timed[name]["speedup"] = round(timed[over]["us"] / us, 3)
 
     stream = torch.cuda.current_stream()
 
@@ -326,8 +390,12 @@ def measure(layer: Layer, batch: int, repeats: int, peak: dict[str, float], flus
             torch.cuda.set_stream(stream)  # a capture that fails leaves its own
             timed[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
 
-    for name, run in (conv_candidates if layer.kernel else linear_candidates)(layer, batch):
-        attempt(name, lambda run=run: run)  # type: ignore[misc]
+    yielding = [conv_candidates if layer.kernel else linear_candidates]
+    if layer.behind:
+        yielding.append(conv_behind if layer.kernel else linear_behind)
+    for candidates in yielding:
+        for name, run in candidates(layer, batch):
+            attempt(name, lambda run=run: run)  # type: ignore[misc]
     for name, build in () if layer.kernel else other_libraries(layer, batch):
         attempt(name, build)
     return timed
@@ -344,6 +412,12 @@ def figures(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
         ],
         "W4A16, least batch": [timed["W4A16"] for name, timed in small.items() if name in few],
     }
+    for name in ("W8A8", "FP8"):
+        behind = [
+            (key, each) for timed in large.values() for key, each in timed.items() if key.startswith(f"{name} behind ")
+        ]
+        chosen[f"{name} behind norms and gates"] = [each for key, each in behind if not key.endswith(SILU)]
+        chosen[f"{name} behind {SILU}"] = [each for key, each in behind if key.endswith(SILU)]
     found = {name: sorted(each["speedup"] for each in timed if "us" in each) for name, timed in chosen.items()}
     return {
         name: {"least": all_[0], "median": statistics.median(all_), "greatest": all_[-1]}

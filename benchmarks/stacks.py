@@ -1,4 +1,4 @@
-"""The denoisers that `benchmarks.gpu_step` times, by their shapes: SDXL's UNet, DiT-XL, a stack of Flux's blocks."""
+"""The denoisers that `benchmarks.gpu_step` times, by their shapes: SDXL's UNet, DiT-XL, some blocks of SD3 and Flux."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, FluxTransformer2DModel
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 from torch import Tensor, nn
 
 from benchmarks.sdxl import SDXL, meta_unet
@@ -16,6 +16,12 @@ from benchmarks.sdxl import SDXL, meta_unet
 DIT_XL: dict[str, Any] = {
     "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28,
     "sample_size": 64, "patch_size": 2, "num_embeds_ada_norm": 1000,
+}  # fmt: skip
+#: Of `SD3Transformer2DModel` for stabilityai/stable-diffusion-3-medium, but for the number of its blocks, 24 there.
+SD3: dict[str, Any] = {
+    "num_attention_heads": 24, "attention_head_dim": 64, "num_layers": 8, "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "sample_size": 128, "patch_size": 2,
+    "in_channels": 16, "out_channels": 16, "pos_embed_max_size": 192,
 }  # fmt: skip
 #: Of `FluxTransformer2DModel` for black-forest-labs/FLUX.1-dev, but for the number of its blocks: 19 and 38 there.
 FLUX: dict[str, Any] = {"num_layers": 3, "num_single_layers": 6, "guidance_embeds": True}
@@ -74,6 +80,16 @@ def _tell_dit(shapes: dict[str, Any], batch: int, latents: int, device: str) -> 
     }
 
 
+def _tell_sd3(shapes: dict[str, Any], batch: int, latents: int, device: str) -> dict[str, Any]:
+    """Two encoders give 77 tokens of text each."""
+    return {
+        "hidden_states": _noise(device, batch, shapes["in_channels"], latents, latents),
+        "timestep": torch.zeros(batch, device=device),
+        "encoder_hidden_states": _noise(device, batch, 154, shapes["joint_attention_dim"]),
+        "pooled_projections": _noise(device, batch, shapes["pooled_projection_dim"]),
+    }
+
+
 def _tell_flux(shapes: dict[str, Any], batch: int, latents: int, device: str) -> dict[str, Any]:
     """Latents are read in squares of 2 x 2; 512 tokens of text."""
     side, text = latents // 2, 512
@@ -98,6 +114,12 @@ STACKS = {
         lambda shapes: _meta(DiTTransformer2DModel, shapes),
         ("pos_embed.proj", "proj_out_1", "proj_out_2"),
         _tell_dit,
+    ),
+    "sd3": Stack(
+        SD3,
+        lambda shapes: _meta(SD3Transformer2DModel, shapes),
+        ("pos_embed.proj", "context_embedder", "proj_out"),
+        _tell_sd3,
     ),
     "flux": Stack(
         FLUX,

@@ -22,6 +22,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 64, "layers_per_block": 1,
     },
     "dit-xl": {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_embeds_ada_norm": 10},
+    "sd3": {
+        "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "joint_attention_dim": 32,
+        "caption_projection_dim": 32, "pooled_projection_dim": 16, "pos_embed_max_size": 8,
+    },
     "flux": {
         "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1, "num_single_layers": 1, "in_channels": 16,
         "joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (4, 6, 6),
@@ -30,7 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", STACKS)
-@pytest.mark.parametrize("weight", ["W8A8", "W4A8 g64 of integers"])
+@pytest.mark.parametrize("weight", ["W8A8", "W4A8 g64 of integers", "FP8"])
 @torch.no_grad()
 def test_a_stack_builds_and_runs(name: str, weight: str) -> None:
     stack = replace(STACKS[name], shapes=STACKS[name].shapes | {"sample_size": 8} | SMALL[name])
@@ -47,7 +51,7 @@ def test_a_stack_builds_and_runs(name: str, weight: str) -> None:
     assert bool(plain.isfinite().all())
     runs = layer_runs(packed)
     assert not {run.layer for run in runs} & set(stack.floats)
-    assert {run.backend for run in runs} == {KernelBackend.CPU}
+    assert {run.backend for run in runs} == {KernelBackend.REFERENCE if weight == "FP8" else KernelBackend.CPU}
     assert repeated_blocks(half_model(stack, "meta"))
 
 

@@ -61,12 +61,16 @@ _TYPES = {
 _ALIGNED = (
     "K",
     "C",
+    "n",
     "N",
     "stride_x",
     "stride_w",
     "stride_out",
     "stride_residual",
     "stride_b",
+    "stride_p",
+    "stride_multiplier",
+    "stride_shift",
     "stride_h",
     "stride_w_in",
     "tap_bytes",
@@ -323,11 +327,11 @@ def _float_cases(arch: str) -> Iterator[Case]:
 
 
 def _plain(label: str, kernel: Any, types: dict[str, str] | None = None, **constants: Any) -> Case:
-    return Case(label, kernel, constants, {"x_ptr": "*bf16", **(types or {})}, 4, 1)
+    return Case(label, kernel, constants, {"x_ptr": "*bf16", **(types or {})}, 1 if "ROWS" in constants else 4, 1)
 
 
 # Rows of 1280 columns.
-_TOKEN = {"ROWS": 2, "BLOCK_A": 1024, "BLOCK_B": 256}
+_TOKEN = {"ROWS": 1, "BLOCK_A": 1024, "BLOCK_B": 256, "WHOLE": True}
 _CODES = {"TOP": 255, "HALF": 128, "FUSED": True}
 _TABLE = {"zero_ptr": "*fp32"}
 _NORMED = {"multiplier_ptr": "*bf16"}
@@ -357,16 +361,15 @@ def _other_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel, quantize_long_fp8_kernel
     from kernels._triton.gates import gate_quantize_kernel
 
-    chunks: dict[str, Any] = {"GROUPS": 32, "WIDTH": 20, "BLOCK_P": 16, "BLOCK_G": 8, "BLOCK_W": 32}
-    yield _plain("group norm: chunks", norms.group_stats_kernel, **chunks)
-    yield _plain("group norm: merge", norms.merge_stats_kernel, WIDTH=20, CHUNKS=64)
+    yield _plain("group norm: chunks", norms.channel_stats_kernel, BLOCK_P=32, BLOCK_C=128)
+    yield _plain("group norm: merge", norms.merge_stats_kernel, GROUPS=32, WIDTH=20, CHUNKS=16, BLOCK_W=32)
     yield _plain(
         "group norm + SiLU + quantize", norms.group_norm_quantize_kernel, _TABLE, **_CODES, GROUPS=32, WIDTH=20,
         SILU=True, BLOCK_M=32, BLOCK_C=128, divisor_ptr=None,
     )  # fmt: skip
     absent = {"weight_ptr": None, "bias_ptr": None, "FLOOR": 1e-12}
     own = {"scale_ptr": None, "zero_ptr": None, "index_ptr": None}
-    tokens = {**_TOKEN, **absent, "SYMMETRIC": False}
+    tokens = {**_TOKEN, **absent, "SYMMETRIC": False, "TOGETHER": True}
     layer_norm = "layer norm + modulate + quantize"
     yield _plain(f"{layer_norm} tokens", norms.layer_norm_quantize_kernel, _NORMED, **_CODES, **tokens, **own)
     yield _plain(f"{layer_norm} by table", norms.layer_norm_quantize_kernel, _NORMED | _TABLE, **_CODES, **tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,6 +15,8 @@ from kernels._triton.common import code_of, grid_of, inverse_of, load_columns, n
 BLOCK = 4096
 # The longest row that a program keeps in registers.
 TOKEN_BLOCK = 8192
+# Columns of one warp; what is wider has several.
+TOKEN_WARP = 1536
 SAMPLE_BLOCK = 2048
 SAMPLE_CHUNKS = 256
 
@@ -143,6 +146,7 @@ def per_token_kernel(
     HALF: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     FUSED: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether the blocks have no more columns than the rows
     ROWS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -150,11 +154,11 @@ def per_token_kernel(
     """Some rows, each read once: their ranges, then their codes. Columns are BLOCK_A and, if any, BLOCK_B more."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_m = m < M
-    a, c_a, mask_a = load_columns(x_ptr, m, in_m, C, stride_x, 0, BLOCK_A)
+    a, c_a, mask_a = load_columns(x_ptr, m, in_m, C, stride_x, 0, BLOCK_A, WHOLE)
     seen, channel_a = divided(a, c_a, C, channel_scale_ptr)
     low, high, odd = tl.min(seen, axis=1), tl.max(seen, axis=1), nan_unless_finite(seen, 1)
     if BLOCK_B > 0:
-        b, c_b, mask_b = load_columns(x_ptr, m, in_m, C, stride_x, BLOCK_A, BLOCK_B)
+        b, c_b, mask_b = load_columns(x_ptr, m, in_m, C, stride_x, BLOCK_A, BLOCK_B, WHOLE)
         seen_b, channel_b = divided(b, c_b, C, channel_scale_ptr)
         low, high = tl.minimum(low, tl.min(seen_b, axis=1)), tl.maximum(high, tl.max(seen_b, axis=1))
         odd += nan_unless_finite(seen_b, 1)
@@ -333,10 +337,10 @@ def launch_dynamic(
         )  # fmt: skip
         return codes, scale, zero
     if runs == rows.shape[0]:
-        block_a, block_b, per_program, warps = token_blocks(rows.shape[1])
-        per_token_kernel[(triton.cdiv(runs, per_program),)](
+        blocks = token_blocks(rows.shape[1])
+        per_token_kernel[(triton.cdiv(runs, blocks.rows),)](
             rows, channel, codes, scale, zero, runs, rows.shape[1], rows.stride(0),
-            **constants, ROWS=per_program, BLOCK_A=block_a, BLOCK_B=block_b, num_warps=warps, enable_fp_fusion=False,
+            **constants, **blocks.constants, enable_fp_fusion=False,
         )  # fmt: skip
         return codes, scale, zero
     dense = x.contiguous()
@@ -355,20 +359,41 @@ def launch_dynamic(
     return codes, scale, zero
 
 
-def token_blocks(channels: int) -> tuple[int, int, int, int]:
-    """Return how a program keeps whole rows in registers: two blocks of columns, rows, warps.
+@dataclass(frozen=True, slots=True)
+class TokenBlocks:
+    """How a program keeps `rows` whole rows in registers: two blocks of columns, the second of which may be empty."""
+
+    rows: int
+    first: int
+    second: int
+    warps: int
+    is_whole: bool
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What the kernels are compiled with."""
+        return {
+            "ROWS": self.rows, "BLOCK_A": self.first, "BLOCK_B": self.second, "WHOLE": self.is_whole,
+            "num_warps": self.warps,
+        }  # fmt: skip
+
+
+def token_blocks(channels: int) -> TokenBlocks:
+    """Return how rows of so many channels are kept in registers.
 
     Blocks are powers of two. One alone would leave up to half of its values unused; with a second, the sizes of usual
-    models (640, 1152, 1280, 5120) are met exactly.
+    models (640, 1152, 1280, 5120) are met exactly. A thread has some 40 values. One warp has a row to itself if it can:
+    sums across warps go through shared memory, and wait for all of them.
     """
     first = 1 << (channels.bit_length() - 1)
     rest = channels - first
     second = triton.next_power_of_2(rest) if rest else 0
     if first < 32 or second == first:
         first, second = triton.next_power_of_2(channels), 0
-    warps = 8 if first + second > BLOCK else 4
-    fit = max(1, 1024 * warps // (first + second))
-    return first, second, 1 << (fit.bit_length() - 1), warps
+    columns = first + second
+    warps = next((warps for warps in (1, 2, 4, 8) if columns <= TOKEN_WARP * warps), 16)
+    rows = 1 << (max(1, TOKEN_WARP // columns).bit_length() - 1)
+    return TokenBlocks(rows, first, second, warps, columns == channels)
 
 
 def row_view(x: Tensor) -> Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# 1.5 * 2**23: added to |x| < 2**22 it leaves no bits for a fraction, and a whole number in the lowest bits.
+_ROUNDING = tl.constexpr(12582912.0)
+
 
 @triton.jit
 def round_half_even(x):
-    """Round |x| < 2**22 to whole numbers, ties to even: adding 1.5 * 2**23 leaves no bits for a fraction."""
-    return (x + 12582912.0) - 12582912.0
+    """Round |x| < 2**22 to whole numbers, ties to even."""
+    return (x + _ROUNDING) - _ROUNDING
 
 
 @triton.jit
@@ -20,15 +23,14 @@ def inverse_of(scale):
 
 @triton.jit
 def divide(x, by, inverse, FUSED: tl.constexpr):
-    """Round x / by to nearest, for quotients that matter below 2**17; `inverse` is `inverse_of(by)`.
+    """Round x / by to nearest, for quotients below 2**17; `inverse` is `inverse_of(by)`.
 
     A division is a dozen instructions with a branch. From a quotient that is off by one unit in its last place and a
-    rounded inverse, two fused multiply-adds make the rounded quotient (Markstein 1990). Beyond 2**17 only the sign is
-    right, and infinities and NaN end as they do in a division. Where multiply-adds are not fused, x is divided.
+    rounded inverse, two fused multiply-adds make the rounded quotient (Markstein 1990). Where multiply-adds are not
+    fused, x is divided.
     """
     if FUSED:
-        near = tl.minimum(tl.maximum(x * inverse, -131072.0), 131072.0)
-        by = tl.where(by == float("inf"), 1.0, by)  # whose inverse is 0, and so is the quotient
+        near = x * inverse
         quotient = tl.fma(tl.fma(-near, by, x), inverse, near)
     else:
         quotient = tl.div_rn(x, by)
@@ -36,11 +38,25 @@ def divide(x, by, inverse, FUSED: tl.constexpr):
 
 
 @triton.jit
+def clamped(x, low, high):
+    """Clamp x; NaN gives `low`."""
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
 def code_of(x, scale, inverse, zero, TOP: tl.constexpr, HALF: tl.constexpr, FUSED: tl.constexpr):
-    """Signed code clamp(round(x / scale) + zero, 0, TOP) - HALF; `zero` is the unsigned zero point, in float32."""
-    steps = tl.minimum(tl.maximum(divide(x, scale, inverse, FUSED), -65536.0), 65536.0)
-    code = tl.minimum(tl.maximum(round_half_even(steps) + zero, 0.0), TOP)
-    return (code.to(tl.int32) - HALF).to(tl.int8)
+    """Signed code clamp(round(x / scale) + zero, 0, TOP) - HALF; `zero` is the unsigned zero point, in float32.
+
+    It is x that is clamped, to a quarter of a step beyond the first and last code: minima, maxima and conversions to
+    integers take the most time of all instructions here. The sum with `_ROUNDING` has the rounded quotient in its
+    lowest bits. What an infinite scale divides has the zero point's code.
+    """
+    finite = scale < float("inf")
+    by = tl.where(finite, scale, 1.0)
+    low, high = tl.where(finite, (-0.25 - zero) * by, 0.0), tl.where(finite, (TOP + 0.25 - zero) * by, 0.0)
+    steps = divide(clamped(x, low, high), by, inverse, FUSED)
+    shift = zero.to(tl.int32) - HALF
+    return ((steps + _ROUNDING).to(tl.int32, bitcast=True) + shift).to(tl.int8)
 
 
 @triton.jit
@@ -120,8 +136,11 @@ def finish_tile(
 
 
 @triton.jit
-def load_columns(x_ptr, m, in_m, C, stride_x, FIRST: tl.constexpr, BLOCK: tl.constexpr):
-    """Load BLOCK columns of rows `m`, from FIRST on, as float32; return their numbers too, and which there are."""
+def load_columns(x_ptr, m, in_m, C, stride_x, FIRST: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Load BLOCK columns of rows `m`, from FIRST on, as float32; return their numbers too, and which there are.
+
+    WHOLE: all of these columns are within the rows.
+    """
     c = FIRST + tl.arange(0, BLOCK)
-    mask = in_m[:, None] & (c < C)[None, :]
+    mask = tl.broadcast_to(in_m[:, None], (m.shape[0], BLOCK)) if WHOLE else in_m[:, None] & (c < C)[None, :]
     return tl.load(x_ptr + m[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32), c, mask

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels._triton.activations import TOKEN_BLOCK, fuses, row_view, token_blocks
 from kernels._triton.blocks import architecture, fp8_blocks, rank_block
-from kernels._triton.common import divide, finish_tile, inverse_of, load_columns, nan_unless_finite, tile_of
+from kernels._triton.common import clamped, divide, finish_tile, inverse_of, load_columns, nan_unless_finite, tile_of
 from kernels._triton.gemm import stride_of
 from kernels._triton.tuned import HOPPER, LINEAR_FP8, Shape, Tile, tuned_tile
 from kernels.epilogue import EpilogueRows
@@ -32,10 +32,10 @@ def round_e4m3(x):
 
 @triton.jit
 def to_e4m3(x, by, inverse, MAX: tl.constexpr, FUSED: tl.constexpr):
-    """x / by as a number that E4M3 has, or that the hardware's conversion rounds to one."""
-    x = tl.minimum(tl.maximum(divide(x, by, inverse, FUSED), -MAX), MAX)
+    """x / by as a number that E4M3 has, or that the hardware's conversion rounds to one, which saturates."""
+    x = divide(clamped(x, -(MAX + 1.0) * by, (MAX + 1.0) * by), by, inverse, FUSED)
     if not FUSED:
-        x = round_e4m3(x)
+        x = round_e4m3(clamped(x, -MAX, MAX))
     return x
 
 
@@ -50,6 +50,7 @@ def quantize_fp8_kernel(
     MAX: tl.constexpr,
     FLOOR: tl.constexpr,
     FUSED: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether the blocks have no more columns than the rows
     ROWS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -57,10 +58,10 @@ def quantize_fp8_kernel(
     """Some rows, each read once: their largest magnitudes, then their numbers; blocks as of per_token_kernel."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_m = m < M
-    a, k_a, mask_a = load_columns(x_ptr, m, in_m, K, stride_x, 0, BLOCK_A)
+    a, k_a, mask_a = load_columns(x_ptr, m, in_m, K, stride_x, 0, BLOCK_A, WHOLE)
     top, odd = tl.max(tl.abs(a), axis=1), nan_unless_finite(a, 1)
     if BLOCK_B > 0:
-        b, k_b, mask_b = load_columns(x_ptr, m, in_m, K, stride_x, BLOCK_A, BLOCK_B)
+        b, k_b, mask_b = load_columns(x_ptr, m, in_m, K, stride_x, BLOCK_A, BLOCK_B, WHOLE)
         top = tl.maximum(top, tl.max(tl.abs(b), axis=1))
         odd += nan_unless_finite(b, 1)
     scale = tl.maximum(tl.div_rn(top, tl.full(top.shape, MAX, tl.float32)), FLOOR) + odd
@@ -166,10 +167,9 @@ def launch_quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
             **constants, BLOCK_K=TOKEN_BLOCK // 4, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         return values, scale
-    block_a, block_b, per_program, warps = token_blocks(columns)
-    quantize_fp8_kernel[(triton.cdiv(m, per_program),)](
-        rows, values, scale, m, columns, rows.stride(0),
-        **constants, ROWS=per_program, BLOCK_A=block_a, BLOCK_B=block_b, num_warps=warps, enable_fp_fusion=False,
+    blocks = token_blocks(columns)
+    quantize_fp8_kernel[(triton.cdiv(m, blocks.rows),)](
+        rows, values, scale, m, columns, rows.stride(0), **constants, **blocks.constants, enable_fp_fusion=False
     )  # fmt: skip
     return values, scale
 

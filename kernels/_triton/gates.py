@@ -15,12 +15,12 @@ from kernels._triton.common import code_of, inverse_of
 def gelu(x, TANH: tl.constexpr):
     """GELU in float32, or its approximation by tanh."""
     if TANH:
-        # tanh(u) = 1 - 2 / (e**2u + 1), which is 1 from u = 10 on.
-        u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        half = 1.0 - 1.0 / (tl.exp(tl.minimum(2.0 * u, 40.0)) + 1.0)
+        # (1 + tanh(u)) / 2 = 1 / (1 + e**-2u), with u = sqrt(2 / pi) (x + 0.044715 x**3); here as a power of 2.
+        power = -x * (2.302208198144325 + 0.1029432395800235 * (x * x))
+        x = x / (1.0 + tl.exp2(tl.minimum(power, 100.0)))
     else:
-        half = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
-    return x * half
+        x = x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
+    return x
 
 
 @triton.jit

@@ -15,66 +15,59 @@ from kernels._triton.fp8 import check_hardware, to_e4m3
 from kernels.activations import quantize_by_table_reference
 from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR
 
-# Elements and channels of a block of group_stats_kernel, and blocks of a chunk.
+# Elements of a block of channel_stats_kernel, and blocks of a chunk.
 STATS_ELEMENTS = 4096
-STATS_CHANNELS = 256
 STATS_BLOCKS = 4
 MAX_CHUNKS = 64
 
 
 @triton.jit
-def group_stats_kernel(
+def channel_stats_kernel(
     x_ptr,  # (B, P, C)
-    mean_ptr,  # (B, GROUPS, chunks) float32
-    squares_ptr,  # (B, GROUPS, chunks) float32
+    mean_ptr,  # (B, chunks, C) float32
+    squares_ptr,  # (B, chunks, C) float32
     P,
     C,
     chunk,
     stride_b,
     stride_p,
-    GROUPS: tl.constexpr,
-    WIDTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Mean, and sum of squared distances from it, of BLOCK_G groups of channels over one chunk of pixels.
+    """Mean, and sum of squared distances from it, of BLOCK_C channels over one chunk of pixels.
 
-    Groups that lie side by side are read together, so that lines of memory are read whole, and each block of pixels
-    once: its own mean and squares are merged into those before it.
+    Distances are summed from the chunk's first pixel, which is some standard deviations from the mean at most, so that
+    little is lost when its part is subtracted in the end; nothing is added up across threads before that.
     """
-    blocks = tl.cdiv(GROUPS, BLOCK_G)
-    image = tl.program_id(0).to(tl.int64) // blocks
-    g = tl.program_id(0) % blocks * BLOCK_G + tl.arange(0, BLOCK_G)
-    w = tl.arange(0, BLOCK_W)
-    c = g[:, None] * WIDTH + w[None, :]
-    in_c = (g < GROUPS)[:, None] & (w < WIDTH)[None, :]
+    image = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * chunk
     stop = tl.minimum(start + chunk, P)
-    mean = tl.zeros((BLOCK_G,), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_G,), dtype=tl.float32)
-    seen = tl.zeros((), dtype=tl.float32)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = c < C
+    rows = x_ptr + image * stride_b
+    first = tl.load(rows + start.to(tl.int64) * stride_p + c, mask=in_c, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
     for p0 in range(0, chunk, BLOCK_P):
-        p = (start + p0 + tl.arange(0, BLOCK_P)).to(tl.int64)
-        mask = (p < stop)[:, None, None] & in_c[None, :, :]
-        at = x_ptr + image * stride_b + p[:, None, None] * stride_p + c[None, :, :]
-        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        count = (tl.maximum(tl.minimum(stop - start - p0, BLOCK_P), 0) * WIDTH).to(tl.float32)
-        own = tl.sum(tl.sum(x, axis=2), axis=0) / tl.maximum(count, 1.0)
-        far = tl.where(mask, x - own[None, :, None], 0.0)
-        total = tl.maximum(seen + count, 1.0)
-        squares += tl.sum(tl.sum(far * far, axis=2), axis=0) + (own - mean) * (own - mean) * (seen * count / total)
-        mean += (own - mean) * (count / total)
-        seen += count
-    part = (image * GROUPS + g) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(mean_ptr + part, mean, mask=g < GROUPS)
-    tl.store(squares_ptr + part, squares, mask=g < GROUPS)
+        p = start + p0 + tl.arange(0, BLOCK_P)
+        mask = (p < stop)[:, None] & in_c[None, :]
+        x = tl.load(rows + p.to(tl.int64)[:, None] * stride_p + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        far = tl.where(mask, x - first[None, :], 0.0)
+        total += far
+        squares = tl.fma(far, far, squares)
+    count = (stop - start).to(tl.float32)
+    far = tl.sum(total, axis=0) / count
+    spread = tl.sum(squares, axis=0) - far * far * count
+    at = (image * tl.num_programs(1) + tl.program_id(1)) * C + c
+    tl.store(mean_ptr + at, first + far, mask=in_c)
+    # A small negative difference is 0; NaN stays.
+    tl.store(squares_ptr + at, tl.where(spread < 0.0, 0.0, spread), mask=in_c)
 
 
 # P must not become a constant where it is 1: it is cast.
 @triton.jit(do_not_specialize=["P"])
 def merge_stats_kernel(
-    mean_ptr,
+    mean_ptr,  # (B, chunks, C)
     squares_ptr,
     group_mean_ptr,  # (B, GROUPS)
     group_rstd_ptr,
@@ -82,19 +75,23 @@ def merge_stats_kernel(
     chunk,
     chunks,
     eps,
+    GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNKS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """Put the chunks of one group together (Chan, Golub and LeVeque 1979)."""
+    """Put the chunks of the channels of one group together (Chan, Golub and LeVeque 1979)."""
     row = tl.program_id(0)
-    part = tl.arange(0, CHUNKS)
-    used = part < chunks
-    count = (tl.maximum(tl.minimum(P - part * chunk, chunk), 0) * WIDTH).to(tl.float32)
-    mean = tl.load(mean_ptr + row * chunks + part, mask=used, other=0.0)
-    squares = tl.load(squares_ptr + row * chunks + part, mask=used, other=0.0)
+    part, w = tl.arange(0, CHUNKS), tl.arange(0, BLOCK_W)
+    used = (part < chunks)[:, None] & (w < WIDTH)[None, :]
+    at = (row // GROUPS * chunks + part)[:, None] * (GROUPS * WIDTH) + (row % GROUPS * WIDTH + w)[None, :]
+    pixels = tl.maximum(tl.minimum(P - part * chunk, chunk), 0).to(tl.float32)
+    count = tl.where(used, pixels[:, None], 0.0)
+    mean = tl.load(mean_ptr + at, mask=used, other=0.0)
+    squares = tl.load(squares_ptr + at, mask=used, other=0.0)
     n = (P * WIDTH).to(tl.float32)
-    centre = tl.sum(mean * count, axis=0) / n
-    spread = tl.sum(squares + count * (mean - centre) * (mean - centre), axis=0)
+    centre = tl.sum(tl.sum(mean * count, axis=1), axis=0) / n
+    spread = tl.sum(tl.sum(squares + count * (mean - centre) * (mean - centre), axis=1), axis=0)
     tl.store(group_mean_ptr + row, centre)
     tl.store(group_rstd_ptr + row, 1.0 / tl.sqrt_rn(spread / n + eps))
 
@@ -137,10 +134,11 @@ def group_norm_quantize_kernel(
     mean = tl.load(group_mean_ptr + group, mask=in_c, other=0.0)
     rstd = tl.load(group_rstd_ptr + group, mask=in_c, other=0.0)
     x = tl.load(x_ptr + m[:, None] * stride_x + c[None, :], mask=mask, other=0.0).to(tl.float32)
-    x = (x - mean[None, :]) * rstd[None, :]
+    by, add = rstd, tl.zeros((BLOCK_C,), dtype=tl.float32)
     if weight_ptr is not None:
-        x = x * tl.load(weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-        x += tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+        by *= tl.load(weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+        add = tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)
+    x = multiplied(x - mean[None, :], by[None, :], add[None, :], FUSED)
     if SILU:
         x = x / (1.0 + tl.exp(-x))
     run = image // images_per_run
@@ -157,6 +155,12 @@ def group_norm_quantize_kernel(
     if (image % images_per_run == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         tl.store(run_scale_ptr + run, scale)
         tl.store(run_zero_ptr + run, zero.to(tl.int32) - HALF)
+
+
+@triton.jit
+def multiplied(x, by, add, FUSED: tl.constexpr):
+    """x * by + add, in one instruction where that rounds once."""
+    return tl.fma(x, tl.broadcast_to(by, x.shape), tl.broadcast_to(add, x.shape)) if FUSED else x * by + add
 
 
 @triton.jit
@@ -185,6 +189,8 @@ def layer_norm_quantize_kernel(
     SYMMETRIC: tl.constexpr,
     FLOOR: tl.constexpr,  # least scale of E4M3
     FUSED: tl.constexpr,
+    TOGETHER: tl.constexpr,  # whether the rows of a program are of one sample
+    WHOLE: tl.constexpr,  # whether the blocks have no more columns than the rows
     ROWS: tl.constexpr,
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -192,23 +198,28 @@ def layer_norm_quantize_kernel(
     """Normalize, modulate and quantize some tokens, which stay in registers; blocks as of per_token_kernel."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_m = m < M
-    a, c_a, mask_a = load_columns(x_ptr, m, in_m, C, stride_x, 0, BLOCK_A)
+    a, c_a, mask_a = load_columns(x_ptr, m, in_m, C, stride_x, 0, BLOCK_A, WHOLE)
     total = tl.sum(a, axis=1)
     if BLOCK_B > 0:
-        b, c_b, mask_b = load_columns(x_ptr, m, in_m, C, stride_x, BLOCK_A, BLOCK_B)
+        b, c_b, mask_b = load_columns(x_ptr, m, in_m, C, stride_x, BLOCK_A, BLOCK_B, WHOLE)
         total += tl.sum(b, axis=1)
     mean = total / C
-    a = tl.where(mask_a, a - mean[:, None], 0.0)
+    a = a - mean[:, None] if WHOLE else tl.where(mask_a, a - mean[:, None], 0.0)
     squares = tl.sum(a * a, axis=1)
     if BLOCK_B > 0:
-        b = tl.where(mask_b, b - mean[:, None], 0.0)
+        b = b - mean[:, None] if WHOLE else tl.where(mask_b, b - mean[:, None], 0.0)
         squares += tl.sum(b * b, axis=1)
     rstd = 1.0 / tl.sqrt_rn(squares / C + eps)
-    image = m // tokens
+    # One number for all rows that are of one sample.
+    image = tl.program_id(0).to(tl.int64) * ROWS // tokens + tl.zeros((1,), dtype=tl.int64) if TOGETHER else m // tokens
     by, add = image * stride_multiplier, image * stride_shift
-    a = modulated(a * rstd[:, None], c_a, mask_a, by, add, C, weight_ptr, bias_ptr, multiplier_ptr, shift_ptr)
+    a = a * rstd[:, None]
+    a = modulated(a, c_a, mask_a, by, add, C, weight_ptr, bias_ptr, multiplier_ptr, shift_ptr, FUSED, TOGETHER, WHOLE)
     if BLOCK_B > 0:
-        b = modulated(b * rstd[:, None], c_b, mask_b, by, add, C, weight_ptr, bias_ptr, multiplier_ptr, shift_ptr)
+        b = b * rstd[:, None]
+        b = modulated(
+            b, c_b, mask_b, by, add, C, weight_ptr, bias_ptr, multiplier_ptr, shift_ptr, FUSED, TOGETHER, WHOLE
+        )
     zero = tl.zeros((ROWS,), dtype=tl.float32)
     if scale_ptr is None:
         low, high, odd = tl.min(a, axis=1), tl.max(a, axis=1), nan_unless_finite(a, 1)
@@ -255,16 +266,28 @@ def numbers(x, scale, inverse, out_ptr, MAX: tl.constexpr, FUSED: tl.constexpr):
 
 
 @triton.jit
-def modulated(x, c, mask, by, add, C, weight_ptr, bias_ptr, multiplier_ptr, shift_ptr):
-    """Apply a norm's weight and bias, and a sample's modulation, to some columns; zeros beyond the row stay."""
-    in_c = c < C
+def modulated(
+    x, c, mask, by, add, C, weight_ptr, bias_ptr, multiplier_ptr, shift_ptr, FUSED: tl.constexpr,
+    TOGETHER: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Apply a norm's weight and bias, and a sample's modulation, to some columns; zeros beyond the row stay.
+
+    `by` and `add` are where the modulation of each row begins, or of all rows that are TOGETHER.
+    """
+    in_c = tl.full((1, c.shape[0]), 1, tl.int1) if WHOLE else (c < C)[None, :]
     if weight_ptr is not None:
-        x = x * tl.load(weight_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        x += tl.load(bias_ptr + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(weight_ptr + c[None, :], mask=in_c, other=0.0).to(tl.float32)
+        bias = tl.zeros_like(weight)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + c[None, :], mask=in_c, other=0.0).to(tl.float32)
+        x = multiplied(x, weight, bias, FUSED)
+    elif bias_ptr is not None:
+        x += tl.load(bias_ptr + c[None, :], mask=in_c, other=0.0).to(tl.float32)
     if multiplier_ptr is not None:
-        x = x * tl.load(multiplier_ptr + by[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
-        x += tl.load(shift_ptr + add[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        there = in_c if TOGETHER else mask
+        multiplier = tl.load(multiplier_ptr + by[:, None] + c[None, :], mask=there, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + add[:, None] + c[None, :], mask=there, other=0.0).to(tl.float32)
+        x = multiplied(x, multiplier, shift, FUSED)
     return x
 
 
@@ -288,22 +311,22 @@ def launch_group_norm(
     pixels, width = rows.shape[0] // batch, channels // groups
     runs = 1 if index is None else index.numel()
     codes, run_scale, run_zero = empty_quantized(x, runs)
-    block_w = triton.next_power_of_2(width)
-    block_g = max(1, min(triton.next_power_of_2(groups), STATS_CHANNELS // block_w))
-    block_p = max(1, STATS_ELEMENTS // (block_w * block_g))
+    block_c = min(128, channel_block(channels))
+    block_p = STATS_ELEMENTS // block_c
     # Enough chunks to fill a device, each of several blocks.
     chunk = max(STATS_BLOCKS * block_p, triton.cdiv(pixels, MAX_CHUNKS))
     chunks = triton.cdiv(pixels, chunk)
-    mean, squares = (torch.empty(batch, groups, chunks, device=x.device) for _ in range(2))
+    mean, squares = (torch.empty(batch, chunks, channels, device=x.device) for _ in range(2))
     group_mean, group_rstd = (torch.empty(batch, groups, device=x.device) for _ in range(2))
-    group_stats_kernel[(batch * triton.cdiv(groups, block_g), chunks)](
+    channel_stats_kernel[(batch, chunks, triton.cdiv(channels, block_c))](
         rows, mean, squares, pixels, channels, chunk, pixels * rows.stride(0), rows.stride(0),
-        GROUPS=groups, WIDTH=width, BLOCK_P=block_p, BLOCK_G=block_g, BLOCK_W=block_w, num_warps=4,
-        enable_fp_fusion=False,
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
+    block_w, block_chunks = triton.next_power_of_2(width), triton.next_power_of_2(chunks)
     merge_stats_kernel[(batch * groups,)](
         mean, squares, group_mean, group_rstd, pixels, chunk, chunks, eps,
-        WIDTH=width, CHUNKS=triton.next_power_of_2(chunks), num_warps=1, enable_fp_fusion=False,
+        GROUPS=groups, WIDTH=width, CHUNKS=block_chunks, BLOCK_W=block_w,
+        num_warps=1 if block_w * block_chunks <= 1024 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     block_c = channel_block(channels)
     block_m = BLOCK // block_c
@@ -373,11 +396,12 @@ def _launch_layer_norm(
     scale, zero_point, index = grid
     rows = row_view(x)
     m, channels = rows.shape
-    block_a, block_b, per_program, warps = token_blocks(channels)
-    layer_norm_quantize_kernel[(triton.cdiv(m, per_program),)](
+    blocks = token_blocks(channels)
+    tokens = m // max(1, x.shape[0])
+    layer_norm_quantize_kernel[(triton.cdiv(m, blocks.rows),)](
         rows, weight, bias, multiplier, shift, None if scale is None else scale.float().contiguous(), zero_point, index,
-        *out, m, channels, m // max(1, x.shape[0]), m // max(1, runs), rows.stride(0),
+        *out, m, channels, tokens, m // max(1, runs), rows.stride(0),
         0 if multiplier is None else multiplier.stride(0), 0 if shift is None else shift.stride(0), affine[2],
-        **constants, FLOOR=SCALE_FLOOR, FUSED=fuses(), ROWS=per_program, BLOCK_A=block_a, BLOCK_B=block_b,
-        num_warps=warps, enable_fp_fusion=False,
+        **constants, FLOOR=SCALE_FLOOR, FUSED=fuses(), TOGETHER=tokens % blocks.rows == 0, **blocks.constants,
+        enable_fp_fusion=False,
     )  # fmt: skip

@@ -359,7 +359,7 @@ def _other_cases(arch: str) -> Iterator[Case]:
     from kernels._triton import norms
     from kernels._triton.blocks import fp8_blocks
     from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel, quantize_long_fp8_kernel
-    from kernels._triton.gates import gate_quantize_kernel
+    from kernels._triton.gates import gate_fp8_kernel, gate_quantize_kernel
 
     yield _plain("group norm: chunks", norms.channel_stats_kernel, BLOCK_P=32, BLOCK_C=128)
     yield _plain("group norm: merge", norms.merge_stats_kernel, GROUPS=32, WIDTH=20, CHUNKS=16, BLOCK_W=32)
@@ -382,6 +382,8 @@ def _other_cases(arch: str) -> Iterator[Case]:
         normed = _NORMED | {"codes_ptr": "*fp8e4nv"}
         yield _plain(f"{layer_norm} FP8", norms.layer_norm_quantize_kernel, normed, **constants)
         yield _plain("quantize FP8", quantize_fp8_kernel, values, **limits, **_TOKEN)
+        for label, gated, tanh in (("GEGLU", True, False), ("GELU by tanh", False, True)):
+            yield _plain(f"{label} + FP8", gate_fp8_kernel, values, GATED=gated, TANH=tanh, **limits, **_TOKEN)
         yield _plain("quantize FP8, long rows", quantize_long_fp8_kernel, values, **limits, BLOCK_K=2048)
         tile = fp8_blocks(arch, 8192, 2560)
         constants = {

@@ -22,7 +22,11 @@ from kernels.activations import (
 )
 from kernels.backend import backend_for, is_traced
 from kernels.errors import KernelError
+from kernels.fp8 import Fp8Matrix, quantize_fp8_reference
 from quant_spec.enums import KernelBackend
+
+#: Channels of one token that a kernel keeps while it looks for their range.
+MAX_GATED = 16384
 
 
 class Gate(StrEnum):
@@ -65,9 +69,7 @@ def gate_quantize(
     KernelError
         If shapes disagree, GEGLU's channels are odd in number, or bits are not in 2..8.
     """
-    if x.shape[-1] % gate.inputs:
-        raise KernelError(f"{gate}: got {x.shape[-1]} channels, wanted two halves")
-    channels = x.shape[-1] // gate.inputs
+    channels = _gated_channels(x, gate)
     steps = table_steps(x[..., :channels], table, index)
     check_divisor(table, channels)
     quantize = _gate_quantize if is_traced(x) else _by_table
@@ -75,6 +77,45 @@ def gate_quantize(
         x, str(gate), table.scale, table.zero_point, steps, table.divisor, table.bits, str(backend)
     )
     return QuantizedActivation(codes, scale, zero, table.symmetric)
+
+
+def gate_quantize_fp8(x: Tensor, gate: Gate, *, backend: KernelBackend | str = KernelBackend.AUTO) -> Fp8Matrix:
+    """Convert gelu(x), or x[..., :C] * gelu(x[..., C:]), to E4M3, with a scale for each token.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, ..., C), floating dtype, not empty; (B, ..., 2 C) for GEGLU; C at most 16384
+    gate : Gate
+    backend : KernelBackend
+
+    Returns
+    -------
+    Fp8Matrix
+        Of shape (B, ..., C).
+
+    Raises
+    ------
+    KernelError
+        If GEGLU's channels are odd in number, there are more than a kernel takes, or `x` is empty.
+    """
+    channels = _gated_channels(x, gate)
+    if x.numel() == 0 or channels > MAX_GATED:
+        raise KernelError(
+            f"{gate}: got a tensor of shape {tuple(x.shape)}, wanted 1 to {MAX_GATED} channels of a token"
+        )
+    if backend_for(x.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.gates import launch_gate_fp8
+
+        with torch.cuda.device_of(x):
+            return Fp8Matrix(*launch_gate_fp8(x, gate))
+    return Fp8Matrix(*quantize_fp8_reference(gate_reference(x, gate)))
+
+
+def _gated_channels(x: Tensor, gate: Gate) -> int:
+    """Return how many channels a gate gives; refuse halves that are not equal."""
+    if x.shape[-1] % gate.inputs:
+        raise KernelError(f"{gate}: got {x.shape[-1]} channels, wanted two halves")
+    return x.shape[-1] // gate.inputs
 
 
 def gate_reference(x: Tensor, gate: Gate) -> Tensor:

@@ -7,8 +7,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._triton.activations import BLOCK, channel_block, divisors, fuses, row_view, tile_of_run, write_grids
-from kernels._triton.common import code_of, inverse_of
+from kernels._triton.activations import (
+    BLOCK,
+    channel_block,
+    divisors,
+    fuses,
+    row_view,
+    tile_of_run,
+    token_blocks,
+    write_grids,
+)
+from kernels._triton.common import code_of, inverse_of, load_columns, nan_unless_finite
+from kernels._triton.fp8 import check_hardware, to_e4m3
+from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR
 
 
 @triton.jit
@@ -21,6 +32,59 @@ def gelu(x, TANH: tl.constexpr):
     else:
         x = x * (0.5 + 0.5 * tl.erf(x * 0.7071067811865476))
     return x
+
+
+@triton.jit
+def gated_columns(
+    x_ptr, m, in_m, C, stride_x, FIRST: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, GATED: tl.constexpr,
+    TANH: tl.constexpr,
+):  # fmt: skip
+    """Load BLOCK columns of rows as `load_columns`, with the activation applied; 0 beyond the row."""
+    x, c, mask = load_columns(x_ptr, m, in_m, C, stride_x, FIRST, BLOCK, WHOLE)
+    if GATED:
+        gating, _, _ = load_columns(x_ptr + C, m, in_m, C, stride_x, FIRST, BLOCK, WHOLE)
+        x *= gelu(gating, TANH)
+    else:
+        x = gelu(x, TANH)
+    return x, c, mask
+
+
+@triton.jit
+def gate_fp8_kernel(
+    x_ptr,  # (M, C), or (M, 2 C) of GATED
+    values_ptr,  # (M, C) float8e4nv
+    scale_ptr,  # (M,)
+    M,
+    C,
+    stride_x,
+    GATED: tl.constexpr,
+    TANH: tl.constexpr,
+    MAX: tl.constexpr,
+    FLOOR: tl.constexpr,
+    FUSED: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether the blocks have no more columns than the rows
+    ROWS: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Some rows, each read once: the activation's largest magnitudes, then its numbers; as of quantize_fp8_kernel."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_m = m < M
+    a, c_a, mask_a = gated_columns(x_ptr, m, in_m, C, stride_x, 0, BLOCK_A, WHOLE, GATED, TANH)
+    top, odd = tl.max(tl.abs(a), axis=1), nan_unless_finite(a, 1)
+    if BLOCK_B > 0:
+        b, c_b, mask_b = gated_columns(x_ptr, m, in_m, C, stride_x, BLOCK_A, BLOCK_B, WHOLE, GATED, TANH)
+        top = tl.maximum(top, tl.max(tl.abs(b), axis=1))
+        odd += nan_unless_finite(b, 1)
+    scale = tl.maximum(tl.div_rn(top, tl.full(top.shape, MAX, tl.float32)), FLOOR) + odd
+    inverse = inverse_of(scale)[:, None]
+    out = values_ptr + m[:, None] * C
+    values = to_e4m3(a, scale[:, None], inverse, MAX, FUSED)
+    tl.store(out + c_a[None, :], values.to(values_ptr.dtype.element_ty), mask=mask_a)
+    if BLOCK_B > 0:
+        values_b = to_e4m3(b, scale[:, None], inverse, MAX, FUSED)
+        tl.store(out + c_b[None, :], values_b.to(values_ptr.dtype.element_ty), mask=mask_b)
+    tl.store(scale_ptr + m, scale, mask=in_m)
 
 
 @triton.jit
@@ -80,3 +144,18 @@ def launch_gate(
         enable_fp_fusion=False,
     )  # fmt: skip
     return codes, run_scale, run_zero
+
+
+def launch_gate_fp8(x: Tensor, gate: str) -> tuple[Tensor, Tensor]:
+    """Run `gate_fp8_kernel`."""
+    check_hardware(x)
+    is_gated = gate == "geglu"
+    rows, columns = row_view(x), x.shape[-1] // (2 if is_gated else 1)
+    m, blocks = rows.shape[0], token_blocks(columns)
+    values = torch.empty(*x.shape[:-1], columns, dtype=FP8, device=x.device)
+    scale = torch.empty(m, dtype=torch.float32, device=x.device)
+    gate_fp8_kernel[(triton.cdiv(m, blocks.rows),)](
+        rows, values, scale, m, columns, rows.stride(0), GATED=is_gated, TANH=gate == "gelu-tanh", MAX=FP8_MAX,
+        FLOOR=SCALE_FLOOR, FUSED=fuses(), **blocks.constants, enable_fp_fusion=False,
+    )  # fmt: skip
+    return values, scale

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.fp8 import Fp8Matrix
-from kernels.gates import Gate
+from kernels.gates import MAX_GATED, Gate
 from quant_core.nn.layers import replace_module
 from quant_core.runtime.layer import RuntimeLayer
 from quant_core.runtime.normalized import LayerNormBehind
@@ -184,12 +184,16 @@ def _gate_of(activation: nn.Module) -> Gate | None:
 
 
 def _takes_gate(layer: object) -> TypeGuard[RuntimeLayer]:
-    """Whether a layer is a Linear of one integer product on Triton, whose grids are in a table."""
+    """Whether a layer is a Linear of one product on Triton: of integers whose grids are in a table, or of E4M3 numbers
+    with a scale for each token."""  # fmt: skip
     if not isinstance(layer, RuntimeLayer) or layer.run.backend is not KernelBackend.TRITON:
         return False
     if layer.geometry is not None or len(layer.parts) != 1 or layer.branch is not None or layer.differences:
         return False
-    part = layer.parts[0]
+    part, spec = layer.parts[0], layer.activation
+    if isinstance(part.weight, Fp8Matrix):
+        per_token = spec is not None and spec.mode is ActivationMode.DYNAMIC_TOKEN
+        return per_token and part.channel_scale is None and part.weight.values.shape[1] <= MAX_GATED
     return isinstance(part.weight, tuple) and part.table is not None and part.channels is None
 
 

@@ -26,7 +26,7 @@ from kernels.cpu_weight import CpuWeight
 from kernels.epilogue import Epilogue, LowRank
 from kernels.fp8 import Fp8Matrix, fp8_scale, linear_fp8, quantize_fp8, to_fp8
 from kernels.fp8_measure import Fp8Timings, measured_fp8
-from kernels.gates import Gate, gate_quantize
+from kernels.gates import Gate, gate_quantize, gate_quantize_fp8
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, group_norm_quantize, layer_norm_quantize, layer_norm_quantize_fp8
 from quant_core.nn.activation import ActivationQuantizer
@@ -149,7 +149,8 @@ class RuntimeLayer(nn.Module):
         self.calls = self._small_calls()
 
     def take_gate(self, gate: Gate) -> None:
-        """Quantize gate(x) instead of x from now on, where x may have twice the channels; for a Linear with tables."""
+        """Quantize gate(x) instead of x from now on, where x may have twice the channels; for a Linear with tables, or
+        of FP8 with ranges per token."""  # fmt: skip
         self.gate = gate
         self.run = replace(self.run, reason=f"{self.run.reason}, {gate} with the quantization")
 
@@ -293,6 +294,8 @@ class RuntimeLayer(nn.Module):
         if isinstance(x, Normalized):
             scale, index = (None, None) if part.table is None else (part.table.scale, self._steps(x, part.table))
             return layer_norm_quantize_fp8(x.source, x.layer_norm(), scale, index, backend=self.run.backend)
+        if self.gate is not None:
+            return gate_quantize_fp8(x, self.gate, backend=self.run.backend)
         if part.table is None and per_token and part.channel_scale is None:
             return quantize_fp8(x, self.run.backend)
         count = x.numel() // x.shape[-1]

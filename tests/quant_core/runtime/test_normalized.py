@@ -21,6 +21,7 @@ from quant_core.nn.layers import QUANTIZABLE, QuantLayer, replace_module
 from quant_core.nn.ranges import QParams
 from quant_core.nn.steps import StepClock
 from quant_core.runtime.build import build_runtime
+from quant_core.runtime.fused_blocks import Projection
 from quant_core.runtime.layer import RuntimeLayer
 from quant_core.runtime.normalized import LayerNormBehind, Normalized
 from quant_spec.enums import ActivationMode, KernelBackend, NumberType
@@ -177,6 +178,19 @@ def test_layers_in_fp8_make_the_numbers_of_a_norm_apart(mode: ActivationMode) ->
     got, want = run_block(model), run_block(apart(model))
     assert seen == ["0.attn1.to_q", "0.attn1.to_k", "0.attn1.to_v", "0.ff.net.0.proj"]
     assert float((got - want).norm()) <= 0.01 * float(want.norm())
+
+
+@pytest.mark.parametrize("kind", ["geglu", "gelu-approximate"])
+@torch.no_grad()
+def test_a_feed_forward_in_fp8_takes_the_activation(kind: str) -> None:
+    numbers = ActivationSpec(8, mode=ActivationMode.DYNAMIC_TOKEN, type=NumberType.E4M3)
+    model = block_of(WeightSpec(8, type=NumberType.E4M3), numbers, activation_fn=kind)
+    want = run_block(model)
+    build_runtime(model, KernelBackend.TRITON)
+    first, _, last = model[0].ff.net  # type: ignore[union-attr, misc]
+    assert isinstance(first, Projection)
+    assert last.run.reason.endswith(f"{last.gate} with the quantization")
+    assert float((run_block(model) - want).norm()) <= 0.01 * float(want.norm())
 
 
 @torch.no_grad()

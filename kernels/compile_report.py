@@ -69,6 +69,7 @@ _ALIGNED = (
     "stride_residual",
     "stride_b",
     "stride_p",
+    "stride_s",
     "stride_multiplier",
     "stride_shift",
     "stride_h",
@@ -335,6 +336,7 @@ _TOKEN = {"ROWS": 1, "BLOCK_A": 1024, "BLOCK_B": 256, "WHOLE": True}
 _CODES = {"TOP": 255, "HALF": 128, "FUSED": True}
 _TABLE = {"zero_ptr": "*fp32"}
 _NORMED = {"multiplier_ptr": "*bf16"}
+_HEADS = {"x_ptr": "*bf16", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
 
 
 def _activation_cases() -> Iterator[Case]:
@@ -360,6 +362,7 @@ def _other_cases(arch: str) -> Iterator[Case]:
     from kernels._triton.blocks import fp8_blocks
     from kernels._triton.fp8 import linear_fp8_kernel, quantize_fp8_kernel, quantize_long_fp8_kernel
     from kernels._triton.gates import gate_fp8_kernel, gate_quantize_kernel
+    from kernels._triton.rotary import rms_norm_rotary_kernel
 
     yield _plain("group norm: chunks", norms.channel_stats_kernel, BLOCK_P=32, BLOCK_C=128)
     yield _plain("group norm: merge", norms.merge_stats_kernel, GROUPS=32, WIDTH=20, CHUNKS=16, BLOCK_W=32)
@@ -376,6 +379,8 @@ def _other_cases(arch: str) -> Iterator[Case]:
     for label, gated, tanh in (("GEGLU", True, False), ("GELU", False, False), ("GELU by tanh", False, True)):
         blocks: dict[str, Any] = {"BLOCK_M": 8, "BLOCK_C": 512, "divisor_ptr": None}
         yield _plain(f"{label} + quantize", gate_quantize_kernel, _TABLE, GATED=gated, TANH=tanh, **_CODES, **blocks)
+    heads: dict[str, Any] = {"D": 128, "BLOCK_H": 8, "BLOCK_D": 128}
+    yield Case("RMSNorm + rotary", rms_norm_rotary_kernel, heads, _HEADS, 1, 1)
     if arch in ("sm_90", "sm_100"):
         values, limits = {"values_ptr": "*fp8e4nv"}, {"MAX": 448.0, "FLOOR": 1e-12, "FUSED": True}
         constants = tokens | own | {"TOP": 448.0, "HALF": 0, "FUSED": True, "run_zero_ptr": None}

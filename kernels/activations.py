@@ -262,8 +262,7 @@ def _(
     return fake_quantized(x, runs)
 
 
-@torch.library.custom_op("quantmill::quantize_dynamic", mutates_args=())
-def _quantize_dynamic(
+def _dynamic(
     x: Tensor, runs: int, bits: int, symmetric: bool, channel_scale: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend_for(x.device, backend) is KernelBackend.TRITON:
@@ -272,6 +271,9 @@ def _quantize_dynamic(
         with torch.cuda.device_of(x):
             return launch_dynamic(x, runs, bits, symmetric, channel_scale)
     return quantize_dynamic_reference(x, runs, bits, symmetric, channel_scale)
+
+
+_quantize_dynamic = torch.library.custom_op("quantmill::quantize_dynamic", _dynamic, mutates_args=())
 
 
 @_quantize_dynamic.register_fake

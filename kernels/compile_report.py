@@ -423,7 +423,7 @@ def _hopper_cases() -> Iterator[Case]:
             "SUM": gl.int32 if is_int else gl.float32, "LAYOUT": layout, "TAPS_H": taps, "TAPS_W": taps,
             "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "HALVES": halves,
             "GROUP_STEPS": group_steps,
-            "SWIZZLE": 8, "STAGES": stages, "residual_ptr": None, "x_sum_ptr": None, "zero_ptr": None,
+            "SWIZZLE": 8, "STAGES": stages, "gate_ptr": None, "residual_ptr": None, "x_sum_ptr": None, "zero_ptr": None,
             **({} if is_int else {"x_zero_ptr": None, "total_ptr": None}),
         }  # fmt: skip
         lead = [] if rectangle is None else [1, *rectangle]

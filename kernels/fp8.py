@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.backend import backend_for
-from kernels.epilogue import Epilogue, EpilogueRows, add_epilogue
+from kernels.backend import backend_for, is_traced
+from kernels.epilogue import Epilogue, EpilogueRows, add_epilogue, add_gated, without_gate
 from kernels.errors import KernelError
 from kernels.gemm import as_rows, epilogue_rows
 from quant_spec.enums import KernelBackend
@@ -72,7 +72,7 @@ def quantize_fp8(x: Tensor, backend: KernelBackend | str = KernelBackend.AUTO) -
     """
     if x.numel() == 0:
         raise KernelError(f"fp8: got an empty tensor of shape {tuple(x.shape)}, wanted values")
-    return Fp8Matrix(*_quantize_fp8(x, str(backend)))
+    return Fp8Matrix(*(_quantize_fp8 if is_traced(x) else _by_rows)(x, str(backend)))
 
 
 def why_no_fp8(device: torch.device) -> str | None:
@@ -106,22 +106,28 @@ def linear_fp8(
             f"fp8: got {tuple(x.values.shape)} and {tuple(weight.values.shape)}, wanted (..., K) and (N, K)"
         )
     shape = (*x.values.shape[:-1], weight.values.shape[0])
-    epilogue.check(shape)
+    epilogue.check(shape, gated=True)
     values = as_rows(x.values)
     if sum(len(values) >= switch for switch in weight.switches) % 2 and library_takes(weight, epilogue):
         return linear_fp8_library(x, weight, epilogue)
     rows = epilogue_rows(epilogue)
+    left = Fp8Matrix(values, x.scale.contiguous())
+    right = Fp8Matrix(weight.values.contiguous(), weight.scale.contiguous())
+    if not is_traced(values):
+        return _multiply_fp8(left, right, rows, epilogue.dtype, str(backend)).view(shape)
+    plain = rows if rows.gate is None else without_gate(rows)
     out = _linear_fp8(
-        values, x.scale.contiguous(), weight.values.contiguous(), weight.scale.contiguous(),
-        rows.bias, rows.residual, rows.down, rows.up, epilogue.dtype, str(backend),
+        left.values, left.scale, right.values, right.scale,
+        plain.bias, plain.residual, plain.down, plain.up, epilogue.dtype, str(backend),
     )  # fmt: skip
-    return out.view(shape)
+    return (out if rows.gate is None else add_gated(out, rows, epilogue.dtype)).view(shape)
 
 
 def library_takes(weight: Fp8Matrix, epilogue: Epilogue) -> bool:
     """Whether `linear_fp8_library` has a product's shape and epilogue: a bias at most, and outputs in bfloat16."""
     fits = all(size % LIBRARY_MULTIPLE == 0 for size in weight.values.shape)
-    return fits and epilogue.dtype is torch.bfloat16 and epilogue.residual is None and epilogue.low_rank is None
+    more = (epilogue.residual, epilogue.low_rank, epilogue.gate)
+    return fits and epilogue.dtype is torch.bfloat16 and all(each is None for each in more)
 
 
 def linear_fp8_library(x: Fp8Matrix, weight: Fp8Matrix, epilogue: Epilogue) -> Tensor:
@@ -180,8 +186,7 @@ def linear_fp8_reference(x: Fp8Matrix, weight: Fp8Matrix, rows: EpilogueRows, dt
     return add_epilogue(total * weight.scale * x.scale[:, None], rows, dtype)
 
 
-@torch.library.custom_op("quantmill::quantize_fp8", mutates_args=())
-def _quantize_fp8(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def _by_rows(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend_for(x.device, backend) is KernelBackend.TRITON:
         from kernels._triton.fp8 import launch_quantize_fp8
 
@@ -190,9 +195,22 @@ def _quantize_fp8(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return quantize_fp8_reference(x)
 
 
+_quantize_fp8 = torch.library.custom_op("quantmill::quantize_fp8", _by_rows, mutates_args=())
+
+
 @_quantize_fp8.register_fake
 def _(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
+
+
+def _multiply_fp8(x: Fp8Matrix, weight: Fp8Matrix, rows: EpilogueRows, dtype: torch.dtype, backend: str) -> Tensor:
+    """Multiply rows (M, K) on the backend that is asked for."""
+    if backend_for(x.values.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.fp8 import launch_linear_fp8
+
+        with torch.cuda.device_of(x.values):
+            return launch_linear_fp8(x, weight, rows, dtype)
+    return linear_fp8_reference(x, weight, rows, dtype)
 
 
 @torch.library.custom_op("quantmill::linear_fp8", mutates_args=())
@@ -209,12 +227,7 @@ def _linear_fp8(
     backend: str,
 ) -> Tensor:
     rows = EpilogueRows(bias, residual, down, up)
-    if backend_for(x.device, backend) is KernelBackend.TRITON:
-        from kernels._triton.fp8 import launch_linear_fp8
-
-        with torch.cuda.device_of(x):
-            return launch_linear_fp8(Fp8Matrix(x, x_scale), Fp8Matrix(weight, scale), rows, dtype)
-    return linear_fp8_reference(Fp8Matrix(x, x_scale), Fp8Matrix(weight, scale), rows, dtype)
+    return _multiply_fp8(Fp8Matrix(x, x_scale), Fp8Matrix(weight, scale), rows, dtype, backend)
 
 
 @_linear_fp8.register_fake

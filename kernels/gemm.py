@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.activations import QuantizedActivation
 from kernels.backend import backend_for, is_traced
-from kernels.epilogue import Epilogue, EpilogueRows, LowRank, add_epilogue
+from kernels.epilogue import Epilogue, EpilogueRows, LowRank, add_epilogue, add_gated, without_gate
 from kernels.errors import KernelError
 from kernels.weights import PackedWeight, WeightLayout, weight_integers
 from quant_spec.enums import KernelBackend
@@ -63,28 +63,29 @@ def linear_int(
     """
     n = check_weights(weights, taps=1, channels=x.codes.shape[-1])
     shape = (*x.codes.shape[:-1], n)
-    epilogue.check(shape)
+    epilogue.check(shape, gated=True)
     rows, codes = epilogue_rows(epilogue), as_rows(x.codes)
     if not len(x.scale) or len(codes) % len(x.scale):
         raise KernelError(f"linear: got {len(x.scale)} scales for {len(codes)} rows, wanted equal runs of rows")
     if not is_traced(x.codes):
         flat = QuantizedActivation(codes, x.scale.contiguous(), x.zero_point.contiguous(), x.symmetric)
         return _multiply_int(flat, weights, rows, n, epilogue.dtype, str(backend)).view(shape)
+    plain = rows if rows.gate is None else without_gate(rows)
     out = _linear_int(
         codes,
         x.scale.contiguous(),
         x.zero_point.contiguous(),
         x.symmetric,
         *flatten_weights(weights),
-        rows.bias,
-        rows.residual,
-        rows.down,
-        rows.up,
+        plain.bias,
+        plain.residual,
+        plain.down,
+        plain.up,
         n,
         epilogue.dtype,
         str(backend),
     )
-    return out.view(shape)
+    return (out if rows.gate is None else add_gated(out, rows, epilogue.dtype)).view(shape)
 
 
 def linear_float(
@@ -114,20 +115,23 @@ def linear_float(
         raise KernelError(f"x: got dtype {x.dtype}, wanted one of {', '.join(map(str, FLOAT_DTYPES))}")
     n = check_weights(weights, taps=1, channels=x.shape[-1])
     shape = (*x.shape[:-1], n)
-    epilogue.check(shape)
+    epilogue.check(shape, gated=True)
     rows = epilogue_rows(epilogue)
+    if not is_traced(x):
+        return _multiply_float(as_rows(x), weights, rows, n, epilogue.dtype, str(backend)).view(shape)
+    plain = rows if rows.gate is None else without_gate(rows)
     out = _linear_float(
         as_rows(x),
         *flatten_weights(weights),
-        rows.bias,
-        rows.residual,
-        rows.down,
-        rows.up,
+        plain.bias,
+        plain.residual,
+        plain.down,
+        plain.up,
         n,
         epilogue.dtype,
         str(backend),
     )
-    return out.view(shape)
+    return (out if rows.gate is None else add_gated(out, rows, epilogue.dtype)).view(shape)
 
 
 def linear_int_reference(
@@ -212,8 +216,8 @@ def epilogue_rows(epilogue: Epilogue) -> EpilogueRows:
     bias = None if epilogue.bias is None else epilogue.bias.contiguous()
     low_rank: LowRank | None = epilogue.low_rank
     if low_rank is None:
-        return EpilogueRows(bias, residual, None, None)
-    return EpilogueRows(bias, residual, as_rows(low_rank.hidden).contiguous(), low_rank.up.contiguous())
+        return EpilogueRows(bias, residual, None, None, epilogue.gate)
+    return EpilogueRows(bias, residual, as_rows(low_rank.hidden).contiguous(), low_rank.up.contiguous(), epilogue.gate)
 
 
 def _multiply_int(
@@ -273,6 +277,18 @@ def _(
     return codes.new_empty(codes.shape[0], n, dtype=dtype)
 
 
+def _multiply_float(
+    x: Tensor, weights: Sequence[PackedWeight], rows: EpilogueRows, n: int, dtype: torch.dtype, backend: str
+) -> Tensor:
+    """Multiply float rows (M, K) on the backend that is asked for."""
+    if backend_for(x.device, backend) is KernelBackend.TRITON:
+        from kernels._triton.gemm import launch_linear_float
+
+        with torch.cuda.device_of(x):
+            return launch_linear_float(x, weights, rows, n, dtype)
+    return linear_float_reference(x, weights, rows, n).to(dtype)
+
+
 @torch.library.custom_op("quantmill::linear_float", mutates_args=())
 def _linear_float(
     x: Tensor,
@@ -287,12 +303,7 @@ def _linear_float(
     backend: str,
 ) -> Tensor:
     weights, rows = unflatten_weights(weight_tensors, weight_ints), EpilogueRows(bias, residual, down, up)
-    if backend_for(x.device, backend) is KernelBackend.TRITON:
-        from kernels._triton.gemm import launch_linear_float
-
-        with torch.cuda.device_of(x):
-            return launch_linear_float(x, weights, rows, n, dtype)
-    return linear_float_reference(x, weights, rows, n).to(dtype)
+    return _multiply_float(x, weights, rows, n, dtype, backend)
 
 
 @_linear_float.register_fake

@@ -12,7 +12,7 @@ from kernels._triton.blocks import architecture, fp8_blocks, rank_block
 from kernels._triton.common import clamped, divide, finish_tile, inverse_of, load_columns, nan_unless_finite, tile_of
 from kernels._triton.gemm import stride_of
 from kernels._triton.tuned import HOPPER, LINEAR_FP8, Shape, Tile, tuned_tile
-from kernels.epilogue import EpilogueRows
+from kernels.epilogue import EpilogueRows, add_gated, without_gate
 from kernels.errors import KernelError
 from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR, Fp8Matrix, why_no_fp8
 
@@ -191,6 +191,8 @@ def launch_linear_fp8(
         if hopper.takes(x.values, weight.values, rows, n, dtype):
             hopper.linear_fp8(x, weight, rows, out, tile)
             return out
+    if rows.gate is not None:
+        return add_gated(launch_linear_fp8(x, weight, without_gate(rows), dtype, tile), rows, dtype)
     blocks = fp8_blocks(architecture(out.device), m, n, tile=tile)
     linear_fp8_kernel[(triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),)](
         x.values, x.scale, weight.values, weight.scale, rows.bias, rows.residual, rows.down, rows.up, out,

@@ -23,7 +23,7 @@ from kernels._triton.int_tiles import int_tile
 from kernels._triton.tuned import HOPPER, LINEAR_GROUPS, LINEAR_INT8, Shape, Tile, tuned_tile
 from kernels._triton.widths import launch_linear_widths, takes_widths
 from kernels.activations import QuantizedActivation
-from kernels.epilogue import EpilogueRows
+from kernels.epilogue import EpilogueRows, add_gated, without_gate
 from kernels.weights import PackedWeight
 
 
@@ -203,7 +203,8 @@ def launch_linear_int(
     dtype: torch.dtype,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Run `linear_int_kernel`, or once for all widths `linear_widths_kernel`; `x.codes` is (M, K).
+    """Run `linear_int_kernel`, or once for all widths `linear_widths_kernel`; `x.codes` is (M, K). Only
+    `kernels._triton.hopper` has gates; behind the others they are operations of PyTorch.
 
     `tile` is for 8-bit weights; by default it is what was measured on the device.
     """
@@ -221,6 +222,8 @@ def launch_linear_int(
         if hopper.takes_weights(weights, tile) and hopper.takes(x.codes, weights[0].codes, rows, n, dtype):
             hopper.linear_int8(x, weights[0], rows, out, tile)
             return out
+    if rows.gate is not None:
+        return add_gated(launch_linear_int(x, weights, without_gate(rows), n, dtype, tile), rows, dtype)
     if takes_widths(weights, arch):
         launch_linear_widths(x, weights, rows, out)
         return out
@@ -251,6 +254,8 @@ def launch_linear_float(
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     if out.numel() == 0:
         return out
+    if rows.gate is not None:
+        return add_gated(launch_linear_float(x, weights, without_gate(rows), n, dtype), rows, dtype)
     arch = architecture(out.device)
     for weight in weights:
         layout = weight.layout

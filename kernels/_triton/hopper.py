@@ -80,7 +80,9 @@ def issue(
 
 
 # One compilation for all sizes: these integers are never known to be 1, or multiples of 16.
-@gluon.jit(do_not_specialize=["M", "tiles_m", "tiles_h", "tiles_w", "H", "W", "rows_per_scale", "tap_groups"])
+@gluon.jit(
+    do_not_specialize=["M", "tiles_m", "tiles_h", "tiles_w", "H", "W", "rows_per_scale", "rows_per_gate", "tap_groups"]
+)
 def product_kernel(
     x_desc,  # (M, K), or (B, H, W, C) of a convolution: int8 or float8e4nv
     w_desc,  # (N, taps * tap_bytes)
@@ -92,6 +94,7 @@ def product_kernel(
     zero_ptr,  # (N,) int8
     total_ptr,  # (N, taps) int32, or float32 of groups: sums of scale times integer
     bias_ptr,  # (N,) or None
+    gate_ptr,  # (runs of rows_per_gate rows, N) or None
     residual_ptr,  # (M, N) or None
     M,
     N,
@@ -104,6 +107,8 @@ def product_kernel(
     tap_bytes,
     tap_groups,
     rows_per_scale,
+    rows_per_gate,
+    stride_gate,
     stride_residual,
     SUM: gl.constexpr,
     LAYOUT: gl.constexpr,
@@ -230,6 +235,9 @@ def product_kernel(
         value = value * gl.load(x_scale_ptr + m // rows_per_scale, mask=in_m, other=0.0)[:, None]
         if bias_ptr is not None:
             value += gl.load(bias_ptr + n, mask=in_n, other=0.0).to(gl.float32)[None, :]
+        if gate_ptr is not None:
+            at = gate_ptr + (m // rows_per_gate).to(gl.int64)[:, None] * stride_gate + n[None, :]
+            value = value * gl.load(at, mask=in_m[:, None] & in_n[None, :], other=0.0).to(gl.float32)
         if residual_ptr is not None:
             at = residual_ptr + m.to(gl.int64)[:, None] * stride_residual + n[None, :]
             value += gl.load(at, mask=in_m[:, None] & in_n[None, :], other=0.0).to(gl.float32)

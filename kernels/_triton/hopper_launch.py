@@ -48,7 +48,8 @@ def takes(x: Tensor, weight: Tensor, rows: EpilogueRows, n: int, dtype: torch.dt
     """Whether operands, (..., K) and (N, taps * K), and outputs lie as TMA needs them, without a low-rank branch."""
     lines = [*x.stride()[:-1], weight.stride(0), n * dtype.itemsize]
     aligned = all(line % ALIGNED == 0 for line in lines) and x.data_ptr() % ALIGNED == weight.data_ptr() % ALIGNED == 0
-    return aligned and x.stride(-1) == 1 and rows.rank == 0 and dtype in (torch.float16, torch.bfloat16)
+    plain = rows.rank == 0 and (rows.gate is None or rows.gate.stride(-1) == 1)
+    return aligned and x.stride(-1) == 1 and plain and dtype in (torch.float16, torch.bfloat16)
 
 
 def takes_weights(weights: Sequence[PackedWeight], tile: Tile) -> bool:
@@ -128,12 +129,14 @@ def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry:
         warps_per_cta=[tile.warps, 1],
         instr_shape=[16, min(tile.n, WIDEST_INT8 if is_int else WIDEST), 32],
     )
-    residual, group = o.rows.residual, 0 if o.layout is None else o.layout.group_size
+    residual, gate = o.rows.residual, o.rows.gate
+    group = 0 if o.layout is None else o.layout.group_size
     product_kernel[(min(tiles, programs),)](
         _descriptor(o.x, x_block), _descriptor(o.weight, [tile.n, tile.k]), _descriptor(out, out_block),
-        o.x_scale, o.x_zero, o.x_sum, o.scale, o.zero, o.total, o.rows.bias, residual,
+        o.x_scale, o.x_zero, o.x_sum, o.scale, o.zero, o.total, o.rows.bias, gate, residual,
         out.numel() // columns, columns, channels, tiles_m, tiles_h, tiles_w, height, width, tap_bytes,
         1 if o.layout is None else o.layout.groups_per_tap, rows_per_scale,
+        1 if gate is None else out.shape[0] // len(gate), 0 if gate is None else gate.stride(0),
         0 if residual is None else residual.stride(0), SUM=gl.int32 if is_int else gl.float32, LAYOUT=layout,
         GROUP_STEPS=group // tile.k, TAPS_H=kernel[0], TAPS_W=kernel[1],
         PAD_H=0 if geometry is None else geometry.padding[0], PAD_W=0 if geometry is None else geometry.padding[1],

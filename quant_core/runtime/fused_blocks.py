@@ -9,7 +9,8 @@ the time embedding (`scale_shift`). A norm stays in front of a layer that is not
 whose input is split.
 
 On Triton, the activation of a feed-forward (GELU, GEGLU) is computed where the Linear behind it quantizes its input,
-and so are LayerNorms and their modulation (`quant_core.runtime.normalized`).
+and so are LayerNorms and their modulation (`quant_core.runtime.normalized`); gates and sums of transformer blocks are
+part of the product in front of them (`quant_core.runtime.deferred`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,13 @@ _READERS: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {
     JointTransformerBlock: _JOINT,
     FluxTransformerBlock: _JOINT,
     FluxSingleTransformerBlock: {"norm": ("proj_mlp", *_QKV)},
+}
+#: Layers whose outputs a block multiplies by a gate, or not, and adds to its input.
+_ADDED: dict[type[nn.Module], tuple[str, ...]] = {
+    BasicTransformerBlock: ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2"),
+    JointTransformerBlock: ("attn.to_out.0", "attn.to_add_out", "attn2.to_out.0", "ff.net.2", "ff_context.net.2"),
+    FluxTransformerBlock: ("attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2"),
+    FluxSingleTransformerBlock: ("proj_out",),
 }
 # Norms around a LayerNorm, whose output they multiply and add to at once.
 _ADAPTIVE = (
@@ -128,6 +136,10 @@ def fuse_blocks(model: nn.Module) -> None:
     for module in model.modules():
         for name, readers in _READERS.get(type(module), {}).items():
             _fuse_layer_norm(module, name, readers)
+        for name in _ADDED.get(type(module), ()):
+            layer = dict(module.named_modules()).get(name)
+            if _defers(layer):
+                layer.defer()
     norm, act, conv = (getattr(model, name, None) for name in ("conv_norm_out", "conv_act", "conv_out"))
     if isinstance(norm, nn.GroupNorm) and isinstance(act, nn.SiLU) and _takes_norm(conv):
         conv.take_norm(norm)
@@ -172,6 +184,13 @@ def _takes_layer_norm(layer: object) -> TypeGuard[RuntimeLayer]:
     if part.table is None:
         return spec.mode is ActivationMode.DYNAMIC_TOKEN
     return part.table.divisor is None
+
+
+def _defers(layer: object) -> TypeGuard[RuntimeLayer]:
+    """Whether a layer is a Linear of one product on Triton."""
+    if not isinstance(layer, RuntimeLayer) or layer.run.backend is not KernelBackend.TRITON:
+        return False
+    return layer.geometry is None and len(layer.parts) == 1 and not layer.differences
 
 
 def _gate_of(activation: nn.Module) -> Gate | None:

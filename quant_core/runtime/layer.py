@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from kernels import native
 from kernels.activations import ActivationTable, QuantizedActivation, quantize_by_table, quantize_dynamic
+from kernels.backend import is_traced
 from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cpu import cpu_conv2d, cpu_linear
 from kernels.cpu_activation import CpuGrid, cpu_grid, quantize_cpu, quantize_cpu_dynamic
@@ -33,6 +34,7 @@ from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.differences import LayerMemory
 from quant_core.nn.layers import QuantLayer, weight_from_matrix
 from quant_core.nn.steps import StepClock
+from quant_core.runtime.deferred import Deferred
 from quant_core.runtime.following import follow
 from quant_core.runtime.normalized import Normalized
 from quant_core.runtime.parts import LayerPart, lay_out_parts
@@ -74,6 +76,8 @@ class RuntimeLayer(nn.Module):
         The activation of a feed-forward to apply to the input before it is quantized; see `take_gate`.
     normalizes : bool
         Whether it computes the LayerNorm and modulation in front of it; see `take_layer_norms`.
+    defers : bool
+        Whether its output is multiplied where it is read; see `defer`.
     shared : SharedInput or None
         What keeps the codes of an input that other layers read too; see `share`.
     differences : frozenset of int
@@ -103,6 +107,7 @@ class RuntimeLayer(nn.Module):
         self.norm: GroupNorm | None = None
         self.gate: Gate | None = None
         self.normalizes = False
+        self.defers = False
         self.shared: SharedInput | None = None
         self.is_last_reader = False
         self.differences = layer.differences
@@ -159,6 +164,11 @@ class RuntimeLayer(nn.Module):
         self.normalizes = True
         self.run = replace(self.run, reason=f"{self.run.reason}, LayerNorm and modulation with the quantization")
 
+    def defer(self) -> None:
+        """Give `Deferred` outputs, which take up a gate and a sum; for a Linear of one product."""
+        self.defers = True
+        self.run = replace(self.run, reason=f"{self.run.reason}, gate and sum with the product")
+
     def _small_calls(self) -> SmallCalls | None:
         """Return what computes the whole layer in one call where it is small; None if it is more than one product."""
         part = self.parts[0]
@@ -190,11 +200,19 @@ class RuntimeLayer(nn.Module):
             return self._forward(x, residual)
         # Attentions run their layers inside a function mode, which would see each of some thirty calls in vain.
         with torch._C.DisableTorchFunction():
+            if self.defers and residual is None and _may_wait(x):
+                return Deferred(self, x)
             return self._forward(x, residual)
 
-    def _forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if isinstance(x, Normalized) and not (self.normalizes and x.is_whole):
+    def multiply_now(self, x: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
+        """Return what `Deferred` stands for: the layer's output, times `gate`, shape (B, 1, N), plus `residual`."""
+        with torch._C.DisableTorchFunction():
+            return self._forward(x, residual, None if gate is None else gate[:, 0])
+
+    def _forward(self, x: Tensor, residual: Tensor | None, gate: Tensor | None = None) -> Tensor:
+        if isinstance(x, Deferred) or (isinstance(x, Normalized) and not (self.normalizes and x.is_whole)):
             x = x.value()
+        residual = residual.value() if isinstance(residual, Deferred | Normalized) else residual
         rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
         assert rows is not None
         if self.calls is not None and native.is_usable():
@@ -213,7 +231,7 @@ class RuntimeLayer(nn.Module):
         for i, part in enumerate(self.parts):
             is_last, is_first = i == len(self.parts) - 1, i == 0
             dtype = x.dtype if is_last else torch.float32
-            epilogue = Epilogue(dtype, self.bias if is_first else None, out, low_rank if is_first else None)
+            epilogue = Epilogue(dtype, self.bias if is_first else None, out, low_rank if is_first else None, gate)
             out = self._multiply(rows if self.gate is not None else part.take(rows), part, epilogue)
         assert out is not None
         return out if self.geometry is None else out.permute(0, 3, 1, 2)
@@ -386,6 +404,13 @@ class RuntimeLayer(nn.Module):
     def extra_repr(self) -> str:
         """Describe the layer in one line."""
         return f"{self.shape}, W{weight_bits_text(self.spec.weight)} {self.spec.weight.granularity}, {self.run.reason}"
+
+
+def _may_wait(x: Tensor) -> bool:
+    """Whether a product of `x` may be computed later: of plain values that nobody traces or differentiates."""
+    if type(x) is not Tensor or x.dim() != 3 or x.numel() == 0 or is_traced(x):
+        return False
+    return not torch.is_autocast_enabled(x.device.type) and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def layer_quantizers(layer: QuantLayer) -> list[ActivationQuantizer]:

@@ -10,9 +10,11 @@ from torch import Tensor
 from kernels.activations import QuantizedActivation
 from kernels.epilogue import Epilogue, LowRank
 from kernels.errors import KernelError
+from kernels.fp8 import linear_fp8, quantize_fp8
 from kernels.gemm import EPILOGUE_TOLERANCE, linear_float, linear_int
 from kernels.weights import join_widths
 from tests.kernels.example_layers import mixed_layer, random_layer, weight_values
+from tests.kernels.test_norms import noise
 
 BACKENDS = ("reference", "triton")
 
@@ -86,6 +88,40 @@ def test_triton_equals_its_twin(
     # One scale for all columns: no sum of floats, so the same operations in the same order.
     limit = 0.0 if layer.packed.layout.groups == 1 else EPILOGUE_TOLERANCE * reference.abs().max().item()
     assert (reference - triton).abs().max().item() <= limit
+
+
+@pytest.mark.parametrize("gated", ["ints", "floats", "fp8"])
+@pytest.mark.parametrize("residual", [None, noise(4, 9, 40)])
+def test_gates_multiply_runs_of_rows(gated: str, residual: Tensor | None, device: str) -> None:
+    layer, gate, bias = random_layer(40, 96, bits=4, group_size=32), noise(2, 48)[:, :40], noise(40)
+    there = None if residual is None else residual.to(device)
+    epilogue, packed = Epilogue(torch.float16, bias.to(device), there, gate=gate.to(device)), layer.packed.to(device)
+    codes = activation(36, 96, 4)
+    x8, w8 = quantize_fp8(noise(4, 9, 96).to(device)), quantize_fp8(noise(40, 96).to(device))
+
+    def product(of: Epilogue, backend: str) -> Tensor:
+        if gated == "fp8":
+            return linear_fp8(x8, w8, of, backend)
+        if gated == "floats":
+            return linear_float(noise(4, 9, 96).to(device), [packed], of, backend)
+        shaped = QuantizedActivation(codes.codes.view(4, 9, 96), codes.scale, codes.zero_point, codes.symmetric)
+        return linear_int(to(shaped, device), [packed], of, backend)
+
+    plain = product(Epilogue(bias=bias.to(device)), "reference").cpu()
+    want = plain * gate.repeat_interleave(2, 0)[:, None] + (0 if residual is None else residual)
+    for backend in BACKENDS:
+        got = product(epilogue, backend)
+        assert got.dtype is torch.float16
+        assert torch.allclose(got.cpu().float(), want, rtol=2e-3, atol=2e-3 * float(plain.abs().max())), backend
+
+
+def test_a_gate_that_fits_no_rows_is_refused() -> None:
+    x, layer = activation(8, 32, 1), random_layer(4, 32, bits=8)
+    for gate in (torch.ones(3, 4), torch.ones(2, 5), torch.ones(4)):
+        with pytest.raises(KernelError, match="gate: got shape"):
+            linear_int(x, [layer.packed], Epilogue(gate=gate))
+    with pytest.raises(KernelError, match="wanted none in this operator"):
+        Epilogue(gate=torch.ones(1, 4)).check((8, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

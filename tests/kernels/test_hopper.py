@@ -32,11 +32,12 @@ def codes(*shape: int, runs: int) -> QuantizedActivation:
     return QuantizedActivation(x.cuda(), scale.cuda(), zero.cuda(), symmetric=False)
 
 
-def rows(m: int, n: int) -> EpilogueRows:
+def rows(m: int, n: int, runs: int = 0) -> EpilogueRows:
     g = torch.Generator(device="cuda").manual_seed(m)
     bias = torch.randn(n, device="cuda", dtype=torch.bfloat16, generator=g)
     residual = torch.randn(m, n, device="cuda", dtype=torch.bfloat16, generator=g)
-    return EpilogueRows(bias, residual, None, None)
+    gate = torch.randn(runs, n + 8, device="cuda", dtype=torch.bfloat16, generator=g)[:, :n] if runs else None
+    return EpilogueRows(bias, residual, None, None, gate)
 
 
 def check(got: torch.Tensor, want: torch.Tensor, tolerance: float = ROUNDED) -> None:
@@ -53,7 +54,7 @@ def test_linear_is_the_references(m: int, n: int, warps: int, stages: int, halve
     from kernels._triton.tuned import HOPPER, Tile
 
     x, layer = codes(1200, 400, runs=3), random_layer(392, 400, bits=8, symmetric=symmetric, device="cuda")
-    added, out = rows(1200, 392), torch.full((1200, 392), torch.nan, device="cuda", dtype=torch.bfloat16)
+    added, out = rows(1200, 392, 4), torch.full((1200, 392), torch.nan, device="cuda", dtype=torch.bfloat16)
     tile = Tile(HOPPER, m, n, 128, warps, stages, halves=halves)
     assert takes_weights([layer.packed], tile)
     assert takes(x.codes, layer.packed.codes, added, 392, torch.bfloat16)
@@ -86,7 +87,7 @@ def test_fp8_is_the_references(m: int, n: int, warps: int, stages: int, halves: 
 
     g = torch.Generator(device="cuda").manual_seed(m)
     x, w = (quantize_fp8(torch.randn(size, 400, device="cuda", generator=g)) for size in (1000, 392))
-    added, out = rows(1000, 392), torch.full((1000, 392), torch.nan, device="cuda", dtype=torch.bfloat16)
+    added, out = rows(1000, 392, 2), torch.full((1000, 392), torch.nan, device="cuda", dtype=torch.bfloat16)
     linear_fp8(x, w, added, out, Tile(HOPPER, m, n, 128, warps, stages, halves=halves))
     want = linear_fp8_reference(Fp8Matrix(x.values, x.scale), w, added, torch.float32)
     assert float((out.float() - want).norm() / want.norm()) < 0.01  # rounding to bfloat16 is 0.002

@@ -149,7 +149,8 @@ def block_of(
                 zero = torch.full((rows,), 0.0 if activation.is_float else 100.0)
                 quantizer.set_qparams(QParams(torch.linspace(0.04, 0.03, rows), zero))
         replace_module(made, name, quantized)
-    clock.set_timestep(100.0)
+    if not clock.follows:
+        clock.set_timestep(100.0)
     return made.requires_grad_(False)
 
 
@@ -189,7 +190,7 @@ def test_a_feed_forward_in_fp8_takes_the_activation(kind: str) -> None:
     build_runtime(model, KernelBackend.TRITON)
     first, _, last = model[0].ff.net  # type: ignore[union-attr, misc]
     assert isinstance(first, Projection)
-    assert last.run.reason.endswith(f"{last.gate} with the quantization")
+    assert f"{last.gate} with the quantization" in last.run.reason
     assert float((run_block(model) - want).norm()) <= 0.01 * float(want.norm())
 
 

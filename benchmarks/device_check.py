@@ -1,6 +1,7 @@
 """Everything that only a GPU can show, in one command that ends in time and keeps what it has.
 
-    python -m benchmarks.device_check [--minutes 8] [--stages tests step tune kernels jobs] [--out FILE] [--device cuda]
+    python -m benchmarks.device_check [--minutes 8] [--stages tests step tune kernels jobs] [--candidates TEXT]
+        [--out FILE] [--device cuda]
 
 Stages, each a process of its own with a share of the time, which is killed when that is over; FILE is written anew
 after each, and holds what a killed one had written:
@@ -64,7 +65,7 @@ KERNELS = (
 #: Processes of the tests: compiling is what takes their time.
 PROCESSES = 8
 #: Files of tests/kernels that run on the device, what is newest first.
-TESTED = ("hopper", "norms", "gates", "activations", "fp8", "sums", "weights", "gemm", "conv", "operators")
+TESTED = ("hopper", "rotary", "norms", "gates", "activations", "fp8", "gemm", "sums", "weights", "conv", "operators")
 
 
 @dataclass(slots=True)
@@ -145,8 +146,8 @@ def verdicts(log: Path) -> dict[str, Any]:
 class Check:
     """The stages of one run, and the file that holds what they found."""
 
-    def __init__(self, device: str, minutes: float, out: Path, install: bool) -> None:
-        self.device, self.out, self.install = device, out, install
+    def __init__(self, device: str, minutes: float, out: Path, install: bool, candidates: str = "") -> None:
+        self.device, self.out, self.install, self.candidates = device, out, install, candidates
         self.minutes, self.began = minutes, time.monotonic()
         self.found: dict[str, Any] = {"device": device, "versions": versions(), "stages": {}}
         self.folder = Path(tempfile.mkdtemp(prefix="quantmill-check-"))
@@ -197,6 +198,7 @@ class Check:
             seconds = self.share("kernels", stages)
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
             command = ["-m", "benchmarks.kernels", "--batches", "8", "--repeats", "15", *minutes, "--out", "{out}"]
+            command += ["--candidates", self.candidates]
             self.note("kernels", start("kernels", command, self.folder).finish(seconds))
         for recipe in recipes if "jobs" in stages else ():
             name = f"{recipe} on {self.device}"
@@ -269,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--minutes", type=float, default=8.0)
     command.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     command.add_argument("--recipes", nargs="+", default=RECIPES)
+    command.add_argument("--candidates", default="", help="as benchmarks.kernels takes it")
     command.add_argument("--device", default="cuda", help="cpu tries the command out where there is no GPU")
     command.add_argument("--install", action="store_true", help="as benchmarks.tune takes it")
     command.add_argument("--out", type=Path, default=Path("device-check.json"))
@@ -276,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages = [stage for stage in STAGES if stage in options.stages]
     if options.device == "cpu":
         stages = [stage for stage in stages if stage in ("tests", "jobs")]
-    check = Check(options.device, options.minutes, options.out, options.install)
+    check = Check(options.device, options.minutes, options.out, options.install, options.candidates)
     check.run(stages, options.recipes)
     print(json.dumps(check.found["summary"], indent=1))
     cut = any(stage["exit_code"] for stage in check.found["stages"].values())

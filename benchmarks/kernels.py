@@ -1,6 +1,7 @@
 """The Triton kernels on a GPU, on shapes of SDXL's UNet and of a DiT-XL, against what is there already.
 
-    python -m benchmarks.kernels [--batches 1 8] [--repeats 50] [--only TEXT] [--minutes M] [--out FILE]
+    python -m benchmarks.kernels [--batches 1 8] [--repeats 50] [--only TEXT] [--candidates TEXT] [--minutes M]
+        [--out FILE]
 
 Prints one JSON document: for each batch size, layer and candidate the microseconds (median of `--repeats`, each a
 replay of a CUDA graph timed by events, so that launches from Python do not count, the L2 cache cleared before each),
@@ -365,8 +366,10 @@ def roofline(layer: Layer, batch: int, name: str, peak: dict[str, float]) -> flo
     return max(2 * rows * weights / peak["bfloat16" if is_float else "int8"], moved / peak["bytes"])
 
 
-def measure(layer: Layer, batch: int, repeats: int, peak: dict[str, float], flush: Tensor) -> dict[str, Any]:
-    """Time every candidate of a layer."""
+def measure(
+    layer: Layer, batch: int, repeats: int, peak: dict[str, float], flush: Tensor, wanted: str
+) -> dict[str, Any]:
+    """Time every candidate of a layer whose name holds what is `wanted`, and bfloat16."""
     rows = batch * (layer.size**2 if layer.kernel else layer.size)
     operations = 2 * rows * layer.outputs * layer.channels * layer.taps
     timed: dict[str, Any] = {}
@@ -384,6 +387,8 @@ def measure(layer: Layer, batch: int, repeats: int, peak: dict[str, float], flus
     stream = torch.cuda.current_stream()
 
     def attempt(name: str, build: Callable[[], Callable[[], Any]]) -> None:
+        if wanted not in name and not name.startswith("bfloat16"):
+            return
         try:
             note(name, build())
         except Exception as error:  # what one candidate cannot do leaves the others' times
@@ -405,13 +410,12 @@ def figures(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return the speedups over bfloat16 that are aimed at: W8A8 at the largest batch, W4A16 where weights dominate."""
     few = {layer.name for layer in LAYERS if not layer.kernel and layer.size <= FEW_ROWS}
     large, small = (results[str(pick(map(int, results)))] for pick in (max, min))
+    many = [timed for name, timed in large.items() if name not in few]
     chosen = {
-        "W8A8, largest batch": [timed["W8A8"] for name, timed in large.items() if name not in few],
-        "W8A8 with quantization, largest batch": [
-            timed["W8A8 with quantization"] for name, timed in large.items() if name not in few
-        ],
-        "W4A16, least batch": [timed["W4A16"] for name, timed in small.items() if name in few],
+        f"{name}, largest batch": [timed[name] for timed in many if name in timed]
+        for name in ("W8A8", "W8A8 with quantization")
     }
+    chosen["W4A16, least batch"] = [timed["W4A16"] for name, timed in small.items() if name in few and "W4A16" in timed]
     for name in ("W8A8", "FP8"):
         behind = [
             (key, each) for timed in large.values() for key, each in timed.items() if key.startswith(f"{name} behind ")
@@ -432,6 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     command.add_argument("--repeats", type=int, default=50)
     command.add_argument("--only", default="", help="layers whose name contains this")
+    command.add_argument("--candidates", default="", help="only those whose name contains this")
     command.add_argument("--minutes", type=float, default=60.0, help="stop before a layer that starts later than this")
     command.add_argument("--out", type=Path)
     options = command.parse_args(arguments)
@@ -452,7 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for layer in layers:
             if time.monotonic() > end:
                 break
-            results[str(batch)][layer.name] = measure(layer, batch, options.repeats, peak, flush)
+            results[str(batch)][layer.name] = measure(layer, batch, options.repeats, peak, flush, options.candidates)
             print(f"batch {batch}, {layer.name}: done", file=sys.stderr)
             if options.out:  # so that a device that fails later does not take it along
                 keep(found, options.out)

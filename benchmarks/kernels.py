@@ -43,7 +43,7 @@ from kernels.conv import ConvGeometry, conv2d_int
 from kernels.cuda_graph import captured
 from kernels.epilogue import Epilogue
 from kernels.fp8 import linear_fp8, quantize_fp8
-from kernels.gates import Gate, gate_quantize
+from kernels.gates import Gate, gate_quantize, gate_quantize_fp8
 from kernels.gemm import linear_float, linear_int
 from kernels.norms import GroupNorm, LayerNorm, group_norm_quantize, layer_norm_quantize, layer_norm_quantize_fp8
 from kernels.weights import PackedWeight, join_widths, unpack_weight
@@ -210,7 +210,7 @@ def linear_behind(layer: Layer, batch: int) -> Iterator[tuple[str, Callable[[], 
     w8 = quantize_fp8(w)
     if is_gate:
         yield f"W8A8 behind {layer.behind}", lambda: linear_int(gate_quantize(x, Gate(layer.behind), grid), eight, out)
-        yield f"FP8 behind {layer.behind}", lambda: linear_fp8(quantize_fp8(compiled(x)), w8, out)
+        yield f"FP8 behind {layer.behind}", lambda: linear_fp8(gate_quantize_fp8(x, Gate(layer.behind)), w8, out)
         return
     yield f"W8A8 behind {layer.behind}", lambda: linear_int(layer_norm_quantize(x, norm, grid), eight, out)
     yield f"FP8 behind {layer.behind}", lambda: linear_fp8(layer_norm_quantize_fp8(x, norm), w8, out)

@@ -377,8 +377,8 @@ def _other_cases(arch: str) -> Iterator[Case]:
     yield _plain(f"{layer_norm} tokens", norms.layer_norm_quantize_kernel, _NORMED, **_CODES, **tokens, **own)
     yield _plain(f"{layer_norm} by table", norms.layer_norm_quantize_kernel, _NORMED | _TABLE, **_CODES, **tokens)
     for label, gated, tanh in (("GEGLU", True, False), ("GELU", False, False), ("GELU by tanh", False, True)):
-        blocks: dict[str, Any] = {"BLOCK_M": 8, "BLOCK_C": 512, "divisor_ptr": None}
-        yield _plain(f"{label} + quantize", gate_quantize_kernel, _TABLE, GATED=gated, TANH=tanh, **_CODES, **blocks)
+        blocks: dict[str, Any] = {"BLOCK_M": 8, "BLOCK_C": 512, "divisor_ptr": None, "TOP": 255, "HALF": 128}
+        yield _plain(f"{label} + quantize", gate_quantize_kernel, _TABLE, GATED=gated, TANH=tanh, **blocks)
     heads: dict[str, Any] = {"D": 128, "BLOCK_H": 8, "BLOCK_D": 128}
     yield Case("RMSNorm + rotary", rms_norm_rotary_kernel, heads, _HEADS, 1, 1)
     if arch in ("sm_90", "sm_100"):
@@ -392,8 +392,8 @@ def _other_cases(arch: str) -> Iterator[Case]:
         yield _plain("quantize FP8, long rows", quantize_long_fp8_kernel, values, **limits, BLOCK_K=2048)
         tile = fp8_blocks(arch, 8192, 2560)
         constants = {
-            **_EPILOGUE, "RANK": 0, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k, "BLOCK_R": 16,
-            "SWIZZLE": tile.swizzle,
+            **_EPILOGUE, "gate_ptr": None, "RANK": 0, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
+            "BLOCK_R": 16, "SWIZZLE": tile.swizzle,
         }  # fmt: skip
         del constants["channel_ptr"]
         types = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv"}

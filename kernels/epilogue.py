@@ -107,11 +107,14 @@ def without_gate(rows: EpilogueRows) -> EpilogueRows:
 
 
 def add_gated(value: Tensor, rows: EpilogueRows, dtype: torch.dtype) -> Tensor:
-    """Multiply what a kernel without a gate gave, (M, N), with it, and add the residual; rounded to `dtype`."""
+    """Multiply what a kernel without a gate gave, (M, N), with it, and add the residual: one pass over memory."""
     assert rows.gate is not None
-    gate = _gate_rows(rows.gate, len(value))
-    out = value.float() * gate if rows.residual is None else torch.addcmul(rows.residual.float(), value.float(), gate)
-    return out.to(dtype)
+    runs, gate = value.view(len(rows.gate), -1, value.shape[1]), rows.gate[:, None]
+    if rows.residual is None:
+        out = runs * gate
+    else:
+        out = torch.addcmul(rows.residual.reshape(runs.shape).to(value.dtype), runs, gate.to(value.dtype))
+    return out.view(value.shape).to(dtype)
 
 
 def _gate_rows(gate: Tensor, rows: int) -> Tensor:

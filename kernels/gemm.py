@@ -214,10 +214,13 @@ def epilogue_rows(epilogue: Epilogue) -> EpilogueRows:
     """View an epilogue's tensors as rows."""
     residual = None if epilogue.residual is None else as_rows(epilogue.residual)
     bias = None if epilogue.bias is None else epilogue.bias.contiguous()
+    gate = epilogue.gate
+    if gate is not None and gate.stride(-1) != 1:
+        gate = gate.contiguous()
     low_rank: LowRank | None = epilogue.low_rank
     if low_rank is None:
-        return EpilogueRows(bias, residual, None, None, epilogue.gate)
-    return EpilogueRows(bias, residual, as_rows(low_rank.hidden).contiguous(), low_rank.up.contiguous(), epilogue.gate)
+        return EpilogueRows(bias, residual, None, None, gate)
+    return EpilogueRows(bias, residual, as_rows(low_rank.hidden).contiguous(), low_rank.up.contiguous(), gate)
 
 
 def _multiply_int(

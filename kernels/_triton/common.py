@@ -60,6 +60,13 @@ def code_of(x, scale, inverse, zero, TOP: tl.constexpr, HALF: tl.constexpr, FUSE
 
 
 @triton.jit
+def code_near(steps, zero, TOP: tl.constexpr, HALF: tl.constexpr):
+    """As `code_of`, for a quotient that was rounded before: `steps` is what was divided, times the inverse."""
+    steps = clamped(steps, -0.25 - zero, TOP + 0.25 - zero)
+    return ((steps + _ROUNDING).to(tl.int32, bitcast=True) + (zero.to(tl.int32) - HALF)).to(tl.int8)
+
+
+@triton.jit
 def grid_of(low, high, TOP: tl.constexpr, HALF: tl.constexpr, SYMMETRIC: tl.constexpr):
     """Scale and unsigned zero point of min-max range [low, high]: kernels.activations.minmax_grid."""
     low = tl.minimum(low, 0.0)
@@ -112,8 +119,14 @@ def finish_tile(
     stride_out,
     RANK: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    gate_ptr=None,
+    rows_per_gate=1,
+    stride_gate=0,
 ):
-    """Add bias, low-rank branch and residual to float32 `acc` and store it; `m` is int64, `column` int32."""
+    """Add bias and low-rank branch to float32 `acc`, multiply by a gate, add a residual and store it.
+
+    `m` is int64, `column` int32; a gate has a row for each `rows_per_gate` rows.
+    """
     live = tl.max(mask.to(tl.int32), axis=0) > 0
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=live, other=0.0).to(tl.float32)[None, :]
@@ -128,6 +141,9 @@ def finish_tile(
                 (up_ptr + column * RANK)[None, :] + r[:, None], mask=live[None, :] & (r[:, None] < RANK), other=0.0
             )
             acc = tl.dot(down, up, acc, input_precision="ieee")
+    if gate_ptr is not None:
+        gate = gate_ptr + (m // rows_per_gate * stride_gate)[:, None] + column[None, :]
+        acc *= tl.load(gate, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         acc += tl.load((residual_ptr + m * stride_residual)[:, None] + column[None, :], mask=mask, other=0.0).to(
             tl.float32

@@ -10,9 +10,9 @@ from torch import Tensor
 from kernels._triton.activations import TOKEN_BLOCK, fuses, row_view, token_blocks
 from kernels._triton.blocks import architecture, fp8_blocks, rank_block
 from kernels._triton.common import clamped, divide, finish_tile, inverse_of, load_columns, nan_unless_finite, tile_of
-from kernels._triton.gemm import stride_of
+from kernels._triton.gemm import gate_strides, stride_of
 from kernels._triton.tuned import HOPPER, LINEAR_FP8, Shape, Tile, tuned_tile
-from kernels.epilogue import EpilogueRows, add_gated, without_gate
+from kernels.epilogue import EpilogueRows
 from kernels.errors import KernelError
 from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR, Fp8Matrix, why_no_fp8
 
@@ -37,6 +37,13 @@ def to_e4m3(x, by, inverse, MAX: tl.constexpr, FUSED: tl.constexpr):
     if not FUSED:
         x = round_e4m3(clamped(x, -MAX, MAX))
     return x
+
+
+@triton.jit
+def near_e4m3(x, MAX: tl.constexpr, FUSED: tl.constexpr):
+    """As `to_e4m3`, of a quotient."""
+    x = clamped(x, -MAX, MAX)
+    return x if FUSED else round_e4m3(x)
 
 
 @triton.jit
@@ -114,6 +121,7 @@ def linear_fp8_kernel(
     w_ptr,  # (N, K) float8e4nv
     scale_ptr,  # (N,)
     bias_ptr,
+    gate_ptr,  # (runs of rows_per_gate rows, N) or None
     residual_ptr,
     down_ptr,
     up_ptr,
@@ -123,6 +131,8 @@ def linear_fp8_kernel(
     K,
     stride_x,
     stride_w,
+    rows_per_gate,
+    stride_gate,
     stride_residual,
     stride_out,
     RANK: tl.constexpr,
@@ -149,7 +159,7 @@ def linear_fp8_kernel(
     acc *= tl.load(x_scale_ptr + m, mask=in_m, other=0.0)[:, None]
     finish_tile(
         acc, m, n, in_m[:, None] & in_n[None, :], bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr,
-        stride_residual, stride_out, RANK, BLOCK_R,
+        stride_residual, stride_out, RANK, BLOCK_R, gate_ptr, rows_per_gate, stride_gate,
     )  # fmt: skip
 
 
@@ -191,12 +201,10 @@ def launch_linear_fp8(
         if hopper.takes(x.values, weight.values, rows, n, dtype):
             hopper.linear_fp8(x, weight, rows, out, tile)
             return out
-    if rows.gate is not None:
-        return add_gated(launch_linear_fp8(x, weight, without_gate(rows), dtype, tile), rows, dtype)
     blocks = fp8_blocks(architecture(out.device), m, n, tile=tile)
     linear_fp8_kernel[(triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n),)](
-        x.values, x.scale, weight.values, weight.scale, rows.bias, rows.residual, rows.down, rows.up, out,
-        m, n, columns, x.values.stride(0), columns, stride_of(rows.residual), n,
+        x.values, x.scale, weight.values, weight.scale, rows.bias, rows.gate, rows.residual, rows.down, rows.up, out,
+        m, n, columns, x.values.stride(0), columns, *gate_strides(rows, m), stride_of(rows.residual), n,
         RANK=rows.rank, BLOCK_M=blocks.m, BLOCK_N=blocks.n, BLOCK_K=blocks.k, BLOCK_R=rank_block(rows.rank),
         SWIZZLE=blocks.swizzle, num_warps=blocks.warps, num_stages=blocks.stages, enable_fp_fusion=False,
     )  # fmt: skip

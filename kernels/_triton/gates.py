@@ -1,4 +1,4 @@
-"""Triton twin of `kernels.gates`."""
+"""Triton twin of `kernels.gates`; quotients are products with inverses, as in `kernels._triton.norms`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kernels._triton.activations import (
     token_blocks,
     write_grids,
 )
-from kernels._triton.common import code_of, inverse_of, load_columns, nan_unless_finite
-from kernels._triton.fp8 import check_hardware, to_e4m3
+from kernels._triton.common import code_near, inverse_of, load_columns, nan_unless_finite
+from kernels._triton.fp8 import check_hardware, near_e4m3
 from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR
 
 
@@ -79,10 +79,10 @@ def gate_fp8_kernel(
     scale = tl.maximum(tl.div_rn(top, tl.full(top.shape, MAX, tl.float32)), FLOOR) + odd
     inverse = inverse_of(scale)[:, None]
     out = values_ptr + m[:, None] * C
-    values = to_e4m3(a, scale[:, None], inverse, MAX, FUSED)
+    values = near_e4m3(a * inverse, MAX, FUSED)
     tl.store(out + c_a[None, :], values.to(values_ptr.dtype.element_ty), mask=mask_a)
     if BLOCK_B > 0:
-        values_b = to_e4m3(b, scale[:, None], inverse, MAX, FUSED)
+        values_b = near_e4m3(b * inverse, MAX, FUSED)
         tl.store(out + c_b[None, :], values_b.to(values_ptr.dtype.element_ty), mask=mask_b)
     tl.store(scale_ptr + m, scale, mask=in_m)
 
@@ -104,7 +104,6 @@ def gate_quantize_kernel(
     TANH: tl.constexpr,
     TOP: tl.constexpr,
     HALF: tl.constexpr,
-    FUSED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -119,7 +118,7 @@ def gate_quantize_kernel(
         x *= gelu(tl.load(at + C, mask=mask, other=0.0).to(tl.float32), TANH)
     else:
         x = gelu(x, TANH)
-    codes = code_of(x, divisor[None, :], inverse_of(divisor)[None, :], zero, TOP, HALF, FUSED)
+    codes = code_near(x * inverse_of(divisor)[None, :], zero, TOP, HALF)
     tl.store(codes_ptr + m[:, None] * C + c[None, :], codes, mask=mask)
 
 
@@ -140,7 +139,7 @@ def launch_gate(
         rows, scale.float().contiguous(), zero_point.float().contiguous(), index,
         None if divisor is None else divisor.contiguous(), codes, run_scale, run_zero,
         columns, m // runs, rows.stride(0), GATED=is_gated, TANH=gate == "gelu-tanh",
-        TOP=2**bits - 1, HALF=2 ** (bits - 1), FUSED=fuses(), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4,
+        TOP=2**bits - 1, HALF=2 ** (bits - 1), BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
     return codes, run_scale, run_zero

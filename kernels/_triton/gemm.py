@@ -291,3 +291,8 @@ def launch_linear_float(
 def stride_of(residual: Tensor | None) -> int:
     """Elements between the rows of a residual."""
     return 0 if residual is None else residual.stride(0)
+
+
+def gate_strides(rows: EpilogueRows, m: int) -> tuple[int, int]:
+    """Rows of a gate's run, and elements between the gate's rows."""
+    return (1, 0) if rows.gate is None else (m // len(rows.gate), rows.gate.stride(0))

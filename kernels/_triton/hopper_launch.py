@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels._triton.gemm import gate_strides
 from kernels._triton.hopper import product_kernel
 from kernels._triton.sums import row_sums, window_sums
 from kernels._triton.tuned import Tile, chip_of
@@ -48,8 +49,7 @@ def takes(x: Tensor, weight: Tensor, rows: EpilogueRows, n: int, dtype: torch.dt
     """Whether operands, (..., K) and (N, taps * K), and outputs lie as TMA needs them, without a low-rank branch."""
     lines = [*x.stride()[:-1], weight.stride(0), n * dtype.itemsize]
     aligned = all(line % ALIGNED == 0 for line in lines) and x.data_ptr() % ALIGNED == weight.data_ptr() % ALIGNED == 0
-    plain = rows.rank == 0 and (rows.gate is None or rows.gate.stride(-1) == 1)
-    return aligned and x.stride(-1) == 1 and plain and dtype in (torch.float16, torch.bfloat16)
+    return aligned and x.stride(-1) == 1 and rows.rank == 0 and dtype in (torch.float16, torch.bfloat16)
 
 
 def takes_weights(weights: Sequence[PackedWeight], tile: Tile) -> bool:
@@ -136,7 +136,7 @@ def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry:
         o.x_scale, o.x_zero, o.x_sum, o.scale, o.zero, o.total, o.rows.bias, gate, residual,
         out.numel() // columns, columns, channels, tiles_m, tiles_h, tiles_w, height, width, tap_bytes,
         1 if o.layout is None else o.layout.groups_per_tap, rows_per_scale,
-        1 if gate is None else out.shape[0] // len(gate), 0 if gate is None else gate.stride(0),
+        *gate_strides(o.rows, out.shape[0]),
         0 if residual is None else residual.stride(0), SUM=gl.int32 if is_int else gl.float32, LAYOUT=layout,
         GROUP_STEPS=group // tile.k, TAPS_H=kernel[0], TAPS_W=kernel[1],
         PAD_H=0 if geometry is None else geometry.padding[0], PAD_W=0 if geometry is None else geometry.padding[1],

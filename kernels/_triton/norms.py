@@ -1,4 +1,7 @@
-"""Triton twin of `kernels.norms`."""
+"""Triton twin of `kernels.norms`.
+
+What is normalized was rounded, so that quotients are products with inverses: exact divisions would make no code right.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels._triton.activations import BLOCK, channel_block, empty_quantized, fuses, row_view, token_blocks
-from kernels._triton.common import code_of, grid_of, inverse_of, load_columns, nan_unless_finite
-from kernels._triton.fp8 import check_hardware, to_e4m3
+from kernels._triton.common import code_near, grid_of, inverse_of, load_columns
+from kernels._triton.fp8 import check_hardware, near_e4m3
 from kernels.activations import quantize_by_table_reference
 from kernels.fp8 import FP8, FP8_MAX, SCALE_FLOOR
 
@@ -150,7 +153,7 @@ def group_norm_quantize_kernel(
     divisor = tl.full((BLOCK_C,), 1.0, tl.float32) * scale
     if divisor_ptr is not None:
         divisor = tl.load(divisor_ptr + step * C + c, mask=in_c, other=1.0)
-    codes = code_of(x, divisor[None, :], inverse_of(divisor)[None, :], zero, TOP, HALF, FUSED)
+    codes = code_near(x * inverse_of(divisor)[None, :], zero, TOP, HALF)
     tl.store(codes_ptr + m[:, None] * C + c[None, :], codes, mask=mask)
     if (image % images_per_run == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         tl.store(run_scale_ptr + run, scale)
@@ -222,16 +225,16 @@ def layer_norm_quantize_kernel(
         )
     zero = tl.zeros((ROWS,), dtype=tl.float32)
     if scale_ptr is None:
-        low, high, odd = tl.min(a, axis=1), tl.max(a, axis=1), nan_unless_finite(a, 1)
+        low, high, odd = tl.min(a, axis=1), tl.max(a, axis=1), tl.sum(a, axis=1)
         if BLOCK_B > 0:
             low, high = tl.minimum(low, tl.min(b, axis=1)), tl.maximum(high, tl.max(b, axis=1))
-            odd += nan_unless_finite(b, 1)
+            odd += tl.sum(b, axis=1)
         if run_zero_ptr is None:
             most = tl.maximum(-low, high)
             scale = tl.maximum(tl.div_rn(most, tl.full(most.shape, TOP, tl.float32)), FLOOR)
         else:
             scale, zero = grid_of(low, high, TOP, HALF, SYMMETRIC)
-        scale += odd
+        scale += odd - odd  # NaN, if a value is not finite
     else:
         step = tl.zeros((ROWS,), dtype=tl.int64)
         if index_ptr is not None:
@@ -248,21 +251,21 @@ def layer_norm_quantize_kernel(
     inverse = inverse_of(scale)[:, None]
     at = codes_ptr + m[:, None] * C
     if run_zero_ptr is None:
-        tl.store(at + c_a[None, :], numbers(a, scale, inverse, codes_ptr, TOP, FUSED), mask=mask_a)
+        tl.store(at + c_a[None, :], numbers(a * inverse, codes_ptr, TOP, FUSED), mask=mask_a)
     else:
-        tl.store(at + c_a[None, :], code_of(a, scale[:, None], inverse, zero[:, None], TOP, HALF, FUSED), mask=mask_a)
+        tl.store(at + c_a[None, :], code_near(a * inverse, zero[:, None], TOP, HALF), mask=mask_a)
     if BLOCK_B > 0:
         if run_zero_ptr is None:
-            tl.store(at + c_b[None, :], numbers(b, scale, inverse, codes_ptr, TOP, FUSED), mask=mask_b)
+            tl.store(at + c_b[None, :], numbers(b * inverse, codes_ptr, TOP, FUSED), mask=mask_b)
         else:
-            codes = code_of(b, scale[:, None], inverse, zero[:, None], TOP, HALF, FUSED)
+            codes = code_near(b * inverse, zero[:, None], TOP, HALF)
             tl.store(at + c_b[None, :], codes, mask=mask_b)
 
 
 @triton.jit
-def numbers(x, scale, inverse, out_ptr, MAX: tl.constexpr, FUSED: tl.constexpr):
-    """E4M3 numbers of some columns of rows, as `out_ptr` holds them."""
-    return to_e4m3(x, scale[:, None], inverse, MAX, FUSED).to(out_ptr.dtype.element_ty)
+def numbers(x, out_ptr, MAX: tl.constexpr, FUSED: tl.constexpr):
+    """E4M3 numbers of quotients, as `out_ptr` holds them."""
+    return near_e4m3(x, MAX, FUSED).to(out_ptr.dtype.element_ty)
 
 
 @triton.jit

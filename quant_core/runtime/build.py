@@ -23,6 +23,7 @@ from quant_core.nn.layers import QuantLayer, replace_module
 from quant_core.nn.model import PACKED_MODULES
 from quant_core.nn.steps import StepClock
 from quant_core.runtime.fused_blocks import fuse_blocks
+from quant_core.runtime.fused_transformer import fuse_transformers
 from quant_core.runtime.joint_attention import fuse_attentions
 from quant_core.runtime.layer import LayerRun, RuntimeLayer, layer_quantizers
 from quant_core.runtime.memory import return_free_memory
@@ -95,6 +96,7 @@ def build_runtime(
     fuse_blocks(model)
     if backend is KernelBackend.TRITON:
         fuse_attentions(model)
+        fuse_transformers(model)
     share_inputs(model)
     if not any(tensor.is_floating_point() for tensor in (*model.parameters(), *model.buffers())):
         # Runtime layers took all tensors, from which diffusers takes a model's dtype and device.

@@ -71,7 +71,7 @@ class RuntimeLayer(nn.Module):
     branch : tuple of Tensor, or None
         `low_rank_down` in the weight's shape, and `low_rank_up` (`QuantLayer`), where the format has a low-rank branch.
     norm : GroupNorm or None
-        To normalize the input with, before SiLU, before it is quantized; see `take_norm`.
+        To normalize the input with before it is quantized, and before SiLU if `silu`; see `take_norm`.
     gate : Gate or None
         The activation of a feed-forward to apply to the input before it is quantized; see `take_gate`.
     normalizes : bool
@@ -105,6 +105,7 @@ class RuntimeLayer(nn.Module):
         how = _how(self.parts, self.activation, layer.spec)
         self.run = LayerRun(name, backend, f"{how}: {why_floats}" if why_floats else how)
         self.norm: GroupNorm | None = None
+        self.silu = True
         self.gate: Gate | None = None
         self.normalizes = False
         self.defers = False
@@ -146,11 +147,16 @@ class RuntimeLayer(nn.Module):
         if self.calls is None:  # small ones are one call each
             self.run = replace(self.run, reason=f"{self.run.reason}, an input that several read quantized once")
 
-    def take_norm(self, norm: nn.GroupNorm) -> None:
-        """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables."""
+    def take_norm(self, norm: nn.GroupNorm, *, silu: bool = True) -> None:
+        """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables.
+
+        On Triton also norm(x), without SiLU, and for a Linear.
+        """
         weight, bias = (None if t is None else t.detach().float().clone() for t in (norm.weight, norm.bias))
         self.norm = GroupNorm(norm.num_groups, norm.eps, weight, bias)
-        self.run = replace(self.run, reason=f"{self.run.reason}, GroupNorm and SiLU with the quantization")
+        self.silu = silu
+        what = "GroupNorm and SiLU" if silu else "GroupNorm"
+        self.run = replace(self.run, reason=f"{self.run.reason}, {what} with the quantization")
         self.calls = self._small_calls()
 
     def take_gate(self, gate: Gate) -> None:
@@ -373,7 +379,7 @@ class RuntimeLayer(nn.Module):
         elif norm is None:
             codes = quantize_by_table(x, part.table, index, self.run.backend)
         else:
-            codes = group_norm_quantize(x, norm, part.table, index, silu=True, backend=self.run.backend)
+            codes = group_norm_quantize(x, norm, part.table, index, silu=self.silu, backend=self.run.backend)
         return _limit_codes(codes, part, index, 2 ** (spec.bits - 1))
 
     def _steps(self, x: Tensor, table: ActivationTable) -> Tensor | None:

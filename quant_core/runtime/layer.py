@@ -44,6 +44,8 @@ from quant_spec.formats import ActivationSpec, LayerSpec
 from quant_spec.layer_bits import weight_bits_text
 
 if TYPE_CHECKING:
+    from kernels.weights import PackedWeight
+    from quant_core.runtime.joint_product import JointProduct
     from quant_core.runtime.shared_input import SharedInput
 
 Codes = TypeVar("Codes")
@@ -80,6 +82,8 @@ class RuntimeLayer(nn.Module):
         Whether its output is multiplied where it is read; see `defer`.
     shared : SharedInput or None
         What keeps the codes of an input that other layers read too; see `share`.
+    joint : JointProduct or None
+        What multiplies an input for this and other layers at once; `number` is this one's place among them.
     differences : frozenset of int
         Trajectory steps at which differences are quantized; what is kept for them is in `memory`.
     """
@@ -111,6 +115,8 @@ class RuntimeLayer(nn.Module):
         self.defers = False
         self.shared: SharedInput | None = None
         self.is_last_reader = False
+        self.joint: JointProduct | None = None
+        self.number = 0
         self.differences = layer.differences
         self.memory = LayerMemory()
         self.calls = self._small_calls()
@@ -146,6 +152,12 @@ class RuntimeLayer(nn.Module):
         self.shared, self.is_last_reader = shared, is_last
         if self.calls is None:  # small ones are one call each
             self.run = replace(self.run, reason=f"{self.run.reason}, an input that several read quantized once")
+
+    def join(self, joint: JointProduct, number: int, weight: Fp8Matrix | tuple[PackedWeight, ...]) -> None:
+        """Multiply with other layers from now on, where they read one input; `weight` is its view of all weights."""
+        self.joint, self.number = joint, number
+        self.parts = [replace(self.parts[0], weight=weight)]
+        self.run = replace(self.run, reason=f"{self.run.reason}, one product of several layers")
 
     def take_norm(self, norm: nn.GroupNorm, *, silu: bool = True) -> None:
         """Quantize SiLU(norm(x)) instead of x from now on; for a convolution of one part that has tables.
@@ -226,6 +238,10 @@ class RuntimeLayer(nn.Module):
             given = None if step is None else self.calls(rows, self.parts[0].grids[step], out)
             if given is not None:
                 return given if self.geometry is None else given.permute(0, 3, 1, 2)
+        if self.joint is not None and residual is None and not is_traced(x):
+            joint = self.joint.output(self.number, self, x)
+            if joint is not None:
+                return joint
         low_rank = self._low_rank(x)
         if self.differences:
             given = follow(self, rows, out, low_rank, x.dtype)
@@ -266,6 +282,14 @@ class RuntimeLayer(nn.Module):
             x = x if part.channel_scale is None else (x / part.channel_scale).to(x.dtype)
             return linear_float(x, weight, epilogue, self.run.backend)
         return self.product(self.codes(x, part, self.norm), part, epilogue)
+
+    def multiply_with(self, x: Tensor, weight: Fp8Matrix | tuple[PackedWeight, ...], bias: Tensor | None) -> Tensor:
+        """Quantize rows as this layer does, and multiply them with a weight of several layers."""
+        part, epilogue = replace(self.parts[0], weight=weight), Epilogue(x.dtype, bias)
+        if isinstance(weight, Fp8Matrix):
+            return linear_fp8(self._numbers(x, part), weight, epilogue, self.run.backend)
+        assert self.activation is not None
+        return linear_int(self._codes(x, part, self.activation, None), weight, epilogue, self.run.backend)
 
     def codes(self, x: Tensor, part: LayerPart, norm: GroupNorm | None = None) -> QuantizedActivation:
         """Quantize channels-last rows for a part, normalized first if so asked, as the backend takes integers."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kernels.cpu_weight import CpuWeight
 from kernels.fp8 import Fp8Matrix
+from quant_core.runtime.joint_product import join_products
 from quant_core.runtime.layer import RuntimeLayer
 
 Codes = TypeVar("Codes")
@@ -55,7 +56,8 @@ class SharedInput:
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Let the attentions of a runtime model quantize what their layers read alike once, in place."""
+    """Let the attentions of a runtime model quantize what their layers read alike once, and multiply it together where
+    that can be, in place."""  # fmt: skip
     for module in model.modules():
         for names in TOGETHER:
             layers = [layer for name in names if isinstance(layer := getattr(module, name, None), RuntimeLayer)]
@@ -63,6 +65,7 @@ def share_inputs(model: nn.Module) -> None:
                 shared = SharedInput()
                 for layer in group:
                     layer.share(shared, is_last=layer is group[-1])
+                join_products(group)
 
 
 def _alike(layers: Sequence[RuntimeLayer]) -> list[list[RuntimeLayer]]:

@@ -70,7 +70,7 @@ def unshared(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     for module in twin.modules():
         if isinstance(module, RuntimeLayer):
-            module.shared = None
+            module.shared = module.joint = None
     return twin
 
 

@@ -119,7 +119,8 @@ def job(recipe: str, device: str, threads: int) -> list[str]:
 def step(model: str, turn: Path) -> list[str]:
     """Return the command of a model's step."""
     command = ["-m", "benchmarks.gpu_step", "--models", model, "--batches", "4", "--formats", *MODELS[model]]
-    return [*command, "--repeats", "7", "--compile-blocks", "--kernels", "--turn", str(turn), "--out", "{out}"]
+    command += ["--repeats", "7", "--compile-blocks", "--kernels"]
+    return [*command, "--turn", str(turn), "--others", str(len(MODELS) - 1), "--out", "{out}"]
 
 
 def tests(device: str) -> list[str]:

@@ -1,7 +1,7 @@
 """One step of a denoiser of full size with random weights on a GPU: packed against bfloat16.
 
     python -m benchmarks.gpu_step [--models sdxl dit-xl sd3 flux] [--batches 1 4] [--latents 128] [--repeats 10]
-        [--formats W8A8 W4A8 FP8] [--compile] [--compile-blocks] [--kernels] [--turn FILE] [--out FILE]
+        [--formats W8A8 W4A8 FP8] [--compile] [--compile-blocks] [--kernels] [--turn FILE] [--others N] [--out FILE]
 
 Models are SDXL's UNet, DiT-XL, and stacks of 8 of SD3's and of 3 + 6 of Flux's blocks (`benchmarks.stacks`). Each is
 called as it is, and from a CUDA graph that was captured once; with --compile-blocks the bfloat16 one also with its
@@ -14,7 +14,8 @@ times are those of a trained model and images mean nothing. All Linear and Conv2
 in and give out samples; every input has a range for each of 20 steps, FP8 ones each token's own; attention products are
 in bfloat16. The captured graph runs at two timesteps, and must then give what the model gives without it.
 
-With --turn, a file that is locked while something is timed: what else builds and compiles meanwhile waits there.
+With --turn, a file that is locked while something is timed; with --others, it waits first until so many others that
+name the file have built and compiled what they time, since that uses the device too.
 Peak memory is some 40 GiB, of SDXL in bfloat16 and in three formats.
 """
 
@@ -23,8 +24,10 @@ from __future__ import annotations
 import argparse
 import fcntl
 import gc
+import os
 import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,6 +65,8 @@ FORMATS = {
         ActivationSpec(8, type=NumberType.E4M3, mode=ActivationMode.DYNAMIC_TOKEN),
     ),
 }
+#: How long the others are waited for.
+READY_SECONDS = 120
 #: What replays spend most of their time in, in the document.
 KERNELS = 25
 
@@ -152,11 +157,15 @@ def checked(run: Call, replay: Call, told: dict[str, Any]) -> Call:
 
 
 @contextmanager
-def turn(path: Path | None) -> Iterator[None]:
-    """Lock a file, if one is named, so that nothing else that does is timed meanwhile."""
+def turn(path: Path | None, others: int) -> Iterator[None]:
+    """Lock a file, if one is named, so that nothing else that does is timed meanwhile, once all are ready."""
     if path is None:
         yield
         return
+    path.with_name(f"{path.name}.ready.{os.getpid()}").touch()
+    deadline = time.monotonic() + READY_SECONDS
+    while len(list(path.parent.glob(f"{path.name}.ready.*"))) <= others and time.monotonic() < deadline:
+        time.sleep(0.1)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -206,7 +215,7 @@ def measure(stack: Stack, names: Sequence[str], batch: int, options: argparse.Na
         calls |= {f"{name}, {way}": run for way, run in ways(model, told, options.compile, blocks_too)}
     if options.compile_blocks:
         del calls["bfloat16, eager"]  # its blocks are compiled by now
-    with turn(options.turn):
+    with turn(options.turn, options.others):
         seen = take_turns(calls, options.repeats, idle_cuda_ms, progress=True)
         graphs = {name: run for name, run in calls.items() if name.endswith("graph")} if options.kernels else {}
         kernels = {name: kernel_times(run) for name, run in graphs.items()}
@@ -246,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     command.add_argument("--kernels", action="store_true", help="also what replays spend their time in")
     command.add_argument("--turn", type=Path, help="a file to lock while something is timed")
+    command.add_argument("--others", type=int, default=0, help="processes that name the same file, and are waited for")
     command.add_argument("--out", type=Path)
     options = command.parse_args(arguments)
     if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """Time tiles of the 8-bit kernels on this GPU, for the layers of SD 1.5, SDXL, DiT-XL, SD3 and Flux.
 
-    python -m benchmarks.tune [--minutes 6] [--workers 12] [--out FILE] [--install]
+    python -m benchmarks.tune [--minutes 6] [--workers 12] [--only TEXT] [--ops OP ...] [--out FILE] [--install]
 
 First every tile is compiled and checked, in processes of their own: each multiplies a small problem with tails, zero
 points and bias, and what is not the reference's is left out, as is what does not end. Then each layer is
@@ -69,6 +69,7 @@ SIDES = (64, 32, 128, 16)
 #: Channels that share a scale, of the weights with groups.
 GROUP = 128
 GROUPED = (LINEAR_GROUPS, CONV_GROUPS)
+OPS = (LINEAR_INT8, CONV_INT8, LINEAR_FP8, *GROUPED)
 REPEATS = 9
 #: Relative to a value rounded to bfloat16: half a step of its 8 bits, twice, for additions in another order.
 TOLERANCE = 2.0**-7
@@ -122,6 +123,21 @@ LAYERS = (
     Layer("Flux attention, batch 1", 3072, 9216, 4608),
     Layer("DiT-XL out of feed-forward, batch 8", 4608, 1152, 2048),
     Layer("SDXL resnet 64x64, batch 1", 640, 640, image=(1, 64)),
+    Layer("DiT-XL attention, batch 4", 1152, 3456, 1024),
+    Layer("DiT-XL out of attention, batch 4", 1152, 1152, 1024),
+    Layer("DiT-XL feed-forward, batch 4", 1152, 4608, 1024),
+    Layer("DiT-XL out of feed-forward, batch 4", 4608, 1152, 1024),
+    Layer("SDXL out of attention 32x32, batch 4", 1280, 1280, 4096),
+    Layer("SDXL attention 32x32, batch 4", 1280, 3840, 4096),
+    Layer("SDXL feed-forward 32x32, batch 4", 1280, 10240, 4096),
+    Layer("SDXL out of feed-forward 32x32, batch 4", 5120, 1280, 4096),
+    Layer("SDXL attention 64x64, batch 4", 640, 1920, 16384),
+    Layer("SDXL out of attention 64x64, batch 4", 640, 640, 16384),
+    Layer("SDXL out of feed-forward 64x64, batch 4", 2560, 640, 16384),
+    Layer("SDXL resnet 128x128, batch 4", 320, 320, image=(4, 128)),
+    Layer("SDXL resnet 64x64, batch 4", 640, 640, image=(4, 64)),
+    Layer("SDXL resnet 32x32, batch 4", 1280, 1280, image=(4, 32)),
+    Layer("SD3 out of feed-forward, batch 4", 6144, 1536, 16384),
     Layer("SDXL attention 32x32, batch 1", 1280, 1280, 1024),
     Layer("SDXL feed-forward 32x32, batch 1", 1280, 10240, 1024),
     Layer("DiT-XL attention, batch 1", 1152, 3456, 256),
@@ -144,7 +160,10 @@ def tiles(op: str, capability: tuple[int, int]) -> list[Tile]:
         for m, n, k, warps, stages, halves, programs in (
             *((128, 128, 128, 4, 3, 2, 2), (128, 256, 128, 8, 3, 1, 1), (256, 128, 128, 8, 3, 1, 1)),
             *((128, 128, 128, 8, 4, 1, 1), (128, 128, 64, 4, 4, 1, 2), (256, 128, 128, 8, 4, 2, 1)),
-            *((128, 64, 128, 4, 4, 1, 2), (64, 256, 128, 4, 3, 1, 1)),
+            *((128, 64, 128, 4, 4, 1, 2), (64, 256, 128, 4, 3, 1, 1), (64, 128, 128, 4, 4, 1, 2)),
+            # A tail of 32 or 64 columns: what divides 320, 640 and 1280.
+            *((128, 160, 64, 4, 4, 2, 2), (256, 160, 128, 8, 3, 2, 1), (256, 160, 64, 8, 5, 2, 1)),
+            *((128, 192, 128, 8, 3, 2, 1), (64, 160, 128, 4, 4, 2, 1)),
         )
     ]
     if op in (LINEAR_GROUPS, CONV_GROUPS):
@@ -159,7 +178,10 @@ def tiles(op: str, capability: tuple[int, int]) -> list[Tile]:
     if op == CONV_INT8:
         # A rectangle of pixels is another kernel for each size of image, so that fewer are tried.
         pointers = pointers[:4]
-        hopper = [*hopper[:6], Tile(HOPPER, 128, 64, 64, 4, 6, per_processor=2), Tile(HOPPER, 256, 64, 64, 8, 6)]
+        hopper = [
+            *hopper[:6], Tile(HOPPER, 128, 64, 64, 4, 6, per_processor=2), Tile(HOPPER, 256, 64, 64, 8, 6),
+            *(tile for tile in hopper[6:] if tile.n == 160 and tile.m > 64),
+        ]  # fmt: skip
     return (hopper if capability[0] == 9 else []) + pointers
 
 
@@ -253,8 +275,8 @@ class Trial:
     side: int = 0
 
 
-def trials(capability: tuple[int, int]) -> list[Trial]:
-    """Return what is checked, the first tiles of every operator first."""
+def trials(capability: tuple[int, int], wanted: Sequence[str] = OPS) -> list[Trial]:
+    """Return what is checked of the operators that are wanted, the first tiles of every operator first."""
     ops = (
         LINEAR_INT8,
         CONV_INT8,
@@ -264,6 +286,7 @@ def trials(capability: tuple[int, int]) -> list[Trial]:
     found = [
         (place, Trial(op, tile, side))
         for op in ops
+        if op in wanted
         for place, tile in enumerate(tiles(op, capability))
         for side in (SIDES if op in (CONV_INT8, CONV_GROUPS) else (0,))
         if tile.kernel == HOPPER or side in (0, SIDES[0])
@@ -271,10 +294,10 @@ def trials(capability: tuple[int, int]) -> list[Trial]:
     return [trial for _, trial in sorted(found, key=lambda pair: pair[0])]
 
 
-def check_share(part: int, parts: int, path: Path) -> None:
+def check_share(part: int, parts: int, path: Path, wanted: Sequence[str] = OPS) -> None:
     """Check each `parts`th trial, writing a line before and one after, so that one that does not end is known."""
     with path.open("a", encoding="utf-8", buffering=1) as lines:
-        for trial in trials(torch.cuda.get_device_capability())[part::parts]:
+        for trial in trials(torch.cuda.get_device_capability(), wanted)[part::parts]:
             lines.write(json.dumps(asdict(trial)) + "\n")
             started = time.monotonic()
             try:
@@ -285,12 +308,12 @@ def check_share(part: int, parts: int, path: Path) -> None:
             lines.write(json.dumps(asdict(trial) | {"wrong": wrong, "seconds": seconds}) + "\n")
 
 
-def checked(workers: int, seconds: float) -> list[dict[str, Any]]:
+def checked(workers: int, seconds: float, wanted: Sequence[str] = OPS) -> list[dict[str, Any]]:
     """Check all trials in processes of their own; return each as JSON, with what is `wrong` with it ("" of those that
     passed) and what it took."""  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="quantmill-tune-") as folder:
         paths = [Path(folder, f"{part}.jsonl") for part in range(workers)]
-        command = [sys.executable, "-m", "benchmarks.tune", "--check"]
+        command = [sys.executable, "-m", "benchmarks.tune", "--ops", *wanted, "--check"]
         running = [
             subprocess.Popen([*command, str(part), str(workers), str(path)], stdout=subprocess.DEVNULL)
             for part, path in enumerate(paths)
@@ -386,20 +409,20 @@ def table(measured: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def tune(minutes: float, workers: int, out: Path | None) -> dict[str, Any]:
+def tune(minutes: float, workers: int, out: Path | None, only: str = "", wanted: Sequence[str] = OPS) -> dict[str, Any]:
     """Check and time; write what there is to `out` after each layer."""
     import triton
 
     end = time.monotonic() + 60 * minutes
     capability = torch.cuda.get_device_capability()
-    verdicts = checked(workers, 60 * minutes * CHECK_SHARE)
+    verdicts = checked(workers, 60 * minutes * CHECK_SHARE, wanted)
     measured: list[dict[str, Any]] = []
     versions = {"torch": torch.__version__, "triton": triton.__version__}
     result = document(chip_of(torch.device("cuda", torch.cuda.current_device())), versions, [])
     result |= {"checked": verdicts, "measured": measured, "finished": False}
     flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=DEVICE)
-    for layer in LAYERS:
-        for op in ops_of(layer, capability):
+    for layer in (layer for layer in LAYERS if only in layer.name):
+        for op in (op for op in ops_of(layer, capability) if op in wanted):
             if time.monotonic() > end:
                 return result
             side = layer.image[1] if layer.image else 0
@@ -426,6 +449,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser(__doc__)
     command.add_argument("--minutes", type=float, default=6.0)
     command.add_argument("--workers", type=int, default=12, help="processes that compile and check")
+    command.add_argument("--only", default="", help="layers whose name contains this")
+    command.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     command.add_argument("--out", type=Path)
     command.add_argument("--install", action="store_true", help="write the table that the kernels read")
     command.add_argument("--check", nargs=3, metavar=("PART", "PARTS", "FILE"), help="check a share of the tiles")
@@ -433,9 +458,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         command.error("device: got no GPU, wanted one that Triton compiles for")
     if options.check:
-        check_share(int(options.check[0]), int(options.check[1]), Path(options.check[2]))
+        check_share(int(options.check[0]), int(options.check[1]), Path(options.check[2]), options.ops)
         return 0
-    found = tune(options.minutes, options.workers, options.out)
+    found = tune(options.minutes, options.workers, options.out, options.only, options.ops)
     give(found, options.out)
     print(table(found["measured"]), file=sys.stderr)
     if options.install:

@@ -405,32 +405,48 @@ def _hopper_cases() -> Iterator[Case]:
     from triton.experimental.gluon import language as gl
 
     from kernels._triton.hopper import product_kernel
+    from kernels._triton.hopper_launch import largest_power
 
     for label, element, (m, n, k, warps, stages, halves), rectangle, group_steps in (
         ("linear W8A8", "i8", (128, 128, 128, 4, 3, 2), None, 0),
         ("linear W8A8", "i8", (256, 128, 128, 8, 3, 1), None, 0),
+        ("linear W8A8", "i8", (128, 160, 64, 4, 4, 2), None, 0),
+        ("conv 3x3/1 W8A8", "i8", (128, 160, 64, 4, 4, 2), (2, 64), 0),
+        ("linear FP8", "fp8e4nv", (128, 160, 64, 4, 4, 2), None, 0),
         ("linear W8A8 g128", "i8", (64, 128, 128, 4, 2, 1), None, 1),
         ("linear W8A8 g128", "i8", (128, 128, 128, 8, 4, 1), None, 1),
         ("linear FP8", "fp8e4nv", (128, 256, 128, 8, 3, 1), None, 0),
         ("conv 3x3/1 W8A8", "i8", (128, 128, 128, 4, 3, 2), (2, 64), 0),
         ("conv 3x3/1 W8A8 g128", "i8", (64, 128, 128, 4, 2, 1), (1, 64), 1),
     ):
-        is_int = element == "i8"
-        instruction = [16, min(n, 128 if is_int else 256), 32]
-        layout = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps, 1], instr_shape=instruction)
-        taps = 3 if rectangle else 1
+        main, widest = largest_power(n), 128 if element == "i8" else 256
+        tail, lead = n - main, [] if rectangle is None else [1, *rectangle]
+        layout, tail_layout = (
+            gl.NVMMADistributedLayout(
+                version=[3, 0],
+                warps_per_cta=[warps, 1],
+                instr_shape=[16, min(size or main, widest), 32],
+            )
+            for size in (main, tail)
+        )
+        taps, is_int = 3 if rectangle else 1, element == "i8"
         constants = {
             "SUM": gl.int32 if is_int else gl.float32, "LAYOUT": layout, "TAPS_H": taps, "TAPS_W": taps,
-            "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "HALVES": halves,
-            "GROUP_STEPS": group_steps,
+            "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": main, "BLOCK_K": k, "HALVES": halves,
+            "GROUP_STEPS": group_steps, "TAIL_N": tail, "TAIL_LAYOUT": tail_layout,
+            **({} if tail else {"tail_desc": None, "out_tail_desc": None}),
             "SWIZZLE": 8, "STAGES": stages, "gate_ptr": None, "residual_ptr": None, "x_sum_ptr": None, "zero_ptr": None,
             **({} if is_int else {"x_zero_ptr": None, "total_ptr": None}),
         }  # fmt: skip
-        lead = [] if rectangle is None else [1, *rectangle]
         types = {
-            "x_desc": _descriptor(element, [*(lead or [m]), k]), "w_desc": _descriptor(element, [n, k]),
-            "out_desc": _descriptor("bf16", [*(lead or [m]), n // halves]),
+            "x_desc": _descriptor(element, [*(lead or [m]), k]), "w_desc": _descriptor(element, [main, k]),
+            "out_desc": _descriptor("bf16", [*(lead or [m]), main // halves]),
         }  # fmt: skip
+        if tail:
+            types |= {
+                "tail_desc": _descriptor(element, [tail, k]),
+                "out_tail_desc": _descriptor("bf16", [*(lead or [m]), tail]),
+            }
         if group_steps:
             types["total_ptr"] = "*fp32"
         yield Case(f"{label}, {m} x {n}{OWN_LOOP}", product_kernel, constants, types, warps, stages)

@@ -57,7 +57,8 @@ def takes_weights(weights: Sequence[PackedWeight], tile: Tile) -> bool:
     only = weights[0]
     size = only.layout.group_size
     grouped = size == 0 or (only.whole is not None and size % tile.k == 0 and only.scale.stride(0) == 1)
-    return len(weights) == 1 and only.channel is None and only.layout.bits == 8 and grouped
+    whole = size == 0 or tile.n == largest_power(tile.n)  # no tails with groups
+    return len(weights) == 1 and only.channel is None and only.layout.bits == 8 and grouped and whole
 
 
 def takes_image(x: Tensor, geometry: ConvGeometry) -> bool:
@@ -109,30 +110,34 @@ def rectangle(pixels: int, height: int, width: int) -> tuple[int, int]:
 
 
 def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry: ConvGeometry | None = None) -> None:
-    columns, channels, half = out.shape[-1], o.x.shape[-1], tile.n // tile.halves
+    main = largest_power(tile.n)
+    columns, channels, half, tail = out.shape[-1], o.x.shape[-1], main // tile.halves, tile.n - main
     kernel = (1, 1) if geometry is None else geometry.kernel
     tap_bytes = o.weight.shape[1] // (kernel[0] * kernel[1])
     if geometry is None:
-        x_block, out_block, height, width = [tile.m, tile.k], [tile.m, half], 1, 1
+        x_block, out_block, height, width = [tile.m, tile.k], [tile.m], 1, 1
         tiles_m, tiles_h, tiles_w = triton.cdiv(out.shape[0], tile.m), 1, 1
     else:
         height, width = out.shape[1:3]
         down, across = rectangle(tile.m, height, width)
-        x_block, out_block = [1, down, across, tile.k], [1, down, across, half]
+        x_block, out_block = [1, down, across, tile.k], [1, down, across]
         tiles_h, tiles_w = triton.cdiv(height, down), triton.cdiv(width, across)
         tiles_m = out.shape[0] * tiles_h * tiles_w
     tiles = tiles_m * triton.cdiv(columns, tile.n)
     programs = chip_of(out.device).processors * tile.per_processor
     is_int = o.x.dtype is torch.int8
-    layout = gl.NVMMADistributedLayout(
-        version=[3, 0],
-        warps_per_cta=[tile.warps, 1],
-        instr_shape=[16, min(tile.n, WIDEST_INT8 if is_int else WIDEST), 32],
+    widest = WIDEST_INT8 if is_int else WIDEST
+    layout, tail_layout = (
+        gl.NVMMADistributedLayout(
+            version=[3, 0], warps_per_cta=[tile.warps, 1], instr_shape=[16, min(size or main, widest), 32]
+        )
+        for size in (main, tail)
     )
     residual, gate = o.rows.residual, o.rows.gate
     group = 0 if o.layout is None else o.layout.group_size
     product_kernel[(min(tiles, programs),)](
-        _descriptor(o.x, x_block), _descriptor(o.weight, [tile.n, tile.k]), _descriptor(out, out_block),
+        _descriptor(o.x, x_block), _descriptor(o.weight, [main, tile.k]), _descriptor(out, [*out_block, half]),
+        _descriptor(o.weight, [tail, tile.k]) if tail else None, _descriptor(out, [*out_block, tail]) if tail else None,
         o.x_scale, o.x_zero, o.x_sum, o.scale, o.zero, o.total, o.rows.bias, gate, residual,
         out.numel() // columns, columns, channels, tiles_m, tiles_h, tiles_w, height, width, tap_bytes,
         1 if o.layout is None else o.layout.groups_per_tap, rows_per_scale,
@@ -140,9 +145,15 @@ def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry:
         0 if residual is None else residual.stride(0), SUM=gl.int32 if is_int else gl.float32, LAYOUT=layout,
         GROUP_STEPS=group // tile.k, TAPS_H=kernel[0], TAPS_W=kernel[1],
         PAD_H=0 if geometry is None else geometry.padding[0], PAD_W=0 if geometry is None else geometry.padding[1],
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, HALVES=tile.halves, SWIZZLE=tile.swizzle, STAGES=tile.stages,
+        BLOCK_M=tile.m, BLOCK_N=main, BLOCK_K=tile.k, HALVES=tile.halves, SWIZZLE=tile.swizzle, STAGES=tile.stages,
+        TAIL_N=tail, TAIL_LAYOUT=tail_layout,
         num_warps=tile.warps, maxnreg=registers(tile), enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def largest_power(columns: int) -> int:
+    """Return the largest power of two in a number of columns; what is left is a tile's tail."""
+    return 1 << (columns.bit_length() - 1)
 
 
 def registers(tile: Tile) -> int | None:

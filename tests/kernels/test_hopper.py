@@ -16,7 +16,7 @@ from tests.kernels.example_layers import random_layer
 # Rounding to bfloat16 of equal integers, scaled: half a step of 8 bits.
 ROUNDED = 2.0**-8
 
-TILES = [(128, 128, 4, 3, 2), (128, 256, 8, 3, 1), (256, 128, 8, 4, 2), (64, 128, 4, 4, 1)]
+TILES = [(128, 128, 4, 3, 2), (128, 256, 8, 3, 1), (256, 128, 8, 4, 2), (64, 128, 4, 4, 1), (256, 160, 8, 3, 2)]
 
 
 def needs_hopper() -> None:

@@ -1,15 +1,16 @@
 """Everything that only a GPU can show, in one command that ends in time and keeps what it has.
 
-    python -m benchmarks.device_check [--minutes 8] [--stages tests step tune kernels jobs] [--candidates TEXT]
-        [--out FILE] [--device cuda]
+    python -m benchmarks.device_check [--minutes 8] [--stages tests tune step kernels jobs] [--candidates TEXT]
+        [--tuning ARGUMENTS] [--out FILE] [--device cuda]
 
 Stages, each a process of its own with a share of the time, which is killed when that is over; FILE is written anew
 after each, and holds what a killed one had written:
 
 tests     tests of tests/kernels, on the device
-step      benchmarks.gpu_step: a step of each of MODELS at batch 4, in its formats beside bfloat16, under a CUDA graph,
-          bfloat16 also with its blocks compiled; all build and compile beside the tests, and are timed in turn
 tune      benchmarks.tune: tiles of the kernels, timed; with --install, later stages use the table
+step      benchmarks.gpu_step: a step of each of MODELS at batch 4, in its formats beside bfloat16, under a CUDA graph,
+          bfloat16 also with its blocks compiled; bfloat16 compiles beside the stages before, the packed models are
+          built behind them, and all are timed in turn
 kernels   benchmarks.kernels: each layer's kernels beside bfloat16, and the kernels that quantize beside a copy
 jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine's CPUs, which run beside the other
           stages: seconds by kind of task, PSNR of both, and what the tasks spend their time in
@@ -19,11 +20,11 @@ jobs      benchmarks.device_jobs for RECIPES on the device, and on this machine'
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ MODELS = {
     "flux": (*_INTEGERS, "FP8"),
 }
 #: Shares of the minutes among the stages that run; the jobs' is what is left.
-SHARES = {"tests": 0.15, "step": 0.3, "tune": 0.35, "kernels": 0.25, "jobs": 0.1}
+SHARES = {"tests": 0.15, "tune": 0.3, "step": 0.3, "kernels": 0.25, "jobs": 0.1}
 STAGES = tuple(SHARES)
 LOG_LINES = 80
 #: Candidates of benchmarks.kernels that are in the summary.
@@ -116,10 +117,10 @@ def job(recipe: str, device: str, threads: int) -> list[str]:
     return ["-m", "benchmarks.device_jobs", "--recipe", recipe, *place, "--out", "{out}"]
 
 
-def step(model: str, turn: Path) -> list[str]:
-    """Return the command of a model's step."""
+def step(model: str, turn: Path, after: Path) -> list[str]:
+    """Return the command of a model's step, whose packed models are built once `after` is there."""
     command = ["-m", "benchmarks.gpu_step", "--models", model, "--batches", "4", "--formats", *MODELS[model]]
-    command += ["--repeats", "7", "--compile-blocks", "--kernels"]
+    command += ["--repeats", "7", "--compile-blocks", "--kernels", "--after", str(after)]
     return [*command, "--turn", str(turn), "--others", str(len(MODELS) - 1), "--out", "{out}"]
 
 
@@ -147,8 +148,10 @@ def verdicts(log: Path) -> dict[str, Any]:
 class Check:
     """The stages of one run, and the file that holds what they found."""
 
-    def __init__(self, device: str, minutes: float, out: Path, install: bool, candidates: str = "") -> None:
-        self.device, self.out, self.install, self.candidates = device, out, install, candidates
+    def __init__(
+        self, device: str, minutes: float, out: Path, install: bool, candidates: str = "", tuning: Sequence[str] = ()
+    ) -> None:
+        self.device, self.out, self.install, self.candidates, self.tuning = device, out, install, candidates, tuning
         self.minutes, self.began = minutes, time.monotonic()
         self.found: dict[str, Any] = {"device": device, "versions": versions(), "stages": {}}
         self.folder = Path(tempfile.mkdtemp(prefix="quantmill-check-"))
@@ -179,22 +182,23 @@ class Check:
                 threads = max(1, (os.cpu_count() or 2) // (2 * len(recipes)))
                 name, hidden = f"{recipe} on cpu", {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(threads)}
                 self.beside.append(start(name, job(recipe, "cpu", threads), self.folder, hidden))
-        turn = self.folder / "turn"
-        steps = [start(f"step of {model}", step(model, turn), self.folder) for model in MODELS if "step" in stages]
+        turn, tuned = self.folder / "turn", self.folder / "tuned"
+        steps = [
+            start(f"step of {model}", step(model, turn, tuned), self.folder) for model in MODELS if "step" in stages
+        ]
         if "tests" in stages:
-            with turn.open("w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # nothing is timed beside them
-                running = start("tests", tests(self.device), self.folder)
-                found = running.finish(self.share("tests", stages))
+            running = start("tests", tests(self.device), self.folder)
+            found = running.finish(self.share("tests", stages))
             self.note("tests", found | {"result": verdicts(running.log)})
-        until = time.monotonic() + (self.share("step", stages) if steps else 0.0)
-        for running in steps:
-            self.note(running.name, running.finish(until - time.monotonic()))
         if "tune" in stages:
             seconds = self.share("tune", stages)
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
             command = ["-m", "benchmarks.tune", *minutes, "--out", "{out}", *["--install"] * self.install]
-            self.note("tune", start("tune", command, self.folder).finish(seconds))
+            self.note("tune", start("tune", [*command, *self.tuning], self.folder).finish(seconds))
+        tuned.touch()
+        until = time.monotonic() + (self.share("step", stages) if steps else 0.0)
+        for running in steps:
+            self.note(running.name, running.finish(until - time.monotonic()))
         if "kernels" in stages:
             seconds = self.share("kernels", stages)
             minutes = ["--minutes", str(round(seconds / 60 - 0.1, 2))]
@@ -273,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     command.add_argument("--recipes", nargs="+", default=RECIPES)
     command.add_argument("--candidates", default="", help="as benchmarks.kernels takes it")
+    command.add_argument("--tuning", default="", help="what benchmarks.tune is given besides, in one argument")
     command.add_argument("--device", default="cuda", help="cpu tries the command out where there is no GPU")
     command.add_argument("--install", action="store_true", help="as benchmarks.tune takes it")
     command.add_argument("--out", type=Path, default=Path("device-check.json"))
@@ -280,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages = [stage for stage in STAGES if stage in options.stages]
     if options.device == "cpu":
         stages = [stage for stage in stages if stage in ("tests", "jobs")]
-    check = Check(options.device, options.minutes, options.out, options.install, options.candidates)
+    check = Check(
+        options.device, options.minutes, options.out, options.install, options.candidates, shlex.split(options.tuning)
+    )
     check.run(stages, options.recipes)
     print(json.dumps(check.found["summary"], indent=1))
     cut = any(stage["exit_code"] for stage in check.found["stages"].values())

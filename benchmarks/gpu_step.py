@@ -1,7 +1,8 @@
 """One step of a denoiser of full size with random weights on a GPU: packed against bfloat16.
 
     python -m benchmarks.gpu_step [--models sdxl dit-xl sd3 flux] [--batches 1 4] [--latents 128] [--repeats 10]
-        [--formats W8A8 W4A8 FP8] [--compile] [--compile-blocks] [--kernels] [--turn FILE] [--others N] [--out FILE]
+        [--formats W8A8 W4A8 FP8] [--compile] [--compile-blocks] [--kernels] [--turn FILE] [--others N] [--after FILE]
+        [--out FILE]
 
 Models are SDXL's UNet, DiT-XL, and stacks of 8 of SD3's and of 3 + 6 of Flux's blocks (`benchmarks.stacks`). Each is
 called as it is, and from a CUDA graph that was captured once; with --compile-blocks the bfloat16 one also with its
@@ -15,7 +16,8 @@ in and give out samples; every input has a range for each of 20 steps, FP8 ones 
 in bfloat16. The captured graph runs at two timesteps, and must then give what the model gives without it.
 
 With --turn, a file that is locked while something is timed; with --others, it waits first until so many others that
-name the file have built and compiled what they time, since that uses the device too.
+name the file have built and compiled what they time, since that uses the device too. With --after, packed models are
+built once that file is there: tiles may be tuned meanwhile.
 Peak memory is some 40 GiB, of SDXL in bfloat16 and in three formats.
 """
 
@@ -65,7 +67,7 @@ FORMATS = {
         ActivationSpec(8, type=NumberType.E4M3, mode=ActivationMode.DYNAMIC_TOKEN),
     ),
 }
-#: How long the others are waited for.
+#: How long others are waited for.
 READY_SECONDS = 120
 #: What replays spend most of their time in, in the document.
 KERNELS = 25
@@ -156,6 +158,13 @@ def checked(run: Call, replay: Call, told: dict[str, Any]) -> Call:
     return replay
 
 
+def wait_for(event: Callable[[], bool]) -> None:
+    """Wait until something happened, READY_SECONDS at most."""
+    deadline = time.monotonic() + READY_SECONDS
+    while not event() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 @contextmanager
 def turn(path: Path | None, others: int) -> Iterator[None]:
     """Lock a file, if one is named, so that nothing else that does is timed meanwhile, once all are ready."""
@@ -163,9 +172,7 @@ def turn(path: Path | None, others: int) -> Iterator[None]:
         yield
         return
     path.with_name(f"{path.name}.ready.{os.getpid()}").touch()
-    deadline = time.monotonic() + READY_SECONDS
-    while len(list(path.parent.glob(f"{path.name}.ready.*"))) <= others and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(lambda: len(list(path.parent.glob(f"{path.name}.ready.*"))) > others)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -200,17 +207,19 @@ def measure(stack: Stack, names: Sequence[str], batch: int, options: argparse.Na
     torch.cuda.empty_cache()
     models: dict[str, nn.Module] = {}
     loaded: dict[str, int] = {}
-    for name in (*names, "bfloat16"):
-        print(f"batch {batch}, {name}: building", file=sys.stderr)
+    calls: dict[str, Call] = {}
+    for name in ("bfloat16", *names):
+        if name == names[0] and options.after is not None:
+            wait_for(lambda: options.after.exists())
+        print(f"batch {batch}, {name}: building, compiling and capturing", file=sys.stderr)
+        gc.collect()
+        torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         packed = name != "bfloat16"
-        models[name] = (
+        model = (
             packed_model(stack, FORMATS[name], "cuda", KernelBackend.TRITON) if packed else half_model(stack, "cuda")
         )
-        loaded[name] = torch.cuda.memory_allocated() - before
-    calls: dict[str, Call] = {}
-    for name, model in models.items():
-        print(f"batch {batch}, {name}: compiling and capturing", file=sys.stderr)
+        models[name], loaded[name] = model, torch.cuda.memory_allocated() - before
         blocks_too = options.compile_blocks and name == "bfloat16"
         calls |= {f"{name}, {way}": run for way, run in ways(model, told, options.compile, blocks_too)}
     if options.compile_blocks:
@@ -257,6 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--turn", type=Path, help="a file to lock while something is timed")
     command.add_argument("--others", type=int, default=0, help="processes that name the same file, and are waited for")
     command.add_argument("--out", type=Path)
+    command.add_argument("--after", type=Path, help="a file to wait for before packed models are built")
     options = command.parse_args(arguments)
     if not torch.cuda.is_available():
         command.error("device: got no GPU, wanted one that Triton compiles for")

@@ -33,11 +33,14 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # A few spilled words outside the inner loop cost nothing that could be measured; a spilled accumulator does.
 SPILL_LIMIT = 64
+# A loop of our own is looked at by itself; around it, what a tile's sums go through once may spill more.
+OWN_SPILL_LIMIT = 192
 # Shared memory that one program may have, bytes.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 _PRODUCT = re.compile(r"[HIQ]GMMA")
-# Of SASS: products; stores to shared memory; conversions (I2F.RP and F2I are of integer divisions); barriers.
-_COUNTED = (r"[HIQ]GMMA", r"STS|STSM", r"I2F(?!\.RP|\.U32\.RP)|F2F|I2IP|PRMT|HADD2|HFMA2", r"BAR")
+# Of SASS: products; stores to shared memory, and of spilled registers; conversions (I2F.RP and F2I are of integer
+# divisions); barriers.
+_COUNTED = (r"[HIQ]GMMA", r"STS|STSM|STL", r"I2F(?!\.RP|\.U32\.RP)|F2F|I2IP|PRMT|HADD2|HFMA2", r"BAR")
 _MATRIX = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
 # How much more of the rest a turn may have than the table says.
 MORE_OTHERS = 1.1
@@ -128,8 +131,9 @@ class Usage:
     @property
     def problem(self) -> str | None:
         """What is over a limit."""
-        if self.spilled > SPILL_LIMIT:
-            return f"{self.kernel} on {self.arch}: got {self.spilled} spilled bytes, wanted at most {SPILL_LIMIT}"
+        spills = OWN_SPILL_LIMIT if self.kernel.endswith(OWN_LOOP) else SPILL_LIMIT
+        if self.spilled > spills:
+            return f"{self.kernel} on {self.arch}: got {self.spilled} spilled bytes, wanted at most {spills}"
         if self.shared > SHARED_LIMIT[self.arch]:
             limit = SHARED_LIMIT[self.arch]
             return f"{self.kernel} on {self.arch}: got {self.shared} bytes of shared memory, wanted at most {limit}"

@@ -47,9 +47,10 @@ from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.layers import QUANTIZABLE, QuantLayer
 from quant_core.nn.model import build_quantized
 from quant_core.runtime.build import build_runtime
+from quant_core.runtime.replayed import Replayed
 from quant_spec.enums import ActivationMode, Granularity, GroupScale, KernelBackend, NumberType
 from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
-from workers.tasks.ways import GraphError, Replayed, check_replay, compile_model, compiling_each_shape
+from workers.tasks.ways import GraphError, check_replay, compile_model, compiling_each_shape
 
 Call = Callable[[], Tensor]
 HALF = torch.bfloat16

@@ -123,6 +123,10 @@ LAYERS = (
     Layer("Flux attention, batch 1", 3072, 9216, 4608),
     Layer("DiT-XL out of feed-forward, batch 8", 4608, 1152, 2048),
     Layer("SDXL resnet 64x64, batch 1", 640, 640, image=(1, 64)),
+    Layer("DiT-XL of 512, attention, batch 4", 1152, 3456, 4096),
+    Layer("DiT-XL of 512, out of attention, batch 4", 1152, 1152, 4096),
+    Layer("DiT-XL of 512, feed-forward, batch 4", 1152, 4608, 4096),
+    Layer("DiT-XL of 512, out of feed-forward, batch 4", 4608, 1152, 4096),
     Layer("DiT-XL attention, batch 4", 1152, 3456, 1024),
     Layer("DiT-XL out of attention, batch 4", 1152, 1152, 1024),
     Layer("DiT-XL feed-forward, batch 4", 1152, 4608, 1024),
@@ -161,9 +165,10 @@ def tiles(op: str, capability: tuple[int, int]) -> list[Tile]:
             *((128, 128, 128, 4, 3, 2, 2), (128, 256, 128, 8, 3, 1, 1), (256, 128, 128, 8, 3, 1, 1)),
             *((128, 128, 128, 8, 4, 1, 1), (128, 128, 64, 4, 4, 1, 2), (256, 128, 128, 8, 4, 2, 1)),
             *((128, 64, 128, 4, 4, 1, 2), (64, 256, 128, 4, 3, 1, 1), (64, 128, 128, 4, 4, 1, 2)),
-            # A tail of 32 or 64 columns: what divides 320, 640 and 1280.
+            # A tail of 32 or 64 columns: what divides 320, 640 and 1280, and 1152.
             *((128, 160, 64, 4, 4, 2, 2), (256, 160, 128, 8, 3, 2, 1), (256, 160, 64, 8, 5, 2, 1)),
-            *((128, 192, 128, 8, 3, 2, 1), (64, 160, 128, 4, 4, 2, 1)),
+            *((128, 192, 128, 8, 3, 2, 1), (64, 160, 128, 4, 4, 2, 1), (128, 288, 128, 8, 3, 2, 1)),
+            (128, 320, 64, 8, 5, 2, 1),
         )
     ]
     if op in (LINEAR_GROUPS, CONV_GROUPS):

@@ -17,6 +17,7 @@ from quant_core.artifact.folder import check_weights, packed_home, read_config, 
 from quant_core.errors import ArtifactError, QuantCoreError
 from quant_core.runtime.build import build_runtime
 from quant_core.runtime.memory import return_free_memory
+from quant_core.runtime.replayed import Replayed, why_not_replayed
 from quant_spec.enums import KernelBackend, WeightMemory
 from quant_spec.errors import QuantizationError
 
@@ -35,6 +36,7 @@ def load_quantized(
     backend: KernelBackend | str = KernelBackend.AUTO,
     dtype: torch.dtype | None = None,
     memory: WeightMemory | str = WeightMemory.AUTO,
+    replay: bool = False,
     resolve: Resolver | None = None,
 ) -> nn.Module:
     """Load a packed model, verified, in eval mode.
@@ -65,6 +67,11 @@ def load_quantized(
         layers that read one vector of a sample (embeddings of the timestep, modulations), which stay packed. On a CPU:
         one int8 each where it multiplies integers; others one float32 each with "fast" and "auto", packed on the
         reference with "packed". What each layer has, and its bytes, is in `quant_core.layer_runs(model)`.
+    replay : bool
+        Call it from CUDA graphs, on a GPU: the host launches a step's kernels at once, where it would take several
+        times as long as the device to launch them one by one. The first call with each shape captures a graph, which
+        keeps the memory of one call (`quant_core.runtime.replayed.Replayed`). Not of releases in differences between
+        steps, whose order the host follows.
     resolve : callable, optional
         Turns a source that is not a folder into one. By default the installed Quantmill looks the name up in its
         registry.
@@ -81,16 +88,24 @@ def load_quantized(
     BackendUnavailableError
         If the backend or device is not available here.
     QuantizationError
-        If models do not compute in `dtype`, or `memory` is none of these.
+        If models do not compute in `dtype`, `memory` is none of these, or steps can't be replayed here.
     """
     check_backend(backend)
     place = check_device("cpu" if device is None else device)
     choice = resolve_backend(backend, place)
     if dtype not in _DTYPES:
         raise QuantizationError(f"dtype: got {dtype}, wanted one of {', '.join(map(str, _DTYPES[1:]))}")
+    if replay and place.type != "cuda":
+        raise QuantizationError(f"replay: got device {place}, wanted a GPU: CUDA graphs are of kernels")
     folder = _locate(source, resolve)
     verify_folder(folder)
-    return load_runtime(folder, place, choice, asked=backend, dtype=dtype, memory=memory)
+    model = load_runtime(folder, place, choice, asked=backend, dtype=dtype, memory=memory)
+    if not replay:
+        return model
+    reason = why_not_replayed(model)
+    if reason is not None:
+        raise QuantizationError(f"replay: got {source}, whose {reason}; wanted replay=False")
+    return Replayed(model)
 
 
 def load_runtime(

@@ -65,7 +65,9 @@ def share_inputs(model: nn.Module) -> None:
                 shared = SharedInput()
                 for layer in group:
                     layer.share(shared, is_last=layer is group[-1])
-                join_products(group)
+                if getattr(module, "add_q_proj", None) is None:
+                    # Tokens of two kinds are put one behind the other: views of a wider product are slower to copy.
+                    join_products(group)
 
 
 def _alike(layers: Sequence[RuntimeLayer]) -> list[list[RuntimeLayer]]:

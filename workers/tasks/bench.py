@@ -50,6 +50,7 @@ from quant_core.diffusion.sampler import (
 from quant_core.runtime.build import layer_runs
 from quant_core.runtime.loader import check_device, load_runtime
 from quant_core.runtime.memory import return_free_memory
+from quant_core.runtime.replayed import Replayed
 from quant_spec.enums import KernelBackend
 from quant_spec.sampler import Sampler
 from quant_spec.tasks.bench import BENCHED, COMPILED, EAGER, GRAPH, HALF, ORIGINAL, RELEASE, Inputs, Params
@@ -58,7 +59,6 @@ from workers.storage.manifest import link_tree
 from workers.tasks.device import device_name
 from workers.tasks.ways import (
     GraphError,
-    Replayed,
     check_replay,
     choose_way,
     compile_model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from quant_core.runtime.build import build_runtime
 from quant_core.runtime.layer import RuntimeLayer
-from quant_spec.enums import ActivationMode, KernelBackend, NumberType
+from quant_spec.enums import ActivationMode, KernelBackend, NumberType, WeightMemory
 from quant_spec.formats import ActivationSpec
 from tests.quant_core.runtime.test_shared_input import NAMES, attention, noise, unshared
 
@@ -100,3 +101,19 @@ def test_layers_that_quantize_otherwise_stay_alone(backend: KernelBackend, other
     assert torch.equal(model[0](x), unshared(model)[0](x))
     if other:  # the two that are alike
         assert torch.equal(model[0](x), unshared(model)[0](x))
+
+
+@torch.no_grad()
+def test_tokens_that_are_put_together_are_multiplied_apart(
+    tiny_model: Callable[[str], nn.Module], quantize_model: Callable[..., object]
+) -> None:
+    for family, joined in (("sd3", set()), ("flux", {"single_transformer_blocks"})):
+        model = tiny_model(family)
+        quantize_model(model, bits=8)
+        build_runtime(model, KernelBackend.TRITON, memory=WeightMemory.FAST)
+        found = {
+            name.split(".")[0]
+            for name, layer in model.named_modules()
+            if isinstance(layer, RuntimeLayer) and layer.joint is not None
+        }
+        assert found == joined

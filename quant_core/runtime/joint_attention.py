@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import JointAttnProcessor2_0
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor, dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,7 +67,7 @@ class RotaryProcessor(FluxAttnProcessor):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_rotary_emb: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Any:
         """Return what diffusers' processor returns: (B, S, C), and (B, T, C) where text has layers of its own."""
         has_added = encoder_hidden_states is not None and attn.added_kv_proj_dim is not None

@@ -13,6 +13,7 @@ from quant_core.runtime.build import build_runtime
 from quant_core.runtime.layer import RuntimeLayer
 from quant_spec.enums import ActivationMode, KernelBackend, NumberType, WeightMemory
 from quant_spec.formats import ActivationSpec
+from tests.quant_core.runtime.test_normalized import predict
 from tests.quant_core.runtime.test_shared_input import NAMES, attention, noise, unshared
 
 FLOATS = ActivationSpec(8, type=NumberType.E4M3, mode=ActivationMode.DYNAMIC_TOKEN)
@@ -117,3 +118,19 @@ def test_tokens_that_are_put_together_are_multiplied_apart(
             if isinstance(layer, RuntimeLayer) and layer.joint is not None
         }
         assert found == joined
+
+
+@pytest.mark.parametrize("family", ["dit", "flux", "sdxl_unet"])
+def test_whole_models_give_the_same_from_the_second_call_on(
+    tiny_model: Callable[[str], nn.Module],
+    quantize_model: Callable[..., object],
+    family: str,
+    products: list[str],
+) -> None:
+    model = tiny_model(family)
+    quantize_model(model, bits=8)
+    build_runtime(model, KernelBackend.TRITON, memory=WeightMemory.FAST)
+    first = predict(model)
+    assert not products
+    assert torch.equal(predict(model), first)
+    assert products

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, UNet1DModel, UNet2DModel
-from torch import Tensor, nn
+from torch import nn
 
-from quant_core.diffusion.denoiser import call_denoiser, sample_shape
 from quant_core.nn.steps import StepClock
+from tests.quant_core.runtime.test_replayed import UNET, call
 from workers.tasks.ways import GraphError, check_replay, choose_way, compile_model, repeated_blocks
 
-UNET: dict[str, Any] = {
-    "sample_size": 8, "layers_per_block": 1, "norm_num_groups": 4, "add_attention": False, "num_class_embeds": 5,
-    "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,),
-}  # fmt: skip
 BLOCK = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def unet() -> nn.Module:
     torch.manual_seed(0)
     return UNet2DModel(**UNET).eval()
-
-
-def call(model: nn.Module, seed: int, timestep: float, batch: int = 2) -> Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    x = torch.randn(batch, *sample_shape(model), generator=draw).to(device)
-    labels = torch.arange(batch, device=device)
-    with torch.no_grad():
-        return call_denoiser(model, x, torch.tensor(timestep, device=device), {"class_labels": labels})
 
 
 def test_a_replay_that_is_another_call_is_refused(unet: nn.Module) -> None:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from quant_core.runtime.lazy import LazyTensor
 
 if TYPE_CHECKING:
     from quant_core.runtime.layer import RuntimeLayer
 
 
-class Deferred(Tensor):
+class Deferred(LazyTensor):
     """What a layer gives for `source`, times `gate` where there is one, computed when it is read.
 
     Attributes
@@ -35,8 +36,6 @@ class Deferred(Tensor):
     gate: Tensor | None
     _value: Tensor | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
     @staticmethod
     def __new__(cls, layer: RuntimeLayer, source: Tensor, gate: Tensor | None = None) -> Deferred:
         shape = (*source.shape[:-1], layer.shape[0])
@@ -50,13 +49,13 @@ class Deferred(Tensor):
             self._value = self.layer.multiply_now(self.source, None, self.gate)
         return self._value
 
-    def _taking(self, function: Any, other: Any) -> Tensor | None:
-        """Return this after an operation that a product's epilogue has; None if it is none."""
+    def taking(self, function: Any, other: Any, *, is_first: bool) -> Tensor | None:
+        """Take up what a product's epilogue has: a gate, then a sum; and a division by 1."""
         if self._value is not None:
             return None
-        if function is torch.ops.aten.div.Tensor and not isinstance(other, Tensor) and other == 1:
+        if function is torch.ops.aten.div.Tensor and is_first and not isinstance(other, Tensor) and other == 1:
             return self
-        if type(other) is not Tensor or other.dtype is not self.dtype or other.device != self.device:
+        if not self.goes_with(other):
             return None
         if function is torch.ops.aten.mul.Tensor and self.gate is None:
             is_gate = other.shape == (self.shape[0], 1, self.shape[2])
@@ -64,16 +63,3 @@ class Deferred(Tensor):
         if function is torch.ops.aten.add.Tensor and other.shape == self.shape:
             return self.layer.multiply_now(self.source, other, self.gate)
         return None
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if len(args) == 2 and not kwargs:
-            pairs = (args, args[::-1]) if function is not torch.ops.aten.div.Tensor else (args,)
-            for one, other in pairs:
-                taken = one._taking(function, other) if isinstance(one, Deferred) else None
-                if taken is not None:
-                    return taken
-        args, kwargs = pytree.tree_map_only(Deferred, Deferred.value, (args, kwargs or {}))
-        return function(*args, **kwargs)

@@ -36,6 +36,7 @@ from quant_core.nn.layers import QuantLayer, weight_from_matrix
 from quant_core.nn.steps import StepClock
 from quant_core.runtime.deferred import Deferred
 from quant_core.runtime.following import follow
+from quant_core.runtime.lazy import LazyTensor
 from quant_core.runtime.normalized import Normalized
 from quant_core.runtime.parts import LayerPart, lay_out_parts
 from quant_spec.enums import ActivationMode, KernelBackend
@@ -230,7 +231,7 @@ class RuntimeLayer(nn.Module):
     def _forward(self, x: Tensor, residual: Tensor | None, gate: Tensor | None = None) -> Tensor:
         if isinstance(x, Deferred) or (isinstance(x, Normalized) and not (self.normalizes and x.is_whole)):
             x = x.value()
-        residual = residual.value() if isinstance(residual, Deferred | Normalized) else residual
+        residual = residual.value() if isinstance(residual, LazyTensor) else residual
         rows, out = (t if self.geometry is None or t is None else t.permute(0, 2, 3, 1) for t in (x, residual))
         assert rows is not None
         if self.calls is not None and native.is_usable():

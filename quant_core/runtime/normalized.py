@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from kernels.backend import is_traced
 from kernels.norms import MAX_TOKEN, LayerNorm
+from quant_core.runtime.lazy import LazyTensor
 
 
-class Normalized(Tensor):
+class Normalized(LazyTensor):
     """What a LayerNorm gives, times `multiplier` and plus `shift` where there are, computed when it is read.
 
     Attributes
@@ -35,8 +35,6 @@ class Normalized(Tensor):
     multiplier: Tensor | None
     shift: Tensor | None
     _value: Tensor | None
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -64,29 +62,15 @@ class Normalized(Tensor):
             self._value = y if self.shift is None else y + self.shift
         return self._value
 
-    def _taking(self, function: Any, other: Any) -> Normalized | None:
-        """Return this with a modulation's product or sum; None if it is none."""
-        if type(other) is not Tensor or other.dtype is not self.dtype or other.device != self.device:
-            return None
-        if other.shape != (self.shape[0], 1, self.shape[2]) or self.shift is not None:
+    def taking(self, function: Any, other: Any, *, is_first: bool) -> Normalized | None:
+        """Take up a modulation's product, then its sum."""
+        if not self.goes_with(other) or other.shape != (self.shape[0], 1, self.shape[2]) or self.shift is not None:
             return None
         if function is torch.ops.aten.mul.Tensor and self.multiplier is None:
             return Normalized(self.source, self.module, other)
         if function is torch.ops.aten.add.Tensor and self.multiplier is not None:
             return Normalized(self.source, self.module, self.multiplier, other)
         return None
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if len(args) == 2 and not kwargs:
-            for one, other in (args, args[::-1]):
-                taken = one._taking(function, other) if isinstance(one, Normalized) else None
-                if taken is not None:
-                    return taken
-        args, kwargs = pytree.tree_map_only(Normalized, Normalized.value, (args, kwargs or {}))
-        return function(*args, **kwargs)
 
 
 class LayerNormBehind(nn.LayerNorm):

@@ -21,7 +21,7 @@ from orchestrator.db.event_log import record_event
 from orchestrator.db.fairness import next_rank, note_rank
 from orchestrator.db.lineage import EDGE, read_places
 from orchestrator.db.models import Job, JobTask, Task, TaskInput, in_states
-from orchestrator.db.promote import complete, queue_new, recount
+from orchestrator.db.promote import queue_new, recount, start
 from orchestrator.db.rows import EnqueueCounts
 from orchestrator.db.session import lock_enqueue, lock_graph, notify_others
 from orchestrator.db.sql import dump, rows_json, run, statement
@@ -132,7 +132,7 @@ def start_tasks(session: Session, job_id: str) -> None:
     )
     target = select(Job.target_task).where(Job.id == job_id).scalar_subquery()
     done = list(session.scalars(succeeded.where(Task.id == target)))
-    complete(session, done, recount(session, job_id))
+    start(session, recount(session, job_id), done)
     _start_job(session, job_id)
 
 

@@ -47,6 +47,20 @@ _BLOCKED = f"tasks.state {sources(TaskEvent.PROMOTE)}"
 # Large inputs are only read from tasks that are ready.
 _IF_READY = "CASE WHEN tasks.waiting = 0 THEN tasks.{0} END AS {0}"
 _COUNTED = f"{_READY}, tasks.waiting, {_IF_READY.format('params')}, {_IF_READY.format('inputs')}"
+# Readers in the order that all keep, so that two transactions that finish sources of the same ones count one by one.
+_READERS = f"""
+    counts AS MATERIALIZED (
+        SELECT edges.task_seq, count(*) AS n FROM %s JOIN task_inputs AS edges ON edges.source_seq = sources.seq
+        GROUP BY edges.task_seq
+    ), readers AS MATERIALIZED (
+        SELECT tasks.seq, counts.n FROM counts JOIN tasks ON tasks.seq = counts.task_seq
+        WHERE {_BLOCKED} ORDER BY tasks.seq FOR NO KEY UPDATE OF tasks
+    )
+"""
+_COUNT = f"""
+    UPDATE tasks SET waiting = tasks.waiting - readers.n FROM readers WHERE tasks.seq = readers.seq
+    RETURNING {_COUNTED}
+"""
 _COUNT_DOWN = statement(
     f"""
     UPDATE tasks SET waiting = tasks.waiting - counts.n
@@ -57,18 +71,13 @@ _COUNT_DOWN = statement(
     RETURNING {_COUNTED}
     """,
     {"id": "text"},
-    postgres=f"""
-    WITH counts AS MATERIALIZED (
-        SELECT edges.task_seq, count(*) AS n FROM {{given}} JOIN tasks AS sources ON sources.id = given.id
-        JOIN task_inputs AS edges ON edges.source_seq = sources.seq GROUP BY edges.task_seq
-    ), readers AS MATERIALIZED (
-        SELECT tasks.seq, counts.n FROM counts JOIN tasks ON tasks.seq = counts.task_seq
-        WHERE {_BLOCKED} ORDER BY tasks.seq FOR NO KEY UPDATE OF tasks
-    )
-    UPDATE tasks SET waiting = tasks.waiting - readers.n FROM readers WHERE tasks.seq = readers.seq
-    RETURNING {_COUNTED}
-    """,
-)  # fmt: skip
+    postgres=f"WITH {_READERS % '{given} JOIN tasks AS sources ON sources.id = given.id'} {_COUNT}",
+)
+#: The same for a statement of Postgres' that makes tasks succeed, in which `done` are those and nothing else: `counted`
+#: are their readers.
+COUNT_DOWN_DONE = f"{_READERS % 'done AS sources'}, counted AS ({_COUNT})"
+#: Of `counted`, those that have all their inputs now, as one value of JSON for `ready_readers`.
+READY_COUNTED = "(SELECT json_agg(counted) FROM counted WHERE counted.waiting = 0)"
 _SELECT_READY = statement(
     f"""
     SELECT {_READY}, tasks.params, tasks.inputs FROM {{given}} JOIN tasks ON tasks.id = given.id
@@ -152,7 +161,7 @@ _QUEUE_NEW = statement(
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
+class Ready:
     """A task that has all its inputs."""
 
     seq: int
@@ -163,31 +172,55 @@ class _Ready:
     inputs: dict[str, list[Any]]
 
 
-def complete_finished(session: Session, keys: Mapping[str, str]) -> None:
-    """Draw every consequence of the success of tasks whose results have just been recorded; `keys` is by task."""
-    draw_consequences(session, keys, *run_together(session, *consequences(list(keys))))
+def count_down(session: Session, done: Sequence[str]) -> list[Ready]:
+    """Count down the tasks that read the outputs of `done`, which have just succeeded; return those that have all."""
+    ready: list[Ready] = []
+    for batch in batches(done):
+        rows = run(session, _COUNT_DOWN, given=_ids(batch))
+        ready += [_ready(row) for row in rows if row.waiting == 0]
+    return _in_order(ready)
 
 
-def consequences(tasks: Sequence[str]) -> list[tuple[Statement, Mapping[str, Any]]]:
-    """Return the statements that count down, and look around, after tasks have succeeded; for `draw_consequences`."""
-    given = {"given": _ids(tasks)}
-    return [(_COUNT_DOWN, given), (_LOOK_AROUND, given)]
+def ready_readers(counted: Any) -> list[Ready]:
+    """Return the tasks that `READY_COUNTED` names."""
+    return _in_order(
+        Ready(*(each[name] for name in ("seq", "id", "kind", "version", "params", "inputs"))) for each in counted or ()
+    )
 
 
-def draw_consequences(session: Session, keys: Mapping[str, str], counted: Sequence[Any], around: Sequence[Any]) -> None:
-    """Draw every consequence of the success of tasks, from the answers to `consequences`; `keys` is by task."""
+def look_around(tasks: Sequence[str]) -> tuple[Statement, Mapping[str, Any]]:
+    """Return the statement that looks around after tasks have succeeded and their readers were counted down."""
+    return _LOOK_AROUND, {"given": _ids(tasks)}
+
+
+def draw_consequences(session: Session, keys: Mapping[str, str], ready: Sequence[Ready], around: Sequence[Any]) -> None:
+    """Draw every consequence of the success of tasks whose results have just been recorded.
+
+    Parameters
+    ----------
+    keys
+        Of the tasks, by their ids.
+    ready
+        Their readers that have all inputs now.
+    around
+        The answer to `look_around`.
+    """
     (found,) = around
     if found.twins or found.jobs:
         need_graph(session)
     twins = mark_twins_cached(session, list(keys.values())) if found.twins else []
-    ready = [*_ready_rows(counted), *_count_down(session, twins)]
     known = read_json(found.outputs) or {}
+    ready = [*ready, *count_down(session, twins)]
     _complete(session, [*keys, *twins], ready, known, ends_jobs=bool(twins or found.jobs))
 
 
-def complete(session: Session, done: Sequence[str], ready: Sequence[str] = ()) -> None:
-    """Draw every consequence of the success of the tasks `done`, and of the tasks `ready` having all inputs."""
-    _complete(session, done, [*_select_ready(session, ready), *_count_down(session, done)], {}, ends_jobs=True)
+def start(session: Session, ready: Sequence[str], succeeded: Sequence[str] = ()) -> None:
+    """Queue blocked tasks that wait for nothing, and end the jobs whose targets are among the tasks `succeeded`.
+
+    Those succeeded before, so whoever reads them has been counted down.
+    """
+    rows = (row for batch in batches(ready) for row in run(session, _SELECT_READY, given=_ids(batch)))
+    _complete(session, succeeded, [_ready(row) for row in rows], {}, ends_jobs=True)
 
 
 def queue_new(session: Session, tasks: Sequence[str]) -> None:
@@ -199,20 +232,21 @@ def queue_new(session: Session, tasks: Sequence[str]) -> None:
     for batch in batches(tasks):
         states = {row.id: row.state for row in run(session, _QUEUE_NEW, given=_ids(batch))}
         cached += _note_given(session, batch, states)
-    complete(session, cached)
+    _complete(session, cached, count_down(session, cached), {}, ends_jobs=True)
 
 
 def _complete(
     session: Session,
     done: Sequence[str],
-    ready: Sequence[_Ready],
+    ready: Sequence[Ready],
     known: Mapping[str, Mapping[str, str]],
     *,
     ends_jobs: bool,
 ) -> None:
     """Queue tasks that have all inputs, go on with those whose results are recorded, and end jobs.
 
-    `known` are outputs of some of the tasks that these read, by task.
+    The readers of `done` have been counted down. `known` are outputs of some of the tasks that the ready ones read, by
+    task.
     """
     finished, pending = list(done), ready
     while pending:
@@ -220,7 +254,7 @@ def _complete(
         for batch in batches(pending):
             cached += _promote(session, batch, known)
         finished += cached
-        pending = _count_down(session, cached)
+        pending = count_down(session, cached)
     if ends_jobs or len(finished) > len(done):
         succeed_jobs(session, finished)
 
@@ -256,27 +290,15 @@ def recount(session: Session, job_id: str) -> list[str]:
 _PLAIN = {"synchronize_session": False}
 
 
-def _count_down(session: Session, done: Sequence[str]) -> list[_Ready]:
-    """Count down the tasks that read the outputs of `done`; return those that have all their inputs now."""
-    ready: list[_Ready] = []
-    for batch in batches(done):
-        ready += _ready_rows(run(session, _COUNT_DOWN, given=_ids(batch)))
+def _in_order(ready: Iterable[Ready]) -> list[Ready]:
     return sorted(ready, key=lambda each: each.seq)
 
 
-def _ready_rows(counted: Iterable[Any]) -> list[_Ready]:
-    return sorted((_ready(row) for row in counted if row.waiting == 0), key=lambda each: each.seq)
+def _ready(row: Any) -> Ready:
+    return Ready(row.seq, row.id, row.kind, row.version, read_json(row.params), read_json(row.inputs))
 
 
-def _select_ready(session: Session, tasks: Sequence[str]) -> list[_Ready]:
-    return [_ready(row) for batch in batches(tasks) for row in run(session, _SELECT_READY, given=_ids(batch))]
-
-
-def _ready(row: Any) -> _Ready:
-    return _Ready(row.seq, row.id, row.kind, row.version, read_json(row.params), read_json(row.inputs))
-
-
-def _promote(session: Session, ready: Sequence[_Ready], known: Mapping[str, Mapping[str, str]]) -> list[str]:
+def _promote(session: Session, ready: Sequence[Ready], known: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Give ready tasks their keys and queue them; return those whose results were recorded already."""
     read = {item["task"] for task in ready for item in _references(task.inputs)}
     outputs = {**known, **_outputs(session, read - known.keys())}

@@ -28,7 +28,16 @@ from orchestrator.db.event_log import record_event
 from orchestrator.db.job_ends import fail_jobs_that_need
 from orchestrator.db.models import Task, in_states
 from orchestrator.db.picking import Picker, after_out_of_memory, pick
-from orchestrator.db.promote import KEY_LOCK, complete_finished, consequences, draw_consequences
+from orchestrator.db.promote import (
+    COUNT_DOWN_DONE,
+    KEY_LOCK,
+    READY_COUNTED,
+    Ready,
+    count_down,
+    draw_consequences,
+    look_around,
+    ready_readers,
+)
 from orchestrator.db.repair import repair_lost, send_back
 from orchestrator.db.rows import ClaimedTask, Lease, TaskEnd
 from orchestrator.db.session import (
@@ -194,13 +203,14 @@ _ADD_UP = "ON CONFLICT (kind, version, device, shard) DO UPDATE SET " + ", ".joi
 )
 #: Rows of one kind's timings that Postgres' connections are spread over.
 TIMING_SHARDS = 64
-# On SQLite three statements, where Postgres has one.
+# On SQLite four statements, where Postgres has one. That counts down the readers of what it has finished, not of all
+# that it was given: a task whose lease is good no more may have been counted before.
 _FINISH = statement(
     f"UPDATE tasks SET {_SUCCEED} FROM {{given}} WHERE {_GOOD} RETURNING {_FINISHED}",
     _LEASE | _END,
     postgres=f"""
     WITH {_GIVEN}, {_HELD % _GOOD}, done AS (
-        UPDATE tasks SET {_SUCCEED} FROM held WHERE tasks.seq = held.seq RETURNING {_FINISHED}
+        UPDATE tasks SET {_SUCCEED} FROM held WHERE tasks.seq = held.seq RETURNING tasks.seq, {_FINISHED}
     ), ends AS (
         SELECT done.*, given.outputs, given.metrics, given.ran, given.seconds, given.device,
                given.peak_rss_bytes, given.peak_gpu_bytes
@@ -214,8 +224,10 @@ _FINISH = statement(
         SELECT kind, version, device, pg_backend_pid() % {TIMING_SHARDS}, {_SUMS}
         FROM ends GROUP BY kind, version, device ORDER BY kind, version, device
         {_ADD_UP.format(max="greatest")}
-    )
-    SELECT id, attempt, key, pg_advisory_xact_lock({KEY_LOCK.format("key")}) FROM done
+    ), {COUNT_DOWN_DONE}
+    SELECT id, attempt, key, pg_advisory_xact_lock({KEY_LOCK.format("key")}),
+           CASE WHEN row_number() OVER () = 1 THEN {READY_COUNTED} END AS ready
+    FROM done
     """,
 )
 _RECORD = statement(
@@ -374,18 +386,28 @@ def _finish(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
     kept = [end for end in ends if (end.lease.task_id, end.lease.attempt) in rows]
     if not kept:
         return []
-    if not is_postgres(session):
+    keys = {end.lease.task_id: rows[end.lease.task_id, end.lease.attempt].key for end in kept}
+    if is_postgres(session):
+        ready = _ready_readers(rows.values())
+    else:
         good = [each for each in given if (each["id"], each["attempt"]) in rows]
         recorded = rows_json([each | rows[each["id"], each["attempt"]]._asdict() for each in good])
         send(session, _RECORD, given=recorded)
         send(session, _TIME, given=recorded)
+        ready = count_down(session, list(keys))
     _note_finished(session, kept)
-    complete_finished(session, {end.lease.task_id: rows[end.lease.task_id, end.lease.attempt].key for end in kept})
+    statement, given_tasks = look_around(list(keys))
+    draw_consequences(session, keys, ready, run(session, statement, **given_tasks))
     return [end.lease for end in kept]
 
 
+def _ready_readers(rows: Iterable[Any]) -> list[Ready]:
+    """Return what is ready by the success of tasks, from the rows that `_FINISH` gives on Postgres."""
+    return next((ready_readers(row.ready) for row in rows if row.ready is not None), [])
+
+
 def _finish_at_once(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
-    """Finish tasks and count down their readers in one round trip, which is right if all leases are good.
+    """Finish tasks and look around in one round trip, which is right if all leases are good.
 
     Raises
     ------
@@ -394,11 +416,11 @@ def _finish_at_once(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
     """
     finish = (_FINISH, {"given": rows_json(_end_rows(ends))})
     tasks = [end.lease.task_id for end in ends]
-    rows, *answers = run_together(session, finish, *consequences(tasks))
+    rows, around = run_together(session, finish, look_around(tasks))
     if len(rows) < len(ends):
         need_graph(session)
     _note_finished(session, ends)
-    draw_consequences(session, {row.id: row.key for row in rows}, *answers)
+    draw_consequences(session, {row.id: row.key for row in rows}, _ready_readers(rows), around)
     return [end.lease for end in ends]
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from orchestrator.db.job_ends import end_jobs, fail_jobs_that_need
 from orchestrator.db.lineage import is_outdated, makers, referring_inputs
 from orchestrator.db.models import Event, Job, JobTask, Json, Model, Result, Task, TaskInput, in_states
-from orchestrator.db.promote import complete
+from orchestrator.db.promote import start
 from orchestrator.db.references import recipe_files
 from orchestrator.db.rows import Lease
 from orchestrator.db.session import need_graph, record_event
@@ -152,7 +152,7 @@ def settle(session: Session, blocked: Sequence[str]) -> None:
         )
         rows = session.execute(statement, execution_options=_PLAIN).all()
         ready += [row.id for row in sorted(rows, key=lambda row: row.seq) if row.waiting == 0]
-    complete(session, [], ready)
+    start(session, ready)
 
 
 def _readers(session: Session, repaired: Sequence[str]) -> list[str]:

@@ -70,6 +70,8 @@ def _graphs(series: int) -> tuple[Graph, ...]:
         Graph(f"grid {series}", (*grid, release(*grid[-3:])), "one"),
         Graph(f"twin {series}", (*twin, release(*twin[-3:])), "one"),
         Graph(f"part of grid {series}", (*grid[:6], noop([series, "part"], *grid[3:6])), None),
+        # Its target is read by tasks of others.
+        Graph(f"middle of grid {series}", tuple(grid[:5]), None),
         Graph(f"chain {series}", (*chain, release(chain[-1])), "one"),
         # Its last task waits for two of the others only, so that it ends while some are left.
         Graph(f"wide {series}", (*wide, noop([series, "wide end"], *wide), release(*wide[:2])), "two"),

@@ -32,6 +32,7 @@ def run(schedule: Schedule, url: str, folder: Path, having: frozenset[str] = HAV
                 for step in schedule.steps:
                     time.sleep(step.after)
                     step.fault.apply(world)
+                    world.look()
                 world.calm()
             world.wait_for_jobs()
             world.replace_members()

@@ -39,7 +39,8 @@ def judge(service: Service, schedule: Schedule, having: frozenset[str]) -> tuple
     """Return what was violated, and how much happened, once all has come to its end.
 
     With "handover", no body may have run beside another of the same key whose holder still answered. With "outages",
-    no job may have failed if outages are all that happened.
+    no job may have failed if outages are all that happened. What tasks waited for was counted anew again and again
+    meanwhile: "counts_right" has those that had it wrong, "rows_accepted" what the database refused.
     """
     history = service.history()
     found = violations(history)
@@ -53,6 +54,10 @@ def judge(service: Service, schedule: Schedule, having: frozenset[str]) -> tuple
     failed_meanwhile = [change for change in history.of("jobs") if change.enters("failed")]
     if failed_meanwhile and "outages" in having and all(step.fault.only_waits for step in schedule.steps):
         found["outages_wait"] = [f"job {each.row['id']}: failed ({each.row['error']})" for each in failed_meanwhile]
+    if service.miscounts:
+        found["counts_right"] = sorted(service.miscounts)
+    if service.refusals:
+        found["rows_accepted"] = service.refusals
     if crashes := service.crashes():
         found["schedulers_live"] = crashes
     counts = figures(history) | {"jobs_failed_meanwhile": len(failed_meanwhile), "bodies_at_once": len(at_once)}

@@ -20,6 +20,17 @@ from tests.faults.history import Change, Logged
 TABLES: tuple[type[Base], ...] = (Task, Job, Result, Release, Alias)
 _LEFT_OUT = frozenset({"params", "inputs", "recipe", "metrics", "ran", "not_before", "queued_at", "label", "work"})
 
+# A task that waits for too few runs too soon, one that waits for too many, or is blocked and waits for none, never.
+_MISCOUNTS = """
+    SELECT * FROM (
+        SELECT tasks.id, tasks.waiting, (
+            SELECT count(*) FROM task_inputs JOIN tasks AS source ON source.seq = task_inputs.source_seq
+            WHERE task_inputs.task_seq = tasks.seq AND source.state <> 'succeeded'
+        ) AS missing
+        FROM tasks WHERE tasks.state = 'blocked'
+    ) AS counted
+    WHERE waiting <> missing OR waiting = 0
+"""
 _SQLITE_NOW = "((julianday('now') - 2440587.5) * 86400.0)"
 
 
@@ -106,6 +117,16 @@ class Recorder:
         """Return the rows of a query of the harness's own."""
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(text(statement)).mappings()]
+
+    def miscounts(self) -> list[str]:
+        """Return what is wrong at this moment with what blocked tasks count, a line for each.
+
+        One statement, so that it sees what was committed at one time.
+        """
+        return [
+            f"task {row['id'][:12]}: waits for {row['waiting']} tasks, {row['missing']} of what it reads are missing"
+            for row in self.query(_MISCOUNTS)
+        ]
 
     def changes(self) -> tuple[Change, ...]:
         """Return all changes."""

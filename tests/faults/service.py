@@ -8,8 +8,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class Service:
         self.bodies: list[Body] = []
         self.spoiled: Counter[str] = Counter()
         self.user_errors: list[str] = []
+        self.miscounts: set[str] = set()
+        self.refusals: list[str] = []
         self.users: list[threading.Thread] = []
         self.lock = threading.Lock()
 
@@ -54,7 +56,7 @@ class Service:
                 hooked.set_trap(Trap(trap.moment, trap.skip, hooked.die, trap.count))
             try:
                 # Refused, broken or killed: the user was told of no success, so nothing is owed.
-                with suppress(DatabaseError, InvalidInputError, NotFoundError, SystemExit):
+                with suppress(DatabaseError, InvalidInputError, NotFoundError, SystemExit), self.noting_refusals():
                     for act in acts:
                         request = act(hooked)
                         if request is not None:
@@ -68,6 +70,20 @@ class Service:
         thread = threading.Thread(target=work, daemon=True, name="user")
         thread.start()
         self.users.append(thread)
+
+    @contextmanager
+    def noting_refusals(self) -> Iterator[None]:
+        """Note if the database refuses rows, whoever goes on as if it had been out."""
+        try:
+            yield
+        except DatabaseError as error:
+            self.note_refusal(str(error))
+            raise
+
+    def note_refusal(self, message: str) -> None:
+        """Note what was said of the database, if it is that it refused rows: no fault does that, our own code does."""
+        if "constraint" in message:
+            self.refusals.append(message)
 
     def submit(self, hooked: Hooked, graph: Graph, priority: int) -> Request:
         """Make a job of a graph, in one transaction as the command line does."""
@@ -100,6 +116,7 @@ class Service:
     def wait_for_jobs(self) -> bool:
         """Wait until every job has ended; False if nothing changes any more before."""
         last, since = -1, real_time()
+        self.look()
         while self.recorder.query("SELECT id FROM jobs WHERE state IN ('queued', 'running') LIMIT 1"):
             now = self.recorder.query("SELECT max(seq) AS seq FROM faults_changes")[0]["seq"]
             if now != last:
@@ -107,7 +124,12 @@ class Service:
             elif real_time() - since > self.silence_seconds:
                 return False
             self.tend()
+            self.look()
         return True
+
+    def look(self) -> None:
+        """See whether all counts are right at this moment."""
+        self.miscounts.update(self.recorder.miscounts())
 
     def tend(self) -> None:
         """Wait a moment, and start again what has ended and should not have."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import random
 import threading
 import time
@@ -16,6 +17,7 @@ from tests.faults.graphs import GRAPHS
 from tests.faults.member import Member
 from tests.faults.service import Service
 
+_LOG = logging.getLogger("orchestrator")
 #: A lease of the schedulers that are disturbed, in seconds: short, so that one who stands still loses it.
 LEASE_SECONDS = 0.6
 #: The same in the end, when nothing is to be lost.
@@ -34,6 +36,8 @@ class World(Service):
         self._numbers = itertools.count()
         self._skew = 0.0
         self._store_back: threading.Timer | None = None
+        self._ear = _Ear(self)
+        _LOG.addHandler(self._ear)
         for _ in range(schedulers):
             self.add_member()
 
@@ -123,3 +127,16 @@ class World(Service):
         for member in self.members:
             member.close()
         self.recorder.close()
+        _LOG.removeHandler(self._ear)
+
+
+class _Ear(logging.Handler):
+    """Hears what schedulers warn of: one whose statement was refused says so and tries again."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(logging.WARNING)
+        self._world = world
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell the world."""
+        self._world.note_refusal(record.getMessage())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from orchestrator.db.queries import cancel_job, create_job, enqueue_graph, find_model, finish_task
+from orchestrator.db.queries import cancel_job, create_job, enqueue_graph, find_model, finish_task, retry_job
 from orchestrator.db.rows import EnqueueCounts
 from orchestrator.db.sql import read_json
 from orchestrator.errors import GraphError, NotFoundError
@@ -209,6 +209,27 @@ def test_a_new_job_revives_tasks_that_ended_without_success(queue: Driver, end: 
     assert (row["faults_task"], row["error"], row["finished_at"], row["priority"]) == (0, None, None, 4)
     assert queue.work() == ["0", "1"]
     assert [queue.job(job).state for job in (first, second)] == [end, "succeeded"]
+
+
+@pytest.mark.parametrize("again", ["submitted", "retried"])
+def test_a_job_whose_target_has_succeeded_counts_no_reader_down_again(queue: Driver, again: str) -> None:
+    """Its target is read by a task of another job, which waits for something else: that would run without it."""
+    target, other = queue.node("target"), queue.node("other")
+    reader = queue.node("reader", target, other)
+    first = queue.submit([target])
+    with queue.database.session() as session:
+        cancel_job(session, first)
+    second = queue.submit([target, other, reader])
+    queue.finish(queue.take(target))
+    if again == "submitted":
+        first = queue.submit([target])
+    else:
+        with queue.database.session() as session:
+            retry_job(session, first)
+    assert queue.job(first).state == "succeeded"
+    assert (queue.states(reader), queue.task(reader)["waiting"]) == (["blocked"], 1)
+    assert queue.work() == ["other", "reader"]
+    assert queue.job(second).state == "succeeded"
 
 
 def test_a_revived_task_counts_sources_that_finished_while_it_was_cancelled(queue: Driver) -> None:

@@ -12,9 +12,17 @@ import pytest
 from sqlalchemy import text
 
 from orchestrator.db.candidates import candidate_rows, claim_statement
-from orchestrator.db.queries import cancel_job, claim_tasks, finish_task, reap_expired, release_task, renew_leases
+from orchestrator.db.queries import (
+    cancel_job,
+    claim_tasks,
+    finish_task,
+    finish_tasks,
+    reap_expired,
+    release_task,
+    renew_leases,
+)
 from orchestrator.db.queue import INFRASTRUCTURE_BACKOFF, TASK_BACKOFF
-from orchestrator.db.rows import Lease
+from orchestrator.db.rows import Lease, TaskEnd
 from orchestrator.errors import ResultError
 from orchestrator.graph import Resources, TaskRef, task_node
 from orchestrator.scheduling.picker import Places
@@ -267,6 +275,19 @@ def test_finish_task_queues_the_readers_that_have_everything(queue: Driver) -> N
     assert row.state == "succeeded"
     assert row.created_at <= row.started_at <= row.finished_at
     assert (row.digest, row.release, row.error) == (None, None, None)
+
+
+@pytest.mark.parametrize("others", [1, 2])
+def test_finish_tasks_counts_readers_down_for_good_leases_alone(queue: Driver, others: int) -> None:
+    """As when the answer to a commit is lost: what it recorded is reported again, with what ended since."""
+    sources = [queue.node(number) for number in range(others + 1)]
+    reader = queue.node("reader", *sources)
+    queue.submit([*sources, reader])
+    *told, last = [TaskEnd(queue.take(node), {"out": queue.digest(node.id)}, {}, 1.0) for node in sources]
+    for ends, kept in (told, [end.lease for end in told]), (told, []), ([*told, last], [last.lease]):
+        assert queue.task(reader)["waiting"] > 0
+        assert queue.database.transact(lambda session, ends=ends: finish_tasks(session, ends)) == kept
+    assert queue.states(reader) == ["queued"]
 
 
 def test_finish_task_counts_a_reader_of_two_outputs_once(queue: Driver) -> None:

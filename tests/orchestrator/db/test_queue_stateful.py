@@ -28,12 +28,13 @@ from orchestrator.db.queries import (
     cancel_job,
     fail_task,
     finish_task,
+    finish_tasks,
     reap_expired,
     release_task,
     renew_leases,
     retry_job,
 )
-from orchestrator.db.rows import ClaimedTask
+from orchestrator.db.rows import ClaimedTask, TaskEnd
 from orchestrator.graph import TaskNode, TaskRef, task_node
 from quant_spec.keys import task_key
 
@@ -115,6 +116,17 @@ class QueueMachine(RuleBasedStateMachine):
             key = task_key(task.kind, task.version, task.params, task.inputs)
             assert key not in self.computed, "the same key was computed twice"
             self.computed[key] = digest
+
+    @rule(tasks=st.lists(leased, min_size=2, max_size=4, unique_by=lambda task: task.lease))
+    def finish_together(self, tasks: list[ClaimedTask]) -> None:
+        good = [task for task in tasks if self.good(task)]
+        ends = [TaskEnd(task.lease, {"out": output(task)}, {}, 1.0) for task in tasks]
+        kept = self.queue.database.transact(lambda session: finish_tasks(session, ends))
+        assert kept == [task.lease for task in good]
+        for task in good:
+            key = task_key(task.kind, task.version, task.params, task.inputs)
+            assert key not in self.computed, "the same key was computed twice"
+            self.computed[key] = output(task)
 
     @rule(task=leased, fault=st.sampled_from(["task", "infrastructure", "infrastructure", "invalid"]))
     def fail(self, task: ClaimedTask, fault: str) -> None:

@@ -253,6 +253,8 @@ def look_at(
     if source.startswith(_HUB):
         notify(f"fetching {source}")
     record = import_model(store, resolve_source(source), sample_size, allowed=service.settings.allowed_paths)
+    if record.left_out:
+        notify(f"note: {source} is taken as a denoiser alone: {record.left_out}")
     known = _registered(service, record.digest)
     if known is not None and known.inspection.keys() >= INSPECTED:
         inspection = known.inspection

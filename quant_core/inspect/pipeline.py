@@ -84,7 +84,9 @@ def describe_pipeline(denoiser: Denoiser) -> tuple[dict[str, Any], Call | None]:
         )
         pipeline = load_pipeline(denoiser.folder, denoiser.model, scheduler)
     except QuantServiceError as error:
-        return facts | {"problem": str(error)}, None
+        # Kept for good, unlike the folder that the model was put into to be looked at.
+        said = str(error).replace(f"{denoiser.folder}/", "").replace(f" in {denoiser.folder}", "")
+        return facts | {"problem": said}, None
     takes = call_parameters(pipeline)
     guidance = takes.get("guidance_scale")
     told = next((name for name in ("prompt", "class_labels") if name in takes), None)

@@ -33,7 +33,7 @@ class Components:
     weights: Mapping[str, Path]
 
 
-def find_components(root: Path, denoiser: str, class_name: str = "") -> Components | None:
+def find_components(root: Path, denoiser: str, class_name: str = "") -> tuple[Components | None, str]:
     """Find what a pipeline's folder holds beside its denoiser and its scheduler.
 
     Parameters
@@ -48,26 +48,33 @@ def find_components(root: Path, denoiser: str, class_name: str = "") -> Componen
     Returns
     -------
     Components or None
-        None if the folder counts as a denoiser alone: no index, or one that names nothing else, or whose components lie
-        elsewhere, or nothing but a decoder around a UNet on samples and timesteps (latent diffusion without prompts),
-        whose pipeline has no prompts or labels to be run with.
+        None if the folder counts as a denoiser alone: no index, or one that names no pipeline, not this denoiser or
+        nothing else, or whose components lie elsewhere, or nothing but a decoder around a UNet on samples and timesteps
+        (latent diffusion without prompts), whose pipeline has no prompts or labels to be run with.
+    str
+        What is the matter with the index, if that is why; else empty.
 
     Raises
     ------
     ModelError
-        If a component is of a library that is not read, or has no weights that can be read.
+        If the index is no JSON object, or a component is of a library that is not read, or has no weights that can be
+        read.
     """
     path = root / MODEL_INDEX
     if not denoiser or not path.is_file():
-        return None
+        return None, ""
     index = read_json_file(path, error=ModelError)
-    if not isinstance(index, dict) or not is_whole(index) or denoiser not in component_entries(index):
-        return None
+    if not isinstance(index, dict):
+        raise ModelError(f"{path}: got {type(index).__name__}, wanted an object that names a pipeline's components")
+    if not is_whole(index):
+        return None, f"{path} names no pipeline (_class_name)"
+    if denoiser not in component_entries(index):
+        return None, f"{path} does not name {denoiser}"
     others = {name: entry for name, entry in component_entries(index).items() if name not in (denoiser, SCHEDULER)}
-    if not others or not all((root / name).is_dir() for name in others):
-        return None
-    if class_name in _PROMPTLESS and all(name in DECODERS for name in others):
-        return None
+    if missing := [name for name in others if not (root / name).is_dir()]:
+        return None, f"{path} names {', '.join(missing)}, got no such folder"
+    if not others or (class_name in _PROMPTLESS and all(name in DECODERS for name in others)):
+        return None, ""
     files: dict[str, Path | bytes] = {}
     weights: dict[str, Path] = {}
     for name, (library, class_name) in others.items():
@@ -83,7 +90,7 @@ def find_components(root: Path, denoiser: str, class_name: str = "") -> Componen
             weights |= {f"{name}/{each}": file for each, file in found.files.items()}
             if found.index is not None:
                 files[f"{name}/{_NAMES[library]}.index.json"] = found.index
-    return Components(index, files | weights, weights)
+    return Components(index, files | weights, weights), ""
 
 
 def check_documents(components: Components) -> None:

@@ -54,7 +54,7 @@ class ModelFolder:
     """A denoiser on disk: its folder and what lies beside it.
 
     `denoiser_subfolder` is "" where the folder that was given is the denoiser's own; `components` are the rest of a
-    whole pipeline.
+    whole pipeline, `left_out` says why there are none though there is an index.
     """
 
     denoiser: Path
@@ -64,6 +64,7 @@ class ModelFolder:
     class_name: str
     config: Mapping[str, Any]
     components: Components | None = None
+    left_out: str = ""
 
     @property
     def stored_as(self) -> str:
@@ -76,6 +77,7 @@ class ModelRecord:
     """A model in the store: its tree's digest, its files' bytes, and the numbers in its weights.
 
     `form` is the digest of all that it consists of but its weights' values: the same for all fine-tunes of a model.
+    `left_out` as a folder's.
     """
 
     digest: str
@@ -83,6 +85,7 @@ class ModelRecord:
     class_name: str
     bytes: int
     parameters: int
+    left_out: str = ""
 
 
 def find_model(path: Path, *, alone: bool = False) -> ModelFolder:
@@ -113,14 +116,16 @@ def find_model(path: Path, *, alone: bool = False) -> ModelFolder:
         beside = (path,) if subfolder else (path, path.resolve().parent)
         conditioning, class_name = first_file(beside, CONDITIONING_FILE), str(config["_class_name"])
         is_alone = alone or conditioning is not None
+        components, left_out = (None, "") if is_alone else find_components(path, subfolder, class_name)
         return ModelFolder(
             denoiser=home,
             denoiser_subfolder=subfolder,
             scheduler=first_file(beside, SCHEDULER_FILE),
             conditioning=conditioning,
-            components=None if is_alone else find_components(path, subfolder, class_name),
+            components=components,
             class_name=class_name,
             config=config,
+            left_out=left_out,
         )
     raise ModelError(f"{path}: got no config.json with a _class_name, wanted one there or in unet/ or transformer/")
 
@@ -231,6 +236,7 @@ def import_model(
         class_name=folder.class_name,
         bytes=sum(size for _, size in put.values()),
         parameters=parameters,
+        left_out=folder.left_out,
     )
 
 

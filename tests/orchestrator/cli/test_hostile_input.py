@@ -343,6 +343,26 @@ def test_json_of_other_components_beyond_the_limits(cli: Cli, tmp_path: Path) ->
     assert cli("models", "ls", "--json").json == []
 
 
+def test_a_pipelines_index_that_is_not_one_is_told(cli: Cli, tmp_path: Path) -> None:
+    pipeline = shutil.copytree(ROOT / "examples" / "models" / "emoji-sd", tmp_path / "model")
+    path = pipeline / "model_index.json"
+    index = json.loads(path.read_text())
+    for text in ("[]", "null", '"x"'):
+        path.write_text(text)
+        assert_refused(cli("models", "add", pipeline), "model_index.json", "wanted an object")
+    cases = {
+        "names no pipeline (_class_name)": {},
+        "does not name unet": {**index, "unet": [None, None]},
+        "names image_encoder, got no such folder": {**index, "image_encoder": ["transformers", "CLIPModel"]},
+    }
+    for told, each in cases.items():
+        path.write_text(json.dumps(each))
+        answer = cli("models", "add", pipeline)
+        assert f"note: {pipeline} is taken as a denoiser alone: {path} {told}" in answer.err
+        assert (answer.code, answer.out.partition(",")[0]) == (0, "model model (UNet2DConditionModel)")
+    assert len(cli("models", "ls", "--json").json) == 1
+
+
 def safetensors(header: str | bytes, data: bytes = b"") -> bytes:
     """Return a safetensors file with any header."""
     raw = header.encode() if isinstance(header, str) else header

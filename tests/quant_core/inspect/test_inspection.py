@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from torch import nn
 
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
 from quant_core.inspect.inspection import describe_layers, inspect_model
+from quant_core.inspect.pipeline import describe_pipeline
+
+EMOJI_SD = Path(__file__).parents[3] / "examples" / "models" / "emoji-sd"
 
 Make = Callable[[str], nn.Module]
 
@@ -113,3 +117,12 @@ def test_inspect_records_scheduler_and_kind_of_samples(tiny_model: Make) -> None
     bare = inspect_model(Denoiser(tiny_model("unet"), {}, None, None, {"vqvae": ["diffusers", "VQModel"]}))
     assert (bare["scheduler"], bare["samples"]) == (None, "latents")
     assert inspect_model(Denoiser(tiny_model("unet"), {}, None, None, {"vae": [None, None]}))["samples"] == "pixels"
+
+
+def test_a_pipeline_of_an_unknown_class_says_so_and_not_where_it_lay(tmp_path: Path) -> None:
+    folder = shutil.copytree(EMOJI_SD, tmp_path / "model")
+    path = folder / "model_index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": "NoSuchPipeline"}))
+    facts, call = describe_pipeline(load_denoiser(folder))
+    assert call is None
+    assert facts["problem"].startswith("model_index.json: got 'NoSuchPipeline', wanted a pipeline of diffusers")

@@ -31,7 +31,9 @@ def change_index(folder: Path, **entries: Any) -> None:
 
 
 def test_the_whole_tree_is_stored_under_its_own_names(folder_store: Store, pipeline: Path) -> None:
-    files = read_files(folder_store, import_model(folder_store, pipeline).digest)
+    record = import_model(folder_store, pipeline)
+    files = read_files(folder_store, record.digest)
+    assert record.left_out == ""
     assert set(files) == {
         *("model_index.json", "scheduler/scheduler_config.json"),
         *("unet/config.json", "unet/diffusion_pytorch_model.safetensors"),

@@ -33,7 +33,7 @@ _PLAIN = {"synchronize_session": False}
 def repair_lost(session: Session, lease: Lease, lost: Sequence[str], error: str) -> bool:
     """Send back a task that met a lost blob: it waits until the blob has been made again.
 
-    Once for each blob and job: a job that meets the loss again fails. So does one that needs a blob which no task
+    Once for each blob and try of a job: one that meets the loss again fails. So does one that needs a blob which no task
     gives.
 
     Parameters
@@ -237,13 +237,18 @@ def _is_being_made(session: Session, task: str) -> bool:
 
 
 def _fail_worn_out(session: Session, reader: Row[Any], keys: Collection[str], blob: str) -> None:
-    """Fail the jobs for which this blob was made again before, or its task often enough."""
+    """Fail the jobs for which this blob was made again before, or its task often enough, since they were last retried.
+
+    Who retries a job has mended the store.
+    """
     makers_of = select(Task.id, Task.kind, Task.label).where(Task.key.in_(keys)).order_by(Task.seq)
     tasks = {row.id: _name(row.kind, row.label) for row in session.execute(makers_of)}
     worn: list[str] = []
     for job in _active_jobs(session, [reader.id]).get(reader.id, []):
-        before = select(Event.task_id, Event.data).where(Event.job_id == job, Event.event == TaskEvent.REPAIR.value)
-        rows = session.execute(before).all()
+        of_job = select(Event.task_id, Event.data).where(Event.job_id == job)
+        retried = (Event.job_id == job, Event.task_id.is_(None), Event.event == JobEvent.RETRY.value)
+        since = session.scalar(select(func.max(Event.id)).where(*retried)) or 0
+        rows = session.execute(of_job.where(Event.event == TaskEvent.REPAIR.value, Event.id > since)).all()
         again = any(row.data["digest"] == blob and row.task_id in tasks for row in rows)
         often = any(sum(row.task_id == task for row in rows) >= REPAIRS for task in tasks)
         worn += [job] if again or often else []

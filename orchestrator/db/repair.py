@@ -33,8 +33,8 @@ _PLAIN = {"synchronize_session": False}
 def repair_lost(session: Session, lease: Lease, lost: Sequence[str], error: str) -> bool:
     """Send back a task that met a lost blob: it waits until the blob has been made again.
 
-    Once for each blob and try of a job: one that meets the loss again fails. So does one that needs a blob which no task
-    gives.
+    Once for each blob and try of a job: one that meets the loss again fails. So does one that needs a blob which no
+    task gives.
 
     Parameters
     ----------

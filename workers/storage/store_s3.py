@@ -19,7 +19,7 @@ import hashlib
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -66,6 +66,7 @@ _BUSY = {
 }  # fmt: skip
 _FULL = {"507", "QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"}
 _NOT_IMPLEMENTED = {"501", "NotImplemented"}
+_NO_UPLOAD = {"NoSuchUpload"}
 # How long a service may take to accept a connection and to answer, in seconds, and how often it is asked: for bytes,
 # when it is opened, and to see whether it is there at all.
 _LIMITS = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 4}}
@@ -246,17 +247,34 @@ class S3Store:
     def sweep(self, older_than_seconds: float) -> int:
         """Abort multipart uploads of writers that died, and remove notes of tasks that never went on."""
         limit = self.now() - older_than_seconds
-        old = []
-        pages = self._client.get_paginator("list_multipart_uploads")
         with self._calling(""):
-            for page in pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}sha256/"):
-                old += [item for item in page.get("Uploads", ()) if item["Initiated"].timestamp() < limit]
-            for item in old:
-                self._client.abort_multipart_upload(Bucket=self._bucket, Key=item["Key"], UploadId=item["UploadId"])
+            aborted = sum(self._abort(item) for item in self._uploads() if item["Initiated"].timestamp() < limit)
             notes = [key for key, at in self._notes() if at < limit]
             for key in notes:
                 self._client.delete_object(Bucket=self._bucket, Key=key)
-        return len(old) + len(notes)
+        return aborted + len(notes)
+
+    def _uploads(self) -> Sequence[Mapping[str, Any]]:
+        """Return the multipart uploads that have not ended; none where the service has no list of them."""
+        pages = self._client.get_paginator("list_multipart_uploads")
+        try:
+            found = [*pages.paginate(Bucket=self._bucket, Prefix=f"{self._prefix}sha256/")]
+        except ClientError as error:
+            # rclone says so of a bucket that has had none since it was started.
+            if _code(error) in _NO_UPLOAD | _NOT_IMPLEMENTED:
+                return []
+            raise
+        return [item for page in found for item in page.get("Uploads", ())]
+
+    def _abort(self, upload: Mapping[str, Any]) -> bool:
+        """Abort a multipart upload; False if it has ended meanwhile."""
+        try:
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        except ClientError as error:
+            if _code(error) in _NO_UPLOAD:
+                return False
+            raise
+        return True
 
     def _notes(self) -> Iterator[tuple[str, float]]:
         """Yield the key of every note, and the time of its last put."""

@@ -152,3 +152,12 @@ def test_foreign_files_in_the_store_are_passed_over(cli: Cli, clean: Path) -> No
 def test_doctor_says_whose_the_store_is(cli: Cli, clean: Path, tmp_path: Path) -> None:
     checks = {check["name"]: check["detail"] for check in cli("doctor", "--json").json["checks"]}
     assert "belongs to this database" in checks["store"]
+
+
+def test_garbage_is_collected_from_a_bucket_into_which_nothing_was_sent_in_parts(cli: Cli, fragile_s3: object) -> None:
+    """Of such a one rclone has no list of unfinished uploads, and says that there is none of that name."""
+    store = ("--store", "s3://blobs/here")
+    assert cli(*store, "init").code == 0
+    open_store(store[1]).put_bytes(b"garbage")
+    answer = cli(*store, "artifacts", "gc", "--grace", "0", "--yes", "--json")
+    assert (answer.code, answer.json["blobs"], answer.json["leftovers"]) == (0, 1, 0)

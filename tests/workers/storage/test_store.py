@@ -347,6 +347,20 @@ def test_s3_sweep_aborts_unfinished_uploads(s3_url: str) -> None:
     assert not store._client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads")
 
 
+def test_s3_sweep_passes_over_an_upload_that_ends_meanwhile(s3_url: str) -> None:
+    store = S3Store(s3_url)
+    bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
+    upload = {"Bucket": bucket, "Key": f"{prefix}/{blob_key(ABSENT)}"}
+    upload["UploadId"] = store._client.create_multipart_upload(**upload)["UploadId"]
+    writer = S3Store(s3_url)
+
+    def end(**_: object) -> None:
+        writer._client.abort_multipart_upload(**upload)
+
+    store._client.meta.events.register("after-call.s3.ListMultipartUploads", end)
+    assert store.sweep(-60.0) == 0
+
+
 @pytest.mark.parametrize(
     "url",
     ["", "http://host/folder", "s3://", "s3://KEY:secret@blobs/x", "s3://KEY:sec/ret@b/x", "file:///a?b", "file://x/a"],

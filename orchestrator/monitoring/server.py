@@ -57,6 +57,9 @@ class _Server(ThreadingHTTPServer):
     """One thread a request; they end with the process."""
 
     daemon_threads = True
+    # With Python's own 5, a dozen that ask at once are not heard at first, and try again after a second: longer than a
+    # probe waits for an answer.
+    request_queue_size = 128
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no matter of ours."""

@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from orchestrator.graph import TaskNode, TaskRef, task_node
 from orchestrator.logs import LogFormat, log_to_stderr
 from orchestrator.monitoring.health import health
 from orchestrator.monitoring.metrics import METRICS, reference_table
-from orchestrator.monitoring.server import monitoring
+from orchestrator.monitoring.server import _Handler, _Server, monitoring
 from orchestrator.scheduling.scheduler import Scheduler, SchedulerConfig
 from orchestrator.scheduling.watch import SchedulerStatus, Watch
 from quant_spec.generated_table import with_table
@@ -168,6 +169,13 @@ def test_health_is_that_of_the_loop(watched: tuple[Database, Watch, str]) -> Non
     now = watch.status.passed_at
     assert (health(SchedulerStatus(now - 60))["live"], health(SchedulerStatus(now - 60))["ready"]) == (True, False)
     assert health(SchedulerStatus(now - 1000))["live"] is False
+
+
+def test_those_that_ask_at_once_are_heard_before_the_first_is_answered() -> None:
+    """Else the system answers none of their connections, and they try again after a second."""
+    with _Server(("127.0.0.1", 0), _Handler) as server, ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(server.server_address[:2], timeout=5.0))
 
 
 def test_scrapes_beside_each_other_ask_the_database_once_for_what_it_costs(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from orchestrator.db import job_ends
 from orchestrator.db import queue as queue_module
@@ -15,7 +19,9 @@ from orchestrator.db.session import Database, open_database
 from tests.faults.broken import whatever_the_time
 from tests.faults.checker import figures, violations
 from tests.faults.history import History, Request
+from tests.faults.member import Hooked
 from tests.faults.recorder import Recorder, install
+from tests.faults.world import World
 from tests.orchestrator.db.conftest import QueueDriver
 
 
@@ -131,3 +137,32 @@ def test_release_that_is_changed_is_found_out(watched: tuple[QueueDriver, Record
     assert violations(history(recorder)) == {}
     queue.execute("UPDATE releases SET bytes = 7")
     assert set(violations(history(recorder))) == {"releases_immutable"}
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_count_that_is_wrong_is_seen(watched: tuple[QueueDriver, Recorder], count: int) -> None:
+    queue, recorder = watched
+    sources = [queue.node(number) for number in range(3)]
+    reader = queue.node("reader", *sources)
+    queue.submit([*sources, reader])
+    assert queue.finish(queue.take(sources[0]))
+    assert recorder.miscounts() == []
+    queue.execute("UPDATE tasks SET waiting = :count WHERE id = :id", count=count, id=reader.id)
+    assert recorder.miscounts() == [f"task {reader.id[:12]}: waits for {count} tasks, 2 of what it reads are missing"]
+
+
+def test_a_row_that_the_database_refuses_is_noted(database_url: str, tmp_path: Path) -> None:
+    install(database_url)
+    world = World(database_url, tmp_path, random.Random(0), schedulers=0)
+
+    def refused(hooked: Hooked) -> None:
+        with hooked.database.session() as session:
+            session.execute(text("INSERT INTO kind_timings (kind) VALUES ('a')"))
+
+    world.as_user(refused)
+    world.users[0].join()
+    logging.getLogger("orchestrator.scheduling").warning("trying again in %.1f s: %s", 0.5, "a check constraint")
+    logging.getLogger("orchestrator.scheduling").warning("trying again in %.1f s: %s", 0.5, "no answer")
+    world.close()
+    assert len(world.refusals) == 2
+    assert world.user_errors == []

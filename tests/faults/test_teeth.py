@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from orchestrator.db import job_ends, promote, queue
 from orchestrator.db.models import Task
 from orchestrator.db.rows import Lease
-from tests.faults.broken import whatever_the_time
+from tests.faults.broken import though_recorded, whatever_the_time
 from tests.faults.databases import Databases
 from tests.faults.level1 import run
 from tests.faults.schedule import draw
@@ -40,13 +40,13 @@ def nothing_is_reaped(patch: pytest.MonkeyPatch) -> None:
 
 
 def renewals_revive(patch: pytest.MonkeyPatch) -> None:
-    """Say that every lease is good, and lengthen it."""
+    """Say that every lease is good, and give the task back to who held it, whoever has it now."""
 
-    def renew(session: Session, leases: Sequence[Lease], seconds: float) -> list[Lease]:
+    def renew(session: Session, leases: Sequence[Lease], seconds: float, *, late: bool = False) -> list[Lease]:
         for lease in leases:
-            task = session.scalars(select(Task).where(Task.id == lease.task_id)).one()
-            if task.state == "running":
-                task.lease_until = (task.lease_until or 0.0) + seconds
+            running = update(Task).where(Task.id == lease.task_id, Task.state == "running")
+            mine = {"attempt": lease.attempt, "lease_token": lease.token}
+            session.execute(running.values(**mine, lease_until=Task.lease_until + seconds))
         return list(leases)
 
     patch.setattr("orchestrator.scheduling.leases.renew_leases", renew)
@@ -54,8 +54,8 @@ def renewals_revive(patch: pytest.MonkeyPatch) -> None:
 
 def results_are_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Never see that a key's result is recorded."""
-    patch.setattr(promote, "recorded_keys", lambda session, keys: set())
-    patch.setattr(queue, "mark_twins_cached", lambda session, key: [])
+    patch.setattr(promote, "_PROMOTE", though_recorded(promote._PROMOTE))
+    patch.setattr(promote, "mark_twins_cached", lambda session, keys: [])
 
 
 BROKEN: tuple[Patch, ...] = (

@@ -46,6 +46,7 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "passes.menu.activation_bits": _MENU,
     # a number of bytes that some choice meets
     "passes.choose.bytes": ("passes.choose.bytes=1000000",),
+    "passes.exceptions.choices": ("activations.step_bits=null", "passes.exceptions.choices=[4, 6, 8]"),
     "passes.temporal.finite_set": ("activations={step_bits: null, mode: static}",),
     "passes.scale.exponent": ("passes.scale.method=smooth",),
     "passes.scale.half_life": ("passes.scale.weighting=early",),
@@ -76,7 +77,7 @@ TOLD_AS: Mapping[str, frozenset[str]] = {
 }
 #: Kinds of task that a section adds, which may come and go with it.
 KINDS_OF = {"activations.step_bits": STEP_BITS} | {f"passes.{name}": kinds for name, kinds in PASSES.items()}
-KINDS_OF |= {path: (*KINDS_OF[path], *BY_EFFECT) for path in ("passes.distill", "passes.differences")}
+KINDS_OF |= {f"passes.{n}": (*KINDS_OF[f"passes.{n}"], *BY_EFFECT) for n in ("distill", "differences", "exceptions")}
 SECTIONS = {path: record for path, record in sections() if path in KINDS_OF}
 FIELDS = [(path, name) for path, record in SECTIONS.items() for name in record.model_fields]
 

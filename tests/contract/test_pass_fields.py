@@ -59,6 +59,10 @@ INSTEAD: Mapping[str, tuple[str, ...]] = {
     "passes.exceptions": ("passes.exceptions={}",),
     "passes.choose": (*_MENU, "passes.choose={}"),
 }
+#: Choices that are lists, beside which fields cannot matter.
+LISTED: Mapping[str, tuple[str, ...]] = {
+    "passes.exceptions": ("activations.step_bits=null", "passes.exceptions.choices=[4, 6, 8]")
+}
 _SHARD = frozenset({"seeds", "batch_size", "sqnr_seeds"})
 #: Parameters that say a field under another name.
 TOLD_AS: Mapping[str, frozenset[str]] = {
@@ -221,6 +225,12 @@ def idle_cases() -> Iterator[tuple[tuple[str, ...], str, str]]:
                 section = section_of(load(*beside, assignment), path)
                 for name in sorted(section.idle_fields() - record._omitted):
                     yield (*beside, assignment), path, name
+
+    for path, chosen in LISTED.items():
+        beside = (*INSTEAD.get(path, ()), *chosen)
+        section = section_of(load(*beside), path)
+        for name in sorted(section.idle_fields() - section._omitted):
+            yield beside, path, name
 
 
 IDLE = list(idle_cases())

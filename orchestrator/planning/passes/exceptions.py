@@ -45,7 +45,7 @@ def exceptions(draft: Draft) -> Drawing:
             sampler=draft.sampler,
             seeds=seeds,
             batch_size=seeds.count,
-            weights=config.bytes > 0,
+            weights=config.bytes > 0 and not config.choices,
             part=told.part,
         )
         states = tuple(draft.states[unit.name] for unit in group)
@@ -116,7 +116,7 @@ def _groups(units: Sequence[QuantizedUnit]) -> Iterator[Sequence[QuantizedUnit]]
 
 def trials_cost(costs: Costs, group: Sequence[QuantizedUnit], config: Exceptions) -> Cost:
     """One trajectory of each seed for each part, and one in full precision."""
-    count = 1 + sum(len(unit.planned.layers) * (1 + (config.bytes > 0)) for unit in group)
+    count = 1 + sum(len(unit.planned.layers) * (1 + (config.bytes > 0 and not config.choices)) for unit in group)
     count += sum(len(unit.planned.attentions) for unit in group)
     once = costs.sampling(config.seeds, config.seeds, decoded=True)
     quantized = giga(config.seeds * costs.calls_per_sample * sum(unit.info.input_elements for unit in group) * QUANTIZE)

@@ -254,8 +254,7 @@ class Recipe(Record):
         self._check_menu()
         self._check_choice()
         self._check_differences()
-        if self.passes.exceptions is not None and self.activations.bits is None:
-            raise ValueError("passes.exceptions: got activations.bits null, wanted quantized activations")
+        self._check_exceptions()
         self._check_components()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
         if recorded is not None and recorded > steps:
@@ -365,6 +364,29 @@ class Recipe(Record):
                 f"budget.weight_bits_mean: got {self.budget.weight_bits_mean:g} beside passes.choose, wanted null; "
                 "passes.choose.weight_bits_mean is what bits are chosen within"
             )
+
+    def _check_exceptions(self) -> None:
+        """Refuse exceptions from nothing, and a second choice of bits for each step."""
+        chosen, own = self.passes.exceptions, self.activations
+        if chosen is None:
+            return
+        if own.bits is None:
+            raise ValueError("passes.exceptions: got activations.bits null, wanted quantized activations")
+        if not chosen.choices:
+            return
+        if own.mode != "per_step" or own.type is NumberType.E4M3:
+            raise ValueError(
+                f"passes.exceptions.choices: got activations of mode {own.mode}, type {own.type}, wanted mode per_step "
+                "and type int"
+            )
+        others = {
+            "activations.step_bits": own.step_bits is not None,
+            "passes.menu.activation_bits": self.passes.menu is not None and bool(self.passes.menu.activation_bits),
+            "passes.differences": self.passes.differences is not None,
+        }
+        for name, is_there in others.items():
+            if is_there:
+                raise ValueError(f"passes.exceptions.choices: got it beside {name}, wanted one choice of input bits")
 
     def _check_differences(self) -> None:
         """Refuse differences between steps of what has no ranges of its own at each, or other bits there."""

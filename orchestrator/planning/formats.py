@@ -33,7 +33,7 @@ class QuantizedUnit:
     """A unit of which something is quantized: what the model says of it, and what its tasks are told.
 
     `promoted` and `range_bits` have what some layers choose from a menu beside their bits (see `LayerException`).
-    `changing` are layers that may read differences between steps.
+    `changing` are layers that may read differences between steps, or whose bits at each step may be chosen.
     """
 
     info: UnitInfo
@@ -204,8 +204,12 @@ class _Rules:
         return self.recipe.activations.step_bits is not None and activations.mode == "per_step" and not stated
 
     def changing(self, unit: PlannedUnit) -> tuple[str, ...]:
-        """Return the layers that may read differences between steps: those whose bits no exception gives."""
-        if self.recipe.passes.differences is None:
+        """Return the layers that may read differences between steps, or whose bits at each step may be chosen.
+
+        Those are all whose bits no exception gives.
+        """
+        exceptions = self.recipe.passes.exceptions
+        if self.recipe.passes.differences is None and (exceptions is None or not exceptions.choices):
             return ()
         found = []
         for name, layer in unit.layers.items():

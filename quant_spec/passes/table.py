@@ -26,8 +26,9 @@ PASSES: Mapping[str, tuple[str, ...]] = {
 _INSTEAD = {"choose": ("round", "mix")}
 #: Kinds that `components` adds, where it names others than the denoiser.
 COMPONENTS = ("text_encoder", "components")
-#: Kinds that `distill` and `differences` add where steps count by their effect.
+#: Kinds that passes add where steps count by their effect, and the field that says so.
 BY_EFFECT = ("step_gains",)
+_EFFECTS = {"distill": "effect", "differences": "by_effect", "exceptions": "choices"}
 #: Kinds that `activations.step_bits` adds.
 STEP_BITS = ("step_effects", "step_bits")
 
@@ -47,7 +48,7 @@ def kinds_of(config: Mapping[str, Any]) -> tuple[str, ...]:
         told += COMPONENTS
     if activations.get("step_bits") is not None:
         added += STEP_BITS
-    if (passes.get("distill") or {}).get("effect") or (passes.get("differences") or {}).get("by_effect"):
+    if any((passes.get(name) or {}).get(field) for name, field in _EFFECTS.items()):
         added += [kind for kind in BY_EFFECT if kind not in added]
     without = {kind for name, kinds in _INSTEAD.items() if passes.get(name) is not None for kind in kinds}
     return tuple(kind for kind in (*ALWAYS, *told, *added) if kind not in without)

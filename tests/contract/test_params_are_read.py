@@ -26,6 +26,7 @@ from quant_spec.enums import (
     Extractor,
     KernelBackend,
     Objective,
+    RangeMethod,
     RoundingMethod,
     SampleSpace,
     Scaling,
@@ -42,6 +43,7 @@ from quant_spec.kinds import KINDS
 from quant_spec.planned import PlannedActivation, PlannedAttention, PlannedLayer, PlannedUnit, VariedLayer
 from quant_spec.prompts import PromptPart
 from quant_spec.ranges import RangeSpec
+from quant_spec.record import Bits
 from quant_spec.sampler import Sampler
 from quant_spec.search import SearchBudget
 from quant_spec.task import Seeds, TaskInputs, TaskKind, TaskParams
@@ -522,12 +524,16 @@ def _trials(**changes: Any) -> Case:
     return lambda tasks: (params, trials.Inputs(tasks.model, tasks.states[-1:]))
 
 
-def _exceptions() -> Case:
+def _exceptions(choices: tuple[Bits, ...] = ()) -> Case:
     def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
         formats = UnitState.from_bytes(tasks.store.get_bytes(tasks.states[-1])).formats
         macs = dict.fromkeys((*formats.layers, *formats.attentions), 10)
-        params = exceptions.Params(multiplications=0.5, macs=macs, all_macs=10 * len(macs))
-        return params, exceptions.Inputs(tasks.model, tasks.states[-1:], (tasks.damages,))
+        inputs = exceptions.Inputs(tasks.model, tasks.states[-1:], (tasks.damages,))
+        if not choices:
+            return exceptions.Params(multiplications=0.5, macs=macs, all_macs=10 * len(macs)), inputs
+        ranges = {name: RangeSpec(RangeMethod.MSE) for name, spec in formats.layers.items() if spec.activation}
+        params = exceptions.Params(choices=choices, macs=macs, ranges=ranges, seed=1, forward_batch_size=2)
+        return params, replace(inputs, calibration=tasks.calibration, gains=tasks.gains)
 
     return case
 
@@ -748,7 +754,7 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "distill": {"relations": _distill(), "predictions": _distill(relations=False), "by effect": _distill(effect=0.5)},
     "trials": {"": _trials(), "weights too": _trials(weights=True)},
-    "exceptions": {"": _exceptions()},
+    "exceptions": {"": _exceptions(), "bits of inputs": _exceptions((4, 6, 8))},
     "pack": {"": _pack(), "nearest timestep": _pack(unknown_timestep=UnknownTimestep.NEAREST)},
     "noise": {"": _noise()},
     "correct": {

@@ -46,6 +46,7 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "passes.menu.activation_bits": _MENU,
     # a number of bytes that some choice meets
     "passes.choose.bytes": ("passes.choose.bytes=1000000",),
+    "passes.exceptions.choices": ("activations.step_bits=null", "passes.exceptions.choices=[4, 6, 8]"),
     "passes.temporal.finite_set": ("activations={step_bits: null, mode: static}",),
     "passes.scale.exponent": ("passes.scale.method=smooth",),
     "passes.scale.half_life": ("passes.scale.weighting=early",),
@@ -57,6 +58,10 @@ INSTEAD: Mapping[str, tuple[str, ...]] = {
     "passes.differences": ("activations.step_bits=null", "passes.differences={}"),
     "passes.exceptions": ("passes.exceptions={}",),
     "passes.choose": (*_MENU, "passes.choose={}"),
+}
+#: Choices that are lists, beside which fields cannot matter.
+LISTED: Mapping[str, tuple[str, ...]] = {
+    "passes.exceptions": ("activations.step_bits=null", "passes.exceptions.choices=[4, 6, 8]")
 }
 _SHARD = frozenset({"seeds", "batch_size", "sqnr_seeds"})
 #: Parameters that say a field under another name.
@@ -76,7 +81,7 @@ TOLD_AS: Mapping[str, frozenset[str]] = {
 }
 #: Kinds of task that a section adds, which may come and go with it.
 KINDS_OF = {"activations.step_bits": STEP_BITS} | {f"passes.{name}": kinds for name, kinds in PASSES.items()}
-KINDS_OF |= {path: (*KINDS_OF[path], *BY_EFFECT) for path in ("passes.distill", "passes.differences")}
+KINDS_OF |= {f"passes.{n}": (*KINDS_OF[f"passes.{n}"], *BY_EFFECT) for n in ("distill", "differences", "exceptions")}
 SECTIONS = {path: record for path, record in sections() if path in KINDS_OF}
 FIELDS = [(path, name) for path, record in SECTIONS.items() for name in record.model_fields]
 
@@ -220,6 +225,12 @@ def idle_cases() -> Iterator[tuple[tuple[str, ...], str, str]]:
                 section = section_of(load(*beside, assignment), path)
                 for name in sorted(section.idle_fields() - record._omitted):
                     yield (*beside, assignment), path, name
+
+    for path, chosen in LISTED.items():
+        beside = (*INSTEAD.get(path, ()), *chosen)
+        section = section_of(load(*beside), path)
+        for name in sorted(section.idle_fields() - section._omitted):
+            yield beside, path, name
 
 
 IDLE = list(idle_cases())

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from orchestrator.errors import RecipeError
-from orchestrator.graph import TaskRef
+from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import QUANTIZE, WORKER_BYTES, Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import QuantizedUnit
 from orchestrator.planning.groups import UNITS_PER_ROUND, group_label
+from orchestrator.planning.sensitivity import step_gains_node
 from quant_spec.passes.exceptions import Exceptions
 from quant_spec.prompts import PromptPart
 from quant_spec.task import Seeds, per_unit
 from quant_spec.tasks import exceptions as choice
 from quant_spec.tasks import trials
+from quant_spec.tasks.step_gains import GAINS
+
+_VALUES = 16384  # kept of one input at one step, to find its range from
+_RANGE = 5e7  # MACs of finding one
 
 
 def exceptions(draft: Draft) -> Drawing:
-    """Leave the states without what stays in full precision; the temporal block's is left as it is."""
+    """Leave the states with what is excepted; the temporal block's is left as it is."""
     config = draft.recipe.passes.exceptions
     if config is None:
         return draft
@@ -39,7 +45,7 @@ def exceptions(draft: Draft) -> Drawing:
             sampler=draft.sampler,
             seeds=seeds,
             batch_size=seeds.count,
-            weights=config.bytes > 0,
+            weights=config.bytes > 0 and not config.choices,
             part=told.part,
         )
         states = tuple(draft.states[unit.name] for unit in group)
@@ -49,16 +55,58 @@ def exceptions(draft: Draft) -> Drawing:
         yield node
     total = sum(part["macs"] for part in (*layers.values(), *attentions.values()))
     states = tuple(draft.states[unit.name] for unit in units)
-    node = draft.node(
-        choice.KIND,
-        choice.Params.of(config, macs=macs, all_macs=total),
-        choice.Inputs(draft.model.digest, states, tuple(measured)),
-        Cost(0.0, WORKER_BYTES + 2 * draft.costs.model_bytes),
-        f"{len(macs)} parts",
-    )
-    yield node
+    if config.choices:
+        node = yield from _choose_bits(draft, config, tuple(measured), macs=macs, all_macs=total)
+    else:
+        node = draft.node(
+            choice.KIND,
+            choice.Params.of(config, macs=macs, all_macs=total),
+            choice.Inputs(draft.model.digest, states, tuple(measured)),
+            Cost(0.0, WORKER_BYTES + 2 * draft.costs.model_bytes),
+            f"{len(macs)} parts",
+        )
+        yield node
     made = {unit.name: TaskRef(node.id, per_unit(choice.STATE, unit.name)) for unit in units}
     return replace(draft, states={**draft.states, **made})
+
+
+def _choose_bits(
+    draft: Draft, config: Exceptions, damages: tuple[TaskRef, ...], **told: Any
+) -> Generator[TaskNode, None, TaskNode]:
+    """Make the task that chooses bits of inputs at each step, and the gains of steps if nothing has measured them."""
+    layers = {name: layer for unit in draft.units for name, layer in unit.planned.layers.items()}
+    names = [name for unit in draft.units for name in unit.changing]
+    if not names:
+        raise RecipeError(
+            "passes.exceptions.choices: got exceptions that state the bits of every layer, wanted one whose bits are "
+            "left open"
+        )
+    states = tuple(draft.states[unit.name] for unit in draft.units)
+    gains = draft.gains
+    if gains is None:
+        measured = step_gains_node(draft, states)
+        yield measured
+        gains = TaskRef(measured.id, GAINS)
+    params = choice.Params.of(
+        config,
+        **told,
+        ranges={name: layers[name].activation_range for name in names},
+        seed=draft.recipe.seed,
+        forward_batch_size=draft.recipe.calibration.batch_size,
+    )
+    inputs = choice.Inputs(draft.model.digest, states, damages, draft.calibration, gains)
+    node = draft.node(choice.KIND, params, inputs, _bits_cost(draft.costs, len(names)), f"{len(names)} inputs")
+    yield node
+    return node
+
+
+def _bits_cost(costs: Costs, layers: int) -> Cost:
+    """One pass over the calibration set, a range for each layer and step, and two samples from each layer on."""
+    steps, batch = costs.recipe.sampler.num_inference_steps, costs.recipe.calibration.batch_size
+    work = costs.replay() + layers * (costs.forward(2 * steps, steps) / 2 + giga(steps * _RANGE))
+    # Values that ranges are found from, and what all layers gave, of one sample at all steps.
+    held = 4 * steps * max(layers * _VALUES, costs.elements)
+    return Cost(work, costs.memory(max(batch, steps), costs.model_bytes + held))
 
 
 def _groups(units: Sequence[QuantizedUnit]) -> Iterator[Sequence[QuantizedUnit]]:
@@ -68,7 +116,7 @@ def _groups(units: Sequence[QuantizedUnit]) -> Iterator[Sequence[QuantizedUnit]]
 
 def trials_cost(costs: Costs, group: Sequence[QuantizedUnit], config: Exceptions) -> Cost:
     """One trajectory of each seed for each part, and one in full precision."""
-    count = 1 + sum(len(unit.planned.layers) * (1 + (config.bytes > 0)) for unit in group)
+    count = 1 + sum(len(unit.planned.layers) * (1 + (config.bytes > 0 and not config.choices)) for unit in group)
     count += sum(len(unit.planned.attentions) for unit in group)
     once = costs.sampling(config.seeds, config.seeds, decoded=True)
     quantized = giga(config.seeds * costs.calls_per_sample * sum(unit.info.input_elements for unit in group) * QUANTIZE)

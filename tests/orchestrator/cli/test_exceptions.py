@@ -12,13 +12,15 @@ import torch
 from diffusers import DiffusionPipeline
 
 from orchestrator.cli.main import run_cli
+from quant_core import load_quantized
 from quant_core.metrics.psnr import psnr_per_sample
 from quant_core.nn.layers import QuantLayer
-from quant_spec.enums import ActivationMode, SampleSpace
+from quant_spec.enums import ActivationMode, KernelBackend, SampleSpace
 from tests.orchestrator.in_process import InProcess
 from tests.tiny_pipelines import EMOJI_SD, save_dit
 
 Cli = Callable[..., Any]
+DIGITS = Path(__file__).parents[3] / "examples" / "models" / "digits"
 STEPS = 3
 SMALL = {
     "sampler.num_inference_steps": STEPS,
@@ -106,6 +108,28 @@ def test_the_recipe_shows_the_pass_and_refuses_a_budget_that_is_none(cli: Cli) -
     refused = cli("recipes", "show", "dmq-w8a8", "--set", "passes.exceptions.multiplications=2")
     assert refused.code == 2
     assert "multiplications" in refused.err
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_inputs_have_bits_by_layer_and_step_at_the_same_mean(cli: Cli, tmp_path: Path) -> None:
+    sizes = {name: value for name, value in SMALL.items() if "guidance" not in name}
+    sizes |= {"activations.bits": 4, "activations.range": "mse"}
+    sizes["layers"] = "[{match: '*', keep: true}, {match: 'up_blocks.2.*', keep: false}]"
+    words = [word for name, value in sizes.items() for word in ("--set", f"{name}={value}")]
+    told = ["run", "minmax-w8a8", "--model", DIGITS, *words, "--json"]
+    one = cli(*told, "--name", "one").json["metrics"]
+    chosen = ["--set", "passes.exceptions={choices: [3, 4, 6], seeds: 1}"]
+    done = cli(*told, *chosen, "--out", tmp_path / "release").json
+    assert done["metrics"]["act_bits_mean"] <= one["act_bits_mean"]
+    assert done["metrics"]["bytes"] == one["bytes"]
+    assert done["metrics"]["psnr_db"] > one["psnr_db"] + 1
+    model = load_quantized(tmp_path / "release", backend=KernelBackend.REFERENCE)
+    specs = [each.spec.activation for each in model.modules() if isinstance(each, QuantLayer)]
+    widths = [spec.step_bits or (spec.bits,) * STEPS for spec in specs if spec is not None]
+    assert {bits for own in widths for bits in own} == {3, 4, 6}
+    assert any(len(set(own)) > 1 for own in widths)
+    assert all(own[-1] >= 4 for own in widths)
+    assert {"step_gains", "trials"} <= {task["kind"] for task in done["ran"]}
 
 
 @pytest.mark.slow

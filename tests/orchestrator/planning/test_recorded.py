@@ -35,6 +35,7 @@ FORMATS = {
 #: Recipes whose layers' bits were a list.
 LISTED = ("passes.choose=null", "passes.menu=null")
 FORMATS |= {recipe: (*FORMATS[recipe], *LISTED) for recipe in FORMATS if recipe.startswith("dmq-")}
+FORMATS |= {recipe: (*FORMATS[recipe], "passes.exceptions=null") for recipe in FORMATS if recipe.endswith("w4a6")}
 #: Recipes that had no exceptions found by measurement.
 NO_EXCEPTIONS = {recipe: ("passes.exceptions=null",) for recipe in ("tfmq-w8a8", "dmq-w8a8")}
 #: What attention multiplies had the mode of layers' inputs, and its probabilities 8 bits.

@@ -107,6 +107,22 @@ PROBLEMS = [
     ("overrides", "message"),
     [
         (
+            ["passes.exceptions={choices: [5, 6]}", "activations.mode=static"],
+            "passes.exceptions.choices: got activations of mode static, type int, wanted mode per_step and type int",
+        ),
+        (
+            ["passes.exceptions={choices: [5, 6]}", "activations.step_bits={}"],
+            "passes.exceptions.choices: got it beside activations.step_bits, wanted one choice of input bits",
+        ),
+        (
+            ["passes.exceptions={choices: [5, 6]}", "passes.differences={}"],
+            "passes.exceptions.choices: got it beside passes.differences, wanted one choice of input bits",
+        ),
+        (
+            ["passes.exceptions={choices: [6]}"],
+            "passes.exceptions.choices: got [6], wanted different bits in rising order, or none",
+        ),
+        (
             ["passes.scale.shift=skip", "skip_split=false"],
             "passes.scale.shift: got skip with skip_split false, wanted skip_split true, or variance",
         ),

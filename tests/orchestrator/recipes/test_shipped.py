@@ -70,8 +70,11 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     assert (recipe.passes.menu is not None, recipe.passes.choose is not None) == (chooses, chooses)
     if recipe.passes.choose is not None:
         assert recipe.passes.choose.weight_bits_mean == (2.25 if name == "modiff-w2a4" else None)
-    has_exceptions = name in ("tfmq-w8a8", "dmq-w8a8") or name.startswith("dynamic")
+    has_exceptions = name in ("tfmq-w8a8", "dmq-w8a8") or name.startswith("dynamic") or name.endswith("w4a6")
+    has_exceptions = has_exceptions and not is_modiff
     assert (recipe.passes.exceptions is not None) == has_exceptions
+    if recipe.passes.exceptions is not None:
+        assert recipe.passes.exceptions.choices == ((5, 6, 8) if name.endswith("w4a6") else ())
     assert (recipe.activations.mode == "dynamic_token") == (name.startswith(("dynamic", "fp8")) or "svdquant" in name)
     assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq", "dmq"))
     assert (recipe.passes.low_rank is not None) == ("svdquant" in name)

@@ -117,7 +117,8 @@ def _without_passwords(message: str, arguments: Sequence[str], secrets: Collecti
     for argument in sorted(arguments, key=len, reverse=True):
         option, equals, value = argument.partition("=")
         for text in (argument, value if equals and option.startswith("-") else ""):
-            message = message.replace(text, shown_url(text)) if text else message
+            for quoted in (text, repr(text)[1:-1]):  # where a tab, say, is two characters
+                message = message.replace(quoted, shown_url(text)) if text else message
     return hide_passwords(message, secrets)
 
 

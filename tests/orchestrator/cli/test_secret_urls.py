@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchestrator.cli.app import make_app
@@ -150,6 +150,8 @@ def test_secrets_of_the_environment_are_known(url: str, name: str, password: str
 
 @settings(max_examples=40, deadline=None)
 @given(URLS, st.sampled_from([["init"], ["jobs", "ls"], ["serve", "--drain"], ["db", "current"], []]))
+@example("postgresql:/user:hush\thush@127.0.0.1:1/qm", [])  # which click quotes, the tab as two characters
+@example("user:hush\\quiet'hush@127.0.0.1:1/qm", [])
 def test_from_the_command_line(url: str, words: list[str]) -> None:
     out, err = io.StringIO(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(out), redirect_stderr(err):

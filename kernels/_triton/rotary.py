@@ -22,7 +22,6 @@ def rms_norm_rotary_kernel(
     cos_ptr,  # (all tokens, D) float32
     sin_ptr,
     out_ptr,  # (B, all tokens, H, D)
-    S,
     tokens,
     first,
     H,
@@ -78,7 +77,7 @@ def launch_rms_norm_rotary(parts: Sequence[HeadedTokens], cos: Tensor, sin: Tens
         if x.numel():
             rms_norm_rotary_kernel[(x.shape[1], batch)](
                 x, None if part.weight is None else part.weight.contiguous(), cos, sin, out,
-                x.shape[1], tokens, first, heads, x.stride(0), x.stride(1), part.eps,
+                tokens, first, heads, x.stride(0), x.stride(1), part.eps,
                 D=size, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
         first += x.shape[1]

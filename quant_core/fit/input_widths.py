@@ -79,6 +79,10 @@ def with_widths(
     ----------
     model : nn.Module
         The full-precision denoiser, which what layers read comes from.
+    calibration : CalibrationSet
+        Every step of the sampler's trajectory.
+    states : sequence of UnitState
+        Of all units that the layers lie in.
     widths : mapping of str to sequence of int, length S
         Bits at each step, by layer.
     ranges : mapping of str to RangeSpec

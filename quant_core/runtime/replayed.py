@@ -6,6 +6,7 @@ device to run them. A graph of them is launched in one call.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -55,8 +56,6 @@ class Replayed(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replayed:
         """Copy the model; graphs are of the memory of this one."""
-        import copy
-
         return Replayed(copy.deepcopy(self.model, memo), self.capture)
 
     def _replay(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.gpu_step import FORMATS, STEPS, figures, half_model, packed_model
+from benchmarks.gpu_step import FORMATS, STEPS, figures, half_model, packed_model, turn
 from benchmarks.stacks import STACKS
 from quant_core import layer_runs
 from quant_spec.enums import KernelBackend
@@ -63,3 +66,14 @@ def test_a_graph_is_compared_with_bfloat16_of_compiled_blocks_too() -> None:
     assert figures("W8A8", times)["speedup"] == {
         "eager": 0.5, "CUDA graph": 2.0, "CUDA graph over compiled by block": 1.5,
     }  # fmt: skip
+
+
+def test_a_turn_waits_until_the_others_are_ready_and_keeps_them_out(tmp_path: Path) -> None:
+    path, other = tmp_path / "turn", tmp_path / "turn.ready.other"
+    threading.Timer(0.3, other.touch).start()
+    with turn(path, others=1):
+        assert other.exists()
+        with path.open("w") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,6 +15,7 @@ from quant_core.runtime.deferred import Deferred
 from quant_core.runtime.layer import RuntimeLayer
 from quant_spec.enums import ActivationMode, KernelBackend, NumberType
 from quant_spec.formats import ActivationSpec, ModelFormat, WeightSpec
+from tests.quant_core.conftest import FAMILIES
 from tests.quant_core.runtime.test_normalized import block_of, noise, predict, run_block, runtime_layers
 
 Make = Callable[[str], nn.Module]
@@ -134,3 +135,17 @@ def test_a_layer_in_differences_between_steps_is_computed_at_once() -> None:
     model = block_of(WeightSpec(8), ActivationSpec(8, step_bits=(8, 8), differences=(1,)))
     build_runtime(model, KernelBackend.TRITON)
     assert not any(layer.defers for layer in runtime_layers(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_models_agree_with_the_reference(tiny_model: Make, quantize_model: Quantize, family: str) -> None:
+    """Products taken up and joined, views in place of layouts, processors of our own: float rounding is all of it."""
+    model = tiny_model(family)
+    quantize_model(model, bits=8)
+    plain = copy.deepcopy(model)
+    build_runtime(plain, KernelBackend.REFERENCE)
+    build_runtime(model, KernelBackend.TRITON)
+    want = predict(plain)
+    for _ in range(2):  # the second call joins products
+        assert float((predict(model) - want).norm()) <= 1e-5 * float(want.norm())

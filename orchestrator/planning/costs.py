@@ -142,13 +142,18 @@ class Costs:
         """Full-precision denoiser calls on the whole calibration set as far as a depth, GMAC."""
         return self.forward(self.calibrated, self.recipe.calibration.batch_size) * depth
 
-    def round_layer(self, layer: LayerInfo, planned: PlannedLayer, config: RoundFit) -> float:
-        """Range search, Hessian and closed-form rounding of one layer, GMAC."""
+    def hessian(self, layer: LayerInfo, config: RoundFit) -> float:
+        """Second moments of one layer's input, and their factor, GMAC."""
+        if config.method is not RoundingMethod.CLOSED_FORM:
+            return 0.0
+        seeds = min(config.samples, self.recipe.calibration.seeds)
+        rows = seeds * self.recorded_per_seed * min(config.positions, layer.positions)
+        return giga(rows * layer.columns**2 + 2 * layer.columns**3)
+
+    def codes(self, layer: LayerInfo, planned: PlannedLayer, config: RoundFit) -> float:
+        """Range search and rounding of one layer at one width, GMAC."""
         macs = layer.weights * SEARCH if planned.weight_range.method is RangeMethod.MSE else 0.0
         if config.method is RoundingMethod.CLOSED_FORM:
-            seeds = min(config.samples, self.recipe.calibration.seeds)
-            rows = seeds * self.recorded_per_seed * min(config.positions, layer.positions)
-            macs += rows * layer.columns**2 + 2 * layer.columns**3
             macs += layer.columns * (_COLUMN + layer.weights * _COLUMN_WEIGHT)
         return giga(macs)
 

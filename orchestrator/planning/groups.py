@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from orchestrator.planning.costs import hessian_bytes
+from orchestrator.planning.costs import Cost, hessian_bytes
+from orchestrator.planning.draft import Draft
 from orchestrator.planning.formats import QuantizedUnit
-from quant_spec.passes.round import RoundFit
 
-#: Units that are rounded by one task at most: one pass over the calibration set serves them all.
-UNITS_PER_ROUND = 8
+#: What the units of a task take by themselves before another task begins, by what the forwards cost that reach them:
+#: every task runs the model again as far as its last unit, so many small ones do little else.
+OWN_WORK = 4.0
+#: Share of the model that forwards are taken to reach at least, as a task's start costs something too.
+LEAST_DEPTH = 0.1
 
 
-def round_groups(
-    units: Iterable[QuantizedUnit], config: RoundFit, budget_bytes: float
+def unit_groups(
+    draft: Draft, units: Iterable[QuantizedUnit], cost: Callable[[Sequence[QuantizedUnit]], Cost]
 ) -> Iterator[list[QuantizedUnit]]:
-    """Split units into runs that one task rounds: at most `UNITS_PER_ROUND`, and Hessians within the budget."""
+    """Split units into runs that one task takes, after one pass over the calibration set as far as the last of them.
+
+    A run ends where its own work is `OWN_WORK` times that pass, and before second moments exceed the memory budget.
+
+    Parameters
+    ----------
+    cost : callable
+        What a task on a run costs, that pass (`Costs.replay`) included.
+    """
     group: list[QuantizedUnit] = []
-    held = 0
+    held, own = 0, 0.0
     for unit in units:
-        needed = hessian_bytes(unit.info, config)
-        if group and (len(group) == UNITS_PER_ROUND or held + needed > budget_bytes):
+        needed = hessian_bytes(unit.info, draft.recipe.passes.round)
+        if group and held + needed > draft.cache_bytes:
             yield group
-            group, held = [], 0
+            group, held, own = [], 0, 0.0
         group.append(unit)
         held += needed
+        own += cost([unit]).work - draft.costs.replay(unit.info.depth)
+        if own >= OWN_WORK * draft.costs.replay(max(LEAST_DEPTH, unit.info.depth)):
+            yield group
+            group, held, own = [], 0, 0.0
     if group:
         yield group
 

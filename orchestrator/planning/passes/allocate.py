@@ -9,7 +9,7 @@ from orchestrator.graph import TaskRef
 from orchestrator.planning.costs import QUANTIZE, SEARCH, SMALL, Cost, Costs, giga, hessian_bytes
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import QuantizedUnit, allocated_layers
-from orchestrator.planning.groups import group_label, round_groups
+from orchestrator.planning.groups import group_label, unit_groups
 from quant_spec.enums import RoundingMethod
 from quant_spec.passes.allocate import Allocate
 from quant_spec.passes.round import RoundFit
@@ -29,7 +29,7 @@ def allocate(draft: Draft) -> Drawing:
         return draft
     measured: list[TaskRef] = []
     rounding = draft.recipe.passes.round
-    for group in round_groups(draft.units, rounding, draft.cache_bytes):
+    for group in unit_groups(draft, draft.units, lambda units: errors_cost(draft.costs, units, config, rounding)):
         names = allocated_layers(group)
         if not names:
             continue

@@ -11,7 +11,7 @@ from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import QUANTIZE, WORKER_BYTES, Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import QuantizedUnit
-from orchestrator.planning.groups import UNITS_PER_ROUND, group_label
+from orchestrator.planning.groups import group_label
 from orchestrator.planning.sensitivity import step_gains_node
 from quant_spec.passes.exceptions import Exceptions
 from quant_spec.prompts import PromptPart
@@ -20,6 +20,7 @@ from quant_spec.tasks import exceptions as choice
 from quant_spec.tasks import trials
 from quant_spec.tasks.step_gains import GAINS
 
+_UNITS = 8  # whose parts one task tries, at most
 _VALUES = 16384  # kept of one input at one step, to find its range from
 _RANGE = 5e7  # MACs of finding one
 
@@ -110,8 +111,8 @@ def _bits_cost(costs: Costs, layers: int) -> Cost:
 
 
 def _groups(units: Sequence[QuantizedUnit]) -> Iterator[Sequence[QuantizedUnit]]:
-    for first in range(0, len(units), UNITS_PER_ROUND):
-        yield units[first : first + UNITS_PER_ROUND]
+    for first in range(0, len(units), _UNITS):
+        yield units[first : first + _UNITS]
 
 
 def trials_cost(costs: Costs, group: Sequence[QuantizedUnit], config: Exceptions) -> Cost:

@@ -10,7 +10,7 @@ from orchestrator.graph import TaskRef
 from orchestrator.planning.costs import Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import QuantizedUnit, varied_layers
-from orchestrator.planning.groups import group_label, round_groups
+from orchestrator.planning.groups import group_label, unit_groups
 from orchestrator.planning.model import LayerInfo
 from quant_spec.passes.low_rank import LowRank
 from quant_spec.task import per_unit
@@ -20,7 +20,7 @@ _TRIED = 24  # decompositions and roundings of 128 rows that choosing one branch
 
 
 def low_rank(draft: Draft) -> Drawing:
-    """Leave the branches of each unit and, if they are smoothed, its factors; groups are those of `round`."""
+    """Leave the branches of each unit and, if they are smoothed, its factors."""
     config, rounding = draft.recipe.passes.low_rank, draft.recipe.passes.round
     if config is None:
         return draft
@@ -28,7 +28,7 @@ def low_rank(draft: Draft) -> Drawing:
         kinds = "Linear or convolution layer" if config.convolutions else "Linear layer (convolutions are left out)"
         raise RecipeError(f"passes.low_rank: got no {kinds} of less than 8 bits, wanted at least one")
     branches, factors = dict(draft.branches), dict(draft.factors)
-    for group in round_groups(draft.units, rounding, draft.cache_bytes):
+    for group in unit_groups(draft, draft.units, lambda units: low_rank_cost(draft.costs, units, config)):
         params = Params.of(
             config,
             units=tuple(unit.planned.before_allocation() for unit in group),

@@ -13,7 +13,7 @@ from orchestrator.graph import TaskNode, TaskRef
 from orchestrator.planning.costs import WORKER_BYTES, Cost, Costs
 from orchestrator.planning.draft import Draft, Drawing, Source
 from orchestrator.planning.formats import QuantizedUnit
-from orchestrator.planning.groups import group_label, round_groups
+from orchestrator.planning.groups import group_label, unit_groups
 from orchestrator.planning.passes.round import round_cost
 from quant_spec.enums import Granularity
 from quant_spec.passes.menu import Menu
@@ -74,9 +74,10 @@ def menu(draft: Draft) -> Drawing:
 
 
 def menu_groups(draft: Draft, config: Menu) -> Iterator[MenuGroup]:
-    """Make the tasks that round all units, in groups of those that `round` would take together."""
+    """Make the tasks that round all units, in groups."""
     rounding = draft.recipe.passes.round
-    for group in round_groups(draft.base_units, rounding, draft.cache_bytes):
+    widths = len(config.weight_bits)
+    for group in unit_groups(draft, draft.base_units, lambda units: menu_cost(draft.costs, units, rounding, widths)):
         params = rounded.Params.of(
             rounding,
             **{name: getattr(config, name) for name in Menu.model_fields},
@@ -86,16 +87,16 @@ def menu_groups(draft: Draft, config: Menu) -> Iterator[MenuGroup]:
         )
         factors = tuple(draft.factors[unit.name] for unit in group) if draft.factors else ()
         inputs = rounded.Inputs(draft.model.digest, draft.calibration, factors)
-        cost = menu_cost(draft.costs, group, rounding, len(config.weight_bits))
+        cost = menu_cost(draft.costs, group, rounding, widths)
         node = draft.node(rounded.KIND, params, inputs, cost, group_label(group))
         yield MenuGroup(tuple(group), node, config)
 
 
 def menu_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit, widths: int) -> Cost:
-    """Cost of `round`, with the rounding of each layer done at so many widths."""
+    """Cost of `round`, with the codes of each layer found at so many widths."""
     once = round_cost(costs, group, config)
     layers = [
-        costs.round_layer(layer, unit.planned.layers[layer.name], config)
+        costs.codes(layer, unit.planned.layers[layer.name], config)
         for unit in group
         for layer in unit.info.layers
         if layer.name in unit.planned.layers

@@ -9,7 +9,7 @@ from orchestrator.graph import TaskRef
 from orchestrator.planning.costs import QUANTIZE, Cost, Costs, giga, hessian_bytes
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import QuantizedUnit, allocated_layers, varied_layers
-from orchestrator.planning.groups import group_label, round_groups
+from orchestrator.planning.groups import group_label, unit_groups
 from quant_spec.enums import RoundingMethod
 from quant_spec.passes.round import RoundFit
 from quant_spec.task import per_unit
@@ -22,7 +22,7 @@ def round_units(draft: Draft) -> Drawing:
     if draft.recipe.passes.menu is not None:
         return draft
     states = dict(draft.states)
-    for group in round_groups(draft.units, config, draft.cache_bytes):
+    for group in unit_groups(draft, draft.units, lambda units: round_cost(draft.costs, units, config)):
         params = Params.of(
             config,
             units=tuple(unit.planned for unit in group),
@@ -51,7 +51,7 @@ def round_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit) -
     for unit in group:
         for layer in unit.info.layers:
             if layer.name in unit.planned.layers:
-                work += costs.round_layer(layer, unit.planned.layers[layer.name], config)
+                work += costs.hessian(layer, config) + costs.codes(layer, unit.planned.layers[layer.name], config)
         hessians += hessian_bytes(unit.info, config)
     extra = costs.cached(hessians) + 3 * _largest_hessian(group, config)
     if costs.model.streamed:  # else codes take the place of weights

@@ -9,7 +9,7 @@ from orchestrator.graph import TaskRef
 from orchestrator.planning.costs import Cost, Costs, giga
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import QuantizedUnit, varied_layers
-from orchestrator.planning.groups import group_label, round_groups
+from orchestrator.planning.groups import group_label, unit_groups
 from quant_spec.enums import Scaling, Shift
 from quant_spec.passes.scale import Scale
 from quant_spec.task import per_unit
@@ -22,12 +22,12 @@ _CHANNEL = 60.0  # MACs of one element looked at by channel: 2 ns
 
 
 def scale(draft: Draft) -> Drawing:
-    """Leave the factors of each unit; groups are those of `round`, whose rounding scales are learned against."""
+    """Leave the factors of each unit, learned against the rounding of `round`."""
     config, rounding = draft.recipe.passes.scale, draft.recipe.passes.round
     if config is None:
         return draft
     factors = dict(draft.factors)
-    for group in round_groups(draft.base_units, rounding, draft.cache_bytes):
+    for group in unit_groups(draft, draft.base_units, lambda units: scale_cost(draft.costs, units, config)):
         params = Params.of(
             config,
             units=tuple(unit.planned.before_allocation() for unit in group),

@@ -28,10 +28,12 @@ from tests.orchestrator.planning_models import (
 
 def test_scale_comes_before_each_round_and_changes_nothing_else():
     plain, scaled = nodes_of(recipe("qdiffusion-w4a8")), nodes_of(recipe("qdiffusion-w4a8", "passes.scale={}"))
-    for node, source in zip(by_kind(scaled, "round"), by_kind(scaled, "scale"), strict=True):
+    sources = {unit["unit"]: (node, unit) for node in by_kind(scaled, "scale") for unit in node.params["units"]}
+    for node in by_kind(scaled, "round"):
         units = [unit["unit"] for unit in node.params["units"]]
-        assert node.inputs["factors"] == tuple(TaskRef(source.id, f"factors:{unit}") for unit in units)
-        assert source.params["units"] == node.params["units"]
+        assert node.inputs["factors"] == tuple(TaskRef(sources[unit][0].id, f"factors:{unit}") for unit in units)
+        assert node.params["units"] == [sources[unit][1] for unit in units]
+    for source, _ in sources.values():
         assert set(source.inputs) == {"model", "calibration"}
         assert (source.params["rounding"], source.params["damping"]) == ("closed_form", 0.03)
     assert [node.params for node in by_kind(plain, "round")] == [node.params for node in by_kind(scaled, "round")]
@@ -62,9 +64,9 @@ def test_scale_parameters_are_those_that_matter():
 
 
 def test_scale_takes_the_bits_chosen_for_each_step():
-    nodes = nodes_of(recipe("ptqd-w4-mixed", "passes.scale={}"))
+    nodes = nodes_of(recipe("ptqd-w4-mixed", "passes.scale={}", "memory.budget_gib=1e-9"))
     told = [node.inputs.get("step_bits") for node in by_kind(nodes, "scale")]
-    assert any(told)
+    assert [bits is None for bits in told] == [unit in ("conv_in", "conv_out") for unit in UNITS]
     assert told == [node.inputs.get("step_bits") for node in by_kind(nodes, "round")]
 
 
@@ -225,12 +227,9 @@ def test_plan_chooses_step_bits_before_rounding():
     assert {
         unit["attentions"]["mid.attn"]["activation"]["bits"] for unit in specs(nodes).values() if unit["attentions"]
     } == {8}
-    for node in by_kind(nodes, "round"):
-        open_bits = any(
-            layer["activation"]["bits"] is None for unit in node.params["units"] for layer in unit["layers"].values()
-        )
-        assert ("step_bits" in node.inputs) == open_bits
-    assert sum("step_bits" not in node.inputs for node in by_kind(nodes, "round")) == 1  # conv_out alone
+    alone = nodes_of(recipe("ptqd-w4-mixed", "memory.budget_gib=1e-9"))
+    untold = [node.label for node in by_kind(alone, "round") if "step_bits" not in node.inputs]
+    assert untold == ["conv_in", "conv_out"]
 
 
 def test_ways_to_choose_step_bits_share_the_effects():

@@ -20,7 +20,7 @@ from quant_core.diffusion.streamed import is_large, stored_tensors, stream_weigh
 from quant_core.errors import DenoiserError
 from quant_spec.documents import read_json_file
 from quant_spec.model_files import CONDITIONING_FILE, DENOISER_FOLDERS, SCHEDULER_FILE, first_file
-from quant_spec.pipeline import MODEL_INDEX, is_whole
+from quant_spec.pipeline import MODEL_INDEX, component_entries, is_whole
 
 #: Stands in for the length of a sequence of packed latents where neither config nor conditioning gives it.
 PACKED_TOKENS = 1024
@@ -70,7 +70,8 @@ def load_denoiser(folder: str | Path, *, streamed: bool | None = False) -> Denoi
     Raises
     ------
     DenoiserError
-        If there is no config, diffusers has no such class, or the safetensors do not match the class key by key.
+        If there is no config, diffusers has no such class, the pipeline's index names another, or the safetensors do
+        not match the class key by key.
     """
     root = Path(folder)
     home = find_denoiser_folder(root)
@@ -78,12 +79,15 @@ def load_denoiser(folder: str | Path, *, streamed: bool | None = False) -> Denoi
     beside = (root,) if home != root else (root, root.parent)
     scheduler = first_file(beside, SCHEDULER_FILE)
     index = home.parent / MODEL_INDEX
+    pipeline = read_json_file(index) if home != root and index.is_file() else None
+    if pipeline is not None:
+        _check_index(pipeline, home, config["_class_name"])
     return Denoiser(
         model=_load_model(home, config, is_large(home) if streamed is None else streamed),
         config=config,
         scheduler_config=None if scheduler is None else read_json_file(scheduler),
         conditioning=first_file(beside, CONDITIONING_FILE),
-        pipeline=read_json_file(index) if home != root and index.is_file() else None,
+        pipeline=pipeline,
         folder=root,
     )
 
@@ -118,6 +122,15 @@ def find_denoiser_folder(root: Path) -> Path:
     raise DenoiserError(
         f"model folder {root}: no config.json with a _class_name in it or in {', '.join(DENOISER_FOLDERS)}"
     )
+
+
+def _check_index(index: Mapping[str, Any], home: Path, class_name: str) -> None:
+    """Refuse a pipeline that would load another class than the denoiser's own config names."""
+    _, named = component_entries(index).get(home.name, ("", class_name))
+    if named != class_name:
+        raise DenoiserError(
+            f"{home.parent / MODEL_INDEX}: {home.name}: got {named}, wanted {class_name} as in {home.name}/config.json"
+        )
 
 
 def _load_model(home: Path, config: Mapping[str, Any], streamed: bool) -> nn.Module:

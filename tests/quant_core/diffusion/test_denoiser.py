@@ -151,6 +151,15 @@ def test_load_denoiser_refuses_what_it_cannot_load(folder: Path, tmp_path_factor
         load_denoiser(folder)
 
 
+def test_load_denoiser_refuses_an_index_that_names_another_class(folder: Path) -> None:
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert load_denoiser(folder).pipeline == index
+    (folder / "model_index.json").write_text(json.dumps(index | {"unet": ["diffusers", "UNet2DConditionModel"]}))
+    with pytest.raises(DenoiserError, match=r"unet: got UNet2DConditionModel, wanted UNet2DModel as in unet/config"):
+        load_denoiser(folder)
+
+
 def test_load_denoiser_is_strict(folder: Path) -> None:
     weights = next((folder / "unet").glob("*.safetensors"))
     tensors = load_file(weights)

@@ -171,8 +171,22 @@ def is_choice(record: type[Record], name: str) -> bool:
 
 
 def told(nodes: Sequence[TaskNode]) -> dict[str, list[Mapping[str, Any]]]:
-    """Return the parameters of all tasks by kind."""
-    return {kind: [node.params for node in nodes if node.kind == kind] for kind in {node.kind for node in nodes}}
+    """Return the parameters of all tasks by kind; a field may change which units one task takes together."""
+    kinds = {node.kind for node in nodes}
+    return {kind: [own for node in nodes if node.kind == kind for own in by_unit(node.params)] for kind in kinds}
+
+
+def by_unit(params: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Return what a task is told of each of its units; of one without planned units, its parameters."""
+    units = [unit for unit in params.get("units", ()) if isinstance(unit, Mapping) and "layers" in unit]
+    layers = params.get("layers")
+    for unit in units:
+        if not isinstance(layers, list | tuple):
+            yield {**params, "units": [unit]}
+        elif own := [name for name in layers if name in unit["layers"]]:
+            yield {**params, "units": [unit], "layers": own}
+    if not units:
+        yield params
 
 
 def changed_names(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> tuple[set[str], set[str]]:

@@ -4,9 +4,9 @@
 
 Of a release's folder, all files count. Of SDXL's UNet, all tensors, the file's header and config.json, and nothing is
 computed: the UNet (random weights would have the same size) is built on the meta device with the formats of
-`fast-w4a8` (the layers that read the sample and write the prediction and the residual shortcuts in 8 bits, the rest in
-4 with a multiplier and a zero point per group), and the file is what `quant_core.artifact.folder` would write of
-it, byte for byte but for the shards of a large one.
+`fast-w4a8` (the layers that read the sample and write the prediction in 8 bits, residual shortcuts in 6, resampling
+convolutions in 5, the rest in 4, the latter two with a multiplier and a zero point per group), and the file is what
+`quant_core.artifact.folder` would write of it, byte for byte but for the shards of a large one.
 """
 
 from __future__ import annotations
@@ -81,18 +81,25 @@ def _model_format(model: nn.Module, group_size: int, scale: GroupScale) -> Model
     activation = ActivationSpec(8)
     weight = WeightSpec(4, granularity=Granularity.PER_GROUP, group_size=group_size, group_scale=scale)
     small = LayerSpec(weight, activation)
-    large = LayerSpec(WeightSpec(8), activation)
+    shortcut = LayerSpec(WeightSpec(6), activation)
     layers = {}
     for name, module in model.named_modules():
         if not isinstance(module, QUANTIZABLE):
             continue
-        is_shortcut = name.endswith("conv_shortcut")
-        layers[name] = large if is_shortcut or name in ("conv_in", "conv_out") else small
-        if is_shortcut and name.startswith("up_blocks"):
+        layers[name] = small
+        if name in ("conv_in", "conv_out"):
+            layers[name] = LayerSpec(WeightSpec(8), None)
+        elif name.startswith("time_embedding.") or name.endswith(".time_emb_proj"):
+            layers[name] = LayerSpec(weight, None)
+        elif name.endswith("samplers.0.conv"):
+            layers[name] = LayerSpec(replace(weight, bits=5), activation)
+        elif name.endswith("conv_shortcut") and not name.startswith("up_blocks"):
+            layers[name] = shortcut
+        elif name.endswith("conv_shortcut"):
             # Any division of the channels costs the same: another scale and zero point of each output channel.
             assert isinstance(module, nn.Conv2d)
             half = module.in_channels // 2
-            layers[name] = replace(large, split=(half, module.in_channels - half))
+            layers[name] = replace(shortcut, split=(half, module.in_channels - half))
     attentions = {name: AttentionSpec(activation) for name, module in model.named_modules() if hasattr(module, "to_q")}
     return ModelFormat(layers, attentions, tuple(float(step) for step in range(STEPS)))
 

@@ -19,7 +19,7 @@ from quant_core.diffusion.conditioning import concatenate, seed_stream
 from quant_core.diffusion.denoiser import call_denoiser
 from quant_core.fit.closed_form import damped
 from quant_core.fit.hessian import InputMoments, input_rows
-from quant_core.fit.rounding import round_layer
+from quant_core.fit.layer_rounding import round_layer
 from quant_core.nn.layers import QuantLayer, replace_module, weight_from_matrix, weight_matrix
 from quant_core.nn.model import QuantizedParts, build_quantized
 from quant_core.nn.ranges import QParams, qparams_from_range

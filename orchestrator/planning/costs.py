@@ -72,8 +72,10 @@ class Costs:
     ----------
     calls_per_sample
         Denoiser calls for one sample.
+    recorded_steps
+        Trajectory steps in the calibration set.
     recorded_per_seed
-        Denoiser inputs in the calibration set, per seed.
+        Denoiser inputs in it, per seed.
     calibrated
         Denoiser inputs in the calibration set.
     model_bytes
@@ -98,8 +100,8 @@ class Costs:
         whole = model.pipeline
         per_step = recipe.sampler.calls_per_step if whole is None else whole.rows_per_step(recipe.sampler)
         self.calls_per_sample = recipe.sampler.num_inference_steps * per_step
-        recorded = recipe.calibration.steps or recipe.sampler.num_inference_steps
-        self.recorded_per_seed = recorded * per_step
+        self.recorded_steps = recipe.calibration.steps or recipe.sampler.num_inference_steps
+        self.recorded_per_seed = self.recorded_steps * per_step
         self.calibrated = recipe.calibration.seeds * self.recorded_per_seed
         self.model_bytes = 4 * model.parameters
         self.layers = len(model.layers)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quant_core.diffusion.conditioning import seed_stream
 from quant_core.diffusion.encoder_calls import Call
 from quant_core.fit.hessian import SecondMoment, input_rows
-from quant_core.fit.rounding import input_moments, round_layer
+from quant_core.fit.layer_rounding import input_moments, round_layer
 from quant_core.nn.layers import QuantLayer, replace_module
 from quant_core.nn.steps import StepClock
 from quant_spec.enums import RoundingMethod

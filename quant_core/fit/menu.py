@@ -15,16 +15,9 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.fit.closed_form import factorize
+from quant_core.fit.layer_rounding import input_moments, round_layer
 from quant_core.fit.observe import Observation, observe
-from quant_core.fit.rounding import (
-    UnitRanges,
-    input_moments,
-    mark_channels,
-    round_layer,
-    set_ranges,
-    trajectory,
-    watch,
-)
+from quant_core.fit.rounding import UnitRanges, mark_channels, set_ranges, trajectory, watch
 from quant_core.fit.unit_state import UnitState, collect_state
 from quant_core.nn.attention import AttentionQuantizer
 from quant_core.nn.layers import QuantLayer

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.fit.adaround import learn_rounding
-from quant_core.fit.rounding import nearest_codes
+from quant_core.fit.layer_rounding import nearest_codes
 from quant_core.fit.unit_cache import Recording, Side, record_unit
 from quant_core.fit.unit_state import UnitState, collect_state, load_states, merge_formats
 from quant_core.inspect.temporal import LABEL

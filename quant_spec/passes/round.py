@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from quant_spec.enums import RoundingMethod
+from quant_spec.enums import RoundingMethod, UnitInputs
 from quant_spec.record import Count, NotNegative, Record
 
 
@@ -34,13 +34,28 @@ class RoundFit(Record):
     )
 
 
-class Round(RoundFit):
-    """Fix weight grids, round the weights, measure activation ranges."""
+class UnitsRound(RoundFit):
+    """How the weights of a model's units are rounded."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_older_recipes(cls, values: Any) -> Any:
-        """Drop `inputs: fp`, which older recipes hold: it was the only value there was."""
-        if isinstance(values, Mapping) and values.get("inputs") == "fp":
-            return {name: value for name, value in values.items() if name != "inputs"}
-        return values
+    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
+        ("method", RoundingMethod.CLOSED_FORM): frozenset(
+            {"samples", "positions", "damping", "correct_bias", "inputs"}
+        ),
+    }
+
+    _omitted: ClassVar[frozenset[str]] = frozenset({"correct_bias", "inputs"})
+
+    inputs: UnitInputs = Field(
+        default=UnitInputs.FP,
+        description="Layers' inputs: from the full-precision model, or what the quantized layers before give, all "
+        "layers one after another in one task; codes then answer for the error of these inputs, too (GPTAQ).",
+    )
+
+    @property
+    def answers(self) -> bool:
+        """Whether codes answer for what the layers before leave."""
+        return self.method is RoundingMethod.CLOSED_FORM and self.inputs is UnitInputs.QUANTIZED
+
+
+class Round(UnitsRound):
+    """Fix weight grids, round the weights, measure activation ranges."""

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import seen_seeds
 from quant_core.artifact.folder import write_artifact
 from quant_core.diffusion.denoiser import load_denoiser
-from quant_core.fit.rounding import nearest_codes, weight_grid
+from quant_core.fit.layer_rounding import nearest_codes, weight_grid
 from quant_core.nn.layers import QUANTIZABLE, weight_matrix
 from quant_core.nn.model import build_quantized
 from quant_spec.formats import LayerSpec, ModelFormat, WeightSpec

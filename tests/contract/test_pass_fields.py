@@ -51,6 +51,7 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "passes.scale.exponent": ("passes.scale.method=smooth",),
     "passes.scale.half_life": ("passes.scale.weighting=early",),
     "passes.low_rank.smoothing": ("passes.scale=null",),
+    "passes.round.inputs": ("passes.scale=null", "passes.allocate=null"),
 }
 #: For sections that others of that recipe exclude: what takes these out.
 INSTEAD: Mapping[str, tuple[str, ...]] = {
@@ -78,6 +79,7 @@ TOLD_AS: Mapping[str, frozenset[str]] = {
     "passes.temporal.finite_set": frozenset({"layers"}),  # in their formats
     "passes.allocate.method": frozenset({"units"}),  # in their layers' formats: whether channels have own bits
     "passes.round.method": frozenset({"rounding"}),
+    "passes.round.inputs": frozenset({"samples", "positions"}),  # as many as memory holds at once
 }
 #: Kinds of task that a section adds, which may come and go with it.
 KINDS_OF = {"activations.step_bits": STEP_BITS} | {f"passes.{name}": kinds for name, kinds in PASSES.items()}

@@ -15,7 +15,8 @@ from kernels.affine import quantize_affine
 from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories
 from quant_core.diffusion.conditioning import TEXT_TOKENS, conditioning_fields
 from quant_core.diffusion.denoiser import Denoiser, load_denoiser
-from quant_core.fit.rounding import UnitRanges, weight_grid
+from quant_core.fit.layer_rounding import weight_grid
+from quant_core.fit.rounding import UnitRanges
 from quant_core.inspect.inspection import trace_model
 from quant_core.inspect.units import find_units
 from quant_core.nn.activation import ActivationQuantizer

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskRef
-from orchestrator.planning.costs import QUANTIZE, Cost, Costs, giga, hessian_bytes
+from orchestrator.planning.costs import GIB, QUANTIZE, Cost, Costs, giga, hessian_bytes
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import QuantizedUnit, allocated_layers, varied_layers
 from orchestrator.planning.groups import group_label, unit_groups
 from quant_spec.enums import RoundingMethod
-from quant_spec.passes.round import RoundFit
+from quant_spec.passes.round import Round, RoundFit
 from quant_spec.task import per_unit
 from quant_spec.tasks.round import KIND, STATE, Inputs, Params
 
@@ -22,7 +23,11 @@ def round_units(draft: Draft) -> Drawing:
     if draft.recipe.passes.menu is not None:
         return draft
     states = dict(draft.states)
-    for group in unit_groups(draft, draft.units, lambda units: round_cost(draft.costs, units, config)):
+    groups = unit_groups(draft, draft.units, lambda units: round_cost(draft.costs, units, config))
+    if config.answers:
+        config = _within_memory(draft, config)
+        groups = iter([list(draft.units)])
+    for group in groups:
         params = Params.of(
             config,
             units=tuple(unit.planned for unit in group),
@@ -43,17 +48,41 @@ def round_units(draft: Draft) -> Drawing:
     return replace(draft, states=states)
 
 
+def _within_memory(draft: Draft, config: Round) -> Round:
+    """Return the rounding with as many samples as may run at once at all steps, twice, and positions to make up for it.
+
+    Raises
+    ------
+    RecipeError
+        If not one may.
+    """
+    one = 2 * draft.costs.recorded_steps * draft.costs.live_bytes
+    if one > draft.cache_bytes:
+        raise RecipeError(
+            f"memory.budget_gib: got {draft.recipe.memory.budget_gib:g} with passes.round.inputs quantized, wanted "
+            f"{one / GIB:.3g} at least, which a sample takes at all steps, exact and quantized side by side"
+        )
+    wanted = min(config.samples, draft.costs.calibrated // draft.costs.recorded_steps)
+    samples = min(wanted, draft.cache_bytes // one)
+    return config.replaced(samples=samples, positions=config.positions * wanted // samples)
+
+
 def round_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit) -> Cost:
     """One pass over the calibration set as far as the last unit of the group, then each layer alone."""
     measured = sum(unit.info.input_elements for unit in group) * costs.calibrated
     work = costs.replay(group[-1].info.depth) + giga(measured * QUANTIZE)
     hessians = 0
+    beside = 0
+    if isinstance(config, Round) and config.answers:
+        rows = config.samples * costs.recorded_steps
+        work += costs.quantized_forward(rows, rows) + costs.forward(rows, rows)
+        beside = 2 * rows * costs.live_bytes
     for unit in group:
         for layer in unit.info.layers:
             if layer.name in unit.planned.layers:
                 work += costs.hessian(layer, config) + costs.codes(layer, unit.planned.layers[layer.name], config)
         hessians += hessian_bytes(unit.info, config)
-    extra = costs.cached(hessians) + 3 * _largest_hessian(group, config)
+    extra = (beside or costs.cached(hessians)) + 3 * _largest_hessian(group, config)
     if costs.model.streamed:  # else codes take the place of weights
         extra += 2 * sum(unit.info.weights for unit in group)
     return Cost(work, costs.memory(costs.recipe.calibration.batch_size, extra, reads=True))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from quant_core.fit.channel_stats import ChannelStats
 from quant_core.fit.closed_form import damped
-from quant_core.fit.rounding import weight_grid
+from quant_core.fit.layer_rounding import weight_grid
 from quant_core.nn.layers import weight_groups, weight_matrix
 from quant_spec.enums import ActivationMode, Granularity
 from quant_spec.formats import LayerSpec

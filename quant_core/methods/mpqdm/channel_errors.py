@@ -15,8 +15,9 @@ from quant_core.diffusion.conditioning import seed_stream
 from quant_core.fit.channel_scaling import ChannelScaling
 from quant_core.fit.closed_form import Factor, factorize, round_closed_form
 from quant_core.fit.hessian import input_rows
+from quant_core.fit.layer_rounding import nearest_codes, weight_grid
 from quant_core.fit.observe import Observation, Watched, observe, stop_after
-from quant_core.fit.rounding import UnitRanges, nearest_codes, weight_grid
+from quant_core.fit.rounding import UnitRanges
 from quant_core.methods.mpqdm.layer_errors import LayerErrors, kurtosis
 from quant_core.nn.layers import greatest_code, weight_from_matrix, weight_groups, weight_matrix
 from quant_core.nn.ranges import QParams

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from quant_core.fit.channel_stats import ChannelStats
 from quant_core.fit.closed_form import factorize, round_closed_form
+from quant_core.fit.layer_rounding import nearest_codes, weight_grid
 from quant_core.fit.low_rank_branch import LowRankBranch
-from quant_core.fit.rounding import nearest_codes, weight_grid
 from quant_core.methods.dmq.expected_error import LayerProblem, activation_noise, make_problem, weight_noise
 from quant_core.nn.activation import dynamic_qparams
 from quant_core.nn.layers import weight_groups

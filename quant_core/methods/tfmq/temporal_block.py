@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.fit.adaround import learn_rounding
 from quant_core.fit.hessian import InputMoments, SecondMoment
+from quant_core.fit.layer_rounding import round_layer
 from quant_core.fit.observe import StepRanges
-from quant_core.fit.rounding import UnitRanges, round_layer
+from quant_core.fit.rounding import UnitRanges
 from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
 from quant_core.methods.tfmq.feature_tables import Tables, byte_count, choose_tables, table_entries
 from quant_core.methods.tfmq.finite_set import FeatureError, FiniteSet, enumerate_set, feature_error

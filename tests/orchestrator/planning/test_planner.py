@@ -482,7 +482,7 @@ def test_first_layer_reads_the_sample(sample_shape: list[int], shapes: list[tupl
 
 
 def groups_of(own: float, *overrides: str) -> tuple[Draft, list[list[QuantizedUnit]]]:
-    """Split the units of a model, each of which takes so much work beside forwards, by what the forwards of all take."""
+    """Split the units of a model, each of which takes `own` times what one pass over the calibration set does."""
     draft = Draft.begin(model(inspection(blocks=20)), recipe("fast-w4a8", *overrides))
     costs = draft.costs
 
@@ -511,6 +511,41 @@ def test_a_group_has_second_moments_within_the_budget():
     bounded = groups_of(0.0, f"memory.budget_gib={budget / GIB}")[1]
     assert len(bounded) > 1
     assert all(sum(unit.info.hessian_bytes for unit in group) <= budget for group in bounded)
+
+
+def test_rounding_for_quantized_inputs_is_one_task_within_memory():
+    closed, answering = recipe("fast-w4a8"), recipe("fast-w4a8", "passes.round.inputs=quantized")
+    data = inspection(blocks=20)
+    data["activation_bytes"] = 2**22
+    node = only(nodes_of(answering, model(data)), "round")
+    assert node.params["inputs"] == "quantized"
+    assert (node.params["samples"], node.params["positions"]) == (32, 32)
+    assert "inputs" not in by_kind(nodes_of(closed, model(data)), "round")[0].params
+    costs = Costs(ModelInfo.read("a", data), answering)
+    one = 2 * 20 * costs.live_bytes
+    tight = recipe("fast-w4a8", "passes.round.inputs=quantized", f"memory.budget_gib={8.5 * one / GIB}")
+    small = only(nodes_of(tight, model(data)), "round")
+    assert (small.params["samples"], small.params["positions"]) == (8, 128)
+    assert small.resources.memory_bytes < node.resources.memory_bytes
+    none = recipe("fast-w4a8", "passes.round.inputs=quantized", f"memory.budget_gib={0.9 * one / GIB}")
+    with pytest.raises(RecipeError, match=r"memory\.budget_gib: got .* with passes\.round\.inputs quantized, wanted"):
+        nodes_of(none, model(data))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        "passes.scale={}",
+        "passes.low_rank={}",
+        "passes.allocate={method: global}",
+        "passes.menu={}",
+        "passes.round.correct_bias=true",
+    ],
+)
+def test_rounding_for_quantized_inputs_is_refused_beside(beside: str):
+    name = beside.partition("=")[0]
+    with pytest.raises(RecipeError, match=rf"passes\.round\.inputs: got quantized beside {name}, wanted one of them"):
+        recipe("minmax-w8a8", "weights.bits=4", "passes.round={method: closed_form, inputs: quantized}", beside)
 
 
 def test_round_labels_name_the_run():

@@ -38,7 +38,7 @@ def test_shipped_recipes_are_those_that_are_promised():
         "gguf-w4",
         "gguf-w8",
     }
-    promised |= {"text-w8-svdquant-w4a8", "auto-w4a8"}
+    promised |= {"text-w8-svdquant-w4a8", "auto-w4a8", "gptaq-w4a8"}
     promised |= {f"modiff-{bits}" for bits in ("w4a6", "w4a4", "w4a3", "w2a4")}
     promised |= {f"mpqdm-w{bits}a4{plus}" for bits in (4, 3, 2) for plus in ("", "-plus")}
     assert promised <= set(shipped_names())
@@ -70,12 +70,14 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     assert (recipe.passes.menu is not None, recipe.passes.choose is not None) == (chooses, chooses)
     if recipe.passes.choose is not None:
         assert recipe.passes.choose.weight_bits_mean == (2.25 if name == "modiff-w2a4" else None)
-    has_exceptions = name in ("tfmq-w8a8", "dmq-w8a8") or name.startswith("dynamic") or name.endswith("w4a6")
+    has_exceptions = name in ("tfmq-w8a8", "dmq-w8a8") or name.startswith(("dynamic", "gptaq")) or name.endswith("w4a6")
     has_exceptions = has_exceptions and not is_modiff
     assert (recipe.passes.exceptions is not None) == has_exceptions
     if recipe.passes.exceptions is not None:
         assert recipe.passes.exceptions.choices == ((5, 6, 8) if name.endswith("w4a6") else ())
-    assert (recipe.activations.mode == "dynamic_token") == (name.startswith(("dynamic", "fp8")) or "svdquant" in name)
+    assert (recipe.activations.mode == "dynamic_token") == (
+        name.startswith(("dynamic", "gptaq", "fp8")) or "svdquant" in name
+    )
     assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq", "dmq"))
     assert (recipe.passes.low_rank is not None) == ("svdquant" in name)
     assert set(recipe.components) == ({"text_encoder*"} if name.startswith("text-w8") else set())
@@ -91,6 +93,7 @@ def test_shipped_recipe_keeps_its_promise(name: str):
         extra = 0.1 if name.endswith("-plus") else 0.0
         assert (recipe.passes.allocate.method, recipe.passes.allocate.extra) == ("global", extra)
     assert recipe.passes.round.method == "closed_form" or not name.startswith("fast")
+    assert recipe.passes.round.answers == name.startswith("gptaq")
     assert (recipe.sampler.scheduler, recipe.sampler.num_inference_steps) == (None, 20)
     assert (recipe.sampler.eta, recipe.evaluation.seeds) == (0.0, 256)
 

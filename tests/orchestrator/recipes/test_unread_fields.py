@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.errors import RecipeError
 from orchestrator.recipes.load import load_recipe, recipe_from_json, resolve
-from quant_spec.enums import RoundingMethod
+from quant_spec.enums import RoundingMethod, UnitInputs
 from quant_spec.passes.reconstruct import Reconstruct
 from quant_spec.passes.round import Round
 from tests.orchestrator.recipes.recipe_files import write
@@ -83,8 +83,9 @@ def test_round_leaves_out_what_does_not_matter():
     assert nearest.to_json() == Round().to_json() == {"method": "nearest"}
     fitted = Round(method=RoundingMethod.CLOSED_FORM, positions=9).to_json()
     assert fitted["positions"] == 9
-    assert set(fitted) == set(Round.model_fields) - {"correct_bias"}
+    assert set(fitted) == set(Round.model_fields) - {"correct_bias", "inputs"}
     assert Round(method=RoundingMethod.CLOSED_FORM, correct_bias=True).to_json()["correct_bias"]
+    assert Round(method=RoundingMethod.CLOSED_FORM, inputs=UnitInputs.QUANTIZED).to_json()["inputs"] == "quantized"
 
 
 def test_reconstruct_leaves_out_what_does_not_matter():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.fit.adaround import SoftRounding, anneal
-from quant_core.fit.rounding import nearest_codes, weight_grid
+from quant_core.fit.layer_rounding import nearest_codes, weight_grid
 from quant_core.nn.layers import QuantLayer, weight_matrix
 from quant_core.nn.steps import StepClock
 from quant_spec.formats import LayerSpec, WeightSpec

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from quant_core.fit.closed_form import damped, factorize, round_closed_form
-from quant_core.fit.rounding import nearest_codes, weight_grid
+from quant_core.fit.layer_rounding import nearest_codes, weight_grid
 from quant_core.nn.layers import weight_groups
 from quant_core.nn.ranges import QParams
 from quant_spec.enums import Granularity

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quant_core.fit.closed_form import factorize, round_closed_form
 from quant_core.fit.group_scales import most_multiplied
-from quant_core.fit.rounding import nearest_codes, weight_grid
+from quant_core.fit.layer_rounding import nearest_codes, weight_grid
 from quant_core.nn.layers import group_parts, weight_groups
 from quant_core.nn.ranges import QParams
 from quant_spec.enums import Granularity, RangeMethod

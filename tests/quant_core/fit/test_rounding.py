@@ -11,14 +11,8 @@ from kernels.packing import unpack_codes
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.fit.hessian import input_rows
-from quant_core.fit.rounding import (
-    RoundedUnit,
-    UnitRanges,
-    nearest_codes,
-    read_unit,
-    round_units,
-    weight_grid,
-)
+from quant_core.fit.layer_rounding import nearest_codes, weight_grid
+from quant_core.fit.rounding import RoundedUnit, UnitRanges, read_unit, round_units
 from quant_core.fit.unit_state import load_states, merge_formats
 from quant_core.nn.layers import weight_groups, weight_matrix
 from quant_core.nn.model import build_quantized

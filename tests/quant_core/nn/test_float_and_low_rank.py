@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kernels.fp8 import fake_quantize_fp8
 from quant_core.fit.closed_form import factorize, round_closed_form_fp8
-from quant_core.fit.rounding import round_layer
+from quant_core.fit.layer_rounding import round_layer
 from quant_core.nn.activation import ActivationQuantizer, Channels
 from quant_core.nn.layers import Quantizable, QuantLayer
 from quant_core.nn.ranges import QParams

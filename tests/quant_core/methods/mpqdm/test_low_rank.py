@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from quant_core.fit.hessian import InputMoments
-from quant_core.fit.rounding import round_layer
+from quant_core.fit.layer_rounding import round_layer
 from quant_core.methods.mpqdm.low_rank import LowRankWeight
 from quant_core.nn.layers import QuantLayer
 from quant_core.nn.steps import StepClock

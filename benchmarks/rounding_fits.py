@@ -1,7 +1,7 @@
 """Ways of fitting a denoiser's weights and input grids that `benchmarks.rounding_variants` compares.
 
 Second moments are sums over trajectory steps, each of which may have a weight; input channels may be rotated in groups
-before they are quantized; and rounding may answer for the error of the layers before. Nothing here is packed.
+before they are quantized. Nothing here is packed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from torch import Tensor, nn
 
 from kernels.affine import fake_quantize_affine
 from quant_core.diffusion.calibration import CalibrationSet, replay
-from quant_core.diffusion.conditioning import concatenate, seed_stream
-from quant_core.diffusion.denoiser import call_denoiser
-from quant_core.fit.closed_form import damped
+from quant_core.diffusion.conditioning import seed_stream
 from quant_core.fit.hessian import InputMoments, input_rows
 from quant_core.fit.layer_rounding import round_layer
-from quant_core.nn.layers import QuantLayer, replace_module, weight_from_matrix, weight_matrix
+from quant_core.nn.layers import QuantLayer, weight_from_matrix, weight_matrix
 from quant_core.nn.model import QuantizedParts, build_quantized
 from quant_core.nn.ranges import QParams, qparams_from_range
 from quant_spec.enums import ActivationMode
@@ -242,101 +240,6 @@ def set_fit(layer: QuantLayer, fit: Fit) -> None:
     if fit.group > 1:
         dim = -1 if layer.kind is nn.Linear else 1
         layer.register_forward_pre_hook(lambda _, args: (rotate_channels(args[0], fit.group, dim),))
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """How a layer answers for the errors before it: `share` of the way, and the steps that lie in a batch."""
-
-    share: float
-    steps: int
-
-
-class _Lockstep(nn.Module):
-    """Stands for a layer while both models run in one batch: the first half exact, the second half quantized.
-
-    When it first sees its inputs, all layers before it are rounded; so it rounds its own weight.
-    """
-
-    def __init__(self, original: nn.Module, layer: QuantLayer, seen: Seen, ranges: RangeSpec, how: Answer) -> None:
-        super().__init__()
-        self.original, self.layer, self.seen, self.ranges, self.how = original, layer, seen, ranges, how
-        self.weight = original.weight
-        self.fit: Fit | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        exact, quantized = x.chunk(2)
-        quantized = self.layer.quantize_input(quantized)
-        if self.fit is None:
-            self.fit = self._fitted(exact, quantized)
-        output = self.layer._multiply(quantized, self.fit.weight, self.layer.bias)
-        return torch.cat([self.original(exact), output])
-
-    def _fitted(self, exact: Tensor, quantized: Tensor) -> Fit:
-        own, met = (self._rows(half) for half in (exact, quantized))
-        second, cross = met.T @ met / len(met), (own - met).T @ met / len(met)
-        weight = weight_matrix(self.original.get_parameter("weight").detach())
-        wanted = weight_from_matrix(answering(weight, second, cross, self.how.share), self.layer.shape)
-        return fit_layer(self.layer, wanted, second, self.seen, self.ranges)
-
-    def _rows(self, half: Tensor) -> Tensor:
-        """Return rows of one half, each step at positions of its own, which are those of the other half."""
-        drawn = seed_stream(0, self.layer.name)
-        return torch.cat([input_rows(self.original, step, POSITIONS, drawn) for step in half.chunk(self.how.steps)])
-
-
-def answering(weight: Tensor, second: Tensor, cross: Tensor, share: float) -> Tensor:
-    """Return the weight that comes nearest to a layer's exact output from quantized inputs.
-
-    With x' quantized and x exact, sum |W' x' - W x|^2 is least for W' = W + W E[(x - x') x'^T] E[x' x'^T]^-1; what is
-    left to rounding is then (W' - Q) E[x' x'^T] (W' - Q)^T, the objective of GPTAQ (arXiv:2504.02692). `share` of the
-    way there is gone.
-
-    Parameters
-    ----------
-    weight : Tensor, shape (C_out, K)
-    second, cross : Tensor, shape (K, K)
-        E[x' x'^T], of which damping is added, and E[(x - x') x'^T].
-    """
-    if not share:
-        return weight
-    factor = torch.linalg.cholesky(damped(second, DAMPING))
-    return weight + share * torch.cholesky_solve((weight @ cross).T, factor).T
-
-
-def fit_against_quantized(
-    model: nn.Module,
-    calibration: CalibrationSet,
-    formats: ModelFormat,
-    seen: Mapping[str, Seen],
-    ranges: Mapping[str, RangeSpec],
-    share: float,
-) -> dict[str, Fit]:
-    """Round all layers one after the other, each against what the quantized layers before it give.
-
-    One forward of all steps and samples, in full precision and quantized side by side, does so; attention's products
-    stay exact in it.
-    """
-    how = Answer(share, calibration.steps)
-    parts = build_quantized(copy.deepcopy(model), formats)
-    both = copy.deepcopy(model)
-    made = {}
-    for name, layer in parts.layers.items():
-        set_fit(layer, Fit(layer.weight, input_grids(layer.spec, seen[name], 1)))
-        layer.soft_weight = None
-        made[name] = _Lockstep(model.get_submodule(name), layer, seen[name], ranges[name], how)
-        replace_module(both, name, made[name])
-    batches = list(calibration.by_step(calibration.samples))
-    timesteps = torch.cat([batch.timestep for batch in batches])
-    parts.clock.set_timestep(timesteps)
-    with torch.no_grad():
-        call_denoiser(
-            both,
-            torch.cat([batch.x for batch in batches * 2]),
-            timesteps.repeat(2),
-            concatenate([batch.conditioning for batch in batches * 2]),
-        )
-    return {name: each.fit for name, each in made.items() if each.fit is not None}
 
 
 def rotated_fits(

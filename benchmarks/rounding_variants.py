@@ -3,7 +3,8 @@
     python -m benchmarks.rounding_variants --model MODEL --out benchmarks/results/rounding-variants.json
 
 Weights, in `fast-w4a8`'s format: second moments of a layer's input summed over trajectory steps with weights (what a
-step's error does to the final sample, `StepGains`), and rounding against quantized inputs (GPTAQ). Rotation: input
+step's error does to the final sample, `StepGains`). Rounding against quantized inputs is a recipe's
+(`passes.round.inputs`). Rotation: input
 channels in groups times a regular Hadamard matrix, folded into the weights, in the layers where it lowers the error at
 the layer's output on calibration rows; at several formats. Arithmetic is simulated in float32, nothing is packed. The
 layers that read the sample and write the prediction have exact inputs, or they would hide the rest. A document that
@@ -58,9 +59,6 @@ _MOST_POSITIONS = 256
 PLAIN = "plain"
 #: Weightings of steps' second moments; the first weighs them alike, on the rows that the other three are taken of.
 WEIGHTINGS = ("steps: alike", "steps: gain", "steps: root of gain", "steps: power")
-#: Shares of the way to the weight that answers for the errors before.
-SHARES = {"quantized inputs": 0.0, "GPTAQ, half": 0.5, "GPTAQ": 1.0}
-WAYS = (*WEIGHTINGS, *SHARES)
 #: Format to recipe and overrides.
 FORMATS = {
     "W8A8 by step": ("minmax-w8a8",),
@@ -224,11 +222,6 @@ def compare_weights(bench: Bench, seen: Mapping[str, fits.Seen], report: Report)
         for way in chosen:
             report.add(way, bench.measured(formats, fitted(weighted, way)), plain)
         del weighted
-    for way, share in SHARES.items():
-        if way not in ways:
-            continue
-        made = fits.fit_against_quantized(bench.model, bench.calibration, formats.model, seen, formats.ranges, share)
-        report.add(way, bench.measured(formats, made), plain)
 
 
 def compare_rotations(bench: Bench, seen: Mapping[str, fits.Seen], report: Report) -> None:
@@ -298,7 +291,9 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--parts", nargs="+", choices=("weights", "rotation"), default=["weights", "rotation"])
     options.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
-    options.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="of weights, beside plain closed form")
+    options.add_argument(
+        "--ways", nargs="+", choices=WEIGHTINGS, default=WEIGHTINGS, help="of weights, beside plain closed form"
+    )
     options.add_argument("--groups", nargs="+", type=int, default=[*fits.GROUPS, 0], help="of rotation; 0: any of them")
     options.add_argument("--out", type=Path, required=True)
     measure(options.parse_args())

@@ -125,23 +125,10 @@ def test_each_weighting_is_best_by_its_own_weights() -> None:
     assert errors["last"]["last"] < errors["first"]["last"]
 
 
-def test_weight_that_answers_for_earlier_errors_comes_nearest_to_the_exact_output() -> None:
-    weight, exact = normal(8, 32), normal(2000, 32, seed=1)
-    met = exact + 0.3 * normal(2000, 32, seed=2) @ normal(32, 32, seed=3) / 32**0.5
-    second, cross = met.T @ met / 2000, (exact - met).T @ met / 2000
-
-    def error(share: float) -> float:
-        made = fits.answering(weight, second, cross, share)
-        return float((met @ made.T - exact @ weight.T).square().mean())
-
-    assert error(1.0) < error(0.5) < error(0.0)
-    assert torch.equal(fits.answering(weight, second, cross, 0.0), weight)
-
-
 def test_ways_are_compared_on_samples_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "variants.json"
     words = ["--model", str(DIGITS), "--seeds", "2", "--calibration", "2", "--steps", "2", "--out", str(out)]
-    ways = ["steps: gain", "quantized inputs", "GPTAQ"]
+    ways = ["steps: gain", "steps: power"]
     rotation = ["--formats", "W4A4 by token", "--groups", "16", "0"]
     for more in (["--parts", "weights", "--ways", *ways], ["--parts", "rotation", *rotation]):
         monkeypatch.setattr("sys.argv", ["rounding_variants", *words, *more])

@@ -178,7 +178,7 @@ _WEIGHTS = (
 
 def _weight_constants(layout: WeightLayout, k: int) -> dict[str, Any]:
     """Return what a layout fixes in a kernel of integers that reads K in steps of `k`."""
-    absent = {} if layout.multiplied else {"multiplier_ptr": None}
+    absent = {} if layout.multiplied else {"factor_ptr": None}
     lane = k if layout.bits == 8 else layout.lane
     return {"BITS": layout.bits, "LANE": lane, "GROUP_SIZE": layout.group_size, **absent}
 
@@ -274,7 +274,7 @@ def _widths_cases(arch: str) -> Iterator[Case]:
             WeightLayout(8, 640, taps, 32, 0, symmetric=multiplied),
         ]
         blocks = widths_blocks(arch, m, 2560, layouts)
-        absent = {} if multiplied else {f"multiplier{bits}_ptr": None for bits in WIDTHS if bits < 8}
+        absent = {} if multiplied else {f"factor{bits}_ptr": None for bits in WIDTHS if bits < 8}
         constants = {
             **{key: value for key, value in _BIAS.items() if key != "channel_ptr"}, **absent,
             **layout_constants(layouts, blocks.k), "X_SYMMETRIC": False, "RANK": 0, "BLOCK_M": blocks.m,
@@ -286,7 +286,7 @@ def _widths_cases(arch: str) -> Iterator[Case]:
         types = {"x_ptr": "*i8"}
         for bits in WIDTHS:
             types |= {f"w{bits}_ptr": "*i8" if bits == 8 else "*u8", f"scale{bits}_ptr": "*fp32"}
-            types |= {f"zero{bits}_ptr": "*i8", f"multiplier{bits}_ptr": "*i8"}
+            types |= {f"zero{bits}_ptr": "*i8", f"factor{bits}_ptr": "*i16"}
             types |= {f"{name}{bits}_ptr": "*i32" for name in ("total", "channel")}
         what = f"{'linear' if taps == 1 else 'conv 3x3/1'} of 2, 4 and 8 bits"
         label = f"{what}{' g64 of integers' if multiplied else ''}, {blocks.m} x {blocks.n}"
@@ -404,70 +404,106 @@ def _other_cases(arch: str) -> Iterator[Case]:
         yield Case(f"linear FP8, {tile.m} x {tile.n}", linear_fp8_kernel, constants, types, tile.warps, tile.stages)
 
 
+@dataclass(frozen=True, slots=True)
+class OwnTile:
+    """A tile of the main loop that Hopper has of its own; `rectangle` of pixels of a 3x3 convolution, if it is one."""
+
+    label: str
+    element: str
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    halves: int = 1
+    rectangle: tuple[int, int] | None = None
+    group: int = 0
+
+
+_OWN = (
+    OwnTile("linear W8A8", "i8", 128, 128, 128, 4, 3, 2),
+    OwnTile("linear W8A8", "i8", 256, 128, 128, 8, 3),
+    OwnTile("linear W8A8", "i8", 128, 160, 64, 4, 4, 2),
+    OwnTile("conv 3x3/1 W8A8", "i8", 128, 160, 64, 4, 4, 2, (2, 64)),
+    OwnTile("linear FP8", "fp8e4nv", 128, 160, 64, 4, 4, 2),
+    OwnTile("linear W8A8 g128", "i8", 64, 128, 128, 4, 2, group=128),
+    OwnTile("linear W8A8 g128", "i8", 128, 128, 128, 8, 4, group=128),
+    OwnTile("linear FP8", "fp8e4nv", 128, 256, 128, 8, 3),
+    OwnTile("conv 3x3/1 W8A8", "i8", 128, 128, 128, 4, 3, 2, (2, 64)),
+    OwnTile("conv 3x3/1 W8A8 g128", "i8", 64, 128, 128, 4, 2, rectangle=(1, 64), group=128),
+)
+_FOUR, _FOUR_G64, _FOUR_G32 = (
+    WeightLayout(4, 640, 1, 32 if group == 32 else 64, group, False, group > 0) for group in (0, 64, 32)
+)
+# Packed weights, multiplied transposed.
+_OWN_PACKED = (
+    (OwnTile("linear W4A8", "i8", 128, 128, 128, 4, 3, 2), _FOUR),
+    (OwnTile("linear W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2), _FOUR_G64),
+    (OwnTile("linear W4A8 g32 of integers", "i8", 128, 128, 128, 4, 3, 2), _FOUR_G32),
+    (OwnTile("linear W4A8 g64 of integers", "i8", 256, 128, 128, 8, 3), _FOUR_G64),
+    (OwnTile("conv 3x3/1 W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2, (2, 64)), _FOUR_G64),
+    (OwnTile("conv 3x3/1 W4A8 g64 of integers", "i8", 256, 128, 128, 8, 3, rectangle=(4, 64)), _FOUR_G64),
+)
+
+
 def _hopper_cases() -> Iterator[Case]:
-    """Yield the main loop of its own that Hopper has: what it multiplies, its tile, the rectangle of pixels if any."""
+    yield from map(own_case, _OWN)
+    for tile, layout in _OWN_PACKED:
+        yield own_case(tile, layout)
+
+
+def own_case(tile: OwnTile, layout: WeightLayout | None = None) -> Case:
+    """Return a product of Hopper's own loop with a bias; packed if the weight's `layout` is one of 4 bits."""
     from triton.experimental.gluon import language as gl
 
     from kernels._triton.hopper import product_kernel
-    from kernels._triton.hopper_launch import largest_power
+    from kernels._triton.hopper_launch import group_rows, instruction_layout, largest_power
 
-    for label, element, (m, n, k, warps, stages, halves), rectangle, group_steps in (
-        ("linear W8A8", "i8", (128, 128, 128, 4, 3, 2), None, 0),
-        ("linear W8A8", "i8", (256, 128, 128, 8, 3, 1), None, 0),
-        ("linear W8A8", "i8", (128, 160, 64, 4, 4, 2), None, 0),
-        ("conv 3x3/1 W8A8", "i8", (128, 160, 64, 4, 4, 2), (2, 64), 0),
-        ("linear FP8", "fp8e4nv", (128, 160, 64, 4, 4, 2), None, 0),
-        ("linear W8A8 g128", "i8", (64, 128, 128, 4, 2, 1), None, 1),
-        ("linear W8A8 g128", "i8", (128, 128, 128, 8, 4, 1), None, 1),
-        ("linear FP8", "fp8e4nv", (128, 256, 128, 8, 3, 1), None, 0),
-        ("conv 3x3/1 W8A8", "i8", (128, 128, 128, 4, 3, 2), (2, 64), 0),
-        ("conv 3x3/1 W8A8 g128", "i8", (64, 128, 128, 4, 2, 1), (1, 64), 1),
-    ):
-        main, widest = largest_power(n), 128 if element == "i8" else 256
-        tail, lead = n - main, [] if rectangle is None else [1, *rectangle]
-        layout, tail_layout = (
-            gl.NVMMADistributedLayout(
-                version=[3, 0],
-                warps_per_cta=[warps, 1],
-                instr_shape=[16, min(size or main, widest), 32],
-            )
-            for size in (main, tail)
-        )
-        taps, is_int = 3 if rectangle else 1, element == "i8"
-        constants = {
-            "SUM": gl.int32 if is_int else gl.float32, "LAYOUT": layout, "TAPS_H": taps, "TAPS_W": taps,
-            "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": main, "BLOCK_K": k, "HALVES": halves,
-            "GROUP_STEPS": group_steps, "TAIL_N": tail, "TAIL_LAYOUT": tail_layout,
-            **({} if tail else {"tail_desc": None, "out_tail_desc": None}),
-            "SWIZZLE": 8, "STAGES": stages, "gate_ptr": None, "residual_ptr": None, "x_sum_ptr": None, "zero_ptr": None,
-            **({} if is_int else {"x_zero_ptr": None, "total_ptr": None}),
-        }  # fmt: skip
-        types = {
-            "x_desc": _descriptor(element, [*(lead or [m]), k]), "w_desc": _descriptor(element, [main, k]),
-            "out_desc": _descriptor("bf16", [*(lead or [m]), main // halves]),
-        }  # fmt: skip
-        if tail:
-            types |= {
-                "tail_desc": _descriptor(element, [tail, k]),
-                "out_tail_desc": _descriptor("bf16", [*(lead or [m]), tail]),
-            }
-        if group_steps:
-            types["total_ptr"] = "*fp32"
-        yield Case(f"{label}, {m} x {n}{OWN_LOOP}", product_kernel, constants, types, warps, stages)
+    main, m, k = largest_power(tile.n), tile.m, tile.k
+    tail, lead = tile.n - main, [] if tile.rectangle is None else [1, *tile.rectangle]
+    taps, is_int = 3 if tile.rectangle else 1, tile.element == "i8"
+    packed = layout is not None
+    group = layout.group_size if layout is not None else 0
+    constants = {
+        "SUM": gl.int32 if is_int else gl.float32, "LAYOUT": instruction_layout(tile.warps, m if packed else main, is_int),
+        "TAPS_H": taps, "TAPS_W": taps, "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": main,
+        "BLOCK_K": k, "HALVES": tile.halves, "TAIL_N": tail,
+        "TAIL_LAYOUT": instruction_layout(tile.warps, tail or main, is_int), 
+        "GROUP_SIZE": group or tile.group, "LANE": 0 if layout is None else layout.lane, "SWIZZLE": 8, "STAGES": tile.stages, "gate_ptr": None,
+        "residual_ptr": None, "x_sum_ptr": None,
+        **({} if tail else {"tail_desc": None, "out_tail_desc": None}), **({} if group else {"factor_desc": None}),
+        **({} if packed and not group else {"zero_ptr": None}),
+        **({} if is_int else {"x_zero_ptr": None, "total_ptr": None}),
+    }  # fmt: skip
+    types = {
+        "x_desc": _descriptor(tile.element, [*(lead or [m]), k]),
+        "w_desc": _descriptor("u8" if packed else tile.element, [main, k // 2 if packed else k]),
+        "out_desc": _descriptor("bf16", [*(lead or [m]), main // tile.halves]),
+    }
+    if tail:
+        types |= {
+            "tail_desc": _descriptor(tile.element, [tail, k]),
+            "out_tail_desc": _descriptor("bf16", [*(lead or [m]), tail]),
+        }
+    if group:
+        types["factor_desc"] = _descriptor("i16", [group_rows(group, k), main])
+    if tile.group:
+        types["total_ptr"] = "*fp32"
+    return Case(f"{tile.label}, {m} x {tile.n}{OWN_LOOP}", product_kernel, constants, types, tile.warps, tile.stages)
 
 
 def _descriptor(element: str, block: list[int]) -> str:
     """Return the type of a TMA descriptor, as Gluon writes it."""
     from triton.experimental.gluon import language as gl
 
-    types = {"i8": gl.int8, "fp8e4nv": gl.float8e4nv, "bf16": gl.bfloat16}
+    types = {"i8": gl.int8, "u8": gl.uint8, "i16": gl.int16, "fp8e4nv": gl.float8e4nv, "bf16": gl.bfloat16}
     layout = gl.NVMMASharedLayout.get_default_for(block, types[element])
     return f"tensordesc<{element}[{','.join(map(str, block))}],{layout!r}>"
 
 
 def _weight_types(layout: WeightLayout) -> dict[str, str]:
     """Types of an integer kernel's tensors that depend on the weight."""
-    types = {"x_ptr": "*i8", "w_ptr": "*i8" if layout.bits == 8 else "*u8", "multiplier_ptr": "*i8"}
+    types = {"x_ptr": "*i8", "w_ptr": "*i8" if layout.bits == 8 else "*u8", "factor_ptr": "*i16"}
     return types | ({"scale_ptr": "*bf16", "total_ptr": "*i16"} if layout.has_group_scales else {})
 
 

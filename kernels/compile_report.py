@@ -38,6 +38,14 @@ OWN_SPILL_LIMIT = 192
 # Shared memory that one program may have, bytes.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 _PRODUCT = re.compile(r"[HIQ]GMMA")
+_FROM_REGISTERS = re.compile(r"[HIQ]GMMA\S* R\d+, R\d+, gdesc")
+# How a turn is written: what there always is, and what is left out if there is none.
+_ALWAYS = {
+    "wgmma": "products", "in flight": "in_flight", "stores": "stores", "conversions": "conversions",
+    "barriers": "barriers", "others": "others",
+}  # fmt: skip
+_SOMETIMES = {"seldom": "seldom", "from registers": "from_registers"}
+_WORDS = _ALWAYS | _SOMETIMES
 # Of SASS: products; stores to shared memory, and of spilled registers; conversions (I2F.RP and F2I are of integer
 # divisions); barriers.
 _COUNTED = (r"[HIQ]GMMA", r"STS|STSM|STL", r"I2F(?!\.RP|\.U32\.RP)|F2F|I2IP|PRMT|HADD2|HFMA2", r"BAR")
@@ -56,7 +64,7 @@ _TYPES = {
     ),
     **dict.fromkeys(("x_zero_ptr", "run_zero_ptr", "channel_ptr", "total_ptr", "x_sum_ptr"), "*i32"),
     **dict.fromkeys(("codes_ptr", "zero_ptr"), "*i8"),
-    **dict.fromkeys(("bias_ptr", "residual_ptr", "down_ptr", "up_ptr", "out_ptr", "weight_ptr"), "*bf16"),
+    **dict.fromkeys(("bias_ptr", "residual_ptr", "gate_ptr", "down_ptr", "up_ptr", "out_ptr", "weight_ptr"), "*bf16"),
     "shift_ptr": "*bf16",
     "index_ptr": "*i64",
     "eps": "fp32",
@@ -70,6 +78,7 @@ _ALIGNED = (
     "stride_w",
     "stride_out",
     "stride_residual",
+    "stride_gate",
     "stride_b",
     "stride_p",
     "stride_s",
@@ -99,7 +108,9 @@ class Loop:
 
     `products` are wgmma's; `in_flight` how many groups of them are still running when a turn ends; `stores` and
     `conversions` (also shifts and permutations of bytes) prepare operands in registers, which a loop of its own does
-    not; `barriers` are of all warps, `others` the rest: addresses and counters, mostly.
+    not; `barriers` are of all warps, `others` the rest: addresses and counters, mostly. `seldom` are what a branch may
+    skip: where a tile begins, once in all its turns. `from_registers` are the products whose first operand is in
+    registers, as weights that were unpacked there are.
     """
 
     products: int
@@ -108,12 +119,18 @@ class Loop:
     conversions: int
     barriers: int
     others: int
+    seldom: int = 0
+    from_registers: int = 0
 
     def __str__(self) -> str:
-        return (
-            f"{self.products} wgmma, {self.in_flight} in flight, {self.stores} stores, {self.conversions} conversions, "
-            f"{self.barriers} barriers, {self.others} others"
-        )
+        counts = {word: getattr(self, field) for word, field in _WORDS.items()}
+        return ", ".join(f"{count} {word}" for word, count in counts.items() if count or word in _ALWAYS)
+
+    @classmethod
+    def parse(cls, text: str) -> Loop | None:
+        """Read what `__str__` wrote; None if that is empty."""
+        counts = {word: int(count) for count, word in re.findall(r"(\d+) ([a-z ]+)", text)}
+        return cls(**{field: counts.get(word, 0) for word, field in _WORDS.items()}) if counts else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +157,14 @@ class Usage:
         if self.matrix == "none" and self.kernel.startswith(("linear", "conv")):
             return f"{self.kernel} on {self.arch}: got no matrix instruction, wanted at least one"
         # Sums that are scaled by groups end within the loop.
-        if (
-            self.kernel.endswith(OWN_LOOP)
-            and " g" not in self.kernel
-            and (self.loop is None or self.loop.in_flight < 1 or self.loop.stores or self.loop.conversions)
-        ):
-            return f"{self.kernel} on {self.arch}: got {self.loop} in its loop, wanted one in flight, nothing prepared"
+        if not self.kernel.endswith(OWN_LOOP) or (" g" in self.kernel and "of integers" not in self.kernel):
+            return None
+        if self.loop is None or self.loop.in_flight < 1 or self.loop.stores:
+            return f"{self.kernel} on {self.arch}: got {self.loop} in its loop, wanted one in flight, nothing stored"
+        if "W4" in self.kernel and self.loop.from_registers < self.loop.products:
+            return f"{self.kernel} on {self.arch}: got {self.loop} in its loop, wanted all products from registers"
+        if "W4" not in self.kernel and self.loop.conversions:
+            return f"{self.kernel} on {self.arch}: got {self.loop} in its loop, wanted nothing prepared"
         return None
 
 
@@ -406,7 +425,10 @@ def _other_cases(arch: str) -> Iterator[Case]:
 
 @dataclass(frozen=True, slots=True)
 class OwnTile:
-    """A tile of the main loop that Hopper has of its own; `rectangle` of pixels of a 3x3 convolution, if it is one."""
+    """A tile of the main loop that Hopper has of its own; `rectangle` of pixels of a 3x3 convolution, if it is one.
+
+    `group` columns share a scale; a residual may be `added`.
+    """
 
     label: str
     element: str
@@ -418,6 +440,7 @@ class OwnTile:
     halves: int = 1
     rectangle: tuple[int, int] | None = None
     group: int = 0
+    added: bool = False
 
 
 _OWN = (
@@ -441,6 +464,8 @@ _OWN_PACKED = (
     (OwnTile("linear W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2), _FOUR_G64),
     (OwnTile("linear W4A8 g32 of integers", "i8", 128, 128, 128, 4, 3, 2), _FOUR_G32),
     (OwnTile("linear W4A8 g64 of integers", "i8", 256, 128, 128, 8, 3), _FOUR_G64),
+    (OwnTile("linear W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2, added=True), _FOUR_G64),
+    (OwnTile("linear W4A8 g64 of integers", "i8", 256, 128, 128, 8, 3, added=True), _FOUR_G64),
     (OwnTile("conv 3x3/1 W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2, (2, 64)), _FOUR_G64),
     (OwnTile("conv 3x3/1 W4A8 g64 of integers", "i8", 256, 128, 128, 8, 3, rectangle=(4, 64)), _FOUR_G64),
 )
@@ -465,12 +490,12 @@ def own_case(tile: OwnTile, layout: WeightLayout | None = None) -> Case:
     packed = layout is not None
     group = layout.group_size if layout is not None else 0
     constants = {
-        "SUM": gl.int32 if is_int else gl.float32, "LAYOUT": instruction_layout(tile.warps, m if packed else main, is_int),
-        "TAPS_H": taps, "TAPS_W": taps, "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": main,
-        "BLOCK_K": k, "HALVES": tile.halves, "TAIL_N": tail,
-        "TAIL_LAYOUT": instruction_layout(tile.warps, tail or main, is_int), 
-        "GROUP_SIZE": group or tile.group, "LANE": 0 if layout is None else layout.lane, "SWIZZLE": 8, "STAGES": tile.stages, "gate_ptr": None,
-        "residual_ptr": None, "x_sum_ptr": None,
+        "SUM": gl.int32 if is_int else gl.float32,
+        "LAYOUT": instruction_layout(tile.warps, m if packed else main, is_int), "TAPS_H": taps, "TAPS_W": taps,
+        "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": main, "BLOCK_K": k, "HALVES": tile.halves,
+        "GROUP_SIZE": group or tile.group, "LANE": 0 if layout is None else layout.lane, "TAIL_N": tail,
+        "TAIL_LAYOUT": instruction_layout(tile.warps, tail or main, is_int), "SWIZZLE": 8, "STAGES": tile.stages,
+        "x_sum_ptr": None, "gate_ptr": None, **({} if tile.added else {"residual_ptr": None}),
         **({} if tail else {"tail_desc": None, "out_tail_desc": None}), **({} if group else {"factor_desc": None}),
         **({} if packed and not group else {"zero_ptr": None}),
         **({} if is_int else {"x_zero_ptr": None, "total_ptr": None}),
@@ -489,7 +514,8 @@ def own_case(tile: OwnTile, layout: WeightLayout | None = None) -> Case:
         types["factor_desc"] = _descriptor("i16", [group_rows(group, k), main])
     if tile.group:
         types["total_ptr"] = "*fp32"
-    return Case(f"{tile.label}, {m} x {tile.n}{OWN_LOOP}", product_kernel, constants, types, tile.warps, tile.stages)
+    label = f"{tile.label}, {m} x {tile.n}{', added' if tile.added else ''}{OWN_LOOP}"
+    return Case(label, product_kernel, constants, types, tile.warps, tile.stages)
 
 
 def _descriptor(element: str, block: list[int]) -> str:
@@ -574,17 +600,23 @@ def main_loop(assembly: str) -> Loop | None:
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", line):
             if jump := re.search(r"\(\.L_x_\d+\)", found[2]):
                 jumps.append((len(operations), jump[0][1:-1]))
-            operations.append(found[1] + (found[2] if found[1].startswith("WARPGROUP.DEPBAR") else ""))
-    bodies = [operations[labels[to] : at + 1] for at, to in jumps if labels.get(to, at + 1) <= at]
-    loops = [body for body in bodies if any(_PRODUCT.match(name) for name in body)]
+            keep = found[1].startswith("WARPGROUP.DEPBAR") or _PRODUCT.match(found[1])
+            operations.append(found[1] + (found[2] if keep else ""))
+    bodies = [range(labels[to], at + 1) for at, to in jumps if labels.get(to, at + 1) <= at]
+    loops = [body for body in bodies if any(_PRODUCT.match(operations[place]) for place in body)]
     if not loops:
         return None
-    body = min(loops, key=len)
+    whole = min(loops, key=len)
+    skipped = {
+        place for at, to in jumps if at in whole and labels.get(to) in whole for place in range(at + 1, labels[to])
+    }
+    body = [operations[place] for place in whole if place not in skipped]
     waits = [int(name.split("gsb0,")[1].strip(), 16) for name in body if name.startswith("WARPGROUP.DEPBAR")]
     counts = [sum(bool(re.match(kind, name)) for name in body) for kind in _COUNTED]
     products, stores, conversions, barriers = counts
     others = len(body) - sum(counts)
-    return Loop(products, min(waits, default=0), stores, conversions, barriers, others)
+    registers = sum(bool(_FROM_REGISTERS.match(name)) for name in body)
+    return Loop(products, min(waits, default=0), stores, conversions, barriers, others, len(skipped), registers)
 
 
 def report(architectures: Sequence[str], only: str = "") -> list[Usage]:
@@ -608,14 +640,13 @@ def grown(usages: Sequence[Usage], text: str) -> list[str]:
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 7 and cells[3].isdigit():
-            known[cells[0], cells[1]] = (int(cells[3]), [int(count) for count in re.findall(r"\d+(?= )", cells[6])])
+            known[cells[0], cells[1]] = (int(cells[3]), Loop.parse(cells[6]))
     lines = []
     for usage in usages:
-        spilled, counts = known.get((usage.kernel, usage.arch), (None, []))
+        spilled, was = known.get((usage.kernel, usage.arch), (None, None))
         if spilled is None:
             lines.append(f"{usage.kernel} on {usage.arch}: got a kernel that the table lacks, wanted --write")
             continue
-        was = Loop(*counts) if counts else None
         if usage.spilled > spilled or _is_larger(usage.loop, was):
             got = f"{usage.spilled} spilled bytes, a turn of {usage.loop or 'nothing'}"
             lines.append(f"{usage.kernel} on {usage.arch}: got {got}, wanted at most {spilled}, {was or 'nothing'}")
@@ -626,7 +657,9 @@ def _is_larger(loop: Loop | None, was: Loop | None) -> bool:
     """Whether a loop takes more than it did."""
     if loop is None or was is None:
         return (loop is None) != (was is None)
-    if loop.in_flight < was.in_flight or loop.others > was.others * MORE_OTHERS:
+    if loop.in_flight < was.in_flight or loop.others + loop.seldom > (was.others + was.seldom) * MORE_OTHERS:
+        return True
+    if loop.from_registers < was.from_registers:
         return True
     counts = ("products", "stores", "conversions", "barriers")
     return any(getattr(loop, name) > getattr(was, name) for name in counts)

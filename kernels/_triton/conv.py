@@ -13,7 +13,7 @@ from kernels._triton.blocks import architecture, int_blocks, rank_block
 from kernels._triton.common import tile_of
 from kernels._triton.gemm import launch_linear_int, stride_of
 from kernels._triton.int_tiles import conv_tile
-from kernels._triton.tuned import CONV_GROUPS, CONV_INT8, HOPPER, Shape, Tile, tuned_tile
+from kernels._triton.tuned import HOPPER, Shape, Tile, operator_of, tuned_tile
 from kernels._triton.widths import launch_conv2d_widths, takes_widths
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
@@ -106,11 +106,8 @@ def launch_conv2d_int(
     if out.numel() == 0:
         return out
     arch = architecture(out.device)
-    tile = tile or tuned_tile(
-        out.device,
-        CONV_GROUPS if weights[0].layout.has_group_scales else CONV_INT8,
-        Shape(m, n, channels, geometry.taps),
-    )
+    shape = Shape(m, n, channels, geometry.taps)
+    tile = tile or tuned_tile(out.device, operator_of(weights[0].layout, conv=True), shape)
     if tile is not None and tile.kernel == HOPPER:
         from kernels._triton import hopper_launch as hopper
 

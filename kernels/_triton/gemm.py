@@ -20,7 +20,7 @@ from kernels._triton.blocks import (
 )
 from kernels._triton.common import factor_of, finish_tile, lane_of, tile_of
 from kernels._triton.int_tiles import int_tile
-from kernels._triton.tuned import HOPPER, LINEAR_GROUPS, LINEAR_INT8, Shape, Tile, tuned_tile
+from kernels._triton.tuned import HOPPER, Shape, Tile, operator_of, tuned_tile
 from kernels._triton.widths import launch_linear_widths, takes_widths
 from kernels.activations import QuantizedActivation
 from kernels.epilogue import EpilogueRows, add_gated, without_gate
@@ -210,16 +210,14 @@ def launch_linear_int(
     """Run `linear_int_kernel`, or once for all widths `linear_widths_kernel`; `x.codes` is (M, K). Only
     `kernels._triton.hopper` has gates; behind the others they are operations of PyTorch.
 
-    `tile` is for 8-bit weights; by default it is what was measured on the device.
+    `tile` is for one weight of 8 bits, or of 4; by default it is the one in the device's table.
     """
     m, columns = x.codes.shape
     out = torch.empty(m, n, dtype=dtype, device=x.codes.device)
     if out.numel() == 0:
         return out
     arch = architecture(out.device)
-    tile = tile or tuned_tile(
-        out.device, LINEAR_GROUPS if weights[0].layout.has_group_scales else LINEAR_INT8, Shape(m, n, columns)
-    )
+    tile = tile or tuned_tile(out.device, operator_of(weights[0].layout, conv=False), Shape(m, n, columns))
     if tile is not None and tile.kernel == HOPPER:
         from kernels._triton import hopper_launch as hopper
 

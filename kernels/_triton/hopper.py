@@ -97,7 +97,7 @@ def issue(
 
 @gluon.jit
 def words_of(factor):
-    """Return the multiplier of each factor (`PackedWeight.multiplier`), and its other byte in all bytes of a word."""
+    """Return the multiplier of each factor (`PackedWeight.factor`), and its other byte in all bytes of a word."""
     return gl.inline_asm_elementwise(
         """{
         and.b32 $0, $4, 0xFF;
@@ -144,9 +144,7 @@ def multiply_unit(
     acc, x, w, low, high, factors, slot, AT: gl.constexpr, LANE: gl.constexpr, GROUP_SIZE: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Add what the bytes AT to AT + UNIT of packed rows are multiplied with; return the factors' words that they took.
-
-    """
+    """Add products of the bytes AT to AT + UNIT of packed rows; return the words of factors that they took."""
     # Columns of low bits: a block of LANE bytes holds twice as many codes. Those of high bits are LANE further.
     LOW: gl.constexpr = AT // LANE * 2 * LANE + AT % LANE
     HIGH: gl.constexpr = LOW + LANE
@@ -243,11 +241,11 @@ def product_kernel(
         out_tail_buf = gl.allocate_shared_memory(out_desc.dtype, out_tail_desc.block_type.shape, out_tail_desc.layout)
     factor_bufs, factors = w_bufs, w_bufs
     if factor_desc is not None:
-        shape: gl.constexpr = [STAGES] + factor_desc.block_type.shape  # noqa: RUF005
-        factor_bufs = gl.allocate_shared_memory(gl.int16, shape, factor_desc.layout)
+        GROUPS: gl.constexpr = factor_desc.block_type.shape[0]
+        factor_bufs = gl.allocate_shared_memory(gl.int16, [STAGES, GROUPS, BLOCK_N], factor_desc.layout)
         # The same memory with a row for each group.
         ROW: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=1)
-        factors = reinterpret(factor_bufs, gl.int16, [shape[0] * shape[1], BLOCK_N], ROW)
+        factors = reinterpret(factor_bufs, gl.int16, [STAGES * GROUPS, BLOCK_N], ROW)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
@@ -413,15 +411,14 @@ def finish(
     value = value * spread(gl.load(x_scale_ptr + m // rows_per_scale, mask=in_m, other=0.0), LAYOUT)
     if bias_ptr is not None:
         value += gl.load(bias_ptr + n, mask=in_n, other=0.0).to(gl.float32)[None, :]
-    if gate_ptr is not None:
-        at = gate_ptr + spread((m // rows_per_gate).to(gl.int64) * stride_gate, LAYOUT) + n[None, :]
-        mask = spread(in_m.to(gl.int8), LAYOUT).to(gl.int1) & in_n[None, :]
-        value = value * gl.load(at, mask=mask, other=0.0).to(gl.float32)
+    if gate_ptr is not None and not TRANSPOSED:
+        at = gate_ptr + (m // rows_per_gate).to(gl.int64)[:, None] * stride_gate + n[None, :]
+        value = value * gl.load(at, mask=in_m[:, None] & in_n[None, :], other=0.0).to(gl.float32)
     if residual_ptr is not None and not TRANSPOSED:
         at = residual_ptr + m.to(gl.int64)[:, None] * stride_residual + n[None, :]
         value += gl.load(at, mask=in_m[:, None] & in_n[None, :], other=0.0).to(gl.float32)
     PART: gl.constexpr = WIDTH // HALVES
-    # Of a residual, 16 bytes in a row to each thread.
+    # Of a gate and a residual, 16 bytes in a row to each thread.
     BLOCK: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PART, PART // 8], [gl.num_warps(), 1], [1, 0])
     buf = out_buf.reshape((BLOCK_M, PART)) if CONV else out_buf
     for half in gl.static_range(HALVES):
@@ -430,12 +427,16 @@ def finish(
             part = value.reshape((BLOCK_M, 2, PART)).permute((0, 2, 1)).split()[half]
         column = first + half * PART
         tma.store_wait(0)
-        if residual_ptr is not None and TRANSPOSED:
+        if TRANSPOSED and (gate_ptr is not None or residual_ptr is not None):
             m, in_m, y, x_at = rows_of(tile_m, image, top, left, M, H, W, x_desc, BLOCK_M, gl.SliceLayout(1, BLOCK))
             n = column + gl.arange(0, PART, gl.SliceLayout(0, BLOCK))
-            at = residual_ptr + m.to(gl.int64)[:, None] * stride_residual + n[None, :]
-            buf.store(gl.load(at, mask=in_m[:, None] & (n < N)[None, :], other=0.0).to(out_desc.dtype))
-            part += buf.load(part.type.layout).to(gl.float32)
+            mask = in_m[:, None] & (n < N)[None, :]
+            if gate_ptr is not None:
+                at = gate_ptr + (m // rows_per_gate).to(gl.int64)[:, None] * stride_gate + n[None, :]
+                part *= turned(at, mask, buf, part)
+            if residual_ptr is not None:
+                at = residual_ptr + m.to(gl.int64)[:, None] * stride_residual + n[None, :]
+                part += turned(at, mask, buf, part)
         buf.store(part.to(out_desc.dtype))
         fence_async_shared()
         # The copy to global memory goes on while the next tile is computed.
@@ -459,6 +460,14 @@ def rows_of(tile_m, image, top, left, M, H, W, x_desc, BLOCK_M: gl.constexpr, LA
         m = tile_m * BLOCK_M + row
         in_m = m < M
     return m, in_m, y, x_at
+
+
+@gluon.jit
+def turned(at, mask, buf, like):
+    """Load a tile by rows, and give it through shared memory to the threads that have the sums `like`."""
+    LAYOUT: gl.constexpr = like.type.layout
+    buf.store(gl.load(at, mask=mask, other=0.0))
+    return buf.load(LAYOUT).to(gl.float32)
 
 
 @gluon.jit

@@ -26,7 +26,14 @@ from kernels.weights import PackedWeight, WeightLayout
 ALIGNED = 16
 # Columns of the widest wgmma that Triton writes for integers, and of any.
 WIDEST_INT8, WIDEST = 128, 256
-_TYPES = {torch.int8: gl.int8, torch.uint8: gl.uint8, torch.int16: gl.int16, FP8: gl.float8e4nv, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+_TYPES = {
+    torch.int8: gl.int8,
+    torch.uint8: gl.uint8,
+    torch.int16: gl.int16,
+    FP8: gl.float8e4nv,
+    torch.float16: gl.float16,
+    torch.bfloat16: gl.bfloat16,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +57,9 @@ def takes(x: Tensor, weight: Tensor, rows: EpilogueRows, n: int, dtype: torch.dt
     """Whether operands, (..., K) and (N, taps * K), and outputs lie as TMA needs them, without a low-rank branch."""
     lines = [*x.stride()[:-1], weight.stride(0), n * dtype.itemsize]
     aligned = all(line % ALIGNED == 0 for line in lines) and x.data_ptr() % ALIGNED == weight.data_ptr() % ALIGNED == 0
-    # Beside packed weights, a residual goes through the output's buffer.
-    aligned = aligned and (weight.dtype is not torch.uint8 or rows.residual is None or rows.residual.dtype is dtype)
+    # Beside packed weights, what is multiplied and added goes through the output's buffer.
+    others = [each.dtype for each in (rows.gate, rows.residual) if each is not None and weight.dtype is torch.uint8]
+    aligned = aligned and all(other is dtype for other in others)
     return aligned and x.stride(-1) == 1 and rows.rank == 0 and dtype in (torch.float16, torch.bfloat16)
 
 

@@ -227,7 +227,9 @@ class Language:
     @staticmethod
     def load(pointer: Pointer, mask: Value, other: float) -> Value:
         at, mask_ = torch.broadcast_tensors(pointer.at.data.long(), mask.data)
-        flat = pointer.memory.as_strided((pointer.memory.untyped_storage().nbytes() // pointer.memory.element_size(),), (1,), 0)
+        flat = pointer.memory.as_strided(
+            (pointer.memory.untyped_storage().nbytes() // pointer.memory.element_size(),), (1,), 0
+        )
         found = flat[torch.where(mask_, at + pointer.memory.storage_offset(), 0)]
         return Value(torch.where(mask_, found, torch.tensor(other).to(found.dtype)))
 
@@ -257,7 +259,8 @@ def run_asm(asm: str, args: Sequence[Value], dtypes: Sequence[torch.dtype], pack
     def read(name: str) -> Tensor:
         return registers[name] if name in registers else torch.tensor(int(name, 0))
 
-    def byte(a: Tensor, b: Tensor, at: Tensor, place: int) -> Tensor:
+    def byte(operands: Sequence[Tensor], place: int) -> Tensor:
+        a, b, at = operands
         chosen = (at >> (4 * place)) & 0xF
         assert bool((chosen < 8).all())
         return ((a | (b << 32)) >> (8 * chosen)) & 0xFF
@@ -276,7 +279,7 @@ def run_asm(asm: str, args: Sequence[Value], dtypes: Sequence[torch.dtype], pack
             case "mad.lo.u32":
                 result = operands[0] * operands[1] + operands[2]
             case "prmt.b32":
-                result = sum((byte(*operands, place) << (8 * place) for place in range(4)), torch.tensor(0))
+                result = sum((byte(operands, place) << (8 * place) for place in range(4)), torch.tensor(0))
             case _:
                 raise NotImplementedError(operation)
         registers[target] = result & 0xFFFFFFFF
@@ -289,14 +292,34 @@ def run_asm(asm: str, args: Sequence[Value], dtypes: Sequence[torch.dtype], pack
     return tuple(found)
 
 
-def hopper_names(language: Language) -> dict[str, Any]:
-    """Return the names of `gluon.language.nvidia.hopper`."""
+class Hopper:
+    """Names of `gluon.language.nvidia.hopper`: barriers, copies and products of the program that runs."""
 
-    def expect(bar: Shared, count: int, pred: bool = True) -> None:
+    def __init__(self, language: Language) -> None:
+        self.language = language
+
+    def names(self) -> dict[str, Any]:
+        """Return what a module of it has."""
+        mbarrier = SimpleNamespace(init=lambda bar, count: None, expect=self.expect, wait=self.wait)
+        mbarrier.MBarrierLayout = lambda: None
+        tma = SimpleNamespace(async_load=self.load, async_store=self.store, store_wait=self.store_wait)
+        return {
+            "fence_async_shared": lambda: None,
+            "mbarrier": mbarrier,
+            "tma": tma,
+            "warpgroup_mma": self.multiply,
+            "warpgroup_mma_wait": self.multiply_wait,
+        }
+
+    @property
+    def program(self) -> Program:
+        return self.language.program
+
+    def expect(self, bar: Shared, count: int, pred: bool = True) -> None:
         if pred:
-            language.program.expected[bar.data.data_ptr()] = count
+            self.program.expected[bar.data.data_ptr()] = count
 
-    def async_load(desc: Descriptor, at: Sequence[int], bar: Shared, target: Shared, pred: bool = True) -> None:
+    def load(self, desc: Descriptor, at: Sequence[int], bar: Shared, target: Shared, pred: bool = True) -> None:
         if not pred:
             return
         assert target.shape == desc.block_type.shape
@@ -307,10 +330,10 @@ def hopper_names(language: Language) -> dict[str, Any]:
             target.data.view(torch.uint8).zero_()
             target.data[inner] = desc.tensor[outer]
 
-        language.program.copies.setdefault(bar.data.data_ptr(), []).append((desc.block_type.nbytes, copy))
+        self.program.copies.setdefault(bar.data.data_ptr(), []).append((desc.block_type.nbytes, copy))
 
-    def wait(bar: Shared, phase: int) -> None:
-        program, key = language.program, bar.data.data_ptr()
+    def wait(self, bar: Shared, phase: int) -> None:
+        program, key = self.program, bar.data.data_ptr()
         copies = program.copies.pop(key)  # of a barrier that nothing arrives at, a GPU would wait for ever
         assert sum(count for count, _ in copies) == program.expected.pop(key)
         assert program.phases.get(key, 0) == phase
@@ -318,43 +341,33 @@ def hopper_names(language: Language) -> dict[str, Any]:
         for _, copy in copies:
             copy()
 
-    def async_store(desc: Descriptor, at: Sequence[int], source: Shared) -> None:
+    def store(self, desc: Descriptor, at: Sequence[int], source: Shared) -> None:
         assert source.shape == desc.block_type.shape
         inner, outer = desc.places(at)
 
         def copy() -> None:
             desc.tensor[outer] = source.data[inner]
 
-        language.program.stores.append(copy)
+        self.program.stores.append(copy)
 
-    def store_wait(pending: int) -> None:
-        while len(language.program.stores) > pending:
-            language.program.stores.pop(0)()
+    def store_wait(self, pending: int) -> None:
+        while len(self.program.stores) > pending:
+            self.program.stores.pop(0)()
 
-    def warpgroup_mma(a: Any, b: Shared, acc: Value, use_acc: bool = True, is_async: bool = False) -> Value:
+    def multiply(self, a: Any, b: Shared, acc: Value, use_acc: bool = True, is_async: bool = False) -> Value:
         result = Value(acc.data)
 
-        def multiply() -> None:
+        def run() -> None:
             product = (a.data.double() @ b.data.double()).to(result.data.dtype)
             result.data = (acc.data if use_acc else 0) + product
 
-        language.program.products.append(multiply)
+        self.program.products.append(run)
         return result
 
-    def warpgroup_mma_wait(pending: int, accs: Sequence[Value]) -> Any:
-        while len(language.program.products) > pending:
-            language.program.products.pop(0)()
+    def multiply_wait(self, pending: int, accs: Sequence[Value]) -> Any:
+        while len(self.program.products) > pending:
+            self.program.products.pop(0)()
         return accs[0] if len(accs) == 1 else tuple(accs)
-
-    return {
-        "fence_async_shared": lambda: None,
-        "mbarrier": SimpleNamespace(
-            init=lambda bar, count: None, expect=expect, wait=wait, MBarrierLayout=lambda: None
-        ),
-        "tma": SimpleNamespace(async_load=async_load, async_store=async_store, store_wait=store_wait),
-        "warpgroup_mma": warpgroup_mma,
-        "warpgroup_mma_wait": warpgroup_mma_wait,
-    }  # fmt: skip
 
 
 @contextmanager
@@ -380,7 +393,7 @@ class Interpreted:
         gluon.jit = lambda function=None, **_: function if function is not None else (lambda inner: inner)  # type: ignore[attr-defined]
         gluon.language = self.language  # type: ignore[attr-defined]
         experimental.gluon = gluon  # type: ignore[attr-defined]
-        vars(hopper).update(hopper_names(self.language))
+        vars(hopper).update(Hopper(self.language).names())
         path = Path(__file__).parents[2] / "kernels" / "_triton" / "hopper.py"
         package = "triton.experimental"
         names = (package, *(f"{package}.gluon{part}" for part in ("", ".language", ".language.nvidia.hopper")))
@@ -395,7 +408,9 @@ class Interpreted:
                 self.language.program = Program(number, grid[0], num_warps)
                 self.names["product_kernel"](*given, **constants)
                 program = self.language.program
-                assert not (program.copies or program.products or program.stores)
+                assert not program.copies
+                assert not program.products
+                assert not program.stores
 
         return launch
 

@@ -34,6 +34,7 @@ from benchmarks.weights import random_weight
 from kernels._triton.conv import launch_conv2d_int
 from kernels._triton.fp8 import launch_linear_fp8
 from kernels._triton.gemm import launch_linear_int
+from kernels._triton.hopper_launch import largest_power
 from kernels._triton.tuned import (
     CONV_GROUPS,
     CONV_INT8,
@@ -192,7 +193,10 @@ def tiles(op: str, capability: tuple[int, int]) -> list[Tile]:
             Tile(HOPPER, m, 128, 128, warps, stages, halves=halves, per_processor=programs)
             for m, warps, stages, halves, programs in (
                 *((256, 8, 3, 1, 1), (128, 4, 3, 2, 2), (128, 8, 4, 1, 1), (64, 4, 4, 2, 2)),
+                # A tail of 32 or 64 rows.
+                *((160, 4, 3, 2, 2), (192, 8, 3, 1, 1)),
             )
+            if op == LINEAR_PACKED or m == largest_power(m)
         ]
     if op == CONV_INT8:
         # A rectangle of pixels is another kernel for each size of image, so that fewer are tried.

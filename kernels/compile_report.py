@@ -464,6 +464,7 @@ _OWN_PACKED = (
     (OwnTile("linear W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2), _FOUR_G64),
     (OwnTile("linear W4A8 g32 of integers", "i8", 128, 128, 128, 4, 3, 2), _FOUR_G32),
     (OwnTile("linear W4A8 g64 of integers", "i8", 256, 128, 128, 8, 3), _FOUR_G64),
+    (OwnTile("linear W4A8 g64 of integers", "i8", 160, 128, 128, 4, 3, 2), _FOUR_G64),
     (OwnTile("linear W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2, added=True), _FOUR_G64),
     (OwnTile("linear W4A8 g64 of integers", "i8", 256, 128, 128, 8, 3, added=True), _FOUR_G64),
     (OwnTile("conv 3x3/1 W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2, (2, 64)), _FOUR_G64),
@@ -484,37 +485,37 @@ def own_case(tile: OwnTile, layout: WeightLayout | None = None) -> Case:
     from kernels._triton.hopper import product_kernel
     from kernels._triton.hopper_launch import group_rows, instruction_layout, largest_power
 
-    main, m, k = largest_power(tile.n), tile.m, tile.k
-    tail, lead = tile.n - main, [] if tile.rectangle is None else [1, *tile.rectangle]
+    packed, k = layout is not None, tile.k
+    m, n = (largest_power(tile.m), tile.n) if packed else (tile.m, largest_power(tile.n))
+    tail, lead = tile.m - m + tile.n - n, [m] if tile.rectangle is None else [1, *tile.rectangle]
     taps, is_int = 3 if tile.rectangle else 1, tile.element == "i8"
-    packed = layout is not None
     group = layout.group_size if layout is not None else 0
     constants = {
         "SUM": gl.int32 if is_int else gl.float32,
-        "LAYOUT": instruction_layout(tile.warps, m if packed else main, is_int), "TAPS_H": taps, "TAPS_W": taps,
-        "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": main, "BLOCK_K": k, "HALVES": tile.halves,
-        "GROUP_SIZE": group or tile.group, "LANE": 0 if layout is None else layout.lane, "TAIL_N": tail,
-        "TAIL_LAYOUT": instruction_layout(tile.warps, tail or main, is_int), "SWIZZLE": 8, "STAGES": tile.stages,
+        "LAYOUT": instruction_layout(tile.warps, m if packed else n, is_int), "TAPS_H": taps, "TAPS_W": taps,
+        "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "HALVES": tile.halves,
+        "GROUP_SIZE": group or tile.group, "LANE": 0 if layout is None else layout.lane, "TAIL": tail,
+        "TAIL_LAYOUT": instruction_layout(tile.warps, tail or n, is_int), "SWIZZLE": 8, "STAGES": tile.stages,
         "x_sum_ptr": None, "gate_ptr": None, **({} if tile.added else {"residual_ptr": None}),
         **({} if tail else {"tail_desc": None, "out_tail_desc": None}), **({} if group else {"factor_desc": None}),
         **({} if packed and not group else {"zero_ptr": None}),
         **({} if is_int else {"x_zero_ptr": None, "total_ptr": None}),
     }  # fmt: skip
     types = {
-        "x_desc": _descriptor(tile.element, [*(lead or [m]), k]),
-        "w_desc": _descriptor("u8" if packed else tile.element, [main, k // 2 if packed else k]),
-        "out_desc": _descriptor("bf16", [*(lead or [m]), main // tile.halves]),
+        "x_desc": _descriptor(tile.element, [*lead, k]),
+        "w_desc": _descriptor("u8" if packed else tile.element, [n, k // 2 if packed else k]),
+        "out_desc": _descriptor("bf16", [*lead, n // tile.halves]),
     }
     if tail:
         types |= {
             "tail_desc": _descriptor(tile.element, [tail, k]),
-            "out_tail_desc": _descriptor("bf16", [*(lead or [m]), tail]),
+            "out_tail_desc": _descriptor("bf16", [tail, n] if packed else [*lead, tail]),
         }
     if group:
-        types["factor_desc"] = _descriptor("i16", [group_rows(group, k), main])
+        types["factor_desc"] = _descriptor("i16", [group_rows(group, k), n])
     if tile.group:
         types["total_ptr"] = "*fp32"
-    label = f"{tile.label}, {m} x {tile.n}{', added' if tile.added else ''}{OWN_LOOP}"
+    label = f"{tile.label}, {tile.m} x {tile.n}{', added' if tile.added else ''}{OWN_LOOP}"
     return Case(label, product_kernel, constants, types, tile.warps, tile.stages)
 
 

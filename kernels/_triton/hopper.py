@@ -38,10 +38,10 @@ UNIT = gl.constexpr(32)
 
 @gluon.jit
 def tile_of(tile, tiles_m, tiles_n, SWIZZLE: gl.constexpr):
-    """Rows and columns of a tile, as `kernels._triton.common.tile_of`."""
+    """Rows and columns of a tile, as `kernels._triton.common.tile_of`; of one beyond the last, some."""
     width = SWIZZLE * tiles_n
     first = (tile // width) * SWIZZLE
-    height = gl.minimum(tiles_m - first, SWIZZLE)
+    height = gl.maximum(gl.minimum(tiles_m - first, SWIZZLE), 1)
     return first + (tile % width) % height, (tile % width) // height
 
 
@@ -49,7 +49,7 @@ def tile_of(tile, tiles_m, tiles_n, SWIZZLE: gl.constexpr):
 def issue(
     count, tile, tap, c, m, n, top, left, grid, x_desc, w_desc, tail_desc, factor_desc, buffers,
     TAPS_H: gl.constexpr, TAPS_W: gl.constexpr, PAD_H: gl.constexpr, PAD_W: gl.constexpr,
-    SWIZZLE: gl.constexpr, STAGES: gl.constexpr, TAIL_N: gl.constexpr, GROUP_SIZE: gl.constexpr,
+    SWIZZLE: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, GROUP_SIZE: gl.constexpr,
 ):  # fmt: skip
     """Start copying the operands of one step into their buffers; return the next step.
 
@@ -57,30 +57,33 @@ def issue(
     column.
     """
     CONV: gl.constexpr = len(x_desc.block_type.shape) == 4
+    PACKED: gl.constexpr = w_desc.dtype == gl.uint8
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[len(x_desc.block_type.shape) - 1]
     tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes, tap_groups = grid
     bars, x_bufs, w_bufs, tail_bufs, factor_bufs = buffers
     if (tap == 0) & (c == 0):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, SWIZZLE)
-        n = tile_n * (w_desc.block_type.shape[0] + TAIL_N)
+        n = tile_n * (w_desc.block_type.shape[0] + (0 if PACKED else TAIL))
         if CONV:
             m = tile_m // (tiles_h * tiles_w)
             top = tile_m % (tiles_h * tiles_w) // tiles_w * x_desc.block_type.shape[1] - PAD_H
             left = tile_m % tiles_w * x_desc.block_type.shape[2] - PAD_W
         else:
-            m = tile_m * x_desc.block_type.shape[0]
+            m = tile_m * (x_desc.block_type.shape[0] + (TAIL if PACKED else 0))
     live = tile < tiles_m * tiles_n
     slot = count % STAGES
     bar = bars.index(slot)
     w_first = tap * tap_bytes + c * w_desc.block_type.shape[1]
-    MORE_BYTES: gl.constexpr = TAIL_N * BLOCK_K + (0 if factor_desc is None else factor_desc.block_type.nbytes)
+    MORE_BYTES: gl.constexpr = TAIL * BLOCK_K + (0 if factor_desc is None else factor_desc.block_type.nbytes)
     mbarrier.expect(bar, x_desc.block_type.nbytes + w_desc.block_type.nbytes + MORE_BYTES, pred=live)
     if CONV:
         load_tile(x_desc, [m, top + tap // TAPS_W, left + tap % TAPS_W, c * BLOCK_K], bar, x_bufs.index(slot), live)
     else:
         load_tile(x_desc, [m, c * BLOCK_K], bar, x_bufs.index(slot), live)
     load_tile(w_desc, [n, w_first], bar, w_bufs.index(slot), live)
-    if TAIL_N > 0:
+    if TAIL > 0 and PACKED:
+        load_tile(tail_desc, [m + x_desc.block_type.shape[0], c * BLOCK_K], bar, tail_bufs.index(slot), live)
+    elif TAIL > 0:
         load_tile(tail_desc, [n + w_desc.block_type.shape[0], w_first], bar, tail_bufs.index(slot), live)
     if factor_desc is not None:
         group = tap * tap_groups + c * BLOCK_K // GROUP_SIZE
@@ -141,8 +144,8 @@ def unpacked(packed, low, high):
 
 @gluon.jit
 def multiply_unit(
-    acc, x, w, low, high, factors, slot, AT: gl.constexpr, LANE: gl.constexpr, GROUP_SIZE: gl.constexpr,
-    LAYOUT: gl.constexpr,
+    acc, tail, x, x_tail, w, low, high, factors, slot, AT: gl.constexpr, LANE: gl.constexpr, GROUP_SIZE: gl.constexpr,
+    TAIL: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Add products of the bytes AT to AT + UNIT of packed rows; return the words of factors that they took."""
     # Columns of low bits: a block of LANE bytes holds twice as many codes. Those of high bits are LANE further.
@@ -159,8 +162,15 @@ def multiply_unit(
     left, right = unpacked(w.slice(AT, UNIT, 1).load(LAYOUT), low, high)
     acc = warpgroup_mma(left, x.slice(LOW, UNIT, 1).permute((1, 0)), acc, is_async=True)
     acc = warpgroup_mma(right, x.slice(HIGH, UNIT, 1).permute((1, 0)), acc, is_async=True)
-    # Both stay in flight. Those of the unit before have ended, and the registers of its weights are free.
-    return warpgroup_mma_wait(2, (acc,)), low, high
+    # All of them stay in flight. Those of the unit before have ended, and the registers of its weights are free.
+    if TAIL > 0:
+        tail = warpgroup_mma(left, x_tail.slice(LOW, UNIT, 1).permute((1, 0)), tail, is_async=True)
+        tail = warpgroup_mma(right, x_tail.slice(HIGH, UNIT, 1).permute((1, 0)), tail, is_async=True)
+        acc, tail = warpgroup_mma_wait(4, (acc, tail))
+    else:
+        acc = warpgroup_mma_wait(2, (acc,))
+        tail = acc
+    return acc, tail, low, high
 
 
 # One compilation for all sizes: these integers are never known to be 1, or multiples of 16.
@@ -171,7 +181,7 @@ def product_kernel(
     x_desc,  # (M, K), or (B, H, W, C) of a convolution: int8 or float8e4nv
     w_desc,  # (N, taps * tap_bytes), of packed weights uint8
     out_desc,  # (M, N), or (B, H, W, N)
-    tail_desc,  # the same weight and output in blocks of TAIL_N columns, or None
+    tail_desc,  # the same weight, or beside packed ones the same codes, and output in blocks of TAIL, or None
     out_tail_desc,
     factor_desc,  # (G, N) int16 of packed weights with groups, or None
     x_scale_ptr,  # (R,) float32
@@ -211,13 +221,13 @@ def product_kernel(
     HALVES: gl.constexpr,
     SWIZZLE: gl.constexpr,
     STAGES: gl.constexpr,
-    TAIL_N: gl.constexpr,
+    TAIL: gl.constexpr,
     TAIL_LAYOUT: gl.constexpr,
 ):
     """Tiles of codes times codes, summed in SUM and scaled in float32; each program takes every nth tile.
 
     Tensors have powers of two of columns, and the layers of SDXL multiples of 160 and 320: so a tile may have a tail of
-    TAIL_N columns beside its BLOCK_N, multiplied with the same rows.
+    TAIL columns beside its BLOCK_N, multiplied with the same rows, or beside packed weights TAIL rows.
 
     With a GROUP_SIZE, so many columns share a scale: their sum ends with the last of them, is scaled and added in
     float32. Nothing is in flight meanwhile in this program; others on the same multiprocessor multiply.
@@ -230,14 +240,15 @@ def product_kernel(
     PACKED: gl.constexpr = w_desc.dtype == gl.uint8
     GROUP_STEPS: gl.constexpr = 0 if PACKED else GROUP_SIZE // BLOCK_K
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 4)
+    COLUMNS: gl.constexpr = BLOCK_N if PACKED else BLOCK_N + TAIL
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)  # noqa: RUF005
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
     out_buf = gl.allocate_shared_memory(out_desc.dtype, out_desc.block_type.shape, out_desc.layout)
     tail_bufs, out_tail_buf = w_bufs, out_buf
-    if TAIL_N > 0:
+    if TAIL > 0:
         gl.static_assert(GROUP_STEPS == 0, "no tails with groups")
         shape: gl.constexpr = [STAGES] + tail_desc.block_type.shape  # noqa: RUF005
-        tail_bufs = gl.allocate_shared_memory(w_desc.dtype, shape, tail_desc.layout)
+        tail_bufs = gl.allocate_shared_memory(tail_desc.dtype, shape, tail_desc.layout)
         out_tail_buf = gl.allocate_shared_memory(out_desc.dtype, out_tail_desc.block_type.shape, out_tail_desc.layout)
     factor_bufs, factors = w_bufs, w_bufs
     if factor_desc is not None:
@@ -249,7 +260,7 @@ def product_kernel(
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(bars.index(i), count=1)
-    tiles_n = gl.cdiv(N, BLOCK_N + TAIL_N)
+    tiles_n = gl.cdiv(N, COLUMNS)
     c_tiles = gl.cdiv(C, BLOCK_K)
     grid = (tiles_m, tiles_n, c_tiles, tiles_h, tiles_w, tap_bytes, tap_groups)
     buffers = (bars, x_bufs, w_bufs, tail_bufs, factor_bufs)
@@ -258,16 +269,21 @@ def product_kernel(
     for i in gl.static_range(STAGES - 1):
         next_tile, next_tap, next_c, next_m, next_n, next_top, next_left = issue(
             i, next_tile, next_tap, next_c, next_m, next_n, next_top, next_left, grid, x_desc, w_desc, tail_desc,
-            factor_desc, buffers, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE, STAGES, TAIL_N, GROUP_SIZE,
+            factor_desc, buffers, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE, STAGES, TAIL, GROUP_SIZE,
         )  # fmt: skip
     count = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, tiles_m, tiles_n, SWIZZLE)
-        first = tile_n * (BLOCK_N + TAIL_N)
+        first = tile_n * COLUMNS
         if PACKED:
             acc = gl.zeros((BLOCK_N, BLOCK_M), dtype=SUM, layout=LAYOUT)
-            # Without this, ptxas takes the zeros for part of the products in flight, and waits for each of these.
-            acc = warpgroup_mma_wait(0, (acc,))
+            tail = acc
+            # Without the wait, ptxas takes the zeros for part of the products in flight, and waits for each of these.
+            if TAIL > 0:
+                tail = gl.zeros((BLOCK_N, TAIL), dtype=SUM, layout=TAIL_LAYOUT)
+                acc, tail = warpgroup_mma_wait(0, (acc, tail))
+            else:
+                acc = warpgroup_mma_wait(0, (acc,))
             factor = gl.zeros((BLOCK_N,), dtype=gl.int16, layout=gl.SliceLayout(1, WEIGHTS))
             if GROUP_SIZE == 0:
                 channel = first + gl.arange(0, BLOCK_N, gl.SliceLayout(1, WEIGHTS))
@@ -277,8 +293,8 @@ def product_kernel(
             high = low
         else:
             acc = gl.zeros((BLOCK_M, BLOCK_N), dtype=SUM, layout=LAYOUT)
-        if TAIL_N > 0:
-            tail = gl.zeros((BLOCK_M, TAIL_N), dtype=SUM, layout=TAIL_LAYOUT)
+            if TAIL > 0:
+                tail = gl.zeros((BLOCK_M, TAIL), dtype=SUM, layout=TAIL_LAYOUT)
         if GROUP_STEPS > 0:
             n = first + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
             in_n = n < N
@@ -296,13 +312,14 @@ def product_kernel(
             w = w_bufs.index(slot).permute((1, 0))
             if PACKED:
                 for at in gl.static_range(0, BLOCK_K // 2, UNIT):
-                    acc, low, high = multiply_unit(
-                        acc, x, w_bufs.index(slot), low, high, factors, slot, at, LANE, GROUP_SIZE, WEIGHTS
+                    acc, tail, low, high = multiply_unit(
+                        acc, tail, x, tail_bufs.index(slot), w_bufs.index(slot), low, high, factors, slot, at, LANE,
+                        GROUP_SIZE, TAIL, WEIGHTS,
                     )  # fmt: skip
             elif GROUP_STEPS > 0:
                 acc = warpgroup_mma(x, w, acc, use_acc=c % GROUP_STEPS != 0, is_async=True)
                 acc = warpgroup_mma_wait(0, (acc,))
-            elif TAIL_N > 0:
+            elif TAIL > 0:
                 acc = warpgroup_mma(x, w, acc, is_async=True)
                 tail = warpgroup_mma(x, tail_bufs.index(slot).permute((1, 0)), tail, is_async=True)
                 acc, tail = warpgroup_mma_wait(2, (acc, tail))
@@ -312,7 +329,7 @@ def product_kernel(
                 acc = warpgroup_mma_wait(1, (acc,))
             next_tile, next_tap, next_c, next_m, next_n, next_top, next_left = issue(
                 count + STAGES - 1, next_tile, next_tap, next_c, next_m, next_n, next_top, next_left, grid,
-                x_desc, w_desc, tail_desc, factor_desc, buffers, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE, STAGES, TAIL_N,
+                x_desc, w_desc, tail_desc, factor_desc, buffers, TAPS_H, TAPS_W, PAD_H, PAD_W, SWIZZLE, STAGES, TAIL,
                 GROUP_SIZE,
             )  # fmt: skip
             if GROUP_STEPS > 0:
@@ -323,7 +340,8 @@ def product_kernel(
                     c = 0
                     tap += 1
             count += 1
-        place = (tile_m, M, N, H, W, tiles_h, tiles_w)
+        m = tile_m * (BLOCK_M + TAIL if PACKED else BLOCK_M)
+        place = (tile_m, m, M, N, H, W, tiles_h, tiles_w)
         added = (bias_ptr, gate_ptr, residual_ptr, rows_per_gate, stride_gate, stride_residual)
         scales = (x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, zero_ptr, total_ptr, rows_per_scale)
         if GROUP_STEPS > 0:
@@ -333,17 +351,25 @@ def product_kernel(
                 PAD_H, PAD_W, BLOCK_M, BLOCK_N, HALVES, False,
             )  # fmt: skip
         else:
-            if TAIL_N > 0:
+            # The tail first, so that its registers are free for the rest.
+            if TAIL > 0:
                 acc, tail = warpgroup_mma_wait(0, (acc, tail))
-                # The tail first, so that its registers are free for the rest.
-                finish(
-                    tail, tail, first + BLOCK_N, place, scales, added, x_desc, out_tail_desc, out_tail_buf, 0, TAPS_H,
-                    TAPS_W, PAD_H, PAD_W, BLOCK_M, TAIL_N, 1, False,
-                )  # fmt: skip
             else:
                 acc = warpgroup_mma_wait(0, (acc,))
             if PACKED:
                 acc = gl.permute(acc, (1, 0))
+            if TAIL > 0 and PACKED:
+                tail = gl.permute(tail, (1, 0))
+                after = (tile_m, m + BLOCK_M, M, N, H, W, tiles_h, tiles_w)
+                finish(
+                    tail, tail, first, after, scales, added, x_desc, out_tail_desc, out_tail_buf, 0, TAPS_H, TAPS_W,
+                    PAD_H, PAD_W, TAIL, BLOCK_N, 1, PACKED,
+                )  # fmt: skip
+            elif TAIL > 0:
+                finish(
+                    tail, tail, first + BLOCK_N, place, scales, added, x_desc, out_tail_desc, out_tail_buf, 0, TAPS_H,
+                    TAPS_W, PAD_H, PAD_W, BLOCK_M, TAIL, 1, PACKED,
+                )  # fmt: skip
             finish(
                 acc, acc, first, place, scales, added, x_desc, out_desc, out_buf, 0, TAPS_H, TAPS_W, PAD_H, PAD_W,
                 BLOCK_M, BLOCK_N, HALVES, PACKED,
@@ -367,7 +393,7 @@ def finish(
     TAPS: gl.constexpr = TAPS_H * TAPS_W
     LAYOUT: gl.constexpr = acc.type.layout
     ROWS: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0]) if TRANSPOSED else gl.SliceLayout(1, LAYOUT)
-    tile_m, M, N, H, W, tiles_h, tiles_w = place
+    tile_m, m_first, M, N, H, W, tiles_h, tiles_w = place
     bias_ptr, gate_ptr, residual_ptr, rows_per_gate, stride_gate, stride_residual = added
     x_scale_ptr, x_zero_ptr, x_sum_ptr, scale_ptr, zero_ptr, total_ptr, rows_per_scale = scales
     n = first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
@@ -377,7 +403,7 @@ def finish(
         image = tile_m // (tiles_h * tiles_w)
         top = tile_m % (tiles_h * tiles_w) // tiles_w * x_desc.block_type.shape[1]
         left = tile_m % tiles_w * x_desc.block_type.shape[2]
-    m, in_m, y, x_at = rows_of(tile_m, image, top, left, M, H, W, x_desc, BLOCK_M, ROWS)
+    m, in_m, y, x_at = rows_of(m_first, image, top, left, M, H, W, x_desc, BLOCK_M, ROWS)
     if GROUP_STEPS > 0:
         if x_zero_ptr is not None:
             x_zero = gl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
@@ -428,7 +454,7 @@ def finish(
         column = first + half * PART
         tma.store_wait(0)
         if TRANSPOSED and (gate_ptr is not None or residual_ptr is not None):
-            m, in_m, y, x_at = rows_of(tile_m, image, top, left, M, H, W, x_desc, BLOCK_M, gl.SliceLayout(1, BLOCK))
+            m, in_m, y, x_at = rows_of(m_first, image, top, left, M, H, W, x_desc, BLOCK_M, gl.SliceLayout(1, BLOCK))
             n = column + gl.arange(0, PART, gl.SliceLayout(0, BLOCK))
             mask = in_m[:, None] & (n < N)[None, :]
             if gate_ptr is not None:
@@ -443,11 +469,11 @@ def finish(
         if CONV:
             store_tile(out_desc, [image, top, left, column], out_buf)
         else:
-            store_tile(out_desc, [tile_m * BLOCK_M, column], out_buf)
+            store_tile(out_desc, [m_first, column], out_buf)
 
 
 @gluon.jit
-def rows_of(tile_m, image, top, left, M, H, W, x_desc, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+def rows_of(first, image, top, left, M, H, W, x_desc, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
     """Return the rows of a tile, which of them there are, and of a convolution the pixels that they are."""
     row = gl.arange(0, BLOCK_M, LAYOUT)
     y, x_at = row, row
@@ -457,7 +483,7 @@ def rows_of(tile_m, image, top, left, M, H, W, x_desc, BLOCK_M: gl.constexpr, LA
         m = (image * H + y) * W + x_at
         in_m = (y < H) & (x_at < W)
     else:
-        m = tile_m * BLOCK_M + row
+        m = first + row
         in_m = m < M
     return m, in_m, y, x_at
 

@@ -133,16 +133,18 @@ def rectangle(pixels: int, height: int, width: int) -> tuple[int, int]:
 
 
 def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry: ConvGeometry | None = None) -> None:
-    main = largest_power(tile.n)
-    columns, channels, half, tail = out.shape[-1], o.x.shape[-1], main // tile.halves, tile.n - main
+    packed = o.layout is not None and o.layout.bits == 4
+    # A tail is of columns, or of rows beside packed weights.
+    m, n = (largest_power(tile.m), tile.n) if packed else (tile.m, largest_power(tile.n))
+    tail, columns, channels = tile.m - m + tile.n - n, out.shape[-1], o.x.shape[-1]
     kernel = (1, 1) if geometry is None else geometry.kernel
     tap_bytes = o.weight.shape[1] // (kernel[0] * kernel[1])
     if geometry is None:
-        x_block, out_block, height, width = [tile.m, tile.k], [tile.m], 1, 1
+        x_block, out_block, height, width = [m, tile.k], [m], 1, 1
         tiles_m, tiles_h, tiles_w = triton.cdiv(out.shape[0], tile.m), 1, 1
     else:
         height, width = out.shape[1:3]
-        down, across = rectangle(tile.m, height, width)
+        down, across = rectangle(m, height, width)
         x_block, out_block = [1, down, across, tile.k], [1, down, across]
         tiles_h, tiles_w = triton.cdiv(height, down), triton.cdiv(width, across)
         tiles_m = out.shape[0] * tiles_h * tiles_w
@@ -150,23 +152,24 @@ def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry:
     programs = chip_of(out.device).processors * tile.per_processor
     is_int = o.x.dtype is torch.int8
     residual, gate = o.rows.residual, o.rows.gate
-    packed = o.layout is not None and o.layout.bits == 4
     group = 0 if o.layout is None else o.layout.group_size
-    factors = None if o.factor is None else _descriptor(o.factor, [group_rows(group, tile.k), main])
+    factors = None if o.factor is None else _descriptor(o.factor, [group_rows(group, tile.k), n])
+    tails = (None, None)
+    if tail:
+        other, tail_block = (o.x, [tail, n]) if packed else (o.weight, [*out_block, tail])
+        tails = (_descriptor(other, [tail, tile.k]), _descriptor(out, tail_block))
     product_kernel[(min(tiles, programs),)](
-        _descriptor(o.x, x_block), _descriptor(o.weight, [main, tile.k // 2 if packed else tile.k]),
-        _descriptor(out, [*out_block, half]),
-        _descriptor(o.weight, [tail, tile.k]) if tail else None, _descriptor(out, [*out_block, tail]) if tail else None,
-        factors, o.x_scale, o.x_zero, o.x_sum, o.scale, o.zero, o.total, o.rows.bias, gate, residual,
+        _descriptor(o.x, x_block), _descriptor(o.weight, [n, tile.k // 2 if packed else tile.k]),
+        _descriptor(out, [*out_block, n // tile.halves]), *tails, factors, o.x_scale, o.x_zero, o.x_sum, o.scale, o.zero, o.total, o.rows.bias, gate, residual,
         out.numel() // columns, columns, channels, tiles_m, tiles_h, tiles_w, height, width, tap_bytes,
         1 if o.layout is None else o.layout.groups_per_tap, rows_per_scale,
         *gate_strides(o.rows, out.shape[0]),
         0 if residual is None else residual.stride(0), SUM=gl.int32 if is_int else gl.float32,
-        LAYOUT=instruction_layout(tile.warps, tile.m if packed else main, is_int),
+        LAYOUT=instruction_layout(tile.warps, m if packed else n, is_int),
         GROUP_SIZE=group, LANE=0 if o.layout is None else o.layout.lane, TAPS_H=kernel[0], TAPS_W=kernel[1],
         PAD_H=0 if geometry is None else geometry.padding[0], PAD_W=0 if geometry is None else geometry.padding[1],
-        BLOCK_M=tile.m, BLOCK_N=main, BLOCK_K=tile.k, HALVES=tile.halves, SWIZZLE=tile.swizzle, STAGES=tile.stages,
-        TAIL_N=tail, TAIL_LAYOUT=instruction_layout(tile.warps, tail or main, is_int),
+        BLOCK_M=m, BLOCK_N=n, BLOCK_K=tile.k, HALVES=tile.halves, SWIZZLE=tile.swizzle, STAGES=tile.stages,
+        TAIL=tail, TAIL_LAYOUT=instruction_layout(tile.warps, tail or n, is_int),
         num_warps=tile.warps, maxnreg=registers(tile), enable_fp_fusion=False,
     )  # fmt: skip
 

@@ -164,7 +164,7 @@ class Language:
 
     shared_memory_descriptor = Shared
     static_range = staticmethod(range)
-    minimum = staticmethod(min)
+    minimum, maximum = staticmethod(min), staticmethod(max)
 
     def __getattr__(self, name: str) -> Any:
         if name.endswith("Layout"):

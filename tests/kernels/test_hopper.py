@@ -151,7 +151,7 @@ def test_convolution_with_groups_is_the_references(tile: tuple[int, ...]) -> Non
     check_convolution(unpack_weight([layer.packed]), tile_of(*tile), "cuda")
 
 
-PACKED = [(128, 128, 4, 3, 2, 2), (256, 128, 8, 3), (64, 128, 4, 4)]
+PACKED = [(128, 128, 4, 3, 2, 2), (256, 128, 8, 3), (160, 128, 4, 3, 2, 2), (64, 128, 4, 4)]
 #: Columns that share a multiplier, and columns: blocks of 32 bytes and of 64, also with a last one that is not full.
 COLUMNS = [(None, 400), (None, 512), (32, 400), (64, 400), (64, 512), (128, 400), (128, 512), (256, 512)]
 
@@ -169,7 +169,7 @@ def test_packed_is_the_references(tile: tuple[int, ...], group: int | None, k: i
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", PACKED)
+@pytest.mark.parametrize("tile", PACKED[:2])
 @pytest.mark.parametrize(("group", "c"), [(None, 320), (64, 336), (64, 384)])
 def test_packed_convolution_is_the_references(tile: tuple[int, ...], group: int | None, c: int) -> None:
     needs_hopper()
@@ -177,7 +177,7 @@ def test_packed_convolution_is_the_references(tile: tuple[int, ...], group: int 
 
 
 @pytest.mark.usefixtures("interpreted")
-@pytest.mark.parametrize("tile", [(256, 64, 4, 3), (128, 128, 4, 2, 2, 2)])
+@pytest.mark.parametrize("tile", [(256, 64, 4, 3), (160, 128, 4, 2, 2, 2)])
 @pytest.mark.parametrize(("group", "k"), COLUMNS)
 def test_packed_interpreted(tile: tuple[int, ...], group: int | None, k: int) -> None:
     check_linear(four_bits(200, k, group, device="cpu"), tile_of(*tile), "cpu")

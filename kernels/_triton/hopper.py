@@ -121,7 +121,7 @@ def unpacked(packed, low, high):
     """Return the int8 numbers of the low and of the high 4 bits of bytes; `low` and `high` are words of their factors.
 
     Four codes lie in a word. Times the multiplier, plus 128 - multiplier * zero point, each of its bytes is within 0 to
-    255: one multiply-add makes four numbers, all 128 too large, which is the sign bit (Hu et al., arXiv:2509.01229).
+    255: one multiply-add makes four numbers, all 128 too large, which is the sign bit (LiquidGEMM, arXiv:2509.01229).
     """
     return gl.inline_asm_elementwise(
         """{

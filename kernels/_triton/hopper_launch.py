@@ -160,7 +160,8 @@ def _launch(o: Operands, out: Tensor, tile: Tile, rows_per_scale: int, geometry:
         tails = (_descriptor(other, [tail, tile.k]), _descriptor(out, tail_block))
     product_kernel[(min(tiles, programs),)](
         _descriptor(o.x, x_block), _descriptor(o.weight, [n, tile.k // 2 if packed else tile.k]),
-        _descriptor(out, [*out_block, n // tile.halves]), *tails, factors, o.x_scale, o.x_zero, o.x_sum, o.scale, o.zero, o.total, o.rows.bias, gate, residual,
+        _descriptor(out, [*out_block, n // tile.halves]), *tails, factors,
+        o.x_scale, o.x_zero, o.x_sum, o.scale, o.zero, o.total, o.rows.bias, gate, residual,
         out.numel() // columns, columns, channels, tiles_m, tiles_h, tiles_w, height, width, tap_bytes,
         1 if o.layout is None else o.layout.groups_per_tap, rows_per_scale,
         *gate_strides(o.rows, out.shape[0]),

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,19 @@ from benchmarks.cli import give, keep, parser
 from benchmarks.device_check import spread
 from benchmarks.time_model import FITTED, Launch, predicted, usages_of
 from benchmarks.tune import LAYERS, PACKED_GROUP, Layer, tiles
+from kernels._triton.hopper_launch import largest_power, rectangle
 from kernels._triton.tuned import CONV_INT8, CONV_PACKED, FOLDER, LINEAR_INT8, LINEAR_PACKED, Entry, Tile, row_of
 from kernels.compile_report import Case, OwnTile, Usage, compile_case, own_case
 from kernels.weights import MIN_LANE, WeightLayout
 
+# In int8, tiles with tails gained 1.02 to 1.18 where the model says 1.19 to 1.51 (four shapes, on an H100).
+TAIL_GAIN = 1.2
 TABLE = FOLDER / "nvidia-h100-80gb-hbm3.json"
 _FIELDS = ("kernel", "m", "n", "k", "warps", "stages", "halves", "per_processor")
 
 
 def own_launch(layer: Layer, tile: Tile, *, packed: bool) -> tuple[Launch, Case]:
     """Return a layer's launch with a tile of Hopper's own loop, and what is compiled for it."""
-    from kernels._triton.hopper_launch import rectangle
-
     shape, area = layer.shape, None if layer.image is None else rectangle(tile.m, layer.image[1], layer.image[1])
     lane = 2 * MIN_LANE if shape.k % (4 * MIN_LANE) == 0 else MIN_LANE
     layout = WeightLayout(4, shape.k, shape.taps, lane, PACKED_GROUP, False, True) if packed else None
@@ -66,7 +66,7 @@ def rows_of(layers: Sequence[Layer], table: dict[str, Any], usages: dict[str, Us
         int8, four = (LINEAR_INT8, LINEAR_PACKED) if layer.image is None else (CONV_INT8, CONV_PACKED)
         row = timed.get((int8, json.dumps(asdict(layer.shape))))
         us = {tile: own_us(*own_launch(layer, tile, packed=True), usages) for tile in tiles(four, (9, 0))}
-        best = min(us, key=lambda tile: us[tile])
+        best = chosen(us)
         tried = [{"us": round(each, 1), "tile": name_of(tile)} for tile, each in us.items()]
         found: dict[str, Any] = {"layer": layer.name, "op": four, "packed": round(us[best], 1), "tiles": tried}
         found["tile"] = asdict(best)
@@ -75,6 +75,20 @@ def rows_of(layers: Sequence[Layer], table: dict[str, Any], usages: dict[str, Us
             found |= {"int8 measured": row["us"], "int8": round(ours, 1), "int8 error": round(ours / row["us"] - 1, 3)}
             found |= {"of int8": round(ours / us[best], 3), "of bfloat16": round(row["bfloat16_us"] / us[best], 3)}
         yield found
+
+
+def chosen(us: Mapping[Tile, float]) -> Tile:
+    """Return the fastest tile, the first of several; one with a tail of rows only where it gains TAIL_GAIN."""
+    plain, tailed = (
+        min(
+            (tile for tile in us if (tile.m == largest_power(tile.m)) == is_plain),
+            key=lambda tile: us[tile],
+            default=None,
+        )
+        for is_plain in (True, False)
+    )
+    assert plain is not None
+    return plain if tailed is None or us[plain] <= TAIL_GAIN * us[tailed] else tailed
 
 
 def name_of(tile: Tile) -> str:
@@ -126,4 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -192,7 +192,7 @@ def tiles(op: str, capability: tuple[int, int]) -> list[Tile]:
         return [
             Tile(HOPPER, m, 128, 128, warps, stages, halves=halves, per_processor=programs)
             for m, warps, stages, halves, programs in (
-                *((256, 8, 3, 1, 1), (128, 4, 3, 2, 2), (128, 8, 4, 1, 1), (64, 4, 4, 2, 2)),
+                *((128, 4, 3, 2, 2), (256, 8, 3, 1, 1), (128, 8, 4, 1, 1), (64, 4, 4, 2, 2)),
                 # A tail of 32 or 64 rows.
                 *((160, 4, 3, 2, 2), (192, 8, 3, 1, 1)),
             )

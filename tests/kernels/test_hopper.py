@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from kernels._triton.tuned import HOPPER, Chip, Tile
+from kernels._triton.tuned import HOPPER, Chip, Tile, entries_of, nearest
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry, conv2d_int_reference
-from kernels.epilogue import EpilogueRows
+from kernels.epilogue import Epilogue, EpilogueRows
 from kernels.fp8 import Fp8Matrix, linear_fp8_reference, quantize_fp8
-from kernels.gemm import linear_int_reference
+from kernels.gemm import linear_int, linear_int_reference
 from kernels.weights import PackedWeight, unpack_weight
 from tests.kernels.example_layers import random_layer
 from tests.kernels.gluon_interpreter import Interpreted
@@ -200,6 +200,22 @@ def test_other_loops_interpreted(symmetric: bool) -> None:
         check_fp8(tile_of(256, 128, 8, 3), "cpu")
     grouped = unpack_weight([random_layer(136, 336, bits=4, group_size=64, symmetric=symmetric).packed])
     check_linear(grouped, tile_of(128, 128, 4, 2, k=64), "cpu")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("group", [None, 64])
+def test_packed_layers_run_what_the_table_of_an_h100_says(group: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the operator that layers call."""
+    from kernels._triton import gemm, hopper_launch
+
+    entries, launched = entries_of(Chip("NVIDIA H100 80GB HBM3", (9, 0), 132)), []
+    monkeypatch.setattr(gemm, "tuned_tile", lambda device, op, shape: nearest(entries, op, shape))
+    own = hopper_launch.linear_int8
+    monkeypatch.setattr(hopper_launch, "linear_int8", lambda *args: (launched.append(args[-1]), own(*args))[1])
+    x, weights = codes(300, 512, runs=3, device="cpu"), four_bits(1280, 512, group, device="cpu")
+    got = linear_int(x, weights, Epilogue(torch.bfloat16), "triton")
+    assert [tile.kernel for tile in launched] == [HOPPER]
+    check(got, linear_int(x, weights, Epilogue(), "reference"))
 
 
 def test_packed_weights_that_the_loop_does_not_take() -> None:

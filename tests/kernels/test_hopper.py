@@ -6,6 +6,7 @@ Without a GPU its source runs on a stand-in for Gluon (`tests.kernels.gluon_inte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -208,10 +209,15 @@ def test_packed_layers_run_what_the_table_of_an_h100_says(group: int | None, mon
     """From the operator that layers call."""
     from kernels._triton import gemm, hopper_launch
 
-    entries, launched = entries_of(Chip("NVIDIA H100 80GB HBM3", (9, 0), 132)), []
+    entries, own = entries_of(Chip("NVIDIA H100 80GB HBM3", (9, 0), 132)), hopper_launch.linear_int8
+    launched: list[Tile] = []
+
+    def look(*args: Any) -> None:
+        launched.append(args[-1])
+        own(*args)
+
     monkeypatch.setattr(gemm, "tuned_tile", lambda device, op, shape: nearest(entries, op, shape))
-    own = hopper_launch.linear_int8
-    monkeypatch.setattr(hopper_launch, "linear_int8", lambda *args: (launched.append(args[-1]), own(*args))[1])
+    monkeypatch.setattr(hopper_launch, "linear_int8", look)
     x, weights = codes(300, 512, runs=3, device="cpu"), four_bits(1280, 512, group, device="cpu")
     got = linear_int(x, weights, Epilogue(torch.bfloat16), "triton")
     assert [tile.kernel for tile in launched] == [HOPPER]

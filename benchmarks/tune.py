@@ -190,11 +190,11 @@ def tiles(op: str, capability: tuple[int, int]) -> list[Tile]:
         ]
     if op in PACKED:
         return [
-            Tile(HOPPER, m, 128, 128, warps, stages, halves=halves, per_processor=programs)
-            for m, warps, stages, halves, programs in (
-                *((128, 4, 3, 2, 2), (256, 8, 3, 1, 1), (128, 8, 4, 1, 1), (64, 4, 4, 2, 2)),
+            Tile(HOPPER, m, n, 128, warps, stages, halves=halves, per_processor=programs)
+            for m, n, warps, stages, halves, programs in (
+                *((128, 128, 4, 3, 2, 2), (256, 128, 8, 3, 1, 1), (128, 64, 4, 4, 1, 2), (64, 128, 4, 4, 2, 2)),
                 # A tail of 32 or 64 rows.
-                *((160, 4, 3, 2, 2), (192, 8, 3, 1, 1)),
+                *((160, 128, 4, 3, 2, 2), (192, 128, 8, 3, 1, 1)),
             )
             if op == LINEAR_PACKED or m == largest_power(m)
         ]

@@ -45,7 +45,7 @@ RECIPES = ("fast-w4a8", "tfmq-w8a8", "mpqdm-w4a4")
 _INTEGERS = ("W8A8", "W4A8 g64 of integers")
 #: Models whose steps are timed, with formats: FP8 has no convolutions.
 MODELS = {
-    "sdxl": (*_INTEGERS, "W4A8 g64 of integers, packed"),
+    "sdxl": _INTEGERS,
     "dit-xl": (*_INTEGERS, "FP8"),
     "sd3": (*_INTEGERS, "FP8"),
     "flux": (*_INTEGERS, "FP8"),

@@ -58,7 +58,8 @@ LOG_LINES = 80
 KERNELS = (
     *("torch._int_mm", "torch._int_mm, uniform codes", "W8A8, uniform codes"),
     *("W8A8", "W8A8 with quantization", "W8A8, zero points", "W8A8, zero points with quantization"),
-    *("W4A8", "W4A8, unpacked", "W4A8, unpacked with quantization", "W4A8 g128", "W4A8 g128, unpacked"),
+    *("W4A8 packed", "W4A8, unpacked", "W4A8, unpacked with quantization", "W4A8 g128 packed", "W4A8 g128, unpacked"),
+    *("W4A8 g64 of integers packed", "W4A8 g64 of integers packed with quantization", "W4A8 g64 of integers, unpacked"),
     *("W3/4/5A8", "W3/4/5A8, unpacked", "FP8", "FP8 with quantization"),
     *(f"{name} behind {what}" for name in ("W8A8", "FP8") for what in (NORM, MODULATED, *Gate)),
     f"W8A8 behind {SILU}",

@@ -13,7 +13,8 @@ is in memory after loading; with --kernels also which kernels a replay of each g
 over bfloat16 in the same way of calling. Weights and codes are random, scaled so that activations keep their size, so
 times are those of a trained model and images mean nothing. All Linear and Conv2d layers are packed but those that take
 in and give out samples; every input has a range for each of 20 steps, FP8 ones each token's own; attention products are
-in bfloat16. The captured graph runs at two timesteps, and must then give what the model gives without it.
+in bfloat16. The captured graph runs at two timesteps, and must then give what the model gives without it. A format
+whose name ends in ", packed" keeps its weights packed (`load_quantized(memory="packed")`).
 
 With --turn, a file that is locked while something is timed; with --others, it waits first until so many others that
 name the file have built and compiled what they time, since that uses the device too. With --after, packed models are
@@ -48,7 +49,7 @@ from quant_core.nn.layers import QUANTIZABLE, QuantLayer
 from quant_core.nn.model import build_quantized
 from quant_core.runtime.build import build_runtime
 from quant_core.runtime.replayed import Replayed
-from quant_spec.enums import ActivationMode, Granularity, GroupScale, KernelBackend, NumberType
+from quant_spec.enums import ActivationMode, Granularity, GroupScale, KernelBackend, NumberType, WeightMemory
 from quant_spec.formats import ActivationSpec, LayerSpec, ModelFormat, WeightSpec
 from workers.tasks.ways import GraphError, check_replay, compile_model, compiling_each_shape
 
@@ -68,6 +69,8 @@ FORMATS = {
         ActivationSpec(8, type=NumberType.E4M3, mode=ActivationMode.DYNAMIC_TOKEN),
     ),
 }
+PACKED = ", packed"
+FORMATS |= {f"{name}{PACKED}": FORMATS[name] for name in ("W4A8", "W4A8 g64 of integers")}
 #: How long others are waited for.
 READY_SECONDS = 120
 #: What replays spend most of their time in, in the document.
@@ -81,9 +84,9 @@ def half_model(stack: Stack, device: str) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def packed_model(stack: Stack, spec: LayerSpec, device: str, backend: KernelBackend) -> nn.Module:
-    """Return the model with packed layers; what is not packed is in bfloat16."""
-    model = stack.build(stack.shapes)
+def packed_model(stack: Stack, name: str, device: str, backend: KernelBackend) -> nn.Module:
+    """Return the model with packed layers of a format; what is not packed is in bfloat16."""
+    model, spec = stack.build(stack.shapes), FORMATS[name]
     named = ((name, module) for name, module in model.named_modules() if isinstance(module, QUANTIZABLE))
     names = [name for name, _ in named if name not in stack.floats]
     build_quantized(model, ModelFormat(dict.fromkeys(names, spec), {}, STEPS))
@@ -95,7 +98,7 @@ def packed_model(stack: Stack, spec: LayerSpec, device: str, backend: KernelBack
         elif isinstance(module, ActivationQuantizer) and not module.spec.is_dynamic:
             module.scale.copy_(torch.linspace(8 / 255, 12 / 255, len(module.scale)))
             module.zero_point.fill_(128)
-    build_runtime(model, backend)
+    build_runtime(model, backend, memory=WeightMemory.PACKED if name.endswith(PACKED) else WeightMemory.AUTO)
     return model.to(HALF).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -217,9 +220,7 @@ def measure(stack: Stack, names: Sequence[str], batch: int, options: argparse.Na
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         packed = name != "bfloat16"
-        model = (
-            packed_model(stack, FORMATS[name], "cuda", KernelBackend.TRITON) if packed else half_model(stack, "cuda")
-        )
+        model = packed_model(stack, name, "cuda", KernelBackend.TRITON) if packed else half_model(stack, "cuda")
         models[name], loaded[name] = model, torch.cuda.memory_allocated() - before
         blocks_too = options.compile_blocks and name == "bfloat16"
         calls |= {f"{name}, {way}": run for way, run in ways(model, told, options.compile, blocks_too)}
@@ -262,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--repeats", type=int, default=10)
     command.add_argument("--compile", action="store_true", help="also with torch.compile")
     command.add_argument("--compile-blocks", action="store_true", help="bfloat16 also with its blocks compiled")
-    command.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    command.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=[each for each in FORMATS if PACKED not in each]
+    )
     command.add_argument("--kernels", action="store_true", help="also what replays spend their time in")
     command.add_argument("--turn", type=Path, help="a file to lock while something is timed")
     command.add_argument("--others", type=int, default=0, help="processes that name the same file, and are waited for")

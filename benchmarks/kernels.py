@@ -126,7 +126,7 @@ def weights_of(layer: Layer) -> Iterator[tuple[str, Sequence[PackedWeight]]]:
     yield "W8A8, zero points", [random_weight(*sizes, uniform=False, zero_points=True, device="cuda")]
     for name, group in (("W4A8", None), ("W4A8 g128", 128), ("W4A8 g64 of integers", 64)):
         packed = [layer_weight(layer, 4, group, multiplied=group == 64)]
-        yield name, packed
+        yield f"{name} packed", packed
         yield f"{name}, unpacked", unpack_weight(packed)
 
 

@@ -43,7 +43,7 @@ WITHIN = 0.25
 # Kernels of benchmarks.kernels that are modelled.
 ROWS = ("W8A8", "W4A8", "W4A8 g64", "W3/4/5A8", "W4A16", "FP8")
 # Kernels that came later, which were not timed in this way: they are predicted.
-LATER = ("W4A8 g64 of integers", "W3/4/5A8, one launch")
+LATER = ("W3/4/5A8, one launch",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +86,12 @@ def launches(layer: Layer, batch: int, name: str) -> list[tuple[Launch, Case]]:
     m = batch * layer.size * (layer.size if layer.kernel else 1)
     c, taps, one = layer.channels, layer.taps, layer.kernel <= 1
 
-    def int_launch(
-        bits: int, group: int, share: float, *, symmetric: bool, gather: bool, multiplied: bool = False
-    ) -> tuple[Launch, Case]:
+    def int_launch(bits: int, group: int, share: float, *, symmetric: bool, gather: bool) -> tuple[Launch, Case]:
         lane = 2 * MIN_LANE if c % (2 * MIN_LANE * 8 // bits) == 0 and group % (2 * MIN_LANE) == 0 else MIN_LANE
-        layout = WeightLayout(bits, c, taps, MIN_LANE if bits == 8 else lane, group, symmetric, multiplied)
+        layout = WeightLayout(bits, c, taps, MIN_LANE if bits == 8 else lane, group, symmetric)
         n = round(layer.outputs * share)
         blocks = int_blocks("sm_90", m, n, layout, heavy=gather)
         label = f"W{bits}A8{' symmetric' if symmetric else ''}{f' g{group}' if group else ''}"
-        label += " of integers" if multiplied else ""
         label += f", {blocks.k if bits == 8 else lane} codes"
         case = (
             linear_case(label, layout, blocks, x_symmetric=False)
@@ -116,8 +113,6 @@ def launches(layer: Layer, batch: int, name: str) -> list[tuple[Launch, Case]]:
             int_launch(4, 0, 2 / 3, symmetric=False, gather=True),
             int_launch(8, 0, 1 / 3, symmetric=True, gather=True),
         ]
-    if name == "W4A8 g64 of integers":
-        return [int_launch(4, 64, 1, symmetric=False, gather=False, multiplied=True)]
     if name.startswith("W8") or name.startswith("W4A8"):
         bits, group = int(name[1]), 64 if name.endswith("g64") else 0
         return [int_launch(bits, group, 1, symmetric=bits == 8, gather=False)]

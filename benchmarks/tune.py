@@ -34,13 +34,16 @@ from benchmarks.weights import random_weight
 from kernels._triton.conv import launch_conv2d_int
 from kernels._triton.fp8 import launch_linear_fp8
 from kernels._triton.gemm import launch_linear_int
+from kernels._triton.hopper_launch import largest_power
 from kernels._triton.tuned import (
     CONV_GROUPS,
     CONV_INT8,
+    CONV_PACKED,
     HOPPER,
     LINEAR_FP8,
     LINEAR_GROUPS,
     LINEAR_INT8,
+    LINEAR_PACKED,
     POINTERS,
     Entry,
     Shape,
@@ -69,7 +72,12 @@ SIDES = (64, 32, 128, 16)
 #: Channels that share a scale, of the weights with groups.
 GROUP = 128
 GROUPED = (LINEAR_GROUPS, CONV_GROUPS)
-OPS = (LINEAR_INT8, CONV_INT8, LINEAR_FP8, *GROUPED)
+#: Channels that share a multiplier, of packed weights.
+PACKED_GROUP = 64
+PACKED = (LINEAR_PACKED, CONV_PACKED)
+OPS = (LINEAR_INT8, CONV_INT8, LINEAR_FP8, *PACKED, *GROUPED)
+#: Operators that only Hopper's own loop has tiles for.
+OF_HOPPER = (*PACKED, *GROUPED)
 REPEATS = 9
 #: Relative to a value rounded to bfloat16: half a step of its 8 bits, twice, for additions in another order.
 TOLERANCE = 2.0**-7
@@ -180,6 +188,16 @@ def tiles(op: str, capability: tuple[int, int]) -> list[Tile]:
                 *((128, 64, 4, 3, 2), (256, 64, 8, 3, 1)),
             )
         ]
+    if op in PACKED:
+        return [
+            Tile(HOPPER, m, n, 128, warps, stages, halves=halves, per_processor=programs)
+            for m, n, warps, stages, halves, programs in (
+                *((128, 128, 4, 3, 2, 2), (256, 128, 8, 3, 1, 1), (128, 64, 4, 4, 1, 2), (64, 128, 4, 4, 2, 2)),
+                # A tail of 32 or 64 rows.
+                *((160, 128, 4, 3, 2, 2), (192, 128, 8, 3, 1, 1)),
+            )
+            if op == LINEAR_PACKED or m == largest_power(m)
+        ]
     if op == CONV_INT8:
         # A rectangle of pixels is another kernel for each size of image, so that fewer are tried.
         pointers = pointers[:4]
@@ -196,8 +214,10 @@ Run = Callable[[Tile | None], Tensor]
 def problem(op: str, shape: Shape, image: tuple[int, int] | None) -> tuple[Run, Callable[[], Tensor]]:
     """Return an operator on data of a shape, to be run with a tile, and the same layer in bfloat16.
 
-    Weights with groups have 4 bits; with a tile they are unpacked, without one packed.
+    Weights with scales of groups have 4 bits; with a tile they are unpacked, without one packed. Packed weights without
+    a tile run Triton's own pipeline, whatever a table says: it may be one that was only predicted.
     """
+    usual = Tile(POINTERS, 128, 128, 128, 8, 4) if op in PACKED else None
     out = EpilogueRows(torch.zeros(shape.n, device=DEVICE, dtype=HALF), None, None, None)
     if op == LINEAR_FP8:
         x, w = (torch.randn(size, shape.k, device=DEVICE, dtype=HALF) for size in (shape.m, shape.n))
@@ -211,7 +231,7 @@ def problem(op: str, shape: Shape, image: tuple[int, int] | None) -> tuple[Run, 
         codes = quantize_by_table(x, grid)
 
         def multiply(tile: Tile | None) -> Tensor:
-            return launch_linear_int(codes, packed if tile is None else fast, out, shape.n, HALF, tile)
+            return launch_linear_int(codes, packed if tile is None else fast, out, shape.n, HALF, tile or usual)
 
         return multiply, lambda: F.linear(x, w)
     batch, side = image
@@ -220,7 +240,7 @@ def problem(op: str, shape: Shape, image: tuple[int, int] | None) -> tuple[Run, 
     codes, nchw, geometry = quantize_by_table(x, grid), x.permute(0, 3, 1, 2), ConvGeometry((3, 3), padding=(1, 1))
 
     def convolve(tile: Tile | None) -> Tensor:
-        return launch_conv2d_int(codes, packed if tile is None else fast, geometry, out, shape.n, HALF, tile)
+        return launch_conv2d_int(codes, packed if tile is None else fast, geometry, out, shape.n, HALF, tile or usual)
 
     return convolve, lambda: F.conv2d(nchw, kernel, padding=1)
 
@@ -229,6 +249,9 @@ def weights_of(op: str, n: int, k: int, taps: int) -> tuple[Sequence[PackedWeigh
     """Return a weight as it is packed, and as it is multiplied with a tile."""
     if op in (LINEAR_INT8, CONV_INT8):
         packed = [random_weight(n, k, taps, 8, uniform=False, device=DEVICE)]
+        return packed, packed
+    if op in PACKED:
+        packed = [random_weight(n, k, taps, 4, PACKED_GROUP, uniform=False, multiplied=True, device=DEVICE)]
         return packed, packed
     packed = [random_weight(n, k, taps, 4, GROUP, uniform=False, device=DEVICE)]
     return packed, unpack_weight(packed)
@@ -286,14 +309,14 @@ def trials(capability: tuple[int, int], wanted: Sequence[str] = OPS) -> list[Tri
         LINEAR_INT8,
         CONV_INT8,
         *((LINEAR_FP8,) if capability >= (8, 9) else ()),
-        *GROUPED[: 2 * (capability[0] == 9)],
+        *(OF_HOPPER if capability[0] == 9 else ()),
     )
     found = [
         (place, Trial(op, tile, side))
         for op in ops
         if op in wanted
         for place, tile in enumerate(tiles(op, capability))
-        for side in (SIDES if op in (CONV_INT8, CONV_GROUPS) else (0,))
+        for side in (SIDES if op in (CONV_INT8, CONV_PACKED, CONV_GROUPS) else (0,))
         if tile.kernel == HOPPER or side in (0, SIDES[0])
     ]
     return [trial for _, trial in sorted(found, key=lambda pair: pair[0])]
@@ -360,10 +383,10 @@ def cold_us(run: Callable[[], Any], flush: Tensor) -> float:
 def ops_of(layer: Layer, capability: tuple[int, int]) -> Iterator[str]:
     """Yield the operators that a layer can be."""
     if layer.image is not None:
-        yield from (CONV_INT8, *((CONV_GROUPS,) if capability[0] == 9 else ()))
+        yield from (CONV_INT8, *((CONV_PACKED, CONV_GROUPS) if capability[0] == 9 else ()))
     else:
-        fp8, groups = (LINEAR_FP8,) if capability >= (8, 9) else (), (LINEAR_GROUPS,) if capability[0] == 9 else ()
-        yield from (LINEAR_INT8, *fp8, *groups)
+        fp8 = (LINEAR_FP8,) if capability >= (8, 9) else ()
+        yield from (LINEAR_INT8, *fp8, *((LINEAR_PACKED, LINEAR_GROUPS) if capability[0] == 9 else ()))
 
 
 def measure(layer: Layer, op: str, candidates: Sequence[Tile], flush: Tensor) -> dict[str, Any]:
@@ -439,12 +462,16 @@ def tune(minutes: float, workers: int, out: Path | None, only: str = "", wanted:
 
 
 def install(found: dict[str, Any]) -> None:
-    """Write the table that the kernels read; an older one's tiles stay in it where none was found to be faster."""
+    """Write the table that the kernels read; an older one's tiles stay in it where none was found to be faster, but for
+    those that were predicted (`benchmarks.time_model`) and have now been measured."""
     path = file_of(found["device"])
     path.parent.mkdir(exist_ok=True)
     now = {json.dumps([row["op"], row["shape"]]) for row in found["entries"]}
     older = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
-    kept = [row for row in older if json.dumps([row["op"], row["shape"]]) not in now]
+    timed = now | {json.dumps([row["op"], row["shape"]]) for row in found["measured"]}
+    kept = [
+        row for row in older if json.dumps([row["op"], row["shape"]]) not in (timed if "predicted_us" in row else now)
+    ]
     table = {name: found[name] for name in ("device", "capability", "processors", "torch", "triton")}
     keep(table | {"entries": [*found["entries"], *kept]}, path)
 

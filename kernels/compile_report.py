@@ -38,6 +38,14 @@ OWN_SPILL_LIMIT = 192
 # Shared memory that one program may have, bytes.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 _PRODUCT = re.compile(r"[HIQ]GMMA")
+_FROM_REGISTERS = re.compile(r"[HIQ]GMMA\S* R\d+, R\d+, gdesc")
+# How a turn is written: what there always is, and what is left out if there is none.
+_ALWAYS = {
+    "wgmma": "products", "in flight": "in_flight", "stores": "stores", "conversions": "conversions",
+    "barriers": "barriers", "others": "others",
+}  # fmt: skip
+_SOMETIMES = {"seldom": "seldom", "from registers": "from_registers"}
+_WORDS = _ALWAYS | _SOMETIMES
 # Of SASS: products; stores to shared memory, and of spilled registers; conversions (I2F.RP and F2I are of integer
 # divisions); barriers.
 _COUNTED = (r"[HIQ]GMMA", r"STS|STSM|STL", r"I2F(?!\.RP|\.U32\.RP)|F2F|I2IP|PRMT|HADD2|HFMA2", r"BAR")
@@ -56,7 +64,7 @@ _TYPES = {
     ),
     **dict.fromkeys(("x_zero_ptr", "run_zero_ptr", "channel_ptr", "total_ptr", "x_sum_ptr"), "*i32"),
     **dict.fromkeys(("codes_ptr", "zero_ptr"), "*i8"),
-    **dict.fromkeys(("bias_ptr", "residual_ptr", "down_ptr", "up_ptr", "out_ptr", "weight_ptr"), "*bf16"),
+    **dict.fromkeys(("bias_ptr", "residual_ptr", "gate_ptr", "down_ptr", "up_ptr", "out_ptr", "weight_ptr"), "*bf16"),
     "shift_ptr": "*bf16",
     "index_ptr": "*i64",
     "eps": "fp32",
@@ -70,6 +78,7 @@ _ALIGNED = (
     "stride_w",
     "stride_out",
     "stride_residual",
+    "stride_gate",
     "stride_b",
     "stride_p",
     "stride_s",
@@ -99,7 +108,9 @@ class Loop:
 
     `products` are wgmma's; `in_flight` how many groups of them are still running when a turn ends; `stores` and
     `conversions` (also shifts and permutations of bytes) prepare operands in registers, which a loop of its own does
-    not; `barriers` are of all warps, `others` the rest: addresses and counters, mostly.
+    not; `barriers` are of all warps, `others` the rest: addresses and counters, mostly. `seldom` are what a branch may
+    skip: where a tile begins, once in all its turns. `from_registers` are the products whose first operand is in
+    registers, as weights that were unpacked there are.
     """
 
     products: int
@@ -108,12 +119,18 @@ class Loop:
     conversions: int
     barriers: int
     others: int
+    seldom: int = 0
+    from_registers: int = 0
 
     def __str__(self) -> str:
-        return (
-            f"{self.products} wgmma, {self.in_flight} in flight, {self.stores} stores, {self.conversions} conversions, "
-            f"{self.barriers} barriers, {self.others} others"
-        )
+        counts = {word: getattr(self, field) for word, field in _WORDS.items()}
+        return ", ".join(f"{count} {word}" for word, count in counts.items() if count or word in _ALWAYS)
+
+    @classmethod
+    def parse(cls, text: str) -> Loop | None:
+        """Read what `__str__` wrote; None if that is empty."""
+        counts = {word: int(count) for count, word in re.findall(r"(\d+) ([a-z ]+)", text)}
+        return cls(**{field: counts.get(word, 0) for word, field in _WORDS.items()}) if counts else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,12 +157,14 @@ class Usage:
         if self.matrix == "none" and self.kernel.startswith(("linear", "conv")):
             return f"{self.kernel} on {self.arch}: got no matrix instruction, wanted at least one"
         # Sums that are scaled by groups end within the loop.
-        if (
-            self.kernel.endswith(OWN_LOOP)
-            and " g" not in self.kernel
-            and (self.loop is None or self.loop.in_flight < 1 or self.loop.stores or self.loop.conversions)
-        ):
-            return f"{self.kernel} on {self.arch}: got {self.loop} in its loop, wanted one in flight, nothing prepared"
+        if not self.kernel.endswith(OWN_LOOP) or (" g" in self.kernel and "of integers" not in self.kernel):
+            return None
+        if self.loop is None or self.loop.in_flight < 1 or self.loop.stores:
+            return f"{self.kernel} on {self.arch}: got {self.loop} in its loop, wanted one in flight, nothing stored"
+        if "W4" in self.kernel and self.loop.from_registers < self.loop.products:
+            return f"{self.kernel} on {self.arch}: got {self.loop} in its loop, wanted all products from registers"
+        if "W4" not in self.kernel and self.loop.conversions:
+            return f"{self.kernel} on {self.arch}: got {self.loop} in its loop, wanted nothing prepared"
         return None
 
 
@@ -178,7 +197,7 @@ _WEIGHTS = (
 
 def _weight_constants(layout: WeightLayout, k: int) -> dict[str, Any]:
     """Return what a layout fixes in a kernel of integers that reads K in steps of `k`."""
-    absent = {} if layout.multiplied else {"multiplier_ptr": None}
+    absent = {} if layout.multiplied else {"factor_ptr": None}
     lane = k if layout.bits == 8 else layout.lane
     return {"BITS": layout.bits, "LANE": lane, "GROUP_SIZE": layout.group_size, **absent}
 
@@ -274,7 +293,7 @@ def _widths_cases(arch: str) -> Iterator[Case]:
             WeightLayout(8, 640, taps, 32, 0, symmetric=multiplied),
         ]
         blocks = widths_blocks(arch, m, 2560, layouts)
-        absent = {} if multiplied else {f"multiplier{bits}_ptr": None for bits in WIDTHS if bits < 8}
+        absent = {} if multiplied else {f"factor{bits}_ptr": None for bits in WIDTHS if bits < 8}
         constants = {
             **{key: value for key, value in _BIAS.items() if key != "channel_ptr"}, **absent,
             **layout_constants(layouts, blocks.k), "X_SYMMETRIC": False, "RANK": 0, "BLOCK_M": blocks.m,
@@ -286,7 +305,7 @@ def _widths_cases(arch: str) -> Iterator[Case]:
         types = {"x_ptr": "*i8"}
         for bits in WIDTHS:
             types |= {f"w{bits}_ptr": "*i8" if bits == 8 else "*u8", f"scale{bits}_ptr": "*fp32"}
-            types |= {f"zero{bits}_ptr": "*i8", f"multiplier{bits}_ptr": "*i8"}
+            types |= {f"zero{bits}_ptr": "*i8", f"factor{bits}_ptr": "*i16"}
             types |= {f"{name}{bits}_ptr": "*i32" for name in ("total", "channel")}
         what = f"{'linear' if taps == 1 else 'conv 3x3/1'} of 2, 4 and 8 bits"
         label = f"{what}{' g64 of integers' if multiplied else ''}, {blocks.m} x {blocks.n}"
@@ -404,70 +423,114 @@ def _other_cases(arch: str) -> Iterator[Case]:
         yield Case(f"linear FP8, {tile.m} x {tile.n}", linear_fp8_kernel, constants, types, tile.warps, tile.stages)
 
 
+@dataclass(frozen=True, slots=True)
+class OwnTile:
+    """A tile of the main loop that Hopper has of its own; `rectangle` of pixels of a 3x3 convolution, if it is one.
+
+    `group` columns share a scale; a residual may be `added`.
+    """
+
+    label: str
+    element: str
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    halves: int = 1
+    rectangle: tuple[int, int] | None = None
+    group: int = 0
+    added: bool = False
+
+
+_OWN = (
+    OwnTile("linear W8A8", "i8", 128, 128, 128, 4, 3, 2),
+    OwnTile("linear W8A8", "i8", 256, 128, 128, 8, 3),
+    OwnTile("linear W8A8", "i8", 128, 160, 64, 4, 4, 2),
+    OwnTile("conv 3x3/1 W8A8", "i8", 128, 160, 64, 4, 4, 2, (2, 64)),
+    OwnTile("linear FP8", "fp8e4nv", 128, 160, 64, 4, 4, 2),
+    OwnTile("linear W8A8 g128", "i8", 64, 128, 128, 4, 2, group=128),
+    OwnTile("linear W8A8 g128", "i8", 128, 128, 128, 8, 4, group=128),
+    OwnTile("linear FP8", "fp8e4nv", 128, 256, 128, 8, 3),
+    OwnTile("conv 3x3/1 W8A8", "i8", 128, 128, 128, 4, 3, 2, (2, 64)),
+    OwnTile("conv 3x3/1 W8A8 g128", "i8", 64, 128, 128, 4, 2, rectangle=(1, 64), group=128),
+)
+_FOUR, _FOUR_G64, _FOUR_G32 = (
+    WeightLayout(4, 640, 1, 32 if group == 32 else 64, group, False, group > 0) for group in (0, 64, 32)
+)
+# Packed weights, multiplied transposed.
+_OWN_PACKED = (
+    (OwnTile("linear W4A8", "i8", 128, 128, 128, 4, 3, 2), _FOUR),
+    (OwnTile("linear W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2), _FOUR_G64),
+    (OwnTile("linear W4A8 g32 of integers", "i8", 128, 128, 128, 4, 3, 2), _FOUR_G32),
+    (OwnTile("linear W4A8 g64 of integers", "i8", 256, 128, 128, 8, 3), _FOUR_G64),
+    (OwnTile("linear W4A8 g64 of integers", "i8", 160, 128, 128, 4, 3, 2), _FOUR_G64),
+    (OwnTile("linear W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2, added=True), _FOUR_G64),
+    (OwnTile("linear W4A8 g64 of integers", "i8", 256, 128, 128, 8, 3, added=True), _FOUR_G64),
+    (OwnTile("conv 3x3/1 W4A8 g64 of integers", "i8", 128, 128, 128, 4, 3, 2, (2, 64)), _FOUR_G64),
+    (OwnTile("conv 3x3/1 W4A8 g64 of integers", "i8", 256, 128, 128, 8, 3, rectangle=(4, 64)), _FOUR_G64),
+)
+
+
 def _hopper_cases() -> Iterator[Case]:
-    """Yield the main loop of its own that Hopper has: what it multiplies, its tile, the rectangle of pixels if any."""
+    yield from map(own_case, _OWN)
+    for tile, layout in _OWN_PACKED:
+        yield own_case(tile, layout)
+
+
+def own_case(tile: OwnTile, layout: WeightLayout | None = None) -> Case:
+    """Return a product of Hopper's own loop with a bias; packed if the weight's `layout` is one of 4 bits."""
     from triton.experimental.gluon import language as gl
 
     from kernels._triton.hopper import product_kernel
-    from kernels._triton.hopper_launch import largest_power
+    from kernels._triton.hopper_launch import group_rows, instruction_layout, largest_power
 
-    for label, element, (m, n, k, warps, stages, halves), rectangle, group_steps in (
-        ("linear W8A8", "i8", (128, 128, 128, 4, 3, 2), None, 0),
-        ("linear W8A8", "i8", (256, 128, 128, 8, 3, 1), None, 0),
-        ("linear W8A8", "i8", (128, 160, 64, 4, 4, 2), None, 0),
-        ("conv 3x3/1 W8A8", "i8", (128, 160, 64, 4, 4, 2), (2, 64), 0),
-        ("linear FP8", "fp8e4nv", (128, 160, 64, 4, 4, 2), None, 0),
-        ("linear W8A8 g128", "i8", (64, 128, 128, 4, 2, 1), None, 1),
-        ("linear W8A8 g128", "i8", (128, 128, 128, 8, 4, 1), None, 1),
-        ("linear FP8", "fp8e4nv", (128, 256, 128, 8, 3, 1), None, 0),
-        ("conv 3x3/1 W8A8", "i8", (128, 128, 128, 4, 3, 2), (2, 64), 0),
-        ("conv 3x3/1 W8A8 g128", "i8", (64, 128, 128, 4, 2, 1), (1, 64), 1),
-    ):
-        main, widest = largest_power(n), 128 if element == "i8" else 256
-        tail, lead = n - main, [] if rectangle is None else [1, *rectangle]
-        layout, tail_layout = (
-            gl.NVMMADistributedLayout(
-                version=[3, 0],
-                warps_per_cta=[warps, 1],
-                instr_shape=[16, min(size or main, widest), 32],
-            )
-            for size in (main, tail)
-        )
-        taps, is_int = 3 if rectangle else 1, element == "i8"
-        constants = {
-            "SUM": gl.int32 if is_int else gl.float32, "LAYOUT": layout, "TAPS_H": taps, "TAPS_W": taps,
-            "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": main, "BLOCK_K": k, "HALVES": halves,
-            "GROUP_STEPS": group_steps, "TAIL_N": tail, "TAIL_LAYOUT": tail_layout,
-            **({} if tail else {"tail_desc": None, "out_tail_desc": None}),
-            "SWIZZLE": 8, "STAGES": stages, "gate_ptr": None, "residual_ptr": None, "x_sum_ptr": None, "zero_ptr": None,
-            **({} if is_int else {"x_zero_ptr": None, "total_ptr": None}),
-        }  # fmt: skip
-        types = {
-            "x_desc": _descriptor(element, [*(lead or [m]), k]), "w_desc": _descriptor(element, [main, k]),
-            "out_desc": _descriptor("bf16", [*(lead or [m]), main // halves]),
-        }  # fmt: skip
-        if tail:
-            types |= {
-                "tail_desc": _descriptor(element, [tail, k]),
-                "out_tail_desc": _descriptor("bf16", [*(lead or [m]), tail]),
-            }
-        if group_steps:
-            types["total_ptr"] = "*fp32"
-        yield Case(f"{label}, {m} x {n}{OWN_LOOP}", product_kernel, constants, types, warps, stages)
+    packed, k = layout is not None, tile.k
+    m, n = (largest_power(tile.m), tile.n) if packed else (tile.m, largest_power(tile.n))
+    tail, lead = tile.m - m + tile.n - n, [m] if tile.rectangle is None else [1, *tile.rectangle]
+    taps, is_int = 3 if tile.rectangle else 1, tile.element == "i8"
+    group = layout.group_size if layout is not None else 0
+    constants = {
+        "SUM": gl.int32 if is_int else gl.float32,
+        "LAYOUT": instruction_layout(tile.warps, m if packed else n, is_int), "TAPS_H": taps, "TAPS_W": taps,
+        "PAD_H": taps // 2, "PAD_W": taps // 2, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "HALVES": tile.halves,
+        "GROUP_SIZE": group or tile.group, "LANE": 0 if layout is None else layout.lane, "TAIL": tail,
+        "TAIL_LAYOUT": instruction_layout(tile.warps, tail or n, is_int), "SWIZZLE": 8, "STAGES": tile.stages,
+        "x_sum_ptr": None, "gate_ptr": None, **({} if tile.added else {"residual_ptr": None}),
+        **({} if tail else {"tail_desc": None, "out_tail_desc": None}), **({} if group else {"factor_desc": None}),
+        **({} if packed and not group else {"zero_ptr": None}),
+        **({} if is_int else {"x_zero_ptr": None, "total_ptr": None}),
+    }  # fmt: skip
+    types = {
+        "x_desc": _descriptor(tile.element, [*lead, k]),
+        "w_desc": _descriptor("u8" if packed else tile.element, [n, k // 2 if packed else k]),
+        "out_desc": _descriptor("bf16", [*lead, n // tile.halves]),
+    }
+    if tail:
+        types |= {
+            "tail_desc": _descriptor(tile.element, [tail, k]),
+            "out_tail_desc": _descriptor("bf16", [tail, n] if packed else [*lead, tail]),
+        }
+    if group:
+        types["factor_desc"] = _descriptor("i16", [group_rows(group, k), n])
+    if tile.group:
+        types["total_ptr"] = "*fp32"
+    label = f"{tile.label}, {tile.m} x {tile.n}{', added' if tile.added else ''}{OWN_LOOP}"
+    return Case(label, product_kernel, constants, types, tile.warps, tile.stages)
 
 
 def _descriptor(element: str, block: list[int]) -> str:
     """Return the type of a TMA descriptor, as Gluon writes it."""
     from triton.experimental.gluon import language as gl
 
-    types = {"i8": gl.int8, "fp8e4nv": gl.float8e4nv, "bf16": gl.bfloat16}
+    types = {"i8": gl.int8, "u8": gl.uint8, "i16": gl.int16, "fp8e4nv": gl.float8e4nv, "bf16": gl.bfloat16}
     layout = gl.NVMMASharedLayout.get_default_for(block, types[element])
     return f"tensordesc<{element}[{','.join(map(str, block))}],{layout!r}>"
 
 
 def _weight_types(layout: WeightLayout) -> dict[str, str]:
     """Types of an integer kernel's tensors that depend on the weight."""
-    types = {"x_ptr": "*i8", "w_ptr": "*i8" if layout.bits == 8 else "*u8", "multiplier_ptr": "*i8"}
+    types = {"x_ptr": "*i8", "w_ptr": "*i8" if layout.bits == 8 else "*u8", "factor_ptr": "*i16"}
     return types | ({"scale_ptr": "*bf16", "total_ptr": "*i16"} if layout.has_group_scales else {})
 
 
@@ -538,17 +601,23 @@ def main_loop(assembly: str) -> Loop | None:
         elif found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][\w.]*)(.*?);", line):
             if jump := re.search(r"\(\.L_x_\d+\)", found[2]):
                 jumps.append((len(operations), jump[0][1:-1]))
-            operations.append(found[1] + (found[2] if found[1].startswith("WARPGROUP.DEPBAR") else ""))
-    bodies = [operations[labels[to] : at + 1] for at, to in jumps if labels.get(to, at + 1) <= at]
-    loops = [body for body in bodies if any(_PRODUCT.match(name) for name in body)]
+            keep = found[1].startswith("WARPGROUP.DEPBAR") or _PRODUCT.match(found[1])
+            operations.append(found[1] + (found[2] if keep else ""))
+    bodies = [range(labels[to], at + 1) for at, to in jumps if labels.get(to, at + 1) <= at]
+    loops = [body for body in bodies if any(_PRODUCT.match(operations[place]) for place in body)]
     if not loops:
         return None
-    body = min(loops, key=len)
+    whole = min(loops, key=len)
+    skipped = {
+        place for at, to in jumps if at in whole and labels.get(to) in whole for place in range(at + 1, labels[to])
+    }
+    body = [operations[place] for place in whole if place not in skipped]
     waits = [int(name.split("gsb0,")[1].strip(), 16) for name in body if name.startswith("WARPGROUP.DEPBAR")]
     counts = [sum(bool(re.match(kind, name)) for name in body) for kind in _COUNTED]
     products, stores, conversions, barriers = counts
     others = len(body) - sum(counts)
-    return Loop(products, min(waits, default=0), stores, conversions, barriers, others)
+    registers = sum(bool(_FROM_REGISTERS.match(name)) for name in body)
+    return Loop(products, min(waits, default=0), stores, conversions, barriers, others, len(skipped), registers)
 
 
 def report(architectures: Sequence[str], only: str = "") -> list[Usage]:
@@ -572,14 +641,13 @@ def grown(usages: Sequence[Usage], text: str) -> list[str]:
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 7 and cells[3].isdigit():
-            known[cells[0], cells[1]] = (int(cells[3]), [int(count) for count in re.findall(r"\d+(?= )", cells[6])])
+            known[cells[0], cells[1]] = (int(cells[3]), Loop.parse(cells[6]))
     lines = []
     for usage in usages:
-        spilled, counts = known.get((usage.kernel, usage.arch), (None, []))
+        spilled, was = known.get((usage.kernel, usage.arch), (None, None))
         if spilled is None:
             lines.append(f"{usage.kernel} on {usage.arch}: got a kernel that the table lacks, wanted --write")
             continue
-        was = Loop(*counts) if counts else None
         if usage.spilled > spilled or _is_larger(usage.loop, was):
             got = f"{usage.spilled} spilled bytes, a turn of {usage.loop or 'nothing'}"
             lines.append(f"{usage.kernel} on {usage.arch}: got {got}, wanted at most {spilled}, {was or 'nothing'}")
@@ -590,7 +658,9 @@ def _is_larger(loop: Loop | None, was: Loop | None) -> bool:
     """Whether a loop takes more than it did."""
     if loop is None or was is None:
         return (loop is None) != (was is None)
-    if loop.in_flight < was.in_flight or loop.others > was.others * MORE_OTHERS:
+    if loop.in_flight < was.in_flight or loop.others + loop.seldom > (was.others + was.seldom) * MORE_OTHERS:
+        return True
+    if loop.from_registers < was.from_registers:
         return True
     counts = ("products", "stores", "conversions", "barriers")
     return any(getattr(loop, name) > getattr(was, name) for name in counts)

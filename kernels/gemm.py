@@ -187,7 +187,7 @@ def flatten_weights(weights: Sequence[PackedWeight]) -> tuple[list[Tensor], list
     tensors, ints = [], []
     for weight in weights:
         absent = weight.codes.new_empty(0)
-        rest = [absent if each is None else each for each in (weight.channel, weight.whole, weight.multiplier)]
+        rest = [absent if each is None else each for each in (weight.channel, weight.whole, weight.factor)]
         tensors += [weight.codes, weight.scale, weight.zero_point, weight.total, *rest]
         ints += weight.layout.to_ints()
     return tensors, ints
@@ -198,9 +198,9 @@ def unflatten_weights(tensors: Sequence[Tensor], ints: Sequence[int]) -> list[Pa
     weights = []
     for i in range(len(tensors) // _TENSORS_PER_WEIGHT):
         codes, scale, zero, total, *rest = tensors[i * _TENSORS_PER_WEIGHT : (i + 1) * _TENSORS_PER_WEIGHT]
-        channel, whole, multiplier = (each if each.numel() else None for each in rest)
+        channel, whole, factor = (each if each.numel() else None for each in rest)
         layout = WeightLayout.from_ints(ints[i * _INTS_PER_WEIGHT : (i + 1) * _INTS_PER_WEIGHT])
-        weights.append(PackedWeight(codes, scale, zero, total, channel, layout, whole, multiplier))
+        weights.append(PackedWeight(codes, scale, zero, total, channel, layout, whole, factor))
     return weights
 
 

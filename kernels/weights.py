@@ -108,7 +108,7 @@ class PackedWeight:
         Step size, in weight units per integer step; G is 1 or the number of groups, taps major. (N, 1) where groups
         have multipliers.
     zero_point : Tensor, shape (N, G), dtype int8
-        In the stored codes' domain.
+        In the stored codes' domain; (N, 0) where groups have multipliers.
     total : Tensor, shape (N, taps * scales of a tap), dtype int16 or int32
         Sum of a row's integers (`weight_integers`) over each tap, of each group that has a scale: what an activation's
         zero point is multiplied with. By taps, since a tap that falls on padding has no part in it.
@@ -118,8 +118,9 @@ class PackedWeight:
     layout : WeightLayout
     whole : Tensor, shape (N, taps), dtype float32, or None
         Sum of scale * (code - zero_point) over each tap, of an unpacked weight with groups (`unpack_weight`).
-    multiplier : Tensor, shape (N, G), dtype int8, or None
-        1 to 16, what (code - zero_point) is multiplied with, where the layout is multiplied.
+    factor : Tensor, shape (G, N), dtype int16, or None
+        Where the layout is multiplied: what (code - zero point) is multiplied with, 1 to 16, in the low byte; in the
+        high one 128 - multiplier * zero point, 0 to 128. So code * multiplier + high byte is an unsigned byte.
     """
 
     codes: Tensor
@@ -129,7 +130,7 @@ class PackedWeight:
     channel: Tensor | None
     layout: WeightLayout
     whole: Tensor | None = None
-    multiplier: Tensor | None = None
+    factor: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -139,21 +140,21 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.codes, self.scale, self.zero_point, self.total, self.channel, self.whole, self.multiplier)
+        tensors = (self.codes, self.scale, self.zero_point, self.total, self.channel, self.whole, self.factor)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """Return the record on another device."""
         channel = None if self.channel is None else self.channel.to(device)
         codes, scale, zero, total = (t.to(device) for t in (self.codes, self.scale, self.zero_point, self.total))
-        whole, multiplier = (None if t is None else t.to(device) for t in (self.whole, self.multiplier))
-        return PackedWeight(codes, scale, zero, total, channel, self.layout, whole, multiplier)
+        whole, factor = (None if t is None else t.to(device) for t in (self.whole, self.factor))
+        return PackedWeight(codes, scale, zero, total, channel, self.layout, whole, factor)
 
     def some(self, rows: slice) -> PackedWeight:
         """Return some rows of the record, without their output channels."""
         codes, scale, zero, total = (t[rows] for t in (self.codes, self.scale, self.zero_point, self.total))
-        multiplier = None if self.multiplier is None else self.multiplier[rows]
-        return PackedWeight(codes, scale, zero, total, None, self.layout, None, multiplier)
+        factor = None if self.factor is None else self.factor[:, rows]
+        return PackedWeight(codes, scale, zero, total, None, self.layout, None, factor)
 
 
 def unpack_weight(weights: Sequence[PackedWeight]) -> tuple[PackedWeight, ...]:
@@ -224,14 +225,14 @@ def _concatenated(weights: Sequence[PackedWeight]) -> PackedWeight:
     if len(weights) == 1:
         return first
     layout = replace(first.layout, symmetric=all(weight.layout.symmetric for weight in weights))
-    channel, multiplier = (
-        None if getattr(first, name) is None else torch.cat([getattr(weight, name) for weight in weights])
-        for name in ("channel", "multiplier")
+    channel, factor = (
+        None if getattr(first, name) is None else torch.cat([getattr(weight, name) for weight in weights], dim)
+        for name, dim in (("channel", 0), ("factor", 1))
     )
     codes, scale, zero, total = (
         torch.cat([getattr(weight, name) for weight in weights]) for name in ("codes", "scale", "zero_point", "total")
     )
-    return PackedWeight(codes, scale, zero, total, channel, layout, None, multiplier)
+    return PackedWeight(codes, scale, zero, total, channel, layout, None, factor)
 
 
 def _fits_int8(weight: PackedWeight) -> bool:
@@ -325,12 +326,19 @@ def pack_weight(
             codes = (codes ^ 0x80).view(torch.int8)  # code - 128
         packed.append(_interleave(codes, layout))
         totals.append(_totals(codes, zero[rows], layout, None if multiplier is None else multiplier[rows]))
-    zero_codes = zero.to(torch.int8).contiguous()
-    factors = None if multiplier is None else multiplier.to(torch.int8).contiguous()
-    index = _index(channel, qweight)
+    factor = None
+    if multiplier is not None:
+        factor = _factors(multiplier, zero)
+        zero = zero[:, :0]
+    zero_codes, index = zero.to(torch.int8).contiguous(), _index(channel, qweight)
     return PackedWeight(
-        torch.cat(packed), scale.contiguous(), zero_codes, torch.cat(totals), index, layout, None, factors
+        torch.cat(packed), scale.contiguous(), zero_codes, torch.cat(totals), index, layout, None, factor
     )
+
+
+def _factors(multiplier: Tensor, zero: Tensor) -> Tensor:
+    """Return `PackedWeight.factor` of multipliers and zero points (N, G), whose product is 128 at most."""
+    return (multiplier | (128 - multiplier * zero) << 8).to(torch.int16).t().contiguous()
 
 
 def _products(
@@ -399,10 +407,11 @@ def weight_integers(weight: PackedWeight) -> Tensor:
         shifts = torch.arange(layout.per_byte, dtype=torch.int32, device=stored.device) * layout.bits
         codes = (stored.int() >> shifts[:, None]) & ((1 << layout.bits) - 1)
     codes = codes.reshape(n, layout.taps, -1)[..., : layout.channels]
-    differences = codes - expand_weight_groups(weight.zero_point.int(), layout)
-    if weight.multiplier is None:
-        return differences
-    return differences.mul_(expand_weight_groups(weight.multiplier.int(), layout))
+    if weight.factor is None:
+        return codes - expand_weight_groups(weight.zero_point.int(), layout)
+    factor = weight.factor.t().int() & 0xFFFF
+    products = codes * expand_weight_groups(factor & 255, layout)
+    return products.add_(expand_weight_groups((factor >> 8) - 128, layout))
 
 
 def expand_weight_groups(values: Tensor, layout: WeightLayout) -> Tensor:

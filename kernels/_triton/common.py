@@ -96,6 +96,13 @@ def lane_of(packed, lane: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def factor_of(factor_ptr, group, n, in_n, N):
+    """Return a group's multipliers of rows `n`, and what zero points add to products, -128 to 0, both int32."""
+    factor = tl.load(factor_ptr + group * N + n, mask=in_n, other=0).to(tl.int32)
+    return factor & 255, ((factor >> 8) & 255) - 128
+
+
+@triton.jit
 def tile_of(pid, tiles_m, tiles_n, SWIZZLE: tl.constexpr):
     """Tile of a program: SWIZZLE rows of tiles walk the columns together, so that weights stay in the L2 cache."""
     width = SWIZZLE * tiles_n

@@ -13,7 +13,7 @@ from kernels._triton.blocks import architecture, int_blocks, rank_block
 from kernels._triton.common import tile_of
 from kernels._triton.gemm import launch_linear_int, stride_of
 from kernels._triton.int_tiles import conv_tile
-from kernels._triton.tuned import CONV_GROUPS, CONV_INT8, HOPPER, Shape, Tile, tuned_tile
+from kernels._triton.tuned import HOPPER, Shape, Tile, operator_of, tuned_tile
 from kernels._triton.widths import launch_conv2d_widths, takes_widths
 from kernels.activations import QuantizedActivation
 from kernels.conv import ConvGeometry
@@ -31,8 +31,8 @@ def conv2d_int_kernel(
     x_zero_ptr,  # (R,) int32
     w_ptr,  # (N, taps * blocks * LANE) packed codes
     scale_ptr,  # (N, G), or (N, 1) where groups have multipliers
-    zero_ptr,  # (N, G) int8
-    multiplier_ptr,  # (N, G) int8 or None
+    zero_ptr,  # (N, G) int8, without multipliers
+    factor_ptr,  # (G, N) int16 or None
     total_ptr,  # (N, taps * scales of a tap)
     channel_ptr,  # (N,) int32 or None
     bias_ptr,
@@ -78,7 +78,7 @@ def conv2d_int_kernel(
     """Tiles of `conv_tile` for all rows of a weight."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
     conv_tile(
-        tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w_ptr, scale_ptr, zero_ptr, multiplier_ptr, total_ptr,
+        tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w_ptr, scale_ptr, zero_ptr, factor_ptr, total_ptr,
         channel_ptr, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr, M, N, C, H, W, OH, OW, blocks, groups_per_tap,
         rows_per_scale, stride_b, stride_h, stride_w_in, tap_bytes, stride_residual, stride_out, TAPS_H, TAPS_W,
         STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, BITS, LANE, GROUP_SIZE, SYMMETRIC, X_SYMMETRIC, RANK,
@@ -106,11 +106,8 @@ def launch_conv2d_int(
     if out.numel() == 0:
         return out
     arch = architecture(out.device)
-    tile = tile or tuned_tile(
-        out.device,
-        CONV_GROUPS if weights[0].layout.has_group_scales else CONV_INT8,
-        Shape(m, n, channels, geometry.taps),
-    )
+    shape = Shape(m, n, channels, geometry.taps)
+    tile = tile or tuned_tile(out.device, operator_of(weights[0].layout, conv=True), shape)
     if tile is not None and tile.kernel == HOPPER:
         from kernels._triton import hopper_launch as hopper
 
@@ -130,7 +127,7 @@ def launch_conv2d_int(
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         conv2d_int_kernel[grid](
             x.codes, x.scale, x.zero_point, weight.codes, weight.scale.contiguous(), weight.zero_point,
-            weight.multiplier, weight.total, weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
+            weight.factor, weight.total, weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
             m, weight.rows, channels, height, width, out_h, out_w, triton.cdiv(channels, lane * layout.per_byte),
             layout.groups_per_tap, m // len(x.scale), x.codes.stride(0), x.codes.stride(1), x.codes.stride(2),
             weight.codes.shape[1] // layout.taps, stride_of(rows.residual), n,

@@ -18,9 +18,9 @@ from kernels._triton.blocks import (
     rank_block,
     splits_of_k,
 )
-from kernels._triton.common import finish_tile, lane_of, tile_of
+from kernels._triton.common import factor_of, finish_tile, lane_of, tile_of
 from kernels._triton.int_tiles import int_tile
-from kernels._triton.tuned import HOPPER, LINEAR_GROUPS, LINEAR_INT8, Shape, Tile, tuned_tile
+from kernels._triton.tuned import HOPPER, Shape, Tile, operator_of, tuned_tile
 from kernels._triton.widths import launch_linear_widths, takes_widths
 from kernels.activations import QuantizedActivation
 from kernels.epilogue import EpilogueRows, add_gated, without_gate
@@ -34,8 +34,8 @@ def linear_int_kernel(
     x_zero_ptr,  # (R,) int32
     w_ptr,  # (N, blocks * LANE) packed codes
     scale_ptr,  # (N, G), or (N, 1) where groups have multipliers
-    zero_ptr,  # (N, G) int8
-    multiplier_ptr,  # (N, G) int8 or None
+    zero_ptr,  # (N, G) int8, without multipliers
+    factor_ptr,  # (G, N) int16 or None
     total_ptr,  # as scale_ptr
     channel_ptr,  # (N,) int32 or None
     bias_ptr,
@@ -67,7 +67,7 @@ def linear_int_kernel(
     """Tiles of `int_tile` for all rows of a weight."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), SWIZZLE)
     int_tile(
-        tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w_ptr, scale_ptr, zero_ptr, multiplier_ptr, total_ptr,
+        tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w_ptr, scale_ptr, zero_ptr, factor_ptr, total_ptr,
         channel_ptr, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr, M, N, K, blocks, groups, rows_per_scale,
         stride_x, stride_w, stride_residual, stride_out, BITS, LANE, GROUP_SIZE, SYMMETRIC, X_SYMMETRIC, RANK, BLOCK_M,
         BLOCK_N, BLOCK_R,
@@ -80,7 +80,7 @@ def linear_float_kernel(
     w_ptr,
     scale_ptr,
     zero_ptr,
-    multiplier_ptr,
+    factor_ptr,
     channel_ptr,
     bias_ptr,
     residual_ptr,
@@ -119,7 +119,7 @@ def linear_float_kernel(
     w_rows = (w_ptr + n.to(tl.int64) * stride_w)[None, :]
     PER_BYTE: tl.constexpr = 8 // BITS
     GROUPED: tl.constexpr = GROUP_SIZE > 0
-    SCALED: tl.constexpr = GROUPED and multiplier_ptr is None
+    SCALED: tl.constexpr = GROUPED and factor_ptr is None
     value = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if not GROUPED:
         zero = tl.load(zero_ptr + n, mask=in_n, other=0).to(tl.int32)
@@ -133,10 +133,14 @@ def linear_float_kernel(
             x = tl.load(x_rows + k[None, :], mask=in_m[:, None] & (k[None, :] < K), other=0.0)
             if GROUPED:
                 group = tl.minimum(first // GROUP_SIZE, groups - 1)  # beyond K, x is 0
-                zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32)
-            w = lane_of(packed, i, BITS).to(tl.int32) - zero[None, :]
-            if multiplier_ptr is not None:
-                w = w * tl.load(multiplier_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32)[None, :]
+                if factor_ptr is None:
+                    zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0).to(tl.int32)
+            w = lane_of(packed, i, BITS).to(tl.int32)
+            if factor_ptr is not None:
+                multiplier, shift = factor_of(factor_ptr, group, n, in_n, N)
+                w = w * multiplier[None, :] + shift[None, :]
+            else:
+                w = w - zero[None, :]
             if SCALED:
                 scale = tl.load(scale_ptr + n * groups + group, mask=in_n, other=0.0).to(tl.float32)
                 value += tl.dot(x, w.to(x.dtype), input_precision=PRECISION) * scale[None, :]
@@ -206,16 +210,14 @@ def launch_linear_int(
     """Run `linear_int_kernel`, or once for all widths `linear_widths_kernel`; `x.codes` is (M, K). Only
     `kernels._triton.hopper` has gates; behind the others they are operations of PyTorch.
 
-    `tile` is for 8-bit weights; by default it is what was measured on the device.
+    `tile` is for one weight of 8 bits, or of 4; by default it is the one in the device's table.
     """
     m, columns = x.codes.shape
     out = torch.empty(m, n, dtype=dtype, device=x.codes.device)
     if out.numel() == 0:
         return out
     arch = architecture(out.device)
-    tile = tile or tuned_tile(
-        out.device, LINEAR_GROUPS if weights[0].layout.has_group_scales else LINEAR_INT8, Shape(m, n, columns)
-    )
+    tile = tile or tuned_tile(out.device, operator_of(weights[0].layout, conv=False), Shape(m, n, columns))
     if tile is not None and tile.kernel == HOPPER:
         from kernels._triton import hopper_launch as hopper
 
@@ -235,7 +237,7 @@ def launch_linear_int(
         grid = (triton.cdiv(m, blocks.m) * triton.cdiv(weight.rows, blocks.n),)
         linear_int_kernel[grid](
             x.codes, x.scale, x.zero_point, weight.codes, weight.scale.contiguous(), weight.zero_point,
-            weight.multiplier, weight.total, weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
+            weight.factor, weight.total, weight.channel, rows.bias, rows.residual, rows.down, rows.up, out,
             m, weight.rows, columns, triton.cdiv(columns, lane * layout.per_byte), layout.groups, m // len(x.scale),
             x.codes.stride(0), weight.codes.shape[1], stride_of(rows.residual), n,
             BITS=layout.bits, LANE=lane, GROUP_SIZE=layout.group_size, SYMMETRIC=layout.symmetric,
@@ -269,7 +271,7 @@ def launch_linear_float(
         if splits > 1:
             partial = torch.empty(splits, m, weight.rows, dtype=torch.float32, device=x.device)
         linear_float_kernel[(tiles, splits)](
-            x, weight.codes, weight.scale, weight.zero_point, weight.multiplier,
+            x, weight.codes, weight.scale, weight.zero_point, weight.factor,
             weight.channel, rows.bias, rows.residual, rows.down, rows.up, out, partial,
             m, weight.rows, columns, steps, layout.groups,
             x.stride(0), weight.codes.shape[1], stride_of(rows.residual), n,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels._triton.common import finish_tile, lane_of
+from kernels._triton.common import factor_of, finish_tile, lane_of
 
 
 @triton.jit
@@ -17,8 +17,8 @@ def int_tile(
     x_zero_ptr,  # (R,) int32
     w_ptr,  # (N, blocks * LANE) packed codes
     scale_ptr,  # (N, G), or (N, 1) where groups have multipliers
-    zero_ptr,  # (N, G) int8
-    multiplier_ptr,  # (N, G) int8 or None
+    zero_ptr,  # (N, G) int8, without multipliers
+    factor_ptr,  # (G, N) int16 or None
     total_ptr,  # as scale_ptr
     channel_ptr,  # (N,) int32 or None
     bias_ptr,
@@ -56,7 +56,7 @@ def int_tile(
     x_zero = tl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
     PER_BYTE: tl.constexpr = 8 // BITS
     GROUPED: tl.constexpr = GROUP_SIZE > 0
-    SCALED: tl.constexpr = GROUPED and multiplier_ptr is None
+    SCALED: tl.constexpr = GROUPED and factor_ptr is None
     BY_LANE: tl.constexpr = SCALED and GROUP_SIZE % (LANE * PER_BYTE) != 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
@@ -73,11 +73,13 @@ def int_tile(
             w = lane_of(packed, i, BITS)
             if GROUPED:
                 group = tl.minimum(first // GROUP_SIZE, groups - 1)  # beyond K, x is 0
-                zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
-            if BITS < 8:
+                if factor_ptr is None:
+                    zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
+            if factor_ptr is not None:
+                multiplier, shift = factor_of(factor_ptr, group, n, in_n, N)
+                w = w * multiplier.to(tl.int8)[None, :] + shift.to(tl.int8)[None, :]
+            elif BITS < 8:
                 w = w - zero[None, :]
-                if multiplier_ptr is not None:
-                    w = w * tl.load(multiplier_ptr + n * groups + group, mask=in_n, other=0)[None, :]
             elif not SYMMETRIC:
                 x_sum += tl.sum(x.to(tl.int32), axis=1)
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)
@@ -123,8 +125,8 @@ def conv_tile(
     x_zero_ptr,  # (R,) int32
     w_ptr,  # (N, taps * blocks * LANE) packed codes
     scale_ptr,  # (N, G), or (N, 1) where groups have multipliers
-    zero_ptr,  # (N, G) int8
-    multiplier_ptr,  # (N, G) int8 or None
+    zero_ptr,  # (N, G) int8, without multipliers
+    factor_ptr,  # (G, N) int16 or None
     total_ptr,  # (N, taps * scales of a tap)
     channel_ptr,  # (N,) int32 or None
     bias_ptr,
@@ -183,7 +185,7 @@ def conv_tile(
     x_zero = tl.load(x_zero_ptr + m // rows_per_scale, mask=in_m, other=0)
     PER_BYTE: tl.constexpr = 8 // BITS
     GROUPED: tl.constexpr = GROUP_SIZE > 0
-    SCALED: tl.constexpr = GROUPED and multiplier_ptr is None
+    SCALED: tl.constexpr = GROUPED and factor_ptr is None
     BY_LANE: tl.constexpr = SCALED and GROUP_SIZE % (LANE * PER_BYTE) != 0
     PADDED: tl.constexpr = PAD_H > 0 or PAD_W > 0
     groups = TAPS_H * TAPS_W * groups_per_tap
@@ -214,11 +216,13 @@ def conv_tile(
             if GROUPED:
                 # Beyond C, x is 0, whatever group is read.
                 group = tap * groups_per_tap + tl.minimum(first // GROUP_SIZE, groups_per_tap - 1)
-                zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
-            if BITS < 8:
+                if factor_ptr is None:
+                    zero = tl.load(zero_ptr + n * groups + group, mask=in_n, other=0)
+            if factor_ptr is not None:
+                multiplier, shift = factor_of(factor_ptr, group, n, in_n, N)
+                w = w * multiplier.to(tl.int8)[None, :] + shift.to(tl.int8)[None, :]
+            elif BITS < 8:
                 w = w - zero[None, :]
-                if multiplier_ptr is not None:
-                    w = w * tl.load(multiplier_ptr + n * groups + group, mask=in_n, other=0)[None, :]
             elif not SYMMETRIC:
                 x_sum += tl.sum(x.to(tl.int32), axis=1)
             acc = tl.dot(x, w, acc, out_dtype=tl.int32)

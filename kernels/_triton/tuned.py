@@ -20,10 +20,13 @@ from typing import Any
 import torch
 import triton
 
+from kernels.weights import WeightLayout
+
 FOLDER = Path(__file__).parent / "tuned"
 #: Operators that have entries.
 LINEAR_INT8, CONV_INT8, LINEAR_FP8 = "linear_int8", "conv_int8", "linear_fp8"
 LINEAR_GROUPS, CONV_GROUPS = "linear_int8_groups", "conv_int8_groups"
+LINEAR_PACKED, CONV_PACKED = "linear_int4", "conv_int4"
 #: Kernels that an entry may name: Triton's own pipeline over pointers, or `kernels._triton.hopper`.
 POINTERS, HOPPER = "pointers", "hopper"
 #: How far (in powers of two, summed over rows, columns and depth) a shape may be from one that was measured.
@@ -68,6 +71,15 @@ class Entry:
     op: str
     shape: Shape
     tile: Tile
+
+
+def operator_of(layout: WeightLayout, *, conv: bool) -> str:
+    """Return which operator multiplies a weight: of groups with scales, of packed 4 bits, or else of int8."""
+    if layout.has_group_scales:
+        return CONV_GROUPS if conv else LINEAR_GROUPS
+    if layout.bits == 4:
+        return CONV_PACKED if conv else LINEAR_PACKED
+    return CONV_INT8 if conv else LINEAR_INT8
 
 
 def tuned_tile(device: torch.device, op: str, shape: Shape) -> Tile | None:

@@ -35,13 +35,13 @@ def linear_widths_kernel(
     w2_ptr,  # (N2, bytes), or None: rows that are stored in 2 bits; the next ones are theirs, as of `int_tile`
     scale2_ptr,
     zero2_ptr,
-    multiplier2_ptr,
+    factor2_ptr,
     total2_ptr,
     channel2_ptr,
     w4_ptr,  # (N4, bytes), or None
     scale4_ptr,
     zero4_ptr,
-    multiplier4_ptr,
+    factor4_ptr,
     total4_ptr,
     channel4_ptr,
     w8_ptr,  # (N8, bytes), or None
@@ -85,7 +85,7 @@ def linear_widths_kernel(
         if tile_n < tiles_2:
             blocks = tl.cdiv(K, LANE2 * 4)
             int_tile(
-                tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w2_ptr, scale2_ptr, zero2_ptr, multiplier2_ptr,
+                tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w2_ptr, scale2_ptr, zero2_ptr, factor2_ptr,
                 total2_ptr, channel2_ptr, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr, M, N2, K, blocks, groups,
                 rows_per_scale, stride_x, blocks * LANE2, stride_residual, stride_out, 2, LANE2, GROUP2, False,
                 X_SYMMETRIC, RANK, BLOCK_M, BLOCK_N, BLOCK_R,
@@ -95,7 +95,7 @@ def linear_widths_kernel(
         if (tile_n >= 0) & (tile_n < tiles_4):
             blocks = tl.cdiv(K, LANE4 * 2)
             int_tile(
-                tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w4_ptr, scale4_ptr, zero4_ptr, multiplier4_ptr,
+                tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w4_ptr, scale4_ptr, zero4_ptr, factor4_ptr,
                 total4_ptr, channel4_ptr, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr, M, N4, K, blocks, groups,
                 rows_per_scale, stride_x, blocks * LANE4, stride_residual, stride_out, 4, LANE4, GROUP4, False,
                 X_SYMMETRIC, RANK, BLOCK_M, BLOCK_N, BLOCK_R,
@@ -119,13 +119,13 @@ def conv2d_widths_kernel(
     w2_ptr,  # (N2, taps * bytes), or None: the next ones as of `linear_widths_kernel`
     scale2_ptr,
     zero2_ptr,
-    multiplier2_ptr,
+    factor2_ptr,
     total2_ptr,
     channel2_ptr,
     w4_ptr,
     scale4_ptr,
     zero4_ptr,
-    multiplier4_ptr,
+    factor4_ptr,
     total4_ptr,
     channel4_ptr,
     w8_ptr,
@@ -183,7 +183,7 @@ def conv2d_widths_kernel(
         if tile_n < tiles_2:
             blocks = tl.cdiv(C, LANE2 * 4)
             conv_tile(
-                tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w2_ptr, scale2_ptr, zero2_ptr, multiplier2_ptr,
+                tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w2_ptr, scale2_ptr, zero2_ptr, factor2_ptr,
                 total2_ptr, channel2_ptr, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr, M, N2, C, H, W, OH, OW,
                 blocks, groups_per_tap, rows_per_scale, stride_b, stride_h, stride_w_in, blocks * LANE2,
                 stride_residual, stride_out, TAPS_H, TAPS_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
@@ -194,7 +194,7 @@ def conv2d_widths_kernel(
         if (tile_n >= 0) & (tile_n < tiles_4):
             blocks = tl.cdiv(C, LANE4 * 2)
             conv_tile(
-                tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w4_ptr, scale4_ptr, zero4_ptr, multiplier4_ptr,
+                tile_m, tile_n, x_ptr, x_scale_ptr, x_zero_ptr, w4_ptr, scale4_ptr, zero4_ptr, factor4_ptr,
                 total4_ptr, channel4_ptr, bias_ptr, residual_ptr, down_ptr, up_ptr, out_ptr, M, N4, C, H, W, OH, OW,
                 blocks, groups_per_tap, rows_per_scale, stride_b, stride_h, stride_w_in, blocks * LANE4,
                 stride_residual, stride_out, TAPS_H, TAPS_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W,
@@ -270,8 +270,8 @@ def _prepare(
         if w is None:
             tensors += [None, None, None, *more, None, None]
             continue
-        multiplier = (w.multiplier,) if bits < 8 else ()
-        tensors += [w.codes, w.scale.contiguous(), w.zero_point, *multiplier, w.total, w.channel]
+        factor = (w.factor,) if bits < 8 else ()
+        tensors += [w.codes, w.scale.contiguous(), w.zero_point, *factor, w.total, w.channel]
     constants = {
         **layout_constants(layouts, blocks.k), "RANK": rows.rank, "BLOCK_M": blocks.m,
         "BLOCK_N": blocks.n, "BLOCK_R": rank_block(rows.rank), "SWIZZLE": blocks.swizzle, "num_warps": blocks.warps,

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from quant_core.runtime.layer import RuntimeLayer
 
 Weight = Fp8Matrix | tuple[PackedWeight, ...]
+# What a packed weight has for each of its rows.
+_ROWS = ("codes", "scale", "zero_point", "total")
 
 
 class JointProduct:
@@ -109,15 +111,18 @@ def _joined(weights: Sequence[object]) -> Weight | None:
     packed = [each[0] for each in weights if isinstance(each, tuple) and len(each) == 1]
     if len(packed) < len(weights) or len({(each.layout, each.scale.dtype, each.total.dtype) for each in packed}) > 1:
         return None
-    if any(each.channel is not None or each.whole is not None or each.layout.group_size for each in packed):
+    if any(each.channel is not None or each.whole is not None or each.layout.has_group_scales for each in packed):
         return None
-    names = ("codes", "scale", "zero_point", "total")
-    return (replace(packed[0], **{name: torch.cat([getattr(each, name) for each in packed]) for name in names}),)
+    named = {name: torch.cat([getattr(each, name) for each in packed]) for name in _ROWS}
+    factors = [each.factor for each in packed if each.factor is not None]
+    return (replace(packed[0], **named, factor=torch.cat(factors, dim=1) if factors else None),)
 
 
 def _rows(weight: Weight, first: int, size: int) -> Weight:
-    """View some output channels of a weight."""
+    """View some output channels of a weight; kernels read factors of groups of these alone, so they are copied."""
     if isinstance(weight, Fp8Matrix):
         return Fp8Matrix(weight.values[first : first + size], weight.scale[first : first + size])
-    names = ("codes", "scale", "zero_point", "total")
-    return (replace(weight[0], **{name: getattr(weight[0], name)[first : first + size] for name in names}),)
+    named = {name: getattr(weight[0], name)[first : first + size] for name in _ROWS}
+    factor = weight[0].factor
+    factor = None if factor is None else factor[:, first : first + size].contiguous()
+    return (replace(weight[0], **named, factor=factor),)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_step import FORMATS, STEPS, figures, half_model, packed_model, turn
+from benchmarks.gpu_step import STEPS, figures, half_model, packed_model, turn
 from benchmarks.stacks import STACKS
 from quant_core import layer_runs
 from quant_spec.enums import KernelBackend
@@ -37,7 +37,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", STACKS)
-@pytest.mark.parametrize("weight", ["W8A8", "W4A8 g64 of integers", "FP8"])
+@pytest.mark.parametrize("weight", ["W8A8", "W4A8 g64 of integers", "W4A8 g64 of integers, packed", "FP8"])
 @torch.no_grad()
 def test_a_stack_builds_and_runs(name: str, weight: str) -> None:
     stack = replace(STACKS[name], shapes=STACKS[name].shapes | {"sample_size": 8} | SMALL[name])
@@ -46,7 +46,7 @@ def test_a_stack_builds_and_runs(name: str, weight: str) -> None:
     told = stack.told(stack.shapes, 2, 8, "cpu")
     told["timestep"].fill_(STEPS[9])
     plain = half_model(stack, "cpu")(**told, return_dict=False)[0]
-    packed = packed_model(stack, FORMATS[weight], "cpu", KernelBackend.CPU)
+    packed = packed_model(stack, weight, "cpu", KernelBackend.CPU)
     got = packed(**told, return_dict=False)[0]
     assert got.shape == plain.shape
     assert got.dtype is torch.bfloat16

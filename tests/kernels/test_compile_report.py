@@ -33,6 +33,7 @@ QUICK = [
     ("sm_100", "conv 3x3/1 W4A8, 128 x 32, of mixed bits"),
     ("sm_90", "linear of 2, 4 and 8 bits, 128"),
     ("sm_80", "scaled channels"),
+    ("sm_90", "linear W4A8 g64 of integers, 160 x 128, own loop"),
 ]
 
 
@@ -135,6 +136,29 @@ def test_a_loop_is_counted() -> None:
     loop = main_loop(ASSEMBLY)
     assert loop == Loop(products=2, in_flight=1, stores=1, conversions=1, barriers=1, others=4)
     assert main_loop(ASSEMBLY.replace("IGMMA", "IMAD")) is None
+
+
+def test_what_a_branch_skips_and_products_from_registers_are_counted_apart() -> None:
+    skips = ASSEMBLY.replace("I2F R7, R8 ;", "BRA `(.L_x_6) ;").replace("        /*1e60*/", ".L_x_6:\n        /*1e60*/")
+    from_registers = skips.replace("IGMMA.64x128x32.S8.S8 R88, gdesc", "IGMMA.64x128x32.S8.S8 R88, R4, gdesc")
+    loop = main_loop(from_registers)
+    assert loop == Loop(2, in_flight=1, stores=1, conversions=0, barriers=1, others=4, seldom=1, from_registers=1)
+    assert str(loop).endswith("4 others, 1 seldom, 1 from registers")
+    assert Loop.parse(str(loop)) == loop
+    assert Loop.parse("") is None
+
+
+def test_packed_weights_must_be_read_from_registers() -> None:
+    fine = Loop(products=8, in_flight=2, stores=0, conversions=12, barriers=5, others=235, from_registers=8)
+    shared, stores, waits = (
+        replace(fine, **{name: count}) for name, count in (("from_registers", 4), ("stores", 1), ("in_flight", 0))
+    )
+    kernel = f"linear W4A8 g64 of integers, 128 x 128{OWN_LOOP}"
+    rows = [Usage(kernel, "sm_90", 200, 0, 1024, "wgmma.mma_async x 8", each) for each in (fine, shared, stores, waits)]
+    assert [text.rsplit("wanted ", 1)[1] for text in problems(rows)] == [
+        "all products from registers", "one in flight, nothing stored", "one in flight, nothing stored",
+    ]  # fmt: skip
+    assert len(grown([replace(rows[0], loop=shared)], table(rows[:1]))) == 1
 
 
 def test_a_loop_that_waits_or_prepares_operands_is_a_problem() -> None:

@@ -55,7 +55,7 @@ def test_multiplied_groups_are_one_sum(bits: int, k: int, device: str) -> None:
     """Bit for bit: there is one scale for each output channel."""
     layer, x = random_layer(37, k, bits=bits, group_size=32, multiplied=True), activation(42, k, 6)
     want = (whole(x) @ layer.integers(k, 32).t()).float() * layer.scale[:, 0] * x.scale.repeat_interleave(7)[:, None]
-    assert (layer.packed.multiplier is None) == (bits == 6)
+    assert (layer.packed.factor is None) == (bits == 6)
     for backend in BACKENDS:
         got = linear_int(to(x, device), [layer.packed.to(device)], Epilogue(), backend)
         assert torch.equal(got.cpu(), want), backend

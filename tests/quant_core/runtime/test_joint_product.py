@@ -120,6 +120,20 @@ def test_tokens_that_are_put_together_are_multiplied_apart(
         assert found == joined
 
 
+@torch.no_grad()
+def test_packed_weights_in_groups_are_one_product(products: list[str]) -> None:
+    model, _ = attention(ActivationSpec(8), groups=True)
+    build_runtime(model, KernelBackend.TRITON, memory=WeightMemory.PACKED)
+    joint = layers(model)[0].joint
+    assert joint is not None
+    assert isinstance(joint.weight, tuple)
+    assert joint.weight[0].factor is not None
+    x = noise(2, 5, 64)
+    for _ in range(2):
+        assert torch.equal(model[0](x), unshared(model)[0](x))
+    assert products == ["0.to_q"]
+
+
 @pytest.mark.parametrize("family", ["dit", "flux", "sdxl_unet"])
 def test_whole_models_give_the_same_from_the_second_call_on(
     tiny_model: Callable[[str], nn.Module],

@@ -18,23 +18,31 @@ from quant_core.runtime.build import build_runtime
 from quant_core.runtime.layer import RuntimeLayer
 from quant_spec.enums import ActivationMode, KernelBackend, NumberType
 from quant_spec.formats import ActivationSpec, LayerSpec, WeightSpec
+from tests.quant_core.multiplied import multiplied, random_grid
 
 STEPS = (900.0, 500.0, 100.0)
 NAMES = ("to_q", "to_k", "to_v")
 
 
-def attention(activation: ActivationSpec, cross: int | None = None, other: str = "") -> tuple[nn.Module, StepClock]:
-    """An attention on quantized projections, whose grids are alike but for those of the layer `other`."""
+def attention(
+    activation: ActivationSpec, cross: int | None = None, other: str = "", groups: bool = False
+) -> tuple[nn.Module, StepClock]:
+    """An attention on quantized projections, whose grids are alike but for those of the layer `other`; with `groups` on
+    64 channels of 4 bits in groups of 32 that have multipliers."""
     torch.manual_seed(0)
-    made = nn.Sequential(Attention(32, cross_attention_dim=cross, heads=2, dim_head=16).eval().requires_grad_(False))
+    made = nn.Sequential(
+        Attention(64 if groups else 32, cross_attention_dim=cross, heads=2, dim_head=16).eval().requires_grad_(False)
+    )
     clock, generator = StepClock(STEPS), torch.Generator().manual_seed(0)
     for name in NAMES:
         weight = WeightSpec(8, type=activation.type) if activation.is_float else WeightSpec(8, symmetric=True)
-        layer = QuantLayer(getattr(made[0], name), LayerSpec(weight, activation), clock)
+        layer = QuantLayer(getattr(made[0], name), LayerSpec(multiplied() if groups else weight, activation), clock)
         codes = torch.randint(0, 256, (layer.shape[0], layer.columns), generator=generator, dtype=torch.uint8)
         if activation.is_float:
             layer.qweight.copy_(codes.float() - 128)
             layer.scale.fill_(0.002)
+        elif groups:
+            layer.set_codes(codes % 16, *random_grid(layer, generator))
         else:
             layer.set_codes(codes, torch.full_like(layer.scale, 0.002), torch.full_like(layer.zero_point, 128))
         for quantizer in layer.act_quantizers:

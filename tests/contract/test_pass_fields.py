@@ -79,7 +79,6 @@ TOLD_AS: Mapping[str, frozenset[str]] = {
     "passes.temporal.finite_set": frozenset({"layers"}),  # in their formats
     "passes.allocate.method": frozenset({"units"}),  # in their layers' formats: whether channels have own bits
     "passes.round.method": frozenset({"rounding"}),
-    "passes.round.inputs": frozenset({"samples", "positions"}),  # as many as memory holds at once
 }
 #: Kinds of task that a section adds, which may come and go with it.
 KINDS_OF = {"activations.step_bits": STEP_BITS} | {f"passes.{name}": kinds for name, kinds in PASSES.items()}

@@ -25,7 +25,7 @@ def round_units(draft: Draft) -> Drawing:
     states = dict(draft.states)
     groups = unit_groups(draft, draft.units, lambda units: round_cost(draft.costs, units, config))
     if config.answers:
-        config = _within_memory(draft, config)
+        _check_memory(draft, config)
         groups = iter([list(draft.units)])
     for group in groups:
         params = Params.of(
@@ -48,23 +48,18 @@ def round_units(draft: Draft) -> Drawing:
     return replace(draft, states=states)
 
 
-def _within_memory(draft: Draft, config: Round) -> Round:
-    """Return the rounding with as many samples as may run at once at all steps, twice, and positions to make up for it.
+def _check_memory(draft: Draft, config: Round) -> None:
+    """Refuse, with what is needed, a budget that all steps of the samples exceed, exact and quantized side by side.
 
-    Raises
-    ------
-    RecipeError
-        If not one may.
+    Fewer samples are for the user to ask for: with too few rows codes answer for what is chance.
     """
-    one = 2 * draft.costs.recorded_steps * draft.costs.live_bytes
-    if one > draft.cache_bytes:
+    samples = min(config.samples, draft.costs.calibrated // draft.costs.recorded_steps)
+    needed = 2 * draft.costs.recorded_steps * samples * draft.costs.live_bytes
+    if needed > draft.cache_bytes:
         raise RecipeError(
             f"memory.budget_gib: got {draft.recipe.memory.budget_gib:g} with passes.round.inputs quantized, wanted "
-            f"{one / GIB:.3g} at least, which a sample takes at all steps, exact and quantized side by side"
+            f"{needed / GIB:.3g} at least, which {samples} samples (passes.round.samples) take at all steps"
         )
-    wanted = min(config.samples, draft.costs.calibrated // draft.costs.recorded_steps)
-    samples = min(wanted, draft.cache_bytes // one)
-    return config.replaced(samples=samples, positions=config.positions * wanted // samples)
 
 
 def round_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit) -> Cost:

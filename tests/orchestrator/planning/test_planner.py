@@ -522,14 +522,13 @@ def test_rounding_for_quantized_inputs_is_one_task_within_memory():
     assert (node.params["samples"], node.params["positions"]) == (32, 32)
     assert "inputs" not in by_kind(nodes_of(closed, model(data)), "round")[0].params
     costs = Costs(ModelInfo.read("a", data), answering)
-    one = 2 * 20 * costs.live_bytes
-    tight = recipe("fast-w4a8", "passes.round.inputs=quantized", f"memory.budget_gib={8.5 * one / GIB}")
-    small = only(nodes_of(tight, model(data)), "round")
-    assert (small.params["samples"], small.params["positions"]) == (8, 128)
+    budget = f"memory.budget_gib={8.5 * 2 * 20 * costs.live_bytes / GIB}"
+    fewer = recipe("fast-w4a8", "passes.round.inputs=quantized", "passes.round.samples=8", budget)
+    small = only(nodes_of(fewer, model(data)), "round")
     assert small.resources.memory_bytes < node.resources.memory_bytes
-    none = recipe("fast-w4a8", "passes.round.inputs=quantized", f"memory.budget_gib={0.9 * one / GIB}")
-    with pytest.raises(RecipeError, match=r"memory\.budget_gib: got .* with passes\.round\.inputs quantized, wanted"):
-        nodes_of(none, model(data))
+    tight = recipe("fast-w4a8", "passes.round.inputs=quantized", budget)
+    with pytest.raises(RecipeError, match=r"memory\.budget_gib: got .* quantized, wanted .* which 32 samples take"):
+        nodes_of(tight, model(data))
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,9 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     is_tfmq = name.startswith(("tfmq", "dmq", "modiff"))  # DMQ's lie on TFMQ-DM's, MoDiff's on DMQ's
     is_auto = name.startswith("auto")
     chooses = is_auto or is_modiff or (name.startswith("dmq") and "w4" in name)
-    ends = None if is_tfmq or is_auto or name == "fast-w4a8" else 8  # whether the image's ends are quantized
+    ends = (
+        None if is_tfmq or is_auto or name in ("fast-w4a8", "gptaq-w4a8") else 8
+    )  # whether the image's ends are quantized
     assert [(e.match, e.weights.bits, e.activations.bits, e.keep) for e in recipe.layers[:2]] == [
         ("@first", 8, ends, False),
         ("@last", 8, ends, False),
@@ -70,14 +72,12 @@ def test_shipped_recipe_keeps_its_promise(name: str):
     assert (recipe.passes.menu is not None, recipe.passes.choose is not None) == (chooses, chooses)
     if recipe.passes.choose is not None:
         assert recipe.passes.choose.weight_bits_mean == (2.25 if name == "modiff-w2a4" else None)
-    has_exceptions = name in ("tfmq-w8a8", "dmq-w8a8") or name.startswith(("dynamic", "gptaq")) or name.endswith("w4a6")
+    has_exceptions = name in ("tfmq-w8a8", "dmq-w8a8") or name.startswith("dynamic") or name.endswith("w4a6")
     has_exceptions = has_exceptions and not is_modiff
     assert (recipe.passes.exceptions is not None) == has_exceptions
     if recipe.passes.exceptions is not None:
         assert recipe.passes.exceptions.choices == ((5, 6, 8) if name.endswith("w4a6") else ())
-    assert (recipe.activations.mode == "dynamic_token") == (
-        name.startswith(("dynamic", "gptaq", "fp8")) or "svdquant" in name
-    )
+    assert (recipe.activations.mode == "dynamic_token") == (name.startswith(("dynamic", "fp8")) or "svdquant" in name)
     assert (recipe.passes.reconstruct is not None) == name.startswith(("qdiffusion", "ptqd", "tfmq", "dmq"))
     assert (recipe.passes.low_rank is not None) == ("svdquant" in name)
     assert set(recipe.components) == ({"text_encoder*"} if name.startswith("text-w8") else set())

@@ -33,7 +33,7 @@ from orchestrator.planning.passes.choose import choose
 from orchestrator.planning.passes.components import components
 from orchestrator.planning.passes.correct import correct
 from orchestrator.planning.passes.differences import differences
-from orchestrator.planning.passes.distill import distill
+from orchestrator.planning.passes.distill import distill, distill_frozen
 from orchestrator.planning.passes.encode import encode
 from orchestrator.planning.passes.evaluate import evaluate
 from orchestrator.planning.passes.exceptions import exceptions
@@ -51,7 +51,7 @@ from quant_spec.recipe import Recipe
 #: The passes in the order in which they are drawn, which is the order in which a free worker takes tasks.
 PASSES: tuple[Callable[[Draft], Drawing], ...] = (
     *(encode, components, calibrate, step_bits, temporal, scale, low_rank, allocate, menu, choose),
-    *(round_units, reconstruct, distill, exceptions, differences, pack, correct, evaluate, release),
+    *(round_units, reconstruct, distill, exceptions, distill_frozen, differences, pack, correct, evaluate, release),
 )
 
 

@@ -10,6 +10,7 @@ from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.references import reference
 from orchestrator.planning.sensitivity import step_gains_node
 from orchestrator.planning.shards import shards
+from quant_spec.enums import WeightCodes
 from quant_spec.passes.distill import Distill
 from quant_spec.task import per_unit
 from quant_spec.tasks.distill import KIND, STATE, Inputs, Params
@@ -20,9 +21,18 @@ _RELATION = 500.0  # MACs of one pair of positions related, with gradient: 17 ns
 
 
 def distill(draft: Draft) -> Drawing:
-    """Leave the tuned states."""
+    """Leave the tuned states, if codes are learned."""
+    return _distill(draft, WeightCodes.LEARNED)
+
+
+def distill_frozen(draft: Draft) -> Drawing:
+    """Leave the tuned states, if codes are frozen: what else there is to learn, after all bits are chosen."""
+    return _distill(draft, WeightCodes.FROZEN)
+
+
+def _distill(draft: Draft, codes: WeightCodes) -> Drawing:
     config = draft.recipe.passes.distill
-    if config is None:
+    if config is None or config.codes is not codes:
         return draft
     trajectories: list[TaskRef] = []
     for shard in shards(config.first_seed, config.seeds, config.shard_seeds, recorded=config.seeds):

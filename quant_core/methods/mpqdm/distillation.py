@@ -28,10 +28,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.models.normalization import RMSNorm
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -42,13 +43,17 @@ from quant_core.fit.unit_state import UnitState, collect_state, load_states, mer
 from quant_core.methods.mpqdm.learned_table import LearnedTable
 from quant_core.methods.mpqdm.low_rank import LowRankWeight
 from quant_core.methods.mpqdm.relation import relation_loss
+from quant_core.methods.mpqdm.scaled_weight import ScaledWeight
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.model import build_quantized
+from quant_spec.enums import WeightCodes
 from quant_spec.errors import QuantizationError
 from quant_spec.tasks.distill import Params
 
 #: Consecutive trajectory steps whose features are averaged before they are related.
 WINDOW = 2
+#: Modules whose parameters are an affine map of what they normalize.
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RMSNorm)
 #: Trajectory samples on which a result is compared with its start.
 CHECKED_SAMPLES = 160
 
@@ -96,15 +101,20 @@ class Distillation:
         self.window = min(WINDOW, trajectories.steps)
         self.step_weights = _step_weights(gains, config.effect, trajectories.steps)
         self._drawn = _drawn(trajectories.steps, self.window)
-        weights = {name: model.get_parameter(f"{name}.weight").detach() for s in states for name in s.formats.layers}
+        self.is_frozen = config.codes is WeightCodes.FROZEN
+        originals = [] if self.is_frozen else [name for state in states for name in state.formats.layers]
+        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in originals}
         self.parts = build_quantized(model, merge_formats(self.states))
         load_states(model, self.states)
         self.feature = feature_unit(self.states)
         self.loss_before = self._checked_loss()
-        self.tuned = {
-            name: LowRankWeight(layer, weights[name], config.rank, seed_stream(config.seed, f"low rank of {name}"))
+        self.tuned: dict[str, LowRankWeight | ScaledWeight] = {
+            name: ScaledWeight(layer)
+            if self.is_frozen
+            else LowRankWeight(layer, weights[name], config.rank, seed_stream(config.seed, f"low rank of {name}"))
             for name, layer in self.parts.layers.items()
         }
+        self.norms = norm_parameters(model) if self.is_frozen else {}
         self.tables = {
             name: LearnedTable(module)
             for name, module in model.named_modules()
@@ -120,9 +130,11 @@ class Distillation:
         config = self.config
         rates = {"log_scale": config.weight_lr, "zero_point": config.zero_point_lr, "bias": config.bias_lr}
         for name, tuned in self.tuned.items():
-            own = config.lr * float(tuned.layer.steps.mean())
+            own = rates if self.is_frozen else rates | dict.fromkeys("ab", config.lr * float(tuned.layer.steps.mean()))
             for what, parameter in tuned.parameters().items():
-                yield {"params": [parameter], "lr": rates.get(what, own), "name": f"{name}.{what}"}
+                yield {"params": [parameter], "lr": own[what], "name": f"{name}.{what}"}
+        for name, parameter in self.norms.items():
+            yield {"params": [parameter.requires_grad_()], "lr": config.norm_lr, "name": name}
         for name, table in self.tables.items():
             yield {"params": [table.log_scale], "lr": config.activation_lr, "name": f"{name}.log_scale"}
             if table.zero_point.requires_grad:
@@ -188,7 +200,7 @@ class Distillation:
         """Let the model run with what has been learned so far, exactly as it would be stored."""
         stored = {name: layer.bias for name, layer in self.parts.layers.items()}
         for tuned in self.tuned.values():
-            tuned.layer.soft_weight = tuned.weight()
+            tuned.apply()
             if tuned.bias is not None:
                 tuned.layer.bias = tuned.bias
         for table in self.tables.values():
@@ -196,8 +208,9 @@ class Distillation:
         try:
             yield
         finally:
-            for name, layer in self.parts.layers.items():
-                layer.soft_weight, layer.bias = None, stored[name]
+            for name, tuned in self.tuned.items():
+                tuned.release()
+                tuned.layer.bias = stored[name]
             for table in self.tables.values():
                 table.release()
 
@@ -249,6 +262,9 @@ class Distillation:
         if not after < self.loss_before:
             return Distilled(self.states, self.loss_before, self.loss_before, is_taken=False)
         states = [_collected(self, state) for state in self.states]
+        for name, parameter in self.norms.items():
+            home = next((place for place, s in enumerate(states) if name.startswith(f"{s.formats.unit}.")), -1)
+            states[home] = replace(states[home], tensors={**states[home].tensors, name: parameter.detach().clone()})
         return Distilled(states, self.loss_before, after, is_taken=True)
 
 
@@ -274,6 +290,16 @@ def _collected(run: Distillation, state: UnitState) -> UnitState:
     """Take a unit's tensors out of the model."""
     found = collect_state(run.parts, state.formats, state.timesteps)
     return UnitState(found.formats, found.timesteps, {name: t.detach().clone() for name, t in found.tensors.items()})
+
+
+def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights and biases of a model's norms, which are never quantized, by name."""
+    return {
+        f"{name}.{leaf}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def feature_unit(states: Sequence[UnitState]) -> str:

@@ -39,18 +39,19 @@ class FakeQuantize(torch.autograd.Function):
         (gradient,) = gradients
         x, scale, zero_point = ctx.saved_tensors
         steps = x / (scale if ctx.channel_scale is None else scale * ctx.channel_scale)
-        rounded = torch.round(steps)
-        codes = rounded + zero_point
-        inside = (codes >= 0) & (codes <= ctx.top)
+        codes = torch.round(steps).add_(zero_point)
+        kept = codes.clamp(min=0).minimum(ctx.top)
+        inside = codes == kept
         grad_inside = gradient * inside
         grad_x = grad_scale = grad_zero = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_inside if ctx.channel_scale is None else grad_inside / ctx.channel_scale).to(x.dtype)
+        # In place from here on: what is new to the process costs more than what is computed.
         if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, rounded - steps, codes.clamp(min=0).minimum(ctx.top) - zero_point)
-            grad_scale = (gradient * slope).sum_to_size(scale.shape)
+            slope = kept.sub_(zero_point).sub_(steps.masked_fill_(~inside, 0))
+            grad_scale = slope.mul_(gradient).sum_to_size(scale.shape)
         if ctx.needs_input_grad[2]:
-            grad_zero = ((grad_inside - gradient) * scale).sum_to_size(zero_point.shape)
+            grad_zero = (grad_inside - gradient).mul_(scale).sum_to_size(zero_point.shape)
         return grad_x, grad_scale, grad_zero, None, None
 
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from diffusers.models.normalization import RMSNorm
@@ -120,25 +119,30 @@ class Distillation:
             for name, module in model.named_modules()
             if isinstance(module, ActivationQuantizer) and not module.spec.is_dynamic
         }
-        groups = list(self._groups())
-        self._rates = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.Adam(groups)
+        self.learned = dict(self._learned())
+        # Few groups, all of whose parameters move at once: models that this is cheap for have hundreds of small ones.
+        self._rates = sorted({rate for _, rate in self.learned.values()})
+        groups = [
+            {"params": [parameter for parameter, own in self.learned.values() if own == rate], "lr": rate}
+            for rate in self._rates
+        ]
+        self.optimizer = torch.optim.Adam(groups, foreach=True if self.is_frozen else None)
         self.iteration = 0
 
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        """Yield the optimiser's groups."""
+    def _learned(self) -> Iterator[tuple[str, tuple[Tensor, float]]]:
+        """Yield what is learned: names, each with its tensor and its rate."""
         config = self.config
         rates = {"log_scale": config.weight_lr, "zero_point": config.zero_point_lr, "bias": config.bias_lr}
         for name, tuned in self.tuned.items():
             own = rates if self.is_frozen else rates | dict.fromkeys("ab", config.lr * float(tuned.layer.steps.mean()))
             for what, parameter in tuned.parameters().items():
-                yield {"params": [parameter], "lr": own[what], "name": f"{name}.{what}"}
+                yield f"{name}.{what}", (parameter, own[what])
         for name, parameter in self.norms.items():
-            yield {"params": [parameter.requires_grad_()], "lr": config.norm_lr, "name": name}
+            yield name, (parameter.requires_grad_(), config.norm_lr)
         for name, table in self.tables.items():
-            yield {"params": [table.log_scale], "lr": config.activation_lr, "name": f"{name}.log_scale"}
+            yield f"{name}.log_scale", (table.log_scale, config.activation_lr)
             if table.zero_point.requires_grad:
-                yield {"params": [table.zero_point], "lr": config.zero_point_lr, "name": f"{name}.zero_point"}
+                yield f"{name}.zero_point", (table.zero_point, config.zero_point_lr)
 
     def step(self) -> float:
         """Make one iteration; returns the loss of its batch.
@@ -230,11 +234,10 @@ class Distillation:
     def checkpoint(self) -> bytes:
         """Return all that the next iterations depend on."""
         tensors = {"iteration": torch.tensor(self.iteration)}
-        for group in self.optimizer.param_groups:
-            (parameter,) = group["params"]
-            tensors[f"{group['name']}:value"] = parameter.detach()
+        for name, (parameter, _) in self.learned.items():
+            tensors[f"{name}:value"] = parameter.detach()
             for what, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{group['name']}:{what}"] = value
+                tensors[f"{name}:{what}"] = value
         return save({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()})
 
     @torch.no_grad()
@@ -242,12 +245,11 @@ class Distillation:
         """Go on from a checkpoint of a run with the same arguments."""
         tensors = load(data)
         self.iteration = int(tensors.pop("iteration"))
-        for group in self.optimizer.param_groups:
-            (parameter,) = group["params"]
-            parameter.copy_(tensors[f"{group['name']}:value"])
-            names = ("step", "exp_avg", "exp_avg_sq") if f"{group['name']}:step" in tensors else ()
+        for name, (parameter, _) in self.learned.items():
+            parameter.copy_(tensors[f"{name}:value"])
+            names = ("step", "exp_avg", "exp_avg_sq") if f"{name}:step" in tensors else ()
             # torch counts steps on the CPU, whatever the device
-            own = {what: tensors[f"{group['name']}:{what}"] for what in names}
+            own = {what: tensors[f"{name}:{what}"] for what in names}
             if own:
                 moments = {what: own[what].to(parameter.device) for what in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[parameter] = {"step": own["step"], **moments}

@@ -66,7 +66,7 @@ class DistillFit(Grown):
 class Distill(DistillFit):
     """Tune weights (low rank, merged before they are quantized), grids and activation steps, end to end (MPQ-DM).
 
-    Or, with frozen codes, what stands around them, upon any recipe.
+    With frozen codes: scales, biases, norms and activation steps around them.
     """
 
     seeds: Count = Field(default=64, description="Full-precision trajectories that are distilled from.")

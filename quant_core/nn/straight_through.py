@@ -51,7 +51,7 @@ class FakeQuantize(torch.autograd.Function):
             grad_x = (grad_inside if ctx.channel_scale is None else grad_inside / ctx.channel_scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
             slope = kept.sub_(zero_point).sub_(steps.mul_(inside))
-            grad_scale = slope.mul_(gradient).sum_to_size(scale.shape)
+            grad_scale = (gradient * slope).sum_to_size(scale.shape)
         if ctx.needs_input_grad[2]:
             grad_zero = (grad_inside - gradient).mul_(scale).sum_to_size(zero_point.shape)
         return grad_x, grad_scale, grad_zero, None, None

@@ -21,6 +21,10 @@ Where we differ from the authors' code (EfficientDM@293e212, mpq-dm@2b05dd7), an
 - Steps can be weighted by what their error does to the final sample (`DistillFit.effect`): at 20 steps the first two
   make most of it, and a few percent of the unweighted loss.
 
+With frozen codes (`Params.codes`), the codes and zero points of weights stay, and what stands around them is learned:
+scales (`quant_core.methods.mpqdm.scaled_weight`), biases, the affine parameters of norms, which stay in full precision,
+and the activations' grids. It needs neither the original weights nor, for most of them, a gradient.
+
 A run may stop after any iteration and go on from its checkpoint: the result is the same, bit for bit.
 """
 

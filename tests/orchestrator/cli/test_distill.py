@@ -77,10 +77,12 @@ def test_codes_stay_and_a_release_has_the_scales_biases_and_norms_that_were_lear
 
 @pytest.mark.usefixtures("without_ray", "with_digits")
 def test_what_stands_around_codes_is_learned_upon_tables_shifts_and_bits_by_step(cli: Cli, tmp_path: Path) -> None:
-    upon = ("passes.temporal={cache: true}", "passes.scale={method: smooth, shift: skip}", "weights.bits=4")
-    upon += ("passes.exceptions={choices: [3, 4, 6], seeds: 1}", "activations.range=mse")
-    # Fewer parts to try.
-    upon += ("layers=[{match: 'down_blocks.*', keep: true}, {match: 'mid_block.*', keep: true}]",)
+    upon = (
+        *("passes.temporal={cache: true}", "passes.scale={method: smooth, shift: skip}", "weights.bits=4"),
+        *("passes.exceptions={choices: [3, 4, 6], seeds: 1}", "activations.range=mse"),
+        # Fewer parts to try.
+        "layers=[{match: 'down_blocks.*', keep: true}, {match: 'mid_block.*', keep: true}]",
+    )
     plain = packed(cli, tmp_path, "plain", *upon, "passes.distill=null")
     tuned = packed(cli, tmp_path, "tuned", *upon, FROZEN)
     model = quant_core.load_quantized(tmp_path / "tuned", device="cpu", backend="reference")
@@ -106,8 +108,10 @@ def test_what_stands_around_codes_is_learned_upon_tables_shifts_and_bits_by_step
 def test_codes_of_transformers_stay(home: Path, tmp_path: Path, recipe: str, settings: list[str]) -> None:
     save_sd3(tmp_path / "sd3")
     (tmp_path / "prompts.txt").write_text("red heart\nowl\n")
-    small = ("sampler.num_inference_steps=2", "sampler.guidance_scale=4", "calibration.seeds=2", "evaluation.seeds=2")
-    small += ("evaluation.sqnr_seeds=1", "evaluation.grid=2", *settings)
+    small = (
+        *("sampler.num_inference_steps=2", "sampler.guidance_scale=4", "calibration.seeds=2", "evaluation.seeds=2"),
+        *("evaluation.sqnr_seeds=1", "evaluation.grid=2", *settings),
+    )
     found = []
     for name, distilled in (("plain", "passes.distill=null"), ("tuned", FROZEN)):
         words = [word for setting in (*small, distilled) for word in ("--set", setting)]

@@ -61,8 +61,8 @@ def start(calibrated: Calibrated, unit_formats: ChooseFormats, trajectories: Cal
         searched = "minmax" if activation.is_float or activation.is_dynamic else "mse"
         units = unit_formats(denoiser, activation=activation, activation_range=searched, **weight)
         states = [each.state for each in round_units(denoiser.model, calibration, units, rounding())]
-        models = [calibrated("unet")[0].model for _ in range(2)]
-        return Distillation(*models, states, trajectories, CONFIG.replaced(**changes))
+        teacher, model = calibrated("unet")[0].model, calibrated("unet")[0].model
+        return Distillation(teacher, model, states, trajectories, CONFIG.replaced(**changes))
 
     return make
 

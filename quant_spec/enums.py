@@ -117,6 +117,13 @@ class AllocationMethod(StrEnum):
     GLOBAL = "global"  # over all layers, the same number of bits in all
 
 
+class WeightCodes(StrEnum):
+    """What distillation does with the codes of weights."""
+
+    LEARNED = "learned"  # MPQ-DM's and EfficientDM's low-rank tuning, merged before weights are quantized
+    FROZEN = "frozen"  # they stay: scales, biases and norms are learned around them, as PEQA learns scales
+
+
 class StepBitsMethod(StrEnum):
     """How bits are given to steps."""
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from quant_spec.components import ComponentRecipe, is_denoiser
-from quant_spec.enums import ActivationMode, Extractor, NumberType, Shift, ShownSeeds, TemporalRounding
+from quant_spec.enums import ActivationMode, Extractor, NumberType, Shift, ShownSeeds, TemporalRounding, WeightCodes
 from quant_spec.formats import EXACT_SOFTMAX_BITS
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
 from quant_spec.passes.choose import GAIN_SEEDS, Choose
@@ -255,6 +255,7 @@ class Recipe(Record):
         self._check_choice()
         self._check_answers()
         self._check_differences()
+        self._check_frozen()
         self._check_exceptions()
         self._check_components()
         steps, recorded = self.sampler.num_inference_steps, self.calibration.steps
@@ -419,6 +420,20 @@ class Recipe(Record):
             other = "activations.step_bits" if chosen.step_bits is not None else "passes.menu.activation_bits"
             raise ValueError(f"passes.differences: got it beside {other}, wanted one choice of activation bits")
 
+    def _check_frozen(self) -> None:
+        """Refuse what is learned around codes for inputs as they are where differences are quantized."""
+        distill = self.passes.distill
+        if distill is not None and not self._learns_codes and self.passes.differences is not None:
+            raise ValueError(
+                f"passes.distill.codes: got {distill.codes} beside passes.differences, wanted one of them: it learns "
+                "for inputs that are quantized as they are"
+            )
+
+    @property
+    def _learns_codes(self) -> bool:
+        """Whether distillation learns codes of weights."""
+        return self.passes.distill is not None and self.passes.distill.codes is WeightCodes.LEARNED
+
     def _check_low_rank(self) -> None:
         """Refuse branches beside what has no room for them."""
         low_rank, allocate = self.passes.low_rank, self.passes.allocate
@@ -444,7 +459,9 @@ class Recipe(Record):
         """Refuse passes that work on integer codes where numbers are E4M3."""
         passes, attention = self.passes, self.attention
         if NumberType.E4M3 in {self.weights.type, *(entry.weights.type for entry in self.layers)}:
-            taken = {name for name in ("reconstruct", "distill", "allocate") if getattr(passes, name) is not None}
+            taken = {name for name in ("reconstruct", "allocate") if getattr(passes, name) is not None}
+            if self._learns_codes:
+                taken.add("distill")
             if passes.temporal is not None and passes.temporal.method is TemporalRounding.RECONSTRUCT:
                 taken.add("temporal.method reconstruct")
             if taken:
@@ -463,7 +480,7 @@ class Recipe(Record):
                 "e4m3, wanted 8 and 8 or 16, or enabled false"
             )
         types = {self.activations.type, *(entry.activations.type for entry in self.layers)}
-        if passes.distill is not None and NumberType.E4M3 in types:
+        if self._learns_codes and NumberType.E4M3 in types:
             raise ValueError("activations.type: got e4m3 with passes.distill, wanted int, whose grids that pass learns")
         if passes.scale is not None and passes.scale.shift is not Shift.NONE and NumberType.E4M3 in types:
             raise ValueError(

@@ -10,8 +10,9 @@ another `encode` lie beside. If activation bits differ between trajectory steps,
 `allocate`, `scale` (units), `low_rank` (units), then `channel_errors` (units) and `allocate`, lie before round; with
 `menu`, `menu` (units) and `mix` (units) lie in its place, or with `choose`, `menu` (units), `step_gains`, `sensitivity`
 (units) and `choose`; with `distill`, that task and the trajectories that it needs
-between reconstruct and pack; with `exceptions`, `trials` (units) and that task after these; with
-`differences`, that task before pack; with `correct`, `noise` (seeds) and `correct` between pack and evaluate.
+between reconstruct and pack, behind `exceptions` if codes are frozen; with `exceptions`, `trials` (units) and that task
+after these; with `differences`, that task before pack; with `correct`, `noise` (seeds) and `correct` between pack and
+evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine. What each kind of task
@@ -33,7 +34,7 @@ from orchestrator.planning.passes.choose import choose
 from orchestrator.planning.passes.components import components
 from orchestrator.planning.passes.correct import correct
 from orchestrator.planning.passes.differences import differences
-from orchestrator.planning.passes.distill import distill
+from orchestrator.planning.passes.distill import distill, distill_frozen
 from orchestrator.planning.passes.encode import encode
 from orchestrator.planning.passes.evaluate import evaluate
 from orchestrator.planning.passes.exceptions import exceptions
@@ -51,7 +52,7 @@ from quant_spec.recipe import Recipe
 #: The passes in the order in which they are drawn, which is the order in which a free worker takes tasks.
 PASSES: tuple[Callable[[Draft], Drawing], ...] = (
     *(encode, components, calibrate, step_bits, temporal, scale, low_rank, allocate, menu, choose),
-    *(round_units, reconstruct, distill, exceptions, differences, pack, correct, evaluate, release),
+    *(round_units, reconstruct, distill, exceptions, distill_frozen, differences, pack, correct, evaluate, release),
 )
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from kernels.affine import fake_quantize_affine
 from kernels.fp8 import FP8_MAX, fake_quantize_fp8
 
+#: In steps: outside of every grid, and times 0 it is 0, which infinity is not.
+_FAR = 1e30
+
 
 class FakeQuantize(torch.autograd.Function):
     """x_hat = (clamp(round(x / s) + z, 0, top) - z) s.
@@ -38,19 +41,19 @@ class FakeQuantize(torch.autograd.Function):
         """Return the gradients of `x`, `scale` and `zero_point`."""
         (gradient,) = gradients
         x, scale, zero_point = ctx.saved_tensors
-        steps = x / (scale if ctx.channel_scale is None else scale * ctx.channel_scale)
-        rounded = torch.round(steps)
-        codes = rounded + zero_point
-        inside = (codes >= 0) & (codes <= ctx.top)
+        steps = (x / (scale if ctx.channel_scale is None else scale * ctx.channel_scale)).clamp_(-_FAR, _FAR)
+        codes = torch.round(steps).add_(zero_point)
+        kept = codes.clamp(min=0).minimum(ctx.top)
+        inside = (codes == kept).float()  # a product with it takes a tenth of the time that torch.where does
         grad_inside = gradient * inside
         grad_x = grad_scale = grad_zero = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_inside if ctx.channel_scale is None else grad_inside / ctx.channel_scale).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            slope = torch.where(inside, rounded - steps, codes.clamp(min=0).minimum(ctx.top) - zero_point)
+            slope = kept.sub_(zero_point).sub_(steps.mul_(inside))
             grad_scale = (gradient * slope).sum_to_size(scale.shape)
         if ctx.needs_input_grad[2]:
-            grad_zero = ((grad_inside - gradient) * scale).sum_to_size(zero_point.shape)
+            grad_zero = (grad_inside - gradient).mul_(scale).sum_to_size(zero_point.shape)
         return grad_x, grad_scale, grad_zero, None, None
 
 

@@ -7,17 +7,26 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from quant_spec.record import Count, Positive, Record, Seed
+from quant_spec.enums import WeightCodes
+from quant_spec.record import Count, Grown, Positive, Seed
 
 
-class DistillFit(Record):
+class DistillFit(Grown):
     """How a model is distilled."""
 
     _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
-        ("relations", True): frozenset({"relation_weight", "positions"})
+        ("relations", True): frozenset({"relation_weight", "positions"}),
+        ("codes", WeightCodes.LEARNED): frozenset({"rank", "lr"}),
+        ("codes", WeightCodes.FROZEN): frozenset({"norm_lr"}),
     }
+    _omitted: ClassVar[frozenset[str]] = frozenset({"effect", "codes"})
+    _later: ClassVar[frozenset[str]] = frozenset({"codes", "norm_lr"})
 
-    _omitted: ClassVar[frozenset[str]] = frozenset({"effect"})
+    codes: WeightCodes = Field(
+        default=WeightCodes.LEARNED,
+        description="Whether codes of weights are learned too, or frozen: then only scales, biases, the affine "
+        "parameters of norms and the grids of activations are.",
+    )
 
     iterations: Count = Field(default=1200, description="Iterations of Adam; all rates fall linearly to 0.")
     batch_size: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
@@ -38,6 +47,7 @@ class DistillFit(Record):
     )
     zero_point_lr: Positive = Field(default=2e-3, description="Rate of all zero points, in codes.")
     bias_lr: Positive = Field(default=3e-4, description="Rate of the biases.")
+    norm_lr: Positive = Field(default=1e-3, description="Rate of the weights and biases of norms.")
     relations: bool = Field(
         default=True,
         description="Distil, besides the prediction, how positions of the last block's output relate, averaged over "
@@ -54,7 +64,10 @@ class DistillFit(Record):
 
 
 class Distill(DistillFit):
-    """Tune weights (low rank, merged before they are quantized), grids and activation steps, end to end (MPQ-DM)."""
+    """Tune weights (low rank, merged before they are quantized), grids and activation steps, end to end (MPQ-DM).
+
+    With frozen codes: scales, biases, norms and activation steps around them.
+    """
 
     seeds: Count = Field(default=64, description="Full-precision trajectories that are distilled from.")
     first_seed: Seed = Field(default=4_000_000, description="First of their seeds.")

@@ -36,6 +36,7 @@ from quant_spec.enums import (
     TemporalRounding,
     UnitInputs,
     UnknownTimestep,
+    WeightCodes,
     Weighting,
 )
 from quant_spec.formats import WeightSpec
@@ -752,7 +753,12 @@ CASES: dict[str, dict[str, Case]] = {
         "by range": _differences(range_bits=(6, 3)),
         "by effect": _differences(by_effect=True),
     },
-    "distill": {"relations": _distill(), "predictions": _distill(relations=False), "by effect": _distill(effect=0.5)},
+    "distill": {
+        "relations": _distill(),
+        "predictions": _distill(relations=False),
+        "by effect": _distill(effect=0.5),
+        "frozen codes": _distill(codes=WeightCodes.FROZEN),
+    },
     "trials": {"": _trials(), "weights too": _trials(weights=True)},
     "exceptions": {"": _exceptions(), "bits of inputs": _exceptions((4, 6, 8))},
     "pack": {"": _pack(), "nearest timestep": _pack(unknown_timestep=UnknownTimestep.NEAREST)},

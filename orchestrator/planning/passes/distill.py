@@ -10,19 +10,30 @@ from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.references import reference
 from orchestrator.planning.sensitivity import step_gains_node
 from orchestrator.planning.shards import shards
+from quant_spec.enums import WeightCodes
 from quant_spec.passes.distill import Distill
 from quant_spec.task import per_unit
 from quant_spec.tasks.distill import KIND, STATE, Inputs, Params
 from quant_spec.tasks.reference import REFERENCE
 from quant_spec.tasks.step_gains import GAINS
 
+_BACKWARD_FROZEN = 1.3  # what a backward pass costs, in forward passes, where most weights need no gradient
 _RELATION = 500.0  # MACs of one pair of positions related, with gradient: 17 ns
 
 
 def distill(draft: Draft) -> Drawing:
-    """Leave the tuned states."""
+    """Leave the tuned states, if codes are learned."""
+    return _distill(draft, WeightCodes.LEARNED)
+
+
+def distill_frozen(draft: Draft) -> Drawing:
+    """Leave the tuned states, if codes are frozen: what else there is to learn, after all bits are chosen."""
+    return _distill(draft, WeightCodes.FROZEN)
+
+
+def _distill(draft: Draft, codes: WeightCodes) -> Drawing:
     config = draft.recipe.passes.distill
-    if config is None:
+    if config is None or config.codes is not codes:
         return draft
     trajectories: list[TaskRef] = []
     for shard in shards(config.first_seed, config.seeds, config.shard_seeds, recorded=config.seeds):
@@ -44,11 +55,13 @@ def distill(draft: Draft) -> Drawing:
 
 def distill_cost(costs: Costs, config: Distill) -> Cost:
     """Iterations forward and back, the full-precision model beside them for relations."""
-    batch = config.batch_size
-    step = batch * costs.model.gmacs * (1 + BACKWARD) + giga(
-        3 * costs.layers * CALL + costs.weights * TRAIN_WEIGHT + batch * costs.elements * TRAIN_ELEMENT
+    batch, is_frozen = config.batch_size, config.codes is WeightCodes.FROZEN
+    learned = 0 if is_frozen else costs.weights
+    step = batch * costs.model.gmacs * (1 + (_BACKWARD_FROZEN if is_frozen else BACKWARD)) + giga(
+        3 * costs.layers * CALL + learned * TRAIN_WEIGHT + batch * costs.elements * TRAIN_ELEMENT
     )
     if config.relations:
         step += costs.forward(batch, batch) + giga(batch * config.positions**2 * _RELATION)
-    graph = batch * 4 * costs.elements * 12 + costs.weights * 4 * 16
+    # Of each weight: itself and its gradient, moments and what they are made from, or what scales are multiplied with.
+    graph = batch * 4 * costs.elements * 12 + costs.weights * 4 * (2 if is_frozen else 16)
     return Cost(config.iterations * step, int(WORKER_BYTES + 2 * costs.model_bytes + graph))

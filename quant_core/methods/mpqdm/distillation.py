@@ -21,6 +21,10 @@ Where we differ from the authors' code (EfficientDM@293e212, mpq-dm@2b05dd7), an
 - Steps can be weighted by what their error does to the final sample (`DistillFit.effect`): at 20 steps the first two
   make most of it, and a few percent of the unweighted loss.
 
+With frozen codes (`Params.codes`), the codes and zero points of weights stay, and what stands around them is learned:
+scales (`quant_core.methods.mpqdm.scaled_weight`), biases, the affine parameters of norms, which stay in full precision,
+and the activations' grids. It needs neither the original weights nor, for most of them, a gradient.
+
 A run may stop after any iteration and go on from its checkpoint: the result is the same, bit for bit.
 """
 
@@ -28,10 +32,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
+from diffusers.models.normalization import RMSNorm
 from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -42,13 +46,17 @@ from quant_core.fit.unit_state import UnitState, collect_state, load_states, mer
 from quant_core.methods.mpqdm.learned_table import LearnedTable
 from quant_core.methods.mpqdm.low_rank import LowRankWeight
 from quant_core.methods.mpqdm.relation import relation_loss
+from quant_core.methods.mpqdm.scaled_weight import ScaledWeight
 from quant_core.nn.activation import ActivationQuantizer
 from quant_core.nn.model import build_quantized
+from quant_spec.enums import WeightCodes
 from quant_spec.errors import QuantizationError
 from quant_spec.tasks.distill import Params
 
 #: Consecutive trajectory steps whose features are averaged before they are related.
 WINDOW = 2
+#: Modules whose parameters are an affine map of what they normalize.
+NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, RMSNorm)
 #: Trajectory samples on which a result is compared with its start.
 CHECKED_SAMPLES = 160
 
@@ -96,37 +104,49 @@ class Distillation:
         self.window = min(WINDOW, trajectories.steps)
         self.step_weights = _step_weights(gains, config.effect, trajectories.steps)
         self._drawn = _drawn(trajectories.steps, self.window)
-        weights = {name: model.get_parameter(f"{name}.weight").detach() for s in states for name in s.formats.layers}
+        self.is_frozen = config.codes is WeightCodes.FROZEN
+        originals = [] if self.is_frozen else [name for state in states for name in state.formats.layers]
+        weights = {name: model.get_parameter(f"{name}.weight").detach() for name in originals}
         self.parts = build_quantized(model, merge_formats(self.states))
         load_states(model, self.states)
         self.feature = feature_unit(self.states)
         self.loss_before = self._checked_loss()
-        self.tuned = {
-            name: LowRankWeight(layer, weights[name], config.rank, seed_stream(config.seed, f"low rank of {name}"))
+        self.tuned: dict[str, LowRankWeight | ScaledWeight] = {
+            name: ScaledWeight(layer)
+            if self.is_frozen
+            else LowRankWeight(layer, weights[name], config.rank, seed_stream(config.seed, f"low rank of {name}"))
             for name, layer in self.parts.layers.items()
         }
+        self.norms = norm_parameters(model) if self.is_frozen else {}
         self.tables = {
             name: LearnedTable(module)
             for name, module in model.named_modules()
             if isinstance(module, ActivationQuantizer) and not module.spec.is_dynamic
         }
-        groups = list(self._groups())
-        self._rates = [group["lr"] for group in groups]
-        self.optimizer = torch.optim.Adam(groups)
+        self.learned = dict(self._learned())
+        # Few groups, all of whose parameters move at once: models that this is cheap for have hundreds of small ones.
+        self._rates = sorted({rate for _, rate in self.learned.values()})
+        groups = [
+            {"params": [parameter for parameter, own in self.learned.values() if own == rate], "lr": rate}
+            for rate in self._rates
+        ]
+        self.optimizer = torch.optim.Adam(groups, foreach=True if self.is_frozen else None)
         self.iteration = 0
 
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        """Yield the optimiser's groups."""
+    def _learned(self) -> Iterator[tuple[str, tuple[Tensor, float]]]:
+        """Yield what is learned: names, each with its tensor and its rate."""
         config = self.config
         rates = {"log_scale": config.weight_lr, "zero_point": config.zero_point_lr, "bias": config.bias_lr}
         for name, tuned in self.tuned.items():
-            own = config.lr * float(tuned.layer.steps.mean())
+            own = rates if self.is_frozen else rates | dict.fromkeys("ab", config.lr * float(tuned.layer.steps.mean()))
             for what, parameter in tuned.parameters().items():
-                yield {"params": [parameter], "lr": rates.get(what, own), "name": f"{name}.{what}"}
+                yield f"{name}.{what}", (parameter, own[what])
+        for name, parameter in self.norms.items():
+            yield name, (parameter.requires_grad_(), config.norm_lr)
         for name, table in self.tables.items():
-            yield {"params": [table.log_scale], "lr": config.activation_lr, "name": f"{name}.log_scale"}
+            yield f"{name}.log_scale", (table.log_scale, config.activation_lr)
             if table.zero_point.requires_grad:
-                yield {"params": [table.zero_point], "lr": config.zero_point_lr, "name": f"{name}.zero_point"}
+                yield f"{name}.zero_point", (table.zero_point, config.zero_point_lr)
 
     def step(self) -> float:
         """Make one iteration; returns the loss of its batch.
@@ -188,7 +208,7 @@ class Distillation:
         """Let the model run with what has been learned so far, exactly as it would be stored."""
         stored = {name: layer.bias for name, layer in self.parts.layers.items()}
         for tuned in self.tuned.values():
-            tuned.layer.soft_weight = tuned.weight()
+            tuned.apply()
             if tuned.bias is not None:
                 tuned.layer.bias = tuned.bias
         for table in self.tables.values():
@@ -196,8 +216,9 @@ class Distillation:
         try:
             yield
         finally:
-            for name, layer in self.parts.layers.items():
-                layer.soft_weight, layer.bias = None, stored[name]
+            for name, tuned in self.tuned.items():
+                tuned.release()
+                tuned.layer.bias = stored[name]
             for table in self.tables.values():
                 table.release()
 
@@ -217,11 +238,10 @@ class Distillation:
     def checkpoint(self) -> bytes:
         """Return all that the next iterations depend on."""
         tensors = {"iteration": torch.tensor(self.iteration)}
-        for group in self.optimizer.param_groups:
-            (parameter,) = group["params"]
-            tensors[f"{group['name']}:value"] = parameter.detach()
+        for name, (parameter, _) in self.learned.items():
+            tensors[f"{name}:value"] = parameter.detach()
             for what, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{group['name']}:{what}"] = value
+                tensors[f"{name}:{what}"] = value
         return save({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()})
 
     @torch.no_grad()
@@ -229,12 +249,11 @@ class Distillation:
         """Go on from a checkpoint of a run with the same arguments."""
         tensors = load(data)
         self.iteration = int(tensors.pop("iteration"))
-        for group in self.optimizer.param_groups:
-            (parameter,) = group["params"]
-            parameter.copy_(tensors[f"{group['name']}:value"])
-            names = ("step", "exp_avg", "exp_avg_sq") if f"{group['name']}:step" in tensors else ()
+        for name, (parameter, _) in self.learned.items():
+            parameter.copy_(tensors[f"{name}:value"])
+            names = ("step", "exp_avg", "exp_avg_sq") if f"{name}:step" in tensors else ()
             # torch counts steps on the CPU, whatever the device
-            own = {what: tensors[f"{group['name']}:{what}"] for what in names}
+            own = {what: tensors[f"{name}:{what}"] for what in names}
             if own:
                 moments = {what: own[what].to(parameter.device) for what in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[parameter] = {"step": own["step"], **moments}
@@ -249,6 +268,9 @@ class Distillation:
         if not after < self.loss_before:
             return Distilled(self.states, self.loss_before, self.loss_before, is_taken=False)
         states = [_collected(self, state) for state in self.states]
+        for name, parameter in self.norms.items():
+            home = next((place for place, s in enumerate(states) if name.startswith(f"{s.formats.unit}.")), -1)
+            states[home] = replace(states[home], tensors={**states[home].tensors, name: parameter.detach().clone()})
         return Distilled(states, self.loss_before, after, is_taken=True)
 
 
@@ -274,6 +296,16 @@ def _collected(run: Distillation, state: UnitState) -> UnitState:
     """Take a unit's tensors out of the model."""
     found = collect_state(run.parts, state.formats, state.timesteps)
     return UnitState(found.formats, found.timesteps, {name: t.detach().clone() for name, t in found.tensors.items()})
+
+
+def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the weights and biases of a model's norms, which are never quantized, by name."""
+    return {
+        f"{name}.{leaf}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
 
 
 def feature_unit(states: Sequence[UnitState]) -> str:

@@ -20,7 +20,9 @@ class LearnedTable:
         self.quantizer = quantizer
         self.start_scale = quantizer.scale.clone()
         self.log_scale = torch.zeros_like(self.start_scale, requires_grad=True)
-        self.zero_point = quantizer.zero_point.clone().requires_grad_(not quantizer.spec.symmetric)
+        self.zero_point = quantizer.zero_point.clone().requires_grad_(
+            not (quantizer.spec.symmetric or quantizer.spec.is_float)
+        )
         bits = quantizer.spec.step_bits or (quantizer.spec.bits,)
         self.top = torch.tensor([2.0**b - 1 for b in bits], device=self.start_scale.device)
 

@@ -97,6 +97,14 @@ class LowRankWeight:
             FakeQuantize.apply(self.merged(), scale, zero_point, self.layer.top), self.layer.shape
         )
 
+    def apply(self) -> None:
+        """Let the layer multiply with what has been learned so far."""
+        self.layer.soft_weight = self.weight()
+
+    def release(self) -> None:
+        """Let the layer multiply with what is stored."""
+        self.layer.soft_weight = None
+
     @torch.no_grad()
     def commit(self) -> None:
         """Give the layer the codes, grid and bias that were learned; it then multiplies with exactly `weight()`."""

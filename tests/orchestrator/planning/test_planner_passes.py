@@ -289,6 +289,26 @@ def test_distillation_composes_with_the_temporal_block_and_the_correction():
     assert not set(block) & {name for node in by_kind(nodes, "channel_errors") for name in node.params["layers"]}
 
 
+def test_what_stands_around_frozen_codes_is_learned_when_all_bits_are_chosen():
+    settings = ("passes.exceptions={choices: [5, 6, 8]}", "passes.correct={}")
+    plain, nodes = (
+        nodes_of(recipe("dmq-w4a6", *settings, f"passes.distill={distill}"))
+        for distill in ("null", "{codes: frozen, effect: 0.5}")
+    )
+    kinds = [node.kind for node in nodes]
+    assert kinds.index("exceptions") < kinds.index("distill") < kinds.index("pack") < kinds.index("correct")
+    task = only(nodes, "distill")
+    assert only(nodes, "exceptions").id in task.sources()
+    # What an error at each step does to the final sample was measured for the choices already.
+    assert [node.id for node in by_kind(nodes, "step_gains")] == [node.id for node in by_kind(plain, "step_gains")]
+    learned = only(nodes_of(recipe("dmq-w4a6", *settings, "passes.distill={}")), "distill")
+    assert only(nodes, "exceptions").id not in learned.sources()
+    assert task.work < learned.work
+    assert task.resources.memory_bytes < learned.resources.memory_bytes
+    assert {"rank", "lr", "norm_lr"} & task.params.keys() == {"norm_lr"}
+    assert {"rank", "lr", "norm_lr", "codes"} & learned.params.keys() == {"rank", "lr"}
+
+
 @pytest.mark.parametrize(
     ("override", "changed"),
     [

@@ -348,10 +348,12 @@ def test_killed_job_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
-def test_distillation_goes_on_where_a_killed_worker_left_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codes", ["learned", "frozen"])
+def test_distillation_goes_on_where_a_killed_worker_left_it(tmp_path: Path, codes: str) -> None:
+    settings = (*SETTINGS, *DISTILL, f"passes.distill.codes={codes}")
     scenario = replace(
         SCENARIOS["quantization"],
-        submit=lambda home: submit_recipe(home, "mpqdm-w4a4", (*SETTINGS, *DISTILL)),
+        submit=lambda home: submit_recipe(home, "mpqdm-w4a4", settings),
         kinds=frozenset({"distill"}),
     )
     run = Run(scenario, tmp_path / "home")

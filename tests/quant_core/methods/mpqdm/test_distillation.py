@@ -175,13 +175,13 @@ def test_what_is_trained_is_what_is_stored(start: Callable[..., Distillation], t
 
 def test_every_kind_of_variable_learns_and_each_step_has_its_own(start: Callable[..., Distillation]) -> None:
     made = start()
-    before = {group["name"]: group["params"][0].detach().clone() for group in made.optimizer.param_groups}
+    before = {name: parameter.detach().clone() for name, (parameter, _) in made.learned.items()}
     while made.iteration < 3:
         made.step()
     moved = {
         name.rpartition(".")[2]
-        for (name, value), group in zip(before.items(), made.optimizer.param_groups, strict=True)
-        if not torch.equal(value, group["params"][0])
+        for name, (parameter, _) in made.learned.items()
+        if not torch.equal(before[name], parameter)
     }
     assert moved == {"a", "b", "log_scale", "zero_point", "bias"}
     table = next(iter(made.tables.values()))

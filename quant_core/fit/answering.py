@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,13 @@ class _Pair(nn.Module):
         self.rounded: RoundedLayer | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the exact output of the first half, and the quantized one of the second."""
+        """Return the exact output of the first half, and the quantized one of the second.
+
+        What is no batch of rows, as a constant that a model embeds once for all of them, is answered exactly, and the
+        layer is left to be rounded without moments.
+        """
+        if len(x) % (2 * self.steps):
+            return cast(Tensor, self.original(x))
         exact, quantized = x.chunk(2)
         if self.rounded is None:
             self.rounded = self._round(exact, self.layer.quantize_input(quantized))

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
-from quant_core.fit.answering import answering
+from quant_core.fit.answering import answering, round_in_order
 from quant_core.fit.rounding import RoundedUnit, UnitRanges, round_units
 from quant_core.fit.unit_state import load_states, merge_formats
+from quant_core.nn.layers import QuantLayer
 from quant_core.nn.model import build_quantized
+from quant_core.nn.steps import StepClock
 from quant_spec.enums import ActivationMode, UnitInputs
-from quant_spec.formats import ActivationSpec, UnitFormat
+from quant_spec.formats import ActivationSpec, LayerSpec, UnitFormat, WeightSpec
+from quant_spec.ranges import RangeSpec
 from tests.quant_core.params import rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
@@ -83,3 +86,24 @@ def test_layers_answer_for_those_before_them(
     for one, two in zip(plain, answered, strict=True):  # ranges are those of the exact model
         tables = [name for name in one.state.tensors if ".act_quantizers." in name or ".attention_quantizer." in name]
         assert all(torch.equal(one.state.tensors[name], two.state.tensors[name]) for name in tables)
+
+
+def test_layer_that_reads_no_batch_is_left_as_it_is(calibrated: Calibrated) -> None:
+    class WithConstant(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.embed = inner, nn.Linear(4, 1)
+
+        def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> tuple[Tensor]:
+            return (self.inner(sample, timestep, class_labels).sample + self.embed(torch.ones(1, 4)),)
+
+    denoiser, calibration = calibrated("unet", 2)
+    model = WithConstant(denoiser.model)
+    clock = StepClock(())
+    spec = LayerSpec(WeightSpec(4), None)
+    names = ("inner.conv_in", "embed", "inner.conv_out")
+    layers = {name: QuantLayer(model.get_submodule(name), spec, clock) for name in names}  # type: ignore[arg-type]
+    config = rounding("closed_form", positions=16, inputs=UnitInputs.QUANTIZED)
+    made = round_in_order(model, layers, dict.fromkeys(names, RangeSpec()), clock, calibration, config)
+    assert set(made) == {"inner.conv_in", "inner.conv_out"}
+    assert isinstance(model.embed, nn.Linear)

@@ -53,13 +53,18 @@ def _check_memory(draft: Draft, config: Round) -> None:
 
     Fewer samples are for the user to ask for: with too few rows codes answer for what is chance.
     """
-    samples = min(config.samples, draft.costs.calibrated // draft.costs.recorded_steps)
-    needed = 2 * draft.costs.recorded_steps * samples * draft.costs.live_bytes
+    rows = _rows_at_once(draft.costs, config)
+    samples, needed = rows // draft.costs.recorded_steps, 2 * rows * draft.costs.live_bytes
     if needed > draft.cache_bytes:
         raise RecipeError(
             f"memory.budget_gib: got {draft.recipe.memory.budget_gib:g} with passes.round.inputs quantized, wanted "
             f"{needed / GIB:.3g} at least, which {samples} samples (passes.round.samples) take at all steps"
         )
+
+
+def _rows_at_once(costs: Costs, config: Round) -> int:
+    """Return the rows of the calibration set that answer for the layers before: some of each step."""
+    return min(config.samples * costs.recorded_steps, costs.calibrated)
 
 
 def round_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit) -> Cost:
@@ -69,7 +74,7 @@ def round_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit) -
     hessians = 0
     beside = 0
     if isinstance(config, Round) and config.answers:
-        rows = config.samples * costs.recorded_steps
+        rows = _rows_at_once(costs, config)
         work += costs.quantized_forward(rows, rows) + costs.forward(rows, rows)
         beside = 2 * rows * costs.live_bytes
     for unit in group:

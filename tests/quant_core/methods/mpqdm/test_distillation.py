@@ -9,7 +9,7 @@ import torch
 
 import quant_core
 from quant_core.artifact.folder import write_artifact
-from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
+from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.fit.rounding import UnitRanges, round_units
 from quant_core.fit.unit_state import UnitState, merge_formats
@@ -18,7 +18,6 @@ from quant_core.methods.mpqdm.relation import relation_loss
 from quant_spec.errors import QuantizationError
 from quant_spec.formats import ActivationSpec, UnitFormat
 from quant_spec.quantization_config import quantization_config
-from quant_spec.sampler import Sampler
 from quant_spec.tasks.distill import Params
 from tests.quant_core.params import distillation, rounding
 
@@ -34,15 +33,6 @@ def states(calibrated: Calibrated, unit_formats: ChooseFormats) -> list[UnitStat
     denoiser, calibration = calibrated("unet")
     units = unit_formats(denoiser, bits=3, activation=ActivationSpec(4), activation_range="mse")
     return [each.state for each in round_units(denoiser.model, calibration, units, rounding())]
-
-
-@pytest.fixture(scope="module")
-def trajectories(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
-    denoiser, _ = calibrated("unet")
-    path = tmp_path_factory.mktemp("pool") / "shard"
-    spec = RecordSpec(Sampler(num_inference_steps=3), batch_size=4, predictions=True)
-    record_trajectories(denoiser, range(50, 54), spec, path)
-    return CalibrationSet([path])
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import quant_core
 from quant_core.artifact.folder import write_artifact
-from quant_core.diffusion.calibration import CalibrationSet, RecordSpec, record_trajectories, replay
+from quant_core.diffusion.calibration import CalibrationSet, replay
 from quant_core.diffusion.denoiser import Denoiser
 from quant_core.fit.rounding import UnitRanges, round_units
 from quant_core.fit.unit_state import UnitState, merge_formats
@@ -25,7 +25,6 @@ from quant_core.nn.steps import StepClock
 from quant_spec.enums import ActivationMode, Granularity, GroupScale, NumberType, WeightCodes
 from quant_spec.formats import ActivationSpec, LayerSpec, UnitFormat, WeightSpec
 from quant_spec.quantization_config import quantization_config
-from quant_spec.sampler import Sampler
 from tests.quant_core.params import distillation, rounding
 
 Calibrated = Callable[..., tuple[Denoiser, CalibrationSet]]
@@ -42,15 +41,6 @@ FORMATS: dict[str, tuple[ActivationSpec, dict[str, Any]]] = {
     "ranges at run time": (ActivationSpec(8, mode=ActivationMode.DYNAMIC_TOKEN), {"bits": 3}),
 }
 CONFIG = distillation(codes=WeightCodes.FROZEN, iterations=12, batch_size=4, relations=False)
-
-
-@pytest.fixture(scope="module")
-def trajectories(calibrated: Calibrated, tmp_path_factory: pytest.TempPathFactory) -> CalibrationSet:
-    denoiser, _ = calibrated("unet")
-    path = tmp_path_factory.mktemp("pool") / "shard"
-    spec = RecordSpec(Sampler(num_inference_steps=3), batch_size=4, predictions=True)
-    record_trajectories(denoiser, range(50, 54), spec, path)
-    return CalibrationSet([path])
 
 
 @pytest.fixture

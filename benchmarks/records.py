@@ -69,10 +69,9 @@ class Records:
 
     def states(self) -> list[UnitState]:
         """Return the units' states that were packed, the temporal block's among them."""
-        made: dict[str, UnitState] = {}
-        for kind in ("round", "temporal", "mix", "reconstruct", "distill", "exceptions", "differences"):
-            for _, outputs in self.of(kind):
-                for digest in outputs.values():
-                    state = UnitState.from_bytes(self.path(digest).read_bytes())
-                    made[state.formats.unit] = state
-        return list(made.values())
+        (inputs,) = self.database.execute(
+            "select tasks.inputs from tasks join job_tasks on job_tasks.task_id = tasks.id "
+            "where tasks.kind = 'pack' and job_tasks.job_id = ?",
+            (self.job,),
+        ).fetchone()
+        return [UnitState.from_bytes(self.path(digest).read_bytes()) for digest in json.loads(inputs)["states"]]

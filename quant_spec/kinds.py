@@ -5,6 +5,7 @@ from __future__ import annotations
 from quant_spec.task import TaskKind
 from quant_spec.tasks import (
     allocate,
+    answer,
     bench,
     calibrate,
     card,
@@ -46,7 +47,8 @@ from quant_spec.tasks import (
 )
 
 _MODULES = (
-    *(inspect, encode, calibrate, reference, temporal, scale, low_rank, round, menu, mix, reconstruct),
+    *(inspect, encode, calibrate, reference, temporal, scale, low_rank, round, menu, mix),
+    *(answer, reconstruct),
     *(step_effects, step_bits, channel_errors, allocate),
     *(distill, trials, exceptions, differences, pack, noise, correct, evaluate, score, release),
     *(text_encoder, components),  # of a pipeline whose recipe names recipes for its text encoders

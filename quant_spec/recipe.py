@@ -253,7 +253,6 @@ class Recipe(Record):
         self._check_floats()
         self._check_menu()
         self._check_choice()
-        self._check_answers()
         self._check_differences()
         self._check_frozen()
         self._check_exceptions()
@@ -346,16 +345,6 @@ class Recipe(Record):
             raise ValueError("passes.menu: got it beside weights.type e4m3, which has no widths, wanted int")
         if self.activations.step_bits is not None:
             raise ValueError("passes.menu: got it beside activations.step_bits, wanted one choice of activation bits")
-
-    def _check_answers(self) -> None:
-        """Refuse rounding for quantized inputs beside what rounds, scales or splits weights in another way."""
-        if not self.passes.round.answers:
-            return
-        for name in ("scale", "low_rank", "allocate", "menu"):
-            if getattr(self.passes, name) is not None:
-                raise ValueError(f"passes.round.inputs: got quantized beside passes.{name}, wanted one of them")
-        if self.passes.round.correct_bias:
-            raise ValueError("passes.round.inputs: got quantized beside passes.round.correct_bias, wanted one of them")
 
     def _check_choice(self) -> None:
         """Refuse measured bits where there is no choice, or where something else says them."""

@@ -128,6 +128,8 @@ def stored_bytes(node: TaskNode, costs: Costs) -> float:
         named = [each["name"] if isinstance(each, dict) and "name" in each else "" for each in node.params["units"]]
         widths = len(node.params["weight_bits"]) if node.kind == "menu" else 1
         return widths * sum(weights.get(name, 0) for name in named) or widths * costs.weights
+    if node.kind == "answer":
+        return costs.weights
     if node.kind == "pack":
         return costs.weights * costs.recipe.weights.bits / 8 + 4 * (model.parameters - costs.weights)
     return _SMALL_BYTES

@@ -152,12 +152,15 @@ class Costs:
         rows = seeds * self.recorded_per_seed * min(config.positions, layer.positions)
         return giga(rows * layer.columns**2 + 2 * layer.columns**3)
 
-    def codes(self, layer: LayerInfo, planned: PlannedLayer, config: RoundFit) -> float:
-        """Range search and rounding of one layer at one width, GMAC."""
-        macs = layer.weights * SEARCH if planned.weight_range.method is RangeMethod.MSE else 0.0
-        if config.method is RoundingMethod.CLOSED_FORM:
-            macs += layer.columns * (_COLUMN + layer.weights * _COLUMN_WEIGHT)
-        return giga(macs)
+    def ranged(self, layer: LayerInfo, planned: PlannedLayer) -> float:
+        """Range search of one layer's weight at one width, GMAC."""
+        return giga(layer.weights * SEARCH) if planned.weight_range.method is RangeMethod.MSE else 0.0
+
+    def codes(self, layer: LayerInfo, config: RoundFit) -> float:
+        """Rounding of one layer on one grid, GMAC."""
+        if config.method is not RoundingMethod.CLOSED_FORM:
+            return 0.0
+        return giga(layer.columns * (_COLUMN + layer.weights * _COLUMN_WEIGHT))
 
     def cached(self, needed: float) -> float:
         """Return the memory that a cache takes within the recipe's budget, bytes."""

@@ -4,15 +4,15 @@
          │                    └── temporal ─────────────┴────────────────────┘
          └── reference (seeds) ───────────────────────────────────────────────────────┘
 
-The prompts of a whole pipeline are encoded first (`encode`); with `components`, `text_encoder` tasks, `components` and
-another `encode` lie beside. If activation bits differ between trajectory steps,
-`step_effects` (seeds) and `step_bits` lie between calibrate and round. With the passes `scale`, `low_rank` and
-`allocate`, `scale` (units), `low_rank` (units), then `channel_errors` (units) and `allocate`, lie before round; with
-`menu`, `menu` (units) and `mix` (units) lie in its place, or with `choose`, `menu` (units), `step_gains`, `sensitivity`
-(units) and `choose`; with `distill`, that task and the trajectories that it needs
-between reconstruct and pack, behind `exceptions` if codes are frozen; with `exceptions`, `trials` (units) and that task
-after these; with `differences`, that task before pack; with `correct`, `noise` (seeds) and `correct` between pack and
-evaluate.
+The prompts of a whole pipeline are encoded first (`encode`); with `components`, `text_encoder` tasks, `components`
+and another `encode` lie beside. If activation bits differ between trajectory steps, `step_effects` (seeds) and
+`step_bits` lie between calibrate and round. With the passes `scale`, `low_rank` and `allocate`, `scale` (units),
+`low_rank` (units), then `channel_errors` (units) and `allocate`, lie before round; with `menu`, `menu` (units) and
+`mix` (units) lie in its place, or with `choose`, `menu` (units), `step_gains`, `sensitivity` (units) and `choose`;
+`answer` behind all of these, if codes are for quantized inputs; with `distill`, that task and the trajectories that
+it needs between reconstruct and pack, behind `exceptions` if codes are frozen; with `exceptions`, `trials` (units)
+and that task after these, but before `answer`; with `differences`, that task before pack; with `correct`, `noise`
+(seeds) and `correct` between pack and evaluate.
 
 A task's parameters hold what decides its bytes and nothing else, so that recipes share every task up to where they
 differ. Planning is a pure function: no torch, no clock, no database, nothing about the machine. What each kind of task
@@ -29,6 +29,7 @@ from orchestrator.db.rows import ModelRow
 from orchestrator.graph import TaskNode
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.passes.allocate import allocate
+from orchestrator.planning.passes.answer import answer
 from orchestrator.planning.passes.calibrate import calibrate
 from orchestrator.planning.passes.choose import choose
 from orchestrator.planning.passes.components import components
@@ -37,7 +38,7 @@ from orchestrator.planning.passes.differences import differences
 from orchestrator.planning.passes.distill import distill, distill_frozen
 from orchestrator.planning.passes.encode import encode
 from orchestrator.planning.passes.evaluate import evaluate
-from orchestrator.planning.passes.exceptions import exceptions
+from orchestrator.planning.passes.exceptions import exceptions, exceptions_first
 from orchestrator.planning.passes.low_rank import low_rank
 from orchestrator.planning.passes.menu import menu
 from orchestrator.planning.passes.pack import pack
@@ -51,8 +52,9 @@ from quant_spec.recipe import Recipe
 
 #: The passes in the order in which they are drawn, which is the order in which a free worker takes tasks.
 PASSES: tuple[Callable[[Draft], Drawing], ...] = (
-    *(encode, components, calibrate, step_bits, temporal, scale, low_rank, allocate, menu, choose),
-    *(round_units, reconstruct, distill, exceptions, distill_frozen, differences, pack, correct, evaluate, release),
+    *(encode, components, calibrate, step_bits, temporal, scale, low_rank, allocate, menu, choose, round_units),
+    *(exceptions_first, answer, reconstruct, distill, exceptions, distill_frozen, differences, pack, correct),
+    *(evaluate, release),
 )
 
 

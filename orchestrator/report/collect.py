@@ -181,11 +181,11 @@ def _layers(store: Store, digest: str, model: ModelRow, tasks: Sequence[TaskRow]
 
 
 def _layer_errors(tasks: Sequence[TaskRow], bits: Mapping[str, LayerBits]) -> dict[str, float]:
-    """Return what rounding left of each layer's signal, in dB, from the metrics of `round`, or `menu` at its bits."""
+    """Return what rounding left of each layer's signal, in dB, from the metrics of `round`, `menu` at its bits, `answer`."""
     found: dict[str, float] = {}
     for task in tasks:
         layers = (task.metrics or {}).get("layers", {})
-        if task.kind == "round":
+        if task.kind in ("round", "answer"):  # the latter's layers have other codes than before
             found |= {name: values["sqnr_db"] for name, values in layers.items()}
         elif task.kind == "menu":
             at = {name: str(bits[name].weights) for name in layers if name in bits}

@@ -46,6 +46,17 @@ def input_rows(layer: nn.Module, x: Tensor, positions: int | None, generator: to
     return drawn.reshape(x.shape[0] * len(starts), -1).float()
 
 
+def output_rows(layer: nn.Module, y: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
+    """Return what a layer gives for the rows that `input_rows` draws with an equal generator, shape (rows, C_out).
+
+    Parameters
+    ----------
+    y : Tensor
+        The layer's output, (B, ..., C_out) for Linear, (B, C_out, *space) for a convolution.
+    """
+    return input_rows(nn.Identity(), y.movedim(1, -1) if isinstance(layer, _CONVOLUTIONS) else y, positions, generator)
+
+
 def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, space: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return where a convolution's windows start in a flat padded space, and where its taps are from there."""
     starts, taps = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)

@@ -1,8 +1,7 @@
 """Quantize units without gradients: weight grids, nearest or closed-form rounding, measured activation ranges.
 
 Inputs come from the full-precision model, so units do not depend on each other: any group of them takes one pass over
-the calibration set, and groups run in parallel. Or all units come in one group, and each layer is rounded for what the
-quantized layers before it give (`quant_core.fit.answering`).
+the calibration set, and groups run in parallel.
 """
 
 from __future__ import annotations
@@ -14,16 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from quant_core.diffusion.calibration import CalibrationSet
-from quant_core.fit.answering import round_in_order
 from quant_core.fit.layer_rounding import input_moments, round_layer
 from quant_core.fit.low_rank_branch import LowRankBranch
 from quant_core.fit.observe import Observation, Watched, observe
 from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
 from quant_core.nn.activation import ActivationQuantizer
-from quant_core.nn.layers import QUANTIZABLE, Quantizable, QuantLayer
 from quant_core.nn.model import QuantizedParts, build_quantized
 from quant_core.nn.ranges import QParams
-from quant_core.nn.steps import StepClock
 from quant_spec.enums import ActivationMode, RangeMethod, RoundingMethod
 from quant_spec.formats import SHIFT_DEPTH, ActivationSpec, UnitFormat
 from quant_spec.passes.round import RoundFit
@@ -84,24 +80,17 @@ def round_units(
     units = [(mix_channels(mark_channels(formats, scales, shifts), mixed), ranges) for formats, ranges in units]
     units = [(mark_branches(formats, beside), ranges) for formats, ranges in units]
     watched = watch([formats for formats, _ in units], [ranges for _, ranges in units], config, scales)
-    if config.answers:  # second moments are then of inputs that are quantized
-        watched = replace(watched, moments=[])
     names = [formats.unit for formats, _ in units]
     seen = observe(model, calibration, names, watched, batch_size=config.forward_batch_size, seed=config.seed)
     # modules, not weights: those of a streamed model are read one at a time
     originals = {name: model.get_submodule(name) for formats, _ in units for name in formats.layers}
     blank = [UnitState(formats, trajectory(formats, timesteps), {}) for formats, _ in units]
-    answered = _round_in_order(model, units, seen, calibration, config) if config.answers else {}
     parts = build_quantized(model, merge_formats(blank))
     results = []
     for (formats, ranges), state in zip(units, blank, strict=True):
         sqnr = {}
         for name in formats.layers:
             layer = parts.layers[name]
-            if name in answered:
-                own, sqnr[name] = answered[name]
-                layer.load_state_dict(own.state_dict())
-                continue
             if name in scales:
                 layer.set_channel_scale(scales[name])
             if layer.spec.weight.mixture:
@@ -114,34 +103,6 @@ def round_units(
         set_ranges(parts, formats, ranges, seen, shifts)
         results.append(RoundedUnit(collect_state(parts, formats, state.timesteps), sqnr))
     return results
-
-
-def _round_in_order(
-    model: nn.Module,
-    units: Sequence[tuple[UnitFormat, UnitRanges]],
-    seen: Observation,
-    calibration: CalibrationSet,
-    config: Params,
-) -> dict[str, tuple[QuantLayer, float]]:
-    """Round all layers for what the quantized layers before them give; with the signal-to-noise ratio of each in dB."""
-    timesteps = tuple(float(t) for t in calibration.timesteps)
-    steps = {step for formats, _ in units for step in trajectory(formats, timesteps)}
-    clock = StepClock(timesteps if steps else ())
-    layers: dict[str, QuantLayer] = {}
-    weights: dict[str, RangeSpec] = {}
-    for formats, ranges in units:
-        own = {name: QuantLayer(_quantizable(model, name), spec, clock) for name, spec in formats.layers.items()}
-        set_ranges(QuantizedParts(clock, own, {}), replace(formats, attentions={}), ranges, seen, {})
-        layers |= own
-        weights |= ranges.weights
-    rounded = round_in_order(model, layers, weights, clock, calibration, config)
-    return {name: (layers[name], each.sqnr_db) for name, each in rounded.items()}
-
-
-def _quantizable(model: nn.Module, name: str) -> Quantizable:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, QUANTIZABLE)
-    return layer
 
 
 def mark_channels(formats: UnitFormat, scaled: Container[str], shifted: Container[str]) -> UnitFormat:

@@ -21,6 +21,7 @@ from kernels.fp8 import FP8
 from kernels.packing import pack_codes, packed_size, unpack_codes
 from quant_core.nn.activation import ActivationQuantizer, Channels, ChannelScale
 from quant_core.nn.differences import LayerMemory
+from quant_core.nn.ranges import QParams
 from quant_core.nn.steps import StepClock
 from quant_spec.enums import ActivationMode, Granularity
 from quant_spec.errors import QuantizationError
@@ -247,6 +248,13 @@ class QuantLayer(nn.Module):
         else:
             self.qweight.copy_(pack_codes(codes, self.spec.weight.bits))
 
+    def grid(self) -> QParams:
+        """Return the grid of the weight, as `set_codes` takes it."""
+        if self.spec.weight.is_float:
+            return QParams(self.scale.clone(), torch.zeros_like(self.scale))
+        multiplier = self.multiplier.float() + 1 if self.spec.weight.is_multiplied else None
+        return QParams(self.steps.clone(), self.zero_point.float(), multiplier)
+
     @property
     def steps(self) -> Tensor:
         """Step size of each group, shape (C_out, G) or (1, 1), dtype float32."""
@@ -391,16 +399,15 @@ class QuantLayer(nn.Module):
         TrajectoryError
             If it is in differences between steps, and this step does not follow the last.
         """
-        if self.differences:
-            quantized = self._follow(x)
-        else:
-            quantized = self._multiply(self.quantize_input(x), self.weight, self.bias)
-        if not self.spec.low_rank:
-            return quantized
-        hidden, up = self.low_rank_hidden(x), self.low_rank_up.to(x.dtype)
-        if self.kind is nn.Linear:
-            return quantized + F.linear(hidden, up)
-        return quantized + F.linear(hidden.movedim(1, -1), up).movedim(-1, 1)
+        if not self.differences:
+            return self.of_quantized(self.quantize_input(x), x)
+        output = self._follow(x)
+        return output + self.low_rank_output(x) if self.spec.low_rank else output
+
+    def of_quantized(self, quantized: Tensor, x: Tensor) -> Tensor:
+        """Return the output for an input x of which `quantize_input` gave `quantized`."""
+        output = self._multiply(quantized, self.weight, self.bias)
+        return output + self.low_rank_output(x) if self.spec.low_rank else output
 
     def _follow(self, x: Tensor) -> Tensor:
         """Return the output at a step of a trajectory: what changed is quantized, multiplied and added."""
@@ -427,6 +434,13 @@ class QuantLayer(nn.Module):
     def low_rank_hidden(self, x: Tensor) -> Tensor:
         """Return down @ x of the unquantized input, (..., R) of a Linear, (B, R, *space) of a convolution."""
         return self._multiply(x, weight_from_matrix(self.low_rank_down, (self.spec.low_rank, *self.shape[1:])), None)
+
+    def low_rank_output(self, x: Tensor) -> Tensor:
+        """Return up @ (down @ x), what the low-rank branch adds to the output."""
+        hidden, up = self.low_rank_hidden(x), self.low_rank_up.to(x.dtype)
+        if self.kind is nn.Linear:
+            return F.linear(hidden, up)
+        return F.linear(hidden.movedim(1, -1), up).movedim(-1, 1)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Call the float operator with the layer's geometry, in the dtype of `x`."""

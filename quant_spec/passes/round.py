@@ -11,18 +11,11 @@ from quant_spec.enums import RoundingMethod, UnitInputs
 from quant_spec.record import Count, NotNegative, Record
 
 
-class RoundFit(Record):
-    """How weights are rounded."""
-
-    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
-        ("method", RoundingMethod.CLOSED_FORM): frozenset({"samples", "positions", "damping", "correct_bias"}),
-    }
+class AnswerFit(Record):
+    """What of a layer's input its codes are chosen from in closed form."""
 
     _omitted: ClassVar[frozenset[str]] = frozenset({"correct_bias"})
 
-    method: RoundingMethod = Field(
-        default=RoundingMethod.NEAREST, description="To the nearest code, or by second-order rounding (GPTQ)."
-    )
     samples: Count = Field(default=32, description="Calibration seeds that the Hessian is taken over, at most.")
     positions: Count = Field(
         default=16, description="Output positions per sample that the Hessian is taken over, at most."
@@ -34,8 +27,24 @@ class RoundFit(Record):
     )
 
 
-class UnitsRound(RoundFit):
-    """How the weights of a model's units are rounded."""
+class _Method(Record):
+    """In which way; a base of its own, as it is the first to be listed."""
+
+    method: RoundingMethod = Field(
+        default=RoundingMethod.NEAREST, description="To the nearest code, or by second-order rounding (GPTQ)."
+    )
+
+
+class RoundFit(AnswerFit, _Method):
+    """How weights are rounded."""
+
+    _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
+        ("method", RoundingMethod.CLOSED_FORM): frozenset({"samples", "positions", "damping", "correct_bias"}),
+    }
+
+
+class Round(RoundFit):
+    """Fix weight grids, round the weights, measure activation ranges."""
 
     _only_if: ClassVar[Mapping[tuple[str, Any], frozenset[str]]] = {
         ("method", RoundingMethod.CLOSED_FORM): frozenset(
@@ -48,14 +57,10 @@ class UnitsRound(RoundFit):
     inputs: UnitInputs = Field(
         default=UnitInputs.FP,
         description="Layers' inputs: from the full-precision model, or what the quantized layers before give, all "
-        "layers one after another in one task; codes then answer for the error of these inputs, too (GPTAQ).",
+        "layers one after another in a task of its own; codes then answer for the error of these inputs, too (GPTAQ).",
     )
 
     @property
     def answers(self) -> bool:
         """Whether codes answer for what the layers before leave."""
         return self.method is RoundingMethod.CLOSED_FORM and self.inputs is UnitInputs.QUANTIZED
-
-
-class Round(UnitsRound):
-    """Fix weight grids, round the weights, measure activation ranges."""

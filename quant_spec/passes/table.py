@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quant_spec.enums import UnitInputs
+
 #: Kinds of task that every release depends on, whatever its recipe.
 ALWAYS = ("calibrate", "round", "reconstruct", "pack", "reference", "evaluate", "score", "release")
 #: Pass of a recipe, by its name in `passes`, to the kinds that it adds; those in `ALWAYS` add none.
@@ -29,6 +31,8 @@ COMPONENTS = ("text_encoder", "components")
 #: Kinds that passes add where steps count by their effect, and the field that says so.
 BY_EFFECT = ("step_gains",)
 _EFFECTS = {"distill": "effect", "differences": "by_effect", "exceptions": "choices"}
+#: Kinds that rounding for quantized inputs adds.
+ANSWER = ("answer",)
 #: Kinds that `activations.step_bits` adds.
 STEP_BITS = ("step_effects", "step_bits")
 
@@ -46,6 +50,8 @@ def kinds_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     told: tuple[str, ...] = ("encode",) if config.get("prompts") else ()
     if any(entry.get("weights") is not None for entry in config.get("components", {}).values()):
         told += COMPONENTS
+    if (passes.get("round") or {}).get("inputs") == UnitInputs.QUANTIZED:
+        added += ANSWER
     if activations.get("step_bits") is not None:
         added += STEP_BITS
     if any((passes.get(name) or {}).get(field) for name, field in _EFFECTS.items()):

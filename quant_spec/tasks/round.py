@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quant_spec.passes.round import UnitsRound
+from quant_spec.passes.round import RoundFit
 from quant_spec.planned import Unit
 from quant_spec.task import Source, TaskInputs, TaskKind, UnitsParams
 
 STATE = "state"
 
 
-class Params(UnitsRound, UnitsParams):
+class Params(RoundFit, UnitsParams):
     """The units, and how their weights are rounded."""
 
     units: tuple[Unit, ...]

@@ -233,7 +233,7 @@ class Shake(Record):
     "quant_spec/passes/table.py": KIND["quant_spec/passes/table.py"],
     "orchestrator/planning/passes/shake.py": KIND["orchestrator/planning/passes/shake.py"],
     "orchestrator/planning/planner.py": (
-        Edit("round_units, reconstruct,", "round_units, shake, reconstruct,"),
+        Edit("answer, reconstruct,", "answer, shake, reconstruct,"),
         insertion(
             "from orchestrator.planning.passes.step_bits", "from orchestrator.planning.passes.shake import shake\n"
         ),

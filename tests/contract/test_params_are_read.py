@@ -50,6 +50,7 @@ from quant_spec.search import SearchBudget
 from quant_spec.task import Seeds, TaskInputs, TaskKind, TaskParams
 from quant_spec.tasks import (
     allocate,
+    answer,
     bench,
     calibrate,
     card,
@@ -384,6 +385,14 @@ def _round_what_was_chosen(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
     return round.Params(units=tasks.units(None, allocated=True), **GROUP), inputs
 
 
+def _answer(**changes: Any) -> Case:
+    def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
+        inputs = answer.Inputs(model=tasks.model, calibration=tasks.calibration, states=tasks.states)
+        return answer.Params(seed=0, samples=2, positions=4, **changes), inputs
+
+    return case
+
+
 def _menu(**changes: Any) -> Case:
     def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
         params = menu.Params(units=tasks.units(), **GROUP, weight_bits=(3, 4), **changes)
@@ -706,6 +715,7 @@ CASES: dict[str, dict[str, Case]] = {
         "closed_form": _round(method=RoundingMethod.CLOSED_FORM),
         "what was chosen": _round_what_was_chosen,
     },
+    "answer": {"": _answer(), "biases take the mean": _answer(correct_bias=True)},
     "menu": {
         "nearest": _menu(),
         "closed_form": _menu(method=RoundingMethod.CLOSED_FORM),

@@ -24,7 +24,8 @@ from orchestrator.recipes.load import load_recipe
 from orchestrator.recipes.reference import sections
 from quant_spec.keys import canonical_json
 from quant_spec.kinds import KINDS
-from quant_spec.passes.table import BY_EFFECT, PASSES, STEP_BITS
+from quant_spec.passes.round import RoundFit
+from quant_spec.passes.table import ANSWER, BY_EFFECT, PASSES, STEP_BITS
 from quant_spec.recipe import Recipe
 from quant_spec.record import Record, to_json
 from tests.orchestrator.planning_models import inspection, model, nodes_of
@@ -80,9 +81,11 @@ TOLD_AS: Mapping[str, frozenset[str]] = {
     "passes.temporal.finite_set": frozenset({"layers"}),  # in their formats
     "passes.allocate.method": frozenset({"units"}),  # in their layers' formats: whether channels have own bits
     "passes.round.method": frozenset({"rounding"}),
+    "passes.round.inputs": frozenset(RoundFit.model_fields),  # to the nearest first, as codes are chosen again
 }
 #: Kinds of task that a section adds, which may come and go with it.
 KINDS_OF = {"activations.step_bits": STEP_BITS} | {f"passes.{name}": kinds for name, kinds in PASSES.items()}
+KINDS_OF["passes.round"] = ANSWER
 KINDS_OF |= {f"passes.{n}": (*KINDS_OF[f"passes.{n}"], *BY_EFFECT) for n in ("distill", "differences", "exceptions")}
 SECTIONS = {path: record for path, record in sections() if path in KINDS_OF}
 FIELDS = [(path, name) for path, record in SECTIONS.items() for name in record.model_fields]

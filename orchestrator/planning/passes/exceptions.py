@@ -27,6 +27,15 @@ _RANGE = 5e7  # MACs of finding one
 
 def exceptions(draft: Draft) -> Drawing:
     """Leave the states with what is excepted; the temporal block's is left as it is."""
+    return draft if draft.recipe.passes.round.answers else (yield from _exceptions(draft))
+
+
+def exceptions_first(draft: Draft) -> Drawing:
+    """Do so before codes are chosen, if these are to answer for the inputs that are quantized then."""
+    return (yield from _exceptions(draft)) if draft.recipe.passes.round.answers else draft
+
+
+def _exceptions(draft: Draft) -> Drawing:
     config = draft.recipe.passes.exceptions
     if config is None:
         return draft

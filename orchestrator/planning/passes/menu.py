@@ -96,7 +96,7 @@ def menu_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit, wi
     """Cost of `round`, with the codes of each layer found at so many widths."""
     once = round_cost(costs, group, config)
     layers = [
-        costs.codes(layer, unit.planned.layers[layer.name], config)
+        costs.ranged(layer, unit.planned.layers[layer.name]) + costs.codes(layer, config)
         for unit in group
         for layer in unit.info.layers
         if layer.name in unit.planned.layers

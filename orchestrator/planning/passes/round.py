@@ -5,29 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from orchestrator.errors import RecipeError
 from orchestrator.graph import TaskRef
-from orchestrator.planning.costs import GIB, QUANTIZE, Cost, Costs, giga, hessian_bytes
+from orchestrator.planning.costs import QUANTIZE, Cost, Costs, giga, hessian_bytes
 from orchestrator.planning.draft import Draft, Drawing
 from orchestrator.planning.formats import QuantizedUnit, allocated_layers, varied_layers
 from orchestrator.planning.groups import group_label, unit_groups
 from quant_spec.enums import RoundingMethod
-from quant_spec.passes.round import Round, RoundFit
+from quant_spec.passes.round import RoundFit
 from quant_spec.task import per_unit
 from quant_spec.tasks.round import KIND, STATE, Inputs, Params
 
 
 def round_units(draft: Draft) -> Drawing:
     """Leave the state of each unit, unless they come from a menu."""
-    config = draft.recipe.passes.round
     if draft.recipe.passes.menu is not None:
         return draft
+    passes = draft.recipe.passes
+    config: RoundFit = passes.round
+    if passes.round.answers and passes.exceptions is None:
+        config = RoundFit()  # grids and ranges; `answer` chooses codes
     states = dict(draft.states)
-    groups = unit_groups(draft, draft.units, lambda units: round_cost(draft.costs, units, config))
-    if config.answers:
-        _check_memory(draft, config)
-        groups = iter([list(draft.units)])
-    for group in groups:
+    for group in unit_groups(draft, draft.units, lambda units: round_cost(draft.costs, units, config)):
         params = Params.of(
             config,
             units=tuple(unit.planned for unit in group),
@@ -48,41 +46,18 @@ def round_units(draft: Draft) -> Drawing:
     return replace(draft, states=states)
 
 
-def _check_memory(draft: Draft, config: Round) -> None:
-    """Refuse, with what is needed, a budget that all steps of the samples exceed, exact and quantized side by side.
-
-    Fewer samples are for the user to ask for: with too few rows codes answer for what is chance.
-    """
-    rows = _rows_at_once(draft.costs, config)
-    samples, needed = rows // draft.costs.recorded_steps, 2 * rows * draft.costs.live_bytes
-    if needed > draft.cache_bytes:
-        raise RecipeError(
-            f"memory.budget_gib: got {draft.recipe.memory.budget_gib:g} with passes.round.inputs quantized, wanted "
-            f"{needed / GIB:.3g} at least, which {samples} samples (passes.round.samples) take at all steps"
-        )
-
-
-def _rows_at_once(costs: Costs, config: Round) -> int:
-    """Return the rows of the calibration set that answer for the layers before: some of each step."""
-    return min(config.samples * costs.recorded_steps, costs.calibrated)
-
-
 def round_cost(costs: Costs, group: Sequence[QuantizedUnit], config: RoundFit) -> Cost:
     """One pass over the calibration set as far as the last unit of the group, then each layer alone."""
     measured = sum(unit.info.input_elements for unit in group) * costs.calibrated
     work = costs.replay(group[-1].info.depth) + giga(measured * QUANTIZE)
     hessians = 0
-    beside = 0
-    if isinstance(config, Round) and config.answers:
-        rows = _rows_at_once(costs, config)
-        work += costs.quantized_forward(rows, rows) + costs.forward(rows, rows)
-        beside = 2 * rows * costs.live_bytes
     for unit in group:
         for layer in unit.info.layers:
             if layer.name in unit.planned.layers:
-                work += costs.hessian(layer, config) + costs.codes(layer, unit.planned.layers[layer.name], config)
+                work += costs.hessian(layer, config) + costs.ranged(layer, unit.planned.layers[layer.name])
+                work += costs.codes(layer, config)
         hessians += hessian_bytes(unit.info, config)
-    extra = (beside or costs.cached(hessians)) + 3 * _largest_hessian(group, config)
+    extra = costs.cached(hessians) + 3 * _largest_hessian(group, config)
     if costs.model.streamed:  # else codes take the place of weights
         extra += 2 * sum(unit.info.weights for unit in group)
     return Cost(work, costs.memory(costs.recipe.calibration.batch_size, extra, reads=True))

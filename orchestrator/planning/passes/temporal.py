@@ -92,7 +92,8 @@ def temporal_cost(costs: Costs, block: QuantizedUnit, config: Temporal) -> Cost:
     step = giga(len(info.layers) * CALL * (1 + BACKWARD) + info.weights * TRAIN_WEIGHT * 2)
     iterations = config.iterations if config.method is TemporalRounding.RECONSTRUCT else 0
     rounding = sum(
-        costs.hessian(layer, _ROUND) + costs.codes(layer, layers[layer.name], _ROUND) for layer in info.layers
+        costs.hessian(layer, _ROUND) + costs.ranged(layer, layers[layer.name]) + costs.codes(layer, _ROUND)
+        for layer in info.layers
     )
     return Cost((iterations + 2 * len(info.layers)) * step + rounding, costs.memory(1, info.weights * 4 * 8))
 

@@ -513,18 +513,23 @@ def test_a_group_has_second_moments_within_the_budget():
     assert all(sum(unit.info.hessian_bytes for unit in group) <= budget for group in bounded)
 
 
-def test_rounding_for_quantized_inputs_is_one_task_within_memory():
-    closed, answering = recipe("fast-w4a8"), recipe("fast-w4a8", "passes.round.inputs=quantized")
+def test_rounding_for_quantized_inputs_is_one_more_task_within_memory():
+    answering = recipe("fast-w4a8", "passes.round.inputs=quantized")
     data = inspection(blocks=20)
     data["activation_bytes"] = 2**22
-    node = only(nodes_of(answering, model(data)), "round")
-    assert node.params["inputs"] == "quantized"
+    nodes = nodes_of(answering, model(data))
+    node = only(nodes, "answer")
     assert (node.params["samples"], node.params["positions"]) == (32, 32)
-    assert "inputs" not in by_kind(nodes_of(closed, model(data)), "round")[0].params
+    # What is rounded before gives grids and ranges alone, whose codes are the nearest.
+    assert {each.params["method"] for each in by_kind(nodes, "round")} == {"nearest"}
+    states = [f"state:{unit['unit']}" for each in by_kind(nodes, "round") for unit in each.params["units"]]
+    assert [source.output for source in node.inputs["states"]] == states
+    assert {source.task for source in only(nodes, "pack").inputs["states"]} == {node.id}
+    assert not by_kind(nodes_of(recipe("fast-w4a8"), model(data)), "answer")
     costs = Costs(ModelInfo.read("a", data), answering)
     budget = f"memory.budget_gib={8.5 * 2 * 20 * costs.live_bytes / GIB}"
     fewer = recipe("fast-w4a8", "passes.round.inputs=quantized", "passes.round.samples=8", budget)
-    small = only(nodes_of(fewer, model(data)), "round")
+    small = only(nodes_of(fewer, model(data)), "answer")
     assert small.resources.memory_bytes < node.resources.memory_bytes
     tight = recipe("fast-w4a8", "passes.round.inputs=quantized", budget)
     with pytest.raises(RecipeError, match=r"memory\.budget_gib: got .* quantized, wanted .* which 32 samples "):
@@ -532,19 +537,28 @@ def test_rounding_for_quantized_inputs_is_one_task_within_memory():
 
 
 @pytest.mark.parametrize(
-    "beside",
+    ("name", "last"),
     [
-        "passes.scale={}",
-        "passes.low_rank={}",
-        "passes.allocate={method: global}",
-        "passes.menu={}",
-        "passes.round.correct_bias=true",
+        ("auto-w4a8", "choose"),
+        ("dmq-w4a8", "choose"),
+        ("mpqdm-w4a4", "round"),
+        ("svdquant-w4a4", "round"),
+        ("modiff-w4a4", "choose"),
     ],
 )
-def test_rounding_for_quantized_inputs_is_refused_beside(beside: str):
-    name = beside.partition("=")[0]
-    with pytest.raises(RecipeError, match=rf"passes\.round\.inputs: got quantized beside {name}, wanted one of them"):
-        recipe("minmax-w8a8", "weights.bits=4", "passes.round={method: closed_form, inputs: quantized}", beside)
+def test_codes_answer_for_what_every_other_pass_leaves(name: str, last: str):
+    """Scaled channels, bits of layers or of output channels, low-rank branches: the states are those of the last."""
+    nodes = nodes_of(recipe(name, "passes.round.inputs=quantized", "memory.budget_gib=64"))
+    node = only(nodes, "answer")
+    assert {source.task for source in node.inputs["states"]} <= {each.id for each in by_kind(nodes, last)}
+    following = ["reconstruct"] if name.startswith("dmq") else ["distill"] if name.startswith("mpqdm") else []
+    following += ["differences"] if name.startswith("modiff") else []
+    for kind in following or ["pack"]:
+        assert any(source.task == node.id for each in by_kind(nodes, kind) for source in sources(each)), kind
+
+
+def sources(node: TaskNode) -> list[TaskRef]:
+    return [each for given in node.inputs.values() for each in given if isinstance(each, TaskRef)]
 
 
 def test_round_labels_name_the_run():

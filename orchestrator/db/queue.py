@@ -16,8 +16,8 @@ that ends a job, and faults, have the graph for themselves (`session.py`, `promo
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Row, case, select
 from sqlalchemy.orm import Session
@@ -57,6 +57,7 @@ from orchestrator.states import JobEvent, TaskEvent, TaskState
 from quant_spec.keys import canonical_json
 from workers.execution.cluster import CUDA_CONTEXT_BYTES
 
+T = TypeVar("T")
 #: Seconds to wait after the 1st, 2nd, ... fault of a task's own before it runs again; one more fault is final.
 TASK_BACKOFF = (2.0, 4.0)
 #: The same for faults of the infrastructure: a lost worker, node, lease or store.
@@ -367,15 +368,24 @@ def finish_tasks(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
     """
     for end in ends:
         check_end(end)
-    kept: list[Lease] = []
-    for batch in batches(ends):
-        try:
-            with trying_shared(session):
-                kept += _finish(session, batch)
-        except GraphNeededError:
-            lock_graph(session)
-            kept += _finish(session, batch)
-    return kept
+
+    def finish() -> list[Lease]:
+        return [lease for batch in batches(ends) for lease in _finish(session, batch)]
+
+    return _shared_or_alone(session, finish)
+
+
+def _shared_or_alone(session: Session, change: Callable[[], T]) -> T:
+    """Make a change while others share the graph; where that does not do, all of it again, alone.
+
+    All, as who waits for the graph must not share it meanwhile: two of them would wait for each other.
+    """
+    try:
+        with trying_shared(session):
+            return change()
+    except GraphNeededError:
+        lock_graph(session)
+        return change()
 
 
 def _finish(session: Session, ends: Sequence[TaskEnd]) -> list[Lease]:
@@ -533,14 +543,11 @@ def release_task(session: Session, lease: Lease, reason: str | None = None) -> b
 def release_tasks(session: Session, leases: Sequence[Lease], reason: str | None = None) -> list[Lease]:
     """Give tasks back, as `release_task` does; return the leases that were good."""
     data = {} if reason is None else {"error": _storable(reason)}
-    released: set[tuple[str, int]] = set()
-    for batch in batches(leases):
-        try:
-            with trying_shared(session):
-                released |= _release(session, batch, data)
-        except GraphNeededError:
-            lock_graph(session)
-            released |= _release(session, batch, data)
+
+    def release() -> set[tuple[str, int]]:
+        return {each for batch in batches(leases) for each in _release(session, batch, data)}
+
+    released = _shared_or_alone(session, release)
     if released:
         notify_others(session)
     return [lease for lease in leases if (lease.task_id, lease.attempt) in released]

@@ -181,7 +181,7 @@ def _layers(store: Store, digest: str, model: ModelRow, tasks: Sequence[TaskRow]
 
 
 def _layer_errors(tasks: Sequence[TaskRow], bits: Mapping[str, LayerBits]) -> dict[str, float]:
-    """Return what rounding left of each layer's signal, in dB, from the metrics of `round`, `menu` at its bits, `answer`."""
+    """Return what rounding left of each layer's signal, in dB, by `round`, `menu` at its bits, or `answer`."""
     found: dict[str, float] = {}
     for task in tasks:
         layers = (task.metrics or {}).get("layers", {})

@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from orchestrator.db.queries import claim_tasks, events, finish_task, finish_tasks, renew_leases
 from orchestrator.db.rows import TaskEnd
-from orchestrator.db.session import lock_graph
+from orchestrator.db.session import lock_graph, share_graph
 from orchestrator.errors import ConflictError
 
 Driver = Any  # the fixture's class lives in conftest.py
@@ -109,6 +109,26 @@ def test_a_finish_waits_for_who_changes_the_graph(queue: Driver) -> None:
     task = queue.claim(1)[0]
     waited, kept = while_another_holds(queue, lock_graph, lambda: queue.finish(task.lease))
     assert (waited, kept) == (True, True)
+
+
+def test_who_waits_for_the_graph_shares_it_no_more(queue: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that share it and wait for it, each would wait for the other."""
+    source = queue.node("source")
+    queue.submit([source, queue.node("last", source)])
+    queue.submit([queue.node("ends a job")])
+    ends = [end(queue, task) for task in sorted(queue.claim(2), key=lambda task: task.lease.task_id != source.id)]
+    monkeypatch.setattr("orchestrator.db.queue.batches", lambda items: ([each] for each in items))
+
+    def finish() -> Any:
+        return queue.database.transact(lambda session: finish_tasks(session, ends))
+
+    with ThreadPoolExecutor(1) as pool:
+        with queue.database.session() as session:
+            share_graph(session)
+            future = pool.submit(finish)
+            assert waits(queue, future)
+            lock_graph(session)
+        assert len(future.result(30)) == 2
 
 
 def test_jobs_that_end_at_once_leave_no_task_behind_that_both_wanted(queue: Driver) -> None:

@@ -7,7 +7,16 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from quant_spec.components import ComponentRecipe, is_denoiser
-from quant_spec.enums import ActivationMode, Extractor, NumberType, Shift, ShownSeeds, TemporalRounding, WeightCodes
+from quant_spec.enums import (
+    ActivationMode,
+    Extractor,
+    NumberType,
+    Shift,
+    ShownSeeds,
+    TemporalRounding,
+    UnitInputs,
+    WeightCodes,
+)
 from quant_spec.formats import EXACT_SOFTMAX_BITS
 from quant_spec.passes.allocate import ALLOCATED_BITS, Allocate
 from quant_spec.passes.choose import GAIN_SEEDS, Choose
@@ -252,6 +261,7 @@ class Recipe(Record):
         self._check_low_rank()
         self._check_floats()
         self._check_menu()
+        self._check_answers()
         self._check_choice()
         self._check_differences()
         self._check_frozen()
@@ -345,6 +355,15 @@ class Recipe(Record):
             raise ValueError("passes.menu: got it beside weights.type e4m3, which has no widths, wanted int")
         if self.activations.step_bits is not None:
             raise ValueError("passes.menu: got it beside activations.step_bits, wanted one choice of activation bits")
+
+    def _check_answers(self) -> None:
+        """Refuse codes that answer for the layers before, and are learned again for inputs without their error."""
+        learned = self.passes.reconstruct
+        if self.passes.round.answers and learned is not None and learned.inputs is UnitInputs.FP:
+            raise ValueError(
+                "passes.reconstruct.inputs: got fp beside passes.round.inputs quantized, wanted quantized, or "
+                "passes.reconstruct null: learned for exact inputs, codes no longer answer for the layers before"
+            )
 
     def _check_choice(self) -> None:
         """Refuse measured bits where there is no choice, or where something else says them."""

@@ -6,6 +6,7 @@ codes are multiplied with where all layers before it are rounded, sum |W' x' - y
     W' = W + (E[y x'^T] - W E[x' x'^T]) E[x' x'^T]^-1
 
 and what rounding adds is (W' - Q) E[x' x'^T] (W' - Q)^T, which closed form makes small (`quant_core.fit.closed_form`).
+The inverse is damped ten times as much as there, so that W' leans to W where rows are too few to tell.
 
 Both models run side by side in one forward of all rows, the exact one's in the first half of the batch. Each layer's
 codes are chosen when it is first reached, so all layers before it have theirs. Attention's products stay exact
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from quant_core.diffusion.calibration import CalibrationSet
 from quant_core.diffusion.conditioning import concatenate, seed_stream, to_device
 from quant_core.diffusion.denoiser import call_denoiser
-from quant_core.fit.closed_form import factorize
+from quant_core.fit.closed_form import damped, factorize
 from quant_core.fit.hessian import InputMoments, SecondMoment, input_rows, output_rows
 from quant_core.fit.layer_rounding import round_on_grid
 from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
@@ -33,6 +34,9 @@ from quant_core.nn.layers import Quantizable, QuantLayer, replace_module, weight
 from quant_core.nn.model import QuantizedParts
 from quant_core.nn.steps import StepClock
 from quant_spec.tasks.answer import Params
+
+#: Damping of what codes answer, by that of rounding.
+_LEANING = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +156,10 @@ class _Pair(nn.Module):
         if self.config.correct_bias and layer.bias is not None:
             second, mean_row = moment.covariance(), moment.mean_row()
             product = product - torch.outer(mean, mean_row)
-        factor = factorize(second, self.config.damping)
         matrix = weight_matrix(layer.scaled(self.original.weight.detach().float()))
-        matrix = matrix + factor.solve(product - matrix @ second)
+        leaning = torch.linalg.cholesky(damped(second, _LEANING * self.config.damping))
+        matrix = matrix + torch.cholesky_solve((product - matrix @ second).T, leaning).T
+        factor = factorize(second, self.config.damping)
         if mean_row is not None and layer.bias is not None and bias is not None:
             layer.bias.copy_(bias + mean - matrix @ mean_row)
         weight, moments = weight_from_matrix(matrix, layer.shape), InputMoments(second, mean_row)

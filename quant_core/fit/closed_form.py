@@ -44,12 +44,6 @@ class Factor:
     order: Tensor
     inverse: Tensor
 
-    def solve(self, rows: Tensor) -> Tensor:
-        """Return rows, shape (n, K), times the inverse of the damped H."""
-        solved = torch.empty_like(rows)
-        solved[:, self.order] = rows[:, self.order] @ self.inverse.T @ self.inverse
-        return solved
-
 
 def factorize(hessian: Tensor, damping: float) -> Factor:
     """Factorize a second moment, shape (K, K), float32, not yet damped; cost O(K^3)."""

@@ -548,13 +548,21 @@ def test_rounding_for_quantized_inputs_is_one_more_task_within_memory():
 )
 def test_codes_answer_for_what_every_other_pass_leaves(name: str, last: str):
     """Scaled channels, bits of layers or of output channels, low-rank branches: the states are those of the last."""
-    nodes = nodes_of(recipe(name, "passes.round.inputs=quantized", "memory.budget_gib=64"))
+    learned = ["passes.reconstruct.inputs=quantized"] if name.startswith("dmq") else []
+    nodes = nodes_of(recipe(name, "passes.round.inputs=quantized", "memory.budget_gib=64", *learned))
     node = only(nodes, "answer")
     assert {source.task for source in node.inputs["states"]} <= {each.id for each in by_kind(nodes, last)}
     following = ["reconstruct"] if name.startswith("dmq") else ["distill"] if name.startswith("mpqdm") else []
     following += ["differences"] if name.startswith("modiff") else []
     for kind in following or ["pack"]:
         assert any(source.task == node.id for each in by_kind(nodes, kind) for source in sources(each)), kind
+
+
+def test_codes_that_answer_are_not_learned_again_for_exact_inputs():
+    with pytest.raises(
+        RecipeError, match=r"passes\.reconstruct\.inputs: got fp beside passes\.round\.inputs quantized"
+    ):
+        recipe("qdiffusion-w4a8", "passes.round.inputs=quantized")
 
 
 def sources(node: TaskNode) -> list[TaskRef]:

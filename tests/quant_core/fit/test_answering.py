@@ -122,6 +122,23 @@ def test_codes_come_nearest_to_the_exact_output(
         assert error(made_of) - best < 0.05 * (error(plain) - best)
 
 
+def test_damping_leans_codes_to_the_weights_own(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
+    denoiser, calibration = calibrated("text_unet", 4)
+    units = unit_formats(denoiser, bits=3, activation=ActivationSpec(8))
+    nearest = [each.state for each in round_units(denoiser.model, calibration, units, rounding())]
+
+    def moved(damping: float) -> float:
+        told = Params(samples=4, positions=4, damping=damping, seed=0)
+        made = answer(calibrated("text_unet", 4)[0].model, calibration, nearest, told).states
+        names = [f"{name}.qweight" for state in nearest for name in state.formats.layers]
+        pairs = [
+            (o.tensors[n], m.tensors[n]) for o, m in zip(nearest, made, strict=True) for n in names if n in o.tensors
+        ]
+        return sum(float((one != two).float().sum()) for one, two in pairs) / sum(one.numel() for one, _ in pairs)
+
+    assert moved(1e6) < 0.001 < 0.05 < moved(0.03)
+
+
 def chain_error(family: str, states: list[UnitState], calibrated: Calibrated) -> float:
     """Return the error power of the prediction, over all steps."""
     exact, calibration = calibrated(family, 8)

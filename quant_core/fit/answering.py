@@ -9,8 +9,8 @@ and what rounding adds is (W' - Q) E[x' x'^T] (W' - Q)^T, which closed form make
 The inverse is damped ten times as much as there, so that W' leans to W where rows are too few to tell.
 
 Both models run side by side in one forward of all rows, the exact one's in the first half of the batch. Each layer's
-codes are chosen when it is first reached, so all layers before it have theirs. Attention's products stay exact
-meanwhile. Grids, and whatever else a state holds, stay as they are.
+codes and grid are chosen when it is first reached, so all layers before it have theirs. Attention's products stay exact
+meanwhile. Widths, what scales channels or lies beside the codes, and activation tables stay as they are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from quant_core.diffusion.conditioning import concatenate, seed_stream, to_devic
 from quant_core.diffusion.denoiser import call_denoiser
 from quant_core.fit.closed_form import damped, factorize
 from quant_core.fit.hessian import InputMoments, SecondMoment, input_rows, output_rows
-from quant_core.fit.layer_rounding import round_on_grid
+from quant_core.fit.layer_rounding import round_layer
 from quant_core.fit.unit_state import UnitState, collect_state, merge_formats
 from quant_core.nn.layers import Quantizable, QuantLayer, replace_module, weight_from_matrix, weight_matrix
 from quant_core.nn.model import QuantizedParts
@@ -163,7 +163,8 @@ class _Pair(nn.Module):
         if mean_row is not None and layer.bias is not None and bias is not None:
             layer.bias.copy_(bias + mean - matrix @ mean_row)
         weight, moments = weight_from_matrix(matrix, layer.shape), InputMoments(second, mean_row)
-        self.sqnr_db = round_on_grid(layer, weight, moments, layer.grid(), factor).sqnr_db
+        ranges, damping = self.config.ranges[self.name], self.config.damping
+        self.sqnr_db = round_layer(layer, weight, moments, ranges, damping, factor).sqnr_db
 
     def _moments(self, aim: Tensor, quantized: Tensor) -> tuple[SecondMoment, Tensor, Tensor]:
         """Return moments of x', E[y x'^T] of shape (C_out, K), and E[y] of y with its bias, over some positions."""

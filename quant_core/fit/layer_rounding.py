@@ -121,20 +121,12 @@ def round_layer(
     factor : Factor, optional
         Of these second moments with this damping, where several widths share it.
     """
-    matrix, groups = weight_matrix(weight.float()), layer.group_index.to(weight.device)
-    grid = weight_grid(matrix, layer.spec, groups, ranges, layer.bits)
+    matrix, bits, groups = weight_matrix(weight.float()), layer.bits, layer.group_index.to(weight.device)
+    grid = weight_grid(matrix, layer.spec, groups, ranges, bits)
     # A grouped convolution has one Hessian for each group of channels; such layers are small and rounded to nearest.
     moments = moments if moments is not None and len(moments.second) == matrix.shape[1] else None
     if factor is None and moments is not None:
         factor = factorize(moments.second, damping)
-    return round_on_grid(layer, weight, moments, grid, factor)
-
-
-def round_on_grid(
-    layer: QuantLayer, weight: Tensor, moments: InputMoments | None, grid: QParams, factor: Factor | None
-) -> RoundedLayer:
-    """Do what `round_layer` does, on a grid that was chosen before."""
-    matrix, bits, groups = weight_matrix(weight.float()), layer.bits, layer.group_index.to(weight.device)
     if layer.spec.weight.is_float:
         scale = grid.scale[:, groups]
         numbers = to_fp8(matrix, scale) if factor is None else round_closed_form_fp8(matrix, factor, scale)

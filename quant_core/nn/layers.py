@@ -21,7 +21,6 @@ from kernels.fp8 import FP8
 from kernels.packing import pack_codes, packed_size, unpack_codes
 from quant_core.nn.activation import ActivationQuantizer, Channels, ChannelScale
 from quant_core.nn.differences import LayerMemory
-from quant_core.nn.ranges import QParams
 from quant_core.nn.steps import StepClock
 from quant_spec.enums import ActivationMode, Granularity
 from quant_spec.errors import QuantizationError
@@ -247,13 +246,6 @@ class QuantLayer(nn.Module):
             self.qweight.copy_(torch.cat(rows))
         else:
             self.qweight.copy_(pack_codes(codes, self.spec.weight.bits))
-
-    def grid(self) -> QParams:
-        """Return the grid of the weight, as `set_codes` takes it."""
-        if self.spec.weight.is_float:
-            return QParams(self.scale.clone(), torch.zeros_like(self.scale))
-        multiplier = self.multiplier.float() + 1 if self.spec.weight.is_multiplied else None
-        return QParams(self.steps.clone(), self.zero_point.float(), multiplier)
 
     @property
     def steps(self) -> Tensor:

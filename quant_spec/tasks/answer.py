@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import Field
+
 from quant_spec.passes.round import AnswerFit
+from quant_spec.planned import Ranges
 from quant_spec.record import Seed
 from quant_spec.task import Source, TaskInputs, TaskKind, TaskParams
 
@@ -14,6 +17,7 @@ STATE = "state"
 class Params(AnswerFit, TaskParams):
     """What the codes are chosen from."""
 
+    ranges: dict[str, Ranges] = Field(description="How the range of each layer's weight is found.")
     seed: Seed
 
 

@@ -388,7 +388,8 @@ def _round_what_was_chosen(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
 def _answer(**changes: Any) -> Case:
     def case(tasks: Tasks) -> tuple[TaskParams, TaskInputs[str]]:
         inputs = answer.Inputs(model=tasks.model, calibration=tasks.calibration, states=tasks.states)
-        return answer.Params(seed=0, samples=2, positions=4, **changes), inputs
+        ranges = {name: layer.weight_range for unit in tasks.units() for name, layer in unit.layers.items()}
+        return answer.Params(seed=0, samples=2, positions=4, ranges=ranges, **changes), inputs
 
     return case
 

@@ -52,7 +52,7 @@ BESIDE: Mapping[str, tuple[str, ...]] = {
     "passes.scale.exponent": ("passes.scale.method=smooth",),
     "passes.scale.half_life": ("passes.scale.weighting=early",),
     "passes.low_rank.smoothing": ("passes.scale=null",),
-    "passes.round.inputs": ("passes.scale=null", "passes.allocate=null"),
+    "passes.round.inputs": ("passes.reconstruct=null",),
     "passes.distill.norm_lr": ("passes.distill.codes=frozen",),
 }
 #: For sections that others of that recipe exclude: what takes these out.

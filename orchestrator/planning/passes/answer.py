@@ -19,7 +19,8 @@ def answer(draft: Draft) -> Drawing:
     if not config.answers:
         return draft
     _check_memory(draft, config)
-    params = Params.of(config, seed=draft.recipe.seed)
+    ranges = {name: layer.weight_range for unit in draft.units for name, layer in unit.planned.layers.items()}
+    params = Params.of(config, ranges=ranges, seed=draft.recipe.seed)
     states = tuple(draft.states[unit.name] for unit in draft.units)
     inputs = Inputs(draft.model.digest, draft.calibration, states)
     node = draft.node(KIND, params, inputs, answer_cost(draft, config), f"{len(states)} units")
@@ -58,5 +59,6 @@ def answer_cost(draft: Draft, config: Round) -> Cost:
             if layer.name in unit.planned.layers:
                 products = rows * min(config.positions, layer.positions) * layer.weights
                 work += costs.hessian(layer, config) + giga(products) + costs.codes(layer, config)
+                work += costs.ranged(layer, unit.planned.layers[layer.name])
                 largest = max(largest, 4 * layer.columns**2)
     return Cost(work, costs.memory(0, 2 * rows * costs.live_bytes + 4 * largest + costs.weights, reads=True))

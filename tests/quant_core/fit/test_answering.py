@@ -39,6 +39,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def params(states: list[UnitState], **settings: Any) -> Params:
+    """Return parameters with min-max ranges of all layers."""
+    return Params(ranges={name: RangeSpec() for state in states for name in state.formats.layers}, seed=0, **settings)
+
+
 class Chain(nn.Module):
     """Two convolutions, called as a denoiser is; and a layer that reads no batch of rows."""
 
@@ -87,18 +92,20 @@ def test_codes_come_nearest_to_the_exact_output(
         second.set_branch(0.1 * normal(1, 8, seed=21), 0.1 * normal(inputs.shape[1], 1, seed=22))
     for name, layer in layers.items():
         weight = layer.scaled(model.get_submodule(name).get_parameter("weight").detach())
-        round_layer(layer, 1.5 * weight, None, RangeSpec(), 0.0)  # of a range that has room for the answer
+        round_layer(layer, weight, None, RangeSpec(), 0.0)
     formats = UnitFormat("chain", {name: layer.spec for name, layer in layers.items()}, {})
     before = collect_state(QuantizedParts(clock, layers, {}), formats, ())
-    config = Params(samples=4, positions=10**6, damping=1e-7, correct_bias=correct_bias, seed=0)
+    ranges = dict.fromkeys(layers, RangeSpec())
+    config = Params(samples=4, positions=10**6, damping=1e-7, correct_bias=correct_bias, ranges=ranges, seed=0)
     made = answer(model, calibration, [before], config)
 
     assert set(made.layer_sqnr_db) == {"first", "second"}
     assert isinstance(model.second, nn.Conv2d), "the model is as it was"
     (after,) = made.states
     same = {name for name in before.tensors if torch.equal(before.tensors[name], after.tensors[name])}
-    changed = {"first.qweight", "second.qweight"} | ({"first.bias", "second.bias"} if correct_bias else set())
-    assert before.tensors.keys() - same == changed, "the layer that reads no batch has its codes, all have their grids"
+    changed = {"qweight", "scale", "zero_point"} | ({"bias"} if correct_bias else set())
+    assert before.tensors.keys() - same <= {f"{name}.{part}" for name in ("first", "second") for part in changed}
+    assert {"second.qweight", "second.scale"} <= before.tensors.keys() - same
     first = layers["first"]
     first.load_state_dict({name.removeprefix("first."): t for name, t in after.below("first.").items()})
     second.load_state_dict({name.removeprefix("second."): t for name, t in after.below("second.").items()})
@@ -128,7 +135,7 @@ def test_damping_leans_codes_to_the_weights_own(calibrated: Calibrated, unit_for
     nearest = [each.state for each in round_units(denoiser.model, calibration, units, rounding())]
 
     def moved(damping: float) -> float:
-        told = Params(samples=4, positions=4, damping=damping, seed=0)
+        told = params(nearest, samples=4, positions=4, damping=damping)
         made = answer(calibrated("text_unet", 4)[0].model, calibration, nearest, told).states
         names = [f"{name}.qweight" for state in nearest for name in state.formats.layers]
         pairs = [
@@ -162,7 +169,7 @@ def test_layers_answer_for_those_before_them(
     units = unit_formats(denoiser, bits=3, activation=ActivationSpec(8, mode=mode))
     config = rounding("closed_form", positions=64)
     plain = [each.state for each in round_units(denoiser.model, calibration, units, config)]
-    told = Params(samples=8, positions=64, seed=0)
+    told = params(plain, samples=8, positions=64)
     answered = answer(calibrated(family, 8)[0].model, calibration, plain, told).states
     # A draw of rounding decides on such small transformers.
     most = 0.8 if "unet" in family else 1.5
@@ -170,8 +177,8 @@ def test_layers_answer_for_those_before_them(
     again = answer(calibrated(family, 8)[0].model, calibration, plain, told).states
     assert [each.to_bytes() for each in again] == [each.to_bytes() for each in answered]
     for one, two in zip(plain, answered, strict=True):
-        codes = {f"{name}.qweight" for name in one.formats.layers}
-        assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors.keys() - codes)
+        kept = [name for name in one.tensors if name.endswith(".bias") or "_quantizer" in name]
+        assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in kept)
     assert any(one.to_bytes() != two.to_bytes() for one, two in zip(plain, answered, strict=True))
 
 
@@ -208,7 +215,7 @@ def test_answers_compose_with_what_changes_weights_and_inputs(
     config = rounding("closed_form", positions=64)
     made = round_units(denoiser.model, calibration, units, config, **chosen(denoiser, units))
     plain = [each.state for each in made]
-    told = Params(samples=8, positions=64, seed=0)
+    told = params(plain, samples=8, positions=64)
     answered = answer(calibrated("text_unet", 8)[0].model, calibration, plain, told).states
     assert chain_error("text_unet", answered, calibrated) < 0.8 * chain_error("text_unet", plain, calibrated)
 
@@ -223,6 +230,6 @@ def test_fp8_numbers_answer_too(calibrated: Calibrated, unit_formats: ChooseForm
     ]
     plain = [each.state for each in round_units(denoiser.model, calibration, units, rounding("closed_form"))]
     answered = answer(
-        calibrated("text_unet", 8)[0].model, calibration, plain, Params(samples=8, positions=64, seed=0)
+        calibrated("text_unet", 8)[0].model, calibration, plain, params(plain, samples=8, positions=64)
     ).states
     assert chain_error("text_unet", answered, calibrated) < chain_error("text_unet", plain, calibrated)

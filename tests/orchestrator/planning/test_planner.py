@@ -541,6 +541,7 @@ def test_rounding_for_quantized_inputs_is_one_more_task_within_memory():
     [
         ("auto-w4a8", "choose"),
         ("dmq-w4a8", "choose"),
+        ("dmq-w4a6", "exceptions"),
         ("mpqdm-w4a4", "round"),
         ("svdquant-w4a4", "round"),
         ("modiff-w4a4", "choose"),

@@ -129,6 +129,33 @@ def test_codes_come_nearest_to_the_exact_output(
         assert error(made_of) - best < 0.05 * (error(plain) - best)
 
 
+def test_the_answer_is_damped_ten_times_as_much_as_rounding(calibrated: Calibrated) -> None:
+    """Of a first layer whose input is exact, nothing is to be answered; of the second, what the damped inverse says."""
+    _, calibration = calibrated("unet", 4)
+    inputs = calibration.gather(torch.arange(calibration.steps * calibration.samples)).x
+    model, clock = Chain(inputs.shape[1]), StepClock(())
+    layers = {
+        "first": QuantLayer(model.first, LayerSpec(WeightSpec(2, granularity=Granularity.PER_CHANNEL), None), clock),
+        "second": QuantLayer(model.second, LayerSpec(WeightSpec(8, granularity=Granularity.PER_CHANNEL), None), clock),
+    }
+    formats = UnitFormat("chain", {name: layer.spec for name, layer in layers.items()}, {})
+    blank = collect_state(QuantizedParts(clock, layers, {}), formats, ())
+    (made,) = answer(model, calibration, [blank], params([blank], samples=4, positions=10**6, damping=0.03)).states
+    for name, layer in layers.items():
+        layer.load_state_dict({n.removeprefix(f"{name}."): t for n, t in made.below(f"{name}.").items()})
+    with torch.no_grad():
+        exact = model.second(torch.relu(model.first(inputs))).movedim(1, -1).flatten(0, -2) - model.second.bias
+        met = torch.relu(layers["first"](inputs)).movedim(1, -1).flatten(0, -2)
+        weight, got = weight_matrix(model.second.weight), weight_matrix(layers["second"].weight)
+        second, product = met.T @ met / len(met), exact.T @ met / len(met)
+
+        def distance(leaning: float) -> float:
+            damped = second + leaning * 0.03 * second.diagonal().mean() * torch.eye(len(second))
+            return float((weight + torch.linalg.solve(damped, (product - weight @ second).T).T - got).square().sum())
+
+        assert distance(10) < 0.1 * min(distance(1), distance(100))
+
+
 def test_damping_leans_codes_to_the_weights_own(calibrated: Calibrated, unit_formats: ChooseFormats) -> None:
     denoiser, calibration = calibrated("text_unet", 4)
     units = unit_formats(denoiser, bits=3, activation=ActivationSpec(8))
